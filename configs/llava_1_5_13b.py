@@ -1,0 +1,10 @@
+"""LLaVA-1.5 13B: the 7B recipe with Vicuna 13B v1.5."""
+
+from pathlib import Path
+
+from llava_jax.config import Recipe, load_recipe_module
+
+
+def recipe() -> Recipe:
+    base = load_recipe_module(str(Path(__file__).with_name("llava_1_5_7b.py")))
+    return base.recipe(language="checkpoints/vicuna-13b-v1.5", output="runs/llava_1_5_13b")

@@ -1,0 +1,30 @@
+"""LLaVA-1.5 7B: CLIP ViT-L/14 at 336 pixels, Vicuna 7B v1.5, a two-layer projector; 558K pairs, then the 665K mix.
+
+Rows are packed; the row counts below hold about as many conversations as the published batches of
+256 and 128 do. Stage 1 crops its images to a square and stage 2 pads them in the original; here both pad.
+"""
+
+from llava_jax.config import Data, Mesh, Model, Recipe, Stage
+
+
+def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/llava_1_5_7b") -> Recipe:
+    return Recipe(
+        model=Model(vision="checkpoints/clip-vit-large-patch14-336", language=language,
+                    projector="mlp2x_gelu", image_mode="pad", template="vicuna_v1"),
+        mesh=Mesh(fsdp=-1),
+        stages={
+            "align": Stage(
+                learning_rates=(("projector/.*", 1e-3), ("(vision|decoder)/.*", None)),
+                data=Data(path="data/blip_laion_cc_sbu_558k.json", image_root="data/blip_laion_cc_sbu_558k",
+                          template="plain", row_length=2560, images_per_row=4, workers=16),
+                rows=64,
+            ),
+            "instruct": Stage(
+                learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),
+                data=Data(path="data/llava_v1_5_mix665k.json", image_root="data/mix665k",
+                          row_length=2048, images_per_row=2, bad_rows="skip", workers=16),
+                rows=64,
+            ),
+        },
+        output=output,
+    )

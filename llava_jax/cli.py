@@ -1,0 +1,54 @@
+"""What the command lines of all verbs share: fields of a dataclass as options, and errors of one line."""
+
+import contextlib
+import io
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], args: Sequence[str], default: T | None = None, prog: str = "", description: str = "") -> T:
+    """A dataclass from command-line options, dotted names for nested fields. A mistake is a ValueError of one line."""
+    printed = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    if "-h" in args or "--help" in args:
+        return tyro.cli(kind, args=args, prog=prog, description=description, use_underscores=True, **extra)
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return tyro.cli(kind, args=args, prog=prog, description=description, use_underscores=True, **extra)
+    except SystemExit:
+        raise ValueError(_first_words(printed.getvalue()) + f" (see {prog} --help)") from None
+
+
+def _first_words(box: str) -> str:
+    """The message of tyro's framed error, and the nearest option if it names one, as one line."""
+    text = " ".join(line.strip("│ ") for line in box.splitlines() if line[:1] == "│")
+    message, *rest = re.split(r" ?─{3,} ?", text)
+    near = re.search(r"Perhaps you meant: +(--\S+)", " ".join(rest))
+    return re.sub(r"\s+", " ", message) + (f"; did you mean {near[1]}?" if near else "")
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a verb's `main(args)` and exits: a user's mistake is one line on stderr and code 2.
+
+    `--debug` anywhere among the arguments shows the traceback too.
+    """
+    args = sys.argv[1:]
+    debug = "--debug" in args
+    try:
+        sys.exit(main([arg for arg in args if arg != "--debug"]))
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        # A KeyError prints its message in quotes; its argument does not.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

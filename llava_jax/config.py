@@ -1,0 +1,240 @@
+"""What a recipe can set: frozen dataclasses, checked on construction.
+
+A recipe is a Python file, `configs/NAME.py`, whose `recipe()` returns a `Recipe`. Every field can be set on the command
+line by its dotted name, for example `--stages.align.optimizer.warmup_ratio 0.1`.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import re
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Table = tuple[tuple[str, float | None], ...]
+"""Rows of (regular expression over parameter paths, value); every parameter must match exactly one row, entirely."""
+
+
+def _check_table(name: str, table: Table) -> None:
+    for pattern, _ in table:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}: {pattern!r} is no regular expression ({error})") from None
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parts a run starts from, and how they are joined."""
+
+    vision: str = ""
+    """directory of the CLIP vision tower in Hugging Face layout"""
+    language: str = ""
+    """directory of the decoder and its tokenizer in Hugging Face layout"""
+    llava: str = ""
+    """directory of a whole LLaVA to go on from, in any supported layout; vision, language, projector stay empty then"""
+    projector: str = "mlp2x_gelu"
+    """linear (the paper), mlpNx_gelu (LLaVA-1.5: mlp2x_gelu) or identity"""
+    feature_layer: int = -2
+    """hidden state of the vision tower that is read, counted as transformers does"""
+    feature_select: Literal["patch", "cls_patch"] = "patch"
+    """the patches' features alone, or the class token's before them"""
+    image_mode: Literal["square", "pad"] = "pad"
+    """square crops the centre (the paper), pad fills up to a square (LLaVA-1.5)"""
+    template: str = "vicuna_v1"
+    """conversation template of the finished model"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute dtype; auto is bfloat16 on TPU and GPU, float32 on CPU"""
+    remat: Literal["none", "dots", "minimal", "full"] = "full"
+    """what the backward pass computes again instead of keeping it (models/layers.py)"""
+
+    def __post_init__(self):
+        if bool(self.llava) == bool(self.vision or self.language):
+            raise ValueError("model: give either llava, or both vision and language")
+        if not self.llava and not (self.vision and self.language):
+            missing = "language" if self.vision else "vision"
+            raise ValueError(f"model.{missing} is empty: both parts are needed, or model.llava")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1, for one axis at most, takes the devices that are left."""
+
+    replica: int = 1
+    """copies of the whole model, for example one for each slice"""
+    fsdp: int = -1
+    """devices that share the parameters and split the rows"""
+    tensor: int = 1
+    """devices that share each matrix product"""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{axis} is {size}: give a positive number of devices, or -1 for the rest")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"mesh: only one axis can be -1, not {', '.join(a for a, s in sizes.items() if s == -1)}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A set of conversations, and the packed rows that are made of it."""
+
+    path: str
+    """LLaVA JSON (a list) or JSON lines"""
+    image_root: str = ""
+    """folder to which the image paths of the rows are relative; the file's own folder if empty"""
+    template: str = ""
+    """conversation template; the model's if empty"""
+    validation: str = ""
+    """a file of the same kind whose loss is reported; none if empty"""
+    row_length: int = 2048
+    """tokens of a packed row, visual ones included"""
+    images_per_row: int = 2
+    """image slots of a packed row"""
+    bad_rows: Literal["error", "skip"] = "error"
+    """stop at a row that cannot be used, or skip and count it"""
+    workers: int = 0
+    """processes that read, decode and tokenise; 0 does it in the training process"""
+
+    def __post_init__(self):
+        for name in ("row_length", "images_per_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"data.workers is {self.workers}: it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up from 0 and a half cosine down to 0."""
+
+    warmup_ratio: float = 0.03
+    """share of the steps in which the learning rate rises"""
+    weight_decay: Table = ((".*", 0.0),)
+    """decay by parameter path, over what the stage trains"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.999
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    clip: float | None = None
+    """largest global gradient norm; LLaVA-1.5 trained without"""
+
+    def __post_init__(self):
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"optimizer.warmup_ratio is {self.warmup_ratio}: it must lie in 0..1")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optimizer.clip is {self.clip}: it must be positive, or None for no clipping")
+        _check_table("optimizer.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the schedule: what it trains, on what, for how long."""
+
+    learning_rates: Table
+    """peak learning rate by parameter path; None keeps a parameter frozen"""
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    rows: int = 128
+    """packed rows in each step, over all devices and micro-batches"""
+    accumulate: int = 1
+    """micro-batches that a step is cut into to save memory"""
+    epochs: float = 1.0
+    """passes over the data; not read where steps is set"""
+    steps: int | None = None
+    """number of steps instead of epochs"""
+
+    def __post_init__(self):
+        _check_table("learning_rates", self.learning_rates)
+        if all(rate is None for _, rate in self.learning_rates):
+            raise ValueError("learning_rates: every row is None, so the stage would train nothing")
+        for name in ("rows", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.rows % self.accumulate:
+            raise ValueError(f"rows {self.rows} do not divide into accumulate {self.accumulate} micro-batches")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: it must be at least 1, or None to count epochs")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs is {self.epochs}: it must be positive")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: the model, the devices, the stages in their order."""
+
+    model: Model
+    stages: dict[str, Stage]
+    output: str
+    """directory for checkpoints, metrics and the finished model"""
+    mesh: Mesh = Mesh()
+    seed: int = 0
+    """of the projector's start and the data's order"""
+    log_every: int = 10
+    """steps between lines of metrics"""
+    validate_every: int = 500
+    """steps between validations, where a stage has validation data; there is one at its end too"""
+    sample_every: int = 0
+    """steps between sample answers on the first rows of the validation data; 0 for none"""
+    checkpoint_every: int = 500
+    """steps between checkpoints; there is one at the end of each stage too"""
+    keep_checkpoints: int = 2
+    """newest checkpoints of a stage that are kept"""
+    tensorboard: bool = False
+    """write TensorBoard events too (pip install 'llava_jax[tensorboard]')"""
+    wandb: str = ""
+    """Weights & Biases project to report to (pip install 'llava_jax[wandb]'); none if empty"""
+
+    def __post_init__(self):
+        if not self.stages:
+            raise ValueError("stages: the recipe has none")
+        if not self.output:
+            raise ValueError("output: give a directory")
+        for name in ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+def lookup(table: tuple[tuple[str, object], ...], paths: list[str], name: str, spare: bool = False) -> dict[str, object]:
+    """The value of every path by a table's rows, which match whole paths.
+
+    ValueError if a path matches no row or several, or a row matches no path (which `spare` allows).
+    """
+    rows = [(pattern, re.compile(pattern), value) for pattern, value in table]
+    values, problems, used = {}, [], set()
+    for path in paths:
+        hits = [(pattern, value) for pattern, regex, value in rows if regex.fullmatch(path)]
+        used.update(pattern for pattern, _ in hits)
+        if len(hits) == 1:
+            values[path] = hits[0][1]
+        else:
+            problems.append(f"{path} matches {' and '.join(p for p, _ in hits) or 'no row'}")
+    if not spare:
+        problems += [f"{pattern} matches no parameter" for pattern, _, _ in rows if pattern not in used]
+    if problems:
+        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{name}: {'; '.join(problems[:8])}{more}")
+    return values
+
+
+def load_recipe_module(name: str) -> types.ModuleType:
+    """The Python module of a recipe: `name` is a file, or the name of one in ./configs or the repository's configs."""
+    folders = [Path("configs"), Path(__file__).resolve().parent.parent / "configs"]
+    candidates = [Path(name)] if name.endswith(".py") else [folder / f"{name}.py" for folder in folders]
+    for path in candidates:
+        if path.is_file():
+            spec = importlib.util.spec_from_file_location(f"llava_jax_recipe_{path.stem}", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not hasattr(module, "recipe"):
+                raise ValueError(f"{path}: a recipe file defines recipe(), and this one does not")
+            return module
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.py")})
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(f"recipe {name!r}: no such recipe; {hint}there are {', '.join(known) or 'none'}")

@@ -1,0 +1,219 @@
+"""A loaded model: text and images in, text out."""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from llava_jax.images import open_image, prepare
+from llava_jax.inference.answer import Answer, Completion
+from llava_jax.inference.engine import Engine, Job, shape
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract, merge
+from llava_jax.text import templates
+from llava_jax.text.encode import IMAGE_TOKEN_ID, answer_ends, encode_prompt
+from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
+from llava_jax.weights.checkpoint import load_checkpoint, read_config
+
+ImageSource = Image.Image | str | os.PathLike | bytes
+Messages = str | Sequence[Mapping[str, str]]
+
+STREAM_CHUNK = 4
+"""Tokens between two pieces of a stream: few enough to look alive, enough to keep the device busy."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `Llava.generate` takes, as one value. ValueError for a figure out of range."""
+
+    messages: Messages
+    images: Sequence[ImageSource] = ()
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        # A lone image or stop string is what people write first, and what iterating over would take apart.
+        if isinstance(self.images, ImageSource):
+            object.__setattr__(self, "images", (self.images,))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string, with which every answer ends at once")
+
+
+class Llava:
+    """A model with its tokenizer and its conversation template.
+
+    Attributes:
+      config: the model's `LlavaConfig`.
+      tokenizer: its `Tokenizer`.
+      template: the name of its conversation format, one of `text/templates.py`.
+      parameters: its arrays by path.
+    """
+
+    def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32"):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = config.template
+        self.parameters = parameters
+        graph, _ = abstract(config, dtype)
+        self._logits = jax.jit(lambda parameters, *inputs: merge(graph, parameters)(*inputs))
+        ends, self._stops = answer_ends(config.template, tokenizer)
+        self._engine = Engine(config, parameters, dtype, sorted(ends))
+
+    def model(
+        self,
+        tokens: Int[Array, "B T"],
+        images: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Scores of the next token at every place, float32, jitted.
+
+        `tokens`: every visual token's place holds IMAGE_TOKEN_ID, and the k-th such place of a row takes the k-th
+        visual token of that row's images, in order. `images`: float32, normalised with CLIP's statistics, or uint8;
+        None for text alone. `positions`: 0, 1, 2 ... when None. `segment_ids`: tokens see their own segment only; one
+        segment when None.
+        """
+        return self._logits(self.parameters, tokens, images, positions, segment_ids)
+
+    def generate(
+        self,
+        messages: Messages,
+        images: Sequence[ImageSource] = (),
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Completion:
+        """Answers a question, or the last message of a conversation.
+
+        Args:
+          messages: a question, or [{"role": "user" | "assistant" | "system", "content": str}, ...].
+          images: PIL images, paths or files' bytes, one for each `<image>` in the messages, in order. If the messages
+            hold no `<image>`, all of them stand before the first user message.
+          max_new_tokens: where less of the model's context is left, that is the limit.
+          temperature: 0 takes the likeliest token; above 0 tokens are drawn, the more evenly the higher it is.
+          top_p: draws only from the likeliest tokens that together have this probability.
+          stop: texts that end the answer, in addition to the template's; they are not part of its text.
+          seed: the same request with the same seed draws the same answer, alone or in a batch.
+
+        Raises ValueError for malformed messages, images that do not match them, an unreadable image, a figure out of
+        range, and a prompt that leaves no room for an answer; FileNotFoundError for a path without a file.
+        """
+        request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
+        return self.batch([request])[0]
+
+    def stream(
+        self,
+        messages: Messages,
+        images: Sequence[ImageSource] = (),
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The text of `generate` in pieces, as it is written. No piece splits a character or shows part of a stop."""
+        request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
+        job = self._job(request, self._prompt(request))
+        pieces = self._engine.run([job], [self._answer(request, job)], STREAM_CHUNK)
+        return (piece for (piece,) in pieces if piece)
+
+    def batch(self, requests: Sequence[Request | Mapping], batch_size: int = 8) -> list[Completion]:
+        """`generate` for many requests (or dicts of its arguments), up to `batch_size` of them at once.
+
+        Requests of like length and number of images go together. An answer is the one that the request gets alone,
+        up to the rounding of matrix products in another order: in bfloat16 that may tip a near tie.
+        """
+        requests = [request if isinstance(request, Request) else Request(**request) for request in requests]
+        prompts = [self._prompt(request) for request in requests]
+        kind = lambda i: shape(len(requests[i].images), len(prompts[i]))  # noqa: E731
+        completions: list[Completion | None] = [None] * len(requests)
+        for _, group in itertools.groupby(sorted(range(len(requests)), key=kind), kind):
+            alike = list(group)
+            for first in range(0, len(alike), batch_size):
+                rows = alike[first : first + batch_size]
+                jobs = [self._job(requests[i], prompts[i]) for i in rows]
+                answers = [self._answer(requests[i], job) for i, job in zip(rows, jobs, strict=True)]
+                for _ in self._engine.run(jobs, answers):
+                    pass
+                for i, answer in zip(rows, answers, strict=True):
+                    completions[i] = Completion(answer.text, answer.tokens, answer.finish_reason, prompts[i].tolist())
+        return completions
+
+    def _prompt(self, request: Request) -> Int[np.ndarray, "T"]:
+        """The prompt's ids; ValueError if images and marks differ, or if no room is left for an answer."""
+        messages = request.messages
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        messages = place_images(messages, len(request.images))
+        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image)
+        if len(tokens) >= self.config.text.max_length:
+            visual = int((tokens == IMAGE_TOKEN_ID).sum())
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, {visual} of them for images, and the model's context holds "
+                f"{self.config.text.max_length}: no room is left for an answer; shorten the conversation"
+            )
+        return tokens
+
+    def _job(self, request: Request, prompt: Int[np.ndarray, "T"]) -> Job:
+        side = self.config.vision.image_size
+        images = [image if isinstance(image, Image.Image) else open_image(image) for image in request.images]
+        tiles = [prepare(image, side, self.config.image_mode) for image in images]
+        return Job(
+            tokens=prompt,
+            images=np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles]),
+            limit=min(request.max_new_tokens, self.config.text.max_length - len(prompt)),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+        )
+
+    def _answer(self, request: Request, job: Job) -> Answer:
+        return Answer(StreamDecoder(self.tokenizer), self._engine.ends, (*self._stops, *request.stop), job.limit)
+
+
+def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict[str, str]]:
+    """The messages with a mark for each of `count` images: their own, or, if they have none, before the first turn."""
+    system, turns = templates.read_messages(messages)
+    marks = sum(text.count(templates.IMAGE) for _, text in turns)
+    if not marks and turns:
+        role, text = turns[0]
+        turns[0] = role, f"{templates.IMAGE}\n" * count + text
+    elif marks != count:
+        raise ValueError(f"{count} images were given, but the messages have {marks} {templates.IMAGE} marks; each needs one")
+    system = [] if system is None else [("system", system)]
+    return [{"role": role, "content": text} for role, text in (*system, *turns)]
+
+
+def load(path: str | os.PathLike, dtype: str | None = None) -> Llava:
+    """Opens a model directory of any supported layout, told from its files.
+
+    Args:
+      path: a directory as `llava_jax.train`, `llava_jax.convert` or transformers writes it.
+      dtype: "bfloat16" or "float32", of parameters and computation; by default bfloat16 on TPU and GPU, else float32.
+
+    Raises FileNotFoundError or ValueError that names the file for whatever is missing, broken or not supported.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype {dtype!r} is neither bfloat16 nor float32")
+    if not isinstance(read_config(path), LlavaConfig):
+        raise ValueError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
+    config, parameters = load_checkpoint(path, dtype=dtype)
+    return Llava(config, parameters, Tokenizer.load(path), dtype)

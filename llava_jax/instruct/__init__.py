@@ -1,0 +1,1 @@
+"""Instruction data from captions and boxes."""

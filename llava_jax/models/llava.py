@@ -1,0 +1,119 @@
+"""LLaVA: visual features, projected, take the places of a prompt's image tokens (Visual Instruction Tuning, 4.1)."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from llava_jax.images import CLIP_MEAN, CLIP_STD
+from llava_jax.models import vit
+from llava_jax.models.llama import Llama, LlamaConfig
+from llava_jax.models.projector import Projector
+from llava_jax.models.vit import Vit, VitConfig
+from llava_jax.text.encode import IMAGE_TOKEN_ID
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """What a checkpoint fixes: the parts' sizes, which features are read, how images and text are prepared."""
+
+    vision: VitConfig = field(default_factory=VitConfig)
+    text: LlamaConfig = field(default_factory=LlamaConfig)
+    projector: str = "mlp2x_gelu"
+    feature_layer: int = -2
+    feature_select: str = "patch"
+    image_mode: str = "pad"
+    template: str = "vicuna_v1"
+
+    def __post_init__(self):
+        if self.feature_select not in ("patch", "cls_patch"):
+            raise ValueError(f"feature_select {self.feature_select!r} is neither patch nor cls_patch")
+        vit.depth(self.vision, self.feature_layer)
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.vision.patches + (self.feature_select == "cls_patch")
+
+
+class Llava(nnx.Module):
+    """The whole model; `dtype` is the compute dtype, parameters are cast to it where they are used."""
+
+    def __init__(self, config: LlavaConfig, *, dtype: str = "float32", remat: str = "none", rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype
+        self.vision = Vit(config.vision, remat=remat, rngs=rngs)
+        self.projector = Projector(config.projector, config.vision.width, config.text.width, rngs=rngs)
+        self.decoder = Llama(config.text, remat=remat, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        images: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Scores of the next token, float32. The arguments are those of `hidden`."""
+        return self.decoder.logits(self.hidden(tokens, images, positions, segment_ids))
+
+    def hidden(self, tokens, images, positions=None, segment_ids=None, with_cache: bool = False):
+        """The decoder's hidden states `[B, T, D]`, from which `decoder.logits` makes scores.
+
+        `tokens` int32 [B, T]: the place of every visual token holds IMAGE_TOKEN_ID, and the k-th such place of a row
+        takes the k-th visual token of that row's images, in order. `images` [B, I, H, W, 3]: float32 normalised with
+        CLIP's statistics, or uint8, or None for text alone. `positions` [B, T]: 0, 1, 2 ... when None. `segment_ids`
+        [B, T]: tokens see their own segment only; one segment when None. `with_cache`: see `Llama.__call__`.
+        """
+        x = self.embed(tokens, images)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.decoder(x, positions, segment_ids, with_cache)
+
+    def embed(self, tokens, images) -> Float[Array, "B T D"]:
+        """The decoder's input: text embeddings, with projected visual tokens at the places of the images."""
+        x = self.decoder.embed(tokens, jnp.dtype(self.dtype))
+        if images is None:
+            return x
+        visual = self.projector(self.features(images))
+        # A gather within each row needs no communication between devices that hold different rows.
+        places = tokens == IMAGE_TOKEN_ID
+        index = jnp.clip(jnp.cumsum(places, axis=1) - 1, 0, visual.shape[1] - 1)
+        return jnp.where(places[..., None], jnp.take_along_axis(visual, index[..., None], axis=1), x)
+
+    def features(self, images) -> Float[Array, "B I*P D"]:
+        """The vision tower's features of each row's images, one after the other."""
+        B, I = images.shape[:2]
+        if images.dtype == jnp.uint8:
+            images = (images.astype(jnp.float32) / 255 - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)
+        x = images.astype(self.dtype).reshape(B * I, *images.shape[2:])
+        x = self.vision(x, self.config.feature_layer)
+        if self.config.feature_select == "patch":
+            x = x[:, 1:]
+        return x.reshape(B, I * x.shape[1], x.shape[2])
+
+
+Parameters = dict[str, jax.Array]
+"""Path -> array, for example `decoder/layers/mlp/up/kernel`. Layers are stacked on the first axis."""
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
+    """A module's structure and its parameters by path."""
+    graph, state = nnx.split(model)
+    return graph, {"/".join(path): value.get_value() for path, value in nnx.to_flat_state(state)}
+
+
+def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
+    """The module again; the inverse of `split`, cheap enough to be called inside a traced function."""
+    flat = {tuple(path.split("/")): nnx.Param(value) for path, value in parameters.items()}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def abstract(config: LlavaConfig, dtype: str = "float32", remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
+    """`split` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
+    return split(nnx.eval_shape(lambda: Llava(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))))
+
+
+def init(config: LlavaConfig, seed: int = 0) -> Parameters:
+    """Random parameters, float32. Call it inside jit with output shardings where the model is large."""
+    return split(Llava(config, rngs=nnx.Rngs(seed)))[1]

@@ -1,0 +1,45 @@
+"""The projector: from the vision tower's features to the decoder's embedding space."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llava_jax.models.layers import Linear
+
+
+def depth(kind: str) -> int:
+    """Number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N; ValueError for any other name."""
+    if kind in ("identity", "linear"):
+        return ("identity", "linear").index(kind)
+    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
+        return int(match[1])
+    raise ValueError(f"projector {kind!r} is not one of identity, linear, mlp2x_gelu (or any mlpNx_gelu)")
+
+
+def torch_uniform(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+    """torch.nn.Linear's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from which LLaVA's projector starts."""
+    bound = 1 / math.sqrt(shape[0])
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Projector(nnx.Module):
+    """Linear layers with exact (erf) GELU between them; `linear` is the paper's, `mlp2x_gelu` LLaVA-1.5's."""
+
+    def __init__(self, kind: str, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.count = depth(kind)
+        if self.count == 0 and inputs != outputs:
+            raise ValueError(f"projector identity: vision width {inputs} and decoder width {outputs} differ")
+        for i in range(self.count):
+            linear = Linear([inputs if i == 0 else outputs], [outputs], bias=True, rngs=rngs, init=torch_uniform)
+            bias = torch_uniform(rngs.params(), (inputs if i == 0 else outputs, outputs), jnp.float32)[0]
+            linear.bias = nnx.Param(bias)
+            setattr(self, f"layers_{i}", linear)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        for i in range(self.count):
+            x = getattr(self, f"layers_{i}")(jax.nn.gelu(x, approximate=False) if i else x)
+        return x

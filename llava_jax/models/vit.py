@@ -1,0 +1,121 @@
+"""CLIP's vision transformer, as far as LLaVA reads it: hidden states, no pooling head."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llava_jax.models.layers import LayerNorm, Linear, attention, normal, scan, stack
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Sizes of a CLIP vision tower; the defaults are CLIP ViT-L/14-336's."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    mlp_width: int = 4096
+    layers: int = 24
+    heads: int = 16
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"vision activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.width % self.heads:
+            raise ValueError(f"vision width {self.width} does not divide into {self.heads} heads")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"vision patch_size {self.patch_size} is larger than image_size {self.image_size}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; a rest of the image that fills no patch is not seen (as in CLIP's convolution)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        heads = (config.heads, config.width // config.heads)
+        self.query = Linear([config.width], heads, bias=True, rngs=rngs)
+        self.key = Linear([config.width], heads, bias=True, rngs=rngs)
+        self.value = Linear([config.width], heads, bias=True, rngs=rngs)
+        self.out = Linear(heads, [config.width], bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        return self.out(attention(self.query(x), self.key(x), self.value(x)))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.up = Linear([config.width], [config.mlp_width], bias=True, rngs=rngs)
+        self.down = Linear([config.mlp_width], [config.width], bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Vit(nnx.Module):
+    """The tower. It holds all layers and the last norm, as its checkpoint does, and computes those that are asked for."""
+
+    def __init__(self, config: VitConfig, *, remat: str = "none", rngs: nnx.Rngs):
+        self.config = config
+        self.remat = remat
+        patch = [config.patch_size, config.patch_size, 3]
+        self.patch = Linear(patch, [config.width], bias=False, rngs=rngs)
+        self.class_embedding = nnx.Param(normal(rngs.params(), (config.width,), jnp.float32))
+        self.position_embedding = nnx.Param(normal(rngs.params(), (1 + config.patches, config.width), jnp.float32))
+        self.pre_norm = LayerNorm(config.width, config.norm_eps)
+        self.layers = stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
+        self.post_norm = LayerNorm(config.width, config.norm_eps)
+
+    def __call__(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B P+1 D"]:
+        """Hidden states of the class token and the patches, in the images' dtype.
+
+        `layer` counts as `hidden_states` does in transformers: 0 is the input of the first layer, `layers` or -1 the
+        output of the last, before the last norm. LLaVA reads -2 (Visual Instruction Tuning, section 4.1).
+        """
+        config = self.config
+        side, grid = config.patch_size, config.grid
+        images = images[:, : grid * side, : grid * side]
+        patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side, side, 3)
+        x = self.patch(patches)
+        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, config.width))
+        x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(x.dtype)
+        x = self.pre_norm(x)
+        layers = jax.tree.map(lambda p: p[: depth(config, layer)], self.layers)
+        x, _ = scan(layers, x, call=lambda block, x: (block(x), None), remat=self.remat)
+        return x
+
+
+def depth(config: VitConfig, layer: int) -> int:
+    """How many blocks must run for the hidden states of `layer`; ValueError if the tower has no such layer."""
+    if not -config.layers - 1 <= layer <= config.layers:
+        raise ValueError(f"feature_layer {layer}: the vision tower has {config.layers} layers, "
+                         f"so it must lie in {-config.layers - 1}..{config.layers}")
+    return layer % (config.layers + 1)

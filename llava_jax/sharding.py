@@ -1,0 +1,90 @@
+"""The mesh of devices, and one table that says how every parameter lies on it."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax import config
+
+AXES = ("replica", "fsdp", "tensor")
+ROWS = P(("replica", "fsdp"))
+"""Rows of a batch: every device of the data axes has its own."""
+
+# Hidden dimensions are sharded, never the vocabulary: 32,000 and 32,064 do not divide by 256.
+# A leading None is the layer axis of the stacked parameters.
+TABLE = (
+    (r"vision/patch/kernel", P(None, None, None, "fsdp")),
+    (r"vision/(class|position)_embedding", P()),
+    (r"(vision|decoder)/layers/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor", None)),
+    (r"(vision|decoder)/layers/attention/(query|key|value)/bias", P(None, "tensor", None)),
+    (r"(vision|decoder)/layers/attention/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"(vision|decoder)/layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"(vision|decoder)/layers/mlp/(gate|up)/bias", P(None, "tensor")),
+    (r"(vision|decoder)/layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"(vision|decoder)/layers/(attention/out|mlp/down)/bias", P()),
+    (r"(vision|decoder)/.*norm/(scale|bias)", P()),
+    (r"projector/layers_\d+/kernel", P("fsdp", "tensor")),
+    (r"projector/layers_\d+/bias", P()),
+    (r"decoder/embedding", P(None, ("fsdp", "tensor"))),
+    (r"decoder/head/kernel", P(("fsdp", "tensor"), None)),
+)
+
+
+def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The devices (all of them by default) on the axes of a recipe; ValueError if their numbers do not match."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [mesh.replica, mesh.fsdp, mesh.tensor]
+    asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if -1 in sizes:
+        rest, left = divmod(len(devices), math.prod(size for size in sizes if size != -1))
+        if left or not rest:
+            raise ValueError(f"mesh: {asked} does not divide {len(devices)} devices")
+        sizes[sizes.index(-1)] = rest
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh: {asked} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
+                         "set one axis to -1 to take what there is")
+    if devices[0].platform == "tpu":
+        from jax.experimental import mesh_utils
+        grid = mesh_utils.create_device_mesh(sizes, devices=devices)
+    else:
+        grid = np.asarray(devices).reshape(sizes)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
+    """The sharding of every parameter path; ValueError naming parameter, dimension and axis where one does not divide."""
+    specs = config.lookup(TABLE, list(shapes), "sharding", spare=True)
+    for path, spec in specs.items():
+        for size, axes in zip(shapes[path], spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
+                raise ValueError(f"mesh: {path} {list(shapes[path])}: dimension {size} does not divide by "
+                                 f"{' x '.join(axes)} = {parts}")
+    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Lays `x` out as `spec` says where a mesh is set (`jax.set_mesh`); without one it does nothing."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def connect() -> None:
+    """Joins the processes of a run: those of a TPU slice by themselves, others by three environment variables.
+
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before anything else of JAX.
+    """
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        try:
+            count, index = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise ValueError("JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
+                             "whole numbers") from None
+        jax.distributed.initialize(address, count, index)
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()

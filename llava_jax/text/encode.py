@@ -1,0 +1,133 @@
+"""Conversations to tokens and labels, for training and for prompts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from llava_jax.text.templates import IMAGE, Span, Template, get, read_messages, spans
+from llava_jax.text.tokenizer import Tokenizer
+
+IMAGE_TOKEN_ID = -200  # stands at every visual token's place; never looked up in an embedding table
+IGNORE = -100  # label of what is not learned
+
+
+class NoSupervisedTokens(ValueError):
+    """A conversation from which nothing is learned."""
+
+
+class TooLong(ValueError):
+    """A conversation with more tokens than allowed. It is never cut: a cut could fall inside an image."""
+
+
+class Example(NamedTuple):
+    """One conversation. `labels[t]` is `tokens[t]` where that token is to be learned (not shifted), else IGNORE."""
+
+    tokens: Int32[np.ndarray, "T"]
+    labels: Int32[np.ndarray, "T"]
+
+
+def encode_conversation(
+    turns: Sequence[Mapping[str, str]],
+    template: str | Template,
+    tokenizer: Tokenizer,
+    tokens_per_image: int = 576,
+    max_length: int | None = None,
+) -> Example:
+    """Tokens and labels of one conversation: every answer and what ends it is learned, nothing else.
+
+    As LLaVA does: a first turn that is not human is dropped; the text is cut at each `<image>` and the pieces are
+    tokenized apart. Labels are told from where a token stands in the text, so no answer is lost to a tokenizer that
+    merges differently in another context. A token that reaches into an answer is the answer's.
+
+    Args:
+      turns: [{"from": "human" | "gpt", "value": str}, ...], alternating. A value with exactly one `<image>` gets it
+        moved to its front, followed by a newline; a value with several keeps each where it stands.
+      template: a name of `templates.TEMPLATES`, or a template.
+      tokens_per_image: visual tokens that each `<image>` stands for.
+      max_length: the most tokens allowed.
+
+    Raises NoSupervisedTokens, TooLong, and ValueError that names the turn for a conversation that is none.
+    """
+    example = _encode(spans(_read_turns(turns), get(template)), tokenizer, tokens_per_image)
+    if not (example.labels != IGNORE).any():
+        raise NoSupervisedTokens("nothing to learn: the conversation has no answer with text")
+    if max_length is not None and len(example.tokens) > max_length:
+        over = len(example.tokens) - max_length
+        raise TooLong(f"{len(example.tokens)} tokens, {over} more than max_length {max_length}")
+    return example
+
+
+def encode_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    template: str | Template,
+    tokenizer: Tokenizer,
+    tokens_per_image: int = 576,
+) -> Int32[np.ndarray, "T"]:
+    """Tokens of a chat that ends with the opening of the assistant's turn.
+
+    They are the first tokens of the same conversation in training, unless a tokenizer merges the end of the opening
+    with the start of the answer. The opening ends without a blank (`ASSISTANT:`); the answer brings its own.
+
+    Messages are as `templates.read_messages` takes them and end with the user's. Raises ValueError otherwise.
+    """
+    system, turns = read_messages(messages)
+    if not turns or turns[-1][0] != "user":
+        raise ValueError("a prompt ends with a user message, for the assistant to answer")
+    return _encode(spans(turns, get(template), system, open_answer=True), tokenizer, tokens_per_image).tokens
+
+
+def answer_ends(template: str | Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
+    """What ends an answer when the model writes one: token ids, and texts where the end is no token of its own."""
+    template = get(template)
+    end = tokenizer.special_id(template.end)
+    ids = frozenset(token for token in (tokenizer.eos_id, end) if token is not None)
+    return ids, () if end is not None else (template.end,)
+
+
+def _read_turns(turns: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    roles = {"human": "user", "gpt": "assistant"}
+    read = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
+            raise ValueError(f'turn {i} is not {{"from": "human" or "gpt", "value": text}}: {turn!r:.200}')
+        if turn["from"] not in roles:
+            raise ValueError(f"turn {i} is from {turn['from']!r}; expected 'human' or 'gpt'")
+        read.append((roles[turn["from"]], turn["value"]))
+    dropped = bool(read) and read[0][0] == "assistant"
+    read = read[dropped:]
+    if not read:
+        raise ValueError("the conversation has no human turn" if dropped else "the conversation has no turns")
+    for i, (role, _) in enumerate(read):
+        if role != ("assistant" if i % 2 else "user"):
+            raise ValueError(f"turn {i + dropped} is from {turns[i + dropped]['from']!r}, as the turn before it is")
+    return read
+
+
+def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: int) -> Example:
+    text = "".join(span.text for span in laid_out)
+    ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    places = [(-1, -1)] * len(ids)  # in the text; BOS and images stand nowhere in it
+    begin = 0
+    for i, piece in enumerate(text.split(IMAGE)):
+        if i:
+            ids += [IMAGE_TOKEN_ID] * tokens_per_image
+            places += [(-1, -1)] * tokens_per_image
+        tokens = tokenizer.tokenize(piece)
+        ids += tokens.ids
+        places += [(begin + first, begin + last) for first, last in tokens.places]
+        begin += len(piece) + len(IMAGE)
+
+    ends = np.cumsum([len(span.text) for span in laid_out])
+    stretches = [(end - len(span.text), end) for span, end in zip(laid_out, ends, strict=True) if span.learned]
+    edges = np.array(stretches, np.int64).ravel()
+    first, last = np.array(places, np.int64).reshape(-1, 2).T
+    learned = _inside(first, edges) | (_inside(last - 1, edges) & (last > first))
+    tokens = np.array(ids, np.int32)
+    return Example(tokens, np.where(learned, tokens, np.int32(IGNORE)))
+
+
+def _inside(positions: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Whether each position lies in [edges[0], edges[1]), [edges[2], edges[3]), ...; the edges ascend."""
+    return np.searchsorted(edges, positions, side="right") % 2 == 1

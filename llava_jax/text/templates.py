@@ -1,0 +1,374 @@
+"""How a conversation is written down as text.
+
+A `Template` is data: the strings around a system text, a question and an answer. `spans` lays a conversation out as
+text that is either learned or only read; labels, prompts, the display string and the Jinja template for Hugging
+Face all follow from it. The strings are those of the published LLaVA checkpoints, to the last blank.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+IMAGE = "<image>"  # the place of an image in a text; never a token of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The strings of one conversation format.
+
+    A question reads `user + gap + text + after_user`, an answer `assistant + gap + text + before_end + end +
+    after_end`. Of these, the answer's `gap + text + before_end + end` is what the model learns to write.
+    """
+
+    name: str
+    system: str | None  # default system text; None: the format has no place for one
+    before_system: str = ""
+    after_system: str = ""
+    system_in_question: bool = False  # the system text stands inside the first question, after `user + gap`
+    user: str
+    after_user: str = ""
+    assistant: str
+    gap: str = ""
+    before_end: str = ""
+    end: str  # ends an answer: the text of a special token in most formats
+    after_end: str = ""
+    between: str = ""  # before every question but the first
+    captions: bool = False  # image-caption pairs: of a question only its images are kept
+    image: str = IMAGE  # what an image's place is written as
+
+
+class Span(NamedTuple):
+    """A stretch of a rendered conversation. `<image>` inside `text` marks the place of an image."""
+
+    text: str
+    learned: bool
+
+
+CURIOUS_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+CURIOUS_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+TAGGED_IMAGES = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+LANGUAGE_AND_VISION = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+LLAMA_2_CHAT = (
+    "You are a helpful, respectful and honest assistant. "
+    "Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, "
+    "explain why instead of answering something not correct. "
+    "If you don't know the answer to a question, please don't share false information."
+)
+
+# vicuna_v1 is what v1 to v1.6 train and score with ("curious user"); llava_v1 is what LLaVA's demo sends them.
+_VICUNA_V1 = Template(
+    name="vicuna_v1",
+    system=CURIOUS_USER,
+    after_system=" ",
+    user="USER:",
+    after_user=" ",
+    assistant="ASSISTANT:",
+    gap=" ",
+    end="</s>",
+)
+# The first LLaVA ended answers with a text, not with a token.
+_LLAVA_V0 = Template(
+    name="llava_v0",
+    system=CURIOUS_HUMAN,
+    after_system="###",
+    user="Human:",
+    after_user="###",
+    assistant="Assistant:",
+    gap=" ",
+    end="###",
+)
+# The tokenizer puts the first <s>; later rounds carry theirs in the text.
+_LLAVA_LLAMA_2 = Template(
+    name="llava_llama_2",
+    system=LANGUAGE_AND_VISION,
+    before_system="<<SYS>>\n",
+    after_system="\n<</SYS>>\n\n",
+    system_in_question=True,
+    user="[INST]",
+    after_user=" [/INST]",
+    assistant="",
+    gap=" ",
+    before_end=" ",
+    end="</s>",
+    between="<s>",
+)
+_MPT = Template(
+    name="mpt",
+    system=(
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+    ),
+    before_system="<|im_start|>system\n",
+    after_system="<|im_end|>",
+    user="<|im_start|>user\n",
+    after_user="<|im_end|>",
+    assistant="<|im_start|>assistant\n",
+    end="<|im_end|>",
+)
+# ChatML proper: unlike MPT's, with a newline after each turn.
+_QWEN_1_5 = Template(
+    name="qwen_1_5",
+    system="You are a helpful assistant.",
+    before_system="<|im_start|>system\n",
+    after_system="<|im_end|>\n",
+    user="<|im_start|>user\n",
+    after_user="<|im_end|>\n",
+    assistant="<|im_start|>assistant\n",
+    end="<|im_end|>",
+    after_end="\n",
+)
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        # Stage 1: an image, its caption, a newline. No system text and no end token.
+        Template(name="plain", system=None, user="", assistant="", end="\n", captions=True),
+        _VICUNA_V1,
+        replace(_VICUNA_V1, name="llava_v1", system=CURIOUS_HUMAN),
+        replace(_VICUNA_V1, name="v1_mmtag", system=TAGGED_IMAGES, image="<Image><image></Image>"),
+        _LLAVA_V0,
+        replace(_LLAVA_V0, name="v0_mmtag", system=TAGGED_IMAGES, image="<Image><image></Image>"),
+        _LLAVA_LLAMA_2,
+        replace(_LLAVA_LLAMA_2, name="llama_2", system=LLAMA_2_CHAT),
+        replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between=""),
+        _MPT,
+        replace(_MPT, name="chatml_direct", system="Answer the questions."),
+        replace(
+            _MPT,
+            name="mistral_orca",
+            system=(
+                "You are MistralOrca, a large language model trained by Alignment Lab AI. "
+                "Write out your reasoning step-by-step to be sure you get the right answers!"
+            ),
+        ),
+        Template(
+            name="mistral_zephyr",
+            system="You are a helpful AI assistant.",
+            before_system="<|system|>\n",
+            after_system="</s>",
+            user="<|user|>\n",
+            after_user="</s>",
+            assistant="<|assistant|>\n",
+            end="</s>",
+        ),
+        _QWEN_1_5,
+        replace(
+            _QWEN_1_5,
+            name="qwen_2_5",
+            system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        ),
+        Template(
+            name="gemma_instruct",
+            system=None,
+            user="<start_of_turn>user\n",
+            after_user="<end_of_turn>\n",
+            assistant="<start_of_turn>model\n",
+            end="<end_of_turn>",
+            after_end="\n",
+        ),
+        Template(
+            name="llava_llama_3",
+            system=LANGUAGE_AND_VISION,
+            before_system="<|start_header_id|>system<|end_header_id|>\n\n",
+            after_system="<|eot_id|>",
+            user="<|start_header_id|>user<|end_header_id|>\n\n",
+            after_user="<|eot_id|>",
+            assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+            end="<|eot_id|>",
+        ),
+    )
+}
+# Other names that LLaVA's scripts give the same formats.
+ALIASES = {"v1": "vicuna_v1", "v0_plain": "plain", "mistral_direct": "chatml_direct", "qwen_2": "qwen_1_5"}
+
+
+def get(template: str | Template) -> Template:
+    """The template of that name; a `Template` is returned as it is. Raises ValueError with the nearest name."""
+    if isinstance(template, Template):
+        return template
+    name = ALIASES.get(template, template)
+    if name not in TEMPLATES:
+        nearest = difflib.get_close_matches(template, [*TEMPLATES, *ALIASES], n=1, cutoff=0)[0]
+        raise ValueError(f"unknown template {template!r}; did you mean {nearest!r}? There are: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def spans(
+    turns: Sequence[tuple[str, str]], template: Template, system: str | None = None, open_answer: bool = False
+) -> list[Span]:
+    """Lays out a conversation; the texts of the spans join to the rendered conversation.
+
+    Args:
+      turns: (role, text) with roles "user" and "assistant", alternating from "user". A text with exactly one
+        `<image>` gets it moved to its front, followed by a newline; one with several keeps each where it stands.
+      system: replaces the template's system text; "" leaves it out.
+      open_answer: end with the opening of an assistant turn, to be continued by the model.
+
+    As in LLaVA, an empty text leaves its turn open: only the role is written, nothing is learned and nothing ends it.
+    Raises ValueError where the format has no place for what is given.
+    """
+    if system and template.system is None:
+        raise ValueError(f"template {template.name!r} has no place for a system text; leave the system message out")
+    system = (template.system if system is None else system) or ""
+    if system:
+        system = template.before_system + system + template.after_system
+    before, inside = ("", system) if template.system_in_question else (system, "")
+
+    laid_out = []
+    context = before
+    for i, (role, text) in enumerate(turns):
+        text = _place_images(text, template)
+        if role == "user":
+            context += _question(text, template, first=i == 0, system=inside)
+        elif text or template.captions:
+            answer = template.gap + text + template.before_end + template.end
+            laid_out += [Span(context + template.assistant, False), Span(answer, True)]
+            context = template.after_end
+        else:
+            context += template.assistant
+    return [*laid_out, Span(context + template.assistant * open_answer, False)]
+
+
+def _question(text: str, template: Template, first: bool, system: str) -> str:
+    if template.captions:
+        if not first:
+            raise ValueError(f"template {template.name!r} takes one image and its caption, not several rounds")
+        if IMAGE not in text:
+            raise ValueError(f"template {template.name!r} captions an image, but the question has no {IMAGE}")
+        return IMAGE * text.count(IMAGE)
+    if not text and template.system_in_question:
+        raise ValueError(f"template {template.name!r} cannot write an empty question")
+    if not text:
+        return template.user
+    opening = template.user + template.gap + system if first else template.between + template.user + template.gap
+    return opening + text + template.after_user
+
+
+def _place_images(text: str, template: Template) -> str:
+    if text.count(IMAGE) == 1:
+        text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+    return text.replace(IMAGE, template.image)
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tuple[str, str]]]:
+    """Checks chat messages and takes the system text apart from the turns.
+
+    Args:
+      messages: [{"role": "system" | "user" | "assistant", "content": ...}]; at most one system message, in front;
+        then user and assistant in turn. A content is a string or a list of {"type": "text", "text": str} and
+        {"type": "image"}; images of a list stand before its texts, each followed by a newline.
+
+    Returns (system text or None, [(role, text), ...]). Raises ValueError that names the message.
+    """
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    turns = []
+    for i, message in enumerate(messages):
+        try:
+            role, text = message["role"], _content_text(message["content"])
+        except (KeyError, TypeError):
+            expected = '{"role": ..., "content": text, or a list of text and image parts}'
+            raise ValueError(f"message {i} is not {expected}: {message!r:.200}") from None
+        turns.append((role, text))
+    system = turns.pop(0)[1] if turns[0][0] == "system" else None
+    offset = len(messages) - len(turns)
+    for i, (role, _) in enumerate(turns):
+        expected = "assistant" if i % 2 else "user"
+        if role != expected:
+            raise ValueError(
+                f"message {i + offset} is from {role!r}, not from {expected!r}: "
+                "after at most one system message, user and assistant take turns"
+            )
+    return system, turns
+
+
+def _content_text(content: str | Sequence[Mapping[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    images = sum(part["type"] == "image" for part in content)
+    if images + len(texts) < len(content):
+        raise TypeError("a part of another type")
+    return f"{IMAGE}\n" * images + "\n".join(texts)
+
+
+def render(messages: Sequence[Mapping[str, Any]], template: str | Template, open_answer: bool = False) -> str:
+    """The text of a conversation, without the BOS token that a tokenizer may add.
+
+    Messages are as `read_messages` takes them; `open_answer` ends the text with an assistant turn to be continued.
+    """
+    system, turns = read_messages(messages)
+    return "".join(span.text for span in spans(turns, get(template), system, open_answer))
+
+
+def chat_template(template: str | Template) -> str:
+    """The Jinja source that gives `render`'s text in Hugging Face's `apply_chat_template`.
+
+    `add_generation_prompt` is `open_answer`. Of the checks on messages only those of the format itself are kept.
+    """
+    fields = {field: "none" if value is None else json.dumps(value) for field, value in asdict(get(template)).items()}
+    return "{%- set t = {" + ", ".join(f'"{field}": {value}' for field, value in fields.items()) + "} -%}" + _JINJA
+
+
+# `read_messages`, `spans` and `_place_images` once more, over the template's fields as a dict `t`.
+_JINJA = """
+{%- macro text_of(content) -%}
+  {%- if content is string -%}
+    {{- content -}}
+  {%- else -%}
+    {%- for part in content if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+    {{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -}}
+  {%- endif -%}
+{%- endmacro -%}
+{%- set system = t.system or '' -%}
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set system = text_of(messages[0]['content']) -%}
+  {%- set messages = messages[1:] -%}
+  {%- if system and t.system is none -%}
+    {{- raise_exception('this format has no place for a system text') -}}
+  {%- endif -%}
+{%- endif -%}
+{%- if system -%}{%- set system = t.before_system ~ system ~ t.after_system -%}{%- endif -%}
+{%- if not t.system_in_question -%}{{- system -}}{%- endif -%}
+{%- for message in messages -%}
+  {%- set text = text_of(message['content']) -%}
+  {%- set images = text.split('<image>') | length - 1 -%}
+  {%- if images == 1 -%}{%- set text = ('<image>\\n' ~ text.replace('<image>', '').strip()).strip() -%}{%- endif -%}
+  {%- set text = text.replace('<image>', t.image) -%}
+  {%- if message['role'] != 'user' -%}
+    {{- t.assistant -}}
+    {%- if text or t.captions -%}{{- t.gap ~ text ~ t.before_end ~ t.end ~ t.after_end -}}{%- endif -%}
+  {%- elif t.captions -%}
+    {{- '<image>' * images -}}
+  {%- elif text -%}
+    {%- if not loop.first -%}{{- t.between -}}{%- endif -%}
+    {{- t.user ~ t.gap -}}
+    {%- if loop.first and t.system_in_question -%}{{- system -}}{%- endif -%}
+    {{- text ~ t.after_user -}}
+  {%- elif t.system_in_question -%}
+    {{- raise_exception('this format cannot write an empty question') -}}
+  {%- else -%}
+    {{- t.user -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- t.assistant -}}{%- endif -%}
+"""

@@ -1,0 +1,367 @@
+"""Text to token ids and back, from `tokenizer.model` or `tokenizer.json` as they are.
+
+transformers' tokenizer classes are left out on purpose: version 5 rebuilds LLaMA's pipeline instead of reading it,
+which changes the ids around special tokens. The ids here are those that the checkpoints were trained on.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"  # what SentencePiece writes for a blank
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokens(NamedTuple):
+    """Token ids, and for each its place [begin, end) in the text, in characters.
+
+    Of a character that takes several tokens, each may claim the whole or an empty place at its begin.
+    """
+
+    ids: list[int]
+    places: list[tuple[int, int]]
+
+
+class Tokenizer:
+    """One tokenizer, whichever file it comes from. Can be pickled.
+
+    Attributes:
+      bos_id, eos_id: int, or None where there is no such token.
+      pad_id: the padding token's id; without one the unknown token's, as in LLaVA; without that eos_id.
+      adds_bos: whether a prompt begins with bos_id.
+      vocab_size: one more than the largest id.
+    """
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], legacy: bool | None = None) -> "Tokenizer":
+        """Reads a tokenizer.
+
+        Args:
+          path: a directory, or one file, which is then read alone. Where a directory has both a `tokenizer.model` and
+            a `tokenizer.json`, the model is used: the other was once converted from it, perhaps with another `legacy`.
+            Special tokens come from all files of the directory.
+          legacy: of SentencePiece's blank before a text. True: also after each special token within it. False: only
+            before the whole. None: what tokenizer_config.json says; otherwise True for a tokenizer.model, and for a
+            tokenizer.json what its pipeline does. Without meaning for byte-level BPE.
+
+        Raises FileNotFoundError without a tokenizer, ValueError for a broken one and where two files disagree.
+        """
+        path = Path(path)
+        candidates = [path / "tokenizer.model", path / "tokenizer.json"] if path.is_dir() else [path]
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path}: no tokenizer here; expected a tokenizer.model or a tokenizer.json")
+        declared = _read_declared(file) if path.is_dir() else _Declared({}, {}, {})
+        if legacy is None:
+            legacy = declared.config.get("legacy")
+        read = _TokenizerJson if file.suffix == ".json" else _SentencePiece
+        return cls(read(file, legacy, declared.added), declared, path)
+
+    def __init__(self, backend: "_SentencePiece | _TokenizerJson", declared: "_Declared", path: Path):
+        ids = {}
+        for role in ROLES:
+            name = declared.names.get(role, backend.names.get(role))
+            ids[role] = backend.id_of(name) if name else None
+            if ids[role] is None and role in declared.names:
+                raise ValueError(f"{path}: {role} {name!r} is not in the vocabulary; list it in added_tokens.json")
+        self._backend = backend
+        self._special_ids = {token.id for token in backend.added.values() if token.special} | {*ids.values()}
+        self.bos_id, self.eos_id = ids["bos_token"], ids["eos_token"]
+        pads = (ids["pad_token"], ids["unk_token"], self.eos_id)
+        self.pad_id = next((pad for pad in pads if pad is not None), None)
+        adds_bos = declared.config.get("add_bos_token")
+        self.adds_bos = self.bos_id is not None and (backend.adds_bos if adds_bos is None else bool(adds_bos))
+        self.vocab_size = backend.vocab_size
+
+    def tokenize(self, text: str) -> Tokens:
+        """The tokens of a text, without BOS. Special tokens written out in it, such as "</s>", become their ids."""
+        if not text or not self._backend.prefix_once:
+            return self._backend.tokenize(text)
+        # As LLaMA's slow tokenizer does: the blank goes before the whole text, not before a special token there.
+        ids, places = self._backend.tokenize(SPACE + text)
+        places = [(max(begin - 1, 0), max(end - 1, 0)) for begin, end in places]
+        lone = len(ids) > 1 and ids[0] == self._backend.id_of(SPACE) and ids[1] in self._special_ids
+        return Tokens(ids[lone:], places[lone:])
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """The ids of `tokenize`, with bos_id in front if `bos` is set and there is one."""
+        ids = self.tokenize(text).ids
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special or added token such as "</s>" or "<image>", None if there is none of that name."""
+        return self._backend.added[token].id if token in self._backend.added else None
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids. Bytes that form no character become U+FFFD; ids that stand for no token become nothing."""
+        stream = StreamDecoder(self, skip_special_tokens)
+        return "".join([*map(stream.push, ids), stream.finish()])
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        table = [b""] * self.vocab_size
+        for token, data in self._backend.bytes_of_tokens():
+            table[token] = data
+        for content, token in self._backend.added.items():
+            table[token.id] = content.encode()
+        return table
+
+
+class StreamDecoder:
+    """Decodes tokens one by one. The pieces join to `decode` of all ids, and no piece splits a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._bytes = tokenizer._bytes
+        self._skipped = tokenizer._special_ids if skip_special_tokens else set()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drop_blank = tokenizer._backend.prefixes  # the blank that tokenizing put before the text
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; "" while a character is unfinished."""
+        if not 0 <= token < len(self._bytes) or token in self._skipped:
+            return ""
+        data = self._bytes[token]
+        if self._drop_blank and data:
+            data = data.removeprefix(b" ")
+            self._drop_blank = False
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """U+FFFD if the last character was left unfinished, otherwise ""."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _Added(NamedTuple):
+    id: int | None  # None: named in a file that gives no id; it is then in the vocabulary or nowhere
+    special: bool  # left out by `skip_special_tokens`
+    lstrip: bool = False  # takes the blanks before it along
+    rstrip: bool = False
+
+
+class _SentencePiece:
+    """A tokenizer.model. Special tokens are cut out first; the text between them is SentencePiece's."""
+
+    adds_bos = True
+
+    def __init__(self, file: Path, legacy: bool | None, added: Mapping[str, _Added]):
+        model = file.read_bytes()
+        try:
+            self.processor = processor = SentencePieceProcessor()
+            processor.LoadFromSerializedProto(model)
+        except Exception as error:  # RuntimeError or OSError, by release
+            reason = str(error).replace("\n", " ") or "empty"
+            raise ValueError(f"{file}: not a SentencePiece model ({reason}); copy the file again") from None
+        self.prefixes = processor.encode("a", out_type=str)[0].startswith(SPACE)
+        self.prefix_once = self.prefixes and legacy is False
+        if self.prefix_once:
+            # A protobuf message takes the last value of a field: this appends normalizer_spec.add_dummy_prefix = 0.
+            self.processor = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        control = (i for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i))
+        self.added = {processor.id_to_piece(i): _Added(i, special=True) for i in control}
+        self.added |= _resolve(added, self.id_of, file)
+        ids = zip(ROLES, (processor.bos_id(), processor.eos_id(), processor.unk_id(), processor.pad_id()), strict=True)
+        self.names = {role: processor.id_to_piece(i) for role, i in ids if i >= 0}
+        self.vocab_size = max([processor.vocab_size(), *(token.id + 1 for token in self.added.values())])
+        longest_first = sorted(self.added.items(), key=lambda item: -len(item[0]))
+        self.pattern = re.compile(
+            "|".join(r"\s*" * token.lstrip + re.escape(text) + r"\s*" * token.rstrip for text, token in longest_first)
+        )
+
+    def id_of(self, token: str) -> int | None:
+        if token in self.added:
+            return self.added[token].id
+        piece = self.processor.piece_to_id(token)
+        return piece if self.processor.id_to_piece(piece) == token else None
+
+    def tokenize(self, text: str) -> Tokens:
+        tokens = Tokens([], [])
+        begin = 0
+        for match in self.pattern.finditer(text):
+            self._extend(tokens, text[begin : match.start()], begin)
+            special = match.group()
+            tokens.ids.append(self.added[special if special in self.added else special.strip()].id)
+            tokens.places.append(match.span())
+            begin = match.end()
+        self._extend(tokens, text[begin:], begin)
+        return tokens
+
+    def _extend(self, tokens: Tokens, text: str, begin: int) -> None:
+        if text:
+            encoded = self.processor.encode(text, return_type="offset_mapping")
+            tokens.ids.extend(encoded["ids"])
+            tokens.places.extend((begin + first, begin + last) for first, last in encoded["offsets"])
+
+    def bytes_of_tokens(self) -> Iterator[tuple[int, bytes]]:
+        for i in range(self.processor.vocab_size()):
+            piece = self.processor.id_to_piece(i)
+            yield i, bytes([int(piece[3:5], 16)]) if self.processor.is_byte(i) else _metaspace_bytes(piece)
+
+
+class _TokenizerJson:
+    """A tokenizer.json, run by the tokenizers library."""
+
+    def __init__(self, file: Path, legacy: bool | None, added: Mapping[str, _Added]):
+        spec, text = _read_json(file), None
+        self.prefixes = _puts_prefix(spec)
+        self.prefix_once = self.prefixes and legacy is False
+        if self.prefixes and legacy is not None:
+            text = json.dumps(_with_prefix(spec, always=legacy))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(text or file.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{file}: tokenizers {tokenizers.__version__} cannot read it ({error})") from None
+        self.decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
+        if not self.decoders & {"ByteLevel", "Metaspace", "Replace"}:
+            kinds = ", ".join(sorted(self.decoders)) or "none"
+            raise ValueError(f"{file}: its decoder is {kinds}; only byte-level BPE and SentencePiece's kind are read")
+
+        leading = self.tokenizer.encode("").ids[:1]  # what the post-processor puts before every text
+        self.adds_bos = bool(leading)
+        self.tokenizer.post_processor = None  # some trim the blank off a token's place
+        self.tokenizer.no_truncation()  # a file can carry both from the run that wrote it
+        self.tokenizer.no_padding()
+
+        self.added = {t.content: _Added(i, t.special) for i, t in self.tokenizer.get_added_tokens_decoder().items()}
+        declared = _resolve(added, self.id_of, file)
+        for content in sorted(declared.keys() - self.added.keys(), key=lambda content: declared[content].id):
+            i, special, lstrip, rstrip = self.added[content] = declared[content]
+            token = tokenizers.AddedToken(content, lstrip=lstrip, rstrip=rstrip, normalized=False, special=special)
+            self.tokenizer.add_tokens([token])
+            if self.id_of(content) != i:
+                raise ValueError(f"{file}: {content!r} would be {self.id_of(content)}, the files beside it say {i}")
+        # LLaMA's names where no file gives others.
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        self.names = {role: name for role, name in names.items() if name in self.added}
+        if leading:
+            self.names["bos_token"] = self.tokenizer.id_to_token(leading[0])
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+
+    def id_of(self, token: str) -> int | None:
+        return self.tokenizer.token_to_id(token)
+
+    def tokenize(self, text: str) -> Tokens:
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return Tokens(encoding.ids, encoding.offsets)
+
+    def bytes_of_tokens(self) -> Iterator[tuple[int, bytes]]:
+        byte_level = "ByteLevel" in self.decoders
+        for piece, i in self.tokenizer.get_vocab().items():
+            if byte_level:
+                yield i, bytes(_BYTE_OF[char] for char in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
+            elif "ByteFallback" in self.decoders and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                yield i, bytes([int(piece[3:5], 16)])
+            else:
+                yield i, _metaspace_bytes(piece)
+
+
+def _metaspace_bytes(piece: str) -> bytes:
+    return piece.replace(SPACE, " ").encode()
+
+
+# Byte-level BPE writes a byte as a character: itself where it prints, else one from U+0100 on, in order.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED}
+_BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTED)))}
+
+
+def _steps(component: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if component is None:
+        return []
+    return component[key] if component["type"] == "Sequence" else [component]
+
+
+def _puts_prefix(spec: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a blank before a text, as LLaMA's do in one of two ways."""
+    prepends = any(step["type"] == "Prepend" for step in _steps(spec.get("normalizer"), "normalizers"))
+    metaspace = spec.get("pre_tokenizer") or {"type": None}
+    return prepends or (metaspace["type"] == "Metaspace" and metaspace.get("prepend_scheme", "always") != "never")
+
+
+def _with_prefix(spec: Mapping[str, Any], always: bool) -> dict[str, Any]:
+    """The same with the blank before every stretch between special tokens, or (`always` False) nowhere.
+
+    Metaspace itself would not do: it puts no second blank before a text that begins with one, SentencePiece does.
+    """
+    steps = _steps(spec.get("normalizer"), "normalizers")
+    kept = [step for step in steps if step["type"] != "Prepend"]
+    prepend = [{"type": "Prepend", "prepend": SPACE}] * always
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    pre_tokenizer = spec.get("pre_tokenizer")
+    if pre_tokenizer and pre_tokenizer["type"] == "Metaspace":
+        pre_tokenizer = {**pre_tokenizer, "prepend_scheme": "never"}
+    normalizer = {"type": "Sequence", "normalizers": [*kept, *prepend, replace]}
+    return {**spec, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+
+
+class _Declared(NamedTuple):
+    """What the files beside a tokenizer say."""
+
+    config: dict[str, Any]  # tokenizer_config.json
+    names: dict[str, str]  # bos_token -> "<s>"
+    added: dict[str, _Added]
+
+
+def _read_declared(file: Path) -> _Declared:
+    """Reads what stands beside the tokenizer `file`; of a tokenizer.json that is not `file`, its added tokens."""
+
+    def read(name: str) -> dict[str, Any]:
+        beside = file.parent / name
+        return _read_json(beside) if beside != file and beside.is_file() else {}
+
+    config, special_map = read("tokenizer_config.json"), read("special_tokens_map.json")
+    names = {role: _content(config.get(role) or special_map.get(role)) for role in ROLES}
+    names = {role: name for role, name in names.items() if name}
+    special = {*names.values(), *map(_content, special_map.get("additional_special_tokens", ()))}
+
+    listed = [("tokenizer_config.json", int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()]
+    listed += [("added_tokens.json", i, {"content": text}) for text, i in read("added_tokens.json").items()]
+    listed += [("tokenizer.json", token["id"], token) for token in read("tokenizer.json").get("added_tokens", ())]
+    added: dict[str, _Added] = {}
+    sources: dict[str | int, tuple[str, str, int]] = {}  # by text and by id: where it was first read, text, id
+    for name, i, token in listed:
+        text = token["content"]
+        for key in (text, i):
+            first, other, j = sources.setdefault(key, (name, text, i))
+            if (other, j) != (text, i):
+                raise ValueError(
+                    f"{file.parent}: {first} has {other!r} = {j}, {name} has {text!r} = {i}; make these files agree"
+                )
+        flags = [bool(token.get(flag)) for flag in ("lstrip", "rstrip")]
+        added.setdefault(text, _Added(i, token.get("special", text in special), *flags))
+    for name in names.values():
+        added.setdefault(name, _Added(None, special=True))
+    return _Declared(config, names, added)
+
+
+def _resolve(added: Mapping[str, _Added], id_of: Callable[[str], int | None], file: Path) -> dict[str, _Added]:
+    """Fills in ids from the vocabulary; leaves out what is nowhere. Raises where the vocabulary says otherwise."""
+    resolved = {}
+    for text, token in added.items():
+        known = id_of(text)
+        if None not in (known, token.id) and known != token.id:
+            raise ValueError(f"{file} has {text!r} = {known}, the files beside it {token.id}; make them agree")
+        if known is not None or token.id is not None:
+            resolved[text] = token._replace(id=known if token.id is None else token.id)
+    return resolved
+
+
+def _content(token: str | Mapping[str, Any] | None) -> str:
+    return token["content"] if isinstance(token, Mapping) else token or ""
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found a {type(value).__name__}")
+    return value

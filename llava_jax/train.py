@@ -1,0 +1,36 @@
+"""Trains a recipe: `python -m llava_jax.train [RECIPE] [--FIELD VALUE ...]`.
+
+RECIPE is a file, or the name of one in configs/; without it, `mini`: the paper in miniature, on a CPU.
+The same command goes on where a stopped run was. `--help` after a recipe lists every field and its value there.
+"""
+
+import sys
+
+from llava_jax import cli, config
+
+
+def main(args: list[str]) -> int:
+    name = args.pop(0) if args and not args[0].startswith("-") else "mini"
+    module = config.load_recipe_module(name)
+    recipe = cli.parse(config.Recipe, args, default=module.recipe(), prog=f"python -m llava_jax.train {name}",
+                       description=__doc__)
+    # Imported here, so that --help and mistakes in the options answer without waiting for JAX.
+    from llava_jax.sharding import connect
+    from llava_jax.training.loop import Stopped, train
+
+    connect()
+    # A recipe may bring its own data and its own evaluation: the miniature does both.
+    if hasattr(module, "prepare"):
+        module.prepare(recipe)
+    try:
+        model = train(recipe)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    if hasattr(module, "finish"):
+        module.finish(recipe, model)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,224 @@
+"""A recipe, stage by stage: data in, steps, metrics, checkpoints; then the finished model in Hugging Face layout."""
+
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax import config
+from llava_jax.data import pipeline
+from llava_jax.data.records import REASONS
+from llava_jax.data.sources import Source
+from llava_jax.models.llava import Parameters
+from llava_jax.text.encode import IGNORE
+from llava_jax.training.checkpoint import fingerprint
+from llava_jax.training.metrics import Log, Progress, model_flops, peak_flops
+from llava_jax.training.optimizer import make_optimizer, schedule, trainable_paths
+from llava_jax.training.start import Run, begin, load_parameters, total
+from llava_jax.training.step import init_state, make_loss, make_train_step
+from llava_jax.weights import save_huggingface
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; everything up to the last step is on disk."""
+
+
+def train(recipe: config.Recipe) -> Path:
+    """Runs every stage of a recipe, or goes on where an earlier run of it was stopped; returns the model's directory.
+
+    Raises Stopped after SIGTERM or SIGINT, ValueError and FileNotFoundError for a recipe or data that cannot be used.
+    """
+    run = begin(recipe)
+    log = Log(run.directory, recipe)
+    with jax.set_mesh(run.mesh), StopSignal() as stop:
+        for name in recipe.stages:
+            train_stage(run, name, log, stop)
+        log.close()
+        target = run.directory / "model"
+        if not target.exists():
+            parameters = load_parameters(run, lambda path: "float32", before=None)
+            save_huggingface(target, run.model, parameters, run.tokenizer_directory)
+    return target
+
+
+def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
+    """Trains one stage to its end, from its newest checkpoint if there is one."""
+    recipe, stage = run.recipe, run.recipe.stages[name]
+    checkpoints = run.checkpoints(name)
+    latest = checkpoints.latest()
+    meta = checkpoints.meta(latest) if latest is not None else {"skipped": {}}
+    if meta.get("total_steps") == latest and latest is not None:
+        checkpoints.close()
+        return
+
+    rates = trainable_paths(stage, list(run.shardings))
+    parameters = load_parameters(run, lambda path: "float32" if path in rates else run.dtype, before=name)
+    trainable = {path: x for path, x in parameters.items() if path in rates}
+    frozen = {path: x for path, x in parameters.items() if path not in rates}
+    del parameters
+    mark = fingerprint(frozen)
+    if meta.setdefault("frozen", mark) != mark:
+        raise ValueError(f"{checkpoints.directory}: its frozen parameters were others than those of {recipe.model} now")
+    if "total_steps" not in meta:
+        meta["total_steps"] = stage.steps or count_steps(run, stage)
+    steps = meta["total_steps"]
+    tx = make_optimizer(stage, rates, steps)
+    state = init_state(tx, trainable)
+    del trainable
+    data = iter(pipeline.batches(stage.rows // jax.process_count(), **data_options(run, stage, stage.data.path)))
+    if latest is not None:
+        log.rewind(list(recipe.stages), name, latest)
+        state = checkpoints.restore(latest, state, data)
+    train_step, loss = make_train_step(run.graph, tx), make_loss(run.graph)
+    factor = schedule(steps, stage.optimizer.warmup_ratio)
+    peak_rate = max(rates.values())
+    progress = Progress(name, steps, done=latest or 0)
+    window = Window(run, {path.split("/")[0] for path in rates})
+    try:
+        for step in range(latest or 0, steps):
+            batch = next(data)
+            state, metrics = train_step(state, frozen, on_devices(run, batch, stage.accumulate))
+            window.add(metrics, batch)
+            done = step + 1
+            progress.step()
+            logs, saves = done % recipe.log_every == 0 or done == steps, checkpoints.due(done) or done == steps
+            if logs or saves or stop.asked:
+                window.move_skipped(meta["skipped"])
+            if logs:
+                line = window.close() | {"learning_rate": peak_rate * float(factor(step)), "skipped": meta["skipped"]}
+                log.write({"stage": name, "step": done} | line)
+                progress.show(done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
+                              (steps - done) * line["seconds"] / line["steps"])
+                if not math.isfinite(line["loss"]):
+                    raise ValueError(f"stages.{name}: the loss is {line['loss']} at step {done}; start again in another "
+                                     "output directory with lower learning rates, or set optimizer.clip")
+            if stage.data.validation and (done % recipe.validate_every == 0 or done == steps):
+                mean = validate(run, stage, loss, state.trainable, frozen)
+                log.write({"stage": name, "step": done, "validation_loss": mean})
+                progress.note(f"{name} {done}/{steps}  validation loss {mean:.3f}")
+            if saves or stop.asked:
+                checkpoints.save(done, state, data, meta)
+            if stop.asked and done < steps:
+                raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there")
+    finally:
+        progress.close()
+        data.close()
+        checkpoints.close()
+
+
+def data_options(run: Run, stage: config.Stage, path: str) -> dict:
+    """What `data.pipeline` needs to know to make this process's share of a stage's packed rows."""
+    data, model = stage.data, run.model
+    return dict(
+        sources=[Source(path, data.image_root)], tokenizer=run.tokenizer, template=data.template or model.template,
+        tokens_per_image=model.tokens_per_image, image_size=model.vision.image_size, image_mode=model.image_mode,
+        row_length=data.row_length, images_per_row=data.images_per_row, bad_rows=data.bad_rows, workers=data.workers,
+        seed=run.recipe.seed, process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def count_steps(run: Run, stage: config.Stage) -> int:
+    """Steps of the stage's epochs, from the number of packed rows that one pass over its data makes."""
+    packed = total(pipeline.count_rows(**data_options(run, stage, stage.data.path)))
+    return max(1, math.floor(stage.epochs * packed / stage.rows))
+
+
+def on_devices(run: Run, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:
+    """A step's rows on the mesh, cut into micro-batches on a leading axis; what only the host reads stays there."""
+    sharding = NamedSharding(run.mesh, P(None, ("replica", "fsdp")))
+    names = ("tokens", "labels", "positions", "segment_ids", "images")
+    return {name: jax.make_array_from_process_local_data(
+                sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])) for name in names}
+
+
+def validate(run: Run, stage: config.Stage, loss: Callable, trainable: Parameters, frozen: Parameters) -> float:
+    """Mean loss over all learned tokens of the stage's validation data."""
+    batch_size = stage.rows // stage.accumulate // jax.process_count()
+    batches = iter(pipeline.batches(batch_size, shuffle=False, epochs=1,
+                                    **data_options(run, stage, stage.data.validation)))
+    sums, batch = np.zeros(2), None
+    while True:
+        # Processes have different numbers of rows: one that has run out goes along with rows that count nothing.
+        following = next(batches, None)
+        if not total(following is not None):
+            return float(sums[0] / max(sums[1], 1))
+        batch = following or batch | {"labels": np.full_like(batch["labels"], IGNORE)}
+        rows = jax.tree.map(lambda x: x[0], on_devices(run, batch, micro_batches=1))
+        sums += [float(value) for value in loss(trainable, frozen, rows)]
+
+
+class Window:
+    """The figures of the steps since the last line of metrics."""
+
+    def __init__(self, run: Run, trained: set[str]):
+        self.run, self.trained, self.skipped = run, trained, Counter()
+        self.peak = peak_flops(run.mesh.devices.flat[0])
+        self.open()
+
+    def open(self) -> None:
+        self.steps: list[dict[str, jax.Array]] = []
+        self.counts = Counter()
+        self.start = time.perf_counter()
+
+    def add(self, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
+        """A step: the device's metrics, which are not waited for, and its rows."""
+        images = int((batch["image_segment_ids"] > 0).sum())
+        flops = model_flops(self.run.model, self.trained, batch["positions"], batch["segment_ids"], images)
+        self.steps.append(metrics)
+        self.skipped += Counter(batch["skipped"][batch["skipped"] > 0].tolist())
+        self.counts += Counter(tokens=int((batch["segment_ids"] > 0).sum()), images=images, flops=flops,
+                               places=batch["tokens"].size)
+
+    def move_skipped(self, sums: dict[str, int]) -> None:
+        """Adds to `sums`, by reason, the rows that were skipped on the way to the steps so far, on all processes."""
+        for code, reason in enumerate(REASONS, start=1):
+            if count := int(total(self.skipped.pop(code, 0))):
+                sums[reason] = sums.get(reason, 0) + count
+
+    def close(self) -> dict[str, float]:
+        """The line: losses weighted by learned tokens, rates by wall-clock seconds; then a new window."""
+        steps = jax.device_get(self.steps)
+        seconds = time.perf_counter() - self.start
+        learned = np.array([int(step["supervised_tokens"]) for step in steps])
+        losses = np.array([float(step["loss"]) for step in steps])
+        counts = {key: total(value) for key, value in self.counts.items()}
+        flops = counts["flops"] / seconds
+        line = {
+            "loss": float((losses * learned).sum() / max(learned.sum(), 1)),
+            "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
+            "steps": len(steps),
+            "seconds": round(seconds, 4),
+            "tokens": int(counts["tokens"]),
+            "supervised_tokens": int(learned.sum()),
+            "images": int(counts["images"]),
+            "row_fill": round(counts["tokens"] / counts["places"], 4),
+            "tokens_per_second": round(counts["tokens"] / seconds, 1),
+            "model_flops_per_second": flops,
+            "mfu": round(flops / self.peak / self.run.mesh.size, 4) if self.peak else None,
+        }
+        self.open()
+        return line
+
+
+class StopSignal:
+    """Within it, SIGTERM and SIGINT ask for a stop after the current step; a second one stops at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.asked = False
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,0 +1,157 @@
+"""Where the parameters of a run come from: its source checkpoints, then what its earlier stages have trained."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from llava_jax import config, sharding
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract
+from llava_jax.models.projector import Projector
+from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.training.checkpoint import Checkpoints
+from llava_jax.training.optimizer import trainable_paths
+from llava_jax.weights import load_checkpoint, read_config
+
+# What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
+FREE = {"output", "mesh", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
+        "tensorboard", "wandb", "model.remat", "data.workers", "data.validation"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe, with what follows from it and from the devices."""
+
+    recipe: config.Recipe
+    mesh: jax.sharding.Mesh
+    model: LlavaConfig
+    dtype: str
+    graph: nnx.GraphDef
+    shardings: dict[str, jax.sharding.NamedSharding]
+    tokenizer: Tokenizer
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.recipe.output)
+
+    @property
+    def tokenizer_directory(self) -> str:
+        return self.recipe.model.llava or self.recipe.model.language
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        recipe = self.recipe
+        return Checkpoints(self.directory / "checkpoints" / stage, recipe.checkpoint_every, recipe.keep_checkpoints)
+
+
+def begin(recipe: config.Recipe) -> Run:
+    """Checks all of a recipe that can be checked before training, and claims its output directory."""
+    mesh = sharding.make_mesh(recipe.mesh)
+    model = model_config(recipe.model)
+    dtype = recipe.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    graph, shapes = abstract(model, dtype, recipe.model.remat)
+    shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
+    groups = mesh.shape["replica"] * mesh.shape["fsdp"]
+    for name, stage in recipe.stages.items():
+        try:
+            trainable_paths(stage, list(shapes))
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.{error}") from None
+        if stage.rows // stage.accumulate % groups:
+            raise ValueError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
+                             f"divide over replica x fsdp = {groups} devices")
+    tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
+    claim(recipe)
+    return Run(recipe, mesh, model, dtype, graph, shardings, tokenizer)
+
+
+def model_config(model: config.Model) -> LlavaConfig:
+    """The configuration of the model that a recipe describes, read from its source checkpoints."""
+    if model.llava:
+        found = read_config(model.llava)
+        if not isinstance(found, LlavaConfig):
+            raise ValueError(f"model.llava: {model.llava} holds only one part of a LLaVA; name it as vision or language")
+        return dataclasses.replace(found, template=model.template)
+    return LlavaConfig(
+        vision=read_config(model.vision), text=read_config(model.language), projector=model.projector,
+        feature_layer=model.feature_layer, feature_select=model.feature_select,
+        image_mode=model.image_mode, template=model.template,
+    )
+
+
+def claim(recipe: config.Recipe) -> None:
+    """Writes the recipe into its output directory; ValueError if that holds the run of another recipe."""
+    path = Path(recipe.output) / "recipe.json"
+    mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = sorted(name for name in _flat(mine).items() ^ _flat(theirs).items())
+        fields = sorted({name for name, _ in changed if not _is_free(name)})
+        if fields:
+            raise ValueError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
+                             "give another --output, or remove the directory to start again")
+    elif jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine, indent=1) + "\n")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
+    return flat
+
+
+def _is_free(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] in FREE or ".".join(parts[-2:]) in FREE
+
+
+def load_parameters(run: Run, dtype: Callable[[str], str], before: str | None) -> Parameters:
+    """All parameters as they are before the stage `before` (None: after the last), each in the dtype of its path."""
+    source = run.recipe.model
+    if source.llava:
+        parameters = load_checkpoint(source.llava, dtype=dtype, sharding=lambda path, shape: run.shardings[path])[1]
+    else:
+        parameters = init_projector(run, dtype)
+        for part in (source.vision, source.language):
+            parameters |= load_checkpoint(part, dtype=dtype, sharding=lambda path, shape: run.shardings[path])[1]
+    for stage in run.recipe.stages:
+        if stage == before:
+            break
+        checkpoints = run.checkpoints(stage)
+        rates = trainable_paths(run.recipe.stages[stage], list(run.shardings))
+        like = {path: jax.ShapeDtypeStruct(parameters[path].shape, jnp.float32, sharding=run.shardings[path])
+                for path in rates}
+        trained = checkpoints.trainable(checkpoints.latest(), like)
+        parameters |= {path: x.astype(dtype(path)) for path, x in trained.items()}
+        checkpoints.close()
+    return parameters
+
+
+def init_projector(run: Run, dtype: Callable[[str], str]) -> Parameters:
+    """A new projector by the recipe's seed, made where it lies."""
+    def make():
+        model = Projector(run.model.projector, run.model.vision.width, run.model.text.width,
+                          rngs=nnx.Rngs(run.recipe.seed))
+        flat = nnx.to_flat_state(nnx.split(model)[1])
+        named = {"/".join(("projector", *path)): value.get_value() for path, value in flat}
+        return {path: value.astype(dtype(path)) for path, value in named.items()}
+
+    shardings = {path: s for path, s in run.shardings.items() if path.startswith("projector/")}
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def total(value: float) -> float:
+    """The sum of a number over all processes."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.process_allgather(np.float64(value)).sum())

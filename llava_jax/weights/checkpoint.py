@@ -1,0 +1,175 @@
+"""Whole checkpoints: told apart, opened, loaded onto devices, and written in our own layout or Hugging Face's.
+
+Our own layout is a directory with config.json ("model_type": "llava_jax"), the stacked parameters under their paths
+in model.safetensors (or numbered files and an index), and the tokenizer's files as they came.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.models.llava import LlavaConfig, Parameters
+from llava_jax.weights import companions, configs, files, source, tables
+from llava_jax.weights.files import Entry
+from llava_jax.weights.source import Config, Source
+
+SHARD_BYTES = 5 * 10**9
+EMBEDDING, HEAD = f"{tables.LANGUAGE}embed_tokens.weight", tables.HEAD
+
+read_config = configs.read_config
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    dtype: str | Callable[[str], str] = "float32",
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[Config, Parameters]:
+    """Reads a checkpoint directory of any supported layout onto devices.
+
+    Args:
+      path: a directory of LLaVA (Hugging Face's layout as any transformers wrote it, or our own), or of a CLIP or a
+        LLaMA, Mistral or Qwen2 alone; told from its files. A CLIP's text tower is left out.
+      dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them; the files may be
+        either, or float16.
+      sharding: where the parameter of a path and shape goes; the default device if None.
+
+    Returns the configuration (LlavaConfig; VitConfig or LlamaConfig of a part alone) and the parameters by path; those
+    of a part begin with `vision/` or `decoder/`. The host holds one stacked parameter at a time.
+    FileNotFoundError or ValueError with one line if a file is missing or broken or does not fit.
+    """
+    config, parameters = open_checkpoint(Path(path))
+    dtype_of = dtype if callable(dtype) else lambda path: dtype
+    return config, {name: _to_devices(parameters, name, dtype_of(name), sharding) for name in parameters.shapes}
+
+
+def open_checkpoint(directory: Path) -> tuple[Config, Source]:
+    """The configuration and the parameters of a checkpoint, of which nothing but the headers is read yet."""
+    config = configs.read_config(directory)
+    own = files.read_json(directory / "config.json")["model_type"] == configs.OWN
+    return config, (source.from_own_files if own else source.from_hub_files)(directory, config)
+
+
+def _to_devices(parameters: Source, path: str, dtype: str, sharding: Callable | None) -> jax.Array:
+    shape = parameters.shapes[path]
+    host = np.empty(shape, jnp.dtype(dtype))
+    if tables.is_stacked(path):
+        for layer in range(shape[0]):
+            host[layer] = parameters.read(path, layer)
+    else:
+        host[...] = parameters.read(path, None)
+    if sharding is None:
+        return jnp.asarray(host)
+    return jax.make_array_from_callback(shape, sharding(path, shape), lambda index: host[index])
+
+
+def save_own(
+    directory: str | Path,
+    config: LlavaConfig,
+    parameters: Parameters | Source,
+    tokenizer_dir: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes our own layout; the arguments are those of `save_huggingface`."""
+
+    def write(target: Path | None, parameters: Source) -> None:
+        if target:
+            companions.copy(Path(tokenizer_dir), target)
+            files.write_json(target / "config.json", configs.own_config(config))
+        files.write(target, [_own_entry(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
+
+    _save(Path(directory), parameters, write)
+
+
+def save_huggingface(
+    directory: str | Path,
+    config: LlavaConfig,
+    parameters: Parameters | Source,
+    tokenizer_dir: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a directory that transformers' LlavaForConditionalGeneration and AutoProcessor open, named as on the hub.
+
+    Args:
+      directory: must not exist or be empty; it appears when it is complete.
+      config, parameters: of the model. Arrays that are spread over processes are gathered one layer at a time, for
+        which every process must make this call; the first one writes.
+      tokenizer_dir: a checkpoint with the tokenizer's files; `<image>` and `<pad>` are added where they are missing,
+        and the embedding and head get further rows, their mean, up to a multiple of 64 where the new ids need them.
+      dtype: "float32", "bfloat16" or "float16" for all tensors; as they are if None.
+      shard_bytes: largest size of a file of tensors.
+
+    FileExistsError if `directory` holds something; ValueError if Hugging Face's model cannot compute what ours does.
+    """
+
+    def write(target: Path | None, parameters: Source) -> None:
+        rows = config.text.vocab_size
+        if target:
+            tokens = companions.export(Path(tokenizer_dir), target, config)
+            rows = padded_rows(rows, max(tokens["image"], tokens["pad"]))
+            widest = max((_dtype(parameters, path, dtype) for path in parameters.shapes), key=lambda d: d.itemsize)
+            files.write_json(target / "config.json", configs.hub_config(config, tokens, rows, widest.name))
+        files.write(target, _hub_entries(parameters, rows, dtype), shard_bytes)
+
+    _save(Path(directory), parameters, write)
+
+
+def padded_rows(rows: int, largest_id: int) -> int:
+    """Rows of an embedding that has a place for `largest_id`: as it is, or else a multiple of 64."""
+    return rows if largest_id < rows else -(-(largest_id + 1) // 64) * 64
+
+
+def _save(directory: Path, parameters: Parameters | Source, write: Callable[[Path | None, Source], None]) -> None:
+    if not isinstance(parameters, Source):
+        parameters = source.from_memory(parameters)
+    if jax.process_index() != 0:
+        return write(None, parameters)
+    with files.new_directory(directory) as target:
+        write(target, parameters)
+
+
+def _own_entry(parameters: Source, path: str, dtype: str | None) -> Entry:
+    shape = parameters.shapes[path]
+    layers = range(shape[0]) if tables.is_stacked(path) else [None]
+
+    def blocks() -> Iterator[np.ndarray]:
+        return (parameters.read(path, layer) for layer in layers)
+
+    return Entry(path, _dtype(parameters, path, dtype), shape, blocks)
+
+
+def _hub_entries(parameters: Source, rows: int, dtype: str | None) -> list[Entry]:
+    """The tensors of Hugging Face's layout, embedding and head with `rows` rows."""
+    entries = []
+    for name, place in tables.places(parameters.shapes).items():
+        shape = place.hub_shape
+        more = rows - shape[0] if name in (EMBEDDING, HEAD) else 0
+
+        def blocks(place: tables.Place = place, more: int = more) -> Iterator[np.ndarray]:
+            x = place.transform.to_hub(parameters.read(place.path, place.layer))
+            yield x
+            if more:
+                yield np.broadcast_to(_mean_row(x), (more, x.shape[1]))
+
+        entries.append(Entry(name, _dtype(parameters, place.path, dtype), (shape[0] + more, *shape[1:]), blocks))
+    projector = _dtype(parameters, "projector/layers_0/kernel", dtype)
+    for name, x in source.second_linear(parameters.shapes, projector).items():
+        entries.append(Entry(name, projector, x.shape, lambda x=x: [x]))
+    return entries
+
+
+def _mean_row(x: np.ndarray) -> np.ndarray:
+    # Summed in float64 a part at a time, so that neither the memory nor the result depends on the dtype's range.
+    total = sum(x[start : start + 1024].astype(np.float64).sum(0) for start in range(0, len(x), 1024))
+    return (total / len(x)).astype(x.dtype)
+
+
+def _dtype(parameters: Source, path: str, dtype: str | None) -> np.dtype:
+    return parameters.dtypes[path] if dtype is None else np.dtype(jnp.dtype(dtype))

@@ -1,0 +1,200 @@
+"""The files beside the tensors: tokenizer, image processor, chat template, generation settings."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from llava_jax.images import CLIP_MEAN, CLIP_STD
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.text import templates
+from llava_jax.text.tokenizer import SPACE, Tokenizer
+from llava_jax.weights.files import read_json, write_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt")
+IMAGE, PAD = "<image>", "<pad>"
+
+
+def copy(source: Path, target: Path) -> None:
+    """What our own layout keeps: the tokenizer's files as they are, and the ids that begin and end a text."""
+    tokenizer = Tokenizer.load(source)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    write_json(target / "generation_config.json", _generation(source, tokenizer, tokenizer.pad_id))
+
+
+def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
+    """Writes every companion file of Hugging Face's layout but config.json.
+
+    `<image>` and, without a padding token of its own, `<pad>` become the tokenizer's next ids if it lacks them.
+    Returns the ids of "image", "pad", "bos" and "eos" (a list where several end a text).
+    """
+    tokenizer = Tokenizer.load(source)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    file = target / "tokenizer.json"
+    if not file.exists():
+        settings = target / "tokenizer_config.json"
+        legacy = read_json(settings).get("legacy") if settings.exists() else None
+        write_json(file, tokenizer_json(target / "tokenizer.model", legacy=legacy is not False))
+    pad = _role(source, "pad_token")
+    if pad in (None, *(_role(source, f"{role}_token") for role in ("bos", "eos", "unk"))):
+        pad = PAD
+    ids = {name: tokenizer.special_id(name) for name in (IMAGE, pad)}
+    new = {name: tokenizer.vocab_size + i for i, name in enumerate(name for name, id in ids.items() if id is None)}
+    ids |= new
+
+    _add_tokens(target, new)
+    _write_tokenizer_config(target, tokenizer, pad, config.template)
+    generation = _generation(source, tokenizer, ids[pad])
+    write_json(target / "generation_config.json", generation)
+    _write_processor(target, config)
+    return {"image": ids[IMAGE], "pad": ids[pad], "bos": generation["bos_token_id"], "eos": generation["eos_token_id"]}
+
+
+def _generation(source: Path, tokenizer: Tokenizer, pad: int | None) -> dict[str, Any]:
+    file = source / "generation_config.json"
+    known = read_json(file) if file.exists() else {}
+    return {"bos_token_id": known.get("bos_token_id", tokenizer.bos_id),
+            "eos_token_id": known.get("eos_token_id", tokenizer.eos_id), "pad_token_id": pad}
+
+
+def _role(directory: Path, role: str) -> str | None:
+    """The token that a tokenizer's files give a role such as `pad_token`."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = read_json(directory / name).get(role) if (directory / name).exists() else None
+        if token:
+            return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+def _add_tokens(directory: Path, new: dict[str, int]) -> None:
+    """Special tokens into every file that lists them."""
+    entries = [_special(id, name) for name, id in new.items()]
+    tokenizer = read_json(directory / "tokenizer.json")
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *entries]
+    write_json(directory / "tokenizer.json", tokenizer)
+    added = directory / "added_tokens.json"
+    write_json(added, (read_json(added) if added.exists() else {}) | new)
+
+
+def _special(id: int, name: str) -> dict[str, Any]:
+    return {"id": id, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+            "special": True}
+
+
+def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, template: str) -> None:
+    file, map_file = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    spec = read_json(directory / "tokenizer.json")
+    chat_template = _chat_template(template, spec)
+    settings = read_json(file) if file.exists() else {}
+    # Without a class, transformers would choose one by the model's type and build its own pipeline.
+    settings.setdefault("tokenizer_class", "LlamaTokenizer" if (directory / "tokenizer.model").exists()
+                        else "PreTrainedTokenizerFast")
+    if settings["tokenizer_class"].startswith("LlamaTokenizer") and settings.get("legacy") is None:
+        settings["legacy"] = not _prefixes_once(spec)
+    settings.setdefault("add_bos_token", tokenizer.adds_bos)
+    settings.setdefault("clean_up_tokenization_spaces", False)
+    names = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    roles = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id)}
+    for role, name in roles.items():
+        settings[role] = settings.get(role) or name
+    settings["added_tokens_decoder"] = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in spec["added_tokens"]
+    } | settings.get("added_tokens_decoder", {})
+    settings |= {"pad_token": pad, "image_token": IMAGE, "extra_special_tokens": {"image_token": IMAGE},
+                 "processor_class": "LlavaProcessor", "chat_template": chat_template}
+    write_json(file, settings)
+    roles |= read_json(map_file) if map_file.exists() else {}
+    write_json(map_file, roles | {"pad_token": pad, "image_token": IMAGE})
+    (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def _prefixes_once(spec: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts SentencePiece's blank before the whole text only (not `legacy`)."""
+    return (spec.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
+
+
+def _chat_template(name: str, spec: dict[str, Any]) -> str:
+    template = templates.get(name)
+    if _prefixes_once(spec):
+        # LLaVA tokenizes what follows an image as a text of its own, with its own blank; here it must be written.
+        template = dataclasses.replace(template, image=template.image.replace(IMAGE, f"{IMAGE} "))
+    return templates.chat_template(template)
+
+
+def _write_processor(directory: Path, config: LlavaConfig) -> None:
+    size = config.vision.image_size
+    pad = config.image_mode == "pad"
+    write_json(directory / "preprocessor_config.json", {
+        # CLIP's processor cannot pad to a square; older readers know only CLIP's.
+        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_pad": pad,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # PIL's number for bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    })
+    write_json(directory / "processor_config.json", {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": 1,  # the class token, which the strategy "default" takes off again
+        "vision_feature_select_strategy": "default" if config.feature_select == "patch" else "full",
+    })
+
+
+def tokenizer_json(file: Path, legacy: bool) -> dict[str, Any]:
+    """The tokenizer.json of a LLaMA-type tokenizer.model. `legacy`: a blank goes before every stretch of text between
+    special tokens, not only before the first.
+
+    SentencePiece's BPE joins the neighbours whose piece has the highest score, so its scores order the merges.
+    """
+    model = SentencePieceProcessor(model_file=str(file))
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    special = [i for i in range(len(vocab)) if model.is_control(i) or model.is_unknown(i)]
+    merges = []
+    for piece, i in vocab.items():
+        if i in special or model.is_byte(i):
+            continue
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        merges += [(-model.get_score(i), vocab[left], vocab[right], left, right)
+                   for left, right in splits if left in vocab and right in vocab]
+    bos = model.id_to_piece(model.bos_id())
+    return {
+        "version": "1.0",
+        "added_tokens": [_special(i, model.id_to_piece(i)) for i in special],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": SPACE},
+            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        ]} if legacy else None,
+        "pre_tokenizer": None if legacy else {
+            "type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                     {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {"type": "BPE", "unk_token": model.id_to_piece(model.unk_id()), "fuse_unk": True,
+                  "byte_fallback": True, "vocab": vocab,
+                  "merges": [[left, right] for *_, left, right in sorted(merges)]},
+    }

@@ -1,0 +1,287 @@
+"""config.json in and out: of our own layout, and of Hugging Face's LLaVA, CLIP, LLaMA, Mistral and Qwen2."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llava_jax.models import projector
+from llava_jax.models.llama import LlamaConfig, RopeScaling
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import ACTIVATIONS, VitConfig
+from llava_jax.text import templates
+from llava_jax.weights.files import read_json
+
+OWN = "llava_jax"
+VERSION = 1
+TEXT_MODELS = ("llama", "mistral", "qwen2")
+FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
+
+
+def read_config(path: str | Path) -> LlavaConfig | VitConfig | LlamaConfig:
+    """The configuration of a checkpoint directory: of LLaVA, or of a vision tower (CLIP) or decoder (LLaMA) alone.
+
+    The layout is told from config.json. FileNotFoundError or ValueError with one line that names file and field if
+    there is none, or if it asks for what no model here computes.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory; to fetch a model from the hub: "
+                                "hf download NAME --local-dir DIR")
+    file = directory / "config.json"
+    raw = read_json(file)
+    kind = raw.get("model_type")
+    if kind == OWN:
+        return _read_own(raw, file)
+    if kind not in ("llava", "clip", "clip_vision_model", *TEXT_MODELS):
+        raise ValueError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
+                         f"{', '.join(TEXT_MODELS)} and {OWN} are")
+    if "mm_vision_tower" in raw:
+        raise ValueError(f"{file}: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
+                         "take the checkpoint of the same name under llava-hf/ on the hub")
+    config = _parse(directory, file)
+    _expect(file, config, quantization_config=None)
+    if kind in TEXT_MODELS:
+        return _text(file, "", config)
+    if kind == "clip_vision_model":
+        return _vision(file, "", config)
+    if kind == "clip":
+        return _vision(file, "vision_config.", config.vision_config)
+    return _llava(directory, file, config, raw.get(OWN, {}))
+
+
+def _parse(directory: Path, file: Path) -> Any:
+    """Hugging Face's own reader fills in what a config.json leaves out."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    from transformers import AutoConfig, logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # their validators raise many types
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
+    """ValueError unless every named field has its value, or one of a tuple of values."""
+    for field, values in allowed.items():
+        value = getattr(config, field, None)
+        if value not in (values if isinstance(values, tuple) else (values,)):
+            choices = " and ".join(map(str, values)) if isinstance(values, tuple) else values
+            raise ValueError(f"{file}: {prefix}{field} is {value!r}; supported: {choices}")
+
+
+def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
+    _expect(file, config.vision_config, "vision_config.", model_type="clip_vision_model")
+    _expect(file, config.text_config, "text_config.", model_type=TEXT_MODELS)
+    _expect(file, config, multimodal_projector_bias=True, projector_hidden_act=("gelu", "linear"),
+            vision_feature_select_strategy=tuple(FEATURE_SELECT))
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"{file}: vision_feature_layer is {config.vision_feature_layer}; supported: one layer")
+    text = dataclasses.replace(_text(file, "text_config.", config.text_config), tied=config.tie_word_embeddings)
+    return _build(
+        file, LlavaConfig, vision=_vision(file, "vision_config.", config.vision_config), text=text,
+        projector="mlp2x_gelu" if config.projector_hidden_act == "gelu" else "linear",
+        feature_layer=config.vision_feature_layer,
+        feature_select=FEATURE_SELECT[config.vision_feature_select_strategy],
+        image_mode=own.get("image_mode") or _image_mode(directory),
+        template=_build(file, templates.get,
+                        template=own.get("template") or _template(directory, config.text_config.model_type)).name,
+    )
+
+
+def _vision(file: Path, prefix: str, config: Any) -> VitConfig:
+    _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
+    for field in ("image_size", "patch_size"):
+        if not isinstance(getattr(config, field), int):
+            raise ValueError(f"{file}: {prefix}{field} is {getattr(config, field)!r}; supported: one whole number")
+    return _build(
+        file, VitConfig, image_size=config.image_size, patch_size=config.patch_size, width=config.hidden_size,
+        mlp_width=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
+        activation=config.hidden_act, norm_eps=config.layer_norm_eps,
+    )
+
+
+def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
+    _expect(file, config, prefix, hidden_act="silu")
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{file}: {prefix}rope_scaling {rope} is not supported; rope_type linear and llama3 are")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise ValueError(f"{file}: {prefix}sliding_window is {window}, shorter than max_position_embeddings "
+                         f"{config.max_position_embeddings}; sliding window attention is not supported")
+    scaling = None
+    if rope["rope_type"] == "linear":
+        scaling = RopeScaling("linear", rope["factor"])
+    elif rope["rope_type"] == "llama3":
+        scaling = RopeScaling("llama3", rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
+                              rope["original_max_position_embeddings"])
+    qwen2 = config.model_type == "qwen2"
+    return _build(
+        file, LlamaConfig, vocab_size=config.vocab_size, width=config.hidden_size,
+        mlp_width=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        norm_eps=config.rms_norm_eps, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling,
+        qkv_bias=qwen2 or getattr(config, "attention_bias", False), out_bias=getattr(config, "attention_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False), tied=config.tie_word_embeddings,
+        max_length=config.max_position_embeddings,
+    )
+
+
+def _build(file: Path, kind: Callable, **fields: Any) -> Any:
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _image_mode(directory: Path) -> str:
+    """`pad` if the image processor pads to a square, else `square`: it crops the centre."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = directory / name
+        if file.exists():
+            settings = read_json(file)
+            if settings.get("image_processor", settings).get("do_pad"):
+                return "pad"
+    return "square"
+
+
+# What marks a format in a chat template that is none of ours, and the format that is closest to it.
+MARKS = (("<|im_start|>", "qwen_1_5"), ("[INST]", "mistral_instruct"), ("<|start_header_id|>", "llava_llama_3"),
+         ("USER", "vicuna_v1"))
+BY_TEXT_MODEL = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
+
+
+def _template(directory: Path, text_model: str) -> str:
+    """The name of a checkpoint's conversation template, as far as its files tell.
+
+    1. The template whose Jinja text is the checkpoint's chat template.
+    2. Else by a mark in the chat template: `<|im_start|>` qwen_1_5, `[INST]` mistral_instruct (llava_llama_2 where
+       it knows `<<SYS>>`), `<|start_header_id|>` llava_llama_3, `USER` vicuna_v1.
+    3. Else by the decoder: Mistral mistral_instruct, Qwen2 qwen_1_5, LLaMA vicuna_v1.
+    """
+    text = chat_template(directory)
+    for name in templates.TEMPLATES:
+        if text and text == templates.chat_template(name):
+            return name
+    if "<<SYS>>" in text:
+        return "llava_llama_2"
+    return next((name for mark, name in MARKS if mark in text), BY_TEXT_MODEL.get(text_model, "vicuna_v1"))
+
+
+def chat_template(directory: Path) -> str:
+    """The Jinja text of a checkpoint's chat template, wherever its transformers kept it; "" if it has none."""
+    jinja = directory / "chat_template.jinja"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        found = read_json(directory / name).get("chat_template") if (directory / name).exists() else None
+        if isinstance(found, list):  # several, by name
+            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+        if found:
+            return found
+    return ""
+
+
+def _read_own(raw: dict, file: Path) -> LlavaConfig:
+    if raw.get("version") != VERSION:
+        raise ValueError(f"{file}: version {raw.get('version')!r} of the {OWN} layout is not known here; {VERSION} is")
+    fields = {key: value for key, value in raw.items() if key not in ("model_type", "version")}
+    try:
+        text = dict(fields.pop("text"))
+        scaling = text.pop("rope_scaling")
+        text["rope_scaling"] = RopeScaling(**scaling) if scaling else None
+        return LlavaConfig(vision=VitConfig(**fields.pop("vision")), text=LlamaConfig(**text), **fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a configuration of the {OWN} layout ({error})") from None
+
+
+def own_config(config: LlavaConfig) -> dict:
+    """The config.json of our own layout."""
+    return {"model_type": OWN, "version": VERSION, **dataclasses.asdict(config)}
+
+
+def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtype: str) -> dict:
+    """The config.json of Hugging Face's LLaVA, with every field that matters, since defaults change.
+
+    `tokens`: ids of "image", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the tensors.
+    ValueError if Hugging Face's model cannot compute what ours does.
+    """
+    if projector.depth(config.projector) not in (1, 2):
+        raise ValueError(f"projector {config.projector!r} has no form in Hugging Face's layout; "
+                         "linear and mlp2x_gelu have")
+    select = {ours: theirs for theirs, ours in FEATURE_SELECT.items()}
+    ids = {f"{name}_token_id": tokens[name] for name in ("bos", "eos", "pad")}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": dtype,
+        "image_token_index": tokens["image"],
+        "image_seq_length": config.tokens_per_image,
+        "projector_hidden_act": "gelu" if projector.depth(config.projector) == 2 else "linear",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.feature_layer,
+        "vision_feature_select_strategy": select[config.feature_select],
+        "tie_word_embeddings": config.text.tied,
+        **ids,
+        "vision_config": _hub_vision(config.vision),
+        "text_config": _hub_text(config.text, vocab_size) | ids,
+        OWN: {"template": config.template, "image_mode": config.image_mode},
+    }
+
+
+def _hub_vision(config: VitConfig) -> dict:
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "attention_dropout": 0.0,
+        "projection_dim": 768,  # of a head that LLaVA does not have
+    }
+
+
+def _hub_text(config: LlamaConfig, vocab_size: int) -> dict:
+    """A Qwen2 if only queries, keys and values have biases, else a LLaMA: a Mistral without window is one too."""
+    qwen2 = config.qkv_bias and not config.out_bias
+    if config.out_bias and not config.qkv_bias or qwen2 and config.mlp_bias:
+        raise ValueError("Hugging Face has no decoder with these biases: "
+                         f"qkv_bias {config.qkv_bias}, out_bias {config.out_bias}, mlp_bias {config.mlp_bias}")
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}
+        if config.rope_scaling.kind == "llama3":
+            scaling |= {"low_freq_factor": config.rope_scaling.low_freq_factor,
+                        "high_freq_factor": config.rope_scaling.high_freq_factor,
+                        "original_max_position_embeddings": config.rope_scaling.original_length}
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return {
+        "model_type": "qwen2" if qwen2 else "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_length,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        **({"use_sliding_window": False} if qwen2 else biases),
+    }

@@ -1,0 +1,60 @@
+"""Small checkpoints and data that several tests start from; torch and transformers make them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def make_parts(folder: Path) -> tuple[Path, Path]:
+    """A tiny CLIP vision tower and a tiny LLaMA with random weights and the golden tokenizer, in transformers' layout."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    vision = CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14))
+    language = LlamaForCausalLM(LlamaConfig(
+        vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2))
+    vision.save_pretrained(folder / "vision")
+    language.save_pretrained(folder / "language")
+    shutil.copy(GOLDEN / "tokenizer.model", folder / "language")
+    return folder / "vision", folder / "language"
+
+
+def make_data(folder: Path, records: int = 24, seed: int = 0) -> Path:
+    """Conversations of one or two rounds about one picture, about two, or about none; `folder/data.json`."""
+    rng = np.random.default_rng(seed)
+    words = "red green blue circle square triangle one two three left right above below".split()
+    rows = []
+    for i in range(records):
+        images = [f"{i}_{k}.png" for k in range((1, 1, 2, 0)[i % 4])]
+        for name in images:
+            Image.fromarray(rng.integers(0, 255, (24, 30, 3), np.uint8)).save(folder / name)
+        turns = []
+        for turn in range(1 + i % 2):
+            marks = "<image>\n" * len(images) if turn == 0 else ""
+            turns.append({"from": "human", "value": marks + "What is " + " ".join(rng.choice(words, 3)) + "?"})
+            turns.append({"from": "gpt", "value": " ".join(rng.choice(words, 1 + i % 5))})
+        rows.append({"id": i, "conversations": turns} | ({"image": images} if images else {}))
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> tuple[Path, Path]:
+    return make_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))

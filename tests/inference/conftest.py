@@ -1,0 +1,93 @@
+"""Two small models: a random one in Hugging Face's layout, and one that recites a given text."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import llava_jax
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llava import LlavaConfig, abstract
+from llava_jax.models.vit import VitConfig
+from llava_jax.text.tokenizer import Tokenizer
+
+TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer.model"  # 2000 pieces, with byte fallback
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.load(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (20 + 7 * i, 40, 3), np.uint8)) for i in range(4)]
+
+
+@pytest.fixture(scope="session")
+def hub_model():
+    """A random LlavaForConditionalGeneration, scaled so that its choices are sharp and its answers varied."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+    )
+    text = LlamaConfig(
+        vocab_size=2064, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=2000)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.5 if "embed_tokens" in name else 2 / weight[0].numel() ** 0.5)
+        model.lm_head.weight[2] *= 1.5  # so that some answers end early
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_dir(hub_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    hub_model.save_pretrained(directory)
+    shutil.copy(TOKENIZER, directory)
+    (directory / "preprocessor_config.json").write_text(json.dumps({"do_pad": True}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llava(model_dir):
+    return llava_jax.load(model_dir, dtype="float32")
+
+
+RECITED = "é漢🙂 a b c d e f g h i j k l m n o p"
+
+
+@pytest.fixture(scope="session")
+def reciting(tokenizer):
+    """A model that answers every prompt with RECITED: its layers add nothing, its head knows what follows a token."""
+    chain = [*tokenizer.encode("ASSISTANT:")[-1:], *tokenizer.encode(RECITED), tokenizer.eos_id]
+    assert len(set(chain)) == len(chain) <= CONFIG.text.width, "each token can have one successor only"
+    _, shapes = abstract(CONFIG)
+    parameters = {path: np.zeros(shape.shape, np.float32) for path, shape in shapes.items()}
+    for path in parameters:
+        if path.endswith("norm/scale"):
+            parameters[path] += 1
+    for i, (token, following) in enumerate(itertools.pairwise(chain)):
+        parameters["decoder/embedding"][token, i] = 1
+        parameters["decoder/head/kernel"][i, following] = 10
+    return llava_jax.Llava(CONFIG, parameters, tokenizer)
+
+
+CONFIG = LlavaConfig(
+    vision=VitConfig(image_size=14, patch_size=7, width=16, mlp_width=16, layers=1, heads=1),
+    text=LlamaConfig(vocab_size=2000, width=64, mlp_width=16, layers=1, heads=1, kv_heads=1, head_width=64, max_length=256),
+    feature_layer=-1,
+)

@@ -1,0 +1,241 @@
+"""Greedy decoding against transformers, and everything else about a loaded model against itself done more slowly."""
+
+import contextlib
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import llava_jax
+from llava_jax import IMAGE_TOKEN_ID
+from llava_jax.images import normalise, prepare
+from llava_jax.inference.engine import length_bucket
+from llava_jax.inference.llava import Request, place_images
+from llava_jax.text.encode import encode_prompt
+
+LIMIT = 32
+
+
+@pytest.fixture(scope="session")
+def requests(pictures):
+    """Twenty: text alone, one image in front, one in a conversation, and two within the text.
+
+    Their lengths differ, but lie in one bucket, so that few programs are compiled.
+    """
+    requests = []
+    for i in range(20):
+        question, images = f"What is thing number {i}, and where is it among all of the other things?" + " Why?" * (i // 4), ()
+        messages = question + " Tell me of all that is there, from the left to the right, and in some detail."
+        if i % 4 == 1:
+            messages, images = f"{question} Is it?", pictures[i // 4 % 4 : i // 4 % 4 + 1]
+        elif i % 4 == 2:
+            messages = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": "Yes."},
+                        {"role": "user", "content": "How?"}]
+            images = pictures[:1]
+        elif i % 4 == 3:
+            messages, images = f"Is <image> <image>? {question}", pictures[1:3]
+        requests.append({"messages": messages, "images": images, "max_new_tokens": LIMIT})
+    return requests
+
+
+@pytest.fixture(scope="session")
+def alone(llava, requests):
+    return [llava.generate(**request) for request in requests]
+
+
+def tiles(images):
+    return np.concatenate([prepare(image, 28, "pad") for image in images]) if images else None
+
+
+def test_greedy_equals_transformers_token_for_token(hub_model, llava, requests, alone):
+    import torch
+
+    for request, answer in zip(requests, alone, strict=True):
+        ids = np.array([answer.prompt_tokens])
+        assert (ids == IMAGE_TOKEN_ID).sum() == 16 * len(request["images"])
+        inputs = {"input_ids": torch.tensor(np.where(ids == IMAGE_TOKEN_ID, 2000, ids))}
+        if request["images"]:
+            inputs["pixel_values"] = torch.tensor(normalise(tiles(request["images"])).transpose(0, 3, 1, 2))
+        with torch.no_grad():
+            expected = hub_model.generate(
+                **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=LIMIT, do_sample=False,
+                eos_token_id=2, pad_token_id=0,
+            )
+        assert answer.tokens == expected[0, ids.shape[1] :].tolist()
+        assert answer.text == llava.tokenizer.decode(answer.tokens)
+    # The test is worth something only if answers differ, within and among themselves, and end in both ways.
+    assert len({tuple(answer.tokens) for answer in alone}) == 20
+    assert np.mean([len(set(answer.tokens)) / len(answer.tokens) for answer in alone]) > 0.8
+    assert {answer.finish_reason for answer in alone} == {"stop", "length"}
+
+
+def test_cached_decoding_equals_the_full_forward_pass(llava, requests, alone):
+    for request, answer in list(zip(requests, alone, strict=True))[1:4]:
+        images = tiles(request["images"])
+        tokens = np.array([answer.prompt_tokens + answer.tokens])
+        logits = np.asarray(llava.model(tokens, None if images is None else images[None]))
+        assert logits.dtype == np.float32 and logits.shape == (*tokens.shape, 2064)
+        assert logits[0, len(answer.prompt_tokens) - 1 : -1].argmax(-1).tolist() == answer.tokens
+
+
+def test_model_takes_floats_and_bytes(llava, alone, requests):
+    images = tiles(requests[1]["images"])
+    tokens = np.array([alone[1].prompt_tokens])
+    np.testing.assert_allclose(llava.model(tokens, normalise(images)[None]), llava.model(tokens, images[None]), atol=1e-4)
+
+
+def test_batch_equals_one_at_a_time(llava, requests, alone):
+    """Prompts and answers of different lengths, 0 to 2 images; a batch of 8 with 5 rows is filled up."""
+    assert llava.batch(requests[::-1]) == alone[::-1]
+    assert len({len(answer.prompt_tokens) for answer in alone}) > 8
+
+
+def test_rows_end_on_their_own(llava, requests, alone):
+    limits = [1, 2, 17, 18, 30]  # around the borders of the chunks, the first of which has one token
+    rows = [{**requests[0], "max_new_tokens": limit} for limit in limits]
+    for limit, answer in zip(limits, llava.batch(rows), strict=True):
+        assert answer.tokens == alone[0].tokens[:limit]
+    ended = [answer for answer in alone if answer.finish_reason == "stop"]
+    assert all(answer.tokens[-1] == 2 and len(answer.tokens) <= LIMIT and 2 not in answer.tokens[:-1] for answer in ended)
+    assert len({len(answer.tokens) for answer in ended}) > 2
+
+
+def test_stream_joins_to_the_text(llava, requests, alone):
+    for request, answer in zip(requests, alone, strict=True):
+        pieces = list(llava.stream(**request))
+        assert "".join(pieces) == answer.text
+        assert all(pieces) and len(pieces) > len(answer.tokens) // 8
+
+
+def test_stop_strings_end_an_answer(llava, requests, alone):
+    for request, answer in list(zip(requests, alone, strict=True))[:6]:
+        middle = len(answer.text) // 2
+        stop = answer.text[middle : middle + 4]
+        cut = llava.generate(**request, stop=["never", stop])
+        assert cut.text == answer.text[: answer.text.find(stop)] == "".join(llava.stream(**request, stop=stop))
+        assert cut.finish_reason == "stop"
+        assert cut.tokens == answer.tokens[: len(cut.tokens)]
+        assert stop in llava.tokenizer.decode(cut.tokens) and stop not in llava.tokenizer.decode(cut.tokens[:-1])
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(llava, requests, alone):
+    drawn = [{**request, "temperature": 0.8, "top_p": 0.9, "seed": 3 + i % 2} for i, request in enumerate(requests)]
+    mixed = [drawn[i] if i % 3 else requests[i] for i in range(20)]  # beside greedy rows
+    for i, answer in enumerate(llava.batch(mixed)):
+        assert answer == (llava.generate(**drawn[i]) if i % 3 else alone[i])
+    answers = [tuple(llava.generate(**{**drawn[1], "seed": seed}).tokens) for seed in (0, 1, 2, 3, 0)]
+    assert len(set(answers)) == 4 and answers[0] == answers[4]
+
+
+def prompt_length(text, tokenizer, images=0):
+    return len(encode_prompt([{"role": "user", "content": "<image>\n" * images + text}], "vicuna_v1", tokenizer, 4))
+
+
+def test_a_recited_text_streams_whole_characters(reciting):
+    text = reciting.generate("Say it.", max_new_tokens=50).text
+    assert text.startswith("é漢🙂 a b") and text.endswith("o p")
+    pieces = list(reciting.stream("Say it.", max_new_tokens=50))
+    assert "".join(pieces) == text and len(pieces) > 5 and "\ufffd" not in "".join(pieces)
+    assert reciting.generate("Say it.", max_new_tokens=50, stop="🙂").text == "é漢"
+    cut = reciting.generate("Say it.", max_new_tokens=8)
+    assert cut.finish_reason == "length" and cut.text == reciting.tokenizer.decode(cut.tokens) == "é漢\ufffd"
+
+
+def test_the_context_limits_an_answer(reciting, tokenizer):
+    context = reciting.config.text.max_length
+    text = next(text for n in range(200) if prompt_length(text := "Why?" + " word" * n, tokenizer) > context - 8)
+    answer = reciting.generate(text)
+    assert answer.finish_reason == "length"
+    assert len(answer.prompt_tokens) < len(answer.prompt_tokens) + len(answer.tokens) == context
+    with pytest.raises(ValueError, match=r"prompt has \d+ tokens, 4 of them for images, and the model's context holds 256"):
+        reciting.generate("<image>" + " word" * 200, [Image.new("RGB", (9, 9))])
+
+
+def test_bfloat16(model_dir, requests):
+    llava = llava_jax.load(model_dir, dtype="bfloat16")
+    assert {parameter.dtype.name for parameter in llava.parameters.values()} == {"bfloat16"}
+    answer = llava.generate(**requests[1])
+    images = tiles(requests[1]["images"])[None]
+    logits = llava.model(np.array([answer.prompt_tokens + answer.tokens]), images)
+    assert logits.dtype == np.float32
+    chosen = logits[0, len(answer.prompt_tokens) - 1 : -1].argmax(-1)
+    assert (chosen == np.array(answer.tokens)).mean() > 0.8  # rounding may tip a near tie
+
+
+@contextlib.contextmanager
+def compilations():
+    """The programs that XLA compiles meanwhile."""
+    seen = []
+    listen = lambda event, duration, **_: event.endswith("backend_compile_duration") and seen.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_compilations_are_bounded(reciting, tokenizer, pictures):
+    texts = ["What is this, and what is that, and why" + "?" * n for n in range(1, 5)]
+    lengths = [prompt_length(text, tokenizer, images) for text in texts for images in (0, 1)]
+    assert len(set(lengths)) == 8 and {length_bucket(n) for n in lengths} == {96}
+    assert {length_bucket(n + limit) for n in lengths for limit in (20, 25)} == {128}
+
+    def compiled(requests):
+        with compilations() as seen:
+            reciting.batch(requests)
+        return len(seen)
+
+    ask = lambda text, **options: {"messages": text, "max_new_tokens": 20, **options}  # noqa: E731
+    compiled([ask(texts[0])])
+    for text in texts:
+        assert compiled([ask(text, temperature=0.5, top_p=0.5, seed=3, stop="x", max_new_tokens=25)]) == 0
+    assert compiled([ask(texts[0], images=pictures[:1])]) == 1  # to read a prompt with an image
+    assert compiled([ask("Why?" * 20)]) == 2  # to read a longer prompt, and to write behind it
+    assert compiled([ask(text) for text in texts[:3]]) == 2  # for four rows
+    assert compiled([ask(text) for text in texts]) == 0
+    with compilations() as seen:
+        assert "".join(reciting.stream(texts[0], max_new_tokens=20))
+    assert not seen
+
+
+def test_length_buckets():
+    sizes = [length_bucket(n) for n in range(1, 4097)]
+    assert sorted(set(sizes)) == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(n >= size * 2 / 3 for n, size in enumerate(sizes, 1) if n > 64)
+
+
+def test_images_are_placed():
+    marks = lambda messages, count: [m["content"] for m in place_images(messages, count)]  # noqa: E731
+    user = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    system = [{"role": "system", "content": "Be brief."}]
+    assert marks(user("Hi"), 0) == ["Hi"]
+    assert marks(user("Hi"), 2) == ["<image>\n<image>\nHi"]
+    assert marks(system + user("Hi"), 1) == ["Be brief.", "<image>\nHi"]
+    assert marks(user("Hi <image>"), 1) == ["Hi <image>"]
+    for text, count in itertools.product(["<image>", "<image><image>"], [0, 3]):
+        with pytest.raises(ValueError, match=rf"{count} images were given, but the messages have {text.count('<')} <image> marks"):
+            marks(user(text), count)
+
+
+def test_a_lone_image_or_stop_is_one(pictures):
+    request = Request("Hi", images=pictures[0], stop="###")
+    assert request.images == (pictures[0],) and request.stop == ("###",)
+    assert Request("Hi", images="a.png").images == ("a.png",)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"stop": ("a", "")},
+])
+def test_figures_out_of_range(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Request("Hi", **wrong)
+
+
+def test_mistakes_are_told(llava, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.png"):
+        llava.generate("Hi", ["none.png"])
+    with pytest.raises(ValueError, match="dtype 'float16'"):
+        llava_jax.load(tmp_path, dtype="float16")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        llava_jax.load(tmp_path / "missing")

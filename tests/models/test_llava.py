@@ -1,0 +1,150 @@
+"""What training relies on: gradients, remat policies, packed rows, images as bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llava_jax.images import normalise
+from llava_jax.models import llava
+from llava_jax.models.layers import REMAT
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import VitConfig
+from llava_jax.text.encode import IMAGE_TOKEN_ID
+
+CONFIG = LlavaConfig(
+    vision=VitConfig(image_size=28, patch_size=7, width=32, mlp_width=48, layers=3, heads=4),
+    text=LlamaConfig(vocab_size=200, width=64, mlp_width=96, layers=3, heads=4, kv_heads=2, head_width=16),
+)
+IMAGE = 199
+
+
+def conversation(rng, images, texts=6):
+    """Tokens of a conversation with some images, each after a text; and the images."""
+    pieces = [rng.integers(3, IMAGE, texts)]
+    for _ in range(images):
+        pieces += [np.full(CONFIG.tokens_per_image, IMAGE_TOKEN_ID), rng.integers(3, IMAGE, texts)]
+    return np.concatenate(pieces).astype(np.int32), rng.normal(size=(images, 28, 28, 3)).astype(np.float32)
+
+
+def loss(model, tokens, images):
+    """Mean cross-entropy of the next token where that is text."""
+    scores = jax.nn.log_softmax(model(tokens, images)[:, :-1])
+    labels = tokens[:, 1:]
+    scores = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(scores * (labels >= 0)) / jnp.sum(labels >= 0)
+
+
+def value_and_grad(graph, parameters, *batch):
+    return jax.jit(jax.value_and_grad(lambda p: loss(llava.merge(graph, p), *batch)))(parameters)
+
+
+def test_gradients(randomise, load, assert_close):
+    model = randomise(transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            image_size=28, patch_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+            num_attention_heads=4),
+        text_config=transformers.Qwen2Config(
+            vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256),
+        image_token_index=IMAGE)))
+    tokens, images = conversation(np.random.default_rng(0), images=2)
+    theirs = torch.tensor(np.where(tokens < 0, IMAGE, tokens)[None]).long()
+    logits = model(input_ids=theirs, pixel_values=torch.tensor(images).permute(0, 3, 1, 2)).logits
+    labels = torch.where(theirs == IMAGE, -100, theirs)
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+    expected.backward()
+
+    graph, parameters = load(model)
+    found, gradients = value_and_grad(graph, parameters, tokens[None], images[None])
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+    gradients = jax.tree.map(np.asarray, gradients)
+
+    def close(path, weight, layer=None):
+        gradient = gradients[path] if layer is None else gradients[path][layer]
+        expected = weight.grad.numpy()
+        assert np.abs(expected).max() > 0
+        # One of ours has its inputs first and may keep heads apart; the other has its outputs first.
+        expected = expected.T.reshape(gradient.shape)
+        assert np.abs(gradient - expected).max() <= 1e-3 * np.abs(expected).max()
+
+    projector = model.model.multi_modal_projector
+    for i, linear in enumerate([projector.linear_1, projector.linear_2]):
+        close(f"projector/layers_{i}/kernel", linear.weight)
+        close(f"projector/layers_{i}/bias", linear.bias)
+    layer = model.model.language_model.layers[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    for path, weight in {
+        "attention_norm/scale": layer.input_layernorm.weight,
+        "attention/query/kernel": attention.q_proj.weight, "attention/query/bias": attention.q_proj.bias,
+        "attention/key/kernel": attention.k_proj.weight, "attention/key/bias": attention.k_proj.bias,
+        "attention/value/kernel": attention.v_proj.weight, "attention/value/bias": attention.v_proj.bias,
+        "attention/out/kernel": attention.o_proj.weight,
+        "mlp_norm/scale": layer.post_attention_layernorm.weight,
+        "mlp/gate/kernel": mlp.gate_proj.weight, "mlp/up/kernel": mlp.up_proj.weight,
+        "mlp/down/kernel": mlp.down_proj.weight,
+    }.items():
+        close(f"decoder/layers/{path}", weight, layer=1)
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return jax.tree.map(lambda x: x * 5, llava.init(CONFIG))
+
+
+def test_remat_policies_agree(parameters):
+    tokens, images = conversation(np.random.default_rng(0), images=1)
+    results = {remat: value_and_grad(llava.abstract(CONFIG, remat=remat)[0], parameters, tokens[None], images[None])
+               for remat in REMAT}
+    expected, expected_gradients = results["none"]
+    assert len(REMAT) == 4
+    scales = {path: float(np.abs(gradient).max()) for path, gradient in expected_gradients.items()}
+    for value, gradients in results.values():
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        for path, gradient in gradients.items():
+            # Some are nothing but rounding: softmax does not see the bias of the vision tower's keys.
+            atol = 1e-4 * max(scales[path], 1e-3 * max(scales.values()))
+            np.testing.assert_allclose(gradient, expected_gradients[path], atol=atol, rtol=0, err_msg=path)
+
+
+def test_an_unknown_remat_policy():
+    tokens, images = conversation(np.random.default_rng(0), images=1)
+    with pytest.raises(ValueError, match="unknown policy 'some'.*minimal"):
+        llava.Llava(CONFIG, remat="some", rngs=llava.nnx.Rngs(0))(tokens[None], images[None])
+
+
+def test_packed_conversations_do_not_see_each_other(parameters, call, assert_close):
+    rng = np.random.default_rng(0)
+    first, second = conversation(rng, images=1), conversation(rng, images=2)
+    graph = llava.abstract(CONFIG)[0]
+    alone = [call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images[None])[0]
+             for tokens, images in (first, second)]
+
+    lengths = [len(first[0]), len(second[0])]
+    row = np.pad(np.concatenate([first[0], second[0]]), (0, 3))[None]
+    segments = np.repeat([1, 2, 0], [*lengths, 3])[None].astype(np.int32)
+    positions = np.concatenate([*map(np.arange, lengths), np.zeros(3)])[None].astype(np.int32)
+    images = np.concatenate([first[1], second[1], np.zeros((1, 28, 28, 3), np.float32)])[None]
+    packed = call(graph, parameters, lambda m, *batch: m(*batch), row, images, positions, segments)
+    assert_close(packed[0, : lengths[0]], alone[0], 1e-4)
+    assert_close(packed[0, lengths[0] : sum(lengths)], alone[1], 1e-4)
+
+
+def test_images_as_bytes(parameters, call, assert_close):
+    rng = np.random.default_rng(0)
+    tokens, _ = conversation(rng, images=1)
+    tiles = rng.integers(0, 256, (1, 1, 28, 28, 3), np.uint8)
+    graph = llava.abstract(CONFIG)[0]
+    outputs = [call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images)
+               for images in (tiles, normalise(tiles))]
+    assert_close(*outputs, 1e-4)
+
+
+@pytest.mark.parametrize("layer, select, message", [
+    (-5, "patch", "feature_layer -5.*3 layers"), (4, "patch", "feature_layer 4"), (-2, "cls", "feature_select 'cls'")])
+def test_features_that_do_not_exist(layer, select, message):
+    with pytest.raises(ValueError, match=message):
+        LlavaConfig(vision=CONFIG.vision, text=CONFIG.text, feature_layer=layer, feature_select=select)

@@ -1,0 +1,77 @@
+"""The same steps on one device, on eight fake ones in three meshes, and in two processes give the same model."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax import config, sharding
+
+SCRIPT = Path(__file__).with_name("sharded_steps.py")
+
+
+def start(out: Path, sizes: list[int], devices: int, **env: str) -> subprocess.Popen:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *map(str, sizes)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory) -> dict[str, np.ndarray]:
+    out = tmp_path_factory.mktemp("one") / "run"
+    finish(start(out, [1, 1, 1], devices=1))
+    return dict(np.load(f"{out}_1_1_1.npz"))
+
+
+def assert_same(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert result.keys() == expected.keys()
+    assert expected["loss_0"] != expected["loss_2"]
+    for name, value in expected.items():
+        # Adam divides by the gradient's root mean square: rounding of tiny gradients is worth up to a few 1e-3 steps.
+        np.testing.assert_allclose(result[name], value, rtol=2e-5, atol=3e-5, err_msg=name)
+
+
+def test_meshes_of_eight_devices_train_as_one_device(one_device, tmp_path):
+    meshes = [(1, 8, 1), (1, 4, 2), (2, 4, 1)]
+    output = finish(start(tmp_path / "run", [size for mesh in meshes for size in mesh], devices=8))
+    for mesh in meshes:
+        assert_same(dict(np.load(tmp_path / "run_{}_{}_{}.npz".format(*mesh))), one_device)
+    assert "Involuntary full rematerialization" not in output
+
+
+def test_two_processes_train_as_one_device(one_device, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(tmp_path / "run", [1, 8, 1], devices=4, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+                       JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)) for i in range(2)]
+    for process in processes:
+        finish(process)
+    assert_same(dict(np.load(tmp_path / "run_1_8_1.npz")), one_device)
+
+
+def test_a_mesh_that_does_not_match_the_devices_says_both_numbers():
+    devices = jax.devices()[:1]
+    with pytest.raises(ValueError, match=r"fsdp 3 .* needs 3 devices, and there are 1"):
+        sharding.make_mesh(config.Mesh(fsdp=3), devices)
+    with pytest.raises(ValueError, match=r"tensor 2 does not divide 1 devices"):
+        sharding.make_mesh(config.Mesh(tensor=2), devices)
+
+
+def test_a_dimension_that_does_not_divide_names_parameter_dimension_and_axis():
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
+    with pytest.raises(ValueError, match=r"decoder/layers/mlp/up/kernel \[2, 6, 8\]: dimension 6 .* fsdp = 4"):
+        sharding.parameter_shardings({"decoder/layers/mlp/up/kernel": (2, 6, 8)}, mesh)
+    with pytest.raises(ValueError, match="decoder/oops matches no row"):
+        sharding.parameter_shardings({"decoder/oops": (4,)}, mesh)
