@@ -26,12 +26,11 @@ def parse(kind: type[T], args: Sequence[str], default: T | None = None, prog: st
         raise ValueError(_first_words(printed.getvalue()) + f" (see {prog} --help)") from None
 
 
-def _first_words(box: str) -> str:
-    """The message of tyro's framed error, and the nearest option if it names one, as one line."""
-    text = " ".join(line.strip("│ ") for line in box.splitlines() if line[:1] == "│")
-    message, *rest = re.split(r" ?─{3,} ?", text)
-    near = re.search(r"Perhaps you meant: +(--\S+)", " ".join(rest))
-    return re.sub(r"\s+", " ", message) + (f"; did you mean {near[1]}?" if near else "")
+def _first_words(report: str) -> str:
+    """The message of tyro's report, whose parts stand between rules, and the nearest option if it names one."""
+    title, *parts = (" ".join(part.split()) for part in re.split(r"\n\s*-{5,}\s*\n", report))
+    near = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts))
+    return (parts[0] if parts else title) + (f"; did you mean {near[1]}?" if near else "")
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

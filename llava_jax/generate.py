@@ -53,12 +53,6 @@ class Options:
     dtype: str | None = None
     """bfloat16 or float32; by default bfloat16 on TPU and GPU, float32 on CPU."""
 
-    def __post_init__(self):
-        if self.json and self.prompt is None:
-            raise ValueError("--json needs --prompt: a chat is printed as text")
-        if self.json and self.stream:
-            raise ValueError("--json prints the whole answer at once; leave --stream or --json out")
-
     def sampling(self) -> dict:
         """The arguments that `Llava.generate` and `Llava.stream` take besides messages and images."""
         names = ("max_new_tokens", "temperature", "top_p", "stop", "seed")
@@ -69,6 +63,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0. A mistake raises ValueError or FileNotFoundError."""
     args = sys.argv[1:] if args is None else args
     options = cli.parse(Options, args, prog="python -m llava_jax.generate", description=HELP)
+    if options.json and options.prompt is None:
+        raise ValueError("--json needs --prompt: a chat is printed as text")
+    if options.json and options.stream:
+        raise ValueError("--json prints the whole answer at once; leave --stream or --json out")
     from llava_jax import load  # after the options are read: --help need not wait for JAX
 
     llava = load(options.model, options.dtype)
@@ -125,7 +123,7 @@ class Chat:
                 print()
                 return
             except KeyboardInterrupt:
-                print()
+                print("\n/quit leaves.")
             except (ValueError, OSError) as error:
                 print(f"error: {error}")
 
@@ -146,6 +144,8 @@ class Chat:
     def show(self, path: str) -> None:
         from llava_jax.images import open_image
 
+        if not path:
+            raise ValueError("which one? Write /image PATH")
         self.waiting.append(open_image(os.path.expanduser(path)))
 
     def answer(self, line: str) -> None:

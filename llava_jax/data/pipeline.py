@@ -5,31 +5,27 @@ number of slots. Packing is done in the main process, in the order of the record
 number of workers.
 """
 
-import bisect
-import dataclasses
 import functools
 import itertools
-import os
-import signal
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import grain
 import numpy as np
-from absl import flags
-from grain.experimental import DatasetOptions, FirstFitPackIterDataset, WithOptionsIterDataset
+from grain.experimental import FirstFitPackIterDataset
 
-from llava_jax.data.records import REASONS, BadRow, Record
+from llava_jax.data.examples import Loader, load_in_worker, start_workers
+from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Source
-from llava_jax.images import open_image, prepare
 from llava_jax.text import templates
-from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example, NoSupervisedTokens, TooLong, encode_conversation
+from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 from llava_jax.text.tokenizer import Tokenizer
 
 BINS = 16  # rows that are filled side by side: more waste less, but hold more images and replay more on resume
 SKIPS_PER_ROW = 16
-AHEAD = 128  # examples that are prepared ahead in all
-TRIED = 1000  # rows of which at least one must be good
+CHUNK, AHEAD = 8, 16  # examples per task of a worker, and tasks (at least two per worker) asked for ahead
+TRIED = 1000  # first rows of which at least one must be good
 
 
 def packed_rows(
@@ -73,7 +69,7 @@ def packed_rows(
     if total < process_count:
         names = ", ".join(source.path for source in sources)
         raise ValueError(f"{names}: {total} rows for {process_count} processes, each of which needs at least one")
-    load = _Load(
+    loader = Loader(
         sources=tuple(sources),
         starts=tuple(itertools.accumulate((len(source) for source in sources), initial=0)),
         tokenizer=tokenizer,
@@ -90,9 +86,9 @@ def packed_rows(
         numbers = numbers.shuffle(seed)
     numbers = numbers.repeat(epochs)[process_index::process_count]
     if bad_rows == "skip":
-        _require_a_good_row(load, [numbers[i] for i in range(min(-(-total // process_count), TRIED))])
+        _require_a_good_row(loader, numbers, min(-(-total // process_count), TRIED))
     rows = FirstFitPackIterDataset(
-        _Examples(numbers.map(load), workers),
+        _Examples(numbers, loader, workers),
         length_struct=dict(tokens=row_length, labels=row_length, images=images_per_row, skipped=SKIPS_PER_ROW),
         padding_struct=dict(tokens=None, labels=IGNORE, images=None, skipped=None),
         num_packing_bins=BINS,
@@ -115,104 +111,42 @@ def count_rows(**rows: Any) -> int:
     return sum(1 for _ in packed_rows(**{**rows, "epochs": 1, "decode_images": False}))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Load:
-    """A record's number -> its example: tokens, labels, images, skipped. Runs in the worker processes."""
-
-    sources: tuple[Source, ...]
-    starts: tuple[int, ...]  # number of each source's first record
-    tokenizer: Tokenizer
-    template: templates.Template
-    tokens_per_image: int
-    image_shape: tuple[int, ...]
-    image_mode: str
-    row_length: int
-    images_per_row: int
-    bad_rows: Literal["error", "skip"]
-
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
-        try:
-            return self.example(number)
-        except BadRow as bad:
-            if self.bad_rows == "error":
-                raise
-            # Without tokens and images it fits into any row, which carries its reason to the metrics.
-            return self._element([], [], [], skipped=[1 + REASONS.index(bad.reason)])
-
-    def example(self, number: int) -> dict[str, np.ndarray]:
-        which = bisect.bisect_right(self.starts, number) - 1
-        record = self.sources[which][number - self.starts[which]]
-        tokens, labels = self._encode(record)
-        return self._element(tokens, labels, [self._tile(path, record) for path in record.images])
-
-    def _encode(self, record: Record) -> Example:
-        images = len(record.images)
-        if images > self.images_per_row:
-            message = f"{images} images do not fit into the {self.images_per_row} slots of a row (data.images_per_row)"
-            raise BadRow("too_long", f"{record.source}: {message}")
-        try:
-            example = encode_conversation(
-                record.turns, self.template, self.tokenizer, self.tokens_per_image, max_length=self.row_length
-            )
-        except NoSupervisedTokens as error:
-            raise BadRow("no_supervised_tokens", f"{record.source}: {error}") from None
-        except TooLong as error:
-            raise BadRow("too_long", f"{record.source}: {error} (data.row_length)") from None
-        except ValueError as error:
-            raise BadRow("malformed", f"{record.source}: {error}") from None
-        used = np.count_nonzero(example.tokens == IMAGE_TOKEN_ID) // self.tokens_per_image
-        if used != images:  # <image> stood in a turn that the template leaves out
-            raise BadRow("image_count", f"{record.source}: {images} images, but {used} in the turns that are used")
-        return example
-
-    def _tile(self, path: str, record: Record) -> np.ndarray:
-        try:
-            if self.image_shape == (0,):
-                if not os.path.isfile(path):
-                    raise FileNotFoundError(f"{path}: no such image file")
-                return np.zeros(self.image_shape, np.uint8)
-            (tile,) = prepare(open_image(path), self.image_shape[0], self.image_mode)
-            return tile
-        except FileNotFoundError as error:
-            raise BadRow("missing_image", f"{record.source}: {error}") from None
-        except ValueError as error:
-            raise BadRow("broken_image", f"{record.source}: {error}") from None
-
-    def _element(self, tokens, labels, tiles, skipped=()) -> dict[str, np.ndarray]:
-        return {
-            "tokens": np.asarray(tokens, np.int32),
-            "labels": np.asarray(labels, np.int32),
-            "images": np.stack(tiles) if tiles else np.zeros((0, *self.image_shape), np.uint8),
-            "skipped": np.asarray(skipped, np.int32),
-        }
-
-
 class _Examples(grain.IterDataset):
-    """Elements in order, made ahead by worker processes (0: by one thread).
+    """The examples of `numbers` in order, made ahead by worker processes.
 
-    Unlike `mp_prefetch` alone, its state is the number of elements taken, whatever the number of workers.
+    Stands in for Grain's `mp_prefetch`, whose state holds only for one number of workers, whose workers import JAX,
+    and which passes arrays in shared memory (slower than a pipe at these sizes; Docker gives 64 MB of it).
     """
 
-    def __init__(self, examples: grain.MapDataset, workers: int):
-        super().__init__(examples)
-        self._examples, self._workers = examples, workers
+    def __init__(self, numbers: grain.MapDataset, loader: Loader, workers: int):
+        super().__init__(numbers)
+        self._iterator = functools.partial(_ExamplesIterator, numbers, loader, workers)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _ExamplesIterator(self._examples, self._workers)
+        return self._iterator()
 
 
 class _ExamplesIterator(grain.DatasetIterator):
-    def __init__(self, examples: grain.MapDataset, workers: int):
+    def __init__(self, numbers: grain.MapDataset, loader: Loader, workers: int):
         super().__init__()
-        self._examples, self._workers = examples, workers
-        self._taken, self._ahead = 0, None
+        self._numbers, self._loader, self._workers = numbers, loader, workers
+        self._executor, self._taken = None, 0
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._ahead is None:
-            self._ahead = self._start()
-        example = next(self._ahead)
+        if self._executor is None:
+            self._executor = start_workers(self._loader, self._workers)
+            self._pending, self._ready, self._asked = deque(), deque(), self._taken
+        while len(self._pending) < max(AHEAD, 2 * self._workers) and self._asked < len(self._numbers):
+            chunk = range(self._asked, min(self._asked + CHUNK, len(self._numbers)))
+            self._pending.append(self._executor.submit(load_in_worker, [self._numbers[i] for i in chunk]))
+            self._asked = chunk.stop
+        if not self._ready:
+            if not self._pending:
+                self._stop()
+                raise StopIteration
+            self._ready.extend(self._pending.popleft().result())
         self._taken += 1
-        return example
+        return self._ready.popleft()
 
     def get_state(self) -> dict[str, int]:
         return {"taken": self._taken}
@@ -225,37 +159,21 @@ class _ExamplesIterator(grain.DatasetIterator):
         super().close()
         self._stop()
 
-    def _start(self) -> grain.DatasetIterator:
-        rest = self._examples[self._taken :]
-        if not self._workers:
-            return iter(rest.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
-        if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only absl's own main function parses
-            flags.FLAGS.mark_as_parsed()
-        in_order = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        # Shared memory costs more than a pipe for arrays of this size, and containers give little (Docker: 64 MB).
-        piped = WithOptionsIterDataset(in_order, DatasetOptions(min_shm_size=2**62))
-        options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=max(AHEAD // self._workers, 1))
-        return iter(piped.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_main_process))
-
     def _stop(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+            self._executor = None
 
 
-def _leave_interrupts_to_the_main_process(worker: int, workers: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _require_a_good_row(load: _Load, numbers: Sequence[int]) -> None:
+def _require_a_good_row(loader: Loader, numbers: grain.MapDataset, count: int) -> None:
     first = None
-    for number in numbers:
+    for i in range(count):
         try:
-            load.example(number)
+            loader.load(numbers[i])
             return
         except BadRow as bad:
             first = first or bad
-    raise ValueError(f"none of the first {len(numbers)} rows can be used, the first for this reason: {first}")
+    raise ValueError(f"none of the first {count} rows can be used, the first for this reason: {first}")
 
 
 def _finish_row(row: dict[str, np.ndarray], tokens_per_image: int) -> dict[str, np.ndarray]:

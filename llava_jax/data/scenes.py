@@ -1,9 +1,10 @@
 """The embedded data set: pictures of coloured shapes, written to disk as a COCO-format data set.
 
-A picture is 60 x 60 pixels and holds one to four objects, each somewhere within its own cell of a 3 x 3 grid: small or large, of
-eight colours and five shapes, over a plain, shaded or patterned background, anti-aliased and with noise. What is written is what
-COCO gives (images, five captions and the boxes of each), so everything downstream reads it as it would read COCO. Four of the forty
-colour-shape pairs are held back from the `train` and `test` splits; every picture of the `unseen` split shows at least one of them.
+A picture is 60 x 60 pixels and holds one to four objects, each somewhere within its own cell of a 3 x 3 grid:
+small or large, of eight colours and five shapes, over a plain, shaded or patterned background, anti-aliased and
+with noise. What is written is what COCO gives (images, five captions and the boxes of each), so everything
+downstream reads it as it would read COCO. Four of the forty colour-shape pairs are held back from the `train`
+and `test` splits; every picture of the `unseen` split shows at least one of them.
 """
 
 import json
@@ -17,8 +18,14 @@ from PIL import Image, ImageDraw
 SIZE = 60
 CELL = SIZE // 3
 COLOURS = {
-    "red": (214, 40, 40), "orange": (245, 140, 25), "yellow": (240, 225, 50), "green": (45, 160, 60),
-    "cyan": (40, 205, 215), "blue": (40, 75, 215), "purple": (130, 45, 165), "pink": (250, 140, 200),
+    "red": (214, 40, 40),
+    "orange": (245, 140, 25),
+    "yellow": (240, 225, 50),
+    "green": (45, 160, 60),
+    "cyan": (40, 205, 215),
+    "blue": (40, 75, 215),
+    "purple": (130, 45, 165),
+    "pink": (250, 140, 200),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = ("small", "large")
@@ -28,7 +35,15 @@ UNSEEN = (("red", "triangle"), ("green", "ring"), ("blue", "circle"), ("pink", "
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
 NUMBERS = ("zero", "one", "two", "three", "four")
 
-_BACKGROUNDS = ((235, 235, 230), (200, 205, 215), (225, 215, 190), (120, 120, 120), (70, 75, 85), (35, 35, 45), (95, 80, 70))
+_BACKGROUNDS = (
+    (235, 235, 230),
+    (200, 205, 215),
+    (225, 215, 190),
+    (120, 120, 120),
+    (70, 75, 85),
+    (35, 35, 45),
+    (95, 80, 70),
+)
 _RADII = {"small": (6.0, 7.0), "large": (8.6, 9.6)}
 _SUPERSAMPLING = 3
 
@@ -52,8 +67,12 @@ class Object:
     @property
     def box(self) -> list[float]:
         """COCO's [x, y, width, height] in pixels."""
-        return [round(self.x - self.radius, 1), round(self.y - self.radius, 1),
-                round(2 * self.radius, 1), round(2 * self.radius, 1)]
+        return [
+            round(self.x - self.radius, 1),
+            round(self.y - self.radius, 1),
+            round(2 * self.radius, 1),
+            round(2 * self.radius, 1),
+        ]
 
 
 def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: int = 4) -> tuple[Object, ...]:
@@ -62,7 +81,9 @@ def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: 
     objects = []
     for index, cell in enumerate(rng.sample(range(9), count)):
         colour, shape = rng.choice(required if required and (index == 0 or rng.random() < 0.3) else pairs)
-        if index and not required and rng.random() < 0.4:   # repeat a colour or a shape, so that counting is not trivial
+        if (
+            index and not required and rng.random() < 0.4
+        ):  # repeat a colour or a shape, so that counting is not trivial
             other = rng.choice(objects)
             twin = (other.colour, shape) if rng.random() < 0.5 else (colour, other.shape)
             colour, shape = twin if twin in pairs else (colour, shape)
@@ -70,9 +91,17 @@ def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: 
         radius = rng.uniform(*_RADII[size])
         slack = CELL / 2 - radius
         row, column = divmod(cell, 3)
-        objects.append(Object(colour, shape, size, cell,
-                              x=column * CELL + CELL / 2 + rng.uniform(-slack, slack),
-                              y=row * CELL + CELL / 2 + rng.uniform(-slack, slack), radius=radius))
+        objects.append(
+            Object(
+                colour,
+                shape,
+                size,
+                cell,
+                x=column * CELL + CELL / 2 + rng.uniform(-slack, slack),
+                y=row * CELL + CELL / 2 + rng.uniform(-slack, slack),
+                radius=radius,
+            )
+        )
     return tuple(sorted(objects, key=lambda thing: thing.cell))
 
 
@@ -86,7 +115,9 @@ def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Gen
         fill = tuple(channel + rng.randint(-18, 18) for channel in COLOURS[thing.colour])
         _shape(draw, thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, fill)
     pixels = np.asarray(canvas.reduce(scale), np.float32)
-    pixels = pixels * rng.uniform(0.88, 1.1) + noise.standard_normal(pixels.shape, np.float32) * rng.uniform(2, 8)
+    pixels = pixels * rng.uniform(0.88, 1.1) + noise.standard_normal(pixels.shape, np.float32) * rng.uniform(
+        2, 8
+    )
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -99,7 +130,10 @@ def _background(draw: ImageDraw.ImageDraw, rng: random.Random, side: int) -> Non
     if kind == "shaded":
         for y in range(0, side, 6):
             mix = y / side
-            draw.rectangle((0, y, side, y + 6), fill=tuple(int(a + (b - a) * mix) for a, b in zip(base, other, strict=True)))
+            draw.rectangle(
+                (0, y, side, y + 6),
+                fill=tuple(int(a + (b - a) * mix) for a, b in zip(base, other, strict=True)),
+            )
     elif kind == "striped":
         for x in range(0, side, 2 * step):
             draw.rectangle((x, 0, x + step - 1, side), fill=other)
@@ -150,14 +184,19 @@ def _sentence(parts) -> str:
 
 
 def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, seed: int = 0) -> Path:
-    """Write the splits `train`, `test` and `unseen` (number of pictures each) in COCO's layout; the same seed gives the same bytes.
+    """Write the splits `train`, `test` and `unseen` (number of pictures each) in COCO's layout; the same seed
+    gives the same bytes.
 
-    `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and `instances_SPLIT.json`. A split's
-    `categories` are the colour-shape pairs that its pictures may show. Returns `out_dir`.
+    `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and `instances_SPLIT.json`.
+    A split's `categories` are the colour-shape pairs that its pictures may show. Returns `out_dir`.
     """
     out_dir = Path(out_dir)
     (out_dir / "annotations").mkdir(parents=True, exist_ok=True)
-    for split, count, pairs, required in (("train", train, SEEN, ()), ("test", test, SEEN, ()), ("unseen", unseen, SEEN, UNSEEN)):
+    for split, count, pairs, required in (
+        ("train", train, SEEN, ()),
+        ("test", test, SEEN, ()),
+        ("unseen", unseen, SEEN, UNSEEN),
+    ):
         if count:
             _write_split(out_dir, split, count, pairs, required, seed)
     return out_dir
@@ -177,10 +216,22 @@ def _write_split(out_dir: Path, split: str, count: int, pairs: tuple, required: 
         for caption in captions(objects):
             texts.append({"id": len(texts) + 1, "image_id": image_id, "caption": caption})
         for thing in objects:
-            boxes.append({"id": len(boxes) + 1, "image_id": image_id, "category_id": ids[thing.colour, thing.shape],
-                          "bbox": thing.box, "area": round(thing.box[2] * thing.box[3], 1), "iscrowd": 0})
-    categories = [{"id": number, "name": f"{colour} {shape}", "supercategory": shape} for (colour, shape), number in ids.items()]
+            boxes.append(
+                {
+                    "id": len(boxes) + 1,
+                    "image_id": image_id,
+                    "category_id": ids[thing.colour, thing.shape],
+                    "bbox": thing.box,
+                    "area": round(thing.box[2] * thing.box[3], 1),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [
+        {"id": number, "name": f"{colour} {shape}", "supercategory": shape}
+        for (colour, shape), number in ids.items()
+    ]
     folder = out_dir / "annotations"
     (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": texts}))
     (folder / f"instances_{split}.json").write_text(
-        json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+        json.dumps({"images": images, "annotations": boxes, "categories": categories})
+    )

@@ -1,15 +1,16 @@
 """Batches of token ids through the jitted functions: shapes come in buckets, so that few programs are compiled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+from flax import nnx
 
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.decode import CHUNK, NOTHING, decode, prefill
 from llava_jax.inference.sampling import Sampling, seed_words
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract, merge
+from llava_jax.models.llava import Parameters, merge
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Engine:
     64 on. A conversation that grows from nothing to a context of 4096 so compiles `decode` at most 13 times.
     """
 
-    def __init__(self, config: LlavaConfig, parameters: Parameters, dtype: str, ends: Sequence[int]):
-        graph, _ = abstract(config, dtype)
-        ends = tuple(ends)
+    def __init__(self, graph: nnx.GraphDef, parameters: Parameters, ends: Iterable[int]):
+        """`graph`, `parameters`: of a model, split; `ends`: the token ids with which an answer ends."""
+        ends = tuple(sorted(ends))
 
         def prefill_(parameters, tokens, lengths, images, limits, sampling, size):
             return prefill(merge(graph, parameters), tokens, lengths, images, limits, sampling, ends, size)

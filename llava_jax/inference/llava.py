@@ -61,18 +61,25 @@ class Llava:
       config: the model's `LlavaConfig`.
       tokenizer: its `Tokenizer`.
       template: the name of its conversation format, one of `text/templates.py`.
-      parameters: its arrays by path.
+      parameters: its arrays by path; others of the same shapes can be put in their place.
     """
 
     def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32"):
         self.config = config
         self.tokenizer = tokenizer
         self.template = config.template
-        self.parameters = parameters
         graph, _ = abstract(config, dtype)
         self._logits = jax.jit(lambda parameters, *inputs: merge(graph, parameters)(*inputs))
         ends, self._stops = answer_ends(config.template, tokenizer)
-        self._engine = Engine(config, parameters, dtype, sorted(ends))
+        self._engine = Engine(graph, parameters, ends)
+
+    @property
+    def parameters(self) -> Parameters:
+        return self._engine.parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Parameters) -> None:
+        self._engine.parameters = parameters
 
     def model(
         self,
@@ -195,7 +202,9 @@ def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict
         role, text = turns[0]
         turns[0] = role, f"{templates.IMAGE}\n" * count + text
     elif marks != count:
-        raise ValueError(f"{count} images were given, but the messages have {marks} {templates.IMAGE} marks; each needs one")
+        raise ValueError(
+            f"{count} images were given, but the messages have {marks} {templates.IMAGE} marks; each needs one"
+        )
     system = [] if system is None else [("system", system)]
     return [{"role": role, "content": text} for role, text in (*system, *turns)]
 

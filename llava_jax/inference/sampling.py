@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 
@@ -56,4 +55,4 @@ def noise(seed: UInt32[Array, "B 2"], positions: Int[Array, "B"], size: int) -> 
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
         return jax.random.gumbel(jax.random.fold_in(key, position), (size,))
 
-    return jax.vmap(row)(jnp.asarray(seed, np.uint32), positions)
+    return jax.vmap(row)(seed, positions)

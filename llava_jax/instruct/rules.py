@@ -1,9 +1,10 @@
 """A rule-based teacher: instruction data from captions and boxes.
 
-It stands in for GPT-4 of the paper (Visual Instruction Tuning, section 3), which never saw the picture either: all that it reads is
-what a COCO data set says of an image, its captions and its boxes with their categories ("red circle"). It writes the paper's three
-kinds of record (conversation, detailed description, complex reasoning) in LLaVA's JSON format, the image-caption pairs of stage 1,
-and the questions of the held-out test, each labelled with its kind.
+It stands in for GPT-4 of the paper (Visual Instruction Tuning, section 3), which never saw the picture either:
+all that it reads is what a COCO data set says of an image, its captions and its boxes with their categories
+("red circle"). It writes the paper's three kinds of record (conversation, detailed description, complex
+reasoning) in LLaVA's JSON format, the image-caption pairs of stage 1, and the questions of the held-out test,
+each labelled with its kind.
 """
 
 import json
@@ -65,7 +66,13 @@ def read_box(category: str, box: Sequence[float], width: float, height: float) -
     colour, _, shape = category.partition(" ")
     x, y, w, h = box
     size = "large" if max(w / width, h / height) >= LARGE else "small"
-    return Thing(colour, shape, size, row=min(int(3 * (y + h / 2) / height), 2), column=min(int(3 * (x + w / 2) / width), 2))
+    return Thing(
+        colour,
+        shape,
+        size,
+        row=min(int(3 * (y + h / 2) / height), 2),
+        column=min(int(3 * (x + w / 2) / width), 2),
+    )
 
 
 def read_coco(folder: str | Path, split: str) -> tuple[list[Annotation], tuple[str, ...]]:
@@ -74,8 +81,10 @@ def read_coco(folder: str | Path, split: str) -> tuple[list[Annotation], tuple[s
     Reads `folder/annotations/{captions,instances}_SPLIT.json`. Raises FileNotFoundError where one is missing.
     """
     folder = Path(folder)
-    captions, instances = (json.loads((folder / "annotations" / f"{part}_{split}.json").read_text())
-                           for part in ("captions", "instances"))
+    captions, instances = (
+        json.loads((folder / "annotations" / f"{part}_{split}.json").read_text())
+        for part in ("captions", "instances")
+    )
     names = {category["id"]: category["name"] for category in instances["categories"]}
     images = {image["id"]: image for image in captions["images"]}
     texts: dict[int, list[str]] = {number: [] for number in images}
@@ -85,9 +94,12 @@ def read_coco(folder: str | Path, split: str) -> tuple[list[Annotation], tuple[s
     for instance in instances["annotations"]:
         image = images[instance["image_id"]]
         things[image["id"]].append(
-            read_box(names[instance["category_id"]], instance["bbox"], image["width"], image["height"]))
-    annotations = [Annotation(f"{split}/{images[number]['file_name']}", tuple(texts[number]), tuple(things[number]))
-                   for number in sorted(images)]
+            read_box(names[instance["category_id"]], instance["bbox"], image["width"], image["height"])
+        )
+    annotations = [
+        Annotation(f"{split}/{images[number]['file_name']}", tuple(texts[number]), tuple(things[number]))
+        for number in sorted(images)
+    ]
     return annotations, tuple(names.values())
 
 
@@ -102,21 +114,30 @@ def _unique(things: Sequence[Thing], key: Callable) -> list[Thing]:
 def colour(things: Sequence[Thing], rng: random.Random) -> Question:
     """By the shape where only one object has it, otherwise by the place."""
     subject = rng.choice(things)
-    phrase = _phrase(subject, things, rng, (("shape",), ("size", "shape")), fallback=f"object at the {subject.place}")
+    phrase = _phrase(
+        subject, things, rng, (("shape",), ("size", "shape")), fallback=f"object at the {subject.place}"
+    )
     return Question("colour", f"What colour is the {phrase}?", subject.colour, (subject.name,))
 
 
 def shape(things: Sequence[Thing], rng: random.Random) -> Question:
     """By the colour where only one object has it, otherwise by the place."""
     subject = rng.choice(things)
-    phrase = _phrase(subject, things, rng, (("colour",), ("size", "colour")), fallback=f"object at the {subject.place}")
+    phrase = _phrase(
+        subject, things, rng, (("colour",), ("size", "colour")), fallback=f"object at the {subject.place}"
+    )
     return Question("shape", f"What shape is the {phrase}?", subject.shape, (subject.name,))
 
 
-def _phrase(subject: Thing, things: Sequence[Thing], rng: random.Random, ways: Sequence[tuple], fallback: str) -> str:
+def _phrase(
+    subject: Thing, things: Sequence[Thing], rng: random.Random, ways: Sequence[tuple], fallback: str
+) -> str:
     """Words that fit `subject` alone: one of `ways` (attributes to name) that is unique, or the fallback."""
-    usable = [way for way in ways
-              if sum(all(getattr(thing, a) == getattr(subject, a) for a in way) for thing in things) == 1]
+    usable = [
+        way
+        for way in ways
+        if sum(all(getattr(thing, a) == getattr(subject, a) for a in way) for thing in things) == 1
+    ]
     if not usable or rng.random() < 0.4:
         return fallback
     way = rng.choice(usable)
@@ -133,7 +154,9 @@ def count(things: Sequence[Thing], rng: random.Random, categories: Sequence[str]
         options.setdefault(number, []).append(_plural(word))
     if rng.random() < 0.5:
         absent = rng.choice([name.split(" ") for name in categories])
-        none = [f"{absent[0]} objects"] * (absent[0] not in colours) + [_plural(absent[1])] * (absent[1] not in shapes)
+        none = [f"{absent[0]} objects"] * (absent[0] not in colours) + [_plural(absent[1])] * (
+            absent[1] not in shapes
+        )
         options |= {0: none} if none else {}
     answer = rng.choice(sorted(options))
     return Question("count", f"How many {rng.choice(options[answer])} are there?", NUMBERS[answer])
@@ -177,8 +200,13 @@ def existence(things: Sequence[Thing], rng: random.Random, categories: Sequence[
         name = rng.choice(sorted(present))
         return Question("existence", f"Is there a {name}?", "yes", (name,))
     absent = [name for name in categories if name not in present]
-    shares = [sum(word in (getattr(thing, field) for thing in things) for word, field in
-                  zip(name.split(" "), ("colour", "shape"), strict=True)) for name in absent]
+    shares = [
+        sum(
+            word in (getattr(thing, field) for thing in things)
+            for word, field in zip(name.split(" "), ("colour", "shape"), strict=True)
+        )
+        for name in absent
+    ]
     hardest = [name for name, share in zip(absent, shares, strict=True) if share == max(shares)]
     hard = [name for name, share in zip(absent, shares, strict=True) if share]
     name = rng.choice(hardest if rng.random() < 0.5 else hard)
@@ -195,8 +223,12 @@ def ask(kind: str, things: Sequence[Thing], rng: random.Random, categories: Sequ
 # ---- records ----
 
 
-def conversation(things: Sequence[Thing], rng: random.Random, categories: Sequence[str], turns: int) -> list[Question]:
-    """Different short questions about one scene: the kinds take turns, those of several objects where there are some."""
+def conversation(
+    things: Sequence[Thing], rng: random.Random, categories: Sequence[str], turns: int
+) -> list[Question]:
+    """Different short questions about one scene: the kinds take turns, those of several objects where there are
+    some.
+    """
     asked: dict[str, Question] = {}
     kinds = rng.sample(KINDS, len(KINDS))
     for attempt in range(4 * turns):
@@ -219,7 +251,11 @@ def detail(annotation: Annotation, rng: random.Random) -> Question:
     pairs = [(a, b) for a in named for b in named if a != b and (a.row == b.row) != (a.column == b.column)]
     if pairs:
         text.append(_relation_sentence(*rng.choice(pairs)))
-    return Question("detail", rng.choice(("Describe the picture in detail.", "What do you see? Tell me everything.")), " ".join(text))
+    return Question(
+        "detail",
+        rng.choice(("Describe the picture in detail.", "What do you see? Tell me everything.")),
+        " ".join(text),
+    )
 
 
 def _relation_sentence(a: Thing, b: Thing) -> str:
@@ -228,7 +264,11 @@ def _relation_sentence(a: Thing, b: Thing) -> str:
 
 
 def caption(annotation: Annotation, rng: random.Random) -> Question:
-    return Question("caption", rng.choice(("Describe the picture.", "What is in the picture?")), rng.choice(annotation.captions))
+    return Question(
+        "caption",
+        rng.choice(("Describe the picture.", "What is in the picture?")),
+        rng.choice(annotation.captions),
+    )
 
 
 def reasoning(things: Sequence[Thing], rng: random.Random) -> Question | None:
@@ -238,23 +278,40 @@ def reasoning(things: Sequence[Thing], rng: random.Random) -> Question | None:
     if len(named) >= 2:
         a, b = rng.sample(named, 2)
         same = a.shape == b.shape
-        options.append((f"Do the {a.name} and the {b.name} have the same shape?",
-                        f"Yes, because both are {_plural(a.shape)}." if same else
-                        f"No, because one is a {a.shape} and the other a {b.shape}."))
+        options.append(
+            (
+                f"Do the {a.name} and the {b.name} have the same shape?",
+                f"Yes, because both are {_plural(a.shape)}."
+                if same
+                else f"No, because one is a {a.shape} and the other a {b.shape}.",
+            )
+        )
         larger = a if a.size == "large" else b
         if a.size != b.size:
-            options.append((f"Which is larger, the {a.name} or the {b.name}?",
-                            f"The {larger.name}, because it is large and the other is small."))
+            options.append(
+                (
+                    f"Which is larger, the {a.name} or the {b.name}?",
+                    f"The {larger.name}, because it is large and the other is small.",
+                )
+            )
         if a.row != b.row:
             higher, lower = sorted((a, b), key=lambda thing: thing.row)
-            options.append((f"Which is higher, the {a.name} or the {b.name}?",
-                            f"The {higher.name}, because it is at the {higher.place} and the other at the {lower.place}."))
+            options.append(
+                (
+                    f"Which is higher, the {a.name} or the {b.name}?",
+                    f"The {higher.name}, because it is at the {higher.place} and the other at the {lower.place}.",
+                )
+            )
     if named:
         gone = rng.choice(named)
         left = len(things) - 1
-        options.append((f"How many objects are left without the {gone.name}?",
-                        f"There {'is one object' if len(things) == 1 else f'are {NUMBERS[len(things)]} objects'}, so "
-                        f"without it {NUMBERS[left]} {'is' if left == 1 else 'are'} left."))
+        options.append(
+            (
+                f"How many objects are left without the {gone.name}?",
+                f"There {'is one object' if len(things) == 1 else f'are {NUMBERS[len(things)]} objects'}, so "
+                f"without it {NUMBERS[left]} {'is' if left == 1 else 'are'} left.",
+            )
+        )
     return Question("reasoning", *rng.choice(options)) if options else None
 
 
@@ -276,10 +333,11 @@ def write_captions(coco: str | Path, split: str, out_file: str | Path, *, seed: 
     return len(records)
 
 
-def write_instructions(coco: str | Path, split: str, out_file: str | Path, *, turns: int = 10, long: float = 0.15,
-                       seed: int = 0) -> int:
-    """Stage 2: a conversation of short answers about each image; for the part `long` of the images it ends with a detailed
-    description or with reasoning. Returns the number of records."""
+def write_instructions(
+    coco: str | Path, split: str, out_file: str | Path, *, turns: int = 10, long: float = 0.15, seed: int = 0
+) -> int:
+    """Stage 2: a conversation of short answers about each image; for the part `long` of the images it ends with
+    a detailed description or with reasoning. Returns the number of records."""
     annotations, categories = read_coco(coco, split)
     rng = random.Random(f"{seed} instructions {split}")
     records = []
@@ -293,11 +351,18 @@ def write_instructions(coco: str | Path, split: str, out_file: str | Path, *, tu
     return len(records)
 
 
-def write_questions(coco: str | Path, split: str, out_file: str | Path, *, per_image: int = 6, about: Sequence[str] = (),
-                    seed: int = 0) -> int:
-    """The held-out test: JSON lines of {question_id, image, text, answer, kind}; one question of each kind per image where the
-    scene allows it, at most `per_image`. `about`: where given, only questions that speak of one of these categories
-    (counting aside). Returns the number of questions."""
+def write_questions(
+    coco: str | Path,
+    split: str,
+    out_file: str | Path,
+    *,
+    per_image: int = 6,
+    about: Sequence[str] = (),
+    seed: int = 0,
+) -> int:
+    """The held-out test: JSON lines of {question_id, image, text, answer, kind}; one question of each kind per
+    image where the scene allows it, at most `per_image`. `about`: where given, only questions that speak of one
+    of these categories (counting aside). Returns the number of questions."""
     annotations, categories = read_coco(coco, split)
     rng = random.Random(f"{seed} questions {split}")
     lines = []
@@ -310,7 +375,14 @@ def write_questions(coco: str | Path, split: str, out_file: str | Path, *, per_i
             else:
                 question = None
             if question:
-                lines.append({"question_id": len(lines), "image": annotation.image, "text": question.question,
-                              "answer": question.answer, "kind": kind})
+                lines.append(
+                    {
+                        "question_id": len(lines),
+                        "image": annotation.image,
+                        "text": question.question,
+                        "answer": question.answer,
+                        "kind": kind,
+                    }
+                )
     Path(out_file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)

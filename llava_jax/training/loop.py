@@ -21,6 +21,7 @@ from llava_jax.text.encode import IGNORE
 from llava_jax.training.checkpoint import fingerprint
 from llava_jax.training.metrics import Log, Progress, model_flops, peak_flops
 from llava_jax.training.optimizer import make_optimizer, schedule, trainable_paths
+from llava_jax.training.samples import Samples
 from llava_jax.training.start import Run, begin, load_parameters, total
 from llava_jax.training.step import init_state, make_loss, make_train_step
 from llava_jax.weights import save_huggingface
@@ -76,7 +77,8 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     if latest is not None:
         log.rewind(list(recipe.stages), name, latest)
         state = checkpoints.restore(latest, state, data)
-    train_step, loss = make_train_step(run.graph, tx), make_loss(run.graph)
+    train_step, loss = make_train_step(run.graph, tx, state), make_loss(run.graph)
+    samples = Samples(run, stage) if recipe.sample_every else None
     factor = schedule(steps, stage.optimizer.warmup_ratio)
     peak_rate = max(rates.values())
     progress = Progress(name, steps, done=latest or 0)
@@ -103,6 +105,10 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 mean = validate(run, stage, loss, state.trainable, frozen)
                 log.write({"stage": name, "step": done, "validation_loss": mean})
                 progress.note(f"{name} {done}/{steps}  validation loss {mean:.3f}")
+            if samples and (done % recipe.sample_every == 0 or done == steps):
+                answers = samples.answer(state.trainable | frozen)
+                log.write({"stage": name, "step": done, "samples": answers})
+                progress.note("\n".join(f"  {a['question']!r} -> {a['answer']!r} ({a['expected']!r})" for a in answers))
             if saves or stop.asked:
                 checkpoints.save(done, state, data, meta)
             if stop.asked and done < steps:

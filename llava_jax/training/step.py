@@ -83,8 +83,8 @@ def supervised(batch: Batch) -> Int[Array, ""]:
     return (batch["labels"][..., 1:] != IGNORE).sum()
 
 
-def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation) -> Callable:
-    """`(state, frozen, batch) -> (state, metrics)`, jitted; the state's memory is reused.
+def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState) -> Callable:
+    """`(state, frozen, batch) -> (state, metrics)`, jitted; the state's memory is reused, and stays laid out as `state`.
 
     `batch` has the micro-batches on a leading axis [A, B, ...]. Their losses and gradients are summed, and divided
     once by the step's learned tokens, so the cut into micro-batches and devices does not change the result.
@@ -107,7 +107,8 @@ def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation) -> Ca
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "supervised_tokens": count}
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    # Without fixed shardings the first step's result may be laid out otherwise, and the second step compiled again.
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
 
 
 def make_loss(graph: nnx.GraphDef) -> Callable:

@@ -129,10 +129,14 @@ def padded_rows(rows: int, largest_id: int) -> int:
 def _save(directory: Path, parameters: Parameters | Source, write: Callable[[Path | None, Source], None]) -> None:
     if not isinstance(parameters, Source):
         parameters = source.from_memory(parameters)
-    if jax.process_index() != 0:
-        return write(None, parameters)
-    with files.new_directory(directory) as target:
-        write(target, parameters)
+    if jax.process_index() == 0:
+        with files.new_directory(directory) as target:
+            write(target, parameters)
+    else:
+        write(None, parameters)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices(f"{directory} is complete")
 
 
 def _own_entry(parameters: Source, path: str, dtype: str | None) -> Entry:

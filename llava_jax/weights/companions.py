@@ -74,13 +74,17 @@ def _role(directory: Path, role: str) -> str | None:
 
 
 def _add_tokens(directory: Path, new: dict[str, int]) -> None:
-    """Special tokens into every file that lists them."""
-    entries = [_special(id, name) for name, id in new.items()]
-    tokenizer = read_json(directory / "tokenizer.json")
-    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *entries]
-    write_json(directory / "tokenizer.json", tokenizer)
-    added = directory / "added_tokens.json"
-    write_json(added, (read_json(added) if added.exists() else {}) | new)
+    """Special tokens into added_tokens.json, and all that it lists into tokenizer.json: a tokenizer.model cannot hold
+    tokens that came later, so only the files beside it know them."""
+    file, added_file = directory / "tokenizer.json", directory / "added_tokens.json"
+    added = (read_json(added_file) if added_file.exists() else {}) | new
+    write_json(added_file, added)
+    tokenizer = read_json(file)
+    listed = tokenizer.get("added_tokens") or []
+    known = {*range(len(tokenizer["model"]["vocab"])), *(token["id"] for token in listed)}
+    later = sorted((id, name) for name, id in added.items() if id not in known)
+    tokenizer["added_tokens"] = [*listed, *(_special(id, name) for id, name in later)]
+    write_json(file, tokenizer)
 
 
 def _special(id: int, name: str) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def _write_block(file: BinaryIO | None, block: np.ndarray, dtype: np.dtype) -> i
     # A transposed view is made contiguous, and its dtype changed, a few rows at a time.
     rows = max(1, CHUNK // max(1, block[0].size * dtype.itemsize))
     for start in range(0, len(block) if file else 0, rows):
-        file.write(block[start : start + rows].astype(dtype, order="C", copy=False).tobytes())
+        file.write(block[start : start + rows].astype(dtype, order="C", copy=False).view(np.uint8).data)
     return block.size
 
 

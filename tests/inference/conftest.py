@@ -44,7 +44,8 @@ def hub_model():
     )
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=2000)).eval()
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2000)
+    model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
@@ -88,6 +89,8 @@ def reciting(tokenizer):
 
 CONFIG = LlavaConfig(
     vision=VitConfig(image_size=14, patch_size=7, width=16, mlp_width=16, layers=1, heads=1),
-    text=LlamaConfig(vocab_size=2000, width=64, mlp_width=16, layers=1, heads=1, kv_heads=1, head_width=64, max_length=256),
+    text=LlamaConfig(
+        vocab_size=2000, width=64, mlp_width=16, layers=1, heads=1, kv_heads=1, head_width=64, max_length=256
+    ),
     feature_layer=-1,
 )

@@ -26,8 +26,9 @@ def requests(pictures):
     """
     requests = []
     for i in range(20):
-        question, images = f"What is thing number {i}, and where is it among all of the other things?" + " Why?" * (i // 4), ()
+        question = f"What is thing number {i}, and where is it among all of the other things?" + " Why?" * (i // 4)
         messages = question + " Tell me of all that is there, from the left to the right, and in some detail."
+        images = ()
         if i % 4 == 1:
             messages, images = f"{question} Is it?", pictures[i // 4 % 4 : i // 4 % 4 + 1]
         elif i % 4 == 2:
@@ -83,7 +84,8 @@ def test_cached_decoding_equals_the_full_forward_pass(llava, requests, alone):
 def test_model_takes_floats_and_bytes(llava, alone, requests):
     images = tiles(requests[1]["images"])
     tokens = np.array([alone[1].prompt_tokens])
-    np.testing.assert_allclose(llava.model(tokens, normalise(images)[None]), llava.model(tokens, images[None]), atol=1e-4)
+    floats, integers = llava.model(tokens, normalise(images)[None]), llava.model(tokens, images[None])
+    np.testing.assert_allclose(floats, integers, atol=1e-4)
 
 
 def test_batch_equals_one_at_a_time(llava, requests, alone):
@@ -98,7 +100,7 @@ def test_rows_end_on_their_own(llava, requests, alone):
     for limit, answer in zip(limits, llava.batch(rows), strict=True):
         assert answer.tokens == alone[0].tokens[:limit]
     ended = [answer for answer in alone if answer.finish_reason == "stop"]
-    assert all(answer.tokens[-1] == 2 and len(answer.tokens) <= LIMIT and 2 not in answer.tokens[:-1] for answer in ended)
+    assert all(answer.tokens.index(2) == len(answer.tokens) - 1 for answer in ended)
     assert len({len(answer.tokens) for answer in ended}) > 2
 
 
@@ -149,7 +151,7 @@ def test_the_context_limits_an_answer(reciting, tokenizer):
     answer = reciting.generate(text)
     assert answer.finish_reason == "length"
     assert len(answer.prompt_tokens) < len(answer.prompt_tokens) + len(answer.tokens) == context
-    with pytest.raises(ValueError, match=r"prompt has \d+ tokens, 4 of them for images, and the model's context holds 256"):
+    with pytest.raises(ValueError, match=r"prompt has \d+ tokens, 4 of them for images, .* context holds 256"):
         reciting.generate("<image>" + " word" * 200, [Image.new("RGB", (9, 9))])
 
 
@@ -168,14 +170,19 @@ def test_bfloat16(model_dir, requests):
 def compilations():
     """The programs that XLA compiles meanwhile."""
     seen = []
-    listen = lambda event, duration, **_: event.endswith("backend_compile_duration") and seen.append(event)  # noqa: E731
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            seen.append(event)
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_compilations_are_bounded(reciting, tokenizer, pictures):
-    texts = ["What is this, and what is that, and why" + "?" * n for n in range(1, 5)]
+    text = "What is this, and what is that, and where are they among the other things, and why"
+    texts = [text + "?" * n for n in range(1, 5)]
     lengths = [prompt_length(text, tokenizer, images) for text in texts for images in (0, 1)]
     assert len(set(lengths)) == 8 and {length_bucket(n) for n in lengths} == {96}
     assert {length_bucket(n + limit) for n in lengths for limit in (20, 25)} == {128}
@@ -214,7 +221,7 @@ def test_images_are_placed():
     assert marks(system + user("Hi"), 1) == ["Be brief.", "<image>\nHi"]
     assert marks(user("Hi <image>"), 1) == ["Hi <image>"]
     for text, count in itertools.product(["<image>", "<image><image>"], [0, 3]):
-        with pytest.raises(ValueError, match=rf"{count} images were given, but the messages have {text.count('<')} <image> marks"):
+        with pytest.raises(ValueError, match=rf"{count} images were given, .* have {text.count('<')} <image> marks"):
             marks(user(text), count)
 
 
@@ -225,7 +232,8 @@ def test_a_lone_image_or_stop_is_one(pictures):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"stop": ("a", "")},
+    {"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5},
+    {"stop": ("a", "")},
 ])
 def test_figures_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -71,7 +71,8 @@ def test_a_row_draws_the_same_alone_and_among_others():
     seeds, positions = [5, 5, 11, 2**40 + 5, -3], np.array([9, 10, 9, 9, 9], np.int32)
     together = sample_jit(logits, asking(seeds, 1.5, 0.95), positions)
     for i in range(5):
-        assert sample_jit(logits[i : i + 1], asking(seeds[i : i + 1], 1.5, 0.95), positions[i : i + 1])[0] == together[i]
+        alone = sample_jit(logits[i : i + 1], asking(seeds[i : i + 1], 1.5, 0.95), positions[i : i + 1])
+        assert alone[0] == together[i]
 
 
 def test_seed_and_position_change_the_draw():

@@ -56,7 +56,7 @@ def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "ful
         tx = make_optimizer(STAGE, rates, 10)
         state = init_state(tx, {path: parameters[path] for path in rates})
         frozen = {path: x for path, x in parameters.items() if path not in rates}
-        step = make_train_step(graph, tx)
+        step = make_train_step(graph, tx, state)
         rows = NamedSharding(mesh, P(None, ("replica", "fsdp")))
         # Every process knows the whole batch here and gives the devices that are its own their rows.
         batch = {name: jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index]) for name, x in batch.items()}

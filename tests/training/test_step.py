@@ -61,7 +61,7 @@ def compile_step(stage: config.Stage, remat: str) -> tuple[jax.stages.Compiled, 
         trainable = {path: parameters[path] for path in rates}
         frozen = {path: x for path, x in parameters.items() if path not in rates}
         state = init_state(tx, trainable)
-        compiled = make_train_step(graph, tx).lower(state, frozen, make_batch()).compile()
+        compiled = make_train_step(graph, tx, state).lower(state, frozen, make_batch()).compile()
     return compiled, state, parameters
 
 

@@ -1,0 +1,1 @@
+"""The parts of train_mini_backbones.py."""

@@ -1,0 +1,112 @@
+"""What the makers of the parts share: sizes, text to ids, a training loop, files."""
+
+import json
+import re
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import tokenizers
+from safetensors.numpy import save_file
+
+from llava_jax.data import scenes
+from llava_jax.instruct import rules
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llava import Parameters
+from llava_jax.models.vit import VitConfig
+from llava_jax.weights import tables
+
+CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)
+BOS, EOS = 1, 2
+VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS = 800, 3500, 0.3
+VISION = VitConfig(image_size=scenes.SIZE, patch_size=10, width=128, mlp_width=384, layers=4, heads=4)
+LANGUAGE = LlamaConfig(
+    vocab_size=512,
+    width=128,
+    mlp_width=384,
+    layers=4,
+    heads=4,
+    kv_heads=4,
+    head_width=32,
+    tied=True,
+    max_length=512,
+)
+
+
+def annotate(objects) -> rules.Annotation:
+    """What the teacher would read of a scene that was never drawn."""
+    things = tuple(rules.read_box(f"{o.colour} {o.shape}", o.box, scenes.SIZE, scenes.SIZE) for o in objects)
+    return rules.Annotation("", tuple(scenes.captions(objects)), things)
+
+
+class Encoder:
+    """Text to ids without BOS; remembers what it has seen, since the domain's sentences recur."""
+
+    def __init__(self, folder: Path):
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        if text not in self.known:
+            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.known[text]
+
+    @property
+    def comma(self) -> int:
+        return self.tokenizer.token_to_id(",")
+
+    def word(self, text: str) -> int:
+        [piece] = self(text)  # the domain's words are one piece each
+        return piece
+
+
+def start(parameters: Parameters, factors: dict[str, float]) -> Parameters:
+    """The library's start (normal, 0.02) is made for wide models: matrices of narrow ones are scaled up."""
+    scale = lambda path: next((f for pattern, f in factors.items() if re.fullmatch(pattern, path)), 1)  # noqa: E731
+    return {path: value * scale(path) for path, value in parameters.items()}
+
+
+def train(name: str, loss, parameters: Parameters, batches, steps: int, peak: float, watch=None) -> Parameters:
+    """AdamW with warm-up and cosine. `batches(step)` gives what `loss` takes beside the parameters; `watch`
+    looks on now and then.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0, peak, 100, steps, 0.02 * peak)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01)
+    )
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(parameters, state, batch):
+        value, gradient = jax.value_and_grad(loss)(parameters, batch)
+        updates, state = optimizer.update(gradient, state, parameters)
+        return optax.apply_updates(parameters, updates), state, value
+
+    state, began = optimizer.init(parameters), time.perf_counter()
+    for number in range(1, steps + 1):
+        parameters, state, value = step(parameters, state, batches(number))
+        if number % 50 == 0 or number == steps:
+            seconds = time.perf_counter() - began
+            print(f"{name} step {number}/{steps} loss {float(value):.3f} {seconds:.0f} s", flush=True)
+        if watch and (number % 500 == 0 or number == steps):
+            watch(number, parameters)
+    return parameters
+
+
+def save(folder: Path, parameters: Parameters, config: dict) -> None:
+    """Hugging Face's layout of a part alone, float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {path: np.asarray(value) for path, value in parameters.items()}
+    tensors = {}
+    for name, place in tables.places({path: array.shape for path, array in arrays.items()}).items():
+        array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer]
+        name = name.replace("vision_tower.", "").replace("language_model.", "")
+        tensors[name] = np.ascontiguousarray(place.transform.to_hub(array))
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    write_json(folder / "config.json", config)
+
+
+def write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")

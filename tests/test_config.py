@@ -1,0 +1,67 @@
+"""Recipes: mistakes in one line, overrides by dotted name, no field that nothing reads."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_jax import cli, config
+
+REPOSITORY = Path(__file__).parent.parent
+KINDS = (config.Model, config.Mesh, config.Data, config.Optimizer, config.Stage, config.Recipe)
+
+
+def train(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "llava_jax.train", *args], capture_output=True, text=True, cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize("args,expected", [
+    (["mino"], "recipe 'mino': no such recipe; did you mean mini?"),
+    (["mini", "--stages.align.stpes", "3"], "did you mean --stages.align.steps?"),
+    (["mini", "--stages.align.steps", "many"], "--stages.align.steps"),
+    (["mini", "--stages.align.accumulate", "3"], "rows 16 do not divide into accumulate 3"),
+    (["mini", "--mesh.fsdp", "0"], "mesh.fsdp is 0"),
+    (["mini", "--stages.align.learning_rates", "(", "0.1"], "'(' is no regular expression"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(args, expected):
+    done = train(*args)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert expected in done.stderr
+
+
+def test_debug_shows_where_a_mistake_was_found():
+    done = train("mino", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+def test_overrides_by_dotted_name():
+    recipe = config.load_recipe_module("mini").recipe()
+    args = ["--stages.align.steps", "7", "--stages.instruct.data.bad_rows", "skip", "--seed", "3",
+            "--stages.align.learning_rates", "projector/.*", "0.5", "(vision|decoder)/.*", "None"]
+    changed = cli.parse(config.Recipe, args, default=recipe, prog="train")
+    assert changed.stages["align"].steps == 7
+    assert changed.stages["align"].learning_rates == (("projector/.*", 0.5), ("(vision|decoder)/.*", None))
+    assert changed.stages["instruct"].data.bad_rows == "skip"
+    assert dataclasses.replace(changed.stages["instruct"].data, bad_rows="error") == recipe.stages["instruct"].data
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_made(path):
+    assert isinstance(config.load_recipe_module(str(path)).recipe(), config.Recipe)
+
+
+def test_a_recipe_has_under_sixty_fields_and_every_one_is_read():
+    fields = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
+    assert sum(len(dataclasses.fields(kind)) for kind in KINDS) < 60
+    read = set()
+    for path in (REPOSITORY / "llava_jax").rglob("*.py"):
+        if path.name != "config.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    read.add(node.attr)
+    assert fields <= read, f"read by nothing: {sorted(fields - read)}"

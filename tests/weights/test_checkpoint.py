@@ -1,0 +1,311 @@
+"""Whole checkpoints in every layout: loaded, saved, opened by transformers, bit for bit."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+import transformers
+
+from llava_jax.models import llava
+from llava_jax.text.encode import IMAGE_TOKEN_ID
+from llava_jax.weights import files, load_checkpoint, save_huggingface, save_own
+
+VISION = r"^vision_tower\.vision_model\."
+
+
+def hub_tensors(directory):
+    """The tensors of a directory under the names of the hub."""
+    tensors = {}
+    for file in directory.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+    return {re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): tensor
+            for name, tensor in tensors.items()}
+
+
+def rewrite(source, target, rename, shards=1):
+    """A copy of a checkpoint with other tensor names, in one or several files."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {rename(name): tensor.contiguous() for name, tensor in hub_tensors(source).items() if rename(name)}
+    if shards == 1:
+        safetensors.torch.save_file(tensors, target / "model.safetensors")
+        return target
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        safetensors.torch.save_file({name: tensors[name] for name in names if weight_map[name] == file}, target / file)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return target
+
+
+def in_memory_4_52(name):
+    name = re.sub(r"^language_model\.lm_head", "lm_head", name)
+    name = re.sub(r"^language_model\.model", "language_model", name)
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+LAYOUTS = {
+    "the hub's": lambda name: name,
+    "transformers 4.52 in memory": in_memory_4_52,
+    "transformers 5.6 in memory": lambda name: re.sub(r"^model\.vision_tower\.vision_model", "model.vision_tower",
+                                                      in_memory_4_52(name)),
+    "transformers 5.6 on disk": lambda name: re.sub(VISION, "vision_tower.", name),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(hub_dir):
+    return load_checkpoint(hub_dir)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for path, x in expected.items():
+        assert found[path].dtype == x.dtype, path
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_spelling_is_the_same_model(hub_dir, tmp_path, loaded, layout, shards):
+    config, parameters = load_checkpoint(rewrite(hub_dir, tmp_path / "copy", LAYOUTS[layout], shards))
+    assert config == loaded[0]
+    assert_same(parameters, loaded[1])
+
+
+def test_parameters_are_the_modules(loaded):
+    config, parameters = loaded
+    expected = llava.abstract(config)[1]
+    assert {path: (x.shape, x.dtype) for path, x in parameters.items()} == {
+        path: (x.shape, x.dtype) for path, x in expected.items()}
+
+
+def test_constants_and_a_clips_text_tower_are_left_out(tmp_path):
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config=dict(image_size=28, patch_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4),
+        text_config=dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=1, eos_token_id=2, bos_token_id=1)))
+    clip.save_pretrained(tmp_path / "clip")
+    tensors = safetensors.torch.load_file(tmp_path / "clip" / "model.safetensors")
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    safetensors.torch.save_file(tensors, tmp_path / "clip" / "model.safetensors")
+    config, parameters = load_checkpoint(tmp_path / "clip")
+    assert config.width == 32 and all(path.startswith("vision/") for path in parameters)
+    np.testing.assert_array_equal(parameters["vision/layers/mlp/up/kernel"][1],
+                                  tensors["vision_model.encoder.layers.1.mlp.fc1.weight"].T)
+
+    transformers.CLIPVisionModel(clip.config.vision_config).save_pretrained(tmp_path / "alone")
+    assert load_checkpoint(tmp_path / "alone")[1].keys() == parameters.keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_alone(tmp_path, tied):
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                      num_attention_heads=2, tie_word_embeddings=tied)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "llama")
+    tensors = safetensors.torch.load_file(tmp_path / "llama" / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()  # old files hold a tied head too
+    safetensors.torch.save_file(tensors, tmp_path / "llama" / "model.safetensors")
+    _, parameters = load_checkpoint(tmp_path / "llama")
+    assert ("decoder/head/kernel" in parameters) is not tied
+    np.testing.assert_array_equal(parameters["decoder/embedding"], model.model.embed_tokens.weight.detach())
+
+
+def spoil(directory, change):
+    tensors = hub_tensors(directory)
+    change(tensors)
+    safetensors.torch.save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("language_model.lm_head.weight"), "missing: language_model.lm_head.weight$"),
+    (lambda t: t.update({"language_model.model.layers.0.self_attn.q_norm.weight": torch.ones(4)}),
+     "left over: language_model.model.layers.0.self_attn.q_norm.weight$"),
+    (lambda t: t.update({"multi_modal_projector.linear_1.weight": torch.ones(48, 33)}),
+     r"of another shape: multi_modal_projector.linear_1.weight \[48, 33\] instead of \[48, 32\]$"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(48)}),
+     r"left over: (model|language_model.model).norm.weight$"),
+    (lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name],
+     r"missing: (\S+, ){9}\S+ and 15 more$"),
+    (lambda t: (t.pop("language_model.lm_head.weight"), t.update({"head.weight": torch.ones(2)})),
+     "missing: language_model.lm_head.weight; left over: head.weight$"),
+])
+def test_tensors_that_do_not_fit_are_listed(hub_dir, tmp_path, change, message):
+    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+    spoil(copy, change)
+    with pytest.raises(ValueError, match=f"copy: the tensors do not fit config.json; {message}"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes(hub_dir, tmp_path, loaded, stored, dtype):
+    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+    spoil(copy, lambda t: t.update({name: tensor.to(stored) for name, tensor in t.items()}))
+    _, parameters = load_checkpoint(copy, dtype=dtype)
+    for path, x in loaded[1].items():
+        assert parameters[path].dtype == jnp.dtype(dtype)
+        expected = torch.tensor(np.asarray(x)).to(stored).float().numpy().astype(jnp.dtype(dtype))
+        np.testing.assert_array_equal(parameters[path], expected)
+
+
+def torch_logits(model, tokens, images, image_id):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(np.where(tokens == IMAGE_TOKEN_ID, image_id, tokens)).long(),
+                     pixel_values=torch.tensor(images).flatten(0, 1).permute(0, 3, 1, 2)).logits.numpy()
+
+
+def our_logits(config, parameters, tokens, images):
+    graph = llava.abstract(config)[0]
+    return np.asarray(jax.jit(lambda p: llava.merge(graph, p)(tokens, images))(parameters))
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 2000, (2, 20)).astype(np.int32)
+    tokens[:, 5:9] = IMAGE_TOKEN_ID
+    return tokens, rng.normal(size=(2, 1, 28, 28, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("change", ["none", "linear", "qwen2 tied", "biases"])
+def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
+    config, _ = loaded
+    text = {"none": {}, "linear": {"head_width": 20}, "qwen2 tied": {"qkv_bias": True, "tied": True},
+            "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True}}[change]
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, **text),
+                                 projector="linear" if change == "linear" else "mlp2x_gelu",
+                                 feature_select="cls_patch" if change == "biases" else "patch")
+    rng = np.random.default_rng(0)
+    parameters = {path: rng.normal(path.endswith("scale"), 0.2, x.shape).astype(np.float32)
+                  for path, x in llava.abstract(config)[1].items()}
+    save_huggingface(tmp_path / "saved", config, parameters, hub_dir)
+
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.text_config.vocab_size == 2048 and model.config.text_config.model_type == (
+        "qwen2" if change == "qwen2 tied" else "llama")
+    tokens, images = make_batch()
+    if change == "biases":
+        tokens[:, 9] = IMAGE_TOKEN_ID
+    found = torch_logits(model, tokens, images, 2000)[..., :2000]
+    expected = our_logits(config, parameters, tokens, images)
+    assert np.abs(found - expected).max() <= 1e-5 * expected.std()
+
+    names = {".".join(name.split(".")[:2]) for name in files.find(tmp_path / "saved")}
+    assert names - {"language_model.lm_head"} == {
+        "vision_tower.vision_model", "multi_modal_projector.linear_1", "multi_modal_projector.linear_2",
+        "language_model.model"}
+    again, reread = load_checkpoint(tmp_path / "saved")
+    assert dataclasses.replace(again, text=dataclasses.replace(again.text, vocab_size=2000)) == config
+    for path, x in parameters.items():
+        if path == "decoder/embedding":
+            x = np.concatenate([x, np.tile(x.astype(np.float64).mean(0).astype(np.float32), (48, 1))])
+        elif path == "decoder/head/kernel":
+            x = np.concatenate([x, np.tile(x.astype(np.float64).mean(1).astype(np.float32)[:, None], (1, 48))], axis=1)
+        np.testing.assert_array_equal(reread[path], x, err_msg=path)
+
+
+def test_a_second_linear_that_does_something(hub_dir, tmp_path):
+    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "linear"}))
+    with pytest.raises(ValueError, match="config.json: projector_hidden_act linear .* linear_2 is the identity"):
+        load_checkpoint(copy)
+    spoil(copy, lambda t: t.update({"multi_modal_projector.linear_2.weight": torch.eye(48),
+                                    "multi_modal_projector.linear_2.bias": torch.zeros(48)}))
+    config, parameters = load_checkpoint(copy)
+    assert config.projector == "linear" and "projector/layers_1/kernel" not in parameters
+
+
+def test_our_own_layout(hub_dir, tmp_path, loaded):
+    config, parameters = loaded
+    mixed = {path: x.astype(jnp.bfloat16) if path.startswith("vision") else x for path, x in parameters.items()}
+    save_own(tmp_path / "own", config, mixed, hub_dir, shard_bytes=50_000)
+    stored = files.find(tmp_path / "own")
+    assert stored.keys() == parameters.keys() and len({tensor.file for tensor in stored.values()}) > 3
+    assert stored["vision/patch/kernel"].dtype == ml_dtypes.bfloat16
+    again, reread = load_checkpoint(tmp_path / "own")
+    assert again == config
+    assert_same(reread, {path: x.astype(jnp.float32) for path, x in mixed.items()})
+    assert (tmp_path / "own" / "tokenizer.model").read_bytes() == (hub_dir / "tokenizer.model").read_bytes()
+
+    tensors = {path: np.asarray(x) for path, x in parameters.items() if path != "decoder/norm/scale"}
+    for file in (tmp_path / "own").glob("model*"):
+        file.unlink()
+    safetensors.numpy.save_file(tensors, tmp_path / "own" / "model.safetensors")
+    with pytest.raises(ValueError, match="own: the tensors do not fit config.json; missing: decoder/norm/scale$"):
+        load_checkpoint(tmp_path / "own")
+
+
+def test_saving_over_something_is_refused(hub_dir, loaded):
+    for save in (save_own, save_huggingface):
+        with pytest.raises(FileExistsError, match="exists already"):
+            save(hub_dir, *loaded, hub_dir)
+
+
+def test_nothing_half_written_remains(hub_dir, tmp_path, loaded):
+    config, parameters = loaded
+    with pytest.raises(ValueError, match="no place for projector/layers_2/bias, projector/layers_2/kernel"):
+        save_huggingface(tmp_path / "saved", config, parameters | {
+            "projector/layers_2/kernel": jnp.ones((48, 48)), "projector/layers_2/bias": jnp.ones(48)}, hub_dir)
+    assert list(tmp_path.iterdir()) == []
+
+
+SHARDED = """
+    import jax, numpy as np, sys
+    source, target, address, process = sys.argv[1:]
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=2, process_id=int(process))
+    from llava_jax import config, sharding
+    from llava_jax.weights import load_checkpoint, read_config, save_huggingface
+    from llava_jax.weights.source import shapes
+
+    mesh = sharding.make_mesh(config.Mesh(replica=1, fsdp=2, tensor=2))
+    shardings = sharding.parameter_shardings(shapes(read_config(source)), mesh)
+    seen = []
+    def place(path, shape):
+        seen.append((path, shape))
+        return shardings[path]
+    settings, parameters = load_checkpoint(source, sharding=place)
+    assert dict(seen) == shapes(settings)
+    whole = load_checkpoint(source)[1]
+    for path, x in parameters.items():
+        assert x.sharding == shardings[path], path
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[path][shard.index])
+    assert not parameters["decoder/layers/mlp/up/kernel"].is_fully_addressable
+    save_huggingface(target, settings, parameters, source)
+"""
+
+
+def test_parameters_on_several_processes(hub_dir, tmp_path, loaded):
+    """Two processes with two devices each: loaded where the table says, and saved from there by the first."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
+                                "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", textwrap.dedent(SHARDED), hub_dir, tmp_path / "sharded", address]
+    processes = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    save_huggingface(tmp_path / "whole", *loaded, hub_dir)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "sharded" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -1,0 +1,130 @@
+"""The exported tokenizer, processor and chat template, as transformers reads them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from PIL import Image
+from sentencepiece import SentencePieceProcessor
+
+from llava_jax.images import normalise, prepare
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import VitConfig
+from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
+from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.weights import companions
+
+MODEL = Path(__file__).parent.parent / "golden" / "tokenizer.model"
+TEXTS = ["", "a", "What is this?", " two  blanks\n\n\tand a tab ", "naïve 汉字 한글 🙂 e\u0301", "<0x0A>▁", "x" * 60,
+         "1234567890"]
+MESSAGES = [
+    {"role": "user", "content": "<image>\nWhat is  this?"},
+    {"role": "assistant", "content": "A cat.\n Yes"},
+    {"role": "user", "content": "And left of it"},
+]
+
+
+def test_tokenizer_json_gives_sentencepieces_ids():
+    ours = tokenizers.Tokenizer.from_str(json.dumps(companions.tokenizer_json(MODEL, legacy=True)))
+    sentencepiece = SentencePieceProcessor(model_file=str(MODEL))
+    rng = np.random.default_rng(0)
+    pieces = [sentencepiece.id_to_piece(i).replace("▁", " ") for i in range(300, 2000)]
+    texts = TEXTS + ["".join(rng.choice(pieces, 40)) for _ in range(200)]
+    for text in texts:
+        assert ours.encode(text).ids == [1, *sentencepiece.encode(text)], text
+        assert ours.decode(ours.encode(text).ids) == sentencepiece.decode(sentencepiece.encode(text))
+
+
+def make_source(directory, legacy, only_json):
+    directory.mkdir()
+    if only_json:
+        (directory / "tokenizer.json").write_text(json.dumps(companions.tokenizer_json(MODEL, legacy is not False)))
+    else:
+        shutil.copy(MODEL, directory)
+    if legacy is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "model_max_length": 2048}))
+    return directory
+
+
+def export(source, target, **fields):
+    target.mkdir()
+    config = LlavaConfig(vision=VitConfig(image_size=28, patch_size=14), **fields)
+    ids = companions.export(source, target, config)
+    (target / "config.json").write_text('{"model_type": "llava"}')
+    return ids, transformers.AutoProcessor.from_pretrained(target)
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llava_llama_2", "v1_mmtag", "mpt", "qwen_1_5"])
+@pytest.mark.parametrize("legacy, only_json", [(None, False), (True, True), (False, False), (False, True)])
+def test_the_processor_makes_the_models_prompts(tmp_path, legacy, only_json, template):
+    source = make_source(tmp_path / "source", legacy, only_json)
+    ids, processor = export(source, tmp_path / "target", template=template)
+    assert ids == {"image": 2000, "pad": 2001, "bos": 1, "eos": 2}
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    found = processor(text=text, images=[Image.new("RGB", (9, 5))], return_tensors="np")["input_ids"][0]
+    expected = encode_prompt(MESSAGES, template, Tokenizer.load(source), tokens_per_image=4)
+    np.testing.assert_array_equal(np.where(found == 2000, IMAGE_TOKEN_ID, found), expected)
+    # The export tokenizes as the source does here too.
+    again = encode_prompt(MESSAGES, template, Tokenizer.load(tmp_path / "target"), tokens_per_image=4)
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("mode", ["pad", "square"])
+@pytest.mark.parametrize("select, count", [("patch", 4), ("cls_patch", 5)])
+def test_the_processor_makes_the_models_images(tmp_path, mode, select, count):
+    source = make_source(tmp_path / "source", None, False)
+    _, processor = export(source, tmp_path / "target", image_mode=mode, feature_select=select)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 31, 3), np.uint8))
+    batch = processor(text=["<image>\na", "b <image> <image>"], images=[[image], [image, image]], padding=True,
+                      return_tensors="np")
+    expected = normalise(prepare(image, 28, mode))
+    for found in batch["pixel_values"]:
+        np.testing.assert_array_equal(found.transpose(1, 2, 0), expected[0])
+    np.testing.assert_array_equal((batch["input_ids"] == 2000).sum(1), [count, 2 * count])
+    assert (batch["input_ids"] == 2001).any(), "rows of different lengths are padded with <pad>"
+
+
+def test_special_tokens_are_listed_everywhere(tmp_path):
+    source = make_source(tmp_path / "source", None, False)
+    _, processor = export(source, tmp_path / "target")
+    read = {file.name: json.loads(file.read_text()) for file in (tmp_path / "target").glob("*.json")}
+    assert read["added_tokens.json"] == {"<image>": 2000, "<pad>": 2001}
+    assert [(t["id"], t["content"], t["special"]) for t in read["tokenizer.json"]["added_tokens"]] == [
+        (0, "<unk>", True), (1, "<s>", True), (2, "</s>", True), (2000, "<image>", True), (2001, "<pad>", True)]
+    assert read["tokenizer_config.json"]["added_tokens_decoder"]["2000"]["content"] == "<image>"
+    assert read["special_tokens_map.json"] == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+                                               "image_token": "<image>"}
+    assert read["generation_config.json"] == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2001}
+    tokenizer = processor.tokenizer
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2001)
+    assert tokenizer.decode([1, 2000, 2001, 300], skip_special_tokens=True) == tokenizer.decode([300])
+
+
+def test_what_is_there_already_stays(tmp_path):
+    source = make_source(tmp_path / "source", False, False)
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7], "temperature": 0.9}')
+    first, _ = export(source, tmp_path / "first")
+    assert first["eos"] == [2, 7]
+    second, _ = export(tmp_path / "first", tmp_path / "second")
+    assert second == first
+    for file in (tmp_path / "first").iterdir():
+        assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_padding_token_of_its_own_is_kept(tmp_path):
+    source = make_source(tmp_path / "source", None, False)
+    (source / "added_tokens.json").write_text('{"[PAD]": 2000}')
+    (source / "special_tokens_map.json").write_text('{"pad_token": {"content": "[PAD]", "lstrip": false}}')
+    ids, processor = export(source, tmp_path / "target")
+    assert (ids["pad"], ids["image"]) == (2000, 2001)
+    assert processor.tokenizer.pad_token_id == 2000
+
+
+def test_no_tokenizer(tmp_path):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(FileNotFoundError, match="source: no tokenizer"):
+        export(tmp_path / "source", tmp_path / "target")

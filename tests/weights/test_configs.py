@@ -1,0 +1,191 @@
+"""config.json: what is read from it, and what is refused with the name of file and field."""
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+
+from llava_jax.models.llama import LlamaConfig, RopeScaling
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import VitConfig
+from llava_jax.text import templates
+from llava_jax.weights import configs
+from llava_jax.weights.configs import read_config
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+# Word for word the fields of the published llava-1.5-7b, as transformers 4.36 wrote them: defaults are left out.
+LLAVA_7B = {
+    "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
+    "model_type": "llava", "pad_token_id": 32001, "projector_hidden_act": "gelu", "tie_word_embeddings": False,
+    "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+                    "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
+                    "torch_dtype": "float16", "vocab_size": 32064},
+    "torch_dtype": "float16",
+    "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+                      "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
+                      "patch_size": 14, "projection_dim": 768, "vocab_size": 32000},
+    "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": 32064,
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(config, **other_files):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for name, content in other_files.items():
+            name = name.replace("_json", ".json").replace("_jinja", ".jinja")
+            (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_config(tmp_path)
+    return read
+
+
+def test_the_published_7b(read):
+    assert read(LLAVA_7B) == LlavaConfig(text=LlamaConfig(vocab_size=32064), image_mode="square")
+
+
+def test_parts_alone(read):
+    assert read({"model_type": "clip_vision_model", "image_size": 224, "hidden_act": "gelu"}) == VitConfig(
+        224, 32, width=768, mlp_width=3072, layers=12, heads=12, activation="gelu")
+    assert read({"model_type": "clip", "vision_config": {"image_size": 336, "patch_size": 14}}).patches == 576
+    llama = read({"model_type": "llama", "num_key_value_heads": 8, "rope_theta": 5e5, "rope_scaling": LLAMA3,
+                  "max_position_embeddings": 131072, "attention_bias": True, "tie_word_embeddings": True})
+    assert llama == LlamaConfig(kv_heads=8, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+                                norm_eps=1e-6, max_length=131072, qkv_bias=True, out_bias=True, tied=True)
+    old = read({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert old.rope_scaling == RopeScaling("linear", 2.0) and old.rope_theta == 10000
+    new = read({"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "head_dim": 64})
+    assert (new.rope_theta, new.rope_scaling, new.head_width) == (2e4, None, 64)
+    qwen2 = read({"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False})
+    assert qwen2.qkv_bias and not qwen2.out_bias
+    mistral = read({"model_type": "mistral", "sliding_window": None})
+    assert mistral.kv_heads == 8 and mistral.mlp_width == 14336
+    # A window as long as the model's context hides nothing.
+    assert read({"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 4096}) is not None
+
+
+def with_text(**fields):
+    return LLAVA_7B | {"text_config": LLAVA_7B["text_config"] | fields}
+
+
+def with_vision(**fields):
+    return LLAVA_7B | {"vision_config": LLAVA_7B["vision_config"] | fields}
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"model_type": "llava_next"}, "model_type 'llava_next' is not supported; llava, clip"),
+    ({}, "model_type None is not supported"),
+    (LLAVA_7B | {"mm_vision_tower": "openai/clip"}, "mm_vision_tower marks the original LLaVA layout"),
+    (LLAVA_7B | {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
+    (LLAVA_7B | {"vision_feature_layer": -26}, "feature_layer -26"),
+    (LLAVA_7B | {"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
+    (LLAVA_7B | {"multimodal_projector_bias": False}, "multimodal_projector_bias is False; supported: True"),
+    (LLAVA_7B | {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'; supported: gelu and linear"),
+    (LLAVA_7B | {"quantization_config": {"bits": 4}}, "quantization_config"),
+    (LLAVA_7B | {"llava_jax": {"template": "vicuna_v2"}}, "unknown template 'vicuna_v2'; did you mean 'vicuna_v1'"),
+    (with_vision(model_type="siglip_vision_model"), "vision_config.model_type is 'siglip_vision_model'"),
+    (with_vision(hidden_act="relu"), "vision_config.hidden_act is 'relu'; supported: quick_gelu and gelu"),
+    (with_vision(num_channels=1), "vision_config.num_channels is 1"),
+    (with_vision(image_size=[336, 224]), r"vision_config.image_size is"),
+    (with_text(model_type="gemma"), "text_config.model_type is 'gemma'; supported: llama and mistral and qwen2"),
+    (with_text(hidden_act="gelu"), "text_config.hidden_act is 'gelu'; supported: silu"),
+    (with_text(rope_scaling={"type": "yarn", "factor": 4.0}), "text_config.rope_scaling .*yarn.* is not supported"),
+    (with_text(rope_scaling={"type": "dynamic", "factor": 4.0}), "dynamic.* is not supported; rope_type linear"),
+    (with_text(partial_rotary_factor=0.5), "partial_rotary_factor.* is not supported"),
+    (with_text(num_attention_heads=32, num_key_value_heads=5), "32 are not a multiple of kv_heads 5"),
+    (with_text(hidden_size="wide"), "hidden_size"),
+    ({"model_type": "mistral"}, "sliding_window is 4096, shorter than max_position_embeddings 131072"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},
+     "sliding_window is 512"),
+    ({"model_type": "llava_jax", "version": 2}, "version 2 of the llava_jax layout is not known here; 1 is"),
+    ({"model_type": "llava_jax", "version": 1}, "not a configuration of the llava_jax layout"),
+])
+def test_what_does_not_fit_is_named(read, config, message):
+    with pytest.raises(ValueError, match=f"config.json: .*{message}") as error:
+        read(config)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_broken_files(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory.*hf download"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match="config.json: not JSON"):
+        (tmp_path / "config.json").write_text("{,}")
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("processor, mode", [
+    ({"preprocessor_config_json": {"image_processor_type": "CLIPImageProcessor"}}, "square"),
+    ({"preprocessor_config_json": {"do_pad": True}}, "pad"),
+    ({"processor_config_json": {"image_processor": {"do_pad": True}, "patch_size": 14}}, "pad"),
+    ({"processor_config_json": {"patch_size": 14}, "preprocessor_config_json": {"do_pad": True}}, "pad"),
+    ({}, "square"),
+])
+def test_image_mode(read, processor, mode):
+    assert read(LLAVA_7B, **processor).image_mode == mode
+
+
+@pytest.mark.parametrize("config, chat, template", [
+    (LLAVA_7B, {}, "vicuna_v1"),
+    (LLAVA_7B, {"chat_template_jinja": templates.chat_template("llava_v1")}, "llava_v1"),
+    (LLAVA_7B, {"chat_template_json": {"chat_template": templates.chat_template("mpt")}}, "mpt"),
+    (LLAVA_7B, {"tokenizer_config_json": {"chat_template": [
+        {"name": "tool_use", "template": "[INST]"}, {"name": "default", "template": "<|im_start|>"}]}}, "qwen_1_5"),
+    (LLAVA_7B, {"processor_config_json": {"chat_template": "{{ '[INST] ' + message }}"}}, "mistral_instruct"),
+    (LLAVA_7B, {"chat_template_jinja": "{{ '[INST] <<SYS>>' }}"}, "llava_llama_2"),
+    (with_text(model_type="mistral", sliding_window=None), {}, "mistral_instruct"),
+    (with_text(model_type="mistral", sliding_window=None), {"chat_template_jinja": "USER: "}, "vicuna_v1"),
+    (with_text(model_type="qwen2"), {}, "qwen_1_5"),
+    (LLAVA_7B | {"llava_jax": {"template": "plain", "image_mode": "pad"}}, {"chat_template_jinja": "[INST]"}, "plain"),
+])
+def test_template(read, config, chat, template):
+    assert read(config, **chat).template == template
+
+
+FULL = LlavaConfig(
+    vision=VitConfig(70, 7, 32, 48, 4, 2, "gelu", 1e-6),
+    text=LlamaConfig(256, 64, 96, 3, 8, 2, 16, 1e-4, 5e5, RopeScaling("llama3", 4.0, 2.0, 8.0, 64), True, True, True,
+                     True, 512),
+    projector="linear", feature_layer=-3, feature_select="cls_patch", image_mode="square", template="mpt",
+)
+TOKENS = {"image": 7, "pad": 8, "bos": 1, "eos": [2, 3]}
+
+
+def changed(config, **fields):
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, **fields))
+
+
+@pytest.mark.parametrize("config", [
+    LlavaConfig(), FULL, changed(FULL, rope_scaling=RopeScaling("linear", 2.0), tied=False),
+    changed(FULL, out_bias=False, mlp_bias=False)])
+def test_both_layouts_keep_every_field(read, config):
+    assert read(configs.own_config(config)) == config
+    hub = configs.hub_config(config, TOKENS, config.text.vocab_size, "float32")
+    assert read(hub) == config
+    # Nothing is left to the reader's defaults, which change from version to version.
+    parsed = transformers.AutoConfig.for_model(**hub)
+    assert parsed.image_seq_length == config.tokens_per_image and parsed.eos_token_id == [2, 3]
+    assert parsed.text_config.pad_token_id == 8 and parsed.text_config.model_type in ("llama", "qwen2")
+
+
+@pytest.mark.parametrize("config, message", [
+    (dataclasses.replace(FULL, projector="mlp3x_gelu"), "'mlp3x_gelu' has no form in Hugging Face's layout"),
+    (dataclasses.replace(FULL, projector="identity"), "'identity' has no form"),
+    (changed(FULL, qkv_bias=False), "no decoder with these biases: qkv_bias False, out_bias True"),
+    (changed(FULL, out_bias=False), "no decoder with these biases"),
+])
+def test_what_hugging_face_cannot_compute(config, message):
+    with pytest.raises(ValueError, match=message):
+        configs.hub_config(config, TOKENS, 256, "float32")
+
+
+def test_an_unknown_field_of_our_own_layout(read):
+    raw = configs.own_config(FULL)
+    with pytest.raises(ValueError, match="config.json: not a configuration.*colour"):
+        read(raw | {"colour": 1})
+    del raw["text"]["heads"], raw["text"]["rope_scaling"]
+    with pytest.raises(ValueError, match="config.json: not a configuration.*rope_scaling"):
+        read(raw)
