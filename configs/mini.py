@@ -13,7 +13,7 @@ from llava_jax.config import Data, Model, Optimizer, Recipe, Stage
 
 BEGAN = time.perf_counter()
 BACKBONES = Path(llava_jax.__file__).parent / "data" / "mini"
-TRAIN, VALIDATION, TEST, UNSEEN = 12_000, 100, 400, 200
+TRAIN, VALIDATION, TEST, UNSEEN = 10_000, 100, 400, 200
 """Pictures. VALIDATION are further ones for the loss; UNSEEN show colour-shape pairs that no training picture has."""
 
 
@@ -28,18 +28,18 @@ def recipe() -> Recipe:
                 data=Data(path=f"{data}/captions.json", validation=f"{data}/captions_validation.json",
                           template="plain", row_length=256, images_per_row=4),
                 optimizer=Optimizer(b2=0.98),
-                rows=8, steps=150,
+                rows=8, steps=300,
             ),
             "instruct": Stage(
-                learning_rates=(("(projector|decoder)/.*", 1.5e-3), ("vision/.*", None)),
+                learning_rates=(("(projector|decoder)/.*", 1e-3), ("vision/.*", None)),
                 data=Data(path=f"{data}/instructions.json", validation=f"{data}/instructions_validation.json",
-                          row_length=384, images_per_row=3),
+                          row_length=192, images_per_row=1),
                 optimizer=Optimizer(b2=0.98, clip=1.0),
-                rows=12, steps=500,
+                rows=24, steps=200,
             ),
         },
         output="runs/mini",
-        log_every=20, validate_every=200, sample_every=200, checkpoint_every=250,
+        log_every=20, validate_every=100, sample_every=150, checkpoint_every=100,
     )
 
 

@@ -141,7 +141,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
 
 
 def test_images_of_the_command_line_go_with_the_first_message(monkeypatch, picture):
-    lines = iter(["first", "/reset", "second"])
+    lines = iter(["first", f"/image {picture}", "/reset", "second"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
     model = Scripted(["one"], ["two"])
     generate.Chat(model, generate.Options(model="DIR", image=(picture, picture))).run()

@@ -73,7 +73,7 @@ def test_no_answer_gives_itself_away():
             if question := rules.ask(kind, things_of(objects), rng, CATEGORIES):
                 answers[kind][question.answer] += 1
     most = {kind: max(counts.values()) / counts.total() for kind, counts in answers.items()}
-    assert most["existence"] < 0.53 and most["relation"] < 0.23 and most["position"] < 0.14
+    assert most["existence"] < 0.53 and most["relation"] < 0.28 and most["position"] < 0.14
     assert most["colour"] < 0.17 and most["shape"] < 0.25 and most["count"] < 0.5
 
 
