@@ -9,9 +9,12 @@ import difflib
 import importlib.util
 import re
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 Table = tuple[tuple[str, float | None], ...]
 """Rows of (regular expression over parameter paths, value); every parameter must match exactly one row, entirely."""
@@ -200,7 +203,7 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
-def lookup(table: tuple[tuple[str, object], ...], paths: list[str], name: str, spare: bool = False) -> dict[str, object]:
+def lookup(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str, spare: bool = False) -> dict[str, T]:
     """The value of every path by a table's rows, which match whole paths.
 
     ValueError if a path matches no row or several, or a row matches no path (which `spare` allows).

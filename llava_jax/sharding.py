@@ -57,7 +57,7 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
 
 
 def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
-    """The sharding of every parameter path; ValueError naming parameter, dimension and axis where one does not divide."""
+    """Every path's sharding; ValueError naming parameter, dimension and axis where one does not divide."""
     specs = config.lookup(TABLE, list(shapes), "sharding", spare=True)
     for path, spec in specs.items():
         for size, axes in zip(shapes[path], spec, strict=False):

@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def make_parts(folder: Path) -> tuple[Path, Path]:
-    """A tiny CLIP vision tower and a tiny LLaMA with random weights and the golden tokenizer, in transformers' layout."""
+    """A tiny CLIP vision tower and a tiny LLaMA, random, with the golden tokenizer, as transformers saves them."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 

@@ -15,7 +15,8 @@ KINDS = (config.Model, config.Mesh, config.Data, config.Optimizer, config.Stage,
 
 
 def train(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "llava_jax.train", *args], capture_output=True, text=True, cwd=REPOSITORY)
+    command = [sys.executable, "-m", "llava_jax.train", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
 
 
 @pytest.mark.parametrize("args,expected", [

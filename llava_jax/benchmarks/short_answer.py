@@ -39,7 +39,8 @@ def read_questions(path: str | Path) -> list[dict]:
             row = json.loads(line)
             questions.append({key: row[key] for key in ("image", "text", "answer", "kind")})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a question with image, text, answer and kind ({error})") from None
+            message = f"{path}, line {number}: not a question with image, text, answer and kind ({error})"
+            raise ValueError(message) from None
     return questions
 
 

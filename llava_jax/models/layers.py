@@ -1,4 +1,4 @@
-"""The pieces that the vision tower and the decoder share: linear maps, norms, attention, and a scanned stack of layers."""
+"""The pieces that the vision tower and the decoder share: linear maps, norms, attention, a scanned stack of layers."""
 
 import math
 from collections.abc import Callable, Sequence

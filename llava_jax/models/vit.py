@@ -81,7 +81,7 @@ class Block(nnx.Module):
 
 
 class Vit(nnx.Module):
-    """The tower. It holds all layers and the last norm, as its checkpoint does, and computes those that are asked for."""
+    """The tower. It holds all layers and the last norm, as its checkpoint does, and computes what is asked for."""
 
     def __init__(self, config: VitConfig, *, remat: str = "none", rngs: nnx.Rngs):
         self.config = config

@@ -22,7 +22,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, every: int, keep: int):
         self.directory, self.every = directory, every
-        self.manager = ocp.CheckpointManager(directory.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self.manager = ocp.CheckpointManager(directory.resolve(), options=options)
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; a checkpoint whose writing was cut off does not count."""

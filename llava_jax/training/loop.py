@@ -99,8 +99,8 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 progress.show(done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
                               (steps - done) * line["seconds"] / line["steps"])
                 if not math.isfinite(line["loss"]):
-                    raise ValueError(f"stages.{name}: the loss is {line['loss']} at step {done}; start again in another "
-                                     "output directory with lower learning rates, or set optimizer.clip")
+                    raise ValueError(f"stages.{name}: the loss is {line['loss']} at step {done}; start again in "
+                                     "another output directory with lower learning rates, or set optimizer.clip")
             if stage.data.validation and (done % recipe.validate_every == 0 or done == steps):
                 mean = validate(run, stage, loss, state.trainable, frozen)
                 log.write({"stage": name, "step": done, "validation_loss": mean})

@@ -58,7 +58,8 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     width = vision.width
     for layer in range(projector_depth(model.projector)):
         product = 2 * images * model.tokens_per_image * width * text.width
-        total += product * (1 + ("projector" in trained) + (layer > 0 and "projector" in trained or "vision" in trained))
+        below = "vision" in trained or layer > 0 and "projector" in trained
+        total += product * (1 + below + ("projector" in trained))
         width = text.width
     return float(total)
 

@@ -32,8 +32,8 @@ def read_metrics(path: str | Path) -> dict[str, list[dict]]:
 
 
 def write_page(path: str | Path, title: str, summary: str, stages: Mapping[str, Sequence[dict]],
-               scores: Mapping[str, Mapping[str, float]], cards: Sequence[tuple[Path, Sequence[tuple[str, str, str, bool]]]],
-               ) -> None:
+               scores: Mapping[str, Mapping[str, float]],
+               cards: Sequence[tuple[Path, Sequence[tuple[str, str, str, bool]]]]) -> None:
     """Writes the page.
 
     `scores`: column -> row -> share of right answers, 0..1. `cards`: a picture's file, and for each question about it

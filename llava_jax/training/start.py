@@ -78,7 +78,7 @@ def model_config(model: config.Model) -> LlavaConfig:
     if model.llava:
         found = read_config(model.llava)
         if not isinstance(found, LlavaConfig):
-            raise ValueError(f"model.llava: {model.llava} holds only one part of a LLaVA; name it as vision or language")
+            raise ValueError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
         return dataclasses.replace(found, template=model.template)
     return LlavaConfig(
         vision=read_config(model.vision), text=read_config(model.language), projector=model.projector,

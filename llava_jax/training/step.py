@@ -84,7 +84,7 @@ def supervised(batch: Batch) -> Int[Array, ""]:
 
 
 def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState) -> Callable:
-    """`(state, frozen, batch) -> (state, metrics)`, jitted; the state's memory is reused, and stays laid out as `state`.
+    """`(state, frozen, batch) -> (state, metrics)`, jitted; the state's memory is reused, laid out as `state` is.
 
     `batch` has the micro-batches on a leading axis [A, B, ...]. Their losses and gradients are summed, and divided
     once by the step's learned tokens, so the cut into micro-batches and devices does not change the result.

@@ -229,13 +229,13 @@ def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dty
         "vision_feature_select_strategy": select[config.feature_select],
         "tie_word_embeddings": config.text.tied,
         **ids,
-        "vision_config": _hub_vision(config.vision),
-        "text_config": _hub_text(config.text, vocab_size) | ids,
+        "vision_config": hub_vision(config.vision),
+        "text_config": hub_text(config.text, vocab_size) | ids,
         OWN: {"template": config.template, "image_mode": config.image_mode},
     }
 
 
-def _hub_vision(config: VitConfig) -> dict:
+def hub_vision(config: VitConfig) -> dict:
     return {
         "model_type": "clip_vision_model",
         "image_size": config.image_size,
@@ -252,7 +252,7 @@ def _hub_vision(config: VitConfig) -> dict:
     }
 
 
-def _hub_text(config: LlamaConfig, vocab_size: int) -> dict:
+def hub_text(config: LlamaConfig, vocab_size: int) -> dict:
     """A Qwen2 if only queries, keys and values have biases, else a LLaMA: a Mistral without window is one too."""
     qwen2 = config.qkv_bias and not config.out_bias
     if config.out_bias and not config.qkv_bias or qwen2 and config.mlp_bias:

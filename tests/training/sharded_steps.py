@@ -59,7 +59,8 @@ def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "ful
         step = make_train_step(graph, tx, state)
         rows = NamedSharding(mesh, P(None, ("replica", "fsdp")))
         # Every process knows the whole batch here and gives the devices that are its own their rows.
-        batch = {name: jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index]) for name, x in batch.items()}
+        batch = {name: jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index])
+                 for name, x in batch.items()}
         out = {}
         for i in range(3):
             state, metrics = step(state, frozen, batch)

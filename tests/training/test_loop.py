@@ -48,8 +48,8 @@ def lines(recipe: config.Recipe) -> list[dict]:
     return [json.loads(line) for line in open(recipe.output + "/metrics.jsonl")]
 
 
-def stop_at(monkeypatch, stage: str, step: int, micro: bool = False) -> None:
-    """Sends SIGTERM to this process while batch `step` of `stage` is being read, or while it lies half on the devices."""
+def stop_at(monkeypatch, step: int) -> None:
+    """Sends SIGTERM to this process when the micro-batches of the `step`-th step from now go to the devices."""
     original, count = loop.on_devices, [0]
 
     def on_devices(run, batch, micro_batches):
@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_in_both_stages_ends_with_the_same_bits(make_reci
     cut = make_recipe("cut")
     for stage, step in (("align", 3), ("instruct", 2 + 4)):
         with monkeypatch.context() as patch:
-            stop_at(patch, stage, step)
+            stop_at(patch, step)
             with pytest.raises(loop.Stopped, match=f"of stage {stage}"):
                 loop.train(cut)
     loop.train(cut)

@@ -9,7 +9,7 @@ import pytest
 from sharded_steps import LENGTH, MODEL, ROWS, STAGE, make_batch, run
 
 from llava_jax import config, sharding
-from llava_jax.models.llava import Llava, abstract, init, merge
+from llava_jax.models.llava import abstract, init, merge
 from llava_jax.text.encode import IGNORE
 from llava_jax.training import step as step_module
 from llava_jax.training.metrics import model_flops

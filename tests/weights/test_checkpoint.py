@@ -193,7 +193,7 @@ def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
                                  projector="linear" if change == "linear" else "mlp2x_gelu",
                                  feature_select="cls_patch" if change == "biases" else "patch")
     rng = np.random.default_rng(0)
-    parameters = {path: rng.normal(path.endswith("scale"), 0.2, x.shape).astype(np.float32)
+    parameters = {path: rng.normal(path.endswith("scale"), 0.1, x.shape).astype(np.float32)
                   for path, x in llava.abstract(config)[1].items()}
     save_huggingface(tmp_path / "saved", config, parameters, hub_dir)
 
