@@ -12,7 +12,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); }
-td { text-align: right; font-variant-numeric: tabular-nums; } th { text-align: left; font-weight: 600; }
+td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { text-align: left; font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
 .curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
