@@ -75,7 +75,7 @@ def expected_example(source: Source, index: int) -> bytes:
     """Everything that a record must become, from the record alone."""
     record = source[index]
     example = encode_conversation(record.turns, "vicuna_v1", Tokenizer.load(TOKENIZER), PER_IMAGE)
-    pixels = [prepare(Image.open(path), SIZE, "pad") for path in record.images]
+    pixels = [prepare(Image.open(io.BytesIO(Path(path).read_bytes())), SIZE, "pad") for path in record.images]
     return pickle.dumps((example.tokens.tolist(), example.labels.tolist(), [p.tolist() for p in pixels]))
 
 

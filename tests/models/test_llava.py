@@ -112,10 +112,11 @@ def test_remat_policies_agree(parameters):
             np.testing.assert_allclose(gradient, expected_gradients[path], atol=atol, rtol=0, err_msg=path)
 
 
-def test_an_unknown_remat_policy():
+def test_an_unknown_remat_policy(parameters, call):
     tokens, images = conversation(np.random.default_rng(0), images=1)
+    graph = llava.abstract(CONFIG, remat="some")[0]
     with pytest.raises(ValueError, match="unknown policy 'some'.*minimal"):
-        llava.Llava(CONFIG, remat="some", rngs=llava.nnx.Rngs(0))(tokens[None], images[None])
+        call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images[None])
 
 
 def test_packed_conversations_do_not_see_each_other(parameters, call, assert_close):
