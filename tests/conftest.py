@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compilation; without LLVM's optimisation it halves.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -171,7 +171,7 @@ def _hub_entries(parameters: Source, rows: int, dtype: str | None) -> list[Entry
 
 def _mean_row(x: np.ndarray) -> np.ndarray:
     # Summed in float64 a part at a time, so that neither the memory nor the result depends on the dtype's range.
-    total = sum(x[start : start + 1024].astype(np.float64).sum(0) for start in range(0, len(x), 1024))
+    total = sum(x[start : start + 256].astype(np.float64).sum(0) for start in range(0, len(x), 256))
     return (total / len(x)).astype(x.dtype)
 
 

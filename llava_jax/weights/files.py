@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 2**24  # bytes that a write copies at a time
+CHUNK = 2**22  # bytes that a write copies at a time
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def test_model_takes_floats_and_bytes(llava, alone, requests):
 
 
 def test_batch_equals_one_at_a_time(llava, requests, alone):
-    """Prompts and answers of different lengths, 0 to 2 images; a batch of 8 with 5 rows is filled up."""
-    assert llava.batch(requests[::-1]) == alone[::-1]
+    """Prompts and answers of different lengths, 0 to 2 images; batches of 8 with 5 rows are filled up."""
+    assert llava.batch(requests[::-1], batch_size=16) == alone[::-1]
     assert len({len(answer.prompt_tokens) for answer in alone}) > 8
 
 
@@ -125,7 +125,7 @@ def test_stop_strings_end_an_answer(llava, requests, alone):
 def test_samples_depend_on_the_seed_and_not_on_the_batch(llava, requests, alone):
     drawn = [{**request, "temperature": 0.8, "top_p": 0.9, "seed": 3 + i % 2} for i, request in enumerate(requests)]
     mixed = [drawn[i] if i % 3 else requests[i] for i in range(20)]  # beside greedy rows
-    for i, answer in enumerate(llava.batch(mixed)):
+    for i, answer in enumerate(llava.batch(mixed, batch_size=16)):
         assert answer == (llava.generate(**drawn[i]) if i % 3 else alone[i])
     answers = [tuple(llava.generate(**{**drawn[1], "seed": seed}).tokens) for seed in (0, 1, 2, 3, 0)]
     assert len(set(answers)) == 4 and answers[0] == answers[4]

@@ -2,8 +2,6 @@ import jax
 import numpy as np
 import pytest
 
-IMAGE = 199  # the id that stands for an image in the torch models here
-
 
 def _randomise(model, seed=0):
     """Weights of a size that makes every part of a model count: random norms and biases, sharp attention."""

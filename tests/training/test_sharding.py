@@ -16,7 +16,8 @@ SCRIPT = Path(__file__).with_name("sharded_steps.py")
 
 
 def start(out: Path, sizes: list[int], devices: int, **env: str) -> subprocess.Popen:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | env
     return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *map(str, sizes)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
