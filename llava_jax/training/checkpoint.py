@@ -3,6 +3,7 @@
 Frozen parameters are not in them: `meta` names where they came from, with a fingerprint that a restart compares.
 """
 
+import functools
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,17 @@ class Checkpoints:
     """The checkpoints of one stage in one directory, named by their step. Saving goes on while training does."""
 
     def __init__(self, directory: Path, every: int, keep: int):
-        self.directory, self.every = directory, every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self.manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        self.directory, self.every, self.keep = directory, every, keep
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        # Made when it is needed: it makes its directory, which a run that fails at its start should not leave.
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep)
+        return ocp.CheckpointManager(self.directory.resolve(), options=options)
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; a checkpoint whose writing was cut off does not count."""
-        return self.manager.latest_step()
+        return self.manager.latest_step() if self.directory.exists() else None
 
     def due(self, step: int) -> bool:
         """Whether `step` is one of those that are saved regularly."""
@@ -71,8 +76,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        if "manager" in self.__dict__:
+            self.manager.wait_until_finished()
+            self.manager.close()
 
 
 def fingerprint(parameters: Parameters) -> str:

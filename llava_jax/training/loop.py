@@ -22,7 +22,7 @@ from llava_jax.training.checkpoint import fingerprint
 from llava_jax.training.metrics import Log, Progress, model_flops, peak_flops
 from llava_jax.training.optimizer import make_optimizer, schedule, trainable_paths
 from llava_jax.training.samples import Samples
-from llava_jax.training.start import Run, begin, load_parameters, total
+from llava_jax.training.start import Run, begin, claim_output, load_parameters, total
 from llava_jax.training.step import init_state, make_loss, make_train_step
 from llava_jax.weights import save_huggingface
 
@@ -66,7 +66,8 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     del parameters
     mark = fingerprint(frozen)
     if meta.setdefault("frozen", mark) != mark:
-        raise ValueError(f"{checkpoints.directory}: its frozen parameters were others than those of {recipe.model} now")
+        raise ValueError(f"{checkpoints.directory}: made with other frozen parameters than the recipe's checkpoints "
+                         "hold now; give another --output, or bring those checkpoints back")
     if "total_steps" not in meta:
         meta["total_steps"] = stage.steps or count_steps(run, stage)
     steps = meta["total_steps"]
@@ -86,6 +87,8 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     try:
         for step in range(latest or 0, steps):
             batch = next(data)
+            if step == 0:
+                claim_output(recipe)
             state, metrics = train_step(state, frozen, on_devices(run, batch, stage.accumulate))
             window.add(metrics, batch)
             done = step + 1

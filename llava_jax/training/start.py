@@ -51,7 +51,7 @@ class Run:
 
 
 def begin(recipe: config.Recipe) -> Run:
-    """Checks all of a recipe that can be checked before training, and claims its output directory."""
+    """Checks all of a recipe that can be checked before training, its output directory included."""
     mesh = sharding.make_mesh(recipe.mesh)
     model = model_config(recipe.model)
     dtype = recipe.model.dtype
@@ -69,7 +69,7 @@ def begin(recipe: config.Recipe) -> Run:
             raise ValueError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
                              f"divide over replica x fsdp = {groups} devices")
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
-    claim(recipe)
+    check_output(recipe)
     return Run(recipe, mesh, model, dtype, graph, shardings, tokenizer)
 
 
@@ -87,20 +87,27 @@ def model_config(model: config.Model) -> LlavaConfig:
     )
 
 
-def claim(recipe: config.Recipe) -> None:
-    """Writes the recipe into its output directory; ValueError if that holds the run of another recipe."""
+def check_output(recipe: config.Recipe) -> None:
+    """ValueError if the output directory holds the run of another recipe."""
     path = Path(recipe.output) / "recipe.json"
-    mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = sorted(name for name in _flat(mine).items() ^ _flat(theirs).items())
+        changed = _flat(_plain(recipe)).items() ^ _flat(json.loads(path.read_text())).items()
         fields = sorted({name for name, _ in changed if not _is_free(name)})
         if fields:
             raise ValueError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
                              "give another --output, or remove the directory to start again")
-    elif jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1) + "\n")
+
+
+def claim_output(recipe: config.Recipe) -> None:
+    """Writes the recipe into its output directory, for `check_output` of later runs."""
+    if jax.process_index() == 0:
+        directory = Path(recipe.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "recipe.json").write_text(json.dumps(_plain(recipe), indent=1) + "\n")
+
+
+def _plain(recipe: config.Recipe) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
