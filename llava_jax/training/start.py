@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from llava_jax import config, sharding
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract, split
 from llava_jax.models.projector import Projector
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.training.checkpoint import Checkpoints
@@ -149,9 +149,8 @@ def init_projector(run: Run, dtype: Callable[[str], str]) -> Parameters:
     def make():
         model = Projector(run.model.projector, run.model.vision.width, run.model.text.width,
                           rngs=nnx.Rngs(run.recipe.seed))
-        flat = nnx.to_flat_state(nnx.split(model)[1])
-        named = {"/".join(("projector", *path)): value.get_value() for path, value in flat}
-        return {path: value.astype(dtype(path)) for path, value in named.items()}
+        named = {f"projector/{path}": x for path, x in split(model)[1].items()}
+        return {path: x.astype(dtype(path)) for path, x in named.items()}
 
     shardings = {path: s for path, s in run.shardings.items() if path.startswith("projector/")}
     return jax.jit(make, out_shardings=shardings)()
