@@ -49,6 +49,10 @@ def prepare(recipe: Recipe) -> None:
     from llava_jax.data import scenes
     from llava_jax.instruct import rules
 
+    global BEGAN
+    earlier = Path(recipe.output) / "metrics.jsonl"
+    if earlier.exists():  # a run that was stopped has taken time before
+        BEGAN -= sum(json.loads(line).get("seconds", 0) for line in earlier.read_text().splitlines())
     folder = Path(recipe.stages["align"].data.path).parent
     done = folder / "questions_unseen.jsonl"
     if done.exists():

@@ -37,17 +37,17 @@ class Model:
     language: str = ""
     """directory of the decoder and its tokenizer in Hugging Face layout"""
     llava: str = ""
-    """directory of a whole LLaVA to go on from, in any supported layout; vision, language, projector stay empty then"""
-    projector: str = "mlp2x_gelu"
-    """linear (the paper), mlpNx_gelu (LLaVA-1.5: mlp2x_gelu) or identity"""
-    feature_layer: int = -2
-    """hidden state of the vision tower that is read, counted as transformers does"""
-    feature_select: Literal["patch", "cls_patch"] = "patch"
-    """the patches' features alone, or the class token's before them"""
-    image_mode: Literal["square", "pad"] = "pad"
-    """square crops the centre (the paper), pad fills up to a square (LLaVA-1.5)"""
-    template: str = "vicuna_v1"
-    """conversation template of the finished model"""
+    """directory of a whole LLaVA to go on from, in any supported layout, instead of vision and language"""
+    projector: str | None = None
+    """linear (the paper), mlpNx_gelu (LLaVA-1.5: mlp2x_gelu, the default) or identity"""
+    feature_layer: int | None = None
+    """hidden state of the vision tower that is read, counted as transformers does; default -2"""
+    feature_select: Literal["patch", "cls_patch"] | None = None
+    """the patches' features alone (the default), or the class token's before them"""
+    image_mode: Literal["square", "pad"] | None = None
+    """square crops the centre (the paper), pad fills up to a square (LLaVA-1.5, the default)"""
+    template: str | None = None
+    """conversation template of the finished model; default vicuna_v1, or the whole LLaVA's own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; auto is bfloat16 on TPU and GPU, float32 on CPU"""
     remat: Literal["none", "dots", "minimal", "full"] = "full"
@@ -59,6 +59,9 @@ class Model:
         if not self.llava and not (self.vision and self.language):
             missing = "language" if self.vision else "vision"
             raise ValueError(f"model.{missing} is empty: both parts are needed, or model.llava")
+        for name in ("projector", "feature_layer", "feature_select", "image_mode"):
+            if self.llava and getattr(self, name) is not None:
+                raise ValueError(f"model.{name} is fixed by the checkpoint model.llava; leave it out")
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,14 @@ def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.M
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """Lays `x` out as `spec` says where a mesh is set (`jax.set_mesh`); without one it does nothing."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+    """Lays `x` out as `spec` says where a mesh is set (`jax.set_mesh`); without one it does nothing.
+
+    Nor with fewer rows than the data axes share out: sample answers in training come a few at a time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or spec == ROWS and x.shape[0] % (mesh.shape["replica"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def connect() -> None:

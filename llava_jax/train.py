@@ -32,8 +32,10 @@ def main(args: list[str]) -> int:
     # Imported here, so that --help and mistakes in the options answer without waiting for JAX.
     from llava_jax.sharding import connect
     from llava_jax.training.loop import Stopped, train
+    from llava_jax.training.start import begin
 
     connect()
+    begin(recipe)  # finds mistakes before any data is made
     # A recipe may bring its own data and its own evaluation: the miniature does both.
     if hasattr(module, "prepare"):
         module.prepare(recipe)

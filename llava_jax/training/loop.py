@@ -1,5 +1,6 @@
 """A recipe, stage by stage: data in, steps, metrics, checkpoints; then the finished model in Hugging Face layout."""
 
+import copy
 import math
 import signal
 import time
@@ -54,7 +55,10 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     recipe, stage = run.recipe, run.recipe.stages[name]
     checkpoints = run.checkpoints(name)
     latest = checkpoints.latest()
-    meta = checkpoints.meta(latest) if latest is not None else {"skipped": {}}
+    meta = checkpoints.meta(latest) if latest is not None else {"skipped": {}, "processes": jax.process_count()}
+    if meta["processes"] != jax.process_count():
+        raise ValueError(f"{checkpoints.directory}: written by {meta['processes']} processes, and this run has "
+                         f"{jax.process_count()}; go on with as many")
     if meta.get("total_steps") == latest and latest is not None:
         checkpoints.close()
         return
@@ -75,8 +79,8 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     state = init_state(tx, trainable)
     del trainable
     data = iter(pipeline.batches(stage.rows // jax.process_count(), **data_options(run, stage, stage.data.path)))
+    log.rewind(list(recipe.stages), name, latest or 0)
     if latest is not None:
-        log.rewind(list(recipe.stages), name, latest)
         state = checkpoints.restore(latest, state, data)
     train_step, loss = make_train_step(run.graph, tx, state), make_loss(run.graph)
     samples = Samples(run, stage) if recipe.sample_every else None
@@ -94,16 +98,18 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
             done = step + 1
             progress.step()
             logs, saves = done % recipe.log_every == 0 or done == steps, checkpoints.due(done) or done == steps
-            if logs or saves or stop.asked:
+            # Processes must stop at the same step: several ask each other now and then, one need not.
+            stopping = stop.asked if jax.process_count() == 1 else logs and total(stop.asked) > 0
+            if logs or saves or stopping:
                 window.move_skipped(meta["skipped"])
             if logs:
                 line = window.close() | {"learning_rate": peak_rate * float(factor(step)), "skipped": meta["skipped"]}
-                log.write({"stage": name, "step": done} | line)
                 progress.show(done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
                               (steps - done) * line["seconds"] / line["steps"])
                 if not math.isfinite(line["loss"]):
                     raise ValueError(f"stages.{name}: the loss is {line['loss']} at step {done}; start again in "
                                      "another output directory with lower learning rates, or set optimizer.clip")
+                log.write({"stage": name, "step": done} | line)
             if stage.data.validation and (done % recipe.validate_every == 0 or done == steps):
                 mean = validate(run, stage, loss, state.trainable, frozen)
                 log.write({"stage": name, "step": done, "validation_loss": mean})
@@ -112,9 +118,9 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 answers = samples.answer(state.trainable | frozen)
                 log.write({"stage": name, "step": done, "samples": answers})
                 progress.note("\n".join(f"  {a['question']!r} -> {a['answer']!r} ({a['expected']!r})" for a in answers))
-            if saves or stop.asked:
-                checkpoints.save(done, state, data, meta)
-            if stop.asked and done < steps:
+            if saves or stopping:
+                checkpoints.save(done, state, data, copy.deepcopy(meta))
+            if stopping and done < steps:
                 raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there")
     finally:
         progress.close()
@@ -134,6 +140,8 @@ def data_options(run: Run, stage: config.Stage, path: str) -> dict:
 
 def count_steps(run: Run, stage: config.Stage) -> int:
     """Steps of the stage's epochs, from the number of packed rows that one pass over its data makes."""
+    if jax.process_index() == 0:
+        print(f"counting the packed rows of {stage.data.path}", flush=True)
     packed = total(pipeline.count_rows(**data_options(run, stage, stage.data.path)))
     return max(1, math.floor(stage.epochs * packed / stage.rows))
 
@@ -172,7 +180,7 @@ class Window:
 
     def open(self) -> None:
         self.steps: list[dict[str, jax.Array]] = []
-        self.counts = Counter()
+        self.counts = dict.fromkeys(("tokens", "images", "flops", "places"), 0)
         self.start = time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
@@ -181,8 +189,9 @@ class Window:
         flops = model_flops(self.run.model, self.trained, batch["positions"], batch["segment_ids"], images)
         self.steps.append(metrics)
         self.skipped += Counter(batch["skipped"][batch["skipped"] > 0].tolist())
-        self.counts += Counter(tokens=int((batch["segment_ids"] > 0).sum()), images=images, flops=flops,
-                               places=batch["tokens"].size)
+        tokens = int((batch["segment_ids"] > 0).sum())
+        for name, count in (("tokens", tokens), ("images", images), ("flops", flops), ("places", batch["tokens"].size)):
+            self.counts[name] += count
 
     def move_skipped(self, sums: dict[str, int]) -> None:
         """Adds to `sums`, by reason, the rows that were skipped on the way to the steps so far, on all processes."""

@@ -91,7 +91,8 @@ class Log:
         if not self.active or not self.path.exists():
             return
         order = {name: i for i, name in enumerate(stages)}
-        lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        # What stands behind the last newline was cut off while it was written.
+        lines = [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
         kept = [line for line in lines if (order.get(line["stage"], -1), line["step"]) <= (order[stage], step)]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -60,6 +60,11 @@ def begin(recipe: config.Recipe) -> Run:
     graph, shapes = abstract(model, dtype, recipe.model.remat)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     groups = mesh.shape["replica"] * mesh.shape["fsdp"]
+    if jax.local_device_count() % mesh.shape["tensor"]:
+        raise ValueError(f"mesh.tensor: {mesh.shape['tensor']} devices would share rows across processes, which have "
+                         f"{jax.local_device_count()} each; let it divide that number")
+    if recipe.sample_every and jax.process_count() > 1:
+        raise ValueError("sample_every: sample answers are made in runs of one process; set it to 0")
     for name, stage in recipe.stages.items():
         try:
             trainable_paths(stage, list(shapes))
@@ -79,12 +84,11 @@ def model_config(model: config.Model) -> LlavaConfig:
         found = read_config(model.llava)
         if not isinstance(found, LlavaConfig):
             raise ValueError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
-        return dataclasses.replace(found, template=model.template)
-    return LlavaConfig(
-        vision=read_config(model.vision), text=read_config(model.language), projector=model.projector,
-        feature_layer=model.feature_layer, feature_select=model.feature_select,
-        image_mode=model.image_mode, template=model.template,
-    )
+        return dataclasses.replace(found, template=model.template or found.template)
+    chosen = {"projector": model.projector, "feature_layer": model.feature_layer, "image_mode": model.image_mode,
+              "feature_select": model.feature_select, "template": model.template}
+    return LlavaConfig(vision=read_config(model.vision), text=read_config(model.language),
+                       **{name: value for name, value in chosen.items() if value is not None})
 
 
 def check_output(recipe: config.Recipe) -> None:

@@ -92,4 +92,4 @@ def test_a_character_that_the_limit_cuts(tokenizer):
     answer = Answer(StreamDecoder(tokenizer), (END,), [], limit=len(tokens))
     pieces = [answer.add([token]) for token in tokens]
     assert "".join(pieces) == answer.text == "a \ufffd" == tokenizer.decode(tokens)
-    assert pieces[:-1] == ["a", " ", "", ""] or "\ufffd" not in "".join(pieces[:-1])
+    assert "\ufffd" not in "".join(pieces[:-1])

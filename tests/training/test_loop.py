@@ -153,3 +153,51 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_recipe):
     recipe = dataclasses.replace(recipe, stages={"instruct": wild})
     with pytest.raises(ValueError, match="the loss is (nan|inf) at step"):
         loop.train(recipe)
+
+
+def test_text_alone_trains_and_samples_are_answered(make_recipe, data, tmp_path):
+    rows = [row for row in json.loads(data.read_text()) if "image" not in row]
+    rows.insert(0, {"id": "bad", "conversations": []})
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps(rows))
+    recipe = make_recipe(sample_every=2)
+    stage = recipe.stages["instruct"]
+    stage = dataclasses.replace(stage, steps=2, data=dataclasses.replace(
+        stage.data, path=str(text), validation="", bad_rows="skip"))
+    loop.train(dataclasses.replace(recipe, stages={"instruct": stage}))
+    line, samples = lines(recipe)
+    assert line["images"] == 0 and line["tokens"] > 0 and line["skipped"] == {"malformed": line["skipped"]["malformed"]}
+    asked = [row["conversations"][0]["value"] for row in rows[1:5]]
+    assert [sample["question"] for sample in samples["samples"]] == asked
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_clean_metrics(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    recipe = dataclasses.replace(recipe, stages={"align": recipe.stages["align"]})
+    original, count = loop.on_devices, [0]
+
+    def break_down(run, batch, micro_batches):
+        count[0] += 1
+        if count[0] == 4:
+            raise RuntimeError("the machine is gone")
+        return original(run, batch, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "on_devices", break_down)
+        with pytest.raises(RuntimeError):
+            loop.train(recipe)
+    with open(recipe.output + "/metrics.jsonl", "a") as file:
+        file.write('{"stage": "align", "st')
+    loop.train(recipe)
+    assert [line["step"] for line in lines(recipe)] == [2, 4, 5]
+
+
+def test_going_on_from_a_whole_llava_keeps_its_template(make_recipe):
+    first = make_recipe("first")
+    first = dataclasses.replace(first, stages={"align": dataclasses.replace(first.stages["align"], steps=1)},
+                                model=dataclasses.replace(first.model, template="mistral_instruct"))
+    model = loop.train(first)
+    second = dataclasses.replace(make_recipe("second"), model=config.Model(llava=str(model)), stages=first.stages)
+    assert load_checkpoint(loop.train(second))[0].template == "mistral_instruct"
+    with pytest.raises(ValueError, match="model.projector is fixed by the checkpoint"):
+        config.Model(llava=str(model), projector="linear")
