@@ -61,6 +61,22 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(loop, "on_devices", on_devices)
 
 
+def break_down(monkeypatch, recipe: config.Recipe, step: int) -> None:
+    """Runs the recipe up to its `step`-th step, where it dies without notice."""
+    original, count = loop.on_devices, [0]
+
+    def on_devices(run, batch, micro_batches):
+        count[0] += 1
+        if count[0] == step:
+            raise RuntimeError("the machine is gone")
+        return original(run, batch, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "on_devices", on_devices)
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            loop.train(recipe)
+
+
 def test_a_run_that_was_stopped_in_both_stages_ends_with_the_same_bits(make_recipe, monkeypatch):
     whole = make_recipe("whole")
     loop.train(whole)
@@ -87,18 +103,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_recipe, monkeypatch)
     whole, cut = make_recipe("whole", keep_checkpoints=1), make_recipe("cut", keep_checkpoints=1)
     loop.train(whole)
     cut = dataclasses.replace(cut, checkpoint_every=2)
-    original, count = loop.on_devices, [0]
-
-    def break_down(run, batch, micro_batches):
-        count[0] += 1
-        if count[0] == 4:
-            raise RuntimeError("the machine is gone")
-        return original(run, batch, micro_batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "on_devices", break_down)
-        with pytest.raises(RuntimeError):
-            loop.train(cut)
+    break_down(monkeypatch, cut, step=4)
     loop.train(cut)
     theirs = parameters(whole)
     for path, x in parameters(cut).items():
@@ -174,18 +179,7 @@ def test_text_alone_trains_and_samples_are_answered(make_recipe, data, tmp_path)
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_clean_metrics(make_recipe, monkeypatch):
     recipe = make_recipe()
     recipe = dataclasses.replace(recipe, stages={"align": recipe.stages["align"]})
-    original, count = loop.on_devices, [0]
-
-    def break_down(run, batch, micro_batches):
-        count[0] += 1
-        if count[0] == 4:
-            raise RuntimeError("the machine is gone")
-        return original(run, batch, micro_batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "on_devices", break_down)
-        with pytest.raises(RuntimeError):
-            loop.train(recipe)
+    break_down(monkeypatch, recipe, step=4)
     with open(recipe.output + "/metrics.jsonl", "a") as file:
         file.write('{"stage": "align", "st')
     loop.train(recipe)
