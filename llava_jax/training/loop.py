@@ -1,5 +1,6 @@
 """A recipe, stage by stage: data in, steps, metrics, checkpoints; then the finished model in Hugging Face layout."""
 
+import contextlib
 import copy
 import math
 import signal
@@ -38,11 +39,9 @@ def train(recipe: config.Recipe) -> Path:
     Raises Stopped after SIGTERM or SIGINT, ValueError and FileNotFoundError for a recipe or data that cannot be used.
     """
     run = begin(recipe)
-    log = Log(run.directory, recipe)
-    with jax.set_mesh(run.mesh), StopSignal() as stop:
+    with jax.set_mesh(run.mesh), StopSignal() as stop, contextlib.closing(Log(run.directory, recipe)) as log:
         for name in recipe.stages:
             train_stage(run, name, log, stop)
-        log.close()
         target = run.directory / "model"
         if not target.exists():
             parameters = load_parameters(run, lambda path: "float32", before=None)
