@@ -89,7 +89,7 @@ class Data:
     """A set of conversations, and the packed rows that are made of it."""
 
     path: str
-    """LLaVA JSON (a list) or JSON lines"""
+    """data in any format that data/sources.py reads, or a mixture file"""
     image_root: str = ""
     """folder to which the image paths of the rows are relative; the file's own folder if empty"""
     template: str = ""

@@ -1,200 +1,278 @@
-"""Packed training rows with Grain: record numbers -> examples (in worker processes) -> rows -> batches.
+"""Batches of packed rows: record numbers -> windows of examples -> rows -> batches, the same for any number of hosts.
 
-Several conversations, each with none, one or several images, share a row of fixed length; their images share a fixed
-number of slots. Packing is done in the main process, in the order of the records, so the rows do not depend on the
-number of workers.
+Grain shuffles and mixes the numbers of the records. Each window of them is tokenised (in worker processes) and packed
+into rows, by every host alike, so that all know the one global sequence of rows; of every batch a host decodes the
+images of its own rows alone. Tokenising the whole costs a few percent of decoding a share, and buys rows that depend
+neither on the number of hosts nor of workers, and a position in the data that is three integers.
 """
 
-import functools
+import dataclasses
 import itertools
-from collections import deque
-from collections.abc import Sequence
-from typing import Any, Literal
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import grain
 import numpy as np
-from grain.experimental import FirstFitPackIterDataset
 
-from llava_jax.data.examples import Loader, load_in_worker, start_workers
-from llava_jax.data.records import BadRow
-from llava_jax.data.sources import Source
+from llava_jax.data.examples import Loader
+from llava_jax.data.packing import WINDOW, pack
+from llava_jax.data.parallel import Pool
+from llava_jax.data.records import REASONS, BadRow
+from llava_jax.data.sources import Mixture
 from llava_jax.text import templates
-from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
+from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example
 from llava_jax.text.tokenizer import Tokenizer
 
-BINS = 16  # rows that are filled side by side: more waste less, but hold more images and replay more on resume
-SKIPS_PER_ROW = 16
-CHUNK, AHEAD = 8, 16  # examples per task of a worker, and tasks (at least two per worker) asked for ahead
-TRIED = 1000  # first rows of which at least one must be good
+CHUNK = 32  # records per task of a worker that tokenises
+TRIED = 1000  # records of a window of which at least one must be good
 
 
-def packed_rows(
-    sources: Sequence[Source],
-    *,
-    tokenizer: Tokenizer,
-    template: str | templates.Template,
-    tokens_per_image: int,
-    image_size: int,
-    image_mode: str,
-    row_length: int,
-    images_per_row: int,
-    seed: int = 0,
-    shuffle: bool = True,
-    epochs: int | None = None,
-    bad_rows: Literal["error", "skip"] = "error",
-    workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    decode_images: bool = True,
-) -> grain.IterDataset:
-    """Rows of `row_length` tokens (T) and `images_per_row` image slots (I), as dicts of numpy arrays:
+class Batches(grain.IterDataset):
+    """Batches of `rows` packed rows in all, of which this process gives its B = rows / process_count, as numpy arrays:
 
-    tokens int32 [T]: IMAGE_TOKEN_ID at every visual token's place, the k-th of them belongs to the k-th visual token
+    tokens int32 [B, T]: IMAGE_TOKEN_ID at every visual token's place, the k-th of them belongs to the k-th visual token
         of the row's images in order; 0 where segment_ids is 0
-    labels int32 [T]: the token where it is learned, else -100; not shifted
-    positions, segment_ids int32 [T]: position in the conversation; its number in the row from 1 on, 0 for padding
-    images uint8 [I, image_size, image_size, 3], image_segment_ids int32 [I]: 0 for an empty slot
-    skipped int32 [SKIPS_PER_ROW]: 1 + index into REASONS of each row skipped on the way, else 0
+    labels int32 [B, T]: the token where it is learned, else -100; not shifted
+    positions, segment_ids int32 [B, T]: position in the conversation; its number in the row from 1 on, 0 for padding
+    images uint8 [B, I, image_size, image_size, 3], image_segment_ids int32 [B, I]: 0 for an empty slot
+    skipped int32 [len(REASONS)]: how many rows of the data were skipped on the way, by reason
 
-    All sources are one data set, shuffled anew in every epoch with `seed`, for `epochs` epochs (None: for ever), of
-    which this process takes every `process_count`-th record. An epoch may end in the middle of a row; the last rows of
-    the last epoch are given out part full. The iterator's state is small, fits JSON, and continues bit for bit, with
-    any number of workers.
+    T is `row_length` and I `images_per_row`. The mixture is shuffled anew in every epoch with `seed`, for `epochs`
+    epochs (None: for ever). The rows of all processes together, in the order of the processes, are the same for any
+    number of processes and workers. An iterator's state, {"epoch", "window", "row"}, is the same on all of them and
+    continues bit for bit with any other number. The last batch is filled up with padding.
 
-    A row that cannot be used raises BadRow if `bad_rows` is "error", and else is skipped and counted. Raises
-    ValueError if there are fewer rows than processes, or if of the first rows every one is bad. `decode_images=False`
-    leaves the images out (their arrays hold no pixels) and keeps everything else.
-    """
-    total = sum(len(source) for source in sources)
-    if total < process_count:
-        names = ", ".join(source.path for source in sources)
-        raise ValueError(f"{names}: {total} rows for {process_count} processes, each of which needs at least one")
-    loader = Loader(
-        sources=tuple(sources),
-        starts=tuple(itertools.accumulate((len(source) for source in sources), initial=0)),
-        tokenizer=tokenizer,
-        template=templates.get(template),
-        tokens_per_image=tokens_per_image,
-        image_shape=(image_size, image_size, 3) if decode_images else (0,),
-        image_mode=image_mode,
-        row_length=row_length,
-        images_per_row=images_per_row,
-        bad_rows=bad_rows,
-    )
-    numbers = grain.MapDataset.range(total)
-    if shuffle:
-        numbers = numbers.shuffle(seed)
-    numbers = numbers.repeat(epochs)[process_index::process_count]
-    if bad_rows == "skip":
-        _require_a_good_row(loader, numbers, min(-(-total // process_count), TRIED))
-    rows = FirstFitPackIterDataset(
-        _Examples(numbers, loader, workers),
-        length_struct=dict(tokens=row_length, labels=row_length, images=images_per_row, skipped=SKIPS_PER_ROW),
-        padding_struct=dict(tokens=None, labels=IGNORE, images=None, skipped=None),
-        num_packing_bins=BINS,
-        shuffle_bins=shuffle,
-        seed=seed,
-    )
-    return rows.map(functools.partial(_finish_row, tokens_per_image=tokens_per_image))
-
-
-def batches(batch_size: int, **rows: Any) -> grain.IterDataset:
-    """Batches of `batch_size` of the rows that `packed_rows(**rows)` gives; the last one is filled up with padding."""
-    return packed_rows(**rows).batch(batch_size, batch_fn=functools.partial(_stack, batch_size=batch_size))
-
-
-def count_rows(**rows: Any) -> int:
-    """How many rows `packed_rows(**rows)` gives this process in one epoch.
-
-    Reads and tokenises the whole data set, but opens no image: a broken one counts as good here, a missing one as bad.
-    """
-    return sum(1 for _ in packed_rows(**{**rows, "epochs": 1, "decode_images": False}))
-
-
-class _Examples(grain.IterDataset):
-    """The examples of `numbers` in order, made ahead by worker processes.
-
-    Stands in for Grain's `mp_prefetch`, whose state holds only for one number of workers, whose workers import JAX,
-    and which passes arrays in shared memory (slower than a pipe at these sizes; Docker gives 64 MB of it).
+    A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. ValueError if
+    rows do not divide over the processes, and when of the first records every one is bad.
     """
 
-    def __init__(self, numbers: grain.MapDataset, loader: Loader, workers: int):
-        super().__init__(numbers)
-        self._iterator = functools.partial(_ExamplesIterator, numbers, loader, workers)
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return self._iterator()
-
-
-class _ExamplesIterator(grain.DatasetIterator):
-    def __init__(self, numbers: grain.MapDataset, loader: Loader, workers: int):
+    def __init__(
+        self,
+        rows: int,
+        mixture: Mixture,
+        *,
+        tokenizer: Tokenizer,
+        template: str | templates.Template,
+        tokens_per_image: int,
+        image_size: int,
+        image_mode: str,
+        row_length: int,
+        images_per_row: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        bad_rows: Literal["error", "skip"] = "error",
+        workers: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         super().__init__()
-        self._numbers, self._loader, self._workers = numbers, loader, workers
-        self._executor, self._taken = None, 0
+        if rows % process_count:
+            raise ValueError(f"{rows} rows do not divide over {process_count} processes")
+        self.rows, self.epochs, self.workers = rows, epochs, workers
+        self.process_index, self.process_count = process_index, process_count
+        self.order = _Order(mixture, seed, shuffle)
+        self.loader = Loader(
+            mixture=mixture,
+            tokenizer=tokenizer,
+            template=templates.get(template),
+            tokens_per_image=tokens_per_image,
+            image_size=image_size,
+            image_mode=image_mode,
+            row_length=row_length,
+            images_per_row=images_per_row,
+            bad_rows=bad_rows,
+        )
+
+    def __iter__(self) -> "_BatchIterator":
+        return _BatchIterator(self)
+
+    def count_rows(self) -> int:
+        """How many rows one epoch has in every `process_count`-th window; reads and tokenises these, opens no image."""
+        windows = range(self.process_index, self.order.windows, self.process_count)
+        with Pool(self.loader, self.workers) as pool:
+            texts = (_Window(self.order, pool, 0, window).texts() for window in windows)
+            return sum(len(_pack(self.loader, found)[0]) for found in texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """The numbers of the records, epoch by epoch, in windows."""
+
+    mixture: Mixture
+    seed: int
+    shuffle: bool
+
+    @property
+    def windows(self) -> int:
+        """Windows of an epoch."""
+        return math.ceil(sum(self.mixture.counts) / WINDOW)
+
+    def window(self, epoch: int, window: int) -> list[int]:
+        order = self._epoch(epoch)
+        return [order[i] for i in range(window * WINDOW, min((window + 1) * WINDOW, len(order)))]
+
+    def _epoch(self, epoch: int) -> grain.MapDataset:
+        parts = []
+        starts, counts = self.mixture.starts, self.mixture.counts
+        for part, (start, stop, count) in enumerate(zip(starts[:-1], starts[1:], counts, strict=True)):
+            numbers = grain.MapDataset.range(start, stop)
+            if self.shuffle:
+                numbers = numbers.shuffle(seed=(self.seed + part) % 2**32)  # anew in each of the repeats
+            parts.append(numbers.repeat()[epoch * count : (epoch + 1) * count])
+        order = grain.MapDataset.concatenate(parts)
+        return order.shuffle(seed=(self.seed * 1_000_003 + epoch) % 2**32) if self.shuffle else order
+
+    def rows(self, count: int, epoch: int, window: int) -> Sequence[int]:
+        """In which order the rows of a window come: packing puts those of many records first."""
+        if not self.shuffle:
+            return range(count)
+        return np.random.default_rng((self.seed, epoch, window)).permutation(count).tolist()
+
+
+class _BatchIterator(grain.DatasetIterator):
+    def __init__(self, batches: Batches):
+        super().__init__()
+        self._batches = batches
+        self._state = {"epoch": 0, "window": 0, "row": 0}
+        self._pool: Pool | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._executor is None:
-            self._executor = start_workers(self._loader, self._workers)
-            self._pending, self._ready, self._asked = deque(), deque(), self._taken
-        while len(self._pending) < max(AHEAD, 2 * self._workers) and self._asked < len(self._numbers):
-            chunk = range(self._asked, min(self._asked + CHUNK, len(self._numbers)))
-            self._pending.append(self._executor.submit(load_in_worker, [self._numbers[i] for i in chunk]))
-            self._asked = chunk.stop
-        if not self._ready:
-            if not self._pending:
-                self._stop()
-                raise StopIteration
-            self._ready.extend(self._pending.popleft().result())
-        self._taken += 1
-        return self._ready.popleft()
+        batches = self._batches
+        here = batches.rows // batches.process_count
+        if self._pool is None:
+            if batches.loader.bad_rows == "skip":
+                _require_a_good_record(batches.loader, batches.order.window(0, 0)[:TRIED])
+            self._pool = Pool(batches.loader, batches.workers)
+            self._rows, self._pending = self._all_rows(self._pool), deque()
+        while len(self._pending) < 2 + 2 * batches.workers // here:
+            rows = list(itertools.islice(self._rows, batches.rows))
+            if not rows:
+                break
+            mine = rows[batches.process_index * here :][:here]
+            images = [self._pool.submit("images", row.numbers) for row in mine]
+            self._pending.append((mine, images, rows[-1].after))
+        if not self._pending:
+            self.close()
+            raise StopIteration
+        rows, images, self._state = self._pending.popleft()
+        return self._stack(rows, [future.result() for future in images])
 
     def get_state(self) -> dict[str, int]:
-        return {"taken": self._taken}
+        return dict(self._state)
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._stop()
-        self._taken = state["taken"]
+        self.close()
+        self._state = dict(state)
 
     def close(self) -> None:
         super().close()
-        self._stop()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
-    def _stop(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-            self._executor = None
+    def _all_rows(self, pool: Pool) -> Iterator["_Row"]:
+        """The rows of all processes, from the state on; the next window is tokenised while rows of this one are
+        taken."""
+        batches, done, skipped = self._batches, self._state["row"], Counter()
+        windows = self._windows(pool)
+        window = next(windows, None)
+        while window is not None:
+            following, texts = next(windows, None), window.texts()
+            rows, bad = _pack(batches.loader, texts)
+            skipped += bad if done == 0 else Counter()
+            order = batches.order.rows(len(rows), window.epoch, window.number)
+            for place in range(done, len(rows)):
+                if following is not None:
+                    following.ask((place + 1) / len(rows))
+                row = rows[order[place]]
+                after = {"epoch": window.epoch, "window": window.number, "row": place + 1}
+                yield _Row([window.numbers[i] for i in row], [texts[i] for i in row], skipped, after)
+                skipped = Counter()
+            window, done = following, 0
+
+    def _windows(self, pool: Pool) -> Iterator["_Window"]:
+        batches, epoch, first = self._batches, self._state["epoch"], self._state["window"]
+        while batches.epochs is None or epoch < batches.epochs:
+            for number in range(first, batches.order.windows):
+                yield _Window(batches.order, pool, epoch, number)
+            epoch, first = epoch + 1, 0
+
+    def _stack(self, rows: Sequence["_Row"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:
+        loader = self._batches.loader
+        shape = (self._batches.rows // self._batches.process_count, loader.row_length)
+        slots = (shape[0], loader.images_per_row)
+        batch = {
+            "tokens": np.zeros(shape, np.int32),
+            "labels": np.full(shape, IGNORE, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "images": np.zeros((*slots, loader.image_size, loader.image_size, 3), np.uint8),
+            "image_segment_ids": np.zeros(slots, np.int32),
+        }
+        skipped = Counter()
+        for b, (row, found) in enumerate(zip(rows, images, strict=True)):
+            start = slot = segment = 0
+            skipped += row.skipped
+            for text, tiles in zip(row.texts, found, strict=True):
+                if isinstance(tiles, str):  # its images turned out to be bad: the records after it move up
+                    skipped[tiles] += 1
+                    continue
+                segment += 1
+                place, places = slice(start, start + len(text.tokens)), slice(slot, slot + len(tiles))
+                batch["tokens"][b, place], batch["labels"][b, place] = text
+                batch["positions"][b, place] = np.arange(len(text.tokens))
+                batch["segment_ids"][b, place] = segment
+                batch["images"][b, places], batch["image_segment_ids"][b, places] = tiles, segment
+                start, slot = place.stop, places.stop
+        return batch | {"skipped": np.array([skipped[reason] for reason in REASONS], np.int32)}
 
 
-def _require_a_good_row(loader: Loader, numbers: grain.MapDataset, count: int) -> None:
+@dataclasses.dataclass
+class _Row:
+    """A row to be made: its records and their texts, what was skipped before it, and the state after it."""
+
+    numbers: list[int]
+    texts: list[Example]
+    skipped: Counter
+    after: dict[str, int]
+
+
+class _Window:
+    """The texts of a window's records, asked for little by little."""
+
+    def __init__(self, order: _Order, pool: Pool, epoch: int, number: int):
+        self.epoch, self.number, self.numbers = epoch, number, order.window(epoch, number)
+        self._pool, self._asked = pool, []
+
+    def ask(self, share: float = 1.0) -> None:
+        """Lets the workers tokenise the first `share` of the records."""
+        for first in range(CHUNK * len(self._asked), math.ceil(share * len(self.numbers)), CHUNK):
+            self._asked.append(self._pool.submit("texts", self.numbers[first : first + CHUNK]))
+
+    def texts(self) -> list[Example | str]:
+        """The text of each record, or the reason why it cannot be used."""
+        self.ask()
+        return [text for future in self._asked for text in future.result()]
+
+
+def _pack(loader: Loader, texts: Sequence[Example | str]) -> tuple[list[list[int]], Counter]:
+    """The rows of a window's good texts, as places in `texts`, and the reasons of the bad ones."""
+    good = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+    images = [np.count_nonzero(texts[i].tokens == IMAGE_TOKEN_ID) // loader.tokens_per_image for i in good]
+    rows = pack([len(texts[i].tokens) for i in good], images, loader.row_length, loader.images_per_row)
+    return [[good[i] for i in row] for row in rows], Counter(text for text in texts if isinstance(text, str))
+
+
+def _require_a_good_record(loader: Loader, numbers: Sequence[int]) -> None:
     first = None
-    for i in range(count):
+    for number in numbers:
         try:
-            loader.load(numbers[i])
+            loader.text(number)
+            loader.pixels(number)
             return
         except BadRow as bad:
             first = first or bad
-    raise ValueError(f"none of the first {count} rows can be used, the first for this reason: {first}")
-
-
-def _finish_row(row: dict[str, np.ndarray], tokens_per_image: int) -> dict[str, np.ndarray]:
-    """Keeps one set of positions and segment ids, and closes the gaps that skipped rows left in the numbering."""
-    segment_ids, image_segment_ids = row["tokens_segment_ids"], row["images_segment_ids"]
-    visual = segment_ids[row["tokens"] == IMAGE_TOKEN_ID]
-    if not np.array_equal(visual, np.repeat(image_segment_ids[image_segment_ids > 0], tokens_per_image)):
-        raise RuntimeError("packing mixed up images and visual tokens: a fault in llava_jax, not in the data")
-    present = np.unique(np.append(segment_ids, 0))
-    return {
-        "tokens": row["tokens"],
-        "labels": row["labels"],
-        "positions": row["tokens_positions"],
-        "segment_ids": np.searchsorted(present, segment_ids).astype(np.int32),
-        "images": row["images"],
-        "image_segment_ids": np.searchsorted(present, image_segment_ids).astype(np.int32),
-        "skipped": row["skipped"],
-    }
-
-
-def _stack(rows: Sequence[dict[str, np.ndarray]], batch_size: int) -> dict[str, np.ndarray]:
-    padding = {name: np.full_like(value, IGNORE if name == "labels" else 0) for name, value in rows[0].items()}
-    rows = [*rows, *[padding] * (batch_size - len(rows))]
-    return {name: np.stack([row[name] for row in rows]) for name in padding}
+    raise ValueError(f"none of the first {len(numbers)} rows can be used, the first for this reason: {first}")

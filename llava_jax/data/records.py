@@ -1,9 +1,27 @@
 """One Record for every format, and BadRow for what cannot become one."""
 
+import base64
+import binascii
 import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
-REASONS = ("malformed", "missing_image", "broken_image", "image_count", "no_supervised_tokens", "too_long")
+REASONS = ("malformed", "role", "turn_order", "image_count", "outside_root", "missing_image", "broken_image",
+           "no_supervised_tokens", "too_long")
+
+Image = str | bytes  # a path, or the encoded bytes of an image
+
+# What a row may call its list of turns, and the one format that such rows are.
+FORMATS = {
+    "conversations": "LLaVA or ShareGPT conversations",
+    "conversation": "LLaVA or ShareGPT conversations",
+    "messages": "chat messages (OpenAI, Hugging Face, ms-swift)",
+    "query": "ms-swift query and response",
+}
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "bing": "gpt",
+         "bard": "gpt", "model": "gpt", "system": "system"}
 
 
 class BadRow(ValueError):
@@ -22,60 +40,197 @@ class Record:
     """One conversation about none, one or several images."""
 
     id: str
-    images: tuple[str, ...]  # paths, in the order of their <image> in the turns
-    turns: tuple[dict[str, str], ...]  # {"from": "human" | "gpt", "value": text}
+    images: tuple[Image, ...]  # in the order of their <image> in the turns
+    turns: tuple[dict[str, str], ...]  # {"from": "human" | "gpt", "value": text}; the first may be from "system"
     source: str  # file and row, for messages
 
 
-def parse_row(row: Any, where: str) -> Record:
-    """Reads a row of LLaVA's JSON: `id`, `image` (a path, a list of paths, or absent), `conversations`.
+def turns_key(row: Any) -> str | None:
+    """The key under which a row holds its turns, or None. ValueError if there are several."""
+    found = [key for key in FORMATS if isinstance(row, Mapping) and row.get(key) is not None]
+    if len(found) > 1:
+        raise ValueError(f"the row is ambiguous: it has {' and '.join(found)}; leave one")
+    return found[0] if found else None
 
-    `where` names file and row. ShareGPT rows, which may open with an answer, are read as they are: encoding drops that
-    turn. Raises BadRow: "malformed" for anything of the wrong type, an unknown role or two turns of one role in
-    succession; "image_count" if there are not as many images as `<image>` in the turns.
+
+def parse_row(row: Any, where: str) -> Record:
+    """Reads a row of any format that FORMATS names; `where` names file and row.
+
+    - Turns are {"from", "value"} or {"role", "content"}; names of roles are those of ROLES. A content is text, or a
+      list of parts: {"type": "text"}, and {"type": "image"} or {"type": "image_url"}, each of which becomes an
+      `<image>` where it stands; parts are joined by newlines.
+    - Images are the row's `image` or `images`: a path, {"bytes", "path"} or a list of these; or the parts' own (`path`,
+      `url`, `base64`, `image`). A `data:` URL holds the image itself. Every `<image>` takes the next one, a part with
+      an `index` the one of that number.
+    - A system text is a first turn or the row's `system`.
+
+    ShareGPT rows, which may open with an answer, are read as they are: encoding drops that turn. Raises BadRow.
     """
-    if not isinstance(row, dict):
-        raise BadRow("malformed", f"{where}: a row must be an object, not {_kind(row)}")
+    if not isinstance(row, Mapping):
+        raise BadRow("malformed", f"{where}: a row must be an object, not {kind(row)}")
     record_id = "" if row.get("id") is None else row["id"]
     if isinstance(record_id, bool) or not isinstance(record_id, str | int):
-        raise BadRow("malformed", f"{where}: id must be text or a whole number, not {_kind(record_id)}")
+        raise BadRow("malformed", f"{where}: id must be text or a whole number, not {kind(record_id)}")
     if record_id != "":
-        where = f"{where}, id {record_id}"
-    images = _images(row.get("image"), where)
-    turns = _turns(row.get("conversations"), where)
-    marks = sum(turn["value"].count("<image>") for turn in turns)
-    if marks != len(images):
-        raise BadRow("image_count", f"{where}: {len(images)} images, but {marks} times <image> in the turns")
+        where = f"{where}, id {record_id!s:.80}"
+    try:
+        key = turns_key(row)
+        if key is None:
+            has = ", ".join(map(str, row)) or "nothing"
+            raise ValueError(f"a row must have one of {', '.join(FORMATS)}; this one has {has:.200}")
+        turns, slots = _turns(_query_turns(row) if key == "query" else row[key], row.get("system"))
+        images = _fill(slots, _column(row))
+    except BadRow as bad:
+        raise BadRow(bad.reason, f"{where}: {bad}") from None
+    except ValueError as error:
+        raise BadRow("malformed", f"{where}: {error}") from None
     return Record(str(record_id), images, turns, where)
 
 
-def _images(value: Any, where: str) -> tuple[str, ...]:
-    if value is None or value == "":
-        return ()
-    paths = (value,) if isinstance(value, str) else value
-    if not isinstance(paths, tuple | list) or not all(isinstance(path, str) and path for path in paths):
-        raise BadRow("malformed", f"{where}: image must be a path or a list of paths, not {_kind(value)}")
-    return tuple(paths)
-
-
-def _turns(value: Any, where: str) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise BadRow("malformed", f"{where}: conversations must be a list of turns, not {_kind(value)}")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadRow("malformed", f"{where}: turn {number} must be an object with from and value, both text")
-        role = turn.get("from")
-        if role not in ("human", "gpt"):
-            raise BadRow("malformed", f"{where}: turn {number} is from {role!r}; it must be from 'human' or 'gpt'")
-        if turns and turns[-1]["from"] == role:
-            raise BadRow("malformed", f"{where}: turns {number - 1} and {number} are both from {role!r}")
-        turns.append({"from": role, "value": turn["value"]})
-    return tuple(turns)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
+def kind(value: Any) -> str:
+    """What a JSON value is, for messages."""
+    names = {dict: "an object", list: "a list", str: "text", bytes: "bytes", bool: "true or false"}
+    if value is None:
+        return "nothing"
     if value in ("", [], {}):
         return "empty"
     return names.get(type(value), "a number")
+
+
+def check_text(text: str, name: str) -> str:
+    """The text itself; ValueError if it holds what no file name and no tokenizer takes."""
+    if "\0" in text:
+        raise ValueError(f"{name} holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a UTF-16 pair, which is no character") from None
+    return text
+
+
+def _query_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError("history must be a list of pairs of question and answer")
+    pairs = [*history, (row["query"], row.get("response"))]
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+# Where an `<image>` gets its image from: itself, the place of this number in the row's column, or the column's next.
+_Slot = Image | int | None
+
+
+def _turns(value: Any, system: Any) -> tuple[tuple[dict[str, str], ...], list[_Slot]]:
+    """The turns in LLaVA's form, and a slot for every `<image>` in them."""
+    if isinstance(value, Mapping):  # in columns, as Arrow and TFDS may hold a list of objects
+        columns = {key: list(column) for key, column in value.items() if isinstance(column, Sequence)}
+        value = [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"the turns must be a list, not {kind(value)}")
+    turns, slots = [], []
+    if system is not None and system != "":
+        if not isinstance(system, str):
+            raise ValueError(f"system must be text, not {kind(system)}")
+        text, slots = _content(system, "system")
+        turns.append({"from": "system", "value": text})
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {number} must be an object, not {kind(turn)}")
+        name, text = ("role", "content") if turn.get("role") is not None else ("from", "value")
+        role = turn.get(name)
+        if not isinstance(role, str) or role.lower() not in ROLES:
+            what = f"is from {role!r:.80}" if role else "names no role"
+            raise BadRow("role", f"turn {number} {what}; it must be from 'human' (user) or 'gpt' (assistant)")
+        text, own = _content(turn.get(text), f"turn {number}'s {text}")
+        turns.append({"from": ROLES[role.lower()], "value": text})
+        slots += own
+    _check_order([turn["from"] for turn in turns], len(turns) - len(value))
+    return tuple(turns), slots
+
+
+def _check_order(roles: list[str], offset: int) -> None:
+    for i, role in enumerate(roles):
+        if role == "system" and i:
+            raise BadRow("turn_order", f"turn {i + 1 - offset} is from 'system', which can only be the first")
+        if i and role == roles[i - 1]:
+            raise BadRow("turn_order", f"turns {i - offset} and {i + 1 - offset} are both from {role!r}")
+    if "human" not in roles:
+        raise BadRow("turn_order", "there is no human turn")
+
+
+def _content(content: Any, name: str) -> tuple[str, list[_Slot]]:
+    """A turn's text, and a slot for every `<image>` in it."""
+    if isinstance(content, str):
+        return check_text(content, name), [None] * content.count("<image>")
+    if not isinstance(content, list):
+        raise ValueError(f"{name} must be text or a list of parts, not {kind(content)}")
+    texts, slots = [], []
+    for number, part in enumerate(content, 1):
+        sort = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
+        if sort == "text":
+            text, own = _content(part if isinstance(part, str) else part.get("text"), f"{name}, part {number}")
+        elif sort in ("image", "image_url"):
+            text, own = "<image>", [_own_image(part, f"{name}, part {number}")]
+        else:
+            raise ValueError(f"{name}, part {number} is of type {sort!r:.80}; text, image and image_url can be read")
+        texts.append(text)
+        slots += own
+    return "\n".join(texts), slots
+
+
+def _own_image(part: Mapping[str, Any], name: str) -> _Slot:
+    if isinstance(part.get("base64"), str):
+        return _decoded(part["base64"], name)
+    for key in ("image_url", "url", "path", "image"):
+        if part.get(key) is not None:
+            return _image(part[key], f"{name}'s {key}")
+    index = part.get("index")
+    return index if isinstance(index, int) and not isinstance(index, bool) else None
+
+
+def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
+    """The images that a row names beside its turns."""
+    given = {key: row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])}
+    if len(given) > 1:
+        raise ValueError("the row is ambiguous: it has image and images; leave one")
+    for key, value in given.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_image(image, key) for image in values)
+    return ()
+
+
+def _image(value: Any, name: str) -> Image:
+    if isinstance(value, Mapping):  # {"bytes", "path"} of Hugging Face, {"url"} of OpenAI
+        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
+    if isinstance(value, bytes) and value:
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a path or a list of paths, not {kind(value)}")
+    if value[:5].lower() == "data:":
+        about, comma, content = value.partition(",")
+        if not comma:
+            raise ValueError(f"{name} is a data: URL without a comma")
+        return _decoded(content, name) if about.endswith(";base64") else unquote_to_bytes(content)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
+        raise ValueError(f"{name} is {value:.80}, which is not on this machine; download it and give its path")
+    return check_text(value, name)
+
+
+def _decoded(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise BadRow("broken_image", f"{name} is not base64 ({error})") from None
+
+
+def _fill(slots: list[_Slot], column: tuple[Image, ...]) -> tuple[Image, ...]:
+    """The image of every slot; BadRow unless each image of the column is used and each slot has one."""
+    own = sum(isinstance(slot, str | bytes) for slot in slots)
+    if len(slots) != own + len(column):
+        raise BadRow("image_count", f"{own + len(column)} images, but {len(slots)} times <image> in the turns")
+    numbers = {slot for slot in slots if isinstance(slot, int)}
+    if numbers and numbers != set(range(len(column))):
+        raise BadRow("image_count", f"the parts' indices {sorted(numbers)} are not those of the {len(column)} images")
+    following = iter(column)
+    return tuple(column[slot] if isinstance(slot, int) else next(following) if slot is None else slot for slot in slots)

@@ -1,124 +1,215 @@
-"""Random access to the rows of a data file, without holding them as Python objects."""
+"""A data file of any format as a sequence of Records, and mixtures of several."""
 
 import dataclasses
+import glob
+import itertools
 import json
-import mmap
 import os
-import re
-from array import array
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
+from llava_jax.data.json_rows import JsonRows
+from llava_jax.data.parquet_rows import ParquetRows
+from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_row, turns_key
 
-from llava_jax.data.records import BadRow, Record, parse_row
+SAMPLED = 100  # first rows that tell a file's format
+LARGEST_MIXTURE = 1 << 20  # bytes of a mixture file
 
 
 class Source:
-    """The rows of a LLaVA JSON file (one list) or of JSON lines, told apart by the content; `source[i]` is a Record.
+    """The rows of one data file; `source[i]` is a Record. Small when pickled: files are opened again where it arrives.
 
-    The file is read once, to find where each row starts, and mapped into memory after that; rows are parsed when asked
-    for. A pickled Source holds the row positions (24 bytes a row) and opens the file again where it arrives.
-
-    Image paths are joined to `image_root` (the file's own folder if empty). A path that leaves it is refused; symbolic
-    links are followed.
-
-    Raises FileNotFoundError or ValueError, one line that names the file and where possible the line, if the file is
-    missing, empty, or not JSON. `source[i]` raises BadRow if that row is malformed.
+    Image paths are joined to `image_root`. A path that leaves it is refused; symbolic links are followed.
+    Raises ValueError, one line, if the first rows are of no known format or of several. `source[i]` raises BadRow.
     """
 
-    def __init__(self, path: str | os.PathLike, image_root: str | os.PathLike = ""):
-        self.path = os.fspath(path)
-        self.image_root = os.path.abspath(image_root or os.path.dirname(self.path))
-        if not os.path.isfile(self.path):
-            raise FileNotFoundError(f"{self.path}: no such data file")
-        if not os.path.getsize(self.path):
-            raise ValueError(f"{self.path}: the file is empty")
-        self._file = None
-        self._rows = _find_rows(self._bytes(), self.path)
-        if not len(self._rows):
-            raise ValueError(f"{self.path}: the file has no rows")
+    def __init__(self, rows: "JsonRows | ParquetRows | TfdsRows", image_root: str):
+        self.rows, self.path, self.image_root = rows, rows.path, os.path.abspath(image_root)
+        self._key = _find_format(rows)
+        self.format = FORMATS[self._key]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        start, stop, line = self._rows[index].tolist()
-        where = f"{self.path}, row {index + 1} (line {line})"
-        try:
-            row = json.loads(self._bytes()[start:stop].decode())
-        except ValueError as error:  # broken JSON or broken UTF-8
-            raise BadRow("malformed", f"{where}: broken JSON ({error})") from None
+        row, where = self.row(index), self.where(index)
         record = parse_row(row, where)
-        return dataclasses.replace(record, images=tuple(self._resolve(path, record) for path in record.images))
+        if row.get(self._key) is None:
+            raise BadRow("malformed", f"{record.source}: has {turns_key(row)}, the rows before it have {self._key}")
+        if not record.images:
+            return record
+        return dataclasses.replace(record, images=tuple(self._resolve(image, record) for image in record.images))
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None}
+    def row(self, index: int) -> Any:
+        """The row as it is stored. Raises BadRow if it cannot be read."""
+        return self.rows[index]
 
-    def _bytes(self) -> mmap.mmap:
-        if self._file is None:
-            with open(self.path, "rb") as file:
-                self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._file
+    def where(self, index: int) -> str:
+        """File and number of a row, for messages."""
+        return self.rows.where(index)
 
-    def _resolve(self, path: str, record: Record) -> str:
-        full = os.path.normpath(os.path.join(self.image_root, path))
+    def _resolve(self, image: str | bytes, record: Record) -> str | bytes:
+        if isinstance(image, bytes):
+            return image
+        full = os.path.normpath(os.path.join(self.image_root, image))
         if not full.startswith(self.image_root.rstrip(os.sep) + os.sep):
-            raise BadRow("malformed", f"{record.source}: image {path} is outside the image root {self.image_root}")
+            message = f"{record.source}: image {image} is outside the image root {self.image_root}"
+            raise BadRow("outside_root", message)
         return full
 
 
-_blank = re.compile(r"[ \t\r\n]*")
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several sources, and how many of the rows of each an epoch has.
+
+    An epoch takes the rows of a source in the shuffled order in which the epoch before left off, so that none comes
+    again before all have come. Rows are numbered through, source by source.
+    """
+
+    sources: tuple[Source, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The number of each source's first row, and the number of rows at the end."""
+        return tuple(itertools.accumulate((len(source) for source in self.sources), initial=0))
+
+    @property
+    def name(self) -> str:
+        return ", ".join(source.path for source in self.sources)
 
 
-def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
-    """int64 [rows, 3]: first byte, end, and line (from 1) of every row."""
-    # As Latin-1 every byte is one character: positions in the text are positions in the file, and no byte of a longer
-    # UTF-8 sequence can be mistaken for one of JSON's own characters.
-    text = str(content, "latin-1")
-    start = 3 if text.startswith("\xef\xbb\xbf") else 0  # a byte order mark
-    start = _blank.match(text, start).end()
-    found = _find_in_list(text, start, path) if text[start : start + 1] == "[" else _find_lines(text, start, path)
-    return np.frombuffer(found, np.int64).reshape(-1, 3)
+def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> Source:
+    """Opens a data file whose format is told from its content.
 
+    `path` is a file of LLaVA JSON (a list), JSON lines or parquet, a folder of parquet files, or the folder of a TFDS
+    data set in ArrayRecord (which may be on gs://); `FOLDER:SPLIT` names one split of several. Rows are of any format
+    that `records.FORMATS` names. Image paths are relative to `image_root`, by default the folder that holds the file.
 
-def _find_in_list(text: str, start: int, path: str) -> array:
-    """Rows of `[row, row, ...]`; a row is decoded only to learn where it ends."""
-    decode, found, line, counted = json.JSONDecoder().raw_decode, array("q"), 1, 0
+    Raises FileNotFoundError, or ValueError with one line that says what was seen.
+    """
+    path, image_root = os.fspath(path), os.fspath(image_root)
+    folder = path if os.path.isdir(path) else path.rpartition(":")[0]
+    if path.startswith("gs://") or os.path.isdir(folder):
+        return Source(_open_folder(path, folder), image_root or folder)
     try:
-        at = _blank.match(text, start + 1).end()
-        closed = text[at : at + 1] == "]"
-        while not closed:
-            line, counted = line + text.count("\n", counted, at), at
-            stop = decode(text, at)[1]
-            found.extend((at, stop, line))
-            at = _blank.match(text, stop).end()
-            closed = text[at : at + 1] == "]"
-            if not closed and text[at : at + 1] != ",":
-                raise json.JSONDecodeError("a comma or the end of the list is missing", text, at)
-            at = _blank.match(text, at + 1).end()
-        if at < len(text) and found:
-            raise json.JSONDecodeError("there is more after the end of the list", text, at)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
-    return found
+        with open(path, "rb") as file:
+            kind = ParquetRows if file.read(4) == b"PAR1" else JsonRows
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such data file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: the data file cannot be opened ({error.strerror})") from None
+    return Source(kind(path), image_root or os.path.dirname(path))
 
 
-def _find_lines(text: str, start: int, path: str) -> array:
-    """Rows of JSON lines. Only the first is decoded here, to tell a file of another kind; blank lines are no rows."""
-    found, line = array("q"), text.count("\n", 0, start) + 1
-    while start < len(text):
-        stop = text.find("\n", start)
-        stop = len(text) if stop < 0 else stop
-        if _blank.match(text, start).end() < stop:
-            if not found:
-                _check_first_line(text[start:stop], line, path)
-            found.extend((start, stop, line))
-        start, line = stop + 1, line + 1
-    return found
+def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") -> Mixture:
+    """Opens a data file as a mixture of one, or the files that a mixture file names.
+
+    A mixture file is a JSON object {"mixture": [{"path", "image_root", "epochs" | "count" | "weight"}, ...]}, with
+    paths relative to its folder. `epochs` (1 by default) is how often, or which share of, a source's rows an epoch has;
+    `count` how many rows. With `weight`, which is for all sources or none, an epoch has as many rows as all sources
+    together, divided by weight. Raises what `open_source` raises, and ValueError for a mixture file that is wrong.
+    """
+    parts = _read_mixture(os.fspath(path))
+    if parts is None:
+        source = open_source(path, image_root)
+        return Mixture((source,), (len(source),))
+    base = os.path.dirname(os.fspath(path))
+    sources = []
+    for part in parts:
+        where = part["path"] if "://" in part["path"] else os.path.join(base, part["path"])
+        root = os.path.join(base, part["image_root"]) if part.get("image_root") else image_root
+        sources.append(open_source(where, root))
+    sizes = [len(source) for source in sources]
+    if any("weight" in part for part in parts):
+        whole = sum(part["weight"] for part in parts)
+        counts = [round(sum(sizes) * part["weight"] / whole) for part in parts]
+    else:
+        shares = zip(parts, sizes, strict=True)
+        counts = [part.get("count", round(part.get("epochs", 1) * size)) for part, size in shares]
+    for number, count in enumerate(counts, 1):
+        if not count:
+            raise ValueError(f"{path}: part {number} gives no row to an epoch; give it more, or leave it out")
+    return Mixture(tuple(sources), tuple(counts))
 
 
-def _check_first_line(text: str, line: int, path: str) -> None:
+def _find_format(rows: Any) -> str:
+    """The key of the first rows' turns."""
+    found, problem, others = {}, None, []
+    for i in range(min(len(rows), SAMPLED)):
+        try:
+            row = rows[i]
+            key = turns_key(row)
+        except BadRow as bad:
+            problem = problem or str(bad)
+            continue
+        except ValueError as error:
+            raise ValueError(f"{rows.where(i)}: {error}") from None
+        if key is not None:
+            found.setdefault(key, i + 1)
+        elif isinstance(row, dict):
+            others.append(", ".join(map(str, row)) or "nothing")
+    if len(found) > 1:
+        seen = ", ".join(f"row {row} has {key}" for key, row in found.items())
+        raise ValueError(f"{rows.path}: the file is ambiguous: {seen}; split it into files of one format each")
+    if not found:
+        seen = f"the first row has {others[0]:.200}" if others else problem or "the first rows are no objects"
+        raise ValueError(f"{rows.path}: of no known format: a row needs {', '.join(FORMATS)}; {seen}")
+    return next(iter(found))
+
+
+def _open_folder(path: str, folder: str) -> "ParquetRows | TfdsRows":
+    from llava_jax.data.tfds_rows import TfdsRows
+
+    parquet = glob.iglob(os.path.join(glob.escape(folder), "**/*.parquet"), recursive=True)
+    return TfdsRows(path) if path.startswith("gs://") or next(parquet, None) is None else ParquetRows(path)
+
+
+def _read_mixture(path: str) -> list[dict[str, Any]] | None:
+    """The parts of a mixture file, checked; None if the file is none."""
+    if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_MIXTURE:
+        return None
     try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        message = f"{path}, line {line}: the file is neither a JSON list of rows nor JSON lines ({error.msg})"
-        raise ValueError(message) from None
+        with open(path, encoding="utf-8") as file:
+            if file.read(1) != "{":
+                return None
+            content = json.loads("{" + file.read())
+    except (OSError, ValueError, RecursionError):
+        return None  # whatever it is, it is no mixture
+    if "mixture" not in content:
+        return None
+    parts = content["mixture"]
+    if len(content) > 1 or not isinstance(parts, list) or not parts:
+        raise ValueError(f'{path}: a mixture file is {{"mixture": [{{"path": ...}}, ...]}} and nothing else')
+    for number, part in enumerate(parts, 1):
+        problem = "it must be an object with a path" if not isinstance(part, dict) else _problem_of(part)
+        if problem:
+            raise ValueError(f"{path}: part {number} of the mixture: {problem}")
+    weighted = ["weight" in part for part in parts]
+    if any(weighted) and not all(weighted):
+        raise ValueError(f"{path}: part {weighted.index(False) + 1} of the mixture has no weight, but others have")
+    return parts
+
+
+def _problem_of(part: dict[str, Any]) -> str | None:
+    shares: dict[str, Callable[[Any], bool]] = {
+        "epochs": lambda x: isinstance(x, int | float) and 0 < x < 1e6,
+        "count": lambda x: isinstance(x, int) and x > 0,
+        "weight": lambda x: isinstance(x, int | float) and 0 < x < 1e6,
+    }
+    if not isinstance(part.get("path"), str) or not part["path"]:
+        return "path is missing"
+    if not isinstance(part.get("image_root", ""), str):
+        return "image_root must be text"
+    try:
+        check_text(part["path"] + part.get("image_root", ""), "a path")
+    except ValueError as error:
+        return str(error)
+    if unknown := set(part) - {"path", "image_root", *shares}:
+        return f"{', '.join(sorted(unknown))} is unknown; there are path, image_root, {', '.join(shares)}"
+    given = [name for name in shares if name in part]
+    if len(given) > 1:
+        return f"give one of {' and '.join(given)}"
+    if given and (isinstance(part[given[0]], bool) or not shares[given[0]](part[given[0]])):
+        return f"{given[0]} must be a positive {'whole number' if given[0] == 'count' else 'number'}"
+    return None

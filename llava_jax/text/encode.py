@@ -43,14 +43,16 @@ def encode_conversation(
 
     Args:
       turns: [{"from": "human" | "gpt", "value": str}, ...], alternating. A value with exactly one `<image>` gets it
-        moved to its front, followed by a newline; a value with several keeps each where it stands.
+        moved to its front, followed by a newline; a value with several keeps each where it stands. A first turn from
+        "system" replaces the template's system text.
       template: a name of `templates.TEMPLATES`, or a template.
       tokens_per_image: visual tokens that each `<image>` stands for.
       max_length: the most tokens allowed.
 
     Raises NoSupervisedTokens, TooLong, and ValueError that names the turn for a conversation that is none.
     """
-    example = _encode(spans(_read_turns(turns), get(template)), tokenizer, tokens_per_image)
+    system, read = _read_turns(turns)
+    example = _encode(spans(read, get(template), system), tokenizer, tokens_per_image)
     if not (example.labels != IGNORE).any():
         raise NoSupervisedTokens("nothing to learn: the conversation has no answer with text")
     if max_length is not None and len(example.tokens) > max_length:
@@ -86,23 +88,26 @@ def answer_ends(template: str | Template, tokenizer: Tokenizer) -> tuple[frozens
     return ids, () if end is not None else (template.end,)
 
 
-def _read_turns(turns: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    roles = {"human": "user", "gpt": "assistant"}
+def _read_turns(turns: Sequence[Mapping[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
+    """The system text, if there is one, and the turns from the first human one on."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
     read = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
             raise ValueError(f'turn {i} is not {{"from": "human" or "gpt", "value": text}}: {turn!r:.200}')
-        if turn["from"] not in roles:
+        if turn["from"] not in roles or i and turn["from"] == "system":
             raise ValueError(f"turn {i} is from {turn['from']!r}; expected 'human' or 'gpt'")
         read.append((roles[turn["from"]], turn["value"]))
-    dropped = bool(read) and read[0][0] == "assistant"
-    read = read[dropped:]
+    system = read.pop(0)[1] if read and read[0][0] == "system" else None
+    if read and read[0][0] == "assistant":
+        read.pop(0)
     if not read:
-        raise ValueError("the conversation has no human turn" if dropped else "the conversation has no turns")
+        raise ValueError("the conversation has no human turn" if turns else "the conversation has no turns")
+    dropped = len(turns) - len(read)
     for i, (role, _) in enumerate(read):
         if role != ("assistant" if i % 2 else "user"):
             raise ValueError(f"turn {i + dropped} is from {turns[i + dropped]['from']!r}, as the turn before it is")
-    return read
+    return system, read
 
 
 def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: int) -> Example:

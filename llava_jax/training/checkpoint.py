@@ -1,4 +1,5 @@
-"""Checkpoints of a stage, by Orbax: trainable parameters, optimizer state, the data's position and the counters.
+"""Checkpoints of a stage, by Orbax: trainable parameters, optimizer state, and `meta`: the data's position, the
+counters.
 
 Frozen parameters are not in them: `meta` names where they came from, with a fingerprint that a restart compares.
 """
@@ -8,7 +9,6 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,12 +38,11 @@ class Checkpoints:
         """Whether `step` is one of those that are saved regularly."""
         return step % self.every == 0
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, meta: dict) -> None:
+    def save(self, step: int, state: TrainState, meta: dict) -> None:
         """Starts to write the checkpoint of `step`; `meta` is anything JSON can hold."""
         self.manager.save(step, force=True, args=ocp.args.Composite(
             trainable=ocp.args.StandardSave(state.trainable),
             optimizer=ocp.args.StandardSave(state.optimizer),
-            data=grain.checkpoint.CheckpointSave(data),
             meta=ocp.args.JsonSave(meta),
         ))
 
@@ -55,13 +54,12 @@ class Checkpoints:
         """The trainable parameters alone, with the shardings of `like` (arrays or ShapeDtypeStructs)."""
         return self._restore(step, trainable=ocp.args.StandardRestore(like))["trainable"]
 
-    def restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state at `step`, shaped and sharded as `state`; `data` is set to where it was then."""
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """The state at `step`, shaped and sharded as `state`."""
         items = self._restore(
             step,
             trainable=ocp.args.StandardRestore(state.trainable),
             optimizer=ocp.args.StandardRestore(state.optimizer),
-            data=grain.checkpoint.CheckpointRestore(data),
         )
         count = jax.device_put(jnp.int32(step), state.step.sharding)
         return replace(state, step=count, trainable=items["trainable"], optimizer=items["optimizer"])

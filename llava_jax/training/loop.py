@@ -15,11 +15,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
-from llava_jax.data import pipeline
+from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
-from llava_jax.data.sources import Source
+from llava_jax.data.sources import open_mixture
 from llava_jax.models.llava import Parameters
-from llava_jax.text.encode import IGNORE
 from llava_jax.training.checkpoint import fingerprint
 from llava_jax.training.metrics import Log, Progress, model_flops, peak_flops
 from llava_jax.training.optimizer import make_optimizer, schedule, trainable_paths
@@ -54,10 +53,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     recipe, stage = run.recipe, run.recipe.stages[name]
     checkpoints = run.checkpoints(name)
     latest = checkpoints.latest()
-    meta = checkpoints.meta(latest) if latest is not None else {"skipped": {}, "processes": jax.process_count()}
-    if meta["processes"] != jax.process_count():
-        raise ValueError(f"{checkpoints.directory}: written by {meta['processes']} processes, and this run has "
-                         f"{jax.process_count()}; go on with as many")
+    meta = checkpoints.meta(latest) if latest is not None else {"skipped": {}}
     if meta.get("total_steps") == latest and latest is not None:
         checkpoints.close()
         return
@@ -77,10 +73,11 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     tx = make_optimizer(stage, rates, steps)
     state = init_state(tx, trainable)
     del trainable
-    data = iter(pipeline.batches(stage.rows // jax.process_count(), **data_options(run, stage, stage.data.path)))
+    data = iter(read_data(run, stage, stage.data.path))
     log.rewind(list(recipe.stages), name, latest or 0)
     if latest is not None:
-        state = checkpoints.restore(latest, state, data)
+        state = checkpoints.restore(latest, state)
+        data.set_state(meta["data"])
     train_step, loss = make_train_step(run.graph, tx, state), make_loss(run.graph)
     samples = Samples(run, stage) if recipe.sample_every else None
     factor = schedule(steps, stage.optimizer.warmup_ratio)
@@ -118,7 +115,8 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 log.write({"stage": name, "step": done, "samples": answers})
                 progress.note("\n".join(f"  {a['question']!r} -> {a['answer']!r} ({a['expected']!r})" for a in answers))
             if saves or stopping:
-                checkpoints.save(done, state, data, copy.deepcopy(meta))
+                meta["data"] = data.get_state()
+                checkpoints.save(done, state, copy.deepcopy(meta))
             if stopping and done < steps:
                 raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there")
     finally:
@@ -127,21 +125,23 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
         checkpoints.close()
 
 
-def data_options(run: Run, stage: config.Stage, path: str) -> dict:
-    """What `data.pipeline` needs to know to make this process's share of a stage's packed rows."""
+def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
+    """This process's share of a stage's packed rows; `changes` replace options of `Batches`."""
     data, model = stage.data, run.model
-    return dict(
-        sources=[Source(path, data.image_root)], tokenizer=run.tokenizer, template=data.template or model.template,
-        tokens_per_image=model.tokens_per_image, image_size=model.vision.image_size, image_mode=model.image_mode,
-        row_length=data.row_length, images_per_row=data.images_per_row, bad_rows=data.bad_rows, workers=data.workers,
-        seed=run.recipe.seed, process_index=jax.process_index(), process_count=jax.process_count())
+    options = dict(
+        rows=stage.rows, mixture=open_mixture(path, data.image_root), tokenizer=run.tokenizer,
+        template=data.template or model.template, tokens_per_image=model.tokens_per_image,
+        image_size=model.vision.image_size, image_mode=model.image_mode, row_length=data.row_length,
+        images_per_row=data.images_per_row, bad_rows=data.bad_rows, workers=data.workers, seed=run.recipe.seed,
+        process_index=jax.process_index(), process_count=jax.process_count())
+    return Batches(**options | changes)
 
 
 def count_steps(run: Run, stage: config.Stage) -> int:
     """Steps of the stage's epochs, from the number of packed rows that one pass over its data makes."""
     if jax.process_index() == 0:
         print(f"counting the packed rows of {stage.data.path}", flush=True)
-    packed = total(pipeline.count_rows(**data_options(run, stage, stage.data.path)))
+    packed = total(read_data(run, stage, stage.data.path).count_rows())
     return max(1, math.floor(stage.epochs * packed / stage.rows))
 
 
@@ -155,18 +155,12 @@ def on_devices(run: Run, batch: dict[str, np.ndarray], micro_batches: int) -> di
 
 def validate(run: Run, stage: config.Stage, loss: Callable, trainable: Parameters, frozen: Parameters) -> float:
     """Mean loss over all learned tokens of the stage's validation data."""
-    batch_size = stage.rows // stage.accumulate // jax.process_count()
-    batches = iter(pipeline.batches(batch_size, shuffle=False, epochs=1,
-                                    **data_options(run, stage, stage.data.validation)))
-    sums, batch = np.zeros(2), None
-    while True:
-        # Processes have different numbers of rows: one that has run out goes along with rows that count nothing.
-        following = next(batches, None)
-        if not total(following is not None):
-            return float(sums[0] / max(sums[1], 1))
-        batch = following or batch | {"labels": np.full_like(batch["labels"], IGNORE)}
+    sums = np.zeros(2)
+    batch_size = stage.rows // stage.accumulate
+    for batch in read_data(run, stage, stage.data.validation, rows=batch_size, shuffle=False, epochs=1):
         rows = jax.tree.map(lambda x: x[0], on_devices(run, batch, micro_batches=1))
         sums += [float(value) for value in loss(trainable, frozen, rows)]
+    return float(sums[0] / max(sums[1], 1))
 
 
 class Window:
@@ -187,15 +181,15 @@ class Window:
         images = int((batch["image_segment_ids"] > 0).sum())
         flops = model_flops(self.run.model, self.trained, batch["positions"], batch["segment_ids"], images)
         self.steps.append(metrics)
-        self.skipped += Counter(batch["skipped"][batch["skipped"] > 0].tolist())
+        self.skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
         tokens = int((batch["segment_ids"] > 0).sum())
         for name, count in (("tokens", tokens), ("images", images), ("flops", flops), ("places", batch["tokens"].size)):
             self.counts[name] += count
 
     def move_skipped(self, sums: dict[str, int]) -> None:
         """Adds to `sums`, by reason, the rows that were skipped on the way to the steps so far, on all processes."""
-        for code, reason in enumerate(REASONS, start=1):
-            if count := int(total(self.skipped.pop(code, 0))):
+        for reason in REASONS:
+            if count := int(total(self.skipped.pop(reason, 0))):
                 sums[reason] = sums.get(reason, 0) + count
 
     def close(self) -> dict[str, float]:

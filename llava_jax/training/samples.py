@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from llava_jax import config
-from llava_jax.data.sources import Source
+from llava_jax.data.sources import open_mixture
 from llava_jax.images import open_image
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.models.llava import Parameters
@@ -25,7 +25,7 @@ class Samples:
         self.model = dataclasses.replace(run.model, template=stage.data.template or run.model.template)
         self.llava: Llava | None = None
         self.requests, self.expected = [], []
-        source = Source(stage.data.validation or stage.data.path, stage.data.image_root)
+        source = open_mixture(stage.data.validation or stage.data.path, stage.data.image_root).sources[0]
         for i in range(min(len(source), TRIED)):
             with contextlib.suppress(ValueError, OSError):  # a bad row, which the training data's policy deals with
                 record = source[i]

@@ -1,5 +1,6 @@
 """Rows as LLaVA writes them and as people break them."""
 
+import base64
 import pickle
 
 import pytest
@@ -51,6 +52,62 @@ def turn(role, value="Hello"):
     return {"from": role, "value": value}
 
 
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def test_roles_of_other_tools_and_a_system_text():
+    later = {"role": "user", "content": "So?"}
+    turns = [turn("system", "Be brief."), turn("user"), turn("ChatGPT"), later, turn("model")]
+    read = parse_row({"conversations": turns}, "here").turns
+    assert [t["from"] for t in read] == ["system", "human", "gpt", "human", "gpt"] and read[3]["value"] == "So?"
+    row = {"system": "Be brief.", "messages": [{"role": r, "content": "Hello"} for r in ("user", "assistant")]}
+    assert parse_row(row, "here").turns == (turn("system", "Be brief."), turn("human"), turn("gpt"))
+
+
+def test_columns_are_turns_too():
+    """As Arrow and TFDS hold a list of objects."""
+    row = {"conversations": {"from": ["human", "gpt"], "value": ["Hello", "Hi"]}}
+    assert parse_row(row, "here").turns == tuple(TEXT_ONLY)
+
+
+DATA_URL = "data:image/png;base64," + base64.b64encode(b"png").decode()
+
+
+@pytest.mark.parametrize("part, image", [
+    ({"type": "image_url", "image_url": {"url": DATA_URL}}, b"png"),
+    ({"type": "image_url", "image_url": DATA_URL}, b"png"),
+    ({"type": "image_url", "image_url": {"url": "data:image/svg,%3Csvg"}}, b"<svg"),
+    ({"type": "image", "path": "own.jpg"}, "own.jpg"),
+    ({"type": "image", "url": "own.jpg"}, "own.jpg"),
+    ({"type": "image", "image": "own.jpg"}, "own.jpg"),
+    ({"type": "image", "base64": "cG5n"}, b"png"),
+    ({"type": "image", "image": {"bytes": b"png", "path": "a.png"}}, b"png"),
+    ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "a.png"),
+])  # fmt: skip
+def test_parts_with_images_of_their_own(part, image):
+    record = parse_row({"messages": [user({"type": "text", "text": "See"}, part), turn("gpt")]}, "here")
+    assert record.images == (image,) and record.turns[0]["value"] == "See\n<image>"
+
+
+def test_images_come_in_the_order_of_their_marks():
+    """From the parts, by index, by text mark, several in a turn and over several turns."""
+    own, first = {"type": "image", "path": "own"}, {"type": "text", "text": "<image> and"}
+    turns = [user(first, {"type": "image"}, own), turn("gpt", "<image>")]
+    record = parse_row({"messages": turns, "images": ["a", {"path": "b"}, b"c"]}, "here")
+    assert record.images == ("a", "b", "own", b"c") and record.turns[0]["value"] == "<image> and\n<image>\n<image>"
+    indexed = [{"type": "image", "index": 1, "text": None}, {"type": "text", "text": "or", "index": None},
+               {"type": "image", "index": 0, "text": None}]
+    record = parse_row({"messages": [user(*indexed), turn("gpt")], "images": ["a", "b"]}, "here")
+    assert record.images == ("b", "a") and record.turns[0]["value"] == "<image>\nor\n<image>"
+
+
+def test_ms_swift_rows():
+    row = {"query": "<image>And?", "response": "No.", "history": [["<image>Is it?", "Yes."]], "system": "S"}
+    values = [t["value"] for t in parse_row(row | {"images": ["a", "b"]}, "here").turns]
+    assert values == ["S", "<image>Is it?", "Yes.", "<image>And?", "No."]
+
+
 @pytest.mark.parametrize(
     "row, reason, says",
     [
@@ -59,16 +116,46 @@ def turn(role, value="Hello"):
         ({"id": True, "conversations": TEXT_ONLY}, "malformed", "id must be text or a whole number"),
         ({"id": 1, "image": 5, "conversations": [ASK, ANSWER]}, "malformed", "a path or a list of paths, not a number"),
         ({"id": 1, "image": ["a", None], "conversations": [ASK, ANSWER]}, "malformed", "image must be"),
-        ({"id": 1, "image": {"path": "a"}, "conversations": [ASK, ANSWER]}, "malformed", "not an object"),
-        ({"id": 1}, "malformed", "conversations must be a list of turns, not nothing"),
-        ({"id": 1, "conversations": []}, "malformed", "conversations must be a list of turns, not empty"),
+        ({"id": 1, "image": {"file": "a"}, "conversations": [ASK, ANSWER]},
+         "malformed", "image must be .* not nothing"),
+        ({"id": 1}, "malformed", "must have one of conversations, conversation, messages, query; this one has id"),
+        ({"id": 1, "conversations": []}, "malformed", "the turns must be a list, not empty"),
         ({"id": 1, "conversations": "hello"}, "malformed", "not text"),
         ({"id": 1, "conversations": ["hello"]}, "malformed", "turn 1 must be an object"),
-        ({"id": 1, "conversations": [turn("human"), turn("gpt", None)]}, "malformed", "turn 2 must be an object"),
-        ({"id": 1, "conversations": [turn("human"), {"value": "x"}]}, "malformed", "turn 2 is from None"),
-        ({"id": 1, "conversations": [turn("user"), turn("gpt")]}, "malformed", "turn 1 is from 'user'"),
-        ({"id": 1, "conversations": [turn("human"), turn(["gpt"])]}, "malformed", r"turn 2 is from \['gpt'\]"),
-        ({"id": 1, "conversations": [turn("human"), turn("human")]}, "malformed", "1 and 2 are both from 'human'"),
+        ({"id": 1, "conversations": [turn("human"), turn("gpt", None)]},
+         "malformed", "turn 2's value must be text .* nothing"),
+        ({"id": 1, "conversations": [turn("human"), turn("gpt", 5)]},
+         "malformed", "turn 2's value must be text .* a number"),
+        ({"id": 1, "conversations": [turn("human"), {"value": "x"}]}, "role", "turn 2 names no role"),
+        ({"id": 1, "conversations": [turn("human"), turn("")]}, "role", "turn 2 names no role"),
+        ({"id": 1, "conversations": [turn("human"), turn("tool")]}, "role", "turn 2 is from 'tool'; it must be from"),
+        ({"id": 1, "conversations": [turn("human"), turn(["gpt"])]}, "role", r"turn 2 is from \['gpt'\]"),
+        ({"id": 1, "conversations": [turn("human"), turn("human")]}, "turn_order", "1 and 2 are both from 'human'"),
+        ({"id": 1, "system": "s", "conversations": [turn("user"), turn("human")]},
+         "turn_order", "turns 1 and 2 are both"),
+        ({"id": 1, "conversations": [turn("human"), turn("gpt"), turn("system")]},
+         "turn_order", "turn 3 is from 'system'"),
+        ({"id": 1, "conversations": [turn("gpt")]}, "turn_order", "there is no human turn"),
+        ({"id": 1, "conversations": TEXT_ONLY, "system": 5}, "malformed", "system must be text, not a number"),
+        ({"id": 1, "conversations": [turn("human", "\ud800"), turn("gpt")]}, "malformed", "half of a UTF-16 pair"),
+        ({"id": 1, "conversations": [turn("human", "a\0b"), turn("gpt")]}, "malformed", "turn 1's value holds a NUL"),
+        ({"id": 1, "conversations": TEXT_ONLY, "messages": TEXT_ONLY},
+         "malformed", "ambiguous: it has conversations and messages"),
+        ({"id": 1, "image": "a", "images": ["b"], "conversations": [ASK]},
+         "malformed", "ambiguous: it has image and images"),
+        ({"id": 1, "image": "http://x/1.jpg", "conversations": [ASK]}, "malformed", "not on this machine; download it"),
+        ({"id": 1, "image": "data:image/png;base64,%%", "conversations": [ASK]}, "broken_image", "image is not base64"),
+        ({"id": 1, "image": "a\0", "conversations": [ASK]}, "malformed", "image holds a NUL"),
+        ({"id": 1, "messages": [user({"type": "video"})]}, "malformed", "turn 1's content, part 1 is of type 'video'"),
+        ({"id": 1, "messages": [user(7)]}, "malformed", "part 1 is of type None"),
+        ({"id": 1, "messages": [user({"type": "text", "text": None})]}, "malformed", "part 1 must be text"),
+        ({"id": 1, "messages": [user({"type": "image"})]}, "image_count", "0 images, but 1 times <image>"),
+        ({"id": 1, "messages": [user({"type": "image", "index": 1})], "images": ["a"]},
+         "image_count", r"indices \[1\]"),
+        ({"id": 1, "messages": [user("<image>", {"type": "image"})], "images": ["a"]},
+         "image_count", "1 images, but 2"),
+        ({"id": 1, "query": "<image>?", "response": "x"}, "image_count", "0 images, but 1"),
+        ({"id": 1, "query": "a", "response": "b", "history": ["x"]}, "malformed", "history must be a list of pairs"),
         ({"id": 1, "image": "a", "conversations": TEXT_ONLY}, "image_count", "1 images, but 0 times <image>"),
         ({"id": 1, "conversations": [ASK, ANSWER]}, "image_count", "0 images, but 1 times <image>"),
         ({"id": 1, "image": ["a", "b"], "conversations": [ASK, ANSWER]}, "image_count", "2 images, but 1 times"),

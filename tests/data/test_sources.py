@@ -1,14 +1,17 @@
 """Files told apart by content, rows read by random access, and one clear line for every file that is none."""
 
+import gzip
 import json
+import os
 import pickle
 
 import pytest
 
+from llava_jax.data import json_rows
 from llava_jax.data.records import BadRow
-from llava_jax.data.sources import Source
+from llava_jax.data.sources import open_mixture, open_source
 
-TEXTS = ["plain", "naïve café", '日本語 [1, {2}] "quoted" \\ back', "😀\u2028 \x85\xa0 \ud83d", "a\nb\ttab", "", "}]"]
+TEXTS = ["plain", "naïve café", '日本語 [1, {2}] "quoted" \\ back', "😀\u2028 \x85\xa0", "a\nb\ttab", "", "}]"]
 
 
 def row(number: int, text: str = "Hi", image: str | None = None) -> dict:
@@ -32,7 +35,7 @@ def write(path, rows, how):
         text = "\n\n  " + json.dumps(rows, ensure_ascii=False, indent=2) + "\n\n"
     else:
         text = "\ufeff" + json.dumps(rows, ensure_ascii=False)
-    path.write_bytes(text.encode("utf-8", "surrogatepass" if "raw" not in how else "strict"))
+    path.write_bytes(text.encode())
 
 
 WAYS = [
@@ -44,12 +47,14 @@ WAYS = [
 ]
 
 
+@pytest.mark.parametrize("piece", [1 << 26, 700, 61])
 @pytest.mark.parametrize("how", WAYS)
-def test_every_row_of_every_kind_of_file(how, tmp_path):
-    rows = [r for r in ROWS if "raw" not in how or "\ud83d" not in r["conversations"][1]["value"]]
-    path = tmp_path / "data.txt"  # the name tells nothing
+def test_every_row_of_every_kind_of_file(how, piece, tmp_path, monkeypatch):
+    """Also where the file is read in pieces smaller than its rows."""
+    monkeypatch.setattr(json_rows, "PIECE", piece)
+    rows, path = ROWS, tmp_path / "data.txt"  # the name tells nothing
     write(path, rows, how)
-    source = Source(path)
+    source = open_source(path)
     assert len(source) == len(rows)
     for index in reversed(range(len(rows))):
         record = source[index]
@@ -63,7 +68,7 @@ def test_a_row_knows_its_line(tmp_path):
     path.write_text("\n" + json.dumps(ROWS[:3], indent=1))
     lines = path.read_text().split("\n")
     for index in range(3):
-        where = Source(path)[index].source
+        where = open_source(path)[index].source
         line = int(where.split("(line ")[1].split(")")[0])
         assert where == f"{path}, row {index + 1} (line {line}), id {index}"
         assert lines[line].strip() == f'"id": {index},'  # the line after the opening brace
@@ -72,8 +77,8 @@ def test_a_row_knows_its_line(tmp_path):
 def test_images_are_joined_to_the_root(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([row(0, image="coco/1.jpg"), row(1, image="a/../b.jpg")]))
-    assert Source(path)[0].images == (f"{tmp_path}/coco/1.jpg",)
-    assert Source(path, tmp_path / "images")[1].images == (f"{tmp_path}/images/b.jpg",)
+    assert open_source(path)[0].images == (f"{tmp_path}/coco/1.jpg",)
+    assert open_source(path, tmp_path / "images")[1].images == (f"{tmp_path}/images/b.jpg",)
 
 
 @pytest.mark.parametrize("image", ["../secret.jpg", "/etc/passwd", "a/../../x.jpg", "../images2/x.jpg", "."])
@@ -81,13 +86,17 @@ def test_a_path_that_leaves_the_root_is_refused(image, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([row(0, image=image)]))
     with pytest.raises(BadRow, match=r"row 1 \(line 1\), id 0: image .* is outside the image root .*images") as raised:
-        Source(path, tmp_path / "images")[0]
-    assert raised.value.reason == "malformed"
+        open_source(path, tmp_path / "images")[0]
+    assert raised.value.reason == "outside_root"
     absolute = tmp_path / "images" / "1.jpg"
     path.write_text(json.dumps([row(0, image=str(absolute))]))
-    assert Source(path, tmp_path / "images")[0].images == (str(absolute),)
+    assert open_source(path, tmp_path / "images")[0].images == (str(absolute),)
 
 
+ROW = '{"id": 1, "conversations": [{"from": "human", "value": "Hi"}]}'
+
+
+@pytest.mark.parametrize("piece", [1 << 26, 50])
 @pytest.mark.parametrize(
     "content, says",
     [
@@ -95,7 +104,7 @@ def test_a_path_that_leaves_the_root_is_refused(image, tmp_path):
         ("  \n\n ", "the file has no rows"),
         ("[]", "the file has no rows"),
         ("\n[\n]\n", "the file has no rows"),
-        ('[{"id": 1},\n {"id": 2}', "line 2: broken JSON .a comma or the end of the list is missing"),
+        ('[{"id": 1},\n {"id": 2}', "line 2: broken JSON .a comma or the end.* the 2 rows before are whole"),
         ('[{"id": 1},\n {"id": 2}\n,', "line 3: broken JSON .Expecting value"),
         ('[{"id": 1},\n{"id": "2', "line 2: broken JSON .Unterminated string"),
         ('[{"id": 1}\n{"id": 2}]', "line 2: broken JSON .a comma"),
@@ -103,27 +112,39 @@ def test_a_path_that_leaves_the_root_is_refused(image, tmp_path):
         ('{\n "images": [],\n "annotations": []}', "line 1: the file is neither a JSON list of rows nor JSON lines"),
         ("\nid,image\n1,a.jpg", "line 2: the file is neither"),
         ("\x89PNG\r\n\x1a\n", "line 1: the file is neither"),
+        ("\0" * 200, "line 1: the file is neither .* NUL bytes"),
+        ("[" * 100_000, "line 1: broken JSON"),
+        ("x" * 100_000, "line 1: the file is neither"),
+        (gzip.compress(b"[]"), "packed with gzip"),
+        (ROW.encode("utf-16"), "is UTF-16; convert it to UTF-8"),
+        ('{"data": [' + ROW + "]}", "of no known format: a row needs conversations, .*; the first row has data"),
+        ("[1, 2]", "of no known format: .* the first rows are no objects"),
+        (ROW[:-1] + ', "messages": []}', r"row 1 .line 1.: the row is ambiguous: it has conversations and messages"),
+        (ROW + '\n{"messages": []}\n', "the file is ambiguous: row 1 has conversations, row 2 has messages; split it"),
     ],
 )
-def test_files_that_are_none(content, says, tmp_path):
+def test_files_that_are_none(content, says, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "PIECE", piece)
     path = tmp_path / "data.json"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=says) as raised:
-        Source(path)
+        open_source(path)
     assert str(raised.value).startswith(str(path)) and "\n" not in str(raised.value)
 
 
-def test_missing_file_and_folder(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"{path}: no such data file"):
-            Source(path)
+def test_missing_files_folders_and_loops(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json: no such data file"):
+        open_source(tmp_path / "none.json")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="loop: the data file cannot be opened .*symbolic links"):
+        open_source(tmp_path / "loop")
 
 
 @pytest.mark.parametrize("line", [b'{"id": 2, "conversations": ', b"\xff\xfe", b"[1, 2]", b'"text"'])
 def test_a_broken_line_is_a_bad_row_and_the_rest_stands(line, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n\n" + line + b"\n" + json.dumps(ROWS[1]).encode())
-    source = Source(path)
+    source = open_source(path)
     with pytest.raises(BadRow, match=r"row 2 \(line 3\): ") as raised:
         source[1]
     assert raised.value.reason == "malformed"
@@ -133,8 +154,67 @@ def test_a_broken_line_is_a_bad_row_and_the_rest_stands(line, tmp_path):
 def test_pickles_small_and_reads_elsewhere(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row(n, "word " * 200)) + "\n" for n in range(1000)))
-    source = Source(path)
+    source = open_source(path)
     assert source[999].id == "999"
     pickled = pickle.dumps(source)
-    assert len(pickled) < 1000 * 24 + 1000
+    assert len(pickled) < 1000  # the index is a file that every process maps
     assert pickle.loads(pickled)[17] == source[17]
+
+
+def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "CACHED", 1)
+    path, index = tmp_path / "data.jsonl", tmp_path / ".data.jsonl.index.npy"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    assert open_source(path)[3].id == "3" and index.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(json_rows, "_find_rows", lambda *_: pytest.fail("the file was read again"))
+        assert open_source(path)[3].id == "3"
+    about = path.stat()
+    path.write_text("\n" + "".join(json.dumps(r) + "\n" for r in reversed(ROWS)))
+    assert open_source(path)[0].id == str(len(ROWS) - 1)  # another size
+    path.write_text("\n" + "".join(json.dumps(r) + "\n" for r in ROWS))
+    os.utime(path, ns=(0, about.st_mtime_ns + 1))
+    assert open_source(path)[0].id == "0"  # the same size, another time
+    for spoilt in (b"", b"x" * 100, index.read_bytes()[:-30]):
+        index.write_bytes(spoilt)
+        assert [open_source(path)[i].id for i in range(len(ROWS))] == [str(r["id"]) for r in ROWS]
+    assert sorted(os.listdir(tmp_path)) == [index.name, path.name]
+
+
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+
+
+def test_mixtures_name_their_sources_and_shares(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.json").write_text(json.dumps([row(n, image="1.jpg") for n in range(10)]))
+    (tmp_path / "sub" / "b.jsonl").write_text("".join(json.dumps({"messages": MESSAGES}) + "\n" for n in range(4)))
+
+    def mixture(*parts, **more):
+        (tmp_path / "mix.json").write_text(json.dumps({"mixture": parts, **more}, indent=1))
+        return open_mixture(tmp_path / "mix.json")
+
+    a, b = {"path": "a.json"}, {"path": "sub/b.jsonl"}
+    assert mixture(a, b).counts == (10, 4)
+    assert mixture(a | {"epochs": 0.25}, b | {"count": 7}).counts == (2, 7)
+    assert mixture(a | {"weight": 1}, b | {"weight": 3.0}).counts == (4, 10)
+    found = mixture(a | {"image_root": "pictures"}, b)
+    assert found.sources[0][3].images == (f"{tmp_path}/pictures/1.jpg",) and found.starts == (0, 10, 14)
+    plain = open_mixture(tmp_path / "a.json")
+    assert plain.counts == (10,) and plain.sources[0][3].images == (f"{tmp_path}/1.jpg",)
+    for parts, more, says in [
+        ((a | {"weight": 1}, b), {}, "part 2 of the mixture has no weight"),
+        ((a | {"count": 0},), {}, "part 1 of the mixture: count must be a positive whole number"),
+        ((a | {"epochs": True},), {}, "epochs must be a positive number"),
+        ((a | {"epochs": 0.01}, b), {}, "part 1 gives no row"),
+        ((a | {"count": 1, "epochs": 1},), {}, "give one of epochs and count"),
+        ((a, {"image_root": "x"}), {}, "part 2 of the mixture: path is missing"),
+        ((a | {"share": 1},), {}, "share is unknown; there are path"),
+        ((a,), {"seed": 1}, "and nothing else"),
+        ((), {}, "and nothing else"),
+        ((a, 5), {}, "part 2 of the mixture: it must be an object"),
+    ]:
+        with pytest.raises(ValueError, match=says) as raised:
+            mixture(*parts, **more)
+        assert str(raised.value).startswith(f"{tmp_path}/mix.json: ")
+    with pytest.raises(FileNotFoundError, match="nothing.json: no such data file"):
+        mixture(a, {"path": "nothing.json"})

@@ -1,0 +1,221 @@
+"""Random access to the rows of a JSON file: one list, or JSON lines.
+
+The file is read once, in pieces, to find where each row starts; the positions are kept in a file beside it. Rows are
+parsed when they are asked for.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import re
+import tempfile
+from array import array
+from typing import Any
+
+import numpy as np
+
+from llava_jax.data.records import BadRow
+
+PIECE = 1 << 26  # bytes of the file that are looked at together
+CACHED = 1 << 20  # files smaller than this are indexed faster than an index is read
+VERSION = 1  # of the index file
+
+UNREADABLE = ((b"\x1f\x8b", "is packed with gzip; unpack it"), (b"PK\x03\x04", "is a zip archive; unpack it"),
+              (b"\xff\xfe", "is UTF-16; convert it to UTF-8"), (b"\xfe\xff", "is UTF-16; convert it to UTF-8"))
+
+
+class JsonRows:
+    """The rows of `path`; `rows[i]` is the row as stored.
+
+    A pickled JsonRows opens its files again where it arrives. The index file (`.NAME.index.npy`, 24 bytes a row) is
+    made anew when size or time of the data file have changed; where it cannot be written, the index stays in memory.
+
+    Raises ValueError, one line that names the file and where possible the line, if the file is empty, of another kind,
+    or a list that is broken. `rows[i]` raises BadRow ("malformed") if that row is no JSON.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file = None
+        if not os.path.getsize(path):
+            raise ValueError(f"{path}: the file is empty")
+        self._places = self._index()
+        if not len(self._places):
+            raise ValueError(f"{path}: the file has no rows")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Any:
+        start, stop, _ = self._places[index].tolist()
+        try:
+            return json.loads(self._bytes()[start:stop].decode())
+        except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested without end
+            raise BadRow("malformed", f"{self.where(index)}: broken JSON ({error})") from None
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, row {index + 1} (line {self._places[index, 2]})"
+
+    def __getstate__(self) -> dict:
+        on_disk = isinstance(self._places, np.memmap)
+        return {**self.__dict__, "_file": None, "_places": None if on_disk else self._places}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self._places is None:
+            self._places = self._index()
+
+    def _bytes(self) -> mmap.mmap:
+        if self._file is None:
+            with open(self.path, "rb") as file:
+                self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._file
+
+    def _index(self) -> np.ndarray:
+        """int64 [rows, 3]: first byte, end, and line (from 1) of every row."""
+        about = os.stat(self.path)
+        if about.st_size < CACHED:
+            return _find_rows(self._bytes(), self.path)
+        mark = [about.st_size, about.st_mtime_ns, VERSION]
+        folder, name = os.path.split(self.path)
+        cache = os.path.join(folder, f".{name}.index.npy")
+        with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # there is none, or a damaged one
+            stored = np.load(cache, mmap_mode="r")
+            if stored.dtype == np.int64 and stored.ndim == 2 and stored[0].tolist() == mark:
+                return stored[1:]
+        found = _find_rows(self._bytes(), self.path)
+        with contextlib.suppress(OSError, ValueError):  # a folder that is full or not ours
+            _save(cache, np.concatenate([np.array([mark], np.int64), found]))
+            return np.load(cache, mmap_mode="r")[1:]
+        return found
+
+
+def _save(path: str, places: np.ndarray) -> None:
+    file = tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".tmp", delete=False)  # noqa: SIM115
+    try:
+        with file:
+            np.save(file, places)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
+
+
+def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
+    for magic, what in UNREADABLE:
+        if content[: len(magic)] == magic:
+            raise ValueError(f"{path}: the file {what}")
+    start = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
+    while start < len(content) and content[start] in b" \t\r\n":
+        start += 1
+    find = _find_in_list if content[start : start + 1] == b"[" else _find_lines
+    return find(content, start, path)
+
+
+def _find_lines(content: mmap.mmap, start: int, path: str) -> np.ndarray:
+    """Rows of JSON lines. Of the lines only the first is decoded, to tell a file of another kind; blank ones are no
+    rows."""
+    ends = [np.flatnonzero(np.frombuffer(content[at : at + PIECE], np.uint8) == ord("\n")) + at
+            for at in range(0, len(content), PIECE)]
+    stops = np.append(np.concatenate(ends), len(content))
+    starts = np.insert(stops[:-1] + 1, 0, 0)
+    places = np.stack([starts, stops, np.arange(1, len(stops) + 1)], axis=1)
+    places = places[stops > start]
+    if not len(places):
+        return places
+    places[0, 0] = start
+    places = places[places[:, 0] < places[:, 1]]
+    first = np.frombuffer(content, np.uint8)[places[:, 0]]
+    suspects = np.flatnonzero(np.isin(first, np.frombuffer(b" \t\r", np.uint8)))  # a blank line begins with a blank
+    blank = [row for row in suspects if not content[places[row, 0] : places[row, 1]].strip()]
+    places = np.delete(places, blank, axis=0)
+    if len(places):
+        _check_first_line(content[places[0, 0] : places[0, 1]], places[0, 2], path)
+    return places
+
+
+def _check_first_line(line: bytes, number: int, path: str) -> None:
+    try:
+        json.loads(line.decode("latin-1"))
+    except (ValueError, RecursionError) as error:
+        reason = "it holds NUL bytes" if b"\0" in line else getattr(error, "msg", error)
+        what = f"the file is neither a JSON list of rows nor JSON lines ({reason})"
+        raise ValueError(f"{path}, line {number}: {what}") from None
+
+
+_blank = re.compile(r"[ \t\r\n]*")
+
+
+def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
+    """Rows of `[row, row, ...]`; a row is decoded only to learn where it ends."""
+    text, found = _Text(content, start), array("q")
+    try:
+        at = text.skip_blank(1)
+        closed = text.startswith(at, "]")
+        while not closed:
+            at, stop = text.skip_value(at)
+            found.extend((text.base + at, text.base + stop, text.line_of(at)))
+            at = text.skip_blank(stop)
+            closed = text.startswith(at, "]")
+            if not closed and not text.startswith(at, ","):
+                raise json.JSONDecodeError("a comma or the end of the list is missing", text.text, at)
+            at = text.skip_blank(at + 1)
+        if text.base + at < len(content) and found:
+            raise json.JSONDecodeError("there is more after the end of the list", text.text, at)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        line = text.line_of(getattr(error, "pos", at))
+        whole = f"; the {len(found) // 3:,} rows before are whole" if found else ""
+        raise ValueError(f"{path}, line {line}: broken JSON ({reason}){whole}") from None
+    return np.frombuffer(found, np.int64).reshape(-1, 3)
+
+
+class _Text:
+    """A piece of a file, from `base` on, that moves along with what is read from it.
+
+    As Latin-1 every byte is one character: positions in the text are positions in the file, and no byte of a longer
+    UTF-8 sequence can be mistaken for one of JSON's own characters.
+    """
+
+    def __init__(self, content: mmap.mmap, base: int):
+        self.content, self.base, self.size = content, base, PIECE
+        self.text = content[base : base + PIECE].decode("latin-1")
+        self.line, self.counted = content[:base].count(b"\n") + 1, 0
+        self.decode = json.JSONDecoder().raw_decode
+
+    def line_of(self, at: int) -> int:
+        """The line of a place, from 1; `at` does not fall behind that of an earlier call."""
+        self.line, self.counted = self.line + self.text.count("\n", self.counted, at), max(at, self.counted)
+        return self.line
+
+    def startswith(self, at: int, character: str) -> bool:
+        return self.text.startswith(character, at)
+
+    def skip_blank(self, at: int) -> int:
+        stop = _blank.match(self.text, at).end()
+        return stop if stop < len(self.text) or self._ended() else self.skip_blank(self._move(at))
+
+    def skip_value(self, at: int) -> tuple[int, int]:
+        """First and end place of the JSON value at `at`."""
+        try:
+            stop = self.decode(self.text, at)[1]
+            if stop < len(self.text) or self._ended():  # a number at the very end may go on in the next piece
+                return at, stop
+        except json.JSONDecodeError as error:
+            # What is broken far from the end is broken; a string without an end is told by its start.
+            if self._ended() or (error.pos < len(self.text) - 64 and not error.msg.startswith("Unterminated")):
+                raise
+        return self.skip_value(self._move(at))
+
+    def _ended(self) -> bool:
+        return self.base + len(self.text) >= len(self.content)
+
+    def _move(self, at: int) -> int:
+        """Lets the text begin at `at` and, if it does already, makes it longer; returns where `at` is now."""
+        self.line_of(at)
+        self.size = PIECE if at else 2 * self.size
+        self.base += at
+        self.text, self.counted = self.content[self.base : self.base + self.size].decode("latin-1"), 0
+        return 0

@@ -1,0 +1,76 @@
+"""Processes that call one function, which is sent to them once; results come back in order."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
+
+
+class Pool:
+    """`workers` processes that call `function`; with 0 workers, a thread of this process does.
+
+    `function` is pickled, once for each process, so what it holds should be small. Use it in a `with` statement, or
+    call `close`. A process imports what `function` imports and nothing more.
+    """
+
+    def __init__(self, function: Callable[..., Any], workers: int):
+        self.workers = workers
+        if workers == 0:
+            self._executor = ThreadPoolExecutor(1, "pool", initializer=_set_function, initargs=(function,))
+        else:
+            # Not forked: JAX's threads do not survive a fork.
+            spawn = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(
+                workers, mp_context=spawn, initializer=_start_process, initargs=(function,)
+            )
+
+    def submit(self, *arguments: Any) -> Future:
+        """`function(*arguments)`, some time later."""
+        return self._executor.submit(_call, *arguments)
+
+    def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """`function(task)` for every task, in their order; as many are under way as keep the processes busy."""
+        pending: deque[Future] = deque()
+        for task in tasks:
+            pending.append(self.submit(task))
+            if len(pending) > 2 * max(self.workers, 1):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def close(self) -> None:
+        """Drops what has not begun and waits for the rest."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+_worker = threading.local()
+
+
+def _call(*arguments: Any) -> Any:
+    return _worker.function(*arguments)
+
+
+def _set_function(function: Callable[..., Any]) -> None:
+    _worker.function = function
+
+
+def _start_process(function: Callable[..., Any]) -> None:
+    _set_function(function)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then stops the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,134 @@
+"""Damaged files and rows of every format: each becomes a Record or a named error of one line, never anything else."""
+
+import copy
+import json
+import random
+
+import pytest
+
+from llava_jax.data.records import REASONS, BadRow, Record, parse_row
+from llava_jax.data.sources import open_mixture
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is this, café?"}, {"from": "gpt", "value": "A \"cat\".\n"}]
+PARTS = [{"type": "text", "text": "And"}, {"type": "image", "index": 0, "text": None},
+         {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
+ROWS = [
+    {"id": "7", "image": "a/1.jpg", "conversations": TURNS},
+    {"id": 8, "image": ["1.jpg", "2.jpg"], "conversations": [{"from": "gpt", "value": "x"}, *TURNS, *TURNS]},
+    {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": PARTS},
+                  {"role": "assistant", "content": "Yes"}], "images": [{"bytes": b"\x89PNG", "path": "1.png"}]},
+    {"query": "<image>?", "response": "No", "history": [["a", "b"]], "images": ["1.jpg"], "system": None},
+]  # fmt: skip
+STRANGE = [None, True, -1, 0, 1.5, float("nan"), 10**30, "", "<image>", "\0", "\ud800", "../x", "http://x", "data:,",
+           [], {}, [[]], [None], {"from": 1}, "human", "system", b"", [b"x"]]
+
+
+def places(value, path=()):
+    """Every place in a nested value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def mutate_row(row, rng):
+    """Replaces, doubles or removes something somewhere, several times."""
+    row = copy.deepcopy(row)
+    for _ in range(rng.randint(1, 3)):
+        path = rng.choice([path for path in places(row) if path] or [()])
+        if not path:
+            return rng.choice(STRANGE)
+        parent = row
+        for key in path[:-1]:
+            parent = parent[key]
+        how = rng.random()
+        if how < 0.5:
+            parent[path[-1]] = copy.deepcopy(rng.choice(STRANGE))
+        elif how < 0.75:
+            del parent[path[-1]]
+        elif isinstance(parent, list):
+            parent.insert(rng.randint(0, len(parent)), copy.deepcopy(parent[path[-1]]))
+        else:
+            name = rng.choice(["image", "images", "messages", "conversations", "from", "role", "type"])
+            parent[name] = parent[path[-1]]
+    return row
+
+
+def mutate_bytes(content, rng):
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at, how = rng.randrange(len(content) + 1), rng.random()
+        if how < 0.3 and at < len(content):
+            content[at] = rng.randrange(256)
+        elif how < 0.5:
+            del content[at : at + rng.randint(1, 30)]
+        elif how < 0.7:
+            content[at:at] = rng.choice([b"\0", b"\xff", b"\n", b"{", b"[", b"]", b",", b"\\", b"\\ud800", b"<image>"])
+        elif how < 0.85:
+            content[at:at] = content[at : at + rng.randint(1, 60)]
+        else:
+            del content[at:]
+    return bytes(content)
+
+
+def check_row(read):
+    try:
+        record = read()
+        assert isinstance(record, Record) and isinstance(record.id, str)
+        marks = sum(turn["value"].count("<image>") for turn in record.turns)
+        assert marks == len(record.images) and all(isinstance(image, str | bytes) for image in record.images)
+        roles = [turn["from"] for turn in record.turns]
+        assert set(roles[1:]) <= {"human", "gpt"} and all(a != b for a, b in zip(roles, roles[1:], strict=False))
+        return True
+    except BadRow as bad:
+        assert bad.reason in REASONS and "\n" not in str(bad) and len(str(bad)) < 1000
+        return False
+
+
+def check_file(path):
+    """How many rows of the file are records, and how many are not."""
+    try:
+        source = open_mixture(path).sources[0]
+    except (ValueError, FileNotFoundError) as error:
+        assert str(path.parent) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+        return 0, 1
+    good = sum(check_row(lambda i=i: source[i]) for i in range(len(source)))
+    return good, len(source) - good
+
+
+def test_rows():
+    rng, good = random.Random(0), 0
+    for _ in range(8000):
+        row = mutate_row(rng.choice(ROWS), rng)
+        good += check_row(lambda row=row: parse_row(row, "data.json, row 1"))
+    assert 400 < good < 6000  # neither kind is rare
+
+
+def test_json_files(tmp_path):
+    rng, path, found = random.Random(1), tmp_path / "data.json", [0, 0]
+    rows = [row for row in ROWS if "messages" not in row]
+    messages = {"messages": [{"role": "user", "content": PARTS[:1]}, {"role": "assistant", "content": "Yes"}]}
+    files = [json.dumps(rows[:2], indent=1), json.dumps([messages] * 3), json.dumps(rows[2:] * 2),
+             "\n".join(json.dumps(row, ensure_ascii=False) for row in rows[:2] * 2), json.dumps(messages) + "\n",
+             json.dumps({"mixture": [{"path": "data.json", "count": 3}]})]  # fmt: skip
+    for _ in range(4000):
+        path.write_bytes(mutate_bytes(rng.choice(files).encode(), rng))
+        found = [a + b for a, b in zip(found, check_file(path), strict=True)]
+    assert min(found) > 1000
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_parquet_files(compression, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rng, path, found = random.Random(2), tmp_path / "data.parquet", [0, 0]
+    rows = [{"messages": [{"role": "user", "content": PARTS[:2]}, {"role": "assistant", "content": PARTS[:1]}],
+             "images": [{"bytes": b"\x89PNG", "path": None}]}] * 5  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2, compression=compression)
+    assert check_file(path) == (5, 0)
+    whole = path.read_bytes()
+    for _ in range(400):
+        path.write_bytes(mutate_bytes(whole, rng))
+        found = [a + b for a, b in zip(found, check_file(path), strict=True)]
+    assert found[1] > 100
