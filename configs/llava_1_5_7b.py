@@ -21,8 +21,8 @@ def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/lla
             ),
             "instruct": Stage(
                 learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),
-                data=Data(path="data/llava_v1_5_mix665k.json", image_root="data/mix665k",
-                          row_length=2048, images_per_row=2, bad_rows="skip", workers=16),
+                data=Data(path="data/llava_v1_5_mix665k.json", image_root="data",
+                          row_length=2560, images_per_row=3, bad_rows="skip", workers=16),
                 rows=64,
             ),
         },

@@ -13,15 +13,22 @@ import tyro
 T = TypeVar("T")
 
 
-def parse(kind: type[T], args: Sequence[str], default: T | None = None, prog: str = "", description: str = "") -> T:
-    """A dataclass from command-line options, dotted names for nested fields. A mistake is a ValueError of one line."""
+def parse(
+    kind: type[T], args: Sequence[str], default: T | None = None, prog: str = "", description: str | None = None
+) -> T:
+    """A dataclass from command-line options, dotted names for nested fields. A mistake is a ValueError of one line.
+
+    The help begins with `description`, or else the dataclass's docstring.
+    """
     printed = io.StringIO()
-    extra = {} if default is None else {"default": default}
+    options = {"args": args, "prog": prog, "description": description}
+    if default is not None:  # a recipe, whose fields go by the names that its file has
+        options |= {"default": default, "use_underscores": True}
     if "-h" in args or "--help" in args:
-        return tyro.cli(kind, args=args, prog=prog, description=description, use_underscores=True, **extra)
+        return tyro.cli(kind, **options)
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(kind, args=args, prog=prog, description=description, use_underscores=True, **extra)
+            return tyro.cli(kind, **options)
     except SystemExit:
         raise ValueError(_first_words(printed.getvalue()) + f" (see {prog} --help)") from None
 

@@ -110,6 +110,8 @@ def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
     start = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
     while start < len(content) and content[start] in b" \t\r\n":
         start += 1
+    if start == len(content):
+        return np.zeros((0, 3), np.int64)
     find = _find_in_list if content[start : start + 1] == b"[" else _find_lines
     return find(content, start, path)
 
@@ -117,18 +119,19 @@ def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
 def _find_lines(content: mmap.mmap, start: int, path: str) -> np.ndarray:
     """Rows of JSON lines. Of the lines only the first is decoded, to tell a file of another kind; blank ones are no
     rows."""
-    ends = [np.flatnonzero(np.frombuffer(content[at : at + PIECE], np.uint8) == ord("\n")) + at
-            for at in range(0, len(content), PIECE)]
-    stops = np.append(np.concatenate(ends), len(content))
-    starts = np.insert(stops[:-1] + 1, 0, 0)
-    places = np.stack([starts, stops, np.arange(1, len(stops) + 1)], axis=1)
-    places = places[stops > start]
-    if not len(places):
-        return places
-    places[0, 0] = start
-    places = places[places[:, 0] < places[:, 1]]
-    first = np.frombuffer(content, np.uint8)[places[:, 0]]
-    suspects = np.flatnonzero(np.isin(first, np.frombuffer(b" \t\r", np.uint8)))  # a blank line begins with a blank
+    starts, firsts = [np.array([start])], [np.frombuffer(content[start : start + 1], np.uint8)]
+    with open(path, "rb") as file:  # not through the map: its pages would count as this process's memory
+        for at in range(start, len(content), PIECE):
+            file.seek(at)
+            piece = np.frombuffer(file.read(PIECE + 1), np.uint8)  # a byte more, which may be a line's first
+            ends = np.flatnonzero(piece[:PIECE] == ord("\n")) + 1
+            ends = ends[ends < len(piece)]
+            starts.append(ends + at)
+            firsts.append(piece[ends])
+    starts, first = np.concatenate(starts), np.concatenate(firsts)
+    line = content[:start].count(b"\n") + 1
+    places = np.stack([starts, np.append(starts[1:] - 1, len(content)), np.arange(line, line + len(starts))], axis=1)
+    suspects = np.flatnonzero(np.isin(first, np.frombuffer(b" \t\r\n", np.uint8)))  # a blank line begins with a blank
     blank = [row for row in suspects if not content[places[row, 0] : places[row, 1]].strip()]
     places = np.delete(places, blank, axis=0)
     if len(places):

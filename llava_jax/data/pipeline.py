@@ -146,7 +146,7 @@ class _BatchIterator(grain.DatasetIterator):
             if batches.loader.bad_rows == "skip":
                 _require_a_good_record(batches.loader, batches.order.window(0, 0)[:TRIED])
             self._pool = Pool(batches.loader, batches.workers)
-            self._rows, self._pending = self._all_rows(self._pool), deque()
+            self._rows, self._pending = _all_rows(batches, self._state, self._pool), deque()
         while len(self._pending) < 2 + 2 * batches.workers // here:
             rows = list(itertools.islice(self._rows, batches.rows))
             if not rows:
@@ -172,33 +172,6 @@ class _BatchIterator(grain.DatasetIterator):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-
-    def _all_rows(self, pool: Pool) -> Iterator["_Row"]:
-        """The rows of all processes, from the state on; the next window is tokenised while rows of this one are
-        taken."""
-        batches, done, skipped = self._batches, self._state["row"], Counter()
-        windows = self._windows(pool)
-        window = next(windows, None)
-        while window is not None:
-            following, texts = next(windows, None), window.texts()
-            rows, bad = _pack(batches.loader, texts)
-            skipped += bad if done == 0 else Counter()
-            order = batches.order.rows(len(rows), window.epoch, window.number)
-            for place in range(done, len(rows)):
-                if following is not None:
-                    following.ask((place + 1) / len(rows))
-                row = rows[order[place]]
-                after = {"epoch": window.epoch, "window": window.number, "row": place + 1}
-                yield _Row([window.numbers[i] for i in row], [texts[i] for i in row], skipped, after)
-                skipped = Counter()
-            window, done = following, 0
-
-    def _windows(self, pool: Pool) -> Iterator["_Window"]:
-        batches, epoch, first = self._batches, self._state["epoch"], self._state["window"]
-        while batches.epochs is None or epoch < batches.epochs:
-            for number in range(first, batches.order.windows):
-                yield _Window(batches.order, pool, epoch, number)
-            epoch, first = epoch + 1, 0
 
     def _stack(self, rows: Sequence["_Row"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:
         loader = self._batches.loader
@@ -228,6 +201,34 @@ class _BatchIterator(grain.DatasetIterator):
                 batch["images"][b, places], batch["image_segment_ids"][b, places] = tiles, segment
                 start, slot = place.stop, places.stop
         return batch | {"skipped": np.array([skipped[reason] for reason in REASONS], np.int32)}
+
+
+def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_Row"]:
+    """The rows of all processes, from a state on; the next window is tokenised while rows of this one are taken."""
+    done, skipped = state["row"], Counter()
+    windows = _windows(batches, state, pool)
+    window = next(windows, None)
+    while window is not None:
+        following, texts = next(windows, None), window.texts()
+        rows, bad = _pack(batches.loader, texts)
+        skipped += bad if done == 0 else Counter()
+        order = batches.order.rows(len(rows), window.epoch, window.number)
+        for place in range(done, len(rows)):
+            if following is not None:
+                following.ask((place + 1) / len(rows))
+            row = rows[order[place]]
+            after = {"epoch": window.epoch, "window": window.number, "row": place + 1}
+            yield _Row([window.numbers[i] for i in row], [texts[i] for i in row], skipped, after)
+            skipped = Counter()
+        window, done = following, 0
+
+
+def _windows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_Window"]:
+    epoch, first = state["epoch"], state["window"]
+    while batches.epochs is None or epoch < batches.epochs:
+        for number in range(first, batches.order.windows):
+            yield _Window(batches.order, pool, epoch, number)
+        epoch, first = epoch + 1, 0
 
 
 @dataclasses.dataclass

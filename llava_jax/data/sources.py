@@ -11,6 +11,7 @@ from typing import Any
 from llava_jax.data.json_rows import JsonRows
 from llava_jax.data.parquet_rows import ParquetRows
 from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_row, turns_key
+from llava_jax.data.tfds_rows import TfdsRows
 
 SAMPLED = 100  # first rows that tell a file's format
 LARGEST_MIXTURE = 1 << 20  # bytes of a mixture file
@@ -23,7 +24,7 @@ class Source:
     Raises ValueError, one line, if the first rows are of no known format or of several. `source[i]` raises BadRow.
     """
 
-    def __init__(self, rows: "JsonRows | ParquetRows | TfdsRows", image_root: str):
+    def __init__(self, rows: JsonRows | ParquetRows | TfdsRows, image_root: str):
         self.rows, self.path, self.image_root = rows, rows.path, os.path.abspath(image_root)
         self._key = _find_format(rows)
         self.format = FORMATS[self._key]
@@ -39,6 +40,11 @@ class Source:
         if not record.images:
             return record
         return dataclasses.replace(record, images=tuple(self._resolve(image, record) for image in record.images))
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the rows are in."""
+        return [self.path] if isinstance(self.rows, JsonRows) else self.rows.files
 
     def row(self, index: int) -> Any:
         """The row as it is stored. Raises BadRow if it cannot be read."""
@@ -158,9 +164,7 @@ def _find_format(rows: Any) -> str:
     return next(iter(found))
 
 
-def _open_folder(path: str, folder: str) -> "ParquetRows | TfdsRows":
-    from llava_jax.data.tfds_rows import TfdsRows
-
+def _open_folder(path: str, folder: str) -> ParquetRows | TfdsRows:
     parquet = glob.iglob(os.path.join(glob.escape(folder), "**/*.parquet"), recursive=True)
     return TfdsRows(path) if path.startswith("gs://") or next(parquet, None) is None else ParquetRows(path)
 

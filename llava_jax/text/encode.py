@@ -112,24 +112,24 @@ def _read_turns(turns: Sequence[Mapping[str, str]]) -> tuple[str | None, list[tu
 
 def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: int) -> Example:
     text = "".join(span.text for span in laid_out)
-    ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    places = [(-1, -1)] * len(ids)  # in the text; BOS and images stand nowhere in it
+    ids = [np.full(int(tokenizer.adds_bos), tokenizer.bos_id or 0)]
+    places = [np.full((len(ids[0]), 2), -1)]  # in the text; BOS and images stand nowhere in it
     begin = 0
     for i, piece in enumerate(text.split(IMAGE)):
         if i:
-            ids += [IMAGE_TOKEN_ID] * tokens_per_image
-            places += [(-1, -1)] * tokens_per_image
+            ids.append(np.full(tokens_per_image, IMAGE_TOKEN_ID))
+            places.append(np.full((tokens_per_image, 2), -1))
         tokens = tokenizer.tokenize(piece)
-        ids += tokens.ids
-        places += [(begin + first, begin + last) for first, last in tokens.places]
+        ids.append(np.array(tokens.ids, np.int64))
+        places.append(np.array(tokens.places, np.int64).reshape(-1, 2) + begin)
         begin += len(piece) + len(IMAGE)
 
     ends = np.cumsum([len(span.text) for span in laid_out])
     stretches = [(end - len(span.text), end) for span, end in zip(laid_out, ends, strict=True) if span.learned]
     edges = np.array(stretches, np.int64).ravel()
-    first, last = np.array(places, np.int64).reshape(-1, 2).T
+    first, last = np.concatenate(places).T
     learned = _inside(first, edges) | (_inside(last - 1, edges) & (last > first))
-    tokens = np.array(ids, np.int32)
+    tokens = np.concatenate(ids).astype(np.int32)
     return Example(tokens, np.where(learned, tokens, np.int32(IGNORE)))
 
 

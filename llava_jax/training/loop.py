@@ -173,7 +173,7 @@ class Window:
 
     def open(self) -> None:
         self.steps: list[dict[str, jax.Array]] = []
-        self.counts = dict.fromkeys(("tokens", "images", "flops", "places"), 0)
+        self.counts = dict.fromkeys(("tokens", "images", "flops", "places", "slots"), 0)
         self.start = time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
@@ -183,7 +183,9 @@ class Window:
         self.steps.append(metrics)
         self.skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
         tokens = int((batch["segment_ids"] > 0).sum())
-        for name, count in (("tokens", tokens), ("images", images), ("flops", flops), ("places", batch["tokens"].size)):
+        counts = {"tokens": tokens, "images": images, "flops": flops, "places": batch["tokens"].size,
+                  "slots": batch["image_segment_ids"].size}
+        for name, count in counts.items():
             self.counts[name] += count
 
     def move_skipped(self, sums: dict[str, int]) -> None:
@@ -209,6 +211,7 @@ class Window:
             "supervised_tokens": int(learned.sum()),
             "images": int(counts["images"]),
             "row_fill": round(counts["tokens"] / counts["places"], 4),
+            "slot_fill": round(counts["images"] / counts["slots"], 4),
             "tokens_per_second": round(counts["tokens"] / seconds, 1),
             "model_flops_per_second": flops,
             "mfu": round(flops / self.peak / self.run.mesh.size, 4) if self.peak else None,

@@ -53,7 +53,8 @@ def test_close_to_the_fewest_rows_possible():
 
 
 def test_long_and_short_share_a_row():
-    """Best fit decreasing would join the long ones and leave the short ones alone: 60 + 60, 60 + 60, then 40s by threes."""
+    """Best fit decreasing would join the long ones and leave the short ones alone: 60 + 60, 60 + 60, then 40s by
+    threes."""
     assert pack([60, 60, 60, 60, 40, 40, 40, 40], [1] * 8, 100, 2) == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 

@@ -1,0 +1,306 @@
+"""The rows of a TFDS data set in ArrayRecord, read by random access; neither TensorFlow nor TFDS is needed.
+
+A data set is a folder with features.json (the types), dataset_info.json (splits, and how many rows each shard has) and
+the shards. A row is stored as a tf.train.Example: a flat map from a feature's path, such as "conversations/value", to a
+list of bytes, floats or integers.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+from typing import Any, Literal
+
+from llava_jax.data.records import BadRow
+
+# Reading ahead is for reading in order; it would read megabytes for every row.
+RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+BUFFER = 1 << 15  # bytes, as Grain's own reader has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A feature that is one value. Text becomes str, and so does a string that is text; an image stays encoded; of a
+    label's number its name is made."""
+
+    kind: Literal["text", "string", "image", "bool", "number", "label"]
+    names: tuple[str, ...] = ()
+
+
+Feature = Leaf | list["Feature"] | dict[str, "Feature"]  # a list holds one feature: that of its elements
+
+
+class TfdsRows:
+    """The rows of one split of the TFDS data set in the folder `path`; `rows[i]` is a dict of plain Python values.
+
+    `path` is a version folder (.../1.0.0) or the folder of a single one, here or on gs://. `FOLDER:SPLIT` chooses a
+    split; without it the only one or "train" is read. Texts are str, images their encoded bytes, sequences lists,
+    sequences of several features lists of dicts. Features of other types (audio, video, boxes, arrays) are left out.
+
+    Raises FileNotFoundError or ValueError, one line, if this is no such data set or a shard is missing; `rows[i]`
+    raises BadRow ("malformed") for a damaged row, ValueError for a shard that is damaged as a whole, and OSError where
+    reading fails. Small when pickled: shards are opened where they are read.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        folder, wanted = _split_off(path)
+        self._folder = _version_folder(folder)
+        info, features = (_read_json(_join(self._folder, name)) for name in ("dataset_info.json", "features.json"))
+        try:
+            self._features = _parse_features(features, self._folder)
+            stored = info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", ())
+            splits = {split["name"]: split for split in info.get("splits", ())}
+            lengths = {name: [int(n) for n in split.get("shardLengths", ())] for name, split in splits.items()}
+            shards = {name: _shard_names(info["name"], split, len(lengths[name])) for name, split in splits.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._folder}: its metadata are not what TFDS writes ({error!r:.200})") from None
+        if not isinstance(self._features, dict):
+            raise ValueError(f"{path}: features.json names no text, image or number")
+        if "array_record" not in stored:
+            raise ValueError(
+                f"{path}: the data set is stored as {stored[0]}; write it anew as ArrayRecord, with tfds.builder(NAME, "
+                'file_format="array_record").download_and_prepare() or tfds convert_format'
+            )
+        self.split = _choose_split(list(splits), wanted, path)
+        self._starts = list(itertools.accumulate(lengths[self.split], initial=0))
+        if not len(self):
+            raise ValueError(f"{path}: split {self.split} has no rows")
+        self.files = [_join(self._folder, shard) for shard in shards[self.split]]
+        for file in self.files:
+            if "://" not in file and not os.path.isfile(file):
+                raise FileNotFoundError(f"{file}: this shard of split {self.split} is missing")
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: row {index} of {len(self)}")
+        content = self._read(index)
+        from google.protobuf.message import DecodeError
+
+        try:
+            columns = example_type().FromString(content).features.feature
+            return {name: _value(feature, name, 0, columns) for name, feature in self._features.items()}
+        except (DecodeError, LookupError, ValueError) as error:
+            raise BadRow("malformed", f"{self.where(index)}: not what features.json says ({_line(error)})") from None
+
+    def where(self, index: int) -> str:
+        """Folder, split and number of a row, for messages."""
+        return f"{self._folder}, split {self.split}, row {index + 1}"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_readers": {}}
+
+    def _read(self, index: int) -> bytes:
+        shard = bisect.bisect_right(self._starts, index) - 1
+        reader = self._reader(shard)
+        try:
+            (content,) = reader.read([index - self._starts[shard]])
+        except RuntimeError as error:  # ArrayRecord's only one
+            message = f"{self.where(index)}: cannot be read ({_line(error)})"
+            # A row that is damaged may be skipped; one that the network or the disk withholds may not.
+            raise (BadRow("malformed", message) if "orrupt" in str(error) else OSError(message)) from None
+        return content
+
+    def _reader(self, shard: int) -> Any:
+        if shard not in self._readers:
+            from array_record.python.array_record_module import ArrayRecordReader
+
+            name, expected = self.files[shard], self._starts[shard + 1] - self._starts[shard]
+            try:
+                reader = ArrayRecordReader(name, RANDOM_ACCESS, file_reader_buffer_size=BUFFER)
+                found = reader.num_records()
+            except RuntimeError as error:
+                raise ValueError(f"{name}: not a readable ArrayRecord file ({_line(error)})") from None
+            if found != expected:  # also what a truncated or missing file shows: it reads as empty
+                message = f"holds {found} rows, but dataset_info.json says {expected}; it is truncated, copy it again"
+                raise ValueError(f"{name}: {message}")
+            self._readers[shard] = reader
+        return self._readers[shard]
+
+
+@functools.cache
+def example_type() -> Any:
+    """The class of tf.train.Example messages: Example(features=Features(feature={name: Feature})).
+
+    Feature holds one of bytes_list, float_list and int64_list, each with `value`.
+    """
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="llava_jax", syntax="proto3")
+
+    def message(name: str, *fields: Any, within: Any = file.message_type) -> Any:
+        within.add(name=name, field=fields)
+        return within[-1]
+
+    def item(name: str, number: int, kind: Any, repeated: bool = False, **options: Any) -> Any:
+        label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+        if isinstance(kind, str):
+            options |= {"type": field.TYPE_MESSAGE, "type_name": f".llava_jax.{kind}"}
+        else:
+            options["type"] = kind
+        return field(name=name, number=number, label=label, **options)
+
+    message("BytesList", item("value", 1, field.TYPE_BYTES, True))
+    message("FloatList", item("value", 1, field.TYPE_FLOAT, True))
+    message("Int64List", item("value", 1, field.TYPE_INT64, True))
+    kinds = ("BytesList", "bytes_list"), ("FloatList", "float_list"), ("Int64List", "int64_list")
+    one_of = [item(name, number, kind, oneof_index=0) for number, (kind, name) in enumerate(kinds, 1)]
+    message("Feature", *one_of).oneof_decl.add(name="kind")
+    features = message("Features", item("feature", 1, "Features.FeatureEntry", True))
+    pair = item("key", 1, field.TYPE_STRING), item("value", 2, "Feature")
+    message("FeatureEntry", *pair, within=features.nested_type).options.map_entry = True
+    message("Example", item("features", 1, "Features"))
+    pool = descriptor_pool.DescriptorPool()  # not the common one, where TensorFlow may have its own
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("llava_jax.Example"))
+
+
+def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> Feature | None:
+    """The content of features.json as a Feature; None for what is left out."""
+    if "featuresDict" in spec:
+        inner = spec["featuresDict"]["features"].items()
+        named = {name: _parse_features(feature, folder, (*path, name)) for name, feature in inner}
+        return {name: feature for name, feature in named.items() if feature is not None} or None
+    if "sequence" in spec:
+        element = _parse_features(spec["sequence"]["feature"], folder, path)
+        return None if element is None else [element]
+    if "text" in spec:
+        return Leaf("text")
+    if "image" in spec:
+        return Leaf("image")
+    if "classLabel" in spec:
+        names = _open_path(_join(folder, "-".join(path) + ".labels.txt"))
+        return Leaf("label", tuple(names.read_text().split("\n"))) if names.exists() else Leaf("number")
+    tensor = spec.get("tensor")
+    if tensor is None or tensor.get("shape", {}).get("dimensions") or tensor.get("encoding", "none") != "none":
+        return None
+    kinds = {"string": "string", "object": "string", "bool": "bool"}
+    return Leaf(kinds.get(tensor["dtype"], "number"))
+
+
+def _value(feature: Feature, name: str, depth: int, columns: Any) -> Any:
+    """A feature's value inside `depth` sequences, that is, so many lists deep."""
+    if isinstance(feature, list):
+        return _value(feature[0], name, depth + 1, columns)
+    if isinstance(feature, dict):
+        return _rows({key: _value(inner, f"{name}/{key}", depth, columns) for key, inner in feature.items()}, depth)
+    # Of sequences in a sequence, TFDS stores all values in one list and the lengths of the inner ones in others.
+    stored = f"{name}/ragged_flat_values" if depth > 1 else name
+    values = _plain(columns[stored], feature) if stored in columns else []
+    for level in reversed(range(depth - 1)):
+        following = iter(values)
+        lengths = columns[f"{name}/ragged_row_lengths_{level}"].int64_list.value
+        values = [list(itertools.islice(following, length)) for length in lengths]
+    if depth:
+        return values
+    # TFDS knows no missing value; an image that is none is stored as no bytes.
+    return values[0] if values and (values[0] or feature.kind != "image") else None
+
+
+def _plain(column: Any, leaf: Leaf) -> list[Any]:
+    stored = column.WhichOneof("kind")
+    values = getattr(column, stored).value if stored else ()
+    if (stored == "bytes_list") != (leaf.kind in ("text", "string", "image")) and stored:
+        raise ValueError(f"a {leaf.kind} is stored as {stored}")
+    match leaf.kind:
+        case "text":
+            return [value.decode() for value in values]
+        case "string":
+            return [_text_or_bytes(value) for value in values]
+        case "bool":
+            return [bool(value) for value in values]
+        case "label":
+            return [leaf.names[value] if value >= 0 else None for value in values]  # -1 is TFDS's "unknown"
+        case _:
+            return list(values)
+
+
+def _text_or_bytes(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:  # an encoded image, for one
+        return value
+
+
+def _rows(columns: dict[str, Any], depth: int) -> Any:
+    """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}], `depth` lists deep."""
+    if not depth:
+        return columns
+    return [_rows(dict(zip(columns, values, strict=True)), depth - 1) for values in zip(*columns.values(), strict=True)]
+
+
+def _split_off(path: str) -> tuple[str, str]:
+    """FOLDER and SPLIT of FOLDER:SPLIT. A folder's own name may hold a colon."""
+    match = re.fullmatch(r"(.+):([^/:]+)", path)
+    return (match[1], match[2]) if match and not os.path.isdir(path) else (path, "")
+
+
+def _version_folder(path: str) -> str:
+    folder = _open_path(path)
+    if (folder / "dataset_info.json").exists():
+        return path
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    found = sorted(inner.name for inner in folder.iterdir() if (inner / "dataset_info.json").exists())
+    if len(found) == 1:
+        return _join(path, found[0])
+    if found:
+        raise ValueError(f"{path}: holds several data sets or versions, choose one: {', '.join(found)}")
+    partly = "; a pack into it has begun but not ended: run it again" if (folder / ".pack").exists() else ""
+    raise ValueError(f"{path}: no TFDS data set, there is no dataset_info.json in it{partly}")
+
+
+def _choose_split(splits: list[str], wanted: str, path: str) -> str:
+    names = ", ".join(splits) or "none"
+    if wanted and wanted not in splits:
+        raise ValueError(f"{path}: no split {wanted}; there are: {names}")
+    if not wanted and len(splits) != 1 and "train" not in splits:
+        raise ValueError(f"{path}: choose a split as FOLDER:SPLIT; there are: {names}")
+    return wanted or ("train" if "train" in splits else splits[0])
+
+
+def _shard_names(name: str, split: dict[str, Any], count: int) -> list[str]:
+    template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    digits = max(5, len(str(count)))
+    parts = {"DATASET": name, "SPLIT": split["name"], "FILEFORMAT": "array_record", "NUM_SHARDS": f"{count:0{digits}}"}
+    numbers = [f"{shard:0{digits}}" for shard in range(count)]
+    places = [{"SHARD_INDEX": number, "SHARD_X_OF_Y": f"{number}-of-{count:0{digits}}"} for number in numbers]
+    return [template.format(**parts, **place) for place in places]
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_open_path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; without it the folder is no TFDS data set") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken JSON ({_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not what TFDS writes: the file holds no object")
+    return content
+
+
+def _open_path(path: str) -> Any:
+    from etils import epath
+
+    try:
+        epath.Path(path).exists()  # the first call on gs:// looks for the package that it needs
+    except ImportError:
+        raise ValueError(f"{path}: reading from there needs one more package: pip install gcsfs") from None
+    return epath.Path(path)
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,89 @@
+"""Zip files of images, unpacked so that it can be stopped and goes on, and so that nothing lands outside the folder."""
+
+import os
+import shutil
+import stat
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterable, Set
+
+from tqdm import tqdm
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images
+
+
+def unpack(archive: str, folder: str, names: Set[str]) -> int:
+    """Unpacks the images of a zip file into `folder` and returns how many it wrote.
+
+    `names` are names that images shall have in the folder; the archive must hold one of them, which tells the leading
+    folders of its members that are left out. An image appears under its name when it is whole, and one that is there
+    in full stays. Raises ValueError, before anything is written, if the file is no zip file, holds none of `names`, or
+    has a member that is a link or would leave the folder; later if one is broken. OSError if the disk is too small.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = _place(archive, zipped.infolist(), names)
+            targets = {os.path.join(folder, name): member for name, member in members.items()}
+            absent = {target: member for target, member in targets.items() if not _has_size(target, member.file_size)}
+            require_space(folder, sum(member.file_size for member in absent.values()), f"unpacking {archive}")
+            for parent in {os.path.dirname(target) for target in absent}:
+                os.makedirs(parent, exist_ok=True)
+            for target, member in tqdm(absent.items(), archive, unit="images", disable=not sys.stderr.isatty()):
+                _write(zipped, member, target)
+            return len(absent)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{archive}: a broken zip file ({error}); delete it and download it again") from None
+
+
+def require_space(folder: str, size: float, what: str) -> None:
+    """Says on stderr how many bytes `what` takes and how many are free; OSError, one line, if these are too few."""
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder or ".").free
+    need = f"{what} takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free in {folder or '.'}"
+    if free < size:
+        raise OSError(f"{need}: make room")
+    print(need, file=sys.stderr)
+
+
+def _place(archive: str, members: Iterable[zipfile.ZipInfo], names: Set[str]) -> dict[str, zipfile.ZipInfo]:
+    """The images of a zip file by their names in the folder."""
+    images = []
+    for member in members:
+        name = member.filename
+        if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
+            raise ValueError(f"{archive}: the name {name!r:.200} would leave the folder; nothing was unpacked")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise ValueError(f"{archive}: {name!r:.200} is a link; nothing was unpacked")
+        if name.lower().endswith(SUFFIXES):
+            images.append(member)
+    lead = next((lead for image in images if (lead := _leading_folders(image.filename, names)) is not None), None)
+    if lead is None:
+        raise ValueError(f"{archive}: holds none of the images that are looked for; is it another archive?")
+    return {image.filename.removeprefix(lead): image for image in images if image.filename.startswith(lead)}
+
+
+def _leading_folders(name: str, names: Set[str]) -> str | None:
+    """What to leave out of a member's name to make it one of `names`."""
+    parts = name.split("/")
+    return next(("/".join([*parts[:i], ""]) for i in range(len(parts)) if "/".join(parts[i:]) in names), None)
+
+
+def _write(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, target: str) -> None:
+    part = f"{target}.part"
+    try:
+        with zipped.open(member) as packed, open(part, "wb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+        os.replace(part, target)
+    except BaseException:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+
+
+def _has_size(path: str, size: int) -> bool:
+    try:
+        return os.stat(path).st_size == size
+    except FileNotFoundError:
+        return False

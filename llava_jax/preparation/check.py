@@ -1,0 +1,203 @@
+"""`prepare check`: the options, and the report as text."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from llava_jax.config import Data, Stage
+from llava_jax.data.records import REASONS
+from llava_jax.data.sources import open_mixture
+from llava_jax.preparation.audit import audit
+from llava_jax.preparation.findings import KINDS, SUSPECT, Checker, Finding
+from llava_jax.preparation.settings import Settings
+
+WIDTH = 100  # columns of the text
+SHOWN = 20  # findings in the text
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Reads a data set once, says which rows are bad and why, and what the good ones amount to.
+
+    Exits with 0 if nothing was found, or only what --allow names; with 1 if something was; with 2 if the data cannot be
+    opened. Rows that cannot be used are malformed, role, turn_order, image_count, outside_root, missing_image,
+    broken_image, no_supervised_tokens, too_long. Rows that training would take, but that look wrong, are empty_answer,
+    empty_question, wrong_type, animated, separator, duplicate_id, duplicate, duplicate_question.
+
+    --json prints one object. ok: whether the exit code is 0. rows, good_rows (training would take them) and
+    text_only_rows (good, without image). images: references, distinct, and per_row, how many good rows have how many.
+    tokens, of the good rows: total, learned, learned_share, min, median, mean, p95, max, and histogram, a list of
+    [from, below, rows]; null without a model. findings: how many of each kind. allowed: kinds. packing, of an epoch:
+    row_length, images_per_row, rows, token_fill, image_fill, rows_per_step, steps; null without a model. sources:
+    path, format, rows_per_epoch and the figures above of each. bad_rows: the first 1000 findings, each with source,
+    row and line (from 1; line may be null), id, kind, message and usable (whether training would take the row).
+    """
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """data file or folder of any format, or a mixture file"""
+    image_root: str = ""
+    """folder to which image paths are relative; the data's own folder if empty"""
+    model: str = ""
+    """directory of the LLaVA to be trained, or of its language model or tokenizer; without it tokens are not counted"""
+    template: str = ""
+    """conversation template; the model's if empty, vicuna_v1 without a model"""
+    max_length: int | None = None
+    """tokens of a packed row, data.row_length of a recipe; 2048 by default"""
+    images_per_row: int | None = None
+    """image slots of a packed row, data.images_per_row of a recipe; by default as many as some row needs, at least 2"""
+    tokens_per_image: int | None = None
+    """visual tokens of an image, where the model is no whole LLaVA; 576 by default"""
+    rows: int = Stage.rows
+    """packed rows of a training step, to tell how many steps an epoch has"""
+    workers: int | None = None
+    """processes; by default one for each core, 0 for none beside this one"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print one JSON object and nothing else"""
+    bad_rows: str = ""
+    """file for all findings, as JSON lines"""
+    allow: tuple[str, ...] = ()
+    """kinds of findings that are no error"""
+
+    def __post_init__(self):
+        for name in ("max_length", "images_per_row", "tokens_per_image", "rows"):
+            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{option} is {value}: it must be at least 1")
+            if value is not None and name in ("max_length", "tokens_per_image") and not self.model:
+                raise ValueError(f"{option} needs --model: without its tokenizer no tokens are counted")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers is {self.workers}: it must be 0 or more")
+        for kind in self.allow:
+            if kind not in KINDS:
+                raise ValueError(f"--allow {kind}: there is no such kind of finding; there are {', '.join(KINDS)}")
+
+    def run(self) -> int:
+        mixture = open_mixture(self.data, self.image_root)
+        settings = Settings.load(self.model, self.template)
+        if self.tokens_per_image is not None:
+            settings = dataclasses.replace(settings, tokens_per_image=self.tokens_per_image)
+        max_length = self.max_length or Data.row_length
+        workers = (os.cpu_count() or 1) if self.workers is None else self.workers
+        checker = Checker(mixture.sources, settings, max_length, self.images_per_row)
+        with _saving(self.bad_rows, [self.data, *(source.path for source in mixture.sources)]) as save:
+            result = audit(checker, mixture, workers, save)
+        report = result.report(max_length, self.images_per_row, self.rows, self.allow)
+        text = json.dumps(report) if self.json else describe(report, result.shown[:SHOWN])
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding))
+        return int(not report["ok"])
+
+
+@contextlib.contextmanager
+def _saving(path: str, data: Sequence[str]) -> Iterator[Callable[[Finding], None] | None]:
+    """Writes findings as JSON lines into a file that appears once it is whole."""
+    if not path:
+        yield None
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"--bad-rows {path}: this is a folder; name a file")
+    if os.path.realpath(path) in map(os.path.realpath, data):
+        raise ValueError(f"--bad-rows {path}: this is the data; name another file")
+
+    def attempt(action: Callable, *args: Any) -> Any:
+        try:
+            return action(*args)
+        except OSError as error:
+            raise ValueError(f"--bad-rows {path}: cannot be written ({error.strerror})") from None
+
+    file = attempt(_temporary_beside, path)
+    try:
+        yield lambda finding: attempt(file.write, json.dumps(finding.as_json()) + "\n")
+        attempt(file.close)
+        attempt(os.replace, file.name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        os.unlink(file.name)
+        raise
+
+
+def _temporary_beside(path: str) -> Any:
+    folder, name = os.path.split(path)
+    file = tempfile.NamedTemporaryFile("w", dir=folder or ".", prefix=f".{name}.", suffix=".tmp", delete=False)
+    os.chmod(file.name, 0o644)
+    return file
+
+
+def describe(report: dict[str, Any], shown: Sequence[Finding]) -> str:
+    """A report as text of at most WIDTH columns, with some of its findings."""
+    lines = [*_findings(report, shown), *_sources(report), *_images(report), *_tokens(report)]
+    return "\n".join(map(_fit, lines))
+
+
+def _findings(report: dict[str, Any], shown: Sequence[Finding]) -> list[str]:
+    lines = []
+    for finding in shown:
+        file = f"{os.path.basename(finding.source)}, " if len(report["sources"]) > 1 else ""
+        line = f" (line {finding.line})" if finding.line else ""
+        named = f", id {finding.id:.40}" if finding.id else ""
+        lines.append(f"{finding.kind:20} {file}row {finding.row}{line}{named}: {finding.message}")
+    more = sum(report["findings"].values()) - len(shown)
+    if more:
+        lines.append(f"... and {more:,} more (--bad-rows FILE writes all of them)")
+    for title, kinds in (("cannot be used", REASONS), ("can be used, but looks wrong", SUSPECT)):
+        found = [kind for kind in kinds if kind in report["findings"]]
+        lines += ["", title] if found else []
+        for kind in found:
+            allowed = "allowed" if kind in report["allowed"] else ""
+            lines.append(f"  {kind:20} {report['findings'][kind]:>11,}  {allowed:7}  {SUSPECT.get(kind, '')}".rstrip())
+    return [*lines, ""] if lines else []
+
+
+def _sources(report: dict[str, Any]) -> list[str]:
+    if len(report["sources"]) == 1:
+        return [f"{report['sources'][0]['path']}: {report['sources'][0]['format']}"]
+    lines = [f"{'source':47}{'rows':>13}{'good':>13}{'per epoch':>13}{'findings':>13}"]
+    for source in report["sources"]:
+        name = source["path"] if len(source["path"]) < 47 else "..." + source["path"][-43:]
+        figures = (source["rows"], source["good_rows"], source["rows_per_epoch"], sum(source["findings"].values()))
+        lines.append(f"{name:47}" + "".join(f"{figure:13,}" for figure in figures))
+    return lines
+
+
+def _images(report: dict[str, Any]) -> list[str]:
+    images = report["images"]
+    return [f"rows      {report['rows']:,}, of which {report['good_rows']:,} can be used",
+            f"images    {images['references']:,} in the rows, {images['distinct']:,} different ones; "
+            f"{report['text_only_rows']:,} good rows have none",
+            *_bars("images", images["per_row"].items())]
+
+
+def _tokens(report: dict[str, Any]) -> list[str]:
+    tokens, packing = report["tokens"], report["packing"]
+    if tokens is None:
+        return ["tokens    not counted: lengths, too_long and packing need --model"] if report["good_rows"] else []
+    epoch = sum(source["rows_per_epoch"] for source in report["sources"])
+    return [
+        f"tokens    {tokens['total']:,} in the good rows, of which {tokens['learned_share']:.1%} are learned",
+        f"          shortest {tokens['min']:,}, median {tokens['median']:,.0f}, mean {tokens['mean']:,.0f}, "
+        f"95 % up to {tokens['p95']:,.0f}, longest {tokens['max']:,}",
+        *_bars("tokens", [(f"{low:,}-{high - 1:,}", count) for low, high, count in tokens["histogram"]]),
+        f"packing   an epoch of {epoch:,} rows becomes {packing['rows']:,} packed rows of {packing['row_length']:,} "
+        f"tokens and {packing['images_per_row']} images",
+        f"          {packing['token_fill']:.1%} of the tokens and {packing['image_fill']:.1%} of the images filled",
+        f"          {packing['steps']:,} steps of {packing['rows_per_step']:,} rows",
+    ]
+
+
+def _bars(unit: str, counts: Sequence[tuple[str, int]]) -> list[str]:
+    most = max((count for _, count in counts), default=0)
+    return [f"{name:>21} {unit} {count:>12,} {'█' * -(-48 * count // most)}" for name, count in counts]
+
+
+def _fit(line: str) -> str:
+    """The line without what could confuse a terminal; one that is too long loses its middle."""
+    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 43]}...{line[-40:]}"

@@ -1,0 +1,117 @@
+"""Packed rows against batches that are grouped by modality and length and padded, on one epoch of the same records.
+
+python scripts/bench_packing.py [--scale 0.1]                                     lengths like those of LLaVA-1.5's mix
+python scripts/bench_packing.py --data data/llava_v1_5_mix665k.json --model DIR   the true lengths of a data set
+
+The counterpart is how the original trains LLaVA-1.5 (group_by_modality_length, 8 devices with 16 samples each): samples
+with and without an image apart; in each, 128 random ones at a time sorted by their words and dealt out to the devices
+so that all get as many words; every device pads its 16 to the longest.
+"""
+
+import argparse
+
+import numpy as np
+
+from llava_jax.data.packing import WINDOW, pack
+
+WORLD, BATCH = 8, 16
+PER_IMAGE, SYSTEM, LONGEST = 576, 36, 2048
+TOKENS_PER_WORD = 1.35
+
+# The parts of LLaVA-1.5's mix: records, images of each, and mean and standard deviation of the tokens of their turns.
+# The counts are the published ones; the lengths are this script's estimate from the kind of text, drawn log-normally.
+PARTS = (
+    ("conversations", 57_000, 1, 280, 90), ("descriptions", 23_000, 1, 150, 40), ("reasoning", 77_712, 1, 240, 60),
+    ("VQAv2", 82_783, 1, 100, 35), ("GQA", 72_140, 1, 220, 100), ("OKVQA", 8_998, 1, 45, 10),
+    ("OCR-VQA", 80_000, 1, 110, 25), ("A-OKVQA", 66_160, 1, 65, 12), ("TextCaps", 21_953, 1, 120, 60),
+    ("RefCOCO", 48_447, 1, 350, 200), ("VG", 86_417, 1, 550, 250), ("ShareGPT", 40_688, 0, 1000, 800),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scale", type=float, default=0.1, help="share of the mix's 665,298 records that is drawn")
+    parser.add_argument("--data", default="", help="a data set whose lengths are taken instead")
+    parser.add_argument("--model", default="", help="with --data: a LLaVA, for its tokenizer and template")
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    tokens, words, images = read(options.data, options.model) if options.data else draw(rng, options.scale)
+    print(f"{len(tokens):,} records, {(images == 0).sum():,} without an image; {tokens.mean():.0f} tokens on average")
+    padded = sum(BATCH * tokens[batch].max() for batch in grouped_batches(words, images > 0, rng))
+    print(f"\ngrouped by modality and length, padded: {padded:,} places, {tokens.sum() / padded:.1%} tokens")
+    print("\n| row_length | images_per_row | token fill | image slots | places, grouped / packed | padding, the same |")
+    print("|---|---|---|---|---|---|")
+    order = rng.permutation(len(tokens))
+    windows = [order[at : at + WINDOW] for at in range(0, len(order), WINDOW)]
+    for length, slots in ((2048, 2), (2048, 3), (2560, 3), (3072, 4), (4096, 5)):
+        if images.max() > slots or tokens.max() > length:
+            continue
+        rows = sum(len(pack(tokens[window], images[window], length, slots)) for window in windows)
+        places = rows * length
+        print(f"| {length} | {slots} | {tokens.sum() / places:.1%} | {images.sum() / (rows * slots):.1%} "
+              f"| {padded / places:.2f} | {(padded - tokens.sum()) / (places - tokens.sum()):.1f} |")
+
+
+def draw(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, words and images of each record."""
+    text, images = [], []
+    for _, records, each, mean, sd in PARTS:
+        count, spread = round(records * scale), np.log(1 + (sd / mean) ** 2)
+        text.append(rng.lognormal(np.log(mean) - spread / 2, np.sqrt(spread), count))
+        images.append(np.full(count, each))
+    text, images = np.concatenate(text), np.concatenate(images)
+    tokens = np.minimum(SYSTEM + text + PER_IMAGE * images, LONGEST).astype(int)
+    return tokens, np.maximum(text / TOKENS_PER_WORD, 1).astype(int), images
+
+
+def read(data: str, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of a data set's rows that can be used."""
+    from llava_jax.data.sources import open_mixture
+    from llava_jax.preparation.settings import Settings
+    from llava_jax.text.encode import encode_conversation
+
+    settings, found, bad = Settings.load(model, ""), [], 0
+    for source in open_mixture(data).sources:
+        for i in range(len(source)):
+            try:
+                record = source[i]
+                example = encode_conversation(record.turns, settings.template, settings.tokenizer,
+                                              settings.tokens_per_image, LONGEST)
+            except ValueError:
+                bad += 1
+                continue
+            words = sum(len(turn["value"].split()) for turn in record.turns)
+            found.append((len(example.tokens), words, len(record.images)))
+    print(f"{bad:,} rows that cannot be used are left out")
+    return tuple(np.array(found).T)
+
+
+def grouped_batches(words: np.ndarray, has_image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """The records of every device's batches over an epoch."""
+    mega, last = [], []
+    for kind in (True, False):
+        order = rng.permutation(np.flatnonzero(has_image == kind))
+        ordered = np.concatenate([deal(order[at : at + WORLD * BATCH], words)
+                                  for at in range(0, len(order), WORLD * BATCH)] or [order])
+        parts = [ordered[at : at + WORLD * BATCH] for at in range(0, len(ordered), WORLD * BATCH)]
+        mega, last = mega + parts[:-1], last + parts[-1:]
+    rng.shuffle(mega)
+    order = np.concatenate([*mega, np.sort(np.concatenate(last))])
+    return [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
+
+
+def deal(records: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """The longest first, each to the device that has the fewest words so far and is not full."""
+    records = records[np.argsort(-words[records], kind="stable")]
+    if len(records) % WORLD:
+        return np.concatenate([records[device::WORLD] for device in range(WORLD)])
+    chunks, sums = [[] for _ in range(WORLD)], [0.0] * WORLD
+    for record in records:
+        device = int(np.argmin(sums))
+        chunks[device].append(record)
+        sums[device] = np.inf if len(chunks[device]) == len(records) // WORLD else sums[device] + words[record]
+    return np.concatenate(chunks)
+
+
+if __name__ == "__main__":
+    main()
