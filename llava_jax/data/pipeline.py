@@ -9,6 +9,7 @@ neither on the number of hosts nor of workers, and a position in the data that i
 import dataclasses
 import itertools
 import math
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -169,7 +170,7 @@ class _BatchIterator(grain.DatasetIterator):
 
     def close(self) -> None:
         super().close()
-        if self._pool is not None:
+        if self._pool is not None and not sys.is_finalizing():  # at exit, Python ends threads and processes itself
             self._pool.close()
             self._pool = None
 
