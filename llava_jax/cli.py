@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 from typing import TypeVar
 
 import tyro
@@ -55,6 +56,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         # A KeyError prints its message in quotes; its argument does not.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenExecutor:
+        print("error: a worker process died (for its memory? fewer --workers need less)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

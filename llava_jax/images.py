@@ -6,6 +6,7 @@ saw exactly these pixels. So everything up to the uint8 tile happens here; the t
 
 import io
 import os
+import stat
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -28,6 +29,8 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     """
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise ValueError("it is no regular file")  # a pipe would be waited for, a device never end
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return _rgb(image)

@@ -20,6 +20,7 @@ from llava_jax.data.records import BadRow
 PIECE = 1 << 26  # bytes of the file that are looked at together
 CACHED = 1 << 20  # files smaller than this are indexed faster than an index is read
 VERSION = 1  # of the index file
+TRIED = 100  # first lines of which one must be a JSON object
 
 UNREADABLE = ((b"\x1f\x8b", "is packed with gzip; unpack it"), (b"PK\x03\x04", "is a zip archive; unpack it"),
               (b"\xff\xfe", "is UTF-16; convert it to UTF-8"), (b"\xfe\xff", "is UTF-16; convert it to UTF-8"))
@@ -117,8 +118,8 @@ def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
 
 
 def _find_lines(content: mmap.mmap, start: int, path: str) -> np.ndarray:
-    """Rows of JSON lines. Of the lines only the first is decoded, to tell a file of another kind; blank ones are no
-    rows."""
+    """Rows of JSON lines. Of the lines only the first good one is decoded, to tell a file of another kind; blank ones
+    are no rows."""
     starts, firsts = [np.array([start])], [np.frombuffer(content[start : start + 1], np.uint8)]
     with open(path, "rb") as file:  # not through the map: its pages would count as this process's memory
         for at in range(start, len(content), PIECE):
@@ -134,18 +135,23 @@ def _find_lines(content: mmap.mmap, start: int, path: str) -> np.ndarray:
     suspects = np.flatnonzero(np.isin(first, np.frombuffer(b" \t\r\n", np.uint8)))  # a blank line begins with a blank
     blank = [row for row in suspects if not content[places[row, 0] : places[row, 1]].strip()]
     places = np.delete(places, blank, axis=0)
-    if len(places):
-        _check_first_line(content[places[0, 0] : places[0, 1]], places[0, 2], path)
+    _require_json(content, places[:TRIED], path)
     return places
 
 
-def _check_first_line(line: bytes, number: int, path: str) -> None:
-    try:
-        json.loads(line.decode("latin-1"))
-    except (ValueError, RecursionError) as error:
-        reason = "it holds NUL bytes" if b"\0" in line else getattr(error, "msg", error)
-        what = f"the file is neither a JSON list of rows nor JSON lines ({reason})"
-        raise ValueError(f"{path}, line {number}: {what}") from None
+def _require_json(content: mmap.mmap, places: np.ndarray, path: str) -> None:
+    problem = ""
+    for start, stop, number in places:
+        line = content[start:stop]
+        try:
+            if isinstance(json.loads(line.decode("latin-1")), dict):
+                return
+            reason = "a line is no object"
+        except (ValueError, RecursionError) as error:
+            reason = "it holds NUL bytes" if b"\0" in line else getattr(error, "msg", error)
+        problem = problem or f"line {number}: the file is neither a JSON list of rows nor JSON lines ({reason})"
+    if problem:
+        raise ValueError(f"{path}, {problem}")
 
 
 _blank = re.compile(r"[ \t\r\n]*")
@@ -186,7 +192,8 @@ class _Text:
         self.content, self.base, self.size = content, base, PIECE
         self.text = content[base : base + PIECE].decode("latin-1")
         self.line, self.counted = content[:base].count(b"\n") + 1, 0
-        self.decode = json.JSONDecoder().raw_decode
+        # Python refuses to read integers of thousands of digits; here they are only passed over.
+        self.decode = json.JSONDecoder(parse_int=str).raw_decode
 
     def line_of(self, at: int) -> int:
         """The line of a place, from 1; `at` does not fall behind that of an earlier call."""

@@ -19,6 +19,8 @@ class Pool:
     """
 
     def __init__(self, function: Callable[..., Any], workers: int):
+        if workers < 0:
+            raise ValueError(f"workers is {workers}: it must be 0 or more")
         self.workers = workers
         if workers == 0:
             self._executor = ThreadPoolExecutor(1, "pool", initializer=_set_function, initargs=(function,))
@@ -45,7 +47,8 @@ class Pool:
 
     def close(self) -> None:
         """Drops what has not begun and waits for the rest."""
-        self._executor.shutdown(cancel_futures=True)
+        inside = hasattr(_worker, "function")  # garbage may be collected in the pool's own thread, which cannot wait
+        self._executor.shutdown(wait=not inside, cancel_futures=True)
 
     def __enter__(self) -> "Pool":
         return self

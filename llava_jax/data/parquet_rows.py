@@ -1,19 +1,20 @@
 """The rows of Hugging Face data sets in parquet files."""
 
 import bisect
-import glob
 import itertools
 import os
 import re
 from typing import Any
 
-from llava_jax.data.records import BadRow
+from llava_jax.data.records import FORMATS, BadRow
+
+READ = {*FORMATS, "id", "image", "images", "system", "response", "history"}  # columns that a record is made of
 
 
 class ParquetRows:
     """The rows of a parquet file, or of those in a folder and its subfolders, in the order of their names.
 
-    Files that are named as shards of several splits (train-00000-of-00002.parquet) need `FOLDER:SPLIT`. Parquet knows
+    Files of several splits, told from their names (train-00000-of-00002.parquet), need `FOLDER:SPLIT`. Parquet knows
     no access to single rows: a row is read with its whole row group, which is kept for the rows that follow. Reading at
     random costs a row group each time; `prepare pack` makes a data set without that cost.
 
@@ -53,7 +54,8 @@ class ParquetRows:
             if self._read is None or self._read[0] != number:
                 file, group = self._groups[number]
                 self._read = number, pyarrow.parquet.ParquetFile(file).read_row_group(group)
-            return self._read[1].slice(index - self._starts[number], 1).to_pylist()[0]
+            table, place = self._read[1], index - self._starts[number]
+            return {name: _value(table[name], place, name) for name in table.column_names}
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise BadRow("malformed", f"{self.where(index)}: cannot be read ({_line(error)})") from None
 
@@ -66,20 +68,45 @@ class ParquetRows:
         return {**self.__dict__, "_read": None}
 
 
+def find_parquet(folder: str) -> list[str]:
+    """The parquet files in a folder and its subfolders, by name; linked folders are left out, for they may be loops."""
+    found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if path.endswith(".parquet"))
+
+
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})[^/]*\.parquet")
+
+
 def _find_files(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
-    folder, split = (path, "") if os.path.isdir(path) else path.rsplit(":", 1)
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "**/*.parquet"), recursive=True))
-    shard = re.compile(r"(?:.*/)?([^/]+?)-\d{5}-of-\d{5}[^/]*\.parquet")
-    splits = {match[1] for match in map(shard.fullmatch, files) if match}
-    if split or len(splits) > 1:
-        if split not in splits:
-            problem = f"has no split {split}" if split else "has several splits"
-            there = ", ".join(sorted(splits)) or "none"
-            raise ValueError(f"{folder}: {problem}; there are {there}; name one as {folder}:SPLIT")
-        return [file for file in files if (match := shard.fullmatch(file)) and match[1] == split]
+    folder, wanted = (path, "") if os.path.isdir(path) else path.rsplit(":", 1)
+    splits: dict[str, list[str]] = {}
+    for file in find_parquet(folder):
+        name = os.path.relpath(file, folder)
+        shard = _SHARD.fullmatch(name)
+        # Files of one split have names that differ in numbers alone: train-00000-of-00002, train/0000, part-1.
+        split = shard[1] if shard else re.sub(r"\d+", "", name.removesuffix(".parquet")).rstrip("-_./")
+        splits.setdefault(split, []).append(file)
+    chosen = [split for split in splits if wanted in (split, os.path.basename(split))] if wanted else list(splits)
+    if len(chosen) != 1:
+        problem = f"{'no' if not chosen else 'more than one'} split {wanted}" if wanted else "several splits"
+        raise ValueError(f"{folder}: has {problem}; there are {', '.join(splits)}; name one as {folder}:SPLIT")
+    files = splits[chosen[0]]
+    shards = [match for match in map(_SHARD.fullmatch, files) if match]
+    expected = {(f"{number:05}", match[3]) for match in shards for number in range(int(match[3]))}
+    if missing := sorted(expected - {(match[2], match[3]) for match in shards}):
+        raise ValueError(f"{folder}: shard {missing[0][0]} of {int(missing[0][1])} of split {chosen[0]} is missing")
     return files
+
+
+def _value(column: Any, index: int, name: str) -> Any:
+    try:
+        return column[index].as_py()
+    except Exception:
+        if name in READ:
+            raise
+        return None  # a column of times or the like that Python has no value for, and no record needs
 
 
 def _line(error: Exception) -> str:

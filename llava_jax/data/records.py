@@ -21,7 +21,7 @@ FORMATS = {
     "query": "ms-swift query and response",
 }
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "bing": "gpt",
-         "bard": "gpt", "model": "gpt", "system": "system"}
+         "bard": "gpt", "model": "gpt", "system": "system", "developer": "system"}
 
 
 class BadRow(ValueError):
@@ -69,11 +69,14 @@ def parse_row(row: Any, where: str) -> Record:
     if not isinstance(row, Mapping):
         raise BadRow("malformed", f"{where}: a row must be an object, not {kind(row)}")
     record_id = "" if row.get("id") is None else row["id"]
+    if isinstance(record_id, float) and record_id.is_integer():  # pandas makes floats of integers with gaps
+        record_id = int(record_id)
     if isinstance(record_id, bool) or not isinstance(record_id, str | int):
         raise BadRow("malformed", f"{where}: id must be text or a whole number, not {kind(record_id)}")
     if record_id != "":
-        where = f"{where}, id {record_id!s:.80}"
+        where = f"{where}, id {record_id!s:.80}".encode("utf-8", "replace").decode()
     try:
+        check_text(str(record_id), "id")
         key = turns_key(row)
         if key is None:
             has = ", ".join(map(str, row)) or "nothing"
@@ -137,13 +140,14 @@ def _turns(value: Any, system: Any) -> tuple[tuple[dict[str, str], ...], list[_S
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
             raise ValueError(f"turn {number} must be an object, not {kind(turn)}")
-        name, text = ("role", "content") if turn.get("role") is not None else ("from", "value")
-        role = turn.get(name)
+        role = turn.get("from") if turn.get("role") is None else turn["role"]
+        text = "value" if turn.get("value") is not None or "from" in turn and "content" not in turn else "content"
         if not isinstance(role, str) or role.lower() not in ROLES:
             what = f"is from {role!r:.80}" if role else "names no role"
             raise BadRow("role", f"turn {number} {what}; it must be from 'human' (user) or 'gpt' (assistant)")
         text, own = _content(turn.get(text), f"turn {number}'s {text}")
-        turns.append({"from": ROLES[role.lower()], "value": text})
+        if text or ROLES[role.lower()] != "system":  # an empty system text is none, as in the row's `system`
+            turns.append({"from": ROLES[role.lower()], "value": text})
         slots += own
     _check_order([turn["from"] for turn in turns], len(turns) - len(value))
     return tuple(turns), slots
@@ -196,8 +200,15 @@ def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
         raise ValueError("the row is ambiguous: it has image and images; leave one")
     for key, value in given.items():
         values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_image(image, key) for image in values)
+        return tuple(_image(image, key) for image in values if not _is_empty(image))
     return ()
+
+
+def _is_empty(cell: Any) -> bool:
+    """Whether a cell holds no image: nothing, or as Hugging Face writes it, {"bytes": None, "path": None}."""
+    if isinstance(cell, Mapping):
+        return cell.keys() <= {"bytes", "path"} and not any(cell.values())
+    return cell is None or cell == ""
 
 
 def _image(value: Any, name: str) -> Image:
@@ -207,21 +218,33 @@ def _image(value: Any, name: str) -> Image:
         return value
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} must be a path or a list of paths, not {kind(value)}")
-    if value[:5].lower() == "data:":
+    if value.lstrip()[:5].lower() == "data:":
         about, comma, content = value.partition(",")
         if not comma:
             raise ValueError(f"{name} is a data: URL without a comma")
-        return _decoded(content, name) if about.endswith(";base64") else unquote_to_bytes(content)
+        if re.search(r";\s*base64\s*$", about, re.IGNORECASE):
+            return _decoded(content, name)
+        return _filled(unquote_to_bytes(content), name)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
         raise ValueError(f"{name} is {value:.80}, which is not on this machine; download it and give its path")
     return check_text(value, name)
 
 
 def _decoded(text: str, name: str) -> bytes:
+    """The bytes that base64 stands for: with line breaks, percent signs, - and _ for + and /, or no padding as well."""
     try:
-        return base64.b64decode(text, validate=True)
+        plain = re.sub(rb"\s", b"", unquote_to_bytes(text)).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        return _filled(base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True), name)
     except (ValueError, binascii.Error) as error:
+        if isinstance(error, BadRow):
+            raise
         raise BadRow("broken_image", f"{name} is not base64 ({error})") from None
+
+
+def _filled(content: bytes, name: str) -> bytes:
+    if not content:
+        raise BadRow("broken_image", f"{name} holds an image of 0 bytes")
+    return content
 
 
 def _fill(slots: list[_Slot], column: tuple[Image, ...]) -> tuple[Image, ...]:

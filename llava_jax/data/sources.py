@@ -1,15 +1,15 @@
 """A data file of any format as a sequence of Records, and mixtures of several."""
 
 import dataclasses
-import glob
 import itertools
 import json
 import os
+import stat
 from collections.abc import Callable
 from typing import Any
 
 from llava_jax.data.json_rows import JsonRows
-from llava_jax.data.parquet_rows import ParquetRows
+from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_row, turns_key
 from llava_jax.data.tfds_rows import TfdsRows
 
@@ -99,6 +99,8 @@ def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> 
     if path.startswith("gs://") or os.path.isdir(folder):
         return Source(_open_folder(path, folder), image_root or folder)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path}: is no regular file")
         with open(path, "rb") as file:
             kind = ParquetRows if file.read(4) == b"PAR1" else JsonRows
     except FileNotFoundError:
@@ -124,6 +126,8 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
     sources = []
     for part in parts:
         where = part["path"] if "://" in part["path"] else os.path.join(base, part["path"])
+        if _read_mixture(where) is not None:
+            raise ValueError(f"{path}: {part['path']} is a mixture itself; name its parts instead")
         root = os.path.join(base, part["image_root"]) if part.get("image_root") else image_root
         sources.append(open_source(where, root))
     sizes = [len(source) for source in sources]
@@ -165,8 +169,7 @@ def _find_format(rows: Any) -> str:
 
 
 def _open_folder(path: str, folder: str) -> ParquetRows | TfdsRows:
-    parquet = glob.iglob(os.path.join(glob.escape(folder), "**/*.parquet"), recursive=True)
-    return TfdsRows(path) if path.startswith("gs://") or next(parquet, None) is None else ParquetRows(path)
+    return TfdsRows(path) if path.startswith("gs://") or not find_parquet(folder) else ParquetRows(path)
 
 
 def _read_mixture(path: str) -> list[dict[str, Any]] | None:
@@ -174,13 +177,11 @@ def _read_mixture(path: str) -> list[dict[str, Any]] | None:
     if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_MIXTURE:
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            if file.read(1) != "{":
-                return None
-            content = json.loads("{" + file.read())
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file)
     except (OSError, ValueError, RecursionError):
         return None  # whatever it is, it is no mixture
-    if "mixture" not in content:
+    if not isinstance(content, dict) or "mixture" not in content:
         return None
     parts = content["mixture"]
     if len(content) > 1 or not isinstance(parts, list) or not parts:
@@ -198,7 +199,7 @@ def _read_mixture(path: str) -> list[dict[str, Any]] | None:
 def _problem_of(part: dict[str, Any]) -> str | None:
     shares: dict[str, Callable[[Any], bool]] = {
         "epochs": lambda x: isinstance(x, int | float) and 0 < x < 1e6,
-        "count": lambda x: isinstance(x, int) and x > 0,
+        "count": lambda x: isinstance(x, int) and 0 < x < 1e12,
         "weight": lambda x: isinstance(x, int | float) and 0 < x < 1e6,
     }
     if not isinstance(part.get("path"), str) or not part["path"]:

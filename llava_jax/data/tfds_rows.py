@@ -56,6 +56,8 @@ class TfdsRows:
             splits = {split["name"]: split for split in info.get("splits", ())}
             lengths = {name: [int(n) for n in split.get("shardLengths", ())] for name, split in splits.items()}
             shards = {name: _shard_names(info["name"], split, len(lengths[name])) for name, split in splits.items()}
+            if not all(isinstance(name, str) and sum(counts) < 2**48 for name, counts in lengths.items()):
+                raise ValueError("the splits' names or shard lengths")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self._folder}: its metadata are not what TFDS writes ({error!r:.200})") from None
         if not isinstance(self._features, dict):

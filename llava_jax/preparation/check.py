@@ -86,7 +86,7 @@ class Check:
         max_length = self.max_length or Data.row_length
         workers = (os.cpu_count() or 1) if self.workers is None else self.workers
         checker = Checker(mixture.sources, settings, max_length, self.images_per_row)
-        with _saving(self.bad_rows, [self.data, *(source.path for source in mixture.sources)]) as save:
+        with _saving(self.bad_rows) as save:
             result = audit(checker, mixture, workers, save)
         report = result.report(max_length, self.images_per_row, self.rows, self.allow)
         text = json.dumps(report) if self.json else describe(report, result.shown[:SHOWN])
@@ -96,15 +96,15 @@ class Check:
 
 
 @contextlib.contextmanager
-def _saving(path: str, data: Sequence[str]) -> Iterator[Callable[[Finding], None] | None]:
+def _saving(path: str) -> Iterator[Callable[[Finding], None] | None]:
     """Writes findings as JSON lines into a file that appears once it is whole."""
     if not path:
         yield None
         return
     if os.path.isdir(path):
         raise ValueError(f"--bad-rows {path}: this is a folder; name a file")
-    if os.path.realpath(path) in map(os.path.realpath, data):
-        raise ValueError(f"--bad-rows {path}: this is the data; name another file")
+    if not _may_replace(path):
+        raise ValueError(f"--bad-rows {path}: there is something else than findings; name another file")
 
     def attempt(action: Callable, *args: Any) -> Any:
         try:
@@ -122,6 +122,20 @@ def _saving(path: str, data: Sequence[str]) -> Iterator[Callable[[Finding], None
             file.close()
         os.unlink(file.name)
         raise
+
+
+def _may_replace(path: str) -> bool:
+    """Whether nothing is at `path`, an empty file, or findings of an earlier check: not the data, nor an image."""
+    if not os.path.lexists(path):
+        return True
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = file.readline(1 << 20)
+        return not first or {"source", "row", "kind", "usable"} <= set(json.loads(first))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _temporary_beside(path: str) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,6 +140,8 @@ class Checker:
     def _check_image(self, image: str | bytes) -> list[tuple[str, str]]:
         """Opens an image as training does; nothing less than decoding all of it finds one that is cut off."""
         try:
+            if not isinstance(image, bytes) and not stat.S_ISREG(os.stat(image).st_mode):
+                return [("broken_image", "is no regular file")]
             content = image if isinstance(image, bytes) else Path(image).read_bytes()
         except FileNotFoundError:
             return [("missing_image", "no such image file")]
@@ -223,9 +226,9 @@ def separators(template: Template) -> tuple[str, ...]:
 
 
 def place(source: Source, index: int) -> tuple[str, int, int | None]:
-    """File, row and line of a row."""
-    file, row, line = re.fullmatch(r"(.*), row (\d+)(?: \(line (\d+)\))?", source.where(index), re.DOTALL).groups()
-    return file, int(row), line and int(line)
+    """Path of the source, row and, in a text file, line; both from 1."""
+    line = re.search(r" \(line (\d+)\)$", source.where(index))
+    return source.path, index + 1, line and int(line[1])
 
 
 def read_id(source: Source, index: int) -> str:

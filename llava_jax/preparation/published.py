@@ -317,14 +317,19 @@ def _sha256(path: str) -> str:
 def _named_images(rows: Iterable[dict]) -> Iterable[str]:
     for row in rows:
         image = row.get("image") if isinstance(row, dict) else None
-        yield from [image] if isinstance(image, str) else image or []
+        images = [image] if isinstance(image, str) else image or []
+        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+            raise ValueError(f"the data file names {image!r:.80} for an image")
+        yield from images
 
 
 def _group(images: Iterable[str], published: Published) -> dict[str, set[str]]:
     """Image paths by the published folder that they are in, relative to it; those in none by their own folder."""
     grouped, folders = defaultdict(set), [folder.path for folder in published.folders]
     for image in images:
-        path = os.path.join(published.image_root, image)
+        path = os.path.normpath(os.path.join(published.image_root, image))
+        if os.path.isabs(path) or path.startswith(".."):
+            raise ValueError(f"the data file names {image!r:.200}, which is outside the image folders")
         folder = next((folder for folder in folders if path.startswith(f"{folder}/")), os.path.dirname(path))
         grouped[folder].add(path.removeprefix(folder).removeprefix("/"))
     return dict(grouped)

@@ -26,6 +26,8 @@ def check_outputs(outputs: Sequence[str], inputs: Sequence[str], overwrite: bool
             within = os.path.isdir(folder) and _is_within(output, folder)
             if within or (os.path.exists(output) and os.path.exists(given) and os.path.samefile(output, given)):
                 raise ValueError(f"{output}: is read as part of {given}; write to another place")
+        if os.path.isdir(output):
+            raise ValueError(f"{output}: is a folder; name a file")
         if os.path.lexists(output) and not overwrite:
             raise ValueError(f"{output}: exists already; add --overwrite to replace it")
 
@@ -106,16 +108,24 @@ def _map_turn(turn: Any, change: Callable) -> Any:
 def _map_part(part: Any, change: Callable) -> Any:
     if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
         return part
+    if isinstance(part.get("base64"), str):  # goes before all else, as in records.py
+        change(f"data:;base64,{part['base64']}")
+        return part
     return {key: _map_value(value, change) if key in ("image_url", "url", "path", "image") else value
             for key, value in part.items()}
 
 
 def _map_value(value: Any, change: Callable) -> Any:
     if isinstance(value, list | tuple):
-        return [_map_value(one, change) for one in value]
+        return [_map_one(one, change) for one in value]
+    return _map_one(value, change)
+
+
+def _map_one(value: Any, change: Callable) -> Any:
     if isinstance(value, Mapping):
         used = next((key for key in ("bytes", "path", "url") if value.get(key)), None)
-        return {key: change(one) if key == used else one for key, one in value.items()}
+        return {key: _map_one(one, change) if key == used and isinstance(one, str | bytes) else one
+                for key, one in value.items()}
     return change(value) if value and isinstance(value, str | bytes) else value
 
 
@@ -180,8 +190,8 @@ def _dump(row: Any) -> bytes:
     except UnicodeEncodeError:  # half of a UTF-16 pair, which only an escape can hold
         return json.dumps(row).encode()
     except TypeError:
-        raise ValueError("the rows hold images themselves, or other bytes, which JSON cannot: write to a .parquet file "
-                         "(split: --format parquet), or make a TFDS data set with prepare pack") from None
+        raise ValueError("the rows hold images themselves, dates or other values that JSON cannot: write to a .parquet "
+                         "file (split: --format parquet), or make a TFDS data set with prepare pack") from None
 
 
 def _schema(sources: Sequence[Source], rows: Rows) -> Any:

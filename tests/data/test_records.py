@@ -90,6 +90,26 @@ def test_parts_with_images_of_their_own(part, image):
     assert record.images == (image,) and record.turns[0]["value"] == "See\n<image>"
 
 
+@pytest.mark.parametrize("url", [
+    "data:image/png;base64,+/+/YQ==", "DATA:image/png;BASE64,+/+/YQ", " data:image/png;charset=utf-8; base64, -_-_YQ==",
+    "data:;base64,%2B%2F%2B%2FYQ%3D%3D", "data:;base64,+/+/\r\nYQ==\n", "data:,%FB%FF%BFa",
+])  # fmt: skip
+def test_data_urls_as_they_occur(url):
+    assert parse_row({"image": url, "conversations": [ASK, ANSWER]}, "here").images == (b"\xfb\xff\xbfa",)
+
+
+@pytest.mark.parametrize("cell", [None, "", {"bytes": None, "path": None}])
+def test_empty_cells_are_no_images(cell):
+    assert parse_row({"image": cell, "conversations": TEXT_ONLY}, "here").images == ()
+    assert parse_row({"images": [cell, cell], "conversations": TEXT_ONLY}, "here").images == ()
+
+
+def test_turns_with_the_keys_of_two_formats():
+    turns = [{"from": "human", "value": "Hello", "role": "user"}, {"role": "assistant", "value": "Hi"}]
+    assert parse_row({"conversations": turns}, "here").turns == tuple(TEXT_ONLY)
+    assert parse_row({"messages": [turn("system", ""), *TEXT_ONLY], "id": 3.0}, "here").turns == tuple(TEXT_ONLY)
+
+
 def test_images_come_in_the_order_of_their_marks():
     """From the parts, by index, by text mark, several in a turn and over several turns."""
     own, first = {"type": "image", "path": "own"}, {"type": "text", "text": "<image> and"}
@@ -115,7 +135,7 @@ def test_ms_swift_rows():
         ({"id": 1.5, "conversations": TEXT_ONLY}, "malformed", "id must be text or a whole number"),
         ({"id": True, "conversations": TEXT_ONLY}, "malformed", "id must be text or a whole number"),
         ({"id": 1, "image": 5, "conversations": [ASK, ANSWER]}, "malformed", "a path or a list of paths, not a number"),
-        ({"id": 1, "image": ["a", None], "conversations": [ASK, ANSWER]}, "malformed", "image must be"),
+        ({"id": 1, "image": ["a", 5], "conversations": [ASK, ANSWER]}, "malformed", "image must be"),
         ({"id": 1, "image": {"file": "a"}, "conversations": [ASK, ANSWER]},
          "malformed", "image must be .* not nothing"),
         ({"id": 1}, "malformed", "must have one of conversations, conversation, messages, query; this one has id"),
@@ -145,6 +165,8 @@ def test_ms_swift_rows():
          "malformed", "ambiguous: it has image and images"),
         ({"id": 1, "image": "http://x/1.jpg", "conversations": [ASK]}, "malformed", "not on this machine; download it"),
         ({"id": 1, "image": "data:image/png;base64,%%", "conversations": [ASK]}, "broken_image", "image is not base64"),
+        ({"id": 1, "image": "data:,", "conversations": [ASK]}, "broken_image", "holds an image of 0 bytes"),
+        ({"id": "\ud800", "conversations": TEXT_ONLY}, "malformed", "id holds half of a UTF-16 pair"),
         ({"id": 1, "image": "a\0", "conversations": [ASK]}, "malformed", "image holds a NUL"),
         ({"id": 1, "messages": [user({"type": "video"})]}, "malformed", "turn 1's content, part 1 is of type 'video'"),
         ({"id": 1, "messages": [user(7)]}, "malformed", "part 1 is of type None"),

@@ -5,12 +5,16 @@ import json
 import os
 import pickle
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from llava_jax.data import json_rows
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import open_mixture, open_source
+from llava_jax.images import open_image
 
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 TEXTS = ["plain", "naïve café", '日本語 [1, {2}] "quoted" \\ back', "😀\u2028 \x85\xa0", "a\nb\ttab", "", "}]"]
 
 
@@ -140,6 +144,70 @@ def test_missing_files_folders_and_loops(tmp_path):
         open_source(tmp_path / "loop")
 
 
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: is no regular file"):
+        open_source(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: the image cannot be read .it is no regular file"):
+        open_image(tmp_path / "pipe")
+
+
+def test_a_broken_first_line_is_a_bad_row_too(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"id": 2, "conv\n' + json.dumps(ROWS[1]))
+    source = open_source(path)
+    assert source[1].id == "1"
+    with pytest.raises(BadRow, match=r"row 1 \(line 1\): broken JSON"):
+        source[0]
+
+
+def test_a_number_of_thousands_of_digits_in_a_list_is_a_bad_row(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"id": ' + "1" * 5000 + "}, " + json.dumps(ROWS[1]) + "]")
+    assert open_source(path)[1].id == "1"
+    with pytest.raises(BadRow, match="broken JSON"):
+        open_source(path)[0]
+
+
+def write_parquet(path, *numbers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"id": number, "messages": MESSAGES} for number in numbers]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+LAYOUTS = [  # files, with a row each of their number -> the ids by split, or what is wrong without one
+    (["data/train-00000-of-00002-ab.parquet", "data/train-00001-of-00002-cd.parquet"], {"": [0, 1], "train": [0, 1]}),
+    (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], {"train": [0], "test": [1]}),
+    (["default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"],
+     {"train": [0, 1], "default/test": [2]}),
+    (["train.parquet", "validation.parquet"], {"train": [0], "validation": [1]}),
+    (["a/train-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"], {"a/train": [0], "b/train": [1]}),
+    (["part-1.parquet", "part-10.parquet", "part-2.parquet"], {"": [0, 1, 2]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files, splits", LAYOUTS)
+def test_folders_of_parquet_files(files, splits, tmp_path):
+    for number, file in enumerate(files):
+        write_parquet(tmp_path / file, number)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    for split, ids in splits.items():
+        source = open_source(f"{tmp_path}:{split}" if split else tmp_path)
+        assert [source[i].id for i in range(len(source))] == [str(number) for number in ids]
+    if "" not in splits:
+        with pytest.raises(ValueError, match="has several splits; there are .*train"):
+            open_source(tmp_path)
+    with pytest.raises(ValueError, match="has no split nothing; there are"):
+        open_source(f"{tmp_path}:nothing")
+
+
+def test_a_missing_shard_of_parquet(tmp_path):
+    write_parquet(tmp_path / "train-00000-of-00003.parquet", 0)
+    write_parquet(tmp_path / "train-00002-of-00003.parquet", 2)
+    with pytest.raises(ValueError, match="shard 00001 of 3 of split train is missing"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize("line", [b'{"id": 2, "conversations": ', b"\xff\xfe", b"[1, 2]", b'"text"'])
 def test_a_broken_line_is_a_bad_row_and_the_rest_stands(line, tmp_path):
     path = tmp_path / "data.jsonl"
@@ -181,9 +249,6 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path, monkeyp
     assert sorted(os.listdir(tmp_path)) == [index.name, path.name]
 
 
-MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-
-
 def test_mixtures_name_their_sources_and_shares(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.json").write_text(json.dumps([row(n, image="1.jpg") for n in range(10)]))
@@ -216,5 +281,9 @@ def test_mixtures_name_their_sources_and_shares(tmp_path):
         with pytest.raises(ValueError, match=says) as raised:
             mixture(*parts, **more)
         assert str(raised.value).startswith(f"{tmp_path}/mix.json: ")
+    mixture(a)
+    (tmp_path / "outer.json").write_text(json.dumps({"mixture": [{"path": "mix.json"}]}))
+    with pytest.raises(ValueError, match="outer.json: mix.json is a mixture itself"):
+        open_mixture(tmp_path / "outer.json")
     with pytest.raises(FileNotFoundError, match="nothing.json: no such data file"):
         mixture(a, {"path": "nothing.json"})

@@ -113,7 +113,7 @@ DEFECTS = {
         [("image_count", "1 images, but 0 in the turns that are used")]),
     "outside": (row(0, image="../secret.jpg"), [("outside_root", "image ../secret.jpg is outside the image root")]),
     "missing": (row(0, image="sub/none.jpg"), [("missing_image", "sub/none.jpg: no such image file")]),
-    "a folder as image": (row(0, image="folder.jpg"), [("broken_image", "folder.jpg: cannot be read")]),
+    "a folder as image": (row(0, image="folder.jpg"), [("broken_image", "folder.jpg: is no regular file")]),
     "truncated JPEG": (row(0, image="cut.jpg"), [("broken_image", "cut.jpg: cannot be read (image file is truncated")]),
     "truncated PNG": (row(0, image="cut.png"), [("broken_image", "cut.png: cannot be read (")]),
     "empty image": (row(0, image="empty.jpg"), [("broken_image", "empty.jpg: the file is empty (0 bytes)")]),
@@ -316,7 +316,7 @@ def test_rows_of_parquet(tmp_path, with_tokens):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
     found, report = run(path, with_tokens, max_length=2048)
     assert [(f.source, f.row, f.line, f.kind) for f in found] == [
-        (str(path), 2, None, "broken_image"), (str(path), 3, None, "malformed"), (str(path), 7, None, "animated"),
+        (str(path), 2, None, "broken_image"), (str(path), 3, None, "image_count"), (str(path), 7, None, "animated"),
         (str(path), 5, None, "duplicate")]
     assert found[0].message.startswith("image 2: cannot be read (image file is truncated")
     assert found[3].message == "same images and texts as row 1"
@@ -415,7 +415,7 @@ def test_the_file_of_bad_rows_is_whole_or_not_there(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             check(path, "--bad-rows", file, "--workers", 0)
     for target in (path, tmp_path, tmp_path / "none" / "bad.jsonl"):
-        with pytest.raises(ValueError, match="--bad-rows .*: (this is the data|this is a folder|cannot be written)"):
+        with pytest.raises(ValueError, match="--bad-rows .*: (there is something|this is a folder|cannot be written)"):
             check(path, "--bad-rows", target, "--workers", 0)
     assert sorted(tmp_path.iterdir()) == before
     assert check(path, "--bad-rows", file, "--workers", 0) == 1 and file.exists()
