@@ -4,23 +4,10 @@ RECIPE is a file, or the name of one in configs/; without it, `mini`: the paper 
 The same command goes on where a stopped run was. `--help` after a recipe lists every field and its value there.
 """
 
-import ctypes
 import sys
 
 from llava_jax import cli, config
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed. XLA's CPU buffers otherwise come from the kernel anew in every step, zeroed
-    page by page: a fifth of the miniature's time. Elsewhere than on glibc it does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28)):
-        mallopt(option, value)
+from llava_jax.data.parallel import keep_freed_memory
 
 
 def main(args: list[str]) -> int:

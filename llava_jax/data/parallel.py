@@ -1,5 +1,8 @@
 """Processes that call one function, which is sent to them once; results come back in order."""
 
+import contextlib
+import ctypes
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -9,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
+
+PIPE = 1 << 20  # bytes; the most that Linux grants without privileges
 
 
 class Pool:
@@ -30,6 +35,9 @@ class Pool:
             self._executor = ProcessPoolExecutor(
                 workers, mp_context=spawn, initializer=_start_process, initargs=(function,)
             )
+            with contextlib.suppress(AttributeError, OSError):
+                # Linux: results, such as pixels, cross at once and not in pieces of 64 KB; a tenth of decoding's time.
+                fcntl.fcntl(self._executor._result_queue._writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
 
     def submit(self, *arguments: Any) -> Future:
         """`function(*arguments)`, some time later."""
@@ -57,6 +65,19 @@ class Pool:
         self.close()
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed, for this process. Large buffers, XLA's on a CPU and those of images, otherwise
+    come from the kernel anew each time, zeroed page by page. Elsewhere than on glibc it does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28)):
+        mallopt(option, value)
+
+
 _worker = threading.local()
 
 
@@ -70,6 +91,7 @@ def _set_function(function: Callable[..., Any]) -> None:
 
 def _start_process(function: Callable[..., Any]) -> None:
     _set_function(function)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then stops the workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

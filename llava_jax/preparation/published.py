@@ -328,7 +328,7 @@ def _group(images: Iterable[str], published: Published) -> dict[str, set[str]]:
     grouped, folders = defaultdict(set), [folder.path for folder in published.folders]
     for image in images:
         path = os.path.normpath(os.path.join(published.image_root, image))
-        if os.path.isabs(path) or path.startswith(".."):
+        if os.path.isabs(path) or os.path.relpath(path, published.image_root or ".").startswith(".."):
             raise ValueError(f"the data file names {image!r:.200}, which is outside the image folders")
         folder = next((folder for folder in folders if path.startswith(f"{folder}/")), os.path.dirname(path))
         grouped[folder].add(path.removeprefix(folder).removeprefix("/"))

@@ -197,7 +197,7 @@ class _SentencePiece:
         if text:
             encoded = self.processor.encode(text, return_type="offset_mapping")
             tokens.ids.extend(encoded["ids"])
-            tokens.places.extend((begin + first, begin + last) for first, last in encoded["offsets"])
+            tokens.places.extend([(begin + first, begin + last) for first, last in encoded["offsets"]])
 
     def bytes_of_tokens(self) -> Iterator[tuple[int, bytes]]:
         for i in range(self.processor.vocab_size()):

@@ -351,3 +351,13 @@ def test_a_folder_may_be_a_link(mix, tmp_path, capsys):
     (mix / "mix/ocr/images").symlink_to(tmp_path / "another_disk")
     assert Fetch(name="mix", to=str(mix), check=True).run() == 0
     assert "ocr/images: 4 images of about 4; all 4 that are used are there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("image", ["../outside/1.jpg", "/etc/passwd", 5, [5]])
+def test_an_image_outside_is_refused_and_never_renamed(image, mix, capsys):
+    put(mix, "outside/1.png")
+    rows = json.loads((mix / "mix.json").read_text())
+    rows[0]["image"] = image
+    (mix / "mix.json").write_text(json.dumps(rows))
+    assert Fetch(name="mix", to=str(mix / "."), check=True, rename=True).run() == 1
+    assert "the data file names" in capsys.readouterr().out and (mix / "outside/1.png").exists()

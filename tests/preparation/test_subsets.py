@@ -1,16 +1,20 @@
 """Parts, samples and mixtures: complete, disjoint, the same wherever and however often they are made."""
 
+import base64
 import json
 import os
 from collections import Counter
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from llava_jax import cli
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import open_mixture, open_source
 from llava_jax.preparation import subsets
+from llava_jax.preparation.check import Check
 from llava_jax.preparation.subsets import Mix, Sample, Split, mix_rows, sample_rows, split_rows
 
 
@@ -357,3 +361,31 @@ def test_bad_rows_that_can_be_read_stay(tmp_path):
     assert sample(data, tmp_path / "out.json", "--fraction", 1) == [0, 1, 2, 3]
     with pytest.raises(BadRow):
         open_source(tmp_path / "out.json")[1]
+
+
+def test_images_in_parts_keep_rows_together_too(tmp_path):
+    """Embedded in the row as base64, or as a data: URL."""
+    for key in ("base64", "url"):
+        rows = []
+        for number in range(40):
+            content = base64.b64encode(bytes([number % 5]) * 9).decode()
+            part = {"type": "image", key: content if key == "base64" else f"data:;base64,{content}"}
+            turns = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "Yes"}]
+            rows.append({"id": number, "messages": turns})
+        split(write(tmp_path / f"{key}.json", rows), tmp_path / key, "--parts", "a=0.5,b=0.5")
+        parts = [json.loads(part.read_text()) for part in (tmp_path / key).iterdir()]
+        seen = [{row["messages"][0]["content"][0][key] for row in part} for part in parts]
+        assert len(seen) == 2 and not seen[0] & seen[1] and len(seen[0] | seen[1]) == 5
+
+
+def test_rows_of_a_folder_of_shards_are_excluded(tmp_path):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
+    for shard in range(2):
+        rows = [{"id": str(2 * shard + i), "messages": turns if i else turns[1:]} for i in range(2)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, tmp_path / f"data/train-0000{shard}-of-00002.parquet")
+    assert run(Check, tmp_path / "data", "--bad-rows", tmp_path / "bad.jsonl", "--workers", 0) == 1
+    out = tmp_path / "good.jsonl"
+    run(Sample, tmp_path / "data", out, "--fraction", 1, "--exclude", tmp_path / "bad.jsonl")
+    assert ids(out) == ["1", "3"]
