@@ -468,7 +468,8 @@ def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
 
 # Says that it has begun, and goes on when it is told to.
 HELD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have a test in the background ignore it
 from llava_jax.preparation import shards
 from llava_jax.preparation.pack import Pack
 load = shards.Examples.load
