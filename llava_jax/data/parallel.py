@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -35,7 +34,9 @@ class Pool:
             self._executor = ProcessPoolExecutor(
                 workers, mp_context=spawn, initializer=_start_process, initargs=(function,)
             )
-            with contextlib.suppress(AttributeError, OSError):
+            with contextlib.suppress(ImportError, AttributeError, OSError):
+                import fcntl
+
                 # Linux: results, such as pixels, cross at once and not in pieces of 64 KB; a tenth of decoding's time.
                 fcntl.fcntl(self._executor._result_queue._writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
 

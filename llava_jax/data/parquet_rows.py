@@ -4,11 +4,10 @@ import bisect
 import itertools
 import os
 import re
+from collections.abc import Container
 from typing import Any
 
-from llava_jax.data.records import FORMATS, BadRow
-
-READ = {*FORMATS, "id", "image", "images", "system", "response", "history"}  # columns that a record is made of
+from llava_jax.data.records import BadRow
 
 
 class ParquetRows:
@@ -46,6 +45,10 @@ class ParquetRows:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+    def read(self, index: int, columns: Container[str] | None = None) -> dict[str, Any]:
+        """A row, or those of its columns that are in `columns`; others may hold what Python has no value for."""
         import pyarrow
         import pyarrow.parquet
 
@@ -55,8 +58,9 @@ class ParquetRows:
                 file, group = self._groups[number]
                 self._read = number, pyarrow.parquet.ParquetFile(file).read_row_group(group)
             table, place = self._read[1], index - self._starts[number]
-            return {name: _value(table[name], place, name) for name in table.column_names}
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            names = [name for name in table.column_names if columns is None or name in columns]
+            return {name: table[name][place].as_py() for name in names}
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: an unknown time zone
             raise BadRow("malformed", f"{self.where(index)}: cannot be read ({_line(error)})") from None
 
     def where(self, index: int) -> str:
@@ -74,6 +78,7 @@ def find_parquet(folder: str) -> list[str]:
     return sorted(path for path in found if path.endswith(".parquet"))
 
 
+_NUMBER = re.compile(r"(^|[-_./])\d+(?=[-_.]|$)")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})[^/]*\.parquet")
 
 
@@ -86,7 +91,7 @@ def _find_files(path: str) -> list[str]:
         name = os.path.relpath(file, folder)
         shard = _SHARD.fullmatch(name)
         # Files of one split have names that differ in numbers alone: train-00000-of-00002, train/0000, part-1.
-        split = shard[1] if shard else re.sub(r"\d+", "", name.removesuffix(".parquet")).rstrip("-_./")
+        split = shard[1] if shard else _NUMBER.sub(r"\1", name.removesuffix(".parquet")).rstrip("-_./")
         splits.setdefault(split, []).append(file)
     chosen = [split for split in splits if wanted in (split, os.path.basename(split))] if wanted else list(splits)
     if len(chosen) != 1:
@@ -98,15 +103,6 @@ def _find_files(path: str) -> list[str]:
     if missing := sorted(expected - {(match[2], match[3]) for match in shards}):
         raise ValueError(f"{folder}: shard {missing[0][0]} of {int(missing[0][1])} of split {chosen[0]} is missing")
     return files
-
-
-def _value(column: Any, index: int, name: str) -> Any:
-    try:
-        return column[index].as_py()
-    except Exception:
-        if name in READ:
-            raise
-        return None  # a column of times or the like that Python has no value for, and no record needs
 
 
 def _line(error: Exception) -> str:

@@ -4,7 +4,7 @@ import base64
 import binascii
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -127,7 +127,9 @@ _Slot = Image | int | None
 def _turns(value: Any, system: Any) -> tuple[tuple[dict[str, str], ...], list[_Slot]]:
     """The turns in LLaVA's form, and a slot for every `<image>` in them."""
     if isinstance(value, Mapping):  # in columns, as Arrow and TFDS may hold a list of objects
-        columns = {key: list(column) for key, column in value.items() if isinstance(column, Sequence)}
+        columns = {key: list(column) for key, column in value.items() if isinstance(column, list | tuple)}
+        if len({len(column) for column in columns.values()}) != 1:
+            raise ValueError("the turns must be a list, not an object")
         value = [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
     if not isinstance(value, list) or not value:
         raise ValueError(f"the turns must be a list, not {kind(value)}")
@@ -225,6 +227,7 @@ def _image(value: Any, name: str) -> Image:
         if re.search(r";\s*base64\s*$", about, re.IGNORECASE):
             return _decoded(content, name)
         return _filled(unquote_to_bytes(content), name)
+    value = value.removeprefix("file://")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
         raise ValueError(f"{name} is {value:.80}, which is not on this machine; download it and give its path")
     return check_text(value, name)

@@ -14,6 +14,7 @@ from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_ro
 from llava_jax.data.tfds_rows import TfdsRows
 
 SAMPLED = 100  # first rows that tell a file's format
+NEEDED = {*FORMATS, "id", "image", "images", "system", "response", "history"}  # keys that a record is made of
 LARGEST_MIXTURE = 1 << 20  # bytes of a mixture file
 
 
@@ -26,17 +27,17 @@ class Source:
 
     def __init__(self, rows: JsonRows | ParquetRows | TfdsRows, image_root: str):
         self.rows, self.path, self.image_root = rows, rows.path, os.path.abspath(image_root)
-        self._key = _find_format(rows)
-        self.format = FORMATS[self._key]
+        self.key = _find_format(rows)
+        self.format = FORMATS[self.key]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        row, where = self.row(index), self.where(index)
+        row, where = _needed(self.rows, index), self.where(index)
         record = parse_row(row, where)
-        if row.get(self._key) is None:
-            raise BadRow("malformed", f"{record.source}: has {turns_key(row)}, the rows before it have {self._key}")
+        if row.get(self.key) is None:
+            raise BadRow("malformed", f"{record.source}: has {turns_key(row)}, the rows before it have {self.key}")
         if not record.images:
             return record
         return dataclasses.replace(record, images=tuple(self._resolve(image, record) for image in record.images))
@@ -143,12 +144,17 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
     return Mixture(tuple(sources), tuple(counts))
 
 
+def _needed(rows: JsonRows | ParquetRows | TfdsRows, index: int) -> Any:
+    """What a record needs of a row."""
+    return rows.read(index, NEEDED) if isinstance(rows, ParquetRows) else rows[index]
+
+
 def _find_format(rows: Any) -> str:
     """The key of the first rows' turns."""
     found, problem, others = {}, None, []
     for i in range(min(len(rows), SAMPLED)):
         try:
-            row = rows[i]
+            row = _needed(rows, i)
             key = turns_key(row)
         except BadRow as bad:
             problem = problem or str(bad)

@@ -57,7 +57,8 @@ class Audit:
     def report(self, max_length: int, images_per_row: int | None, rows: int, allowed: Sequence[str]) -> dict[str, Any]:
         """All of it as a JSON object, whose fields are those that `prepare check --help` explains."""
         if images_per_row is None:
-            images_per_row = max(Data.images_per_row, int(self.rows["images"].max()))
+            good = self.rows["images"][self.rows["good"]]
+            images_per_row = max(Data.images_per_row, int(good.max(initial=0)))
         sources = []
         for which, source in enumerate(self.mixture.sources):
             figures = _figures(self.rows[self.mixture.starts[which] : self.mixture.starts[which + 1]])

@@ -148,13 +148,15 @@ class Pack:
             "name": [name, version, self.split],
         }
         path = _inner(self.out, "plan.json")
-        if self.overwrite or not os.path.exists(path):
+        begun = {}
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                begun = json.load(file)
+        if not begun or self.overwrite and any(now != begun.get(key) for key, now in plan.items()):
             _clear(self.out)
             bounds = _bounds(examples, self.shards, _bytes(self.shard_size))
             write_json(path, plan | {"bounds": bounds})
             return bounds
-        with open(path, encoding="utf-8") as file:
-            begun = json.load(file)
         for key, now in plan.items():
             if now != begun.get(key):
                 seen = f": {_shown(begun.get(key))} before, {_shown(now)} now" if key != "data" else " or image root"

@@ -157,6 +157,8 @@ def _kept(mixture: Mixture, exclude: str, kinds: Sequence[str]) -> np.ndarray:
                 bad = json.loads(text)
                 path, row, kind = bad["source"], bad["row"], bad.get("kind")
                 own = os.path.abspath(path)
+                if not isinstance(row, int):
+                    raise TypeError
                 found = [start + row - 1 for source, start, size in places if source == own and 1 <= row <= size]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{exclude}, line {line}: not what prepare check --bad-rows writes") from None
@@ -172,8 +174,8 @@ def _kept(mixture: Mixture, exclude: str, kinds: Sequence[str]) -> np.ndarray:
 def _write(sources: Sequence[Source], numbers: np.ndarray, outputs: Sequence[str], parts: np.ndarray) -> None:
     """Writes rows to the outputs that `parts` says, and tells the user."""
     root = common_root(sources)
-    if len(formats := {source.format for source in sources}) > 1:
-        raise ValueError(f"a file holds rows of one format, and these are {' and '.join(sorted(formats))}; "
+    if len(formats := {source.key for source in sources}) > 1:
+        raise ValueError(f"a file holds rows of one format, and these have {' and '.join(sorted(formats))}; "
                          "make a mixture file, which names several files (prepare mix)")
 
     def rows() -> Iterator[tuple[int, Any]]:

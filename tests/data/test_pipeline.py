@@ -348,6 +348,29 @@ def test_a_bad_row_stops_with_its_one_line(reason, workers, tmp_path):
     assert raised.value.reason == reason and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_after_an_error_nothing_is_lost(workers, tmp_path):
+    """The iterator stands where it stood, and goes on once the image is there."""
+    rows = write_rows(tmp_path, 40, images=[1])
+    missing = tmp_path / rows[17]["image"][0]
+    content = missing.read_bytes()
+    expected = list(Batches(2, **settings(write_file(tmp_path, rows), epochs=1)))
+    missing.unlink()
+    iterator, found = iter(Batches(2, **settings(write_file(tmp_path, rows), epochs=1, workers=workers))), []
+    with pytest.raises(BadRow, match="no such image file"):
+        while True:
+            found.append(next(iterator))
+    with pytest.raises(BadRow, match="no such image file"):
+        next(iterator)
+    missing.write_bytes(content)
+    found += iterator
+    assert len(found) == len(expected) and all(map(same, found, expected))
+
+
+def test_a_negative_seed_is_a_seed(source):
+    assert len(list(Batches(2, **settings(source, seed=-1, epochs=1)))) > 3
+
+
 def test_too_many_images_for_a_row(tmp_path):
     source = write_file(tmp_path, write_rows(tmp_path, 3, images=[SLOTS + 1]))
     with pytest.raises(BadRow, match=r"4 images do not fit into the 3 slots of a row") as raised:

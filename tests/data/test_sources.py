@@ -182,6 +182,7 @@ LAYOUTS = [  # files, with a row each of their number -> the ids by split, or wh
      {"train": [0, 1], "default/test": [2]}),
     (["train.parquet", "validation.parquet"], {"train": [0], "validation": [1]}),
     (["a/train-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"], {"a/train": [0], "b/train": [1]}),
+    (["coco2014.parquet", "coco2017.parquet"], {"coco2014": [0], "coco2017": [1]}),
     (["part-1.parquet", "part-10.parquet", "part-2.parquet"], {"": [0, 1, 2]}),
 ]  # fmt: skip
 
@@ -195,10 +196,21 @@ def test_folders_of_parquet_files(files, splits, tmp_path):
         source = open_source(f"{tmp_path}:{split}" if split else tmp_path)
         assert [source[i].id for i in range(len(source))] == [str(number) for number in ids]
     if "" not in splits:
-        with pytest.raises(ValueError, match="has several splits; there are .*train"):
+        with pytest.raises(ValueError, match="has several splits; there are .*, "):
             open_source(tmp_path)
     with pytest.raises(ValueError, match="has no split nothing; there are"):
         open_source(f"{tmp_path}:nothing")
+
+
+def test_a_column_that_python_cannot_hold_is_left_alone(tmp_path):
+    """A record is read without it; the row as stored is not, rather than without saying so."""
+    times = pyarrow.array([1], pyarrow.timestamp("ns", "Nowhere/At_All"))
+    rows = pyarrow.Table.from_pylist([{"messages": MESSAGES}]).append_column("time", times)
+    pyarrow.parquet.write_table(rows, tmp_path / "data.parquet")
+    source = open_source(tmp_path / "data.parquet")
+    assert source[0].turns[1]["value"] == "Hi"
+    with pytest.raises(BadRow, match="cannot be read"):
+        source.row(0)
 
 
 def test_a_missing_shard_of_parquet(tmp_path):

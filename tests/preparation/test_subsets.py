@@ -334,10 +334,18 @@ def test_the_mixed_order_is_mixed():
 def test_formats_do_not_mix_in_one_file(three):
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
     write(three / "chat.jsonl", [chat] * 5)
-    with pytest.raises(ValueError, match="of one format, and these are LLaVA.* and chat.*; make a mix"):
+    with pytest.raises(ValueError, match="of one format, and these have conversations and messages; make a mix"):
         run(Mix, three / "all.jsonl", three / "c.json", three / "chat.jsonl", "--materialise", "--workers", 0)
     run(Mix, three / "mix.json", three / "c.json", three / "chat.jsonl")
     assert open_mixture(three / "mix.json").counts == (30, 5)
+
+
+def test_names_of_turns_do_not_mix_in_one_file(tmp_path):
+    first, second = row(1), row(2)
+    second["conversation"] = second.pop("conversations")
+    parts = [write(tmp_path / f"{i}.json", [rows]) for i, rows in enumerate((first, second))]
+    with pytest.raises(ValueError, match="a file holds rows of one format"):
+        run(Mix, tmp_path / "all.json", *parts, "--materialise", "--workers", 0)
 
 
 def test_a_mixture_file_keeps_its_name(three):
