@@ -9,12 +9,12 @@ import json
 import mmap
 import os
 import re
-import tempfile
 from array import array
 from typing import Any
 
 import numpy as np
 
+from llava_jax.data.atomic import replacing
 from llava_jax.data.records import BadRow
 
 PIECE = 1 << 26  # bytes of the file that are looked at together
@@ -87,21 +87,10 @@ class JsonRows:
                 return stored[1:]
         found = _find_rows(self._bytes(), self.path)
         with contextlib.suppress(OSError, ValueError):  # a folder that is full or not ours
-            _save(cache, np.concatenate([np.array([mark], np.int64), found]))
+            with replacing(cache) as file:
+                np.save(file, np.concatenate([np.array([mark], np.int64), found]))
             return np.load(cache, mmap_mode="r")[1:]
         return found
-
-
-def _save(path: str, places: np.ndarray) -> None:
-    file = tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".tmp", delete=False)  # noqa: SIM115
-    try:
-        with file:
-            np.save(file, places)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise
 
 
 def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:

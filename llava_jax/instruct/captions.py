@@ -1,14 +1,14 @@
 """A file with one caption a row: JSON list, JSON lines or TSV, told from the content; its rows are left as they are."""
 
-import contextlib
 import itertools
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from llava_jax.data.atomic import replacing
 from llava_jax.data.json_rows import UNREADABLE, JsonRows
 
 BOM = b"\xef\xbb\xbf"
@@ -81,6 +81,7 @@ class CaptionFile:
     def write(self, path: str, kept: np.ndarray) -> None:
         """The rows where `kept`, bool [rows], in this file's form and order; all or nothing."""
         rows = itertools.compress(self, kept)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with replacing(path) as file:
             if self.form == "list":
                 file.write(b"[\n")
@@ -99,22 +100,6 @@ class CaptionFile:
         with open(self.path, "rb") as file:
             file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
             yield from (line for line in file if line.strip())
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path` when it is whole; nothing is left of it after an error."""
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    os.makedirs(folder or ".", exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        raise
 
 
 class _ListRows(JsonRows):

@@ -2,11 +2,12 @@
 
 import html
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llava_jax.instruct.captions import replacing
+from llava_jax.data.atomic import replacing
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; --before: #b3552f; --after: #2f6fb3; }
@@ -60,6 +61,7 @@ def write_report(
         f"<div><h2>Some of the rarest that are kept</h2>{_table([i for _, i in some], texts, before, after)}</div>"
         "</div></body></html>\n"
     )
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with replacing(path) as file:
         file.write(page.encode())
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Set
 
 from tqdm import tqdm
 
+from llava_jax.data.atomic import replacing
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images
 
 
@@ -71,15 +73,8 @@ def _leading_folders(name: str, names: Set[str]) -> str | None:
 
 
 def _write(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, target: str) -> None:
-    part = f"{target}.part"
-    try:
-        with zipped.open(member) as packed, open(part, "wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
-        os.replace(part, target)
-    except BaseException:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
+    with zipped.open(member) as packed, replacing(target) as file:
+        shutil.copyfileobj(packed, file, 1 << 20)
 
 
 def _has_size(path: str, size: int) -> bool:

@@ -1,7 +1,6 @@
 """`prepare preview`: some records of a data set as one HTML page."""
 
 import bisect
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -12,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from llava_jax.config import Data
+from llava_jax.data.atomic import replacing
 from llava_jax.data.examples import Loader
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
@@ -64,17 +64,11 @@ def _refuse_other_files(path: str) -> None:
 
 
 def _save(path: str, page: str) -> None:
-    real = os.path.realpath(path)
-    part = f"{real}.{os.getpid()}.part"
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.replace(part, real)
+        with replacing(path) as file:
+            file.write(page.encode())
     except OSError as error:
         raise OSError(f"{path}: the page cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
 
 
 @dataclasses.dataclass(frozen=True)
