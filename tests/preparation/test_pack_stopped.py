@@ -117,6 +117,13 @@ def test_another_pack_is_not_mixed_with_the_one_that_was_begun(data, begun, opti
     assert sum(name.endswith(f"-of-{shards:05}") for name in os.listdir(begun)) == shards
 
 
+def test_a_pack_that_overwrites_goes_on_too(data, begun, monkeypatch):
+    """Its shards are all finished: none is written again."""
+    monkeypatch.setattr(pack.ShardWriter, "__call__", stop)
+    run(data, begun, overwrite=True)
+    assert len(with_tfds(begun)) == 24
+
+
 def test_data_that_has_changed_since_is_not_mixed_in(begun, tmp_path):
     path = write_data(tmp_path / "data")
     run(path, tmp_path / "other")
