@@ -50,7 +50,9 @@ class Model:
     """conversation template of the finished model; default vicuna_v1, or the whole LLaVA's own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; auto is bfloat16 on TPU and GPU, float32 on CPU"""
-    remat: Literal["none", "dots", "minimal", "full"] = "full"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """how attention is computed (models/attention.py); auto is splash on TPU, cudnn on GPU, xla on CPU"""
+    remat: Literal["none", "minimal", "attention", "qkv", "full", "offload"] = "full"
     """what the backward pass computes again instead of keeping it (models/layers.py)"""
 
     def __post_init__(self):
@@ -127,6 +129,8 @@ class Optimizer:
     """decay of the second moment"""
     eps: float = 1e-8
     """added to the root of the second moment"""
+    offload: bool = False
+    """keep the moments in the host's memory and bring them to the devices for each update"""
     clip: float | None = None
     """largest global gradient norm; LLaVA-1.5 trained without"""
 

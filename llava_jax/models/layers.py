@@ -1,27 +1,42 @@
-"""The pieces that the vision tower and the decoder share: linear maps, norms, attention, a scanned stack of layers."""
+"""The pieces that the vision tower and the decoder share: linear maps, norms, a scanned stack of layers."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from llava_jax.sharding import ROWS, constrain
 
+T = TypeVar("T")
+
+policies = jax.checkpoint_policies
+PROJECTIONS = ("query", "key", "value")
+
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": policies.save_only_these_names(*PROJECTIONS, "middle", "gate", "up"),
+    "attention": policies.save_only_these_names(*PROJECTIONS, "attention"),
+    "qkv": policies.save_only_these_names(*PROJECTIONS),
+    "full": policies.nothing_saveable,
+    "offload": policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", *PROJECTIONS, "middle"],
+        offload_src="device", offload_dst="pinned_host"),
 }
 """What the backward pass of a layer stack finds saved, and what it computes again.
 
 - `none`: every intermediate value is saved; nothing is computed again.
-- `dots`: the results of all matrix products, attention scores included; the elementwise work is computed again.
-- `minimal`: the results of products with weights; attention's inside and the elementwise work are computed again.
-- `full`: the input of each layer; every layer's forward pass is computed again.
+- `minimal`: the results of the products with weights; attention's inside and the elementwise work are computed again.
+- `attention`: queries, keys, values and what attention makes of them.
+- `qkv`: queries, keys and values.
+- `full`: the input of each layer alone; every layer's forward pass is computed again.
+- `offload`: the input, queries, keys, values and the state after attention are kept in the host's memory.
 """
 
 normal = jax.nn.initializers.normal(0.02)
@@ -32,14 +47,19 @@ class Linear(nnx.Module):
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs,
                  init: Callable = normal):
+        self.axes, self.outputs = len(inputs), tuple(outputs)
         shape = (math.prod(inputs), math.prod(outputs))
-        self.axes = len(inputs)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32).reshape(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        x = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.axes)
-        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+        # As one matrix: XLA would copy gathered kernels and inputs of more dimensions to lay them out anew.
+        if self.axes > 1:
+            x = materialise(x.reshape(*x.shape[: x.ndim - self.axes], -1))
+        x = x @ self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1)
+        if self.bias is not None:
+            x = x + self.bias[...].astype(x.dtype).reshape(-1)
+        return x.reshape(*x.shape[:-1], *self.outputs)
 
 
 class LayerNorm(nnx.Module):
@@ -52,8 +72,10 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        mean = y.mean(-1, keepdims=True)
+        # In one pass over `x`, not two: the mean of the squares less the square of the mean.
+        variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
+        y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
@@ -70,29 +92,33 @@ class RMSNorm(nnx.Module):
         return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
 
 
-def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention of N query heads over K key-value heads (N a multiple of K), softmax in float32.
+def materialise(x: T) -> T:
+    """Has XLA store arrays, and in the backward pass their gradients, that several products read.
 
-    `mask` is True where a query may look. A query that may look nowhere gets the mean of all values, not NaN.
+    Otherwise it may compute them again inside every one of these products.
     """
-    B, T, N, H = query.shape
-    K = key.shape[2]
-    query = query.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32) * H**-0.5
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(B, T, N, H)
+    return jax.lax.optimization_barrier(x)
 
 
 def stack(layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """`count` layers as one module whose parameters have a leading layer axis, for `scan`."""
     return jax.vmap(layer)(rngs.split(count))
+
+
+def gather(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:
+    """The first `count` of stacked layers whole on every device: kernels as matrices of `dtype`."""
+
+    def part(module):
+        if not isinstance(module, Linear):
+            return module[:count]
+        module = copy.copy(module)
+        kernel = module.kernel[...][:count].astype(dtype)
+        inputs, outputs = kernel.shape[1 : 1 + module.axes], kernel.shape[1 + module.axes :]
+        module.kernel = nnx.Param(constrain(kernel.reshape(count, math.prod(inputs), math.prod(outputs)), P()))
+        module.bias = None if module.bias is None else nnx.Param(module.bias[...][:count])
+        return module
+
+    return jax.tree.map(part, layers, is_leaf=lambda module: isinstance(module, Linear))
 
 
 def scan(layers: nnx.Module, x: Array, *xs: Array, call: Callable, remat: str = "none") -> tuple[Array, Array | None]:
@@ -102,7 +128,7 @@ def scan(layers: nnx.Module, x: Array, *xs: Array, call: Callable, remat: str = 
 
     def body(x, layer_and_xs):
         layer, xs = layer_and_xs
-        return call(layer, constrain(x, ROWS), *xs)
+        return call(layer, checkpoint_name(constrain(x, ROWS), "input"), *xs)
 
     if remat != "none":
         # The scan is a barrier already; prevent_cse would only add work.

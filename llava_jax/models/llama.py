@@ -1,15 +1,19 @@
 """The LLaMA decoder, and its relatives that differ in sizes, biases and tied embeddings (Vicuna, Mistral, Qwen2)."""
 
+import functools
 import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from llava_jax.models.layers import Linear, RMSNorm, attention, normal, scan, stack
+from llava_jax.models.attention import Attend, attention, causal
+from llava_jax.models.layers import Linear, RMSNorm, materialise, normal, scan, stack
 from llava_jax.sharding import ROWS, constrain
 
 
@@ -70,11 +74,18 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T H/2"]) -> Float[Array, "B T N H"]:
+Turn = tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
+"""Cosine and sine of the angle by which each position turns each pair of a head, float32."""
+
+
+def rotate(x: Float[Array, "B T N H"], turn: Turn) -> Float[Array, "B T N H"]:
     """Rotary position embedding over half-split pairs (i, i + H/2), in float32: bfloat16 cannot count past 256."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = turn
+    # A product with ones and zeros pairs the halves exactly; a TPU is slow at moving them instead.
+    half = np.eye(x.shape[-1] // 2)
+    swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), x.dtype)
+    other = jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -93,7 +104,8 @@ class Mlp(nnx.Module):
         self.down = Linear([config.mlp_width], [config.width], bias=config.mlp_bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = materialise((name(self.gate(x), "gate"), name(self.up(x), "up")))
+        return self.down(materialise(jax.nn.silu(gate) * up))
 
 
 class Block(nnx.Module):
@@ -106,29 +118,32 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "B T H/2"],
-        mask: Bool[Array, "B T S"],
-        cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None = None,
+        turn: Turn,
+        attend: Attend,
+        cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]] | None = None,
+        layer: Int[Array, ""] | None = None,
         slots: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Returns the new `x` and the keys and values: of these tokens, or the cache with them written at `slots`."""
-        h = self.attention_norm(x)
-        query = rotate(self.attention.query(h), angles)
-        key = rotate(self.attention.key(h), angles)
-        value = self.attention.value(h)
+        """Returns the new `x` and keys and values: of these tokens, or all layers' with them written at `slots`."""
+        h = materialise(self.attention_norm(x))
+        query = name(rotate(self.attention.query(h), turn), "query")
+        key = name(rotate(self.attention.key(h), turn), "key")
+        value = name(self.attention.value(h), "value")
+        written = key, value
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            key = cache[0].at[rows, slots].set(key)
-            value = cache[1].at[rows, slots].set(value)
-        x = x + self.attention.out(attention(query, key, value, mask))
-        return x + self.mlp(self.mlp_norm(x)), (key, value)
+            written = tuple(old.at[layer, rows, slots].set(new) for old, new in zip(cache, written, strict=True))
+            key, value = written[0][layer], written[1][layer]
+        x = name(x + self.attention.out(attend(query, key, value)), "middle")
+        return x + self.mlp(materialise(self.mlp_norm(x))), written
 
 
 class Llama(nnx.Module):
     """Embeddings in, hidden states after the last norm out; `embed` and `head` are at its two ends."""
 
-    def __init__(self, config: LlamaConfig, *, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
         self.config = config
+        self.attention = attention
         self.remat = remat
         self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, config.width), jnp.float32))
         self.layers = stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
@@ -153,14 +168,11 @@ class Llama(nnx.Module):
 
         `with_cache` adds the keys and values, each `[L, B, T, K, H]`, with which `extend` goes on.
         """
-        T = x.shape[1]
-        mask = jnp.tril(jnp.ones((1, T, T), bool))
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
+        attend = causal(self.attention, x.shape[1], segment_ids)
+        turn = self.turn(positions)
 
         def call(block, x):
-            x, cache = block(x, angles, mask)
+            x, cache = block(x, turn, attend)
             return x, cache if with_cache else None
 
         x, cache = scan(self.layers, x, call=call, remat=self.remat)
@@ -174,15 +186,29 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Hidden states of further tokens, whose keys and values are written into the cache at `positions`."""
         mask = jnp.arange(cache[0].shape[2]) <= positions[..., None]
-        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
-        x, cache = scan(self.layers, x, *cache,
-                        call=lambda block, x, *cache: block(x, angles, mask, cache, positions))
+        turn = self.turn(positions)
+        attend = functools.partial(attention, mask=mask)
+
+        # The cache is carried, not scanned over: so every layer writes to its place, and nothing is copied.
+        def call(carry, block_and_layer):
+            block, layer = block_and_layer
+            x, cache = carry
+            return block(constrain(x, ROWS), turn, attend, cache, layer, positions), None
+
+        (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.layers)))
         return self.norm(x), cache
+
+    def turn(self, positions: Int[Array, "B T"]) -> Turn:
+        """The rotations of positions, made once for all layers."""
+        angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
+        angles = jnp.concatenate([angles, angles], axis=-1)
+        return jnp.cos(angles), jnp.sin(angles)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores over the vocabulary in float32; of the embedding's rows where the head is tied."""
-        if self.head is None:
-            kernel = self.embedding[...].T
-        else:
-            kernel = self.head.kernel[...]
-        return jnp.einsum("...D,DV->...V", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        kernel = self.output_kernel().astype(x.dtype)
+        return jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=jnp.float32)
+
+    def output_kernel(self) -> Float[Array, "D V"]:
+        """What makes scores of hidden states, as it is stored; the embedding's transpose where the head is tied."""
+        return self.embedding[...].T if self.head is None else self.head.kernel[...]

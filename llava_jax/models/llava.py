@@ -42,12 +42,13 @@ class LlavaConfig:
 class Llava(nnx.Module):
     """The whole model; `dtype` is the compute dtype, parameters are cast to it where they are used."""
 
-    def __init__(self, config: LlavaConfig, *, dtype: str = "float32", remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str = "xla", remat: str = "none",
+                 rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.vision = Vit(config.vision, remat=remat, rngs=rngs)
+        self.vision = Vit(config.vision, attention=attention, remat=remat, rngs=rngs)
         self.projector = Projector(config.projector, config.vision.width, config.text.width, rngs=rngs)
-        self.decoder = Llama(config.text, remat=remat, rngs=rngs)
+        self.decoder = Llama(config.text, attention=attention, remat=remat, rngs=rngs)
 
     def __call__(
         self,
@@ -70,14 +71,19 @@ class Llava(nnx.Module):
         x = self.embed(tokens, images)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.decoder(x, positions, segment_ids, with_cache)
+        with jax.named_scope("decoder"):
+            return self.decoder(x, positions, segment_ids, with_cache)
 
     def embed(self, tokens, images) -> Float[Array, "B T D"]:
         """The decoder's input: text embeddings, with projected visual tokens at the places of the images."""
-        x = self.decoder.embed(tokens, jnp.dtype(self.dtype))
+        with jax.named_scope("decoder"):
+            x = self.decoder.embed(tokens, jnp.dtype(self.dtype))
         if images is None:
             return x
-        visual = self.projector(self.features(images))
+        with jax.named_scope("vision"):
+            features = self.features(images)
+        with jax.named_scope("projector"):
+            visual = self.projector(features)
         # A gather within each row needs no communication between devices that hold different rows.
         places = tokens == IMAGE_TOKEN_ID
         index = jnp.clip(jnp.cumsum(places, axis=1) - 1, 0, visual.shape[1] - 1)
@@ -111,9 +117,10 @@ def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def abstract(config: LlavaConfig, dtype: str = "float32", remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
+def abstract(config: LlavaConfig, dtype: str = "float32", attention: str = "xla",
+             remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
     """`split` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
-    return split(nnx.eval_shape(lambda: Llava(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))))
+    return split(nnx.eval_shape(lambda: Llava(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))
 
 
 def init(config: LlavaConfig, seed: int = 0) -> Parameters:

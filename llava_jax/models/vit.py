@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llava_jax.models.layers import LayerNorm, Linear, attention, normal, scan, stack
+from llava_jax.models.attention import Attend, full
+from llava_jax.models.layers import LayerNorm, Linear, gather, normal, scan, stack
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -54,8 +55,8 @@ class Attention(nnx.Module):
         self.value = Linear([config.width], heads, bias=True, rngs=rngs)
         self.out = Linear(heads, [config.width], bias=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        return self.out(attention(self.query(x), self.key(x), self.value(x)))
+    def __call__(self, x: Float[Array, "B P D"], attend: Attend) -> Float[Array, "B P D"]:
+        return self.out(attend(self.query(x), self.key(x), self.value(x)))
 
 
 class Mlp(nnx.Module):
@@ -75,16 +76,17 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        x = x + self.attention(self.attention_norm(x))
+    def __call__(self, x: Float[Array, "B P D"], attend: Attend) -> Float[Array, "B P D"]:
+        x = x + self.attention(self.attention_norm(x), attend)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Vit(nnx.Module):
     """The tower. It holds all layers and the last norm, as its checkpoint does, and computes what is asked for."""
 
-    def __init__(self, config: VitConfig, *, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, config: VitConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
         self.config = config
+        self.attention = attention
         self.remat = remat
         patch = [config.patch_size, config.patch_size, 3]
         self.patch = Linear(patch, [config.width], bias=False, rngs=rngs)
@@ -108,8 +110,10 @@ class Vit(nnx.Module):
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, config.width))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(x.dtype)
         x = self.pre_norm(x)
-        layers = jax.tree.map(lambda p: p[: depth(config, layer)], self.layers)
-        x, _ = scan(layers, x, call=lambda block, x: (block(x), None), remat=self.remat)
+        # Gathered at once: the tower is small, and pieces of single layers would be too small to send.
+        layers = gather(self.layers, depth(config, layer), x.dtype)
+        attend = full(self.attention, config.width // config.heads)
+        x, _ = scan(layers, x, call=lambda block, x: (block(x, attend), None), remat=self.remat)
         return x
 
 

@@ -102,7 +102,7 @@ def test_remat_policies_agree(parameters):
     results = {remat: value_and_grad(llava.abstract(CONFIG, remat=remat)[0], parameters, tokens[None], images[None])
                for remat in REMAT}
     expected, expected_gradients = results["none"]
-    assert len(REMAT) == 4
+    assert len(REMAT) == 6
     scales = {path: float(np.abs(gradient).max()) for path, gradient in expected_gradients.items()}
     for value, gradients in results.values():
         np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -46,7 +46,8 @@ def make_batch() -> dict[str, np.ndarray]:
     }
 
 
-def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "full") -> dict[str, np.ndarray]:
+def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "full",
+        offload: bool = False) -> dict[str, np.ndarray]:
     """Losses, gradient norms and trained parameters after three steps."""
     graph, shapes = abstract(MODEL, remat=remat)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
@@ -54,7 +55,7 @@ def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "ful
         parameters = jax.jit(lambda: init(MODEL), out_shardings=shardings)()
         rates = trainable_paths(STAGE, list(parameters))
         tx = make_optimizer(STAGE, rates, 10)
-        state = init_state(tx, {path: parameters[path] for path in rates})
+        state = init_state(tx, {path: parameters[path] for path in rates}, offload)
         frozen = {path: x for path, x in parameters.items() if path not in rates}
         step = make_train_step(graph, tx, state)
         rows = NamedSharding(mesh, P(None, ("replica", "fsdp")))

@@ -3,41 +3,22 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sharded_steps import LENGTH, MODEL, ROWS, STAGE, make_batch, run
 
 from llava_jax import config, sharding
-from llava_jax.models.llava import abstract, init, merge
+from llava_jax.models.llava import abstract, init
 from llava_jax.text.encode import IGNORE
-from llava_jax.training import step as step_module
 from llava_jax.training.metrics import model_flops
 from llava_jax.training.optimizer import make_optimizer, trainable_paths
-from llava_jax.training.step import cross_entropy, init_state, loss_sum, make_train_step
+from llava_jax.training.step import init_state, loss_sum, make_train_step
 
 ONE = config.Mesh(1, 1, 1)
 
 
 def make_mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh(ONE, jax.devices()[:1])
-
-
-@pytest.mark.parametrize("chunk", [4, 7, 64])
-def test_chunked_cross_entropy_is_the_sum_over_learned_tokens(monkeypatch, chunk):
-    monkeypatch.setattr(step_module, "LOSS_CHUNK", chunk)
-    graph, _ = abstract(MODEL)
-    decoder = merge(graph, init(MODEL)).decoder
-    rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(2, 24, MODEL.text.width)).astype(np.float32)
-    labels = np.where(rng.random((2, 24)) < 0.5, rng.integers(0, 101, (2, 24)), IGNORE)
-    scores = hidden.astype(np.float64) @ np.asarray(decoder.head.kernel[...], np.float64)
-    expected = 0.0
-    for row in range(2):
-        for t in range(23):
-            if labels[row, t + 1] != IGNORE:
-                expected += np.log(np.exp(scores[row, t]).sum()) - scores[row, t, labels[row, t + 1]]
-    assert float(cross_entropy(decoder, jnp.asarray(hidden), jnp.asarray(labels))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_micro_batches_weigh_by_learned_tokens():
@@ -85,6 +66,12 @@ def test_stage_one_has_no_gradient_or_optimizer_state_of_frozen_parameters():
     assert {path for path in state.trainable} == {path for path in parameters if path.startswith("projector/")}
 
 
+def test_moments_in_the_hosts_memory_change_nothing():
+    here, offloaded = run(make_mesh(), make_batch()), run(make_mesh(), make_batch(), offload=True)
+    for name, value in here.items():
+        np.testing.assert_array_equal(offloaded[name], value, err_msg=name)
+
+
 def dot_flops(jaxpr) -> float:
     """FLOPs of all matrix products in a jaxpr, those inside scans times their length."""
     count = 0.0
@@ -105,12 +92,13 @@ def test_model_flops_count_the_products_of_a_traced_step(trained):
     trainable = {path: x for path, x in shapes.items() if path.split("/")[0] in trained}
     frozen = {path: x for path, x in shapes.items() if path not in trainable}
     traced = jax.make_jaxpr(jax.grad(lambda *parts: loss_sum(graph, *parts)))(trainable, frozen, batch)
-    # The step computes all pairs of places, so the formula is told that every token sees a whole row; it leaves out
-    # each row's last place, which predicts nothing; and it makes the head's product a second time in the backward pass.
+    # The step computes all pairs of places, so the formula is told that every token sees a whole row; it makes the
+    # head's gradient even where the compiler will drop it; and it turns queries and keys by products, both ways.
     places = np.full_like(batch["positions"], LENGTH - 1)
     formula = model_flops(MODEL, trained, places, np.ones_like(places), images=2 * ROWS)
-    head = 2 * ROWS * MODEL.text.width * MODEL.text.vocab_size
-    formula += head * (LENGTH - 1) - head * (2 + ("decoder" in trained))
+    text = MODEL.text
+    formula += 2 * ROWS * LENGTH * text.width * text.vocab_size * ("decoder" not in trained)
+    formula += 2 * 2 * ROWS * LENGTH * text.layers * (text.heads + text.kv_heads) * text.head_width**2
     assert dot_flops(traced.jaxpr) == pytest.approx(formula, rel=1e-6)
 
 
