@@ -1,7 +1,7 @@
 """The mesh of devices, and one table that says how every parameter lies on it."""
 
+import functools
 import math
-import os
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
+from llava_jax.processes.group import join
+from llava_jax.processes.place import find
 
 AXES = ("replica", "fsdp", "tensor")
 ROWS = P(("replica", "fsdp"))
@@ -28,7 +30,10 @@ TABLE = (
     (r"(vision|decoder)/layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (r"(vision|decoder)/layers/(attention/out|mlp/down)/bias", P()),
     (r"(vision|decoder)/.*norm/(scale|bias)", P()),
-    (r"projector/layers_\d+/kernel", P("fsdp", "tensor")),
+    # In turn, so that what one makes by columns the next takes by rows. With all of them alike and three axes in use,
+    # XLA's partitioner returns wrong gradients of the first (jaxlib 0.10.2, on CPU).
+    (r"projector/layers_\d*[02468]/kernel", P("fsdp", "tensor")),
+    (r"projector/layers_\d*[13579]/kernel", P("tensor", "fsdp")),
     (r"projector/layers_\d+/bias", P()),
     (r"decoder/embedding", P(None, ("fsdp", "tensor"))),
     (r"decoder/head/kernel", P(("fsdp", "tensor"), None)),
@@ -48,11 +53,22 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh: {asked} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
                          "set one axis to -1 to take what there is")
-    if devices[0].platform == "tpu":
-        from jax.experimental import mesh_utils
-        grid = mesh_utils.create_device_mesh(sizes, devices=devices)
-    else:
+    if devices[0].platform != "tpu":
         grid = np.asarray(devices).reshape(sizes)
+    else:
+        from jax.experimental import mesh_utils
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if sizes[0] % slices:
+            raise ValueError(f"mesh.replica: {sizes[0]} on {slices} slices: only copies of the model lie on different "
+                             f"slices, so that these exchange gradients alone; set mesh.replica {slices}")
+        within = [sizes[0] // slices, *sizes[1:]]
+        make = mesh_utils.create_device_mesh
+        if slices > 1:
+            make = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=[slices, 1, 1])
+        try:
+            grid = make(within, devices=devices)
+        except NotImplementedError:  # an axis is only a part of one of the torus
+            grid = make(within, devices=devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -69,28 +85,35 @@ def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.M
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
 
 
+def check_rows(mesh: jax.sharding.Mesh) -> None:
+    """ValueError if devices of two processes share rows: every process reads rows of its own."""
+    for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        if len({device.process_index for device in group}) > 1:
+            raise ValueError(f"mesh.tensor: {len(group)} devices that share rows lie on several hosts; choose a "
+                             "smaller number, which fits one host")
+
+
 def constrain(x: jax.Array, spec: P) -> jax.Array:
     """Lays `x` out as `spec` says where a mesh is set (`jax.set_mesh`); without one it does nothing.
 
     Nor with fewer rows than the data axes share out: sample answers in training come a few at a time.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or spec == ROWS and x.shape[0] % (mesh.shape["replica"] * mesh.shape["fsdp"]):
+    if mesh.empty or spec == ROWS and row_axes(x.shape[0]) is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def connect() -> None:
-    """Joins the processes of a run: those of a TPU slice by themselves, others by three environment variables.
+def row_axes(count: int) -> tuple[str, ...] | None:
+    """The axes of the mesh that share out `count` rows; None if these do not divide, so every device has them all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if count % (mesh.shape["replica"] * mesh.shape["fsdp"]) else ("replica", "fsdp")
 
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before anything else of JAX.
+
+def connect() -> None:
+    """Joins the processes of a run, if there are several. Call it before anything else of JAX.
+
+    Which process this is, `processes.place.find` tells; ValueError or OSError with one line if they do not meet.
     """
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        try:
-            count, index = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise ValueError("JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
-                             "whole numbers") from None
-        jax.distributed.initialize(address, count, index)
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+    if place := find():
+        join(place)

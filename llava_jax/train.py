@@ -2,12 +2,20 @@
 
 RECIPE is a file, or the name of one in configs/; without it, `mini`: the paper in miniature, on a CPU.
 The same command goes on where a stopped run was. `--help` after a recipe lists every field and its value there.
+
+Exit codes: 0, the model is written; 75, the same command goes on: SIGTERM stopped the run and everything is saved (130
+for Ctrl-C), or one of several processes was killed or lost, and the last checkpoint stands; 2, an error, in one line.
+Several processes end together, and the one that failed is named.
 """
 
+import signal
 import sys
 
 from llava_jax import cli, config
 from llava_jax.data.parallel import keep_freed_memory
+
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h, as `processes.coordinator.LOST`."""
 
 
 def main(args: list[str]) -> int:
@@ -17,22 +25,30 @@ def main(args: list[str]) -> int:
                        description=__doc__)
     keep_freed_memory()
     # Imported here, so that --help and mistakes in the options answer without waiting for JAX.
+    import jax
+
+    from llava_jax.processes.group import gather, shared_fate
     from llava_jax.sharding import connect
     from llava_jax.training.loop import Stopped, train
     from llava_jax.training.start import begin
 
     connect()
-    begin(recipe)  # finds mistakes before any data is made
-    # A recipe may bring its own data and its own evaluation: the miniature does both.
-    if hasattr(module, "prepare"):
-        module.prepare(recipe)
-    try:
-        model = train(recipe)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    if hasattr(module, "finish"):
-        module.finish(recipe, model)
+    first = jax.process_index() == 0
+    with shared_fate():
+        begin(recipe)  # finds mistakes before any data is made
+        # A recipe may bring its own data and its own evaluation: the miniature does both.
+        if hasattr(module, "prepare"):
+            if first:
+                module.prepare(recipe)
+            gather("the recipe's data", None, seconds=None)
+        try:
+            model = train(recipe)
+        except Stopped as stopped:
+            if first:
+                print(stopped, file=sys.stderr)
+            return 130 if stopped.signal == signal.SIGINT else STOPPED
+        if hasattr(module, "finish") and first:
+            module.finish(recipe, model)
     return 0
 
 

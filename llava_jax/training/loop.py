@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import math
+import shutil
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,17 +21,27 @@ from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
 from llava_jax.models.llava import Parameters
+from llava_jax.processes import group as processes
+from llava_jax.processes.group import agree, gather, total
+from llava_jax.training import output
 from llava_jax.training.checkpoint import fingerprint
 from llava_jax.training.metrics import Log, Progress, model_flops, peak_flops
 from llava_jax.training.optimizer import make_optimizer, schedule, trainable_paths
 from llava_jax.training.samples import Samples
-from llava_jax.training.start import Run, begin, claim_output, load_parameters, total
+from llava_jax.training.start import Run, begin, load_parameters
 from llava_jax.training.step import init_state, make_loss, make_train_step
 from llava_jax.weights import save_huggingface
+
+AHEAD = 2
+"""Steps that may wait on the devices. The loop runs ahead of them, and all that it ran ahead is done before a stop."""
 
 
 class Stopped(Exception):
     """A signal asked the run to stop; everything up to the last step is on disk."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
 def train(recipe: config.Recipe) -> Path:
@@ -41,10 +53,28 @@ def train(recipe: config.Recipe) -> Path:
     with jax.set_mesh(run.mesh), StopSignal() as stop, contextlib.closing(Log(run.directory, recipe)) as log:
         for name in recipe.stages:
             train_stage(run, name, log, stop)
-        target = run.directory / "model"
-        if not target.exists():
-            parameters = load_parameters(run, lambda path: "float32", before=None)
-            save_huggingface(target, run.model, parameters, run.tokenizer_directory)
+        return finish(run)
+
+
+def finish(run: Run) -> Path:
+    """Writes the model's directory, unless it is there."""
+    target = run.directory / "model"
+    # In a bucket a directory cannot appear at once, so the file that is copied last tells.
+    local = isinstance(target, Path)
+    if gather("the finished model", (target if local else target / "config.json").exists())[0]:
+        return target
+    parameters = load_parameters(run, lambda path: "float32", before=None)
+    if local:
+        save_huggingface(target, run.model, parameters, run.tokenizer_directory)
+        return target
+    with tempfile.TemporaryDirectory() as folder:
+        save_huggingface(Path(folder) / "model", run.model, parameters, run.tokenizer_directory)
+        if jax.process_index() == 0:
+            target.mkdir(parents=True, exist_ok=True)
+            for path in sorted((Path(folder) / "model").iterdir(), key=lambda path: path.name == "config.json"):
+                with path.open("rb") as file, (target / path.name).open("wb") as there:
+                    shutil.copyfileobj(file, there, 2**22)
+    gather("the model is in the bucket", None, seconds=None)
     return target
 
 
@@ -71,9 +101,11 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
         meta["total_steps"] = stage.steps or count_steps(run, stage)
     steps = meta["total_steps"]
     tx = make_optimizer(stage, rates, steps)
-    state = init_state(tx, trainable)
+    state = init_state(tx, trainable, stage.optimizer.offload)
     del trainable
-    data = iter(read_data(run, stage, stage.data.path))
+    batches = read_data(run, stage, stage.data.path)
+    agree(f"stages.{name}", {"records": list(batches.order.mixture.counts), "steps": steps, "checkpoint": latest})
+    data = iter(batches)
     log.rewind(list(recipe.stages), name, latest or 0)
     if latest is not None:
         state = checkpoints.restore(latest, state)
@@ -88,14 +120,14 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
         for step in range(latest or 0, steps):
             batch = next(data)
             if step == 0:
-                claim_output(recipe)
+                output.claim(recipe)
             state, metrics = train_step(state, frozen, on_devices(run, batch, stage.accumulate))
             window.add(metrics, batch)
+            jax.block_until_ready(window.steps[-1 - AHEAD :][:1])
             done = step + 1
             progress.step()
             logs, saves = done % recipe.log_every == 0 or done == steps, checkpoints.due(done) or done == steps
-            # Processes must stop at the same step: several ask each other now and then, one need not.
-            stopping = stop.asked if jax.process_count() == 1 else logs and total(stop.asked) > 0
+            stopping = processes.stopping(stop.asked)
             if logs or saves or stopping:
                 window.move_skipped(meta["skipped"])
             if logs:
@@ -116,9 +148,10 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 progress.note("\n".join(f"  {a['question']!r} -> {a['answer']!r} ({a['expected']!r})" for a in answers))
             if saves or stopping:
                 meta["data"] = data.get_state()
+                gather(f"stages.{name}, checkpoint of step {done}", None)
                 checkpoints.save(done, state, copy.deepcopy(meta))
             if stopping and done < steps:
-                raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there")
+                raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there", stopping)
     finally:
         progress.close()
         data.close()
@@ -141,7 +174,7 @@ def count_steps(run: Run, stage: config.Stage) -> int:
     """Steps of the stage's epochs, from the number of packed rows that one pass over its data makes."""
     if jax.process_index() == 0:
         print(f"counting the packed rows of {stage.data.path}", flush=True)
-    packed = total(read_data(run, stage, stage.data.path).count_rows())
+    packed = sum(gather("the packed rows", read_data(run, stage, stage.data.path).count_rows(), seconds=3600))
     return max(1, math.floor(stage.epochs * packed / stage.rows))
 
 
@@ -190,8 +223,9 @@ class Window:
 
     def move_skipped(self, sums: dict[str, int]) -> None:
         """Adds to `sums`, by reason, the rows that were skipped on the way to the steps so far, on all processes."""
-        for reason in REASONS:
-            if count := int(total(self.skipped.pop(reason, 0))):
+        counts = total("skipped rows", [self.skipped.pop(reason, 0) for reason in REASONS])
+        for reason, count in zip(REASONS, counts, strict=True):
+            if count:
                 sums[reason] = sums.get(reason, 0) + count
 
     def close(self) -> dict[str, float]:
@@ -200,7 +234,7 @@ class Window:
         seconds = time.perf_counter() - self.start
         learned = np.array([int(step["supervised_tokens"]) for step in steps])
         losses = np.array([float(step["loss"]) for step in steps])
-        counts = {key: total(value) for key, value in self.counts.items()}
+        counts = dict(zip(self.counts, total("metrics", self.counts.values()), strict=True))
         flops = counts["flops"] / seconds
         line = {
             "loss": float((losses * learned).sum() / max(learned.sum(), 1)),
@@ -221,10 +255,13 @@ class Window:
 
 
 class StopSignal:
-    """Within it, SIGTERM and SIGINT ask for a stop after the current step; a second one stops at once."""
+    """Within it, SIGTERM and SIGINT ask for a stop after the current step; a second one stops at once.
+
+    `asked` is the signal's number, or 0.
+    """
 
     def __enter__(self) -> "StopSignal":
-        self.asked = False
+        self.asked = 0
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -235,4 +272,4 @@ class StopSignal:
     def _ask(self, number: int, _) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number

@@ -94,16 +94,24 @@ class Log:
         # What stands behind the last newline was cut off while it was written.
         lines = [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
         kept = [line for line in lines if (order.get(line["stage"], -1), line["step"]) <= (order[stage], step)]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if not isinstance(self.path, Path):  # an object of a bucket is replaced whole
+            self.path.write_text(text)
+            return
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.write_text(text)
         partial.replace(self.path)
 
     def write(self, line: dict) -> None:
         """One line; `line` has `stage` and `step`."""
         if not self.active:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        if isinstance(self.path, Path):
+            with self.path.open("a") as file:
+                file.write(text)
+        else:  # nothing can be appended to an object of a bucket
+            self.path.write_text((self.path.read_text() if self.path.exists() else "") + text)
         numbers = {f"{line['stage']}/{key}": value for key, value in line.items()
                    if isinstance(value, int | float) and key != "step"}
         if self.tensorboard:

@@ -1,28 +1,30 @@
 """Where the parameters of a run come from: its source checkpoints, then what its earlier stages have trained."""
 
 import dataclasses
-import json
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from llava_jax import config, sharding
+from llava_jax.models.attention import resolve
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, split
 from llava_jax.models.projector import Projector
+from llava_jax.processes.group import agree
 from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.training import output
 from llava_jax.training.checkpoint import Checkpoints
 from llava_jax.training.optimizer import trainable_paths
 from llava_jax.weights import load_checkpoint, read_config
 
-# What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
-FREE = {"output", "mesh", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-        "tensorboard", "wandb", "model.remat", "data.workers", "data.validation"}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+"""Those whose versions must be the same on all hosts."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Run:
     model: LlavaConfig
     dtype: str
     graph: nnx.GraphDef
-    shardings: dict[str, jax.sharding.NamedSharding]
+    shardings: dict[str, NamedSharding]
     tokenizer: Tokenizer
 
     @property
     def directory(self) -> Path:
-        return Path(self.recipe.output)
+        return output.directory(self.recipe)
 
     @property
     def tokenizer_directory(self) -> str:
@@ -51,20 +53,39 @@ class Run:
 
 
 def begin(recipe: config.Recipe) -> Run:
-    """Checks all of a recipe that can be checked before training, its output directory included."""
+    """Checks all of a recipe that can be checked before training, its output directory included.
+
+    ValueError, KeyError and FileNotFoundError with one line, also where processes differ in recipe, code or packages.
+    """
+    agree("the recipe", output.flat(recipe))
+    agree("the installation", {"llava_jax": code_hash()} | {name: version(name) for name in PACKAGES})
     mesh = sharding.make_mesh(recipe.mesh)
     model = model_config(recipe.model)
+    dtype, graph, _, shardings = lay_out(recipe, mesh, model)
+    if recipe.sample_every and jax.process_count() > 1:
+        raise ValueError("sample_every: sample answers are made in runs of one process; set it to 0")
+    tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
+    output.check_shared(recipe)
+    output.check_recipe(recipe)
+    return Run(recipe, mesh, model, dtype, graph, shardings, tokenizer)
+
+
+def lay_out(
+    recipe: config.Recipe, mesh: jax.sharding.Mesh, model: LlavaConfig
+) -> tuple[str, nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
+    """The compute dtype, the model's graph, and every parameter's shape and sharding; touches no device and no file.
+
+    ValueError naming the field where the recipe does not fit the mesh (which may be one of a topology's devices), or
+    its tables do not fit the parameters.
+    """
     dtype = recipe.model.dtype
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    graph, shapes = abstract(model, dtype, recipe.model.remat)
+    attention = resolve(recipe.model.attention, mesh.devices.flat[0].platform)
+    graph, shapes = abstract(model, dtype, attention, recipe.model.remat)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
+    sharding.check_rows(mesh)
     groups = mesh.shape["replica"] * mesh.shape["fsdp"]
-    if jax.local_device_count() % mesh.shape["tensor"]:
-        raise ValueError(f"mesh.tensor: {mesh.shape['tensor']} devices would share rows across processes, which have "
-                         f"{jax.local_device_count()} each; let it divide that number")
-    if recipe.sample_every and jax.process_count() > 1:
-        raise ValueError("sample_every: sample answers are made in runs of one process; set it to 0")
     for name, stage in recipe.stages.items():
         try:
             trainable_paths(stage, list(shapes))
@@ -73,57 +94,29 @@ def begin(recipe: config.Recipe) -> Run:
         if stage.rows // stage.accumulate % groups:
             raise ValueError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
                              f"divide over replica x fsdp = {groups} devices")
-    tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
-    check_output(recipe)
-    return Run(recipe, mesh, model, dtype, graph, shardings, tokenizer)
+    return dtype, graph, shapes, shardings
 
 
-def model_config(model: config.Model) -> LlavaConfig:
-    """The configuration of the model that a recipe describes, read from its source checkpoints."""
+def code_hash() -> str:
+    """A hash of this package's code."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def model_config(model: config.Model, read: Callable = read_config) -> LlavaConfig:
+    """The configuration of the model that a recipe describes, read from its source checkpoints by `read(directory)`."""
     if model.llava:
-        found = read_config(model.llava)
+        found = read(model.llava)
         if not isinstance(found, LlavaConfig):
             raise ValueError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
         return dataclasses.replace(found, template=model.template or found.template)
     chosen = {"projector": model.projector, "feature_layer": model.feature_layer, "image_mode": model.image_mode,
               "feature_select": model.feature_select, "template": model.template}
-    return LlavaConfig(vision=read_config(model.vision), text=read_config(model.language),
+    return LlavaConfig(vision=read(model.vision), text=read(model.language),
                        **{name: value for name, value in chosen.items() if value is not None})
-
-
-def check_output(recipe: config.Recipe) -> None:
-    """ValueError if the output directory holds the run of another recipe."""
-    path = Path(recipe.output) / "recipe.json"
-    if path.exists():
-        changed = _flat(_plain(recipe)).items() ^ _flat(json.loads(path.read_text())).items()
-        fields = sorted({name for name, _ in changed if not _is_free(name)})
-        if fields:
-            raise ValueError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
-                             "give another --output, or remove the directory to start again")
-
-
-def claim_output(recipe: config.Recipe) -> None:
-    """Writes the recipe into its output directory, for `check_output` of later runs."""
-    if jax.process_index() == 0:
-        directory = Path(recipe.output)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "recipe.json").write_text(json.dumps(_plain(recipe), indent=1) + "\n")
-
-
-def _plain(recipe: config.Recipe) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
-    return flat
-
-
-def _is_free(name: str) -> bool:
-    parts = name.split(".")
-    return parts[0] in FREE or ".".join(parts[-2:]) in FREE
 
 
 def load_parameters(run: Run, dtype: Callable[[str], str], before: str | None) -> Parameters:
@@ -158,10 +151,3 @@ def init_projector(run: Run, dtype: Callable[[str], str]) -> Parameters:
 
     shardings = {path: s for path, s in run.shardings.items() if path.startswith("projector/")}
     return jax.jit(make, out_shardings=shardings)()
-
-
-def total(value: float) -> float:
-    """The sum of a number over all processes."""
-    if jax.process_count() == 1:
-        return value
-    return float(multihost_utils.process_allgather(np.float64(value)).sum())

@@ -1,0 +1,279 @@
+"""What the processes of a run do together: meet, tell each other values, stop at one step, and end when one fails.
+
+All of it does nothing, or the obvious, where one process is alone. Nothing here uses the devices.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from llava_jax.processes.coordinator import LOST
+from llava_jax.processes.place import Place
+
+MEETING = 300.0
+"""Seconds in which all processes must have been started."""
+
+ROUND = 600.0
+"""Seconds that processes wait for the last of them, where they have done the same work."""
+
+SILENCE = 60.0
+"""Seconds after which a process that is not heard of counts as lost."""
+
+
+class Everywhere(ValueError):
+    """An error that all processes raise alike, so that none has to tell the others."""
+
+
+class Group:
+    """This process's connection to the others, through the coordinator."""
+
+    def __init__(self, place: Place):
+        self.place, self.calls, self.rounds = place, 0, 0
+        self.asked, self.paused, self.stop_at, self.signal = False, False, None, 0
+        self.verdict, self.code = None, 0
+        self.values: dict[int, list] = {}
+        self.changed = threading.Condition()
+        self.sending = threading.Lock()
+        if place.index == 0:
+            _start_coordinator(place)
+        self.socket, self.lines, self.service_port = _meet(place)
+        self.heard = time.monotonic()
+        for work in (self._read, self._show_life):
+            threading.Thread(target=work, daemon=True).start()
+
+    def send(self, **message: Any) -> None:
+        """One message; that the connection is gone, the reading thread will notice."""
+        with self.sending, contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def gather(self, name: str, value: Any, seconds: float | None) -> list:
+        """The values of all processes, by their index."""
+        with self.changed:
+            number, self.rounds = self.rounds, self.rounds + 1
+            self.send(kind="round", number=number, name=name, value=value, seconds=seconds)
+            self.changed.wait_for(lambda: number in self.values)
+            return self.values.pop(number)
+
+    def stopping(self, asked: int) -> int:
+        """One call in every step: the signal by which all stop after this step, or 0."""
+        with self.changed:
+            self.calls += 1
+            if asked and not self.asked:
+                self.asked = True
+                self.send(kind="stop", number=asked)
+            self.changed.wait_for(lambda: not self.paused)
+            return self.signal if self.stop_at is not None and self.calls >= self.stop_at else 0
+
+    def fail(self, line: str, code: int) -> None:
+        """Ends the run for all processes; returns if this one's failure is what ended it, else does not."""
+        with self.changed:
+            self.code = code
+            self.send(kind="failed", line=line)
+            self.changed.wait_for(lambda: self.verdict is not None, timeout=10)
+        late = threading.Timer(10, os._exit, (code,))  # should a thread wait for the others, which are gone
+        late.daemon = True
+        late.start()
+
+    def leave(self) -> None:
+        """At the exit of Python: waits until all are here, and lets it go on. After a failure nobody comes."""
+        if self.code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.code)
+        self.gather("the end of the program", None, seconds=None)
+        self.send(kind="bye")
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            for line in self.lines:
+                self.heard = time.monotonic()
+                message = json.loads(line)
+                with self.changed:
+                    getattr(self, f"_on_{message.pop('kind')}")(**message)
+                    self.changed.notify_all()
+        self._abandon("has ended: it was killed, or its host is gone")
+
+    def _on_alive(self) -> None:
+        pass
+
+    def _on_round(self, number: int, values: list) -> None:
+        self.values[number] = values
+
+    def _on_where(self) -> None:
+        self.paused = True  # until it is agreed where to stop, no further step
+        self.send(kind="here", step=self.calls)
+
+    def _on_stop(self, step: int, number: int) -> None:
+        self.paused, self.stop_at, self.signal = False, step, number
+
+    def _on_end(self, process: int | None, line: str, code: int) -> None:
+        self.verdict = line
+        if process != self.place.index:
+            _exit(line, code)
+
+    def _show_life(self) -> None:
+        while True:
+            time.sleep(SILENCE / 10)
+            self.send(kind="alive")
+            if time.monotonic() - self.heard > SILENCE:
+                self._abandon(f"has not been heard of for {SILENCE:.0f} s")
+
+    def _abandon(self, why: str) -> None:
+        if self.verdict is None:
+            _exit(f"the coordinator on the host of process 0 ({self.place.address}) {why}; "
+                  "the same command goes on from the last checkpoint", LOST)
+
+
+_group: Group | None = None
+
+
+def join(place: Place) -> None:
+    """Meets the other processes and makes JAX one program of them; before anything else of JAX. Once is enough.
+
+    ValueError and OSError with one line if that fails. From then on a process that fails ends all of them: the others
+    print one line that names it, and exit with code 2; or with 75 if it was killed, lost, late or never started, so
+    that the same command may do. `shared_fate` tells the others of an error.
+    """
+    global _group
+    if _group is not None:
+        return
+    try:
+        _group = Group(place)
+    except TimeoutError as error:
+        _exit(str(error), LOST)
+    atexit.register(_group.leave)
+    sys.excepthook = _report_then(sys.excepthook)
+    _group.gather("start", None, MEETING)
+    host = place.address.rpartition(":")[0]
+    try:  # JAX would abort
+        socket.create_connection((host.strip("[]"), _group.service_port), timeout=30).close()
+    except OSError as error:
+        raise OSError(f"{host}:{_group.service_port}: cannot be reached ({error}); between the hosts all ports "
+                      "must be open") from None
+    # jax.distributed.initialize would start the service in process 0, with whose death all others abort.
+    from jax._src import distributed
+    from jax._src.lib import _jax
+
+    state, day = distributed.global_state, 24 * 3600
+    state.coordinator_address = f"{host}:{_group.service_port}"
+    state.process_id, state.num_processes = place.index, place.count
+    state.client = _jax.get_distributed_runtime_client(
+        state.coordinator_address, place.index, init_timeout=int(MEETING), heartbeat_timeout=day, shutdown_timeout=day,
+        use_compression=True)
+    state.client.connect()
+
+
+def gather(name: str, value: Any, seconds: float | None = ROUND) -> list:
+    """Every process's `value` (anything JSON can hold), by its index; all must call it in the same order.
+
+    The run ends with a line that names who is missing `seconds` after the first was there (None: never).
+    """
+    return [value] if _group is None else _group.gather(name, value, seconds)
+
+
+def total(name: str, value: Sequence[float]) -> list[float]:
+    """The sum of each number over all processes."""
+    return [sum(column) for column in zip(*gather(name, list(value)), strict=True)]
+
+
+def agree(what: str, value: dict[str, Any]) -> None:
+    """Everywhere, naming the first process that has other entries than process 0, and the entries."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    if len(set(gather(what, digest))) == 1:
+        return
+    all_values = gather(what, [socket.gethostname(), value])
+    first = all_values[0][1]
+    for index, (host, theirs) in enumerate(all_values):
+        if differ := [key for key in first | theirs if theirs.get(key) != first.get(key)]:
+            parts = ", ".join(f"{key} ({theirs.get(key)}, not {first.get(key)})" for key in differ[:4])
+            raise Everywhere(f"{what}: process {index} ({host}) differs from process 0 in {parts}")
+
+
+def stopping(asked: int) -> int:
+    """The signal by which all processes stop after this step, or 0; `asked` is one that this process got, or 0.
+
+    To be called by all, once in every step. It costs no message until one process is asked to stop; then all stop after
+    the same step, the next that none has begun.
+    """
+    return asked if _group is None else _group.stopping(asked)
+
+
+@contextlib.contextmanager
+def shared_fate() -> Iterator[None]:
+    """An error in the block ends all processes, with a line that names this one."""
+    try:
+        yield
+    except BaseException as error:
+        report(error)
+        raise
+
+
+def report(error: BaseException) -> None:
+    """Ends all processes for an error of this one; here it then takes its usual way, if it was the first."""
+    if _group is not None and not _group.code and not isinstance(error, Everywhere):
+        # A KeyError prints its message in quotes; its argument does not.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        kind = "" if isinstance(error, ValueError | OSError | KeyError | ImportError) else type(error).__name__ + ": "
+        _group.fail(" ".join((kind + str(message)).split()), 130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+def _report_then(hook: Callable) -> Callable:
+    def excepthook(kind, error, traceback):
+        report(error)
+        hook(kind, error, traceback)
+    return excepthook
+
+
+def _exit(line: str, code: int) -> None:
+    """Ends this process now: its main thread may wait, in C++, for a process that is no more."""
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _start_coordinator(place: Place) -> None:
+    script = Path(__file__).with_name("coordinator.py")
+    host, _, port = place.address.rpartition(":")
+    settings = {"host": host, "port": int(port), "count": place.count, "hosts": place.hosts, "silence": SILENCE}
+    # -P: this folder's modules are not for import by their bare names. A session of its own: no terminal's signals.
+    process = subprocess.Popen([sys.executable, "-P", str(script), json.dumps(settings)], stdout=subprocess.PIPE,
+                               stdin=subprocess.DEVNULL, text=True, start_new_session=True)
+    answer = process.stdout.readline().strip()
+    if answer != "ready":
+        raise OSError(f"{place.address}: {answer or 'the coordinator did not start'}")
+
+
+def _meet(place: Place) -> tuple[socket.socket, TextIO, int]:
+    """A connection to the coordinator, its lines, and the port of JAX's service; waits until it is there."""
+    host, _, port = place.address.rpartition(":")
+    hello = json.dumps({"process": place.index, "count": place.count, "host": socket.gethostname()}) + "\n"
+    until = time.monotonic() + MEETING
+    while True:
+        try:
+            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=10)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(hello.encode())
+            lines = connection.makefile("r", encoding="utf-8")
+            welcome = json.loads(lines.readline() or "null")
+            if welcome and welcome["kind"] == "refused":
+                raise ValueError(welcome["line"])
+            if welcome:
+                connection.settimeout(None)
+                return connection, lines, welcome["port"]
+            problem = "connection closed"
+        except (OSError, json.JSONDecodeError) as error:
+            problem = error
+        if time.monotonic() > until:
+            raise TimeoutError(f"process 0 at {place.address} has not answered for {MEETING:.0f} s ({problem}): is it "
+                               "running, and may this host connect to it?")
+        time.sleep(0.5)

@@ -1,0 +1,77 @@
+"""The output directory in a bucket, for which fsspec's file system in memory stands in."""
+
+import dataclasses
+import json
+
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from llava_jax import config
+from llava_jax.training import loop, output
+from llava_jax.training.metrics import Log
+
+
+class Bucket(MemoryFileSystem):
+    """gs:// in memory; nothing can be appended, as in a bucket."""
+
+    protocol = ("gs",)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("gs://").strip("/")
+
+    def open(self, path, mode="rb", **options):
+        assert "a" not in mode
+        return super().open(path, mode, **options)
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
+    stage = config.Stage(learning_rates=((".*", 1.0),), data=config.Data(path="unused"))
+    yield config.Recipe(model=config.Model(llava="unused"), stages={"a": stage, "b": stage}, output="gs://bucket/run")
+    Bucket.store.clear()
+
+
+def lines(recipe: config.Recipe) -> list[dict]:
+    return [json.loads(line) for line in epath.Path(recipe.output + "/metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_written_and_rewound(recipe):
+    log = Log(output.directory(recipe), recipe)
+    written = [{"stage": stage, "step": step, "loss": 1.5} for stage in "ab" for step in (1, 2, 3)]
+    for line in written:
+        log.write(line)
+    assert lines(recipe) == written
+    Log(output.directory(recipe), recipe).rewind(["a", "b"], "b", 1)
+    assert lines(recipe) == written[:4]
+
+
+def test_another_recipe_is_refused(recipe):
+    output.check_recipe(recipe)
+    output.claim(recipe)
+    output.check_recipe(dataclasses.replace(recipe, log_every=3))
+    with pytest.raises(ValueError, match=r"gs://bucket/run: holds a run of another recipe \(different: seed\)"):
+        output.check_recipe(dataclasses.replace(recipe, seed=1))
+
+
+def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):
+    class Run:
+        directory, model, tokenizer_directory = output.directory(recipe), None, ""
+
+    def save(folder, *_):
+        folder.mkdir()
+        for name in ("a.json", "config.json", "model.safetensors"):
+            (folder / name).write_text(name)
+
+    monkeypatch.setattr(loop, "load_parameters", lambda *_, **__: {})
+    monkeypatch.setattr(loop, "save_huggingface", save)
+    written, original = [], Bucket.open
+    monkeypatch.setattr(Bucket, "open", lambda self, path, *mode, **options: written.append(path.rpartition("/")[2]) or
+                        original(self, path, *mode, **options))
+    target = loop.finish(Run)
+    assert str(target) == "gs://bucket/run/model"
+    assert written == ["a.json", "model.safetensors", "config.json"]
+    assert loop.finish(Run) == target and len(written) == 3  # it is there
+    assert (target / "model.safetensors").read_text() == "model.safetensors"

@@ -1,0 +1,136 @@
+"""Whole runs of several processes: the losses of one, a stop in time, and one that dies."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax import config
+from llava_jax.training import loop
+from llava_jax.weights import load_checkpoint
+
+SCRIPT = Path(__file__).with_name("train_process.py")
+
+
+@pytest.fixture
+def make_recipe(parts, data, tmp_path):
+    """One stage of eight steps, whose rows go through the 24 records about twice."""
+
+    def make(name: str, mesh: config.Mesh) -> config.Recipe:
+        stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)), rows=8, steps=8,
+                             data=config.Data(path=str(data), row_length=128, images_per_row=4))
+        return config.Recipe(model=config.Model(vision=str(parts[0]), language=str(parts[1])), stages={"align": stage},
+                             output=str(tmp_path / name), mesh=mesh, log_every=1, checkpoint_every=2)
+
+    return make
+
+
+@pytest.fixture
+def train_alone(monkeypatch) -> Callable[[config.Recipe], None]:
+    """One process, this one, with one device."""
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    return lambda recipe: loop.train(dataclasses.replace(recipe, mesh=config.Mesh()))
+
+
+@pytest.fixture
+def whole(make_recipe, train_alone) -> config.Recipe:
+    """A run of one process, from beginning to end."""
+    recipe = make_recipe("whole", config.Mesh())
+    train_alone(recipe)
+    return recipe
+
+
+def train(recipe: config.Recipe, count: int, event: str = "none", process: int = 0, step: int = 0
+          ) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, and what each process wrote on stdout and stderr; `count` of them have eight devices in all."""
+    file = Path(recipe.output + ".py")
+    file.write_text(f"from llava_jax.config import *\ndef recipe():\n    return {recipe!r}\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}"}
+    command = [sys.executable, str(SCRIPT), event, str(process), str(step), str(file)]
+    processes = [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(count)]
+    try:
+        both = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], [out for out, _ in both], [err for _, err in both]
+
+
+def lines(recipe: config.Recipe) -> list[dict]:
+    return [json.loads(line) for line in open(recipe.output + "/metrics.jsonl")]
+
+
+def assert_same_run(ours: config.Recipe, theirs: config.Recipe) -> None:
+    assert [line["step"] for line in lines(ours)] == [line["step"] for line in lines(theirs)]
+    for line, expected in zip(lines(ours), lines(theirs), strict=True):
+        for name in ("tokens", "supervised_tokens", "images", "row_fill", "slot_fill", "skipped"):
+            assert line[name] == expected[name]
+        np.testing.assert_allclose(line["loss"], expected["loss"], rtol=2e-5)
+        np.testing.assert_allclose(line["grad_norm"], expected["grad_norm"], rtol=2e-4)
+    parameters = load_checkpoint(theirs.output + "/model")[1]
+    for path, x in load_checkpoint(ours.output + "/model")[1].items():
+        np.testing.assert_allclose(x, parameters[path], rtol=2e-5, atol=3e-5, err_msg=path)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(make_recipe, whole, train_alone):
+    recipe = make_recipe("two", config.Mesh(replica=2, fsdp=4))
+    codes, outputs, errors = train(recipe, 2, "SIGTERM", process=1, step=4)
+    assert codes == [75, 75], errors
+    stopped = re.fullmatch(r"stopped at step (\d) of stage align; the same command goes on from there\n", errors[0])
+    assert errors[1] == "" and "align 1/8" in outputs[0] and "align" not in outputs[1]
+    assert [line["step"] for line in lines(recipe)] == list(range(1, int(stopped[1]) + 1))
+    assert max(map(int, os.listdir(recipe.output + "/checkpoints/align"))) == int(stopped[1]) in (4, 5, 6, 7)
+    train_alone(recipe)
+    assert_same_run(recipe, whole)
+
+
+@pytest.mark.slow
+def test_four_processes_stop_and_two_go_on(make_recipe, whole):
+    recipe = make_recipe("four", config.Mesh(replica=2, fsdp=2, tensor=2))
+    codes, _, errors = train(recipe, 4, "SIGINT", process=3, step=3)
+    assert codes == [130] * 4, errors
+    codes, _, errors = train(dataclasses.replace(recipe, mesh=config.Mesh()), 2)
+    assert codes == [0, 0], errors
+    assert_same_run(recipe, whole)
+
+
+def test_a_killed_process_ends_the_run_and_one_goes_on_from_its_checkpoint(make_recipe, whole, train_alone):
+    recipe = make_recipe("killed", config.Mesh())
+    codes, _, errors = train(recipe, 2, "SIGKILL", process=0, step=6)
+    assert codes == [-signal.SIGKILL, 75]
+    assert re.match(r"error: process 0 \(\S+\): has ended without a word", errors[1])
+    assert len(errors[1].splitlines()) == 1
+    assert "2" in os.listdir(recipe.output + "/checkpoints/align")
+    train_alone(recipe)
+    assert_same_run(recipe, whole)
+
+
+def test_a_bad_image_on_one_host_is_told_by_all(make_recipe, data, tmp_path):
+    rows = [row for row in json.loads(data.read_text()) if "image" in row][:8]
+    rows[0]["image"] = "gone.png"
+    broken = data.parent / "one_gone.json"
+    broken.write_text(json.dumps(rows))
+    recipe = make_recipe("bad", config.Mesh())
+    stage = recipe.stages["align"]
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=str(broken)))
+    codes, _, errors = train(dataclasses.replace(recipe, stages={"align": stage}), 2)
+    assert codes == [2, 2]
+    told = sorted(errors, key=len)
+    assert re.match(r"error: \S+one_gone.json, row 1 .*gone.png: no such image", told[0]), told
+    assert re.fullmatch(r"error: process \d \(\S+\): " + re.escape(told[0].removeprefix("error: ")), told[1])
