@@ -13,19 +13,11 @@ import argparse
 import numpy as np
 
 from llava_jax.data.packing import WINDOW, pack
+from llava_jax.planning.data import MIX_665K, SYSTEM, draw
 
 WORLD, BATCH = 8, 16
-PER_IMAGE, SYSTEM, LONGEST = 576, 36, 2048
+PER_IMAGE, LONGEST = 576, 2048
 TOKENS_PER_WORD = 1.35
-
-# The parts of LLaVA-1.5's mix: records, images of each, and mean and standard deviation of the tokens of their turns.
-# The counts are the published ones; the lengths are this script's estimate from the kind of text, drawn log-normally.
-PARTS = (
-    ("conversations", 57_000, 1, 280, 90), ("descriptions", 23_000, 1, 150, 40), ("reasoning", 77_712, 1, 240, 60),
-    ("VQAv2", 82_783, 1, 100, 35), ("GQA", 72_140, 1, 220, 100), ("OKVQA", 8_998, 1, 45, 10),
-    ("OCR-VQA", 80_000, 1, 110, 25), ("A-OKVQA", 66_160, 1, 65, 12), ("TextCaps", 21_953, 1, 120, 60),
-    ("RefCOCO", 48_447, 1, 350, 200), ("VG", 86_417, 1, 550, 250), ("ShareGPT", 40_688, 0, 1000, 800),
-)
 
 
 def main() -> None:
@@ -35,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="", help="with --data: a LLaVA, for its tokenizer and template")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    tokens, words, images = read(options.data, options.model) if options.data else draw(rng, options.scale)
+    tokens, words, images = read(options.data, options.model) if options.data else made_up(rng, options.scale)
     print(f"{len(tokens):,} records, {(images == 0).sum():,} without an image; {tokens.mean():.0f} tokens on average")
     padded = sum(BATCH * tokens[batch].max() for batch in grouped_batches(words, images > 0, rng))
     print(f"\ngrouped by modality and length, padded: {padded:,} places, {tokens.sum() / padded:.1%} tokens")
@@ -52,14 +44,9 @@ def main() -> None:
               f"| {padded / places:.2f} | {(padded - tokens.sum()) / (places - tokens.sum()):.1f} |")
 
 
-def draw(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, words and images of each record."""
-    text, images = [], []
-    for _, records, each, mean, sd in PARTS:
-        count, spread = round(records * scale), np.log(1 + (sd / mean) ** 2)
-        text.append(rng.lognormal(np.log(mean) - spread / 2, np.sqrt(spread), count))
-        images.append(np.full(count, each))
-    text, images = np.concatenate(text), np.concatenate(images)
+def made_up(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, words and images of each record of LLaVA-1.5's mix, of which only the counts are published."""
+    text, images = draw(MIX_665K, scale, rng)
     tokens = np.minimum(SYSTEM + text + PER_IMAGE * images, LONGEST).astype(int)
     return tokens, np.maximum(text / TOKENS_PER_WORD, 1).astype(int), images
 

@@ -114,7 +114,9 @@ def gather(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:
         module = copy.copy(module)
         kernel = module.kernel[...][:count].astype(dtype)
         inputs, outputs = kernel.shape[1 : 1 + module.axes], kernel.shape[1 + module.axes :]
-        module.kernel = nnx.Param(constrain(kernel.reshape(count, math.prod(inputs), math.prod(outputs)), P()))
+        # Materialised, or XLA would gather all layers and copy those that are asked for.
+        kernel = materialise(kernel.reshape(count, math.prod(inputs), math.prod(outputs)))
+        module.kernel = nnx.Param(constrain(kernel, P()))
         module.bias = None if module.bias is None else nnx.Param(module.bias[...][:count])
         return module
 

@@ -1,0 +1,54 @@
+"""A tiny recipe whose checkpoints are config.json files alone, and an environment that planning leaves as it was."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from llava_jax import config
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.vit import VitConfig
+from llava_jax.weights.configs import hub_text, hub_vision
+
+VISION = VitConfig(image_size=28, patch_size=14, width=64, mlp_width=128, layers=3, heads=2)
+TEXT = LlamaConfig(vocab_size=512, width=256, mlp_width=512, layers=2, heads=2, kv_heads=2, head_width=128)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What planning sets for libtpu must not reach the processes that other tests start."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def needs_libtpu() -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed: pip install 'llava_jax[plan]'")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> config.Recipe:
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, raw in (("vision", hub_vision(VISION)), ("language", hub_text(TEXT, TEXT.vocab_size))):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(raw))
+    data = config.Data(path="nowhere.json", row_length=128, images_per_row=2)
+    return config.Recipe(
+        model=config.Model(vision=str(folder / "vision"), language=str(folder / "language")),
+        stages={
+            "align": config.Stage((("projector/.*", 1e-3), ("(vision|decoder)/.*", None)), data, rows=8),
+            "instruct": config.Stage((("(projector|decoder)/.*", 1e-3), ("vision/.*", None)), data, rows=8)},
+        output="nowhere")
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tiny, tmp_path_factory) -> Path:
+    """The same recipe as a file."""
+    file = tmp_path_factory.mktemp("recipe") / "tiny.py"
+    file.write_text(f"from llava_jax.config import *\n\n\ndef recipe():\n    return {tiny!r}\n")
+    return file
