@@ -74,6 +74,7 @@ def main(args: list[str]) -> int:
 
 def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: topologies.Slice, model: "LlavaConfig",
                 notes: list[str]) -> int:
+    from llava_jax.models.attention import resolve
     from llava_jax.planning import show
     from llava_jax.planning.data import length
     from llava_jax.planning.meshes import plan_mesh, with_slices
@@ -81,7 +82,7 @@ def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: topol
     from llava_jax.planning.step import compile_step
 
     recipe, more = with_slices(recipe, where)
-    notes = notes + more
+    notes = [*notes, *more, f"attention {resolve(recipe.model.attention, 'tpu')}, remat {recipe.model.remat}"]
     mesh = plan_mesh(recipe, where, model)
     plans = []
     if not options.json:

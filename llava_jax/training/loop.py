@@ -20,6 +20,7 @@ from llava_jax import config
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
+from llava_jax.models.attention import resolve
 from llava_jax.models.llava import Parameters
 from llava_jax.processes import group as processes
 from llava_jax.processes.group import agree, gather, total
@@ -50,6 +51,12 @@ def train(recipe: config.Recipe) -> Path:
     Raises Stopped after SIGTERM or SIGINT, ValueError and FileNotFoundError for a recipe or data that cannot be used.
     """
     run = begin(recipe)
+    if jax.process_index() == 0:
+        mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+        device = run.mesh.devices.flat[0]
+        attention = resolve(recipe.model.attention, device.platform)
+        print(f"training on {run.mesh.size} {device.device_kind}, {mesh}; {run.dtype}, attention {attention}, "
+              f"remat {recipe.model.remat}", flush=True)
     with jax.set_mesh(run.mesh), StopSignal() as stop, contextlib.closing(Log(run.directory, recipe)) as log:
         for name in recipe.stages:
             train_stage(run, name, log, stop)

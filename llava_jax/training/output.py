@@ -14,7 +14,8 @@ from llava_jax.processes.group import Everywhere, gather
 
 # What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
 FREE = {"output", "mesh", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-        "tensorboard", "wandb", "model.remat", "data.workers", "data.validation"}
+        "tensorboard", "wandb", "model.attention", "model.remat", "optimizer.offload", "data.workers",
+        "data.validation"}
 
 SEEN_WITHIN = 60.0
 """Seconds after which a new file must be seen by all hosts: as long as NFS may believe that it is not there."""

@@ -1,0 +1,86 @@
+"""The models of bench_train.py and bench_decode.py: one set of random weights, here and in transformers."""
+
+import tempfile
+
+import jax
+import numpy as np
+
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llava import LlavaConfig, Parameters
+from llava_jax.models.vit import VitConfig
+from llava_jax.weights.checkpoint import load_checkpoint
+from llava_jax.weights.configs import hub_config
+
+SIZES = {
+    # That of configs/mini.py.
+    "mini": LlavaConfig(
+        VitConfig(image_size=60, patch_size=10, width=128, mlp_width=384, layers=4, heads=4),
+        LlamaConfig(vocab_size=512, width=128, mlp_width=384, layers=4, heads=4, kv_heads=4, head_width=32, tied=True)),
+    "30m": LlavaConfig(
+        VitConfig(image_size=168, patch_size=14, width=192, mlp_width=768, layers=6, heads=3),
+        LlamaConfig(vocab_size=4096, width=512, mlp_width=1376, layers=7, heads=8, kv_heads=8, head_width=64)),
+    "100m": LlavaConfig(
+        VitConfig(image_size=168, patch_size=14, width=256, mlp_width=1024, layers=8, heads=4),
+        LlamaConfig(vocab_size=4096, width=768, mlp_width=2048, layers=12, heads=12, kv_heads=12, head_width=64)),
+    # LLaVA-1.5's.
+    "7b": LlavaConfig(VitConfig(), LlamaConfig()),
+}
+
+
+def torch_model(config: LlavaConfig, device: str = "cpu", dtype: str = "float32"):
+    """transformers' LLaVA with sdpa attention and weights that are large enough for every part to count."""
+    import torch
+    from transformers import LlavaConfig as HubConfig
+    from transformers import LlavaForConditionalGeneration
+
+    image = image_id(config)
+    raw = hub_config(config, {"image": image, "pad": 0, "bos": 1, "eos": 2}, config.text.vocab_size, dtype)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(
+            HubConfig(**raw), attn_implementation="sdpa", dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.3 if "embed_tokens" in name else weight[0].numel() ** -0.5)
+    model.generation_config.eos_token_id = None  # answers end at their limit
+    return model
+
+
+def parameters_of(model) -> Parameters:
+    """A torch model's weights, by way of its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_checkpoint(folder)[1]
+
+
+def image_id(config: LlavaConfig) -> int:
+    """What stands for an image in transformers: an id of the vocabulary that no text here uses."""
+    return config.text.vocab_size - 1
+
+
+def count(parameters: Parameters) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(parameters))
+
+
+def pixel_values(images: np.ndarray):
+    """uint8 [N, H, W, 3] as transformers' model takes them: normalised, channels first, a torch tensor."""
+    import torch
+
+    from llava_jax.images import normalise
+
+    return torch.from_numpy(np.ascontiguousarray(normalise(images).transpose(0, 3, 1, 2)))
+
+
+def machine() -> str:
+    """What the figures depend on, in a line."""
+    import os
+    import platform
+
+    import torch
+    import transformers
+
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    return (f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jax {jax.__version__} on "
+            f"{devices}; torch {torch.__version__} with {torch.get_num_threads()} threads, "
+            f"transformers {transformers.__version__}")

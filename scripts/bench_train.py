@@ -1,0 +1,274 @@
+"""The train step measured beside its equivalent in transformers and PyTorch, with the same random weights and rows.
+
+    python scripts/bench_train.py [--sizes 30m,100m] [--rounds 7]        on a CPU, float32
+    python scripts/bench_train.py --packing                              packed rows against padded batches
+    python scripts/bench_train.py --device gpu [--sizes 7b] [--layers 16]  on a GPU, bfloat16, both stages
+
+Ours is the step that `llava_jax.train` runs. Theirs is LlavaForConditionalGeneration (sdpa) with fused AdamW, the
+vision tower without gradients. Stage 2 trains projector and decoder, stage 1 the projector alone. Before anything is
+timed, the losses of three steps must agree in float32 within 1e-4 (on a GPU, where the large model is too large for
+both, those of the size `mini`). On a CPU the two take turns in one process with all threads; on a GPU one follows the
+other, both recompute activations (`full` here, gradient checkpointing there). Compilation is left out. Figures are
+medians, with the lowest and the highest. Tokens are all those of the rows, visual ones included.
+"""
+
+import argparse
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU both need room in turn
+
+import jax
+import numpy as np
+from bench_models import SIZES, count, image_id, machine, parameters_of, pixel_values, torch_model
+from bench_packing import grouped_batches, made_up
+
+from llava_jax.config import Data, Mesh, Optimizer, Stage
+from llava_jax.data.packing import pack
+from llava_jax.models.attention import resolve
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract, init
+from llava_jax.sharding import make_mesh, parameter_shardings
+from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
+from llava_jax.training.metrics import model_flops, peak_flops
+from llava_jax.training.optimizer import make_optimizer, trainable_paths
+from llava_jax.training.step import init_state, make_train_step
+
+Batch = dict[str, np.ndarray]
+"""Rows as training/step.py takes them, without the axis of micro-batches."""
+
+Run = Callable[[Batch], float]
+"""One step on a batch; returns its loss."""
+
+RATE = 1e-4
+PROMPT = 36  # tokens of a record that are never learned, besides those of its image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--sizes", default="", help=f"of {', '.join(SIZES)}; 30m,100m on a CPU, 7b on a GPU")
+    parser.add_argument("--rows", type=int, default=0, help="rows of a step; 4, on a GPU 8")
+    parser.add_argument("--text", type=int, default=0, help="tokens of a row besides its image's; 368, on a GPU 1472")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers in stage 2 where all are too many")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--packing", action="store_true", help="records of many lengths, packed here and padded there")
+    args = parser.parse_args()
+    gpu = args.device == "gpu"
+    print(machine(), flush=True)
+    if args.packing:
+        for size in (args.sizes or "30m").split(","):
+            packing(SIZES[size], args.rounds)
+        return
+    print("| parameters | stage | decoder layers | step | transformers, tokens/s | here | ratio | MFU here |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size in (args.sizes or ("7b" if gpu else "30m,100m")).split(","):
+        for stage in (1, 2) if gpu else (2,):
+            config = SIZES[size]
+            if stage == 2 and args.layers:
+                config = dataclasses.replace(config, text=dataclasses.replace(config.text, layers=args.layers))
+            batch = full_rows(config, args.rows or (8 if gpu else 4), args.text or (1472 if gpu else 368))
+            if gpu:
+                agree(SIZES["mini"], full_rows(SIZES["mini"], 2, 64), stage)
+                seconds = np.array([apart(make, config, stage, batch, args.rounds) for make in (theirs, ours)])
+            else:
+                runs = agree(config, batch, stage)
+                seconds = in_turn(runs, [[batch], [batch]], args.rounds)
+            show(config, stage, batch, seconds)
+
+
+def show(config: LlavaConfig, stage: int, batch: Batch, seconds: np.ndarray) -> None:
+    rates = batch["tokens"].size / seconds
+    cells = [f"{count(abstract(config)[1]) / 1e6:,.0f}M", str(stage), str(config.text.layers),
+             " x ".join(map(str, batch["tokens"].shape)), *map(spread, rates), f"{np.median(rates[1] / rates[0]):.2f}"]
+    peak = peak_flops(jax.devices()[0])
+    trained = {"projector"} if stage == 1 else {"projector", "decoder"}
+    flops = model_flops(config, trained, batch["positions"], batch["segment_ids"], len(batch["images"]))
+    cells.append(f"{flops / np.median(seconds[1]) / peak:.1%}" if peak else
+                 f"{flops / np.median(seconds[1]) / 1e9:.0f} GFLOP/s")
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def spread(rates: np.ndarray) -> str:
+    return f"{np.median(rates):,.0f} ({rates.min():,.0f}-{rates.max():,.0f})"
+
+
+def full_rows(config: LlavaConfig, rows: int, text: int) -> Batch:
+    """Rows without padding: one conversation with one image each."""
+    return collate(config, [[(text + config.tokens_per_image, 1)]] * rows, text + config.tokens_per_image, 1)
+
+
+def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], length: int, slots: int) -> Batch:
+    """Random rows of conversations, given as (tokens, images); all behind the image and PROMPT is learned."""
+    rng, side = np.random.default_rng(0), config.vision.image_size
+    shape = len(rows), length
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
+    batch["labels"] = np.full(shape, IGNORE, np.int32)
+    batch["images"] = rng.integers(0, 256, (len(rows), slots, side, side, 3), np.uint8)
+    batch["image_segment_ids"] = np.zeros((len(rows), slots), np.int32)
+    for row, conversations in enumerate(rows):
+        start = image = 0
+        for number, (size, images) in enumerate(conversations, 1):
+            at = slice(start, start + size)
+            tokens = rng.integers(3, image_id(config), size)
+            tokens[2 : 2 + images * config.tokens_per_image] = IMAGE_TOKEN_ID
+            learned = min(PROMPT + images * config.tokens_per_image, size - 1)
+            batch["tokens"][row, at], batch["positions"][row, at] = tokens, np.arange(size)
+            batch["labels"][row, start + learned : start + size] = tokens[learned:]
+            batch["segment_ids"][row, at] = number
+            batch["image_segment_ids"][row, image : image + images] = number
+            start, image = start + size, image + images
+    return batch
+
+
+def ours(config: LlavaConfig, stage: int, dtype: str, parameters: Parameters | None = None) -> Run:
+    """The step that `llava_jax.train` runs, on the first device; random weights where none are given."""
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    platform = mesh.devices.flat[0].platform
+    remat = "none" if platform == "cpu" else "full"
+    graph, shapes = abstract(config, dtype, resolve("auto", platform), remat)
+    shardings = parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
+    recipe = stage_of(stage)
+    rates = trainable_paths(recipe, list(shapes))
+    tx = make_optimizer(recipe, rates, 10**9)
+    dtypes = {path: "float32" if path in rates else dtype for path in shapes}
+    if parameters is None:
+        make = lambda: {path: x.astype(dtypes[path]) for path, x in init(config).items()}  # noqa: E731
+        parameters = jax.jit(make, out_shardings=shardings)()
+    else:
+        parameters = {path: jax.device_put(x.astype(dtypes[path]), shardings[path]) for path, x in parameters.items()}
+    frozen = {path: x for path, x in parameters.items() if path not in rates}
+    with jax.set_mesh(mesh):
+        state = init_state(tx, {path: parameters[path] for path in rates})
+        step = make_train_step(graph, tx, state)
+
+    def run(batch: Batch) -> float:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, frozen, jax.device_put({name: x[None] for name, x in batch.items()}))
+        return float(metrics["loss"])
+
+    return run
+
+
+def stage_of(stage: int) -> Stage:
+    rates = (("projector/.*", RATE), ("decoder/.*", RATE if stage == 2 else None), ("vision/.*", None))
+    return Stage(learning_rates=rates, data=Data(path=""), optimizer=Optimizer(warmup_ratio=0))
+
+
+def theirs(config: LlavaConfig, stage: int, dtype: str, model=None) -> Run:
+    """transformers' model, a new one where none is given, in a plain loop of PyTorch."""
+    import torch
+
+    device = "cpu" if jax.devices()[0].platform == "cpu" else "cuda"
+    if model is None:
+        model = torch_model(config, device, dtype)
+    model = model.to(device).train()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("vision_tower" not in name and (stage == 2 or "multi_modal_projector" in name))
+    if device != "cpu":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+
+    def run(batch: Batch) -> float:
+        loss = model(**{name: x.to(device) for name, x in hub_batch(config, batch, model.dtype).items()}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return run
+
+
+def hub_batch(config: LlavaConfig, batch: Batch, dtype) -> dict:
+    """Rows of one conversation each as transformers takes them."""
+    import torch
+
+    tokens = np.where(batch["tokens"] == IMAGE_TOKEN_ID, image_id(config), batch["tokens"])
+    inputs = {"input_ids": tokens, "labels": batch["labels"], "attention_mask": batch["segment_ids"]}
+    inputs = {name: torch.from_numpy(x.astype(np.int64)) for name, x in inputs.items()}
+    used = batch["image_segment_ids"] > 0
+    if used.any():
+        inputs["pixel_values"] = pixel_values(batch["images"][used]).to(dtype)
+    return inputs
+
+
+def agree(config: LlavaConfig, batch: Batch, stage: int) -> tuple[Run, Run]:
+    """(theirs, ours) with the same weights in float32, after three steps whose losses are the same."""
+    model = torch_model(config)
+    parameters = parameters_of(model)
+    runs = theirs(config, stage, "float32", model), ours(config, stage, "float32", parameters)
+    for step in range(3):
+        losses = [run(batch) for run in runs]
+        if not abs(losses[0] - losses[1]) <= 1e-4:
+            raise SystemExit(f"step {step}: the losses differ: {losses[0]:.6f} there, {losses[1]:.6f} here")
+    return runs
+
+
+def in_turn(runs: tuple[Run, Run], batches: Sequence[Sequence[Batch]], rounds: int) -> np.ndarray:
+    """Seconds [2, rounds] of each one's batches, the two in turn."""
+    return np.array([[timed(run, own) for run, own in zip(runs, batches, strict=True)] for _ in range(rounds)]).T
+
+
+def apart(make: Callable, config: LlavaConfig, stage: int, batch: Batch, rounds: int) -> list[float]:
+    """Seconds of steps of one framework alone, which leaves the device's memory free."""
+    run = make(config, stage, "float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
+    timed(run, [batch] * 2)
+    seconds = [timed(run, [batch]) for _ in range(rounds)]
+    del run
+    gc.collect()
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def timed(run: Run, batches: Sequence[Batch]) -> float:
+    start = time.perf_counter()
+    for batch in batches:
+        run(batch)
+    return time.perf_counter() - start
+
+
+def packing(config: LlavaConfig, rounds: int, batch_size: int = 16, batches: int = 8) -> None:
+    """Learned tokens per second on the lengths of LLaVA-1.5's mix, all of them scaled as this model's images are.
+
+    As the original trains, batches are grouped by modality and length and padded to their longest; here the same
+    records are packed into rows of as many places in a step as an average batch of theirs has.
+    """
+    rng = np.random.default_rng(0)
+    tokens, words, images = made_up(rng, 0.02)
+    scale = config.tokens_per_image / 576
+    tokens = np.maximum((tokens * scale).astype(int), PROMPT + 2 + images * config.tokens_per_image)
+    groups = [group for group in grouped_batches(words, images > 0, rng) if len(group) == batch_size]
+    groups = [groups[i] for i in rng.permutation(len(groups))[:batches]]
+    records = np.concatenate(groups)
+    padded = [collate(config, [[(tokens[i], images[i])] for i in group], tokens[group].max(), 1) for group in groups]
+
+    length, slots = int(2560 * scale), 3
+    packed = pack(tokens[records], images[records], length, slots)
+    rows = [[(tokens[records[i]], images[records[i]]) for i in row] for row in packed]
+    per_step = max(round(sum(batch["tokens"].size for batch in padded) / batches / length), 1)
+    rows += [[]] * (-len(rows) % per_step)
+    steps = [collate(config, rows[at : at + per_step], length, slots) for at in range(0, len(rows), per_step)]
+
+    runs = agree(config, padded[0], 2)
+    for run, own in zip(runs, (padded, steps), strict=True):
+        timed(run, own[:2])
+    learned = [sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in own) for own in (padded, steps)]
+    assert learned[0] == learned[1], learned
+    fill = [sum((batch["segment_ids"] > 0).sum() for batch in own) / sum(batch["tokens"].size for batch in own)
+            for own in (padded, steps)]
+    seconds = in_turn(runs, (padded, steps), rounds)
+    rates = learned[0] / seconds
+    print(f"{count(abstract(config)[1]) / 1e6:.0f}M parameters, {len(records)} records, {learned[0]:,} learned tokens\n"
+          f"transformers: {len(padded)} padded batches, {fill[0]:.0%} tokens, {spread(rates[0])} learned tokens/s\n"
+          f"here: {len(steps)} steps of {per_step} packed rows of {length}, {fill[1]:.0%} tokens, "
+          f"{spread(rates[1])} learned tokens/s\nratio {np.median(rates[1] / rates[0]):.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
