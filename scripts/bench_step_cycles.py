@@ -31,8 +31,8 @@ PEAK = 197e12 / 1.5e9
 
 
 def main() -> None:
-    print("| stage | rows/chip | remat | M cycles/row | decoder and loss | vision | x its MXU bound | MaxText | "
-          "GiB | MaxText | kernels, ms | step, ms | MFU | MFU if no collective waited |")
+    print("| stage | rows/chip | remat | M cycles/row | decoder, loss, optimizer | vision | x its MXU bound | "
+          "MaxText | GiB | MaxText | kernels, ms | step, ms | MFU | MFU if no collective waited |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for stage, rows, remat, theirs, their_memory in SETTINGS:
         command = [sys.executable, "-m", "llava_jax.plan", "llava_1_5_7b", "--topology", "v5e-64", "--stage", stage,
