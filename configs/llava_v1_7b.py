@@ -17,7 +17,8 @@ def recipe() -> Recipe:
                 learning_rates=(("projector/.*", 2e-3), ("(vision|decoder)/.*", None)),
                 data=Data(path="data/cc3m_595k/chat.json", image_root="data/cc3m_595k/images", template="plain",
                           row_length=2048, images_per_row=7, workers=16),
-                rows=16,
+                # No moments and masters of the decoder fill the memory here.
+                rows=16, remat="qkv",
             ),
             "instruct": Stage(
                 learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),

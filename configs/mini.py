@@ -21,14 +21,14 @@ def recipe() -> Recipe:
     data = "runs/mini/data"
     return Recipe(
         model=Model(vision=str(BACKBONES / "vision"), language=str(BACKBONES / "language"),
-                    image_mode="square", template="mistral_instruct", remat="none"),
+                    image_mode="square", template="mistral_instruct"),
         stages={
             "align": Stage(
                 learning_rates=(("projector/.*", 5e-3), ("(vision|decoder)/.*", None)),
                 data=Data(path=f"{data}/captions.json", validation=f"{data}/captions_validation.json",
                           template="plain", row_length=256, images_per_row=4),
                 optimizer=Optimizer(b2=0.98),
-                rows=8, steps=300,
+                rows=8, steps=300, remat="none",
             ),
             "instruct": Stage(
                 # A gentler decoder keeps more of what it knew about colour-shape pairs that no picture shows.
@@ -36,7 +36,7 @@ def recipe() -> Recipe:
                 data=Data(path=f"{data}/instructions.json", validation=f"{data}/instructions_validation.json",
                           row_length=192, images_per_row=1),
                 optimizer=Optimizer(b2=0.98, clip=1.0),
-                rows=24, steps=150,
+                rows=24, steps=150, remat="none",
             ),
         },
         output="runs/mini",
@@ -74,7 +74,9 @@ def finish(recipe: Recipe, model: Path) -> None:
     """Puts the held-out questions to the model, to it with the wrong picture, and to the model of stage 1 alone."""
     import jax
 
-    from llava_jax.benchmarks.short_answer import accuracy, ask, read_questions
+    from llava_jax.benchmarks.answering import ask
+    from llava_jax.benchmarks.baselines import shown
+    from llava_jax.benchmarks.scenes import Scenes
     from llava_jax.inference.llava import Llava
     from llava_jax.training import report
     from llava_jax.training.start import begin, load_parameters
@@ -83,20 +85,24 @@ def finish(recipe: Recipe, model: Path) -> None:
     llava = llava_jax.load(model)
     run = begin(recipe)
     aligned = Llava(run.model, load_parameters(run, lambda path: "float32", before="instruct"), run.tokenizer)
-    questions = [q for q in read_questions(folder / "questions.jsonl") if int(Path(q["image"]).stem) <= TEST]
-    unseen = read_questions(folder / "questions_unseen.jsonl")
+    bench = Scenes()
+    questions = [q for q in bench.read(str(folder)) if int(Path(q.row["image"]).stem) <= TEST]
+    unseen = bench.read(str(folder / "questions_unseen.jsonl"))
+    blind = shown("blind", questions, llava.config)
     results = {}
-    for name, asked, settings in (("trained", (llava, questions), {}), ("blind", (llava, questions), {"blind": True}),
-                                  ("stage 1 alone", (aligned, questions), {}), ("unseen pairs", (llava, unseen), {})):
+    for name, *asked in (("trained", llava, questions), ("blind", llava, questions, blind),
+                         ("stage 1 alone", aligned, questions), ("unseen pairs", llava, unseen)):
         print(f"asking {len(asked[1]):,} questions: {name}", flush=True)
-        results[name] = ask(*asked, folder, **settings)
-    scores = {name: accuracy(answers) for name, answers in results.items()}
+        results[name] = bench.score("", asked[1], ask(asked[0], bench, asked[1], 64, *asked[2:]))
+    scores = {name: {kind: round(value / 100, 4) for kind, value in result.figures.items()}
+              for name, result in results.items()}
 
     seconds = round(time.perf_counter() - BEGAN, 1)
     cards = []
-    for image in list(dict.fromkeys(result.image for result in results["trained"]))[:24]:
-        answers = [result for result in results["trained"] if result.image == image]
-        cards.append((folder / image, [(r.question, r.expected, r.answer, r.right) for r in answers]))
+    answered = list(zip(questions, results["trained"].items, strict=True))
+    for image in list(dict.fromkeys(question.images for question in questions))[:24]:
+        cards.append((Path(*image), [(question.text, item.reference, item.read, item.score == 1)
+                                     for question, item in answered if question.images == image]))
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device" + "s" * (jax.device_count() > 1)
     report.write_page(
         output / "report.html", "LLaVA in miniature",
@@ -110,11 +116,11 @@ def finish(recipe: Recipe, model: Path) -> None:
         "stage1_accuracy": scores["stage 1 alone"]["overall"],
         "unseen_pairs_accuracy": scores["unseen pairs"]["overall"],
         "by_kind": {name: scores[name] for name in ("blind", "stage 1 alone", "unseen pairs")},
-        "questions": {name: len(answers) for name, answers in results.items()},
+        "questions": {name: len(result.items) for name, result in results.items()},
         "seconds": seconds,
     }, indent=1) + "\n")
 
-    picture = folder / questions[0]["image"]
+    [picture] = questions[0].images
     answer = llava.generate("Describe the picture in detail.", [picture], max_new_tokens=80)
     print(f"\n{'right answers, %':<16}" + "".join(f"{name:>15}" for name in scores))
     for kind in scores["trained"]:

@@ -52,8 +52,6 @@ class Model:
     """compute dtype; auto is bfloat16 on TPU and GPU, float32 on CPU"""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """how attention is computed (models/attention.py); auto is splash on TPU, cudnn on GPU, xla on CPU"""
-    remat: Literal["none", "minimal", "attention", "qkv", "full", "offload"] = "full"
-    """what the backward pass computes again instead of keeping it (models/layers.py)"""
 
     def __post_init__(self):
         if bool(self.llava) == bool(self.vision or self.language):
@@ -154,6 +152,8 @@ class Stage:
     """packed rows in each step, over all devices and micro-batches"""
     accumulate: int = 1
     """micro-batches that a step is cut into to save memory"""
+    remat: Literal["none", "minimal", "attention", "qkv", "full", "offload"] = "full"
+    """what the backward pass computes again instead of keeping it (models/layers.py)"""
     epochs: float = 1.0
     """passes over the data; not read where steps is set"""
     steps: int | None = None

@@ -82,7 +82,8 @@ def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: topol
     from llava_jax.planning.step import compile_step
 
     recipe, more = with_slices(recipe, where)
-    notes = [*notes, *more, f"attention {resolve(recipe.model.attention, 'tpu')}, remat {recipe.model.remat}"]
+    remat = ", ".join(f"{stage.remat} ({name})" for name, stage in recipe.stages.items())
+    notes = [*notes, *more, f"attention {resolve(recipe.model.attention, 'tpu')}, remat {remat}"]
     mesh = plan_mesh(recipe, where, model)
     plans = []
     if not options.json:

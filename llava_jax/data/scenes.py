@@ -183,9 +183,9 @@ def _sentence(parts) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, seed: int = 0) -> Path:
-    """Write the splits `train`, `test` and `unseen` (number of pictures each) in COCO's layout; the same seed
-    gives the same bytes.
+def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe: int = 0, seed: int = 0) -> Path:
+    """Write the splits `train`, `test`, `unseen` and `probe` (number of pictures each) in COCO's layout; the same seed
+    gives the same bytes. A split of no pictures is not written.
 
     `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and `instances_SPLIT.json`.
     A split's `categories` are the colour-shape pairs that its pictures may show. Returns `out_dir`.
@@ -196,6 +196,7 @@ def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, seed: 
         ("train", train, SEEN, ()),
         ("test", test, SEEN, ()),
         ("unseen", unseen, SEEN, UNSEEN),
+        ("probe", probe, SEEN, ()),
     ):
         if count:
             _write_split(out_dir, split, count, pairs, required, seed)

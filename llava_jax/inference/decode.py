@@ -1,5 +1,6 @@
 """The two functions that run on the device: `prefill` reads the prompts, `decode` writes some tokens."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.inference.sampling import Sampling, sample
+from llava_jax.models.llama import Block
 from llava_jax.models.llava import Llava
 
 CHUNK = 16
@@ -23,7 +25,7 @@ class State(NamedTuple):
     token hold what padding left there; each is overwritten before `Llama.extend` lets a query look at it.
     """
 
-    cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
+    cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]  # as `Llama.extend` takes it
     token: Int[Array, "B"]  # the newest token, whose keys and values are not in the cache yet
     position: Int[Array, "B"]  # its place
     left: Int[Array, "B"]  # tokens that the row may still write; 0: it has ended
@@ -55,14 +57,22 @@ def prefill(
 
 
 def decode(
-    model: Llava, state: State, going: Bool[Array, "B"], steps: Int[Array, ""], ends: tuple[int, ...]
+    model: Llava,
+    state: State,
+    going: Bool[Array, "B"],
+    steps: Int[Array, ""],
+    ends: tuple[int, ...],
+    layers: Sequence[Block] | None = None,
 ) -> tuple[State, Int[Array, "B C"]]:
-    """Writes up to `steps` (at most CHUNK) tokens in every row that is `going`; stops early when all rows ended."""
+    """Writes up to `steps` (at most CHUNK) tokens in every row that is `going`; stops early when all rows ended.
+
+    `layers`: see `Llama.extend`.
+    """
 
     def step(carry):
         i, state, written = carry
         x = model.decoder.embed(state.token[:, None], model.dtype)
-        x, cache = model.decoder.extend(x, state.position[:, None], state.cache)
+        x, cache = model.decoder.extend(x, state.position[:, None], state.cache, layers)
         state, token = write(model, state._replace(cache=cache), x[:, 0], ends)
         return i + 1, state, written.at[:, i].set(token)
 

@@ -1,16 +1,23 @@
 """Batches of token ids through the jitted functions: shapes come in buckets, so that few programs are compiled."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llava_jax.inference.answer import Answer
-from llava_jax.inference.decode import CHUNK, NOTHING, decode, prefill
+from llava_jax.inference.decode import CHUNK, NOTHING, State, decode, prefill
+from llava_jax.inference.likelihood import Reading, log_probabilities, places_of
 from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.models.llava import Parameters, merge
+from llava_jax.sharding import ROWS
 
 
 @dataclass(frozen=True)
@@ -33,39 +40,66 @@ class Engine:
     64 on. A conversation that grows from nothing to a context of 4096 so compiles `decode` at most 13 times.
     """
 
-    def __init__(self, graph: nnx.GraphDef, parameters: Parameters, ends: Iterable[int]):
-        """`graph`, `parameters`: of a model, split; `ends`: the token ids with which an answer ends."""
+    def __init__(self, graph: nnx.GraphDef, parameters: Parameters, ends: Iterable[int],
+                 mesh: jax.sharding.Mesh | None = None):
+        """`graph`, `parameters`: of a model, split; `ends`: the token ids with which an answer ends.
+
+        `mesh`: the devices on which the parameters lie, as `sharding.TABLE` says; rows are shared out over its data
+        axes, and filled up to a multiple of them. None: one device.
+        """
         ends = tuple(sorted(ends))
 
         def prefill_(parameters, tokens, lengths, images, limits, sampling, size):
-            return prefill(merge(graph, parameters), tokens, lengths, images, limits, sampling, ends, size)
+            model = merge(graph, parameters)
+            state, token = prefill(model, tokens, lengths, images, limits, sampling, ends, size)
+            if self._layers is not None:
+                state = state._replace(cache=tuple(part.swapaxes(2, 3) for part in state.cache))
+            return state, token
 
-        def decode_(parameters, state, going, steps):
-            return decode(merge(graph, parameters), state, going, steps, ends)
+        def decode_(parameters, layers, state, going, steps):
+            return decode(merge(graph, parameters), state, going, steps, ends, layers)
 
+        self.graph = graph
         self.parameters = parameters
         self.ends = ends
-        self._prefill = jax.jit(prefill_, static_argnames="size")
+        self._mesh, layouts = mesh, {}
+        if mesh is not None:
+            rows, cache = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, *ROWS, None, "tensor"))
+            layouts["out_shardings"] = State((cache, cache), rows, rows, rows, rows), rows
+        self._prefill = jax.jit(prefill_, static_argnames="size", **layouts)
         # The cache is by far the largest thing that a step changes: it is given away, and updated in its place.
-        self._decode = jax.jit(decode_, donate_argnames="state")
+        self._decode = jax.jit(decode_, donate_argnames="state", **layouts)
+        self._score = jax.jit(lambda parameters, *inputs: log_probabilities(merge(graph, parameters), *inputs))
 
-    def run(self, jobs: Sequence[Job], answers: Sequence[Answer], steps: int = CHUNK) -> Iterator[list[str]]:
+    @property
+    def parameters(self) -> Parameters:
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Parameters) -> None:
+        self._parameters = jax.tree.map(jnp.asarray, parameters)
+        self._layers = layers_on_cpu(merge(self.graph, self._parameters).decoder.layers)
+
+    def run(
+        self, jobs: Sequence[Job], answers: Sequence[Answer], steps: int = CHUNK, rows: int = 1
+    ) -> Iterator[list[str]]:
         """Answers one batch: adds tokens to `answers` until all have ended, and yields each one's next piece of text.
 
-        The first pieces come after one token, the others after up to `steps` (at most CHUNK) tokens.
+        The first pieces come after one token, the others after up to `steps` (at most CHUNK) tokens. The batch is
+        filled up to `rows`, if it has fewer.
         """
-        rows = bucket(len(jobs))
-        length = length_bucket(max(len(job.tokens) for job in jobs))
+        rows = self._rows(max(rows, len(jobs)))
         size = length_bucket(max(len(job.tokens) + job.limit for job in jobs))
         sampling = Sampling(np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.ones(rows, np.float32))
-        tokens, lengths, limits = np.zeros((rows, length), np.int32), np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        lengths, limits = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         for row, job in enumerate(jobs):
-            tokens[row, : len(job.tokens)] = job.tokens
             lengths[row], limits[row] = len(job.tokens), job.limit
             sampling.seed[row] = seed_words(job.seed)
             sampling.temperature[row], sampling.top_p[row] = job.temperature, job.top_p
-        images = pad_images([job.images for job in jobs], rows)
-        state, written = self._prefill(self.parameters, tokens, lengths, images, limits, sampling, size=size)
+        tokens, images = pad_tokens([job.tokens for job in jobs], rows), pad_images([job.images for job in jobs], rows)
+        inputs = self._share((tokens, lengths, images, limits, sampling))
+        with self._on_mesh():
+            state, written = self._prefill(self.parameters, *inputs, size=size)
         going = np.zeros(rows, bool)
         while True:
             fresh = np.asarray(written)[: len(jobs)]
@@ -73,7 +107,45 @@ class Engine:
             going[: len(jobs)] = [answer.finish_reason is None for answer in answers]
             if not going.any():
                 return
-            state, written = self._decode(self.parameters, state, going, np.int32(steps))
+            with self._on_mesh():
+                state, written = self._decode(self.parameters, self._layers, state, self._share(going),
+                                              np.int32(steps))
+
+    def score(self, readings: Sequence[Reading], images: Sequence[np.ndarray], rows: int = 1) -> list[dict[int, float]]:
+        """For each reading, with the images of its prompt: its continuations' numbers and log-probabilities."""
+        rows = self._rows(max(rows, len(readings)))
+        places = bucket(max(len(tokens) for reading in readings for _, tokens in reading.scored))
+        count = bucket(max(len(reading.scored) for reading in readings))
+        inputs = (pad_tokens([reading.tokens for reading in readings], rows), pad_images(images, rows),
+                  *places_of(readings, rows, places, count))
+        with self._on_mesh():
+            found = np.asarray(self._score(self.parameters, *self._share(inputs)), np.float64)
+        return [{number: found[row, : len(tokens), column].sum().item()
+                 for column, (number, tokens) in enumerate(reading.scored)} for row, reading in enumerate(readings)]
+
+    def _rows(self, count: int) -> int:
+        """Rows of a batch of `count`: few different numbers, which the devices of the data axes can share."""
+        shares = self._mesh.shape["replica"] * self._mesh.shape["fsdp"] if self._mesh else 1
+        return -(-bucket(count) // shares) * shares
+
+    def _share(self, inputs: Any) -> Any:
+        """Arrays of as many rows, each device's own rows on it."""
+        return jax.device_put(inputs, NamedSharding(self._mesh, ROWS)) if self._mesh else inputs
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+
+
+def layers_on_cpu(stack: nnx.Module) -> list[nnx.Module] | None:
+    """Stacked layers one by one, in the memory of the stack; None where that is not the first CPU's alone.
+
+    XLA for CPUs would copy each layer's weights out of the stack for every token.
+    """
+    arrays, first = jax.tree.leaves(stack), jax.local_devices()[0]
+    if first.platform != "cpu" or any(x.devices() != {first} for x in arrays):
+        return None
+    stack = jax.tree.map(np.asarray, stack)
+    return jax.device_put([jax.tree.map(lambda x, i=i: x[i], stack) for i in range(len(arrays[0]))], may_alias=True)
 
 
 def shape(images: int, tokens: int) -> tuple[int, int]:
@@ -91,6 +163,14 @@ def length_bucket(length: int) -> int:
     length = max(length, 64)
     size = bucket(length)
     return size * 3 // 4 if length <= size * 3 // 4 else size
+
+
+def pad_tokens(prompts: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+    """Prompts side by side, int32 [rows, T], zeros behind them."""
+    padded = np.zeros((rows, length_bucket(max(map(len, prompts)))), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    return padded
 
 
 def pad_images(images: Sequence[np.ndarray], rows: int) -> np.ndarray | None:

@@ -1,8 +1,9 @@
 """A loaded model: text and images in, text out."""
 
-import itertools
+import collections
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,8 +13,11 @@ from PIL import Image
 
 from llava_jax.images import open_image, prepare
 from llava_jax.inference.answer import Answer, Completion
+from llava_jax.inference.batches import batches, openers
 from llava_jax.inference.engine import Engine, Job, shape
+from llava_jax.inference.likelihood import readings
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, merge
+from llava_jax.sharding import parameter_shardings
 from llava_jax.text import templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, answer_ends, encode_prompt
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -28,7 +32,11 @@ STREAM_CHUNK = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What `Llava.generate` takes, as one value. ValueError for a figure out of range."""
+    """What `Llava.generate` takes, as one value. ValueError for a figure out of range.
+
+    `begun` is what the answer begins with, from the opening of its turn on (`ASSISTANT:`, so that it brings its own
+    blank). The model goes on from there; the completion is what it adds.
+    """
 
     messages: Messages
     images: Sequence[ImageSource] = ()
@@ -37,6 +45,7 @@ class Request:
     top_p: float = 1.0
     stop: Sequence[str] = ()
     seed: int = 0
+    begun: str = ""
 
     def __post_init__(self):
         # A lone image or stop string is what people write first, and what iterating over would take apart.
@@ -64,14 +73,15 @@ class Llava:
       parameters: its arrays by path; others of the same shapes can be put in their place.
     """
 
-    def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32"):
+    def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32",
+                 mesh: jax.sharding.Mesh | None = None):
         self.config = config
         self.tokenizer = tokenizer
         self.template = config.template
         graph, _ = abstract(config, dtype)
         self._logits = jax.jit(lambda parameters, *inputs: merge(graph, parameters)(*inputs))
         ends, self._stops = answer_ends(config.template, tokenizer)
-        self._engine = Engine(graph, parameters, ends)
+        self._engine = Engine(graph, parameters, ends, mesh)
 
     @property
     def parameters(self) -> Parameters:
@@ -141,34 +151,78 @@ class Llava:
         pieces = self._engine.run([job], [self._answer(request, job)], STREAM_CHUNK)
         return (piece for (piece,) in pieces if piece)
 
-    def batch(self, requests: Sequence[Request | Mapping], batch_size: int = 8) -> list[Completion]:
+    def batch(self, requests: Iterable[Request | Mapping], batch_size: int = 8) -> list[Completion]:
         """`generate` for many requests (or dicts of its arguments), up to `batch_size` of them at once.
 
         Requests of like length and number of images go together. An answer is the one that the request gets alone,
         up to the rounding of matrix products in another order: in bfloat16 that may tip a near tie.
         """
-        requests = [request if isinstance(request, Request) else Request(**request) for request in requests]
-        prompts = [self._prompt(request) for request in requests]
-        kind = lambda i: shape(len(requests[i].images), len(prompts[i]))  # noqa: E731
-        completions: list[Completion | None] = [None] * len(requests)
-        for _, group in itertools.groupby(sorted(range(len(requests)), key=kind), kind):
-            alike = list(group)
-            for first in range(0, len(alike), batch_size):
-                rows = alike[first : first + batch_size]
-                jobs = [self._job(requests[i], prompts[i]) for i in rows]
-                answers = [self._answer(requests[i], job) for i, job in zip(rows, jobs, strict=True)]
-                for _ in self._engine.run(jobs, answers):
+        return [completion for _, completion in sorted(self.each(requests, batch_size), key=lambda pair: pair[0])]
+
+    def each(self, requests: Iterable[Request | Mapping], batch_size: int = 8) -> Iterator[tuple[int, Completion]]:
+        """`batch` for any number of requests: yields their numbers, from 0, and answers as these are made.
+
+        Requests are read as far ahead as the next batches need; their images are opened meanwhile, in threads.
+        """
+        with openers() as pool:
+
+            def waiting():
+                for number, request in enumerate(requests):
+                    request = request if isinstance(request, Request) else Request(**request)
+                    prompt = self._prompt(request)
+                    kind = shape(len(request.images), len(prompt))
+                    yield kind, (number, request, pool.submit(self._job, request, prompt))
+
+            for rows, size in batches(waiting(), batch_size):
+                jobs = [job.result() for _, _, job in rows]
+                answers = [self._answer(request, job) for (_, request, _), job in zip(rows, jobs, strict=True)]
+                for _ in self._engine.run(jobs, answers, rows=size):
                     pass
-                for i, answer in zip(rows, answers, strict=True):
-                    completions[i] = Completion(answer.text, answer.tokens, answer.finish_reason, prompts[i].tolist())
-        return completions
+                for (number, _, _), job, answer in zip(rows, jobs, answers, strict=True):
+                    yield number, Completion(answer.text, answer.tokens, answer.finish_reason, job.tokens.tolist())
+
+    def log_likelihood(self, request: Request | Mapping, continuations: Sequence[str]) -> list[float]:
+        """How likely each of some answers is: the sum of the natural log-probabilities of its tokens.
+
+        An answer stands where the model would write it, as in training (`ASSISTANT: Yes`), or right behind what the
+        request has `begun`; the end of its turn is not counted. What the request says of sampling is not used.
+        """
+        return next(self.log_likelihoods([(request, continuations)]))[1]
+
+    def log_likelihoods(
+        self, pairs: Iterable[tuple[Request | Mapping, Sequence[str]]], batch_size: int = 8
+    ) -> Iterator[tuple[int, list[float]]]:
+        """`log_likelihood` for any number of requests: yields their numbers, from 0, and results, as `each` does."""
+        counts: dict[int, int] = {}
+        found: dict[int, dict[int, float]] = collections.defaultdict(dict)
+        gap = templates.get(self.template).gap
+        with openers() as pool:
+
+            def waiting():
+                for number, (request, continuations) in enumerate(pairs):
+                    request = request if isinstance(request, Request) else Request(**request)
+                    if not continuations or "" in continuations:
+                        raise ValueError("log_likelihood needs continuations, and each needs text")
+                    begun, images = request.begun or gap, pool.submit(self._tiles, request)
+                    texts = [self._prompt(dataclasses.replace(request, begun=begun + text)) for text in continuations]
+                    counts[number] = len(texts)
+                    for reading in readings(self._prompt(request).tolist(), [text.tolist() for text in texts]):
+                        yield shape(len(request.images), len(reading.tokens)), (number, reading, images)
+
+            for rows, size in batches(waiting(), batch_size):
+                scored = self._engine.score([reading for _, reading, _ in rows],
+                                            [images.result() for _, _, images in rows], size)
+                for (number, _, _), scores in zip(rows, scored, strict=True):
+                    found[number] |= scores
+                    if len(found[number]) == counts[number]:
+                        yield number, [score for _, score in sorted(found.pop(number).items())]
 
     def _prompt(self, request: Request) -> Int[np.ndarray, "T"]:
         """The prompt's ids; ValueError if images and marks differ, or if no room is left for an answer."""
         messages = request.messages
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         messages = place_images(messages, len(request.images))
-        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image)
+        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image, request.begun)
         if len(tokens) >= self.config.text.max_length:
             visual = int((tokens == IMAGE_TOKEN_ID).sum())
             raise ValueError(
@@ -177,13 +231,16 @@ class Llava:
             )
         return tokens
 
-    def _job(self, request: Request, prompt: Int[np.ndarray, "T"]) -> Job:
+    def _tiles(self, request: Request) -> UInt8[np.ndarray, "I H W 3"]:
         side = self.config.vision.image_size
         images = [image if isinstance(image, Image.Image) else open_image(image) for image in request.images]
         tiles = [prepare(image, side, self.config.image_mode) for image in images]
+        return np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles])
+
+    def _job(self, request: Request, prompt: Int[np.ndarray, "T"]) -> Job:
         return Job(
             tokens=prompt,
-            images=np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles]),
+            images=self._tiles(request),
             limit=min(request.max_new_tokens, self.config.text.max_length - len(prompt)),
             temperature=request.temperature,
             top_p=request.top_p,
@@ -209,20 +266,27 @@ def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict
     return [{"role": role, "content": text} for role, text in (*system, *turns)]
 
 
-def load(path: str | os.PathLike, dtype: str | None = None) -> Llava:
+def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Llava:
     """Opens a model directory of any supported layout, told from its files.
 
     Args:
       path: a directory as `llava_jax.train`, `llava_jax.convert` or transformers writes it.
       dtype: "bfloat16" or "float32", of parameters and computation; by default bfloat16 on TPU and GPU, else float32.
+      mesh: devices that share the parameters and the rows of a batch (`sharding.make_mesh`); None takes one device.
 
-    Raises FileNotFoundError or ValueError that names the file for whatever is missing, broken or not supported.
+    Raises FileNotFoundError or ValueError that names the file for whatever is missing, broken or not supported, and
+    ValueError for a parameter that does not divide by the mesh.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype {dtype!r} is neither bfloat16 nor float32")
-    if not isinstance(read_config(path), LlavaConfig):
+    config = read_config(path)
+    if not isinstance(config, LlavaConfig):
         raise ValueError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
-    config, parameters = load_checkpoint(path, dtype=dtype)
-    return Llava(config, parameters, Tokenizer.load(path), dtype)
+    sharding = None
+    if mesh is not None:
+        shardings = parameter_shardings({path: x.shape for path, x in abstract(config)[1].items()}, mesh)
+        sharding = lambda path, shape: shardings[path]  # noqa: E731
+    config, parameters = load_checkpoint(path, dtype=dtype, sharding=sharding)
+    return Llava(config, parameters, Tokenizer.load(path), dtype, mesh)

@@ -16,6 +16,9 @@ from llava_jax.sharding import row_axes
 LANES = 128
 """Width of a TPU's vector registers: splash's blocks are multiples of it, and rows are padded to one."""
 
+PARTS = 4
+"""Of a row, in which plain attention under a causal mask goes where there is a backward pass."""
+
 BLOCKS = {"TPU v6": 2048, "TPU7": 2048}
 """The longest splash block whose backward kernel compiles, by the start of a device's kind; 1024 for the others."""
 
@@ -45,6 +48,90 @@ def attention(
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(B, T, N, H)
 
 
+def attention_heads_first(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """`attention` of few queries over a cache that lies so that XLA for CPUs need not move it."""
+    B, T, N, H = query.shape
+    K = key.shape[1]
+    query = query.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
+    scores = jnp.einsum("BKSH,BKQH->BKSQ", key, query, preferred_element_type=jnp.float32).swapaxes(2, 3) * H**-0.5
+    mask = jnp.repeat(mask, N // K, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("BKQS,BKSH->BKQH", weights, value)
+    return mixed.reshape(B, K, T, -1, H).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+@jax.custom_vjp
+def _in_parts(query: Array, key: Array, value: Array, mask: Bool[Array, "B T T"]) -> Float[Array, "B T N H"]:
+    """`attention` under a causal mask; for a backward pass it goes in PARTS, which leave out most of what is hidden.
+
+    The weights are not kept but computed again from their rows' norms (FlashAttention, section 3.1): the memory that
+    they would take costs XLA for CPUs more than the product.
+    """
+    return attention(query, key, value, mask)
+
+
+def _attention_forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
+    q, k, v = _heads(query, key) * query.shape[-1] ** -0.5, key.swapaxes(1, 2), value.swapaxes(1, 2)
+    outs, norms = [], []
+    for part in _parts_of(query.shape[1]):
+        seen = slice(part.stop)
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q[..., part, :], k[:, :, seen], preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None, part, seen], scores, jnp.finfo(jnp.float32).min)
+        most = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), v[:, :, seen])
+        outs.append((mixed / total).astype(value.dtype))
+        norms.append((most + jnp.log(total))[..., 0])
+    out, norm = _tokens(jnp.concatenate(outs, axis=3)), jnp.concatenate(norms, axis=3)
+    return out, (query, key, value, mask, out, norm)
+
+
+def _attention_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    query, key, value, mask, out, norm = saved
+    scale = query.shape[-1] ** -0.5
+    q, g, out = _heads(query, key) * scale, _heads(g, key), _heads(out, key)
+    k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    inner = (out * g).sum(-1, dtype=jnp.float32)
+    by_query, by_key, by_value = jnp.zeros(q.shape, jnp.float32), [], []
+    for part in _parts_of(query.shape[1]):
+        later = slice(part.start, None)
+        q_, g_ = q[..., later, :], g[..., later, :]
+        scores = jnp.einsum("BKSH,BKGTH->BKGST", k[:, :, part], q_, preferred_element_type=jnp.float32)
+        weights = jnp.exp(scores - norm[..., None, later])
+        weights = jnp.where(mask[:, None, None, later, part].swapaxes(-1, -2), weights, 0)
+        by_weights = jnp.einsum("BKSH,BKGTH->BKGST", v[:, :, part], g_, preferred_element_type=jnp.float32)
+        by_scores = (weights * (by_weights - inner[..., None, later])).astype(q.dtype)
+        by_value.append(jnp.einsum("BKGST,BKGTH->BKSH", weights.astype(g.dtype), g_))
+        by_key.append(jnp.einsum("BKGST,BKGTH->BKSH", by_scores, q_))
+        by_query = by_query.at[..., later, :].add(jnp.einsum("BKGST,BKSH->BKGTH", by_scores, k[:, :, part]))
+    by_key, by_value = (jnp.concatenate(parts, axis=2).swapaxes(1, 2) for parts in (by_key, by_value))
+    return _tokens((by_query * scale).astype(query.dtype)), by_key, by_value, None
+
+
+_in_parts.defvjp(_attention_forward, _attention_backward)
+
+
+def _parts_of(length: int) -> list[slice]:
+    size = -(-length // PARTS)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _heads(x: Float[Array, "B T N H"], key: Float[Array, "B S K H"]) -> Float[Array, "B K G T H"]:
+    B, T, N, H = x.shape
+    return x.reshape(B, T, key.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
+
+
+def _tokens(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    B, K, G, T, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
 Attend = Callable[[Array, Array, Array], Array]
 """`query [B, T, N, H], key [B, T, K, H], value [B, T, K, H] -> [B, T, N, H]`."""
 
@@ -60,22 +147,26 @@ def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None)
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
     if name == "xla":
-        return functools.partial(attention, mask=mask)
+        return lambda query, key, value: _in_parts(query, key, value, mask)
     if name == "cudnn":
         return functools.partial(jax.nn.dot_product_attention, mask=mask[:, None], implementation="cudnn")
     raise ValueError(f"attention {name!r} is not one of xla, splash, cudnn")
 
 
-def full(name: str, head_width: int) -> Attend:
-    """Attention in which every token sees all, with as many key-value heads as query heads.
+def full(name: str, heads: int) -> Callable[[Array], Array]:
+    """Attention in which all tokens see all, of queries, keys, values side by side: `[B, T, 3 N H] -> [B, T, N, H]`.
 
-    For `splash` it is a kernel that takes heads whose width divides 128, as CLIP's do; others go through XLA.
+    For `splash` it is a kernel that takes heads which fill vectors of 128, as CLIP's do; others go through XLA.
     """
-    if name == "splash" and LANES % head_width == 0:
-        return _whole
-    if name == "cudnn":
-        return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return attention
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn") if name == "cudnn" else attention
+
+    def run(joined: Float[Array, "B T 3NH"]) -> Float[Array, "B T N H"]:
+        width = joined.shape[2] // 3
+        if name == "splash" and LANES % (width // heads) == 0 and width % LANES == 0:
+            return _whole(joined, heads)
+        return attend(*_parts(joined, heads))
+
+    return run
 
 
 def _splash(query: Array, key: Array, value: Array, segment_ids: Array | None, interpret: bool = False) -> Array:
@@ -110,24 +201,30 @@ def _splash(query: Array, key: Array, value: Array, segment_ids: Array | None, i
     return run(pad(query * H**-0.5), pad(key), pad(value), pad(segments, -1))[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _whole(query: Array, key: Array, value: Array, interpret: bool = False) -> Array:
+def _parts(joined: Array, heads: int) -> list[Array]:
+    """Queries, keys and values, each `[B, T, N, H]`."""
+    joined = joined.reshape(*joined.shape[:2], 3, heads, -1)
+    return [joined[:, :, part] for part in range(3)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(joined: Array, heads: int, interpret: bool = False) -> Array:
     """A kernel that holds all scores of a head in fast memory and leaves the heads side by side, as products do."""
     from jax.experimental import pallas as pl
 
-    B, T, N, H = query.shape
+    B, T, width = joined.shape[0], joined.shape[1], joined.shape[2] // 3
 
-    def rows(*inputs):
-        block = pl.BlockSpec((1, T, LANES), lambda row, lanes: (row, 0, lanes))
+    def rows(joined):
+        def block(part: int) -> pl.BlockSpec:
+            return pl.BlockSpec((1, T, LANES), lambda row, lanes: (row, 0, part * (width // LANES) + lanes))
+
         return pl.pallas_call(
-            functools.partial(_whole_kernel, width=H), grid=(inputs[0].shape[0], inputs[0].shape[2] // LANES),
-            in_specs=[block] * 3, out_specs=block, out_shape=jax.ShapeDtypeStruct(inputs[0].shape, query.dtype),
-            interpret=interpret, name="whole_attention")(*inputs)
+            functools.partial(_whole_kernel, width=width // heads), grid=(joined.shape[0], width // LANES),
+            in_specs=[block(0), block(1), block(2)], out_specs=block(0),
+            out_shape=jax.ShapeDtypeStruct((joined.shape[0], T, width), joined.dtype),
+            interpret=interpret, name="whole_attention")(joined, joined, joined)
 
-    lanes = -(-N * H // LANES) * LANES
-    flat = [jnp.pad(x.reshape(B, T, N * H), ((0, 0), (0, 0), (0, lanes - N * H))) for x in (query, key, value)]
-    run = _each_device(rows, B, P(None, None), P(None, None), P(None, None))
-    return run(*flat)[..., : N * H].reshape(B, T, N, H)
+    return _each_device(rows, B, P(None, None))(joined).reshape(B, T, heads, -1)
 
 
 def _whole_kernel(query, key, value, out, *, width: int):
@@ -146,7 +243,8 @@ def _whole_kernel(query, key, value, out, *, width: int):
 
 
 # A vision tower is seldom trained: its backward pass computes the scores again, by XLA.
-_whole.defvjp(lambda *inputs: (_whole(*inputs), inputs[:3]), lambda _, saved, g: jax.vjp(attention, *saved)[1](g))
+_whole.defvjp(lambda joined, *options: (_whole(joined, *options), joined),
+              lambda heads, _, joined, g: jax.vjp(lambda joined: attention(*_parts(joined, heads)), joined)[1](g))
 
 
 def _each_device(function: Callable, count: int, *specs: P) -> Callable:

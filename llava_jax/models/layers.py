@@ -56,10 +56,32 @@ class Linear(nnx.Module):
         # As one matrix: XLA would copy gathered kernels and inputs of more dimensions to lay them out anew.
         if self.axes > 1:
             x = materialise(x.reshape(*x.shape[: x.ndim - self.axes], -1))
-        x = x @ self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1)
+        x = product(x, self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1))
         if self.bias is not None:
             x = x + self.bias[...].astype(x.dtype).reshape(-1)
         return x.reshape(*x.shape[:-1], *self.outputs)
+
+
+def product(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """`x @ kernel`, whose backward pass suits the platform."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
+    return _product_on_cpu(x, kernel) if on_cpu else x @ kernel
+
+
+@jax.custom_vjp
+def _product_on_cpu(x: Array, kernel: Array) -> Array:
+    return x @ kernel
+
+
+def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    # JAX would make the kernel's gradient turned round, for which XLA for CPUs computes `g` again, column by column.
+    x, kernel = saved
+    rows = list(range(x.ndim - 1))
+    return g @ kernel.T, jnp.tensordot(x, g, (rows, rows))
+
+
+_product_on_cpu.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -70,13 +92,19 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
-        mean = y.mean(-1, keepdims=True)
-        # In one pass over `x`, not two: the mean of the squares less the square of the mean.
-        variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
-        y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
+    def __call__(self, x: Float[Array, "... D"], known: tuple[Array, Array] | None = None) -> Float[Array, "... D"]:
+        """`known`: the moments of `x`, if they have been computed before."""
+        mean, variance = moments(x) if known is None else known
+        y = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def moments(x: Float[Array, "... D"]) -> tuple[Float[Array, "... 1"], Float[Array, "... 1"]]:
+    """Mean and variance over the last axis, float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    # In one pass over `x`, not two: the mean of the squares less the square of the mean.
+    return mean, jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
 
 
 class RMSNorm(nnx.Module):
@@ -123,14 +151,18 @@ def gather(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:
     return jax.tree.map(part, layers, is_leaf=lambda module: isinstance(module, Linear))
 
 
-def scan(layers: nnx.Module, x: Array, *xs: Array, call: Callable, remat: str = "none") -> tuple[Array, Array | None]:
-    """Runs `x, y = call(layer, x, *xs[layer])` over stacked layers; returns the last `x` and the stacked `y`."""
+def scan(layers: nnx.Module, x: T, *xs: Array, call: Callable, remat: str = "none") -> tuple[T, Array | None]:
+    """Runs `x, y = call(layer, x, *xs[layer])` over stacked layers; returns the last `x` and the stacked `y`.
+
+    `x`: an array of rows, or a tuple of such.
+    """
     if remat not in REMAT:
         raise ValueError(f"remat: unknown policy {remat!r}; choose one of {', '.join(REMAT)}")
 
     def body(x, layer_and_xs):
         layer, xs = layer_and_xs
-        return call(layer, checkpoint_name(constrain(x, ROWS), "input"), *xs)
+        x = jax.tree.map(lambda part: checkpoint_name(constrain(part, ROWS), "input"), x)
+        return call(layer, x, *xs)
 
     if remat != "none":
         # The scan is a barrier already; prevent_cse would only add work.

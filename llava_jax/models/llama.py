@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name as name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from llava_jax.models.attention import Attend, attention, causal
+from llava_jax.models.attention import Attend, attention, attention_heads_first, causal
 from llava_jax.models.layers import Linear, RMSNorm, materialise, normal, scan, stack
 from llava_jax.sharding import ROWS, constrain
 
@@ -121,8 +122,9 @@ class Block(nnx.Module):
         turn: Turn,
         attend: Attend,
         cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]] | None = None,
-        layer: Int[Array, ""] | None = None,
+        layer: Int[Array, ""] | int | None = None,
         slots: Int[Array, "B T"] | None = None,
+        heads_first: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Returns the new `x` and keys and values: of these tokens, or all layers' with them written at `slots`."""
         h = materialise(self.attention_norm(x))
@@ -132,7 +134,8 @@ class Block(nnx.Module):
         written = key, value
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            written = tuple(old.at[layer, rows, slots].set(new) for old, new in zip(cache, written, strict=True))
+            at = (layer, rows, slice(None), slots) if heads_first else (layer, rows, slots)
+            written = tuple(old.at[at].set(new) for old, new in zip(cache, written, strict=True))
             key, value = written[0][layer], written[1][layer]
         x = name(x + self.attention.out(attend(query, key, value)), "middle")
         return x + self.mlp(materialise(self.mlp_norm(x))), written
@@ -183,19 +186,29 @@ class Llama(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]],
+        layers: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Hidden states of further tokens, whose keys and values are written into the cache at `positions`."""
-        mask = jnp.arange(cache[0].shape[2]) <= positions[..., None]
+        """Hidden states of further tokens, whose keys and values are written into the cache at `positions`.
+
+        `layers`: the same layers one by one, which on a CPU is faster than to scan over the stack of them; the cache is
+        `[L, B, K, S, H]` then, so that a CPU need not move it for its products.
+        """
+        heads_first = layers is not None
+        mask = jnp.arange(cache[0].shape[3 if heads_first else 2]) <= positions[..., None]
         turn = self.turn(positions)
-        attend = functools.partial(attention, mask=mask)
+        attend = functools.partial(attention_heads_first if heads_first else attention, mask=mask)
 
         # The cache is carried, not scanned over: so every layer writes to its place, and nothing is copied.
         def call(carry, block_and_layer):
             block, layer = block_and_layer
             x, cache = carry
-            return block(constrain(x, ROWS), turn, attend, cache, layer, positions), None
+            return block(constrain(x, ROWS), turn, attend, cache, layer, positions, heads_first), None
 
-        (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.layers)))
+        if layers is None:
+            (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.layers)))
+        else:
+            for i, block in enumerate(layers):
+                (x, cache), _ = call((x, cache), (block, i))
         return self.norm(x), cache
 
     def turn(self, positions: Int[Array, "B T"]) -> Turn:

@@ -1,5 +1,7 @@
 """CLIP's vision transformer, as far as LLaVA reads it: hidden states, no pooling head."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -7,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llava_jax.models.attention import Attend, full
-from llava_jax.models.layers import LayerNorm, Linear, gather, normal, scan, stack
+from llava_jax.models.attention import full
+from llava_jax.models.layers import LayerNorm, Linear, gather, moments, normal, scan, stack
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -48,6 +50,8 @@ class VitConfig:
 
 
 class Attention(nnx.Module):
+    """The parameters as checkpoints have them; `JoinedAttention` computes with them."""
+
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         heads = (config.heads, config.width // config.heads)
         self.query = Linear([config.width], heads, bias=True, rngs=rngs)
@@ -55,8 +59,24 @@ class Attention(nnx.Module):
         self.value = Linear([config.width], heads, bias=True, rngs=rngs)
         self.out = Linear(heads, [config.width], bias=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B P D"], attend: Attend) -> Float[Array, "B P D"]:
-        return self.out(attend(self.query(x), self.key(x), self.value(x)))
+
+class JoinedAttention(nnx.Module):
+    """Stacked layers' attention, with queries, keys and values from one product: they lie side by side."""
+
+    def __init__(self, parts: Attention):
+        linears = (parts.query, parts.key, parts.value)
+        self.inputs, self.out = copy.copy(parts.query), parts.out
+        self.inputs.kernel = _side_by_side([part.kernel for part in linears])
+        self.inputs.bias = _side_by_side([part.bias for part in linears])
+        self.inputs.outputs = self.inputs.bias.shape[1:]
+
+    def __call__(self, x: Float[Array, "B P D"], attend: Callable) -> Float[Array, "B P D"]:
+        return self.out(attend(self.inputs(x)))
+
+
+def _side_by_side(arrays: list[nnx.Param]) -> nnx.Param:
+    """`[..., N, H]`, three times -> `[..., 3 N H]`."""
+    return nnx.Param(jnp.concatenate([x[...].reshape(*x.shape[:-2], -1) for x in arrays], axis=-1))
 
 
 class Mlp(nnx.Module):
@@ -76,9 +96,12 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B P D"], attend: Attend) -> Float[Array, "B P D"]:
-        x = x + self.attention(self.attention_norm(x), attend)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, state: tuple[Array, tuple[Array, Array]], attend: Callable) -> tuple[Array, tuple[Array, Array]]:
+        """`state`: the rows and their moments, which XLA computes with the product that comes before, not apart."""
+        x, known = state
+        x = x + self.attention(self.attention_norm(x, known), attend)
+        x = x + self.mlp(self.mlp_norm(x))
+        return x, moments(x)
 
 
 class Vit(nnx.Module):
@@ -110,10 +133,13 @@ class Vit(nnx.Module):
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, config.width))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(x.dtype)
         x = self.pre_norm(x)
+        layers = copy.copy(self.layers)
+        layers.attention = JoinedAttention(layers.attention)
         # Gathered at once: the tower is small, and pieces of single layers would be too small to send.
-        layers = gather(self.layers, depth(config, layer), x.dtype)
-        attend = full(self.attention, config.width // config.heads)
-        x, _ = scan(layers, x, call=lambda block, x: (block(x, attend), None), remat=self.remat)
+        layers = gather(layers, depth(config, layer), x.dtype)
+        attend = full(self.attention, config.heads)
+        (x, _), _ = scan(layers, (x, moments(x)), call=lambda block, state: (block(state, attend), None),
+                         remat=self.remat)
         return x
 
 

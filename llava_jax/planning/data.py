@@ -31,11 +31,13 @@ MIX_665K = (
     ("OCR-VQA", 80_000, 1, 110, 25), ("A-OKVQA", 66_160, 1, 65, 12), ("TextCaps", 21_953, 1, 120, 60),
     ("RefCOCO", 48_447, 1, 350, 200), ("VG", 86_417, 1, 550, 250), ("ShareGPT", 40_688, 0, 1000, 800),
 )
+SCIENCEQA = (("with an image", 6_218, 1, 280, 120), ("text alone", 6_508, 0, 280, 120))
 # How a data file's path ends -> its parts, and whether its conversations have a system text and roles.
 PUBLISHED = {
     "llava_v1_5_mix665k.json": (MIX_665K, True),
     "llava_instruct_150k.json": (INSTRUCT_150K, True),
     "blip_laion_cc_sbu_558k.json": ((("captions", 558_128, 1, 18, 8),), False),
+    "scienceqa/llava_train_QCM-LEA.json": (SCIENCEQA, True),
     "cc3m_595k/chat.json": ((("captions", 595_375, 1, 16, 6),), False),
 }
 

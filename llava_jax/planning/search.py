@@ -52,7 +52,7 @@ class Candidate:
         """What to write on train's command line."""
         axes = dataclasses.asdict(self.mesh)
         return [*(part for axis, size in axes.items() for part in (f"--mesh.{axis}", str(size))),
-                f"--stages.{stage}.accumulate", str(self.accumulate), "--model.remat", self.remat,
+                f"--stages.{stage}.accumulate", str(self.accumulate), f"--stages.{stage}.remat", self.remat,
                 "--model.attention", self.attention, *[f"--stages.{stage}.optimizer.offload"] * self.offload]
 
 
@@ -134,7 +134,7 @@ def search(recipe: str, overrides: Sequence[str], stage: str, where: Slice, ways
 
 def policies() -> tuple[str, ...]:
     """Those that a recipe can choose for recomputation."""
-    return typing.get_args(typing.get_type_hints(config.Model)["remat"])
+    return typing.get_args(typing.get_type_hints(config.Stage)["remat"])
 
 
 def attentions(recipe: config.Recipe, stage: config.Stage) -> tuple[str, ...]:

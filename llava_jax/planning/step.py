@@ -71,7 +71,7 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
     ValueError that names the field if the recipe does not fit the mesh.
     """
     stage = recipe.stages[name]
-    dtype, graph, shapes, shardings = lay_out(recipe, mesh, model)
+    dtype, graphs, shapes, shardings = lay_out(recipe, mesh, model)
     rates = trainable_paths(stage, list(shapes))
 
     def parameter(path: str, dtype: str) -> jax.ShapeDtypeStruct:
@@ -81,7 +81,7 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
     frozen = {path: parameter(path, dtype) for path in shapes if path not in rates}
     tx = make_optimizer(stage, rates, stage.steps or STEPS)
     state = abstract_state(tx, trainable, stage.optimizer.offload)
-    return make_train_step(graph, tx, state), (state, frozen, abstract_batch(stage, mesh, model))
+    return make_train_step(graphs[name], tx, state), (state, frozen, abstract_batch(stage, mesh, model))
 
 
 def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -66,18 +66,23 @@ def encode_prompt(
     template: str | Template,
     tokenizer: Tokenizer,
     tokens_per_image: int = 576,
+    begun: str = "",
 ) -> Int32[np.ndarray, "T"]:
-    """Tokens of a chat that ends with the opening of the assistant's turn.
+    """Tokens of a chat that ends with the opening of the assistant's turn, and what is `begun` of the answer.
 
     They are the first tokens of the same conversation in training, unless a tokenizer merges the end of the opening
-    with the start of the answer. The opening ends without a blank (`ASSISTANT:`); the answer brings its own.
+    with the start of the answer. The opening ends without a blank (`ASSISTANT:`); the answer, `begun` or not, brings
+    its own.
 
     Messages are as `templates.read_messages` takes them and end with the user's. Raises ValueError otherwise.
     """
     system, turns = read_messages(messages)
     if not turns or turns[-1][0] != "user":
         raise ValueError("a prompt ends with a user message, for the assistant to answer")
-    return _encode(spans(turns, get(template), system, open_answer=True), tokenizer, tokens_per_image).tokens
+    if IMAGE in begun:
+        raise ValueError(f"an answer has no images, and what is begun of this one holds {IMAGE}")
+    laid_out = [*spans(turns, get(template), system, open_answer=True), Span(begun, False)]
+    return _encode(laid_out, tokenizer, tokens_per_image).tokens
 
 
 def answer_ends(template: str | Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:

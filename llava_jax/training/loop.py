@@ -55,8 +55,9 @@ def train(recipe: config.Recipe) -> Path:
         mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
         device = run.mesh.devices.flat[0]
         attention = resolve(recipe.model.attention, device.platform)
+        remat = ", ".join(f"{stage.remat} ({name})" for name, stage in recipe.stages.items())
         print(f"training on {run.mesh.size} {device.device_kind}, {mesh}; {run.dtype}, attention {attention}, "
-              f"remat {recipe.model.remat}", flush=True)
+              f"remat {remat}", flush=True)
     with jax.set_mesh(run.mesh), StopSignal() as stop, contextlib.closing(Log(run.directory, recipe)) as log:
         for name in recipe.stages:
             train_stage(run, name, log, stop)
@@ -117,7 +118,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     if latest is not None:
         state = checkpoints.restore(latest, state)
         data.set_state(meta["data"])
-    train_step, loss = make_train_step(run.graph, tx, state), make_loss(run.graph)
+    train_step, loss = make_train_step(run.graphs[name], tx, state), make_loss(run.graphs[name])
     samples = Samples(run, stage) if recipe.sample_every else None
     factor = schedule(steps, stage.optimizer.warmup_ratio)
     peak_rate = max(rates.values())

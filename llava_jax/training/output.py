@@ -4,6 +4,7 @@ import dataclasses
 import json
 import secrets
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import jax
@@ -13,9 +14,9 @@ from llava_jax import config
 from llava_jax.processes.group import Everywhere, gather
 
 # What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
-FREE = {"output", "mesh", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-        "tensorboard", "wandb", "model.attention", "model.remat", "optimizer.offload", "data.workers",
-        "data.validation"}
+FREE = ("output", "mesh.*", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
+        "tensorboard", "wandb", "model.attention", "stages.*.remat", "stages.*.optimizer.offload",
+        "stages.*.data.workers", "stages.*.data.validation")
 
 SEEN_WITHIN = 60.0
 """Seconds after which a new file must be seen by all hosts: as long as NFS may believe that it is not there."""
@@ -55,7 +56,7 @@ def check_recipe(recipe: config.Recipe) -> None:
     path = directory(recipe) / "recipe.json"
     if path.exists():
         changed = flat(recipe).items() ^ _flat(json.loads(path.read_text())).items()
-        fields = sorted({name for name, _ in changed if not _is_free(name)})
+        fields = sorted({name for name, _ in changed if not any(fnmatchcase(name, free) for free in FREE)})
         if fields:
             raise ValueError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
                              "give another --output, or remove the directory to start again")
@@ -83,8 +84,3 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
     return flat
-
-
-def _is_free(name: str) -> bool:
-    parts = name.split(".")
-    return parts[0] in FREE or ".".join(parts[-2:]) in FREE

@@ -35,7 +35,8 @@ class Run:
     mesh: jax.sharding.Mesh
     model: LlavaConfig
     dtype: str
-    graph: nnx.GraphDef
+    graphs: dict[str, nnx.GraphDef]
+    """the model's structure in each stage"""
     shardings: dict[str, NamedSharding]
     tokenizer: Tokenizer
 
@@ -61,19 +62,19 @@ def begin(recipe: config.Recipe) -> Run:
     agree("the installation", {"llava_jax": code_hash()} | {name: version(name) for name in PACKAGES})
     mesh = sharding.make_mesh(recipe.mesh)
     model = model_config(recipe.model)
-    dtype, graph, _, shardings = lay_out(recipe, mesh, model)
+    dtype, graphs, _, shardings = lay_out(recipe, mesh, model)
     if recipe.sample_every and jax.process_count() > 1:
         raise ValueError("sample_every: sample answers are made in runs of one process; set it to 0")
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
     output.check_shared(recipe)
     output.check_recipe(recipe)
-    return Run(recipe, mesh, model, dtype, graph, shardings, tokenizer)
+    return Run(recipe, mesh, model, dtype, graphs, shardings, tokenizer)
 
 
 def lay_out(
     recipe: config.Recipe, mesh: jax.sharding.Mesh, model: LlavaConfig
-) -> tuple[str, nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
-    """The compute dtype, the model's graph, and every parameter's shape and sharding; touches no device and no file.
+) -> tuple[str, dict[str, nnx.GraphDef], dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
+    """The compute dtype, the model's graph by stage, every parameter's shape and sharding; touches no device, no file.
 
     ValueError naming the field where the recipe does not fit the mesh (which may be one of a topology's devices), or
     its tables do not fit the parameters.
@@ -82,7 +83,9 @@ def lay_out(
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     attention = resolve(recipe.model.attention, mesh.devices.flat[0].platform)
-    graph, shapes = abstract(model, dtype, attention, recipe.model.remat)
+    graphs = {}
+    for name, stage in recipe.stages.items():
+        graphs[name], shapes = abstract(model, dtype, attention, stage.remat)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     sharding.check_rows(mesh)
     groups = mesh.shape["replica"] * mesh.shape["fsdp"]
@@ -94,7 +97,7 @@ def lay_out(
         if stage.rows // stage.accumulate % groups:
             raise ValueError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
                              f"divide over replica x fsdp = {groups} devices")
-    return dtype, graph, shapes, shardings
+    return dtype, graphs, shapes, shardings
 
 
 def code_hash() -> str:

@@ -14,6 +14,7 @@ from llava_jax.images import normalise, prepare
 from llava_jax.inference.engine import length_bucket
 from llava_jax.inference.llava import Request, place_images
 from llava_jax.text.encode import encode_prompt
+from llava_jax.text.templates import render
 
 LIMIT = 32
 
@@ -143,6 +144,17 @@ def test_a_recited_text_streams_whole_characters(reciting):
     assert reciting.generate("Say it.", max_new_tokens=50, stop="🙂").text == "é漢"
     cut = reciting.generate("Say it.", max_new_tokens=8)
     assert cut.finish_reason == "length" and cut.text == reciting.tokenizer.decode(cut.tokens) == "é漢\ufffd"
+
+
+def test_an_answer_that_is_begun_goes_on(reciting, tokenizer):
+    begun = Request("Say it.", begun=" é漢🙂 a b c", max_new_tokens=50)
+    alone = Request("Say it.", max_new_tokens=50)
+    rest, whole = reciting.batch([begun, alone])
+    assert rest.text.split() == "d e f g h i j k l m n o p".split() and whole.text.split()[1:4] == ["a", "b", "c"]
+    text = render([{"role": "user", "content": "Say it."}], reciting.template, open_answer=True) + begun.begun
+    assert rest.prompt_tokens == [tokenizer.bos_id, *tokenizer.tokenize(text).ids]
+    with pytest.raises(ValueError, match="what is begun of this one holds <image>"):
+        reciting.batch([Request("Say it.", begun="An <image>")])
 
 
 def test_the_context_limits_an_answer(reciting, tokenizer):

@@ -33,10 +33,34 @@ def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, h
             attention.causal("xla", length, ids), inputs(length, heads, kv_heads, width))
 
 
-@pytest.mark.parametrize(("length", "heads", "width"), [(37, 4, 64), (50, 3, 32), (16, 1, 128)])
+@pytest.mark.parametrize(("length", "heads", "kv_heads", "width"), [(37, 4, 2, 16), (3, 2, 2, 8), (64, 4, 1, 8)])
+def test_parts_of_a_row_are_the_row(length, heads, kv_heads, width):
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length], jnp.int32)
+    mask = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
+    assert_same_with_gradients(attention.causal("xla", length, segments),
+                               lambda *arrays: attention.attention(*arrays, mask),
+                               inputs(length, heads, kv_heads, width))
+    # What a backward pass uses of the forward pass is the same too.
+    out, _ = jax.vjp(attention.causal("xla", length, segments), *inputs(length, heads, kv_heads, width))
+    np.testing.assert_allclose(out, attention.attention(*inputs(length, heads, kv_heads, width), mask), atol=2e-6)
+
+
+@pytest.mark.parametrize(("queries", "heads", "kv_heads"), [(1, 4, 2), (3, 4, 4), (2, 6, 1)])
+def test_a_cache_with_heads_first_is_seen_as_any_other(queries, heads, kv_heads):
+    _, key, value = inputs(20, heads, kv_heads, 8)
+    query = inputs(queries, heads, kv_heads, 8)[0]
+    mask = jnp.arange(20) <= jnp.asarray([[3], [15]])[..., None] + jnp.arange(queries)[:, None]
+    got = attention.attention_heads_first(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
+    np.testing.assert_allclose(got, attention.attention(query, key, value, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize(("length", "heads", "width"), [(37, 4, 64), (50, 8, 32), (16, 1, 128)])
 def test_the_towers_kernel_sees_everything(length, heads, width):
-    assert_same_with_gradients(lambda *arrays: attention._whole(*arrays, True), attention.attention,
-                               inputs(length, heads, heads, width))
+    def joined(*arrays):
+        side_by_side = jnp.concatenate([x.reshape(2, length, heads * width) for x in arrays], axis=-1)
+        return attention._whole(side_by_side, heads, True)
+
+    assert_same_with_gradients(joined, attention.attention, inputs(length, heads, heads, width))
 
 
 def test_auto_depends_on_the_platform_and_other_names_stand_for_themselves():

@@ -50,7 +50,8 @@ def test_steps_of_the_recipe_come_first_and_unknown_data_has_no_length(tiny):
 def test_the_published_mix_is_estimated_from_its_counts():
     records = {end: sum(part[1] for part in parts) for end, (parts, _) in PUBLISHED.items()}
     assert records == {"llava_v1_5_mix665k.json": 665_298, "llava_instruct_150k.json": 156_564,
-                       "blip_laion_cc_sbu_558k.json": 558_128, "cc3m_595k/chat.json": 595_375}
+                       "blip_laion_cc_sbu_558k.json": 558_128, "cc3m_595k/chat.json": 595_375,
+                       "scienceqa/llava_train_QCM-LEA.json": 12_726}
     turns, images = draw(MIX_665K, 0.05, np.random.default_rng(0))
     assert len(turns) == pytest.approx(665_298 * 0.05, abs=12)
     assert (images == 0).mean() == pytest.approx(40_688 / 665_298, abs=1e-3)

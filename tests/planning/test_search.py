@@ -46,8 +46,9 @@ def test_candidates_are_every_mesh_division_and_policy(ways):
 def test_the_memory_formula_stays_below_the_compilers_figure_of_a_tiny_model(needs_libtpu, tiny):
     model, _ = planned_config(tiny.model)
     peak = compile_step(tiny, "instruct", WHERE, plan_mesh(tiny, WHERE, model), model).memory.peak
+    remat = tiny.stages["instruct"].remat
     way = next(way for way in candidates(tiny, "instruct", WHERE, model)
-               if (way.remat, way.accumulate, way.mesh.fsdp, way.offload) == (tiny.model.remat, 1, 4, False))
+               if (way.remat, way.accumulate, way.mesh.fsdp, way.offload) == (remat, 1, 4, False))
     assert 0.2 * peak < way.memory <= peak
 
 
@@ -57,9 +58,8 @@ def test_the_memory_formula_stays_below_the_compilers_figure_by_policy(ways, rem
     recipe, found = ways
     way = next(way for way in found
                if (way.remat, way.accumulate, way.mesh.fsdp, way.offload) == (remat, accumulate, 4, False))
-    stage = dataclasses.replace(recipe.stages["instruct"], accumulate=accumulate)
-    recipe = dataclasses.replace(recipe, mesh=way.mesh, stages={"instruct": stage},
-                                 model=dataclasses.replace(recipe.model, remat=remat))
+    stage = dataclasses.replace(recipe.stages["instruct"], accumulate=accumulate, remat=remat)
+    recipe = dataclasses.replace(recipe, mesh=way.mesh, stages={"instruct": stage})
     model, _ = planned_config(recipe.model)
     peak = compile_step(recipe, "instruct", WHERE, plan_mesh(recipe, WHERE, model), model).memory.peak
     assert least * peak < way.memory <= peak
@@ -91,7 +91,7 @@ def test_the_fastest_that_fits_is_first_and_what_must_be_larger_is_not_tried(mon
     assert [each.candidate for each in found] == [fast, slow, large]
     assert found[0].candidate.flags("instruct") == [
         "--mesh.replica", "1", "--mesh.fsdp", "4", "--mesh.tensor", "1", "--stages.instruct.accumulate", "2",
-        "--model.remat", "minimal", "--model.attention", "auto"]
+        "--stages.instruct.remat", "minimal", "--model.attention", "auto"]
     assert "does not fit (20.0 GiB)" in lines[0] and "500 ms" in lines[1]
     asked.clear()
     search("tiny", [], "instruct", WHERE, [large, fast, slow], 1, 1, lines.append)

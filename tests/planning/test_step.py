@@ -84,6 +84,15 @@ def test_stage_one_has_no_optimizer_state_of_the_decoder(planned, tiny):
     assert profile(first.hlo, first.slices).flops < profile(program.hlo, program.slices).flops
 
 
+def test_each_stage_computes_again_what_it_says(planned, tiny):
+    model, mesh, program = planned
+    align = dataclasses.replace(tiny.stages["align"], remat="none")
+    first = compile_step(dataclasses.replace(tiny, stages=tiny.stages | {"align": align}), "align", WHERE, mesh, model)
+    assert tiny.stages["instruct"].remat == "full"
+    assert ("decoder", "recompute") in profile(program.hlo, program.slices).by_part()
+    assert ("decoder", "recompute") not in profile(first.hlo, first.slices).by_part()
+
+
 def lower(function, *shapes):
     mesh = sharding.make_mesh(config.Mesh(1, 1, 1), parse_slice("v5e-1").jax_devices())
     arrays = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=NamedSharding(mesh, P())) for shape in shapes]
