@@ -1,0 +1,23 @@
+"""How asking can end without an answer."""
+
+
+class RequestFailed(Exception):
+    """This request got no answer, and asking again in the same way would not bring one. Others may go on.
+
+    Attributes:
+      reason: "context_length", "content_filter", "bad_request" (the server refuses it), or "no_answer" (every try
+        ended in an error of the server's or the network's; a later run may have more luck).
+      detail: one line, the server's words.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+class EndpointStopped(ValueError):
+    """No further request has a chance until the user mends something: a key, the quota, the model's name."""
+
+
+class Unsent(Exception):
+    """The run was asked to stop before this request was sent, or sent again."""

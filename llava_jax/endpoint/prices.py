@@ -1,0 +1,58 @@
+"""What tokens cost, from a table of the user's: prices change too often to be built in."""
+
+import dataclasses
+import json
+import math
+
+from llava_jax.endpoint.request import Reply
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """Of one model, in USD per million tokens.
+
+    Attributes:
+      prompt, completion: of tokens read and written; a reasoning model's thoughts are written.
+      cached: of prompt tokens that the server had cached; as `prompt` if the table has none.
+      batch: factor on all of it in the Batch API; 1 if the table has none.
+    """
+
+    prompt: float
+    completion: float
+    cached: float
+    batch: float = 1.0
+
+    def cost(self, reply: Reply) -> float:
+        """USD that a reply cost."""
+        return self.of(reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens, reply.batch)
+
+    def of(self, prompt: float, completion: float, cached: float = 0, batch: bool = False) -> float:
+        """USD that so many tokens cost; `cached` of `prompt` are."""
+        usd = (prompt - cached) * self.prompt + cached * self.cached + completion * self.completion
+        return usd / 1e6 * (self.batch if batch else 1)
+
+
+def load_price(path: str, model: str) -> Price:
+    """The price of a model from a JSON file.
+
+    {"MODEL": {"prompt": 1.25, "completion": 10, "cached": 0.125, "batch": 0.5}, ...}
+    Raises FileNotFoundError, or ValueError with one line that names file, model and field.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            table = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(table, dict) or not isinstance(table.get(model), dict):
+        names = ", ".join(table) if isinstance(table, dict) else "no object of models"
+        raise ValueError(f"{path}: no prices of {model!r}; it has {names or 'none'}")
+    row, fields = table[model], [field.name for field in dataclasses.fields(Price)]
+    for name, value in row.items():
+        if name not in fields:
+            raise ValueError(f"{path}: {model}: unknown field {name!r}; there are {', '.join(fields)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{path}: {model}: {name} is {value!r}, not a price")
+    for name in ("prompt", "completion"):
+        if name not in row:
+            raise ValueError(f"{path}: {model}: {name!r} is missing (USD per million tokens)")
+    return Price(**{"cached": row["prompt"], **row})

@@ -1,0 +1,66 @@
+import hashlib
+import json
+
+import pytest
+
+from llava_jax.endpoint.request import BYTES_PER_IMAGE, Reply, Request, read_reply
+
+ASK = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Was ist das – ein Hund?"})
+
+
+def test_key_is_the_digest_of_canonical_json():
+    request = Request(ASK, {"temperature": 0.2, "max_completion_tokens": 10})
+    text = ('{"messages":[{"content":"Be brief.","role":"system"},'
+            '{"content":"Was ist das \\u2013 ein Hund?","role":"user"}],'
+            '"model":"m","parameters":{"max_completion_tokens":10,"temperature":0.2}}')
+    assert request.key("m") == hashlib.sha256(text.encode()).hexdigest()
+    again = Request(ASK, {"temperature": 0.2, "max_completion_tokens": 10}, attempt=1)
+    text = '{"attempt":1,' + text[1:]
+    assert again.key("m") == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_key_tells_apart_all_that_matters():
+    base = Request(ASK, {"a": 1, "b": 2})
+    assert base.key("m") == Request(tuple(dict(reversed(m.items())) for m in ASK), {"b": 2, "a": 1}).key("m")
+    others = [Request(ASK[::-1], {"a": 1, "b": 2}), Request(ASK, {"a": 1}), Request(ASK, {"a": 1, "b": 2}, 1),
+              Request(ASK[:1], {"a": 1, "b": 2}), Request((*ASK, ASK[0]), {"a": 1, "b": 2})]
+    keys = {base.key("m"), base.key("n"), *(other.key("m") for other in others)}
+    assert len(keys) == 2 + len(others)
+
+
+def test_text_that_is_no_utf8_has_a_key():
+    assert len(Request(({"role": "user", "content": "\ud800"},)).key("m")) == 64
+
+
+@pytest.mark.parametrize("name", ["model", "messages", "stream", "n"])
+def test_parameters_that_are_not_the_callers(name):
+    with pytest.raises(ValueError, match=name):
+        Request(ASK, {name: 1})
+
+
+def test_bytes_and_limit():
+    parts = [{"type": "text", "text": "äb"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    assert Request(({"role": "user", "content": parts},)).bytes == 3 + BYTES_PER_IMAGE
+    assert Request(ASK).bytes == len("Be brief.Was ist das – ein Hund?".encode())
+    assert [Request(ASK, p).longest for p in ({}, {"max_tokens": 3}, {"max_completion_tokens": 4})] == [None, 3, 4]
+
+
+def test_read_reply():
+    body = {"id": "x", "object": "chat.completion", "created": 7, "model": "m-2026", "system_fingerprint": "fp",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}}
+    assert read_reply(body, batch=True) == Reply("hi", "stop", 9, 4, 2, "m-2026", "fp", 7, True)
+    bare = json.loads(json.dumps(body))
+    bare["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "I won't."}
+    bare |= {"usage": None, "system_fingerprint": None}
+    assert read_reply(bare) == Reply("I won't.", "stop", 0, 0, 0, "m-2026", None, 7)
+    bare["choices"][0] |= {"message": {"content": None}, "finish_reason": "length"}
+    assert read_reply(bare).text == "" and read_reply(bare).finish_reason == "length"
+
+
+@pytest.mark.parametrize("body", [None, [], "x", {}, {"choices": []}, {"choices": [{}]}, {"choices": [3]},
+                                  {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "many"}},
+                                  {"error": {"message": "no"}}])
+def test_what_is_no_completion(body):
+    with pytest.raises(ValueError, match="no chat completion"):
+        read_reply(body)
