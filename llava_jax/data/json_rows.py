@@ -1,7 +1,7 @@
-"""Random access to the rows of a JSON file: one list, or JSON lines.
+"""Random access to the rows of a JSON file, one list or JSON lines; and the members of one big object, in turn.
 
-The file is read once, in pieces, to find where each row starts; the positions are kept in a file beside it. Rows are
-parsed when they are asked for.
+For random access the file is read once, in pieces, to find where each row starts; the positions are kept in a file
+beside it. Rows are parsed when they are asked for.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import mmap
 import os
 import re
 from array import array
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from llava_jax.data.atomic import replacing
 from llava_jax.data.records import BadRow
 
 PIECE = 1 << 26  # bytes of the file that are looked at together
+SMALL_PIECE = 1 << 20  # the same, where nothing but the item at hand is kept
 CACHED = 1 << 20  # files smaller than this are indexed faster than an index is read
 VERSION = 1  # of the index file
 TRIED = 100  # first lines of which one must be a JSON object
@@ -93,13 +95,75 @@ class JsonRows:
         return found
 
 
-def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
+def read_members(path: str) -> Iterator[tuple[str, Any]]:
+    """The members of the one object that a JSON file holds as (key, value), a list's items one by one as (key, item).
+
+    The file is read in pieces: memory is that of the largest item, whatever the file's size. An empty list gives
+    nothing. Raises ValueError, one line that names the file and where possible the line, if the file is empty, of
+    another kind or broken.
+    """
+    with open(path, "rb") as file:
+        content = _FileBytes(file)
+        start = _find_start(content, path)
+        if start == len(content):
+            raise ValueError(f"{path}: the file is empty")
+        if content[start : start + 1] != b"{":
+            raise ValueError(f"{path}: the file must hold one JSON object, and it begins otherwise")
+        text, at = _Text(content, start, SMALL_PIECE, json.JSONDecoder()), 0
+        try:
+            at, closed = text.first_item(0, "}")
+            while not closed:
+                at, stop = text.skip_value(at)
+                key = text.value(at, stop)
+                at = text.skip_blank(stop)
+                if not isinstance(key, str) or not text.startswith(at, ":"):
+                    raise json.JSONDecodeError("a key or its colon is missing", text.text, at)
+                at = text.skip_blank(at + 1)
+                if text.startswith(at, "["):
+                    at, ended = text.first_item(at, "]")
+                    while not ended:
+                        at, stop = text.skip_value(at)
+                        yield key, text.value(at, stop)
+                        at, ended = text.next_item(stop, "]")
+                    stop = at + 1
+                else:
+                    at, stop = text.skip_value(at)
+                    yield key, text.value(at, stop)
+                at, closed = text.next_item(stop, "}")
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            line = text.line_of(getattr(error, "pos", at))
+            raise ValueError(f"{path}, line {line}: broken JSON ({reason}); copy the file again") from None
+
+
+class _FileBytes:
+    """Slices of a file by reading them: the pages of a map would count as this process's memory."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, places: slice) -> bytes:
+        start, stop, _ = places.indices(self._size)
+        self._file.seek(start)
+        return self._file.read(max(0, stop - start))
+
+
+def _find_start(content: mmap.mmap | _FileBytes, path: str) -> int:
+    """The first byte that is no blank."""
     for magic, what in UNREADABLE:
         if content[: len(magic)] == magic:
             raise ValueError(f"{path}: the file {what}")
     start = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
-    while start < len(content) and content[start] in b" \t\r\n":
+    while content[start : start + 1] in (b" ", b"\t", b"\r", b"\n"):
         start += 1
+    return start
+
+
+def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
+    start = _find_start(content, path)
     if start == len(content):
         return np.zeros((0, 3), np.int64)
     find = _find_in_list if content[start : start + 1] == b"[" else _find_lines
@@ -150,16 +214,12 @@ def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
     """Rows of `[row, row, ...]`; a row is decoded only to learn where it ends."""
     text, found = _Text(content, start), array("q")
     try:
-        at = text.skip_blank(1)
-        closed = text.startswith(at, "]")
+        at, closed = text.first_item(0, "]")
         while not closed:
             at, stop = text.skip_value(at)
             found.extend((text.base + at, text.base + stop, text.line_of(at)))
-            at = text.skip_blank(stop)
-            closed = text.startswith(at, "]")
-            if not closed and not text.startswith(at, ","):
-                raise json.JSONDecodeError("a comma or the end of the list is missing", text.text, at)
-            at = text.skip_blank(at + 1)
+            at, closed = text.next_item(stop, "]")
+        at = text.skip_blank(at + 1)
         if text.base + at < len(content) and found:
             raise json.JSONDecodeError("there is more after the end of the list", text.text, at)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -170,6 +230,10 @@ def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
     return np.frombuffer(found, np.int64).reshape(-1, 3)
 
 
+# Python refuses to read integers of thousands of digits; where rows are only passed over, they are no matter.
+PASSING = json.JSONDecoder(parse_int=str)
+
+
 class _Text:
     """A piece of a file, from `base` on, that moves along with what is read from it.
 
@@ -177,12 +241,14 @@ class _Text:
     UTF-8 sequence can be mistaken for one of JSON's own characters.
     """
 
-    def __init__(self, content: mmap.mmap, base: int):
-        self.content, self.base, self.size = content, base, PIECE
-        self.text = content[base : base + PIECE].decode("latin-1")
+    def __init__(
+        self, content: mmap.mmap | _FileBytes, base: int, piece: int = 0, decoder: json.JSONDecoder = PASSING
+    ):
+        self.piece = piece or PIECE
+        self.content, self.base, self.size = content, base, self.piece
+        self.text = content[base : base + self.size].decode("latin-1")
         self.line, self.counted = content[:base].count(b"\n") + 1, 0
-        # Python refuses to read integers of thousands of digits; here they are only passed over.
-        self.decode = json.JSONDecoder(parse_int=str).raw_decode
+        self.decode, self.passed = decoder.raw_decode, None
 
     def line_of(self, at: int) -> int:
         """The line of a place, from 1; `at` does not fall behind that of an earlier call."""
@@ -196,11 +262,30 @@ class _Text:
         stop = _blank.match(self.text, at).end()
         return stop if stop < len(self.text) or self._ended() else self.skip_blank(self._move(at))
 
+    def first_item(self, at: int, close: str) -> tuple[int, bool]:
+        """From an opening bracket: the place of the first item, or of the closing bracket and True."""
+        at = self.skip_blank(at + 1)
+        return at, self.startswith(at, close)
+
+    def next_item(self, at: int, close: str) -> tuple[int, bool]:
+        """From the end of an item: the place of the next one, or of the closing bracket and True."""
+        at = self.skip_blank(at)
+        if self.startswith(at, close):
+            return at, True
+        if not self.startswith(at, ","):
+            what = "list" if close == "]" else "object"
+            raise json.JSONDecodeError(f"a comma or the end of the {what} is missing", self.text, at)
+        return self.skip_blank(at + 1), False
+
+    def value(self, at: int, stop: int) -> Any:
+        """What `skip_value` passed over last."""
+        return self.passed if self.text.isascii() else json.loads(self.text[at:stop].encode("latin-1").decode())
+
     def skip_value(self, at: int) -> tuple[int, int]:
         """First and end place of the JSON value at `at`."""
         try:
-            stop = self.decode(self.text, at)[1]
-            if stop < len(self.text) or self._ended():  # a number at the very end may go on in the next piece
+            self.passed, stop = self.decode(self.text, at)
+            if stop < len(self.text) - 2 or self._ended():  # in the next piece a number may go on, as 1 does in 1e-7
                 return at, stop
         except json.JSONDecodeError as error:
             # What is broken far from the end is broken; a string without an end is told by its start.
@@ -214,7 +299,7 @@ class _Text:
     def _move(self, at: int) -> int:
         """Lets the text begin at `at` and, if it does already, makes it longer; returns where `at` is now."""
         self.line_of(at)
-        self.size = PIECE if at else 2 * self.size
+        self.size = self.piece if at else 2 * self.size
         self.base += at
         self.text, self.counted = self.content[self.base : self.base + self.size].decode("latin-1"), 0
         return 0

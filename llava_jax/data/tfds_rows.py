@@ -24,9 +24,9 @@ BUFFER = 1 << 15  # bytes, as Grain's own reader has it
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """A feature that is one value. Text becomes str, and so does a string that is text; an image stays encoded; of a
-    label's number its name is made."""
+    label's number its name is made; a box is a tuple of y1, x1, y2, x2 in fractions of the image."""
 
-    kind: Literal["text", "string", "image", "bool", "number", "label"]
+    kind: Literal["text", "string", "image", "bool", "number", "label", "box"]
     names: tuple[str, ...] = ()
 
 
@@ -38,7 +38,8 @@ class TfdsRows:
 
     `path` is a version folder (.../1.0.0) or the folder of a single one, here or on gs://. `FOLDER:SPLIT` chooses a
     split; without it the only one or "train" is read. Texts are str, images their encoded bytes, sequences lists,
-    sequences of several features lists of dicts. Features of other types (audio, video, boxes, arrays) are left out.
+    sequences of several features lists of dicts. Features of other types (audio, video, arrays, boxes in
+    another format than TFDS's own) are left out.
 
     Raises FileNotFoundError or ValueError, one line, if this is no such data set or a shard is missing; `rows[i]`
     raises BadRow ("malformed") for a damaged row, ValueError for a shard that is damaged as a whole, and OSError where
@@ -181,6 +182,8 @@ def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = (
     if "classLabel" in spec:
         names = _open_path(_join(folder, "-".join(path) + ".labels.txt"))
         return Leaf("label", tuple(names.read_text().split("\n"))) if names.exists() else Leaf("number")
+    if "boundingBox" in spec:
+        return Leaf("box") if spec["boundingBox"].get("bboxFormat", "REL_YXYX") == "REL_YXYX" else None
     tensor = spec.get("tensor")
     if tensor is None or tensor.get("shape", {}).get("dimensions") or tensor.get("encoding", "none") != "none":
         return None
@@ -221,6 +224,8 @@ def _plain(column: Any, leaf: Leaf) -> list[Any]:
             return [bool(value) for value in values]
         case "label":
             return [leaf.names[value] if value >= 0 else None for value in values]  # -1 is TFDS's "unknown"
+        case "box":
+            return list(zip(*[iter(values)] * 4, strict=True))
         case _:
             return list(values)
 

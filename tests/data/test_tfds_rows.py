@@ -42,6 +42,8 @@ def row(number: int) -> dict:
         "raw": picture(number, "PNG"),
         "plain": "text",
         "count": -number,
+        "box": (0.25, 0.0, 0.5, 1.0),
+        "boxes": [(0.0, 0.125 * i, 0.5, 1.0) for i in range(number % 3)],
     }
 
 
@@ -62,6 +64,8 @@ class Chat(tfds.core.GeneratorBasedBuilder):
             "plain": of.Tensor(shape=(), dtype=np.str_),
             "count": np.int64,
             "box": of.BBoxFeature(),
+            "boxes": of.Sequence(of.BBoxFeature()),
+            "pixels": of.BBoxFeature(bbox_format="XYWH"),
             "array": of.Tensor(shape=(2, 2), dtype=np.float32),
         }
         return tfds.core.DatasetInfo(builder=self, disable_shuffling=True, features=of.FeaturesDict(features))
@@ -73,8 +77,9 @@ class Chat(tfds.core.GeneratorBasedBuilder):
         for number in numbers:
             files = {"images": [io.BytesIO(image) for image in row(number)["images"]]}
             files["image"] = io.BytesIO(row(number)["image"] or b"")
-            others = {"box": tfds.features.BBox(0.0, 0.0, 1.0, 1.0), "array": np.zeros((2, 2), np.float32)}
-            yield number, row(number) | files | others
+            others = {name: tfds.features.BBox(*row(number)["box"]) for name in ("box", "pixels")}
+            others["boxes"] = [tfds.features.BBox(*box) for box in row(number)["boxes"]]
+            yield number, row(number) | files | others | {"array": np.zeros((2, 2), np.float32)}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ import json
 import random
 import re
 from collections import Counter
+from hashlib import sha256
 
 import pytest
 
@@ -146,3 +147,26 @@ def test_questions_about_unseen_pairs(coco, tmp_path):
 def test_a_missing_split_is_named(coco):
     with pytest.raises(FileNotFoundError, match="captions_absent"):
         rules.read_coco(coco, "absent")
+
+
+def test_the_miniature_is_what_its_backbones_were_trained_for(coco, tmp_path):
+    """The shipped language backbone has seen this text; another wording would need another backbone."""
+    rules.write_captions(coco, "train", tmp_path / "captions")
+    rules.write_instructions(coco, "train", tmp_path / "instructions")
+    rules.write_questions(coco, "test", tmp_path / "questions")
+    rules.write_questions(coco, "unseen", tmp_path / "unseen", about=[" ".join(pair) for pair in scenes.UNSEEN])
+    files = b"".join((tmp_path / name).read_bytes() for name in ("captions", "instructions", "questions", "unseen"))
+    assert sha256(files).hexdigest() == "17a6bea6fcec0c4cbaeda80f4c80605d0cee478fc0e17707f6ffff3aef9bc70b"
+
+    rng, asked = random.Random(3), []
+    for _ in range(200):
+        objects = scenes.sample(rng, scenes.PAIRS)
+        annotation = rules.Annotation("x.jpg", tuple(scenes.captions(objects)), things_of(objects))
+        asked += [
+            *rules.conversation(annotation.things, rng, CATEGORIES, 8),
+            rules.caption(annotation, rng),
+            rules.detail(annotation, rng),
+            rules.reasoning(annotation.things, rng),
+        ]
+    text = json.dumps([[question.kind, question.question, question.answer] for question in asked if question])
+    assert sha256(text.encode()).hexdigest() == "d0e36d2cc52dcb7329877bcf8c69eb823dc8270f7f6b29e52fa5a299809851b6"

@@ -1,0 +1,288 @@
+"""The commands of `synthesize` around `run`: what it would ask and cost, some of it tried, and what has come of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from llava_jax.data.atomic import replacing
+from llava_jax.endpoint.log import AnswerLog
+from llava_jax.endpoint.prices import load_price
+from llava_jax.endpoint.run import answer_all
+from llava_jax.endpoint.stop import Stop
+from llava_jax.instruct.estimate import describe, estimate
+from llava_jax.instruct.output import MANIFEST, check_folder
+from llava_jax.instruct.running import INTERRUPTED, STANDING, Server, open_log, open_synthesis
+from llava_jax.instruct.synthesis import COUNTS, Outcome, Settings, Synthesis, Task
+from llava_jax.instruct.viewer import Sample, write_page
+
+DOCTYPE = b"<!doctype html>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Says how many requests and tokens a run takes, and what they cost; asks nobody.
+
+    Prompt tokens are counted on 1,000 tasks of each kind. Where the log of OUT has answers (of `preview`, or of a run
+    that was stopped) their tokens say how long the others will be, and only what remains is counted.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    prices: str = ""
+    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
+    tokenizer: str = ""
+    """file or folder of the teacher's tokenizer, to count with; else 4.3 bytes are taken for a token"""
+
+    def run(self) -> int:
+        self.settings.check()
+        price = load_price(self.prices, self.settings.model) if self.prices else None
+        tokenizer = None
+        if self.tokenizer:
+            from llava_jax.text.tokenizer import Tokenizer
+
+            tokenizer = Tokenizer.load(self.tokenizer)
+        synthesis = open_synthesis(self.settings)
+        if self.settings.teacher == "rules":
+            print(f"{len(synthesis):,} tasks; rules ask nobody and cost nothing")
+            return 0
+        with _read_log(self.settings.log) as log:
+            print(describe(estimate(synthesis, log, tokenizer), price, synthesis.attempts))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """Prints some prompts in full, and what the teacher answers.
+
+    The answers are kept in OUT, where `run` finds them: nothing is paid for twice.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    server: Annotated[Server, tyro.conf.arg(name="")]
+    count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 5
+    """tasks, drawn by seed, the kinds by turns"""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print the prompts and ask nobody"""
+
+    def run(self) -> int:
+        self.settings.check()
+        self.server.check()
+        if self.count < 1:
+            raise ValueError(f"--count is {self.count}: it must be at least 1")
+        check_folder(self.settings.out)
+        if self.settings.teacher == "openai" and not self.dry_run:
+            self.server.look(self.settings)
+        synthesis, stop = open_synthesis(self.settings), Stop()
+        tasks = list(itertools.islice(synthesis.drawn(self.settings.seed, self.settings.kinds), self.count))
+        if self.dry_run:
+            _print_tasks(tasks)
+            return 0
+        with open_log(self.settings) as log:
+            failures = asyncio.run(self._ask(tasks, synthesis, log, stop))
+            _print_tasks(tasks, log, failures)
+        return INTERRUPTED if stop.asked else 0
+
+    async def _ask(
+        self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, stop: Stop
+    ) -> dict[tuple[str, str], str]:
+        """The first answer of each task goes to the log; returns why others have none."""
+        failures = {}
+
+        def settle(task: Task, attempt: int, answer: Any) -> bool:
+            if isinstance(answer, Exception):
+                failures[task.name] = str(answer)
+            return True
+
+        with stop.listen():
+            if self.settings.teacher == "rules":
+                await answer_all(tasks, synthesis.teacher, log, settle, stop=stop)
+            else:
+                settings = self.settings
+                async with self.server.open(settings.model, settings.base_url, stop) as endpoint:
+                    await answer_all(tasks, endpoint, log, settle, stop=stop, concurrency=self.server.concurrency)
+        return failures
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Says how far a run is, or how it ended; also while it goes on."""
+
+    folder: tyro.conf.Positional[str]
+    """OUT of the run"""
+
+    def run(self) -> int:
+        settings = Settings.load(self.folder)
+        running = _is_locked(settings.log)
+        standing = _read_json(os.path.join(self.folder, STANDING))
+        print(f"{self.folder}: {settings.teacher}" + (f", {settings.model}" if settings.model else "")
+              + f", language {settings.language}")
+        if standing is None:
+            print("nothing has been asked yet")
+            return 0
+        if running:
+            seconds, asked = standing["seconds"], standing["requests"]
+            left = sum(kind["asked"] - kind["accepted"] - kind["rejected"] for kind in standing["kinds"].values())
+            left = f", {left * seconds / asked / 60:,.0f} minutes left" if asked else ""
+            print(f"running for {seconds / 60:,.0f} minutes{left}, as of {standing['written']}")
+        else:
+            ended = {"done": "done", "running": "killed; the same command goes on"}
+            state = ended.get(standing["state"], f"{standing['state'].replace('_', ' ')}; the same command goes on")
+            print(f"{state}, as of {standing['written']}")
+        print(f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'to do':>10}")
+        for kind, count in standing["kinds"].items():
+            left = count["asked"] - count["accepted"] - count["rejected"]
+            print(f"{kind:20}{count['asked']:>10,}{count['accepted']:>10,}{count['rejected']:>10,}{left:>10,}")
+        for reason, count in standing["rejected_answers"].items():
+            print(f"rejected answers: {count:,} {reason.replace('_', ' ')}")
+        tokens = standing["tokens"]
+        cost = "" if standing["cost_usd"] is None else f", {standing['cost_usd']:,.2f} USD"
+        print(f"{standing['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
+              f"{tokens.get('completion', 0):,} completion tokens in all{cost}")
+        if not running and os.path.exists(os.path.join(self.folder, MANIFEST)):
+            print(f"{os.path.join(self.folder, MANIFEST)} has the rest")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Makes an HTML page of some samples: image, boxes, captions, answer and verdict; also while the run goes on."""
+
+    folder: tyro.conf.Positional[str]
+    """OUT of the run"""
+    image_root: str = ""
+    """folder to which image paths are relative; without it boxes are drawn in a blank square"""
+    output: str = ""
+    """the page; FOLDER/view.html if empty"""
+    count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 24
+    """samples, drawn by seed, the kinds by turns"""
+    only: Literal["all", "accepted", "flagged", "rejected"] = "all"
+    """which: flagged are accepted ones that contradict captions or boxes"""
+    kind: Literal["all", "conversation", "detail", "complex"] = "all"
+    """of one kind alone"""
+    seed: int = 0
+    """of the draw"""
+
+    def run(self) -> int:
+        if self.count < 1:
+            raise ValueError(f"--count is {self.count}: it must be at least 1")
+        if self.image_root and not os.path.isdir(self.image_root):
+            raise FileNotFoundError(f"--image-root {self.image_root}: no such folder")
+        output = self.output or os.path.join(self.folder, "view.html")
+        _refuse_other_files(output)
+        settings = Settings.load(self.folder)
+        synthesis = open_synthesis(settings)
+        kinds = [kind for kind in settings.kinds if self.kind in ("all", COUNTS[kind])]
+        with AnswerLog(settings.log, read_only=True) as log:
+            found = (Sample(task, task.outcome(log)) for task in synthesis.drawn(self.seed, kinds))
+            samples = list(itertools.islice((sample for sample in found if self._wants(sample.outcome)), self.count))
+        about = {"teacher": synthesis.teacher.model, "language": settings.language, "tasks": f"{len(synthesis):,}",
+                 "answers in the log": f"{len(log):,}",
+                 "shown": f"{len(samples)}, {self.only}, drawn with seed {self.seed}"}
+        title = f"Instruction data of {os.path.basename(os.path.abspath(self.folder))}"
+        with replacing(output) as file:
+            file.write(write_page(title, about, samples, self.image_root, settings.language).encode())
+        print(f"{output}: {len(samples)} sample{'s' * (len(samples) != 1)}")
+        return 0
+
+    def _wants(self, outcome: Outcome) -> bool:
+        verdict = outcome.verdict
+        if verdict is None:
+            return False
+        flagged = verdict.accepted and verdict.evidence is not None and bool(verdict.evidence.findings)
+        return {"all": True, "accepted": verdict.accepted, "flagged": flagged,
+                "rejected": not verdict.accepted}[self.only]
+
+
+def _print_tasks(
+    tasks: Sequence[Task], log: AnswerLog | None = None, failures: Mapping[tuple[str, str], str] | None = None
+) -> None:
+    shown: set[str] = set()
+    for number, task in enumerate(tasks, 1):
+        title = f" {number} of {len(tasks)}: {task.kind}, id {task.context.id} "
+        _print(f"{title:=^100}")
+        _print_prompt(task, whole=task.kind not in shown)
+        shown.add(task.kind)
+        if log is not None:
+            _print_answers(task.outcome(log), failures.get(task.name))
+
+
+def _print_prompt(task: Task, whole: bool) -> None:
+    messages = task.request(0).messages
+    if not whole:
+        _print("(system message and examples as above)\n")
+        messages = messages[-1:]
+    for message in messages:
+        title = f" {message['role']} "
+        _print(f"{title:-^100}\n{message['content']}\n")
+    if task.question:
+        _print(f"(the record's question: {task.question})\n")
+
+
+def _print_answers(outcome: Outcome, failure: str | None) -> None:
+    for _, reply in outcome.answers:
+        _print(f"{' answer ':-^100}\n{reply.text}\n")
+        _print(f"({reply.model}: {reply.prompt_tokens:,} prompt tokens, {reply.completion_tokens:,} completion tokens)")
+    verdict = outcome.verdict
+    if verdict is None:
+        _print(f"no answer: {failure or 'stopped before'}\n")
+    elif not verdict.accepted:
+        _print(f"rejected: {verdict.reason}: {verdict.detail}\n")
+    else:
+        _print("accepted")
+        for finding in verdict.evidence.findings if verdict.evidence else ():
+            _print(f"  {finding.kind}: {finding.claim}, but {finding.against}")
+        _print("")
+
+
+def _print(text: str) -> None:
+    """Prints what a model wrote, which may hold characters that the terminal does not take."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
+
+
+@contextlib.contextmanager
+def _read_log(path: str) -> Iterator[AnswerLog | dict]:
+    """The log to read, also while another process writes it; {} if there is none yet."""
+    if not os.path.exists(path):
+        yield {}
+        return
+    with AnswerLog(path, read_only=True) as log:
+        yield log
+
+
+def _is_locked(path: str) -> bool:
+    """Whether a process has the log open to write."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+
+
+def _refuse_other_files(path: str) -> None:
+    """ValueError if a page at `path` would take the place of something else."""
+    if os.path.isdir(path):
+        raise ValueError(f"--output {path}: is a folder; name a file")
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if file.read(len(DOCTYPE)).lower() not in (b"", DOCTYPE):
+                raise ValueError(f"--output {path}: there is something else than a page; take another name")

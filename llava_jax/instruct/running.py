@@ -1,0 +1,285 @@
+"""`synthesize run`: asks for every task what the log does not hold, and writes what has come of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from llava_jax.data.atomic import replacing
+from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.client import Endpoint, read_key
+from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
+from llava_jax.endpoint.log import AnswerLog
+from llava_jax.endpoint.prices import load_price
+from llava_jax.endpoint.progress import Progress
+from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.run import Ending, answer_all
+from llava_jax.endpoint.stop import Stop
+from llava_jax.instruct.output import check_folder, date, write_outputs
+from llava_jax.instruct.synthesis import SETTINGS, Settings, Synthesis, Task
+
+STANDING, BATCHES = "progress.json", "batches"
+SECONDS = 5.0  # between two writings of it
+OVER_BUDGET, INTERRUPTED, TERMINATED = 3, 130, 75  # exit codes; the last as of sysexits.h and of train
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """How a teacher's server is asked."""
+
+    api_key_env: str = "OPENAI_API_KEY"
+    """environment variable with the API key; local servers may want none"""
+    concurrency: int = 50
+    """requests at a time"""
+    requests_per_minute: float | None = None
+    """limit of the account, which is kept to"""
+    tokens_per_minute: float | None = None
+    """likewise, of prompts and answers together"""
+    timeout: float = 600.0
+    """seconds that an answer may take"""
+    retries: int = 8
+    """how often a request is sent again after errors of the server or the network"""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for what cannot be meant."""
+        for name, least in (("concurrency", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
+        for name in ("requests_per_minute", "tokens_per_minute", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
+
+    def open(self, model: str, base_url: str = "", stop: Stop | None = None) -> Endpoint:
+        key = read_key(self.api_key_env, required=self.api_key_env != Server.api_key_env)
+        return Endpoint(
+            model, base_url or None, key, timeout=self.timeout, retries=self.retries, stop=stop,
+            requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute,
+        )
+
+    def look(self, settings: Settings) -> None:
+        """Finds out, before any work, whether the model can be asked. Raises ValueError, one line, if not."""
+        async def check() -> list[str]:
+            async with self.open(settings.model, settings.base_url) as endpoint:
+                return await endpoint.check()
+
+        for warning in asyncio.run(check()):
+            print(f"note: {warning}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def open_log(settings: Settings) -> Iterator[AnswerLog]:
+    """The log of answers in the folder of the run, which is made; tells what was mended. One process at a time."""
+    os.makedirs(settings.out, exist_ok=True)
+    with AnswerLog(settings.log) as log:
+        if log.mended:
+            print(f"note: {settings.log}: the last line was broken; its {log.mended:,} bytes were cut off, and that "
+                  "request is asked again", file=sys.stderr)
+        if log.damaged:
+            print(f"note: {settings.log}, line {log.damaged[0]}: cannot be read, and is passed over"
+                  + f" with {len(log.damaged) - 1} others" * (len(log.damaged) > 1), file=sys.stderr)
+        yield log
+
+
+def open_synthesis(settings: Settings) -> Synthesis:
+    """Reads prompts and images, and tells what was left out of them."""
+    synthesis = Synthesis(settings)
+    for note, count in synthesis.contexts.notes.items():
+        print(f"note: {count:,} {note}", file=sys.stderr)
+    if not synthesis.contexts.boxed and settings.kinds != ("conversation",):
+        print("note: there are no boxes: descriptions and reasoning are made of captions alone", file=sys.stderr)
+    return synthesis
+
+
+class Standing:
+    """Settles answers, and keeps in a file how far the run is, for `status`."""
+
+    def __init__(self, synthesis: Synthesis, budget: Budget):
+        self.failures: dict[tuple[str, str], str] = {}
+        self.rejects: Counter[str] = Counter()  # answers, not tasks
+        self._synthesis, self._budget = synthesis, budget
+        self._accepted, self._rejected, self._tokens = Counter[str](), Counter[str](), Counter[str]()
+        self._path, self._begun, self._written = os.path.join(synthesis.settings.out, STANDING), time.time(), 0.0
+
+    def settle(self, task: Task, attempt: int, answer: Reply | RequestFailed) -> bool:
+        """Whether the task is done."""
+        done = True
+        if isinstance(answer, RequestFailed):
+            self.failures[task.name] = str(answer)
+            self.rejects["request_failed"] += 1
+            self._rejected[task.kind] += 1
+        else:
+            self._tokens.update(prompt=answer.prompt_tokens, completion=answer.completion_tokens)
+            verdict = task.verdict(answer)
+            done = verdict.accepted or attempt + 1 >= self._synthesis.attempts
+            self.rejects.update({verdict.reason: 1} if verdict.reason else {})
+            (self._accepted if verdict.accepted else self._rejected)[task.kind] += done
+        if time.monotonic() - self._written > SECONDS:
+            self.write("running")
+        return done
+
+    def write(self, state: str, manifest: dict[str, Any] | None = None) -> None:
+        """`manifest`: of the outputs, which know more: duplicates are found when they are written."""
+        kinds = {kind: {"asked": self._synthesis.count(kind), "accepted": self._accepted[kind],
+                        "rejected": self._rejected[kind]} for kind in self._synthesis.settings.kinds}
+        kinds = manifest["counts"] if manifest else kinds
+        now = time.time()
+        about = {"state": state, "model": self._synthesis.teacher.model, "begun": date(self._begun),
+                 "written": date(now), "seconds": now - self._begun, "kinds": kinds,
+                 "rejected_answers": dict(self.rejects.most_common()), "requests": self._budget.requests,
+                 "tokens": dict(self._tokens), "cost_usd": self._budget.cost if self._budget.price else None}
+        with replacing(self._path) as file:
+            file.write(json.dumps(about, indent=1).encode() + b"\n")
+        self._written = time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Asks the teacher, and writes LLaVA's JSON.
+
+    OUT gets conversation.json, detail_description.json, complex_reasoning.json, and instruct.json: all, shuffled.
+
+    Every answer is kept in OUT/answers.jsonl before anything is done with it, under a hash of what was asked: after
+    Ctrl-C, kill -9 or with other options the same command asks only what was never answered. rejected.jsonl says what
+    was not taken and why, flagged.jsonl what was taken but contradicts captions or boxes, manifest.json where all of it
+    comes from and what it cost.
+
+    Exit codes: 0, every task is accepted or rejected; 2, a mistake, in one line; 3, --max-cost or --max-requests left
+    no room; 130 after Ctrl-C and 75 after SIGTERM, when what was in flight is finished (a second one does not wait).
+    After 3, 75 and 130 the files hold what there is, and the same command goes on.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    server: Annotated[Server, tyro.conf.arg(name="")]
+    max_cost: float | None = None
+    """USD, by --prices, that all answers in OUT may cost together; no request starts that could go beyond"""
+    max_requests: int | None = None
+    """requests that this command may start"""
+    prices: str = ""
+    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
+    batch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """ask by the Batch API, which is cheaper and takes up to a day; the command may be stopped and goes on waiting"""
+
+    def run(self) -> int:
+        settings = self.settings
+        self._check()
+        check_folder(settings.out)
+        price = load_price(self.prices, settings.model) if self.prices else None
+        if settings.teacher == "openai":
+            self.server.look(settings)
+        synthesis = open_synthesis(settings)
+        with open_log(settings) as log:
+            with replacing(os.path.join(settings.out, SETTINGS)) as file:
+                file.write(json.dumps(settings.as_json(), ensure_ascii=False, indent=1).encode() + b"\n")
+            spent = sum(price.cost(reply) for _, reply in log.items()) if price else 0.0
+            budget = Budget(self.max_cost, self.max_requests, price, self.batch, spent)
+            stop, standing, fatal = Stop(), Standing(synthesis, budget), None
+            standing.write("running")
+            try:
+                ending = asyncio.run(self._ask(synthesis, log, standing, budget, stop))
+            except EndpointStopped as error:
+                ending, fatal = "stopped", error
+            manifest = write_outputs(synthesis, log, standing.failures, price, _bar(len(synthesis)))
+            standing.write(ending, manifest)
+        print(describe(manifest, settings.out))
+        if fatal is not None:
+            raise fatal
+        return self._explain(ending, stop)
+
+    def _check(self) -> None:
+        self.settings.check()
+        self.server.check()
+        for name in ("max_cost", "max_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it cannot be negative")
+        if self.max_cost is not None and not self.prices:
+            raise ValueError("--max-cost needs --prices FILE, by which cost is reckoned")
+        if self.settings.teacher == "rules":
+            for name in ("max_cost", "prices", "batch"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
+
+    async def _ask(
+        self, synthesis: Synthesis, log: AnswerLog, standing: Standing, budget: Budget, stop: Stop
+    ) -> Ending:
+        progress = Progress(len(synthesis), standing.rejects, "tasks")
+        options = {"budget": budget, "stop": stop, "progress": progress}
+        with contextlib.closing(progress), stop.listen():
+            telling = asyncio.create_task(_tell(stop))
+            try:
+                if self.settings.teacher == "rules":
+                    return await answer_all(
+                        synthesis, synthesis.teacher, log, standing.settle, concurrency=1, **options)
+                return await self._ask_server(synthesis, log, standing, options)
+            finally:
+                telling.cancel()
+
+    async def _ask_server(
+        self, synthesis: Synthesis, log: AnswerLog, standing: Standing, options: dict[str, Any]
+    ) -> Ending:
+        async with self.server.open(self.settings.model, self.settings.base_url, options["stop"]) as endpoint:
+            try:
+                if not self.batch:
+                    return await answer_all(
+                        synthesis, endpoint, log, standing.settle, concurrency=self.server.concurrency, **options)
+                from llava_jax.endpoint.batch import answer_all_in_batches
+
+                folder = os.path.join(self.settings.out, BATCHES)
+                os.makedirs(folder, exist_ok=True)
+                return await answer_all_in_batches(synthesis, endpoint, log, standing.settle, folder, **options)
+            finally:
+                for note in endpoint.notes:
+                    print(f"note: {note}", file=sys.stderr)
+
+    def _explain(self, ending: Ending, stop: Stop) -> int:
+        """The exit code, and why it is not 0."""
+        if ending == "done":
+            return 0
+        why = {"max_cost": f"--max-cost {self.max_cost} leaves no room for another request",
+               "max_requests": f"--max-requests {self.max_requests} are used up", "interrupted": "stopped"}[ending]
+        print(f"{why}; the same command goes on", file=sys.stderr)
+        if ending != "interrupted":
+            return OVER_BUDGET
+        return INTERRUPTED if stop.signal == signal.SIGINT else TERMINATED
+
+
+def describe(manifest: dict[str, Any], folder: str) -> str:
+    """What has come of a run, as text."""
+    lines = [f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'unanswered':>12}  rejected for"]
+    for kind, count in manifest["counts"].items():
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in count["rejects"].items())
+        lines.append(f"{kind:20}{count['asked']:>10,}{count['accepted']:>10,}{count['rejected']:>10,}"
+                     f"{count['unanswered']:>12,}  {reasons}".rstrip())
+    flagged, tokens = manifest["flagged"], manifest["tokens"]
+    if flagged["records"]:
+        kinds = ", ".join(f"{kind} {number:,}" for kind, number in flagged["by_kind"].items())
+        lines.append(f"{flagged['records']:,} accepted records contradict captions or boxes ({kinds})")
+    if tokens.get("prompt"):
+        cost = "" if manifest["cost_usd"] is None else f"; {manifest['cost_usd']:,.2f} USD"
+        lines.append(f"{manifest['answers']:,} answers: {tokens['prompt']:,} prompt tokens, of them "
+                     f"{tokens['cached']:,} cached; {tokens['completion']:,} completion tokens{cost}")
+    return "\n".join([*lines, f"{folder}: {', '.join(manifest['outputs'])}"])
+
+
+async def _tell(stop: Stop) -> None:
+    """Says that a signal was heard: what is in flight may take minutes."""
+    try:
+        await stop.sleep(365 * 86400)
+    except Unsent:
+        if stop.signal is not None:
+            print("finishing what is in flight; once more to leave at once", file=sys.stderr)
+
+
+def _bar(total: int) -> Callable[[Iterator[Task]], Iterator[Task]]:
+    return lambda tasks: tqdm(tasks, total=total, desc="writing", unit=" tasks", disable=not sys.stderr.isatty())
