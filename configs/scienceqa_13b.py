@@ -1,0 +1,45 @@
+"""ScienceQA as in the paper (Visual Instruction Tuning, section 5.2): Vicuna 13B, tuned to reason and then to answer.
+
+The projector is aligned on the 595K pairs of CC3M, then projector and decoder are trained for 12 epochs on ScienceQA
+alone, in the format QCM-LEA: lecture, explanation, "The answer is B." The data file of the second stage is made from
+ScienceQA's own files, or Hugging Face's, in its folder. Rows are packed to 2048 tokens; the row counts below hold about
+as many conversations as the paper's batches of 128 and 32.
+"""
+
+from pathlib import Path
+
+from llava_jax.config import Data, Mesh, Model, Optimizer, Recipe, Stage
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        model=Model(vision="checkpoints/clip-vit-large-patch14", language="checkpoints/vicuna-13b-v1.3",
+                    projector="linear", image_mode="square", template="vicuna_v1"),
+        mesh=Mesh(fsdp=-1),
+        stages={
+            "align": Stage(
+                learning_rates=(("projector/.*", 2e-3), ("(vision|decoder)/.*", None)),
+                data=Data(path="data/cc3m_595k/chat.json", image_root="data/cc3m_595k/images", template="plain",
+                          row_length=2048, images_per_row=7, workers=16),
+                # No moments and masters of the decoder fill the memory here.
+                rows=16, remat="qkv",
+            ),
+            "scienceqa": Stage(
+                learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),
+                data=Data(path="data/scienceqa/llava_train_QCM-LEA.json", image_root="data/scienceqa/images/train",
+                          row_length=2048, images_per_row=4, workers=16),
+                optimizer=Optimizer(clip=1.0),
+                rows=8, epochs=12,
+            ),
+        },
+        output="runs/scienceqa_13b",
+    )
+
+
+def prepare(recipe: Recipe) -> None:
+    """Makes the training file, unless it is there, from the ScienceQA that is in its folder."""
+    from llava_jax.benchmarks.scienceqa_data import ScienceQAData
+
+    path = Path(recipe.stages["scienceqa"].data.path)
+    if not path.exists():
+        ScienceQAData(str(path.parent), splits=("train",), formats=("QCM-LEA",)).run()

@@ -1,0 +1,132 @@
+"""What a benchmark is: questions from its files, and scores from answers.
+
+No benchmark knows about models: `answering.py` puts the questions of any of them to one, and a file of answers that
+was made elsewhere is scored in the same way.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+BENCHES = {
+    "scenes": "llava_jax.benchmarks.scenes:Scenes",
+    "pope": "llava_jax.benchmarks.pope:Pope",
+    "mme": "llava_jax.benchmarks.mme:Mme",
+    "vqav2": "llava_jax.benchmarks.vqa:VqaV2",
+    "vizwiz": "llava_jax.benchmarks.vqa:VizWiz",
+    "gqa": "llava_jax.benchmarks.gqa:Gqa",
+    "textvqa": "llava_jax.benchmarks.textvqa:TextVqa",
+    "mmbench": "llava_jax.benchmarks.mmbench:MMBench",
+    "mmbench-cn": "llava_jax.benchmarks.mmbench:MMBenchCN",
+    "seed": "llava_jax.benchmarks.seed:Seed",
+    "mm-vet": "llava_jax.benchmarks.mmvet:MMVet",
+    "scienceqa": "llava_jax.benchmarks.scienceqa:ScienceQA",
+    "spatial": "llava_jax.benchmarks.spatial:Spatial",
+    "multilingual": "llava_jax.benchmarks.multilingual:Multilingual",
+    "llava-bench-coco": "llava_jax.benchmarks.llava_bench:LlavaBenchCoco",
+    "llava-bench-wild": "llava_jax.benchmarks.llava_bench:LlavaBenchWild",
+}
+"""Name -> "module:class"; a module is imported when its benchmark is used."""
+
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+SHORT = "\nAnswer the question using a single word or phrase."
+"""What LLaVA-1.5 appends to a question, as its training data do (Improved Baselines with Visual Instruction Tuning)."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as the model gets it.
+
+    `text` has no mark for the image: images stand before it, as `<image>\\n`. No images: the model reads text alone.
+    """
+
+    id: str | int
+    text: str
+    images: tuple[str | bytes, ...] = ()  # paths, or the bytes of image files
+    row: Mapping[str, Any] = field(default_factory=dict)  # the benchmark's own row
+    choices: tuple[str, ...] = ()  # possible answers, to choose among by likelihood
+    prompt: str | None = None  # what the answer's line says was asked, where that is not `text`
+    fields: Mapping[str, Any] = field(default_factory=dict)  # what the answer's line holds besides
+    begun: str = ""  # what the model finds of its own answer, to go on from (`Request.begun`)
+    stop: tuple[str, ...] = ()  # texts that end the answer, in addition to the template's
+    max_new_tokens: int | None = None  # None: the benchmark's
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of an answer file; `line` is all of it."""
+
+    id: str | int
+    text: str
+    prompt: str = ""
+    line: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """How one answer was scored: `score` 0..1, or None where nothing here can score it."""
+
+    id: str | int
+    score: float | None
+    reference: str = ""
+    read: str = ""  # what the scorer made of the answer
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`figures`: name -> value, unrounded, in the order of the published table; `main` names the published figure."""
+
+    figures: Mapping[str, float]
+    main: str
+    items: Sequence[Item] = ()
+    notes: Sequence[str] = ()
+
+
+class Bench:
+    """A benchmark; subclasses override what they have.
+
+    A benchmark's options are the fields of its class, a frozen dataclass; each has a default.
+    """
+
+    title: ClassVar[str]
+    needs: ClassVar[str]  # the files of its folder, and where they come from
+    max_new_tokens: ClassVar[int] = 128
+    ordered: ClassVar[bool] = False  # whether the score depends on the order of the answers, as the original's does
+    packages: ClassVar[tuple[str, ...]] = ()  # what `submission` imports, to be missed before the model answers
+
+    def read(self, data: str) -> list[Question]:
+        """The questions of the folder (or file) `data`, in the order of its files.
+
+        Raises FileNotFoundError or ValueError, one line each, for a file or image that is missing, and for files of
+        another version or benchmark.
+        """
+        raise NotImplementedError
+
+    def follow_up(self, question: Question, texts: Sequence[str]) -> Question | str:
+        """What comes after the model has said `texts`, one for each time it was asked, of this `question`.
+
+        That is a Question with which it is asked again, under the same id; or, at the end, the text of its answer.
+        """
+        return texts[-1]
+
+    def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
+        """Scores `answers`, which stand in the order of the answer file.
+
+        There is one for each question, unless the user asked to score a part: then a missing one counts as the
+        original's scorer counts it.
+        """
+        raise NotImplementedError
+
+    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+        """Writes what the benchmark's server takes into `folder`; returns the paths."""
+        return []
+
+
+def get(name: str) -> type[Bench]:
+    """The class of a benchmark; ValueError that lists them all if there is none of that name."""
+    if name not in BENCHES:
+        raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
+    module, kind = BENCHES[name].split(":")
+    return getattr(importlib.import_module(module), kind)

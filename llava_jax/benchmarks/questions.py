@@ -1,0 +1,112 @@
+"""Benchmarks whose questions stand in LLaVA's form: JSON lines of {question_id, image, text, [category]}."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llava_jax.benchmarks.bench import Answer, Bench, Question
+
+
+@dataclass(frozen=True)
+class QuestionFile(Bench):
+    """A benchmark with one question file and one folder of images.
+
+    `data` is the folder that holds `file`, or such a file of any name, whose folder is then looked in for the rest.
+    Nothing here looks at images: a file of answers is scored without them.
+    """
+
+    images: str = ""
+    """folder of the images; empty: where the benchmark has them"""
+
+    file: ClassVar[str]
+    pictures: ClassVar[str]  # the benchmark's own folder of images
+    published: ClassVar[int]  # questions of the published file
+    choices: ClassVar[tuple[str, ...]] = ()
+
+    def read(self, data: str) -> list[Question]:
+        """The questions in the order of the file; ValueError for a row of another form."""
+        folder = self.images or os.path.join(folder_of(data), self.pictures)
+        path = question_path(data, self.file)
+        questions = []
+        for number, row in read_lines(path):
+            for key, kinds in (("question_id", (int, str)), ("image", str), ("text", str)):
+                if not isinstance(row.get(key), kinds):
+                    raise ValueError(f"{path}, line {number}: not a question of {self.title}: {key!r} is "
+                                     f"{'missing' if key not in row else 'of another kind'}")
+            image = os.path.join(folder, row["image"])
+            questions.append(Question(row["question_id"], row["text"], (image,), row, self.choices))
+        if not questions:
+            raise ValueError(f"{path}: the file has no questions")
+        return questions
+
+    def size_notes(self, questions: Sequence[Question]) -> list[str]:
+        """Says so when this is not the published number of questions."""
+        if len(questions) == self.published:
+            return []
+        return [f"{len(questions):,} questions; the published file has {self.published:,}"]
+
+
+def folder_of(data: str) -> str:
+    """The folder that `data` is, or is in. FileNotFoundError if there is nothing."""
+    if os.path.isdir(data):
+        return data
+    if not os.path.isfile(data):
+        raise FileNotFoundError(f"{data}: no such folder or file")
+    return os.path.dirname(data)
+
+
+def question_path(data: str, name: str) -> str:
+    """`data` itself if it is a file, else the file `name` in it; FileNotFoundError if there is none."""
+    path = os.path.join(data, name) if os.path.isdir(data) else data
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; --data is the folder with {name}, or a file of that form")
+    return path
+
+
+def find(data: str, *names: str) -> str | None:
+    """The first of `names` that is in the folder of `data`."""
+    paths = (os.path.join(folder_of(data), name) for name in names)
+    return next(filter(os.path.exists, paths), None)
+
+
+def need(data: str, *names: str) -> str:
+    """The same; FileNotFoundError if none is there."""
+    path = find(data, *names)
+    if path is None:
+        raise FileNotFoundError(f"{os.path.join(folder_of(data), names[0])}: no such file or folder")
+    return path
+
+
+def read_json(path: str) -> Any:
+    """ValueError or FileNotFoundError that names the file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:  # broken UTF-8 as well
+            raise ValueError(f"{path}: broken JSON ({error})") from None
+
+
+def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and object of every line that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: broken JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object")
+            yield number, row
+
+
+def unanswered(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str]:
+    """A note if questions have no answer, for the benchmarks whose upload needs all of them."""
+    there = {answer.id for answer in answers}
+    missing = sum(question.id not in there for question in questions)
+    return [f"{missing:,} questions have no answer; the upload is written only when all have"] if missing else []

@@ -1,0 +1,308 @@
+"""The command that puts a benchmark to a model and scores the answers, or scores a file of answers."""
+
+import dataclasses
+import glob
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from llava_jax import config
+from llava_jax.benchmarks import answers, results
+from llava_jax.benchmarks.answers import AnswerFile, Line
+from llava_jax.benchmarks.bench import Bench, Question, get
+from llava_jax.benchmarks.published import everything
+from llava_jax.benchmarks.tables import markdown, number
+from llava_jax.data.atomic import replacing
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+PIECE = 2**20  # characters that a process tells the others at once
+PRINTED = 40  # figures; where there are more, results.md has them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all benchmarks have in common; `command` adds the options of one."""
+
+    data: str
+    """folder of the benchmark, or its file of questions"""
+    model: str = ""
+    """folder of the model that answers"""
+    answers: str = ""
+    """a file of answers to score as it is; no model is asked"""
+    out: str = ""
+    """folder for the results, which get one of their own in it, named as the benchmark"""
+    partial: Flag = False
+    """score a file of answers that misses some, or has doubled or foreign ones, as the original's scorer would"""
+    name: str = ""
+    """what the results call the model; by default as its folder"""
+    limit: int | None = None
+    """ask the first so many questions only"""
+    batch_size: int = 16
+    """questions at a time"""
+    score_by: Literal["generation", "likelihood"] = "generation"
+    """likelihood takes the likeliest of the choices, instead of letting the model write"""
+    baseline: Literal["none", "blind", "shuffled"] = "none"
+    """blind shows another question's picture; shuffled mixes the patches of each picture"""
+    num_chunks: int = 1
+    """parts of the questions, for processes that know nothing of each other but write to the same folder"""
+    chunk_idx: int = 0
+    """the part of this process, from 0; the one that ends last scores"""
+    overwrite: Flag = False
+    """throw away the answers that are there, instead of going on"""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """by default bfloat16 on TPU and GPU, float32 on CPU"""
+    mesh: config.Mesh = field(default_factory=lambda: MESH)
+    """the devices of this host; by default tensor is as many as divide the heads, and replica the rest"""
+    bench: Bench
+
+    benchmark: ClassVar[str]
+
+    def __post_init__(self):
+        if bool(self.model) == bool(self.answers):
+            raise ValueError("give either --model DIR, to ask it, or --answers FILE, to score that")
+        if self.model and not self.out:
+            raise ValueError("give --out DIR, a folder for the answers and results")
+        if self.limit is not None and self.limit < 1 or self.batch_size < 1:
+            raise ValueError("--limit and --batch-size must be at least 1")
+        if not 0 <= self.chunk_idx < self.num_chunks:
+            raise ValueError(f"--chunk-idx {self.chunk_idx}: with --num-chunks {self.num_chunks} it lies in "
+                             f"0..{self.num_chunks - 1}")
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.out, self.benchmark)
+
+    def run(self) -> int:
+        """Returns 0. Mistakes raise ValueError, FileNotFoundError or ImportError, one line each, before any work."""
+        for package in self.bench.packages if self.out else ():
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(f"the upload of {self.bench.title} needs {package}: pip install {package}")
+        if self.answers:
+            self._score_file()
+            return 0
+        # Imported here, so that files of answers are scored without waiting for JAX.
+        from llava_jax.processes.group import shared_fate
+        from llava_jax.sharding import connect
+
+        connect()
+        with shared_fate():
+            self._ask()
+        return 0
+
+    def _score_file(self) -> None:
+        questions = self.bench.read(self.data)
+        asked = questions[: self.limit]
+        lines, notes = answers.read(self.answers, self.partial)
+        if not self.partial:
+            answers.check(self.answers, self.bench.title, asked, lines, self.bench.ordered)
+        models = sorted({str(line["model_id"]) for line in lines if "model_id" in line})
+        name = self.name or (models[0] if len(models) == 1 else os.path.basename(self.answers))
+        if self.out:
+            if os.path.exists(os.path.join(self.folder, RUN)):
+                raise ValueError(f"{self.folder}: holds the answers of a model that was asked; choose another --out")
+            os.makedirs(self.folder, exist_ok=True)
+            answers.write(os.path.join(self.folder, WHOLE), lines)
+        settings = self._settings(questions) | {"name": name, "answers_file": self.answers, "partial": self.partial}
+        self._finish(settings, asked, lines, notes)
+
+    def _ask(self) -> None:
+        """Asks what this process has to ask; the first process, or whichever ends last, scores."""
+        from llava_jax.benchmarks.answering import check_images
+        from llava_jax.processes.group import agree, gather
+        from llava_jax.processes.place import find
+
+        questions, place = self.bench.read(self.data), find()
+        asked = questions[: self.limit]
+        if self.baseline != "none" and not any(question.images for question in asked):
+            raise ValueError(f"--baseline {self.baseline}: {self.bench.title} has no pictures here")
+        if self.score_by == "likelihood" and not all(question.choices for question in asked):
+            raise ValueError(f"--score-by likelihood: {self.bench.title} has questions without choices to take from")
+        if self.num_chunks > 1 and (place or self.overwrite):
+            raise ValueError("--num-chunks is for processes that know nothing of each other; " + (
+                "these do, and divide the questions by themselves" if place else
+                "with --overwrite one would throw away what another has answered; remove the folder first"))
+        settings = self._settings(questions) | self._model()
+        agree("evaluate", _identity(settings))
+        chunks, index = (place.count, place.index) if place else (self.num_chunks, self.chunk_idx)
+        if self.overwrite and index == 0:
+            answers.remove([os.path.join(self.folder, RUN), *self._files()])
+        gather("the folder", None)
+        found, mine = self._begin(settings, questions), answers.chunk(len(asked), chunks, index)
+        todo = [n for n in mine if n not in found]
+        own = os.path.join(self.folder, WHOLE if chunks == 1 else f"answers-{index}-of-{chunks}.jsonl")
+        if todo:
+            check_images(asked[n] for n in todo)
+            with AnswerFile(own) as file:
+                if file.mended:
+                    print(f"{own}: the last line was broken off, and is cut ({file.mended:,} bytes)", file=sys.stderr)
+                self._answer(questions, mine, found, file, settings)
+        # What others have answered comes through the group or, without one, lies in the same folder.
+        if place:
+            for numbered in _exchange([[n, found[n]] for n in mine]):
+                found |= {n: line for n, line in numbered}
+        elif chunks > 1:
+            found = self._found(questions)
+        if missing := sum(n not in found for n in range(len(asked))):
+            print(f"part {index} of {chunks} is answered; {missing:,} questions of other parts are not yet")
+        elif index == 0 or not place:
+            answers.write(os.path.join(self.folder, WHOLE), [found[n] for n in sorted(found)])
+            answers.remove(set(self._files()) - {os.path.join(self.folder, WHOLE)})
+            self._finish(settings, asked, [found[n] for n in range(len(asked))], [])
+        gather("the results", None, seconds=None)
+        if place and index:  # process 0 has all, and on its own disk
+            answers.remove([own])
+
+    def _settings(self, questions: Sequence[Question]) -> dict[str, Any]:
+        return {"benchmark": self.benchmark, "data": os.path.abspath(self.data), "limit": self.limit,
+                "options": dataclasses.asdict(self.bench), "questions_hash": results.hash_questions(questions)}
+
+    def _model(self) -> dict[str, Any]:
+        import jax
+
+        from llava_jax.models.llava import LlavaConfig
+        from llava_jax.weights.checkpoint import read_config
+
+        read, path = read_config(self.model), os.path.abspath(self.model)
+        if not isinstance(read, LlavaConfig):
+            raise ValueError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
+        dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        baseline = "" if self.baseline == "none" else f" ({self.baseline})"
+        return {"name": self.name or os.path.basename(path) + baseline,
+                "model": {"path": path, "hash": results.hash_model(path), "template": read.template, "dtype": dtype,
+                          "platform": jax.default_backend(), "score_by": self.score_by, "baseline": self.baseline}}
+
+    def _files(self) -> list[str]:
+        return sorted(glob.glob(os.path.join(glob.escape(self.folder), "answers*.jsonl")))
+
+    def _begin(self, settings: Mapping[str, Any], questions: Sequence[Question]) -> dict[int, Line]:
+        """The answers that are there. ValueError if they are of other questions, another model, or anybody's."""
+        os.makedirs(self.folder, exist_ok=True)
+        path = os.path.join(self.folder, RUN)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                try:
+                    there = _identity(json.load(file))
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{path}: broken; --overwrite begins again") from None
+            ours = _identity(settings)
+            if differ := [key for key in ours if there[key] != ours[key]]:
+                parts = ", ".join(f"{key} ({there[key]}, not {ours[key]})" for key in differ)
+                raise ValueError(f"{self.folder}: holds answers of another run, which differs in {parts}; choose "
+                                 "another --out, or --overwrite")
+        elif self._files():
+            raise ValueError(f"{self._files()[0]}: no {RUN} beside it says which model's answers these are; --answers "
+                             "scores such a file, and --overwrite throws it away")
+        else:
+            with replacing(path) as file:
+                file.write(json.dumps(settings, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+        found = self._found(questions)
+        if found:
+            print(f"{self.folder}: {len(found):,} of {len(questions):,} answers are there", file=sys.stderr)
+        return found
+
+    def _found(self, questions: Sequence[Question]) -> dict[int, Line]:
+        """The answers in all files, by the number of their question; a line that is broken off is none."""
+        lines = [line for path in self._files() if os.path.getsize(path) for line in answers.scan(path)[0]]
+        places = answers.match(questions, lines)
+        return {place: line for place, line in zip(places, lines, strict=True) if place is not None}
+
+    def _answer(self, questions: Sequence[Question], mine: range, found: dict[int, Line], file: AnswerFile,
+                settings: Mapping[str, Any]) -> None:
+        """Adds the answers that are missing of `mine` to `found` and to the file, one by one."""
+        from llava_jax.benchmarks.answering import Progress, choose, generate
+        from llava_jax.benchmarks.baselines import shown
+        from llava_jax.inference.llava import load
+
+        todo = [n for n in mine if n not in found]
+        llava = load(self.model, settings["model"]["dtype"], self._mesh())
+        # By their order answers meet labels from the first question on.
+        scored = None if self.bench.ordered and mine.start else self.bench
+        progress = Progress(scored, self.data, [questions[n] for n in mine], [found.get(n) for n in mine])
+        ask = generate if self.score_by == "generation" else choose
+        try:
+            for said in ask(llava, self.bench, [questions[n] for n in todo], self.batch_size,
+                            shown(self.baseline, questions, llava.config)):
+                n = todo[said.number]
+                found[n] = answers.make_line(questions[n], said.text, settings["name"], said.metadata)
+                file.add(found[n])
+                progress.add(n - mine.start, found[n])
+        finally:
+            progress.close()
+            print(progress.line(), file=sys.stderr, flush=True)
+
+    def _mesh(self):
+        """This host's devices, if it has several."""
+        import jax
+
+        from llava_jax.sharding import make_mesh
+        from llava_jax.weights.checkpoint import read_config
+
+        devices, mesh = jax.local_devices(), self.mesh
+        if len(devices) == 1 and mesh == MESH:
+            return None
+        if mesh == MESH:
+            model = read_config(self.model)
+            tensor = math.gcd(len(devices), *(size for part in (model.text, model.vision)
+                                              for size in (part.heads, part.mlp_width)), model.text.kv_heads)
+            mesh = config.Mesh(-1, 1, tensor)
+        return make_mesh(mesh, devices)
+
+    def _finish(self, settings: Mapping[str, Any], asked: Sequence[Question], lines: Sequence[Line],
+                notes: Sequence[str]) -> None:
+        """Scores, writes the results, prints the figures."""
+        given = [answers.to_answer(line) for line in lines]
+        scores = self.bench.score(self.data, asked, given)
+        if self.limit is not None:
+            notes = [*notes, f"--limit: the first {len(asked):,} questions only"]
+        scores = dataclasses.replace(scores, notes=[*notes, *scores.notes])
+        if self.out:
+            uploads = self.bench.submission(self.data, asked, given, self.folder)
+            results.write(self.folder, self.bench, settings, asked, lines, scores, uploads)
+        table = results.beside(scores, settings["name"], everything().get(self.benchmark, ()))
+        if len(table[0]) > 1:
+            print(markdown(table))
+        if 1 < len(scores.figures) <= PRINTED:
+            print(markdown([["figure", settings["name"]],
+                            *([name, number(value)] for name, value in scores.figures.items())]))
+        for note in scores.notes:
+            print(f"- {note}")
+        if self.out:
+            print("\n" + "".join(f"{path}\n" for path in (*uploads, os.path.join(self.folder, "results.html"))), end="")
+
+
+MESH = config.Mesh(1, 1, -1)
+RUN, WHOLE = "run.json", "answers.jsonl"
+
+
+def command(name: str) -> type[Run]:
+    """The command of a benchmark: the options of Run and its own. ValueError if there is none of that name."""
+    kind = get(name)
+    bench = ("bench", tyro.conf.OmitArgPrefixes[kind], field(default_factory=kind))
+    about = f"{kind.__doc__}\n\nNeeds {kind.needs}."
+    return dataclasses.make_dataclass(kind.__name__, [bench], bases=(Run,), frozen=True, kw_only=True,
+                                      namespace={"benchmark": name, "__doc__": about})
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What answers must have in common to be of one run."""
+    model = settings["model"]
+    return {"benchmark": settings["benchmark"], "questions": settings["questions_hash"], "name": settings["name"],
+            "model": model["hash"], **{key: model[key] for key in ("dtype", "score_by", "baseline")}}
+
+
+def _exchange(value: Any) -> list[Any]:
+    """Every process's value, of any size, by its index."""
+    from llava_jax.processes.group import gather
+
+    text = json.dumps(value)
+    rounds = max(gather("sizes of the answers", -(-len(text) // PIECE), seconds=None))
+    pieces = [gather("the answers", text[i * PIECE : (i + 1) * PIECE]) for i in range(rounds)]
+    return [json.loads("".join(parts)) for parts in zip(*pieces, strict=True)]

@@ -1,0 +1,86 @@
+"""TextVQA: questions whose answer is written in the picture; the published ones come with what an OCR read."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_jax.benchmarks import evalai
+from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.questions import QuestionFile, need, read_json
+
+ANNOTATIONS = "TextVQA_0.5.1_val.json"
+REFERENCES = 10  # human answers to a question
+
+Annotations = Mapping[tuple[Any, str], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TextVqa(QuestionFile):
+    """TextVQA, validation: soft accuracy against ten human answers, after the VQA challenge's normalisation."""
+
+    title = "TextVQA val"
+    needs = f"llava_textvqa_val_v051_ocr.jsonl, {ANNOTATIONS}, train_images/"
+    file = "llava_textvqa_val_v051_ocr.jsonl"
+    pictures = "train_images"
+    published = 5000
+
+    def read(self, data: str) -> list[Question]:
+        """ValueError as well for a question that the annotations do not have."""
+        questions, annotations = super().read(data), self._annotations(data)
+        for question in questions:
+            _annotation(annotations, question.id, question.text)
+        return questions
+
+    def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
+        """The mean over the answers that there are, each matched by image and question as its line gives them."""
+        annotations, items = self._annotations(data), []
+        for answer in answers:
+            references = _annotation(annotations, answer.id, answer.prompt)["answers"]
+            read = evalai.process(answer.text)
+            score = evalai.soft_accuracy(read, [evalai.process(reference) for reference in references])
+            items.append(Item(answer.id, score, " | ".join(references), read))
+        if not items:
+            raise ValueError("TextVQA: there are no answers to score")
+        mean = 100 * (sum(item.score for item in items) / len(items))
+        return Scores({"accuracy": mean}, "accuracy", items, self.size_notes(questions))
+
+    def _annotations(self, data: str) -> Annotations:
+        path = need(data, ANNOTATIONS)
+        content = read_json(path)
+        try:
+            rows = {(row["image_id"], row["question"].lower()): row for row in content["data"]}
+            counts = [len(row["answers"]) for row in rows.values()]
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: not TextVQA's annotations: {{data: [{{image_id, question, answers}}]}}; "
+                             "the test split has no answers") from None
+        if set(counts) != {REFERENCES}:
+            raise ValueError(f"{path}: every question needs {REFERENCES} human answers; the counts here are "
+                             f"{', '.join(map(str, sorted(set(counts)))) or 'none'}")
+        return rows
+
+
+def question_of(prompt: str) -> str:
+    """The question in a prompt, in lower case; ValueError for a prompt of none of LLaVA's three forms.
+
+    These are `OCR tokens: ... Question: Q Short answer:`; Q, a line of OCR tokens (before or after it) and the
+    instruction; and Q and the instruction alone.
+    """
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        match = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
+        if match:
+            return match.group(1).lower()
+    elif "Reference OCR token: " in prompt and len(lines) == 3:
+        return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
+    elif len(lines) == 2:
+        return lines[0].lower()
+    raise ValueError(f"TextVQA: a prompt of none of the known forms: {prompt!r}")
+
+
+def _annotation(annotations: Annotations, image: Any, prompt: str) -> Mapping[str, Any]:
+    question = question_of(prompt)
+    if (image, question) not in annotations:
+        raise ValueError(f"TextVQA: {ANNOTATIONS} has no question {question!r} of image {image!r}; "
+                         "the files are of different versions")
+    return annotations[image, question]
