@@ -34,7 +34,7 @@ from llava_jax.instruct.context import Context, Source, open_contexts
 from llava_jax.instruct.evidence.claims import all_claims
 from llava_jax.instruct.evidence.judge import Judge
 from llava_jax.instruct.evidence.vocabulary import Vocabulary
-from llava_jax.instruct.parse import parse
+from llava_jax.instruct.parse import Reject, parse
 from llava_jax.instruct.prompts import KINDS
 from llava_jax.instruct.rules import RulesTeacher
 from llava_jax.training.loop import train
@@ -132,14 +132,17 @@ def fit(recipe: Recipe) -> Path:
 
 
 def read_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, str]]:
-    """(kind, picture, question, the rules teacher's answer), one of each kind about each held-out picture."""
+    """(kind, picture, question, the rules teacher's answer), by kind about each held-out picture."""
     annotations = data / "annotations"
     contexts = open_contexts(Source(str(annotations / "captions_test.json"), str(annotations / "instances_test.json"),
                                     names="file", prefix="test/"))
     teacher, draw, found = RulesTeacher(), random.Random(0), []
     for context in contexts[:pictures]:
         for kind in KINDS:
-            turns = parse(kind, teacher.reply(kind, context), question="Describe the picture in detail.")
+            try:
+                turns = parse(kind, teacher.reply(kind, context), question="Describe the picture in detail.")
+            except Reject:  # too short: there is little to see
+                continue
             place = 2 * draw.randrange(len(turns) // 2)
             found.append((kind, context, turns[place]["value"], turns[place + 1]["value"]))
     return found

@@ -68,6 +68,9 @@ def test_every_command_explains_itself(name, capsys):
 def test_from_captions_to_data_that_prepare_takes(tmp_path, capsys):
     with FakeOpenAI(answer=answer_messages).serve() as url:
         assert synthesize.main(["run", *options_of(tmp_path, url)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in told[1:4]] == [[kind, "10", "10", "0", "0"] for kind in KINDS]
+    assert told[4].startswith("30 answers: ") and told[5].endswith("instruct.json, rejected.jsonl, flagged.jsonl")
     assert records_of(tmp_path) == Counter((kind, f"{i:06d}") for kind in KINDS for i in range(10))
     assert not (tmp_path / "out" / "rejected.jsonl").read_text()
     for i in range(10):
@@ -210,6 +213,7 @@ def test_mistakes_are_found_before_any_work(tmp_path, monkeypatch):
             (["--base-url", "http://127.0.0.1:9/v1"], "127.0.0.1:9"),
             (["--base-url", "localhost"], "not the address of an API"),
             (["--max-cost", "3"], "--max-cost needs --prices"),
+            (["--max-cost", "nan"], "--max-cost is nan: it must be at least 0"),
             (["--prices", str(tmp_path / "none.json")], "none.json"),
             (["--concurrency", "0"], "--concurrency is 0"),
         ]:
@@ -248,6 +252,64 @@ def test_a_broken_last_line_is_mended_and_told(tmp_path, capsys):
     assert "the last line was broken" in capsys.readouterr().err
     assert fake.paid.total() == 31 and outputs_of(tmp_path).keys() == before.keys()
     assert records_of(tmp_path).total() == 30
+
+
+def test_what_a_server_says_beside_the_text_breaks_nothing(tmp_path, capsys):
+    """Of a name that is no UTF-8, and of a fingerprint, a date and tokens that are none."""
+    write_images(tmp_path, 2)
+    fake = FakeOpenAI(answer=answer_messages)
+    fake.complete = lambda *args: FakeOpenAI.complete(fake, *args) | {
+        "model": "\ud800", "system_fingerprint": {"a": 1}, "created": 1e30, "usage": {"prompt_tokens": -1}}
+    with fake.serve() as url:
+        options = options_of(tmp_path, url)
+        assert synthesize.main(["run", *options]) == 0
+    assert records_of(tmp_path).total() == fake.paid.total() == 6
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["teacher"]["answered_by"] == {"\ud800": 6} and manifest["tokens"]["prompt"] == 0
+    assert manifest["teacher"]["first_answer"][:4] == str(time.gmtime().tm_year)
+    assert synthesize.main(["view", str(tmp_path / "out")]) == 0
+
+
+def test_what_got_no_answer_is_told_and_asked_again(tmp_path, capsys):
+    write_images(tmp_path, 2)
+    fake = FakeOpenAI(answer=answer_messages, faults=lambda number: "nonsense" if number == 1 else None)
+    with fake.serve() as url:
+        options = options_of(tmp_path, url, "--retries", "0", "--concurrency", "1")
+        assert synthesize.main(["run", *options]) == 0
+        told = capsys.readouterr().err
+        assert "1 tasks got no answer (no_answer: " in told and "no chat completion" in told
+        assert records_of(tmp_path).total() == 6 and (tmp_path / "out" / "rejected.jsonl").read_text()
+        progress = json.loads((tmp_path / "out" / "progress.json").read_text())
+        assert progress["rejected_answers"] == {"request_failed": 1} and progress["requests"] == 6
+        assert synthesize.main(["run", *options]) == 0
+    assert not capsys.readouterr().err and not (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert fake.paid.total() == len(fake.paid) == records_of(tmp_path).total() == 6
+
+
+def test_status_counts_what_was_paid(tmp_path, capsys):
+    """Images that are the same for the teacher share an answer."""
+    path = write_images(tmp_path, 1)
+    row = json.loads(path.read_text())
+    path.write_text("".join(json.dumps(row | {"id": str(i), "image": f"{i}.jpg"}) + "\n" for i in range(5)))
+    fake = FakeOpenAI(answer=answer_messages)
+    with fake.serve() as url:
+        assert synthesize.main(["run", *options_of(tmp_path, url)]) == 0
+    tokens = json.loads((tmp_path / "out" / "manifest.json").read_text())["tokens"]
+    capsys.readouterr()
+    assert synthesize.main(["status", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert fake.paid.total() == 3 and f"{tokens['prompt']:,} prompt and {tokens['completion']:,} completion" in shown
+    (tmp_path / "out" / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match="progress.json: not what a synthesis writes"):
+        synthesize.main(["status", str(tmp_path / "out")])
+
+
+def test_a_terminal_obeys_no_caption(tmp_path, capsys):
+    path = write_images(tmp_path, 1)
+    path.write_text(path.read_text().replace("Room 0", "\\u001b[2J\\u009bRoom 0"))
+    assert synthesize.main(["preview", *options_of(tmp_path, "http://127.0.0.1:9/v1"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "\ufffd[2J\ufffdRoom 0" in shown and "\x1b" not in shown and "\x9b" not in shown
 
 
 def test_a_second_process_on_the_same_folder_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
 from llava_jax.data.records import BadRow
 
 PIECE = 1 << 26  # bytes of the file that are looked at together

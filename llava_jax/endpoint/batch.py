@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.client import Endpoint
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
@@ -288,7 +288,9 @@ class _Batches:
                         self.budget.add(reply)
                     elif response_of:
                         self._refused(part, key, response_of["status_code"], response_of.get("body"))
-                except (ValueError, KeyError, TypeError):
+                except EndpointStopped as stopped:  # not before this batch is recorded as collected
+                    self._fatal.append(stopped)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # its request is asked again
 
     def _refused(self, part: _Part, key: str, status: int, body: Any) -> None:
@@ -296,11 +298,8 @@ class _Batches:
         if status >= 500 or status in (408, 409, 429):
             return
         self.learned = True
-        try:
-            if not self._endpoint.adapt(part.fields, status, error):
-                self.failures[key] = self._endpoint.failure(status, error)
-        except EndpointStopped as stopped:  # not before this batch is recorded as collected
-            self._fatal.append(stopped)
+        if not self._endpoint.adapt(part.fields, status, error):
+            self.failures[key] = self._endpoint.failure(status, error)
 
     async def _call(self, send: Callable[[], Awaitable[T]], what: str, retries: int | None = None) -> T:
         import openai

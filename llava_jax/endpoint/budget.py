@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from llava_jax.endpoint.errors import EndpointStopped
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Reply, Request
 
@@ -66,9 +67,12 @@ class Budget:
         self.requests -= not sent
 
     def add(self, reply: Reply) -> None:
-        """Counts an answer that was paid now."""
+        """Counts an answer that was paid now. Raises EndpointStopped if its cost cannot be told, but is limited."""
         if self.price is not None:
             self.cost += self.price.cost(reply)
+        if self.max_cost is not None and not reply.prompt_tokens:
+            raise EndpointStopped("the server does not say how many tokens an answer took, so that no limit of cost "
+                                  "can be kept; take --max-requests instead of --max-cost")
 
     def learn(self, request: Request, reply: Reply) -> None:
         """Lets an answer, whenever it was paid, say what the next may cost."""

@@ -237,7 +237,12 @@ class Endpoint:
         # type of every field, which takes it longer than all else.
         create = self.client.chat.completions.with_raw_response.create
         raw = await create(model=body["model"], messages=[], extra_body=body)
-        return read_reply(raw.http_response.json())
+        try:
+            answer = raw.http_response.json()
+        except (ValueError, RecursionError):
+            text = raw.http_response.text[:2000]
+            raise ValueError(f"no JSON: {_words(text)}" if text.strip() else "an empty answer") from None
+        return read_reply(answer)
 
     async def _models(self) -> list[dict[str, Any]]:
         raw = await self.client.models.with_raw_response.list()

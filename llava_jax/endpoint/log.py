@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_jax.endpoint.request import Reply
 
+LOCK_TRIES, LOCK_SECONDS = 10, 0.05  # `is_written` holds the lock for a moment, which must not refuse a writer
 SYNC_SECONDS = 5.0  # between calls of fsync: what a crash of the machine, not of the process, can lose
 
 
@@ -48,10 +49,12 @@ class AnswerLog:
     def append(self, key: str, reply: Reply, note: Mapping[str, Any] | None = None) -> None:
         """Writes a reply before anything else is done with it; `note` is for people who read the file.
 
-        Raises OSError (a full disk) with the log as it was before, and ValueError if the key is there.
+        Raises OSError (a full disk) with the log as it was before, and ValueError if the key is there or is none.
         """
         if key in self:
             raise ValueError(f"{self.path}: holds {key} already")
+        if len(key) != 64:
+            raise ValueError(f"{self.path}: {key!r:.80} is no key")
         record = {"key": key, "reply": dataclasses.asdict(reply)} | ({"note": dict(note)} if note else {})
         line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         try:
@@ -93,10 +96,13 @@ class AnswerLog:
         self.close()
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another process is writing to it; wait until it ends") from None
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not left:
+                    raise ValueError(f"{self.path}: another process is writing to it; wait until it ends") from None
+            time.sleep(LOCK_SECONDS)
 
     def _scan(self) -> int:
         """Finds the records; returns where the last whole line ends."""
@@ -133,12 +139,23 @@ class AnswerLog:
         os.close(self._file)
 
 
+def is_written(path: str) -> bool:
+    """Whether a process has the log at `path` open to write."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _key(line: bytes) -> bytes | None:
     """The key of a line, or None if it is no whole record."""
     try:
         record = json.loads(line)
-        Reply(**record["reply"])
-        key = bytes.fromhex(record["key"])
-        return key if len(key) == 32 else None
-    except (ValueError, KeyError, TypeError):
+        reply, key = Reply(**record["reply"]), bytes.fromhex(record["key"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return key if len(key) == 32 and isinstance(reply.text, str) else None

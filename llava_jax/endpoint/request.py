@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ Message = dict[str, Any]
 
 BYTES_PER_TOKEN = 4  # of English; only limits of rate and cost are reckoned with it, and both learn from replies
 BYTES_PER_IMAGE = 4096  # that a part with an image counts as
+
+LATEST = 253402300799  # the last second of the year 9999
 
 OWN = ("model", "messages", "stream", "n")  # fields of a body that are not the caller's to set
 
@@ -82,25 +85,46 @@ class Reply:
 def read_reply(body: Any, batch: bool = False) -> Reply:
     """A Reply from the body of a chat completion. Raises ValueError if it is none.
 
-    Servers that count no tokens get zeros; a refusal that stands in its own field is the text.
+    Only the text must be there, for it has been paid. Tokens that a server does not count, or miscounts, are 0; a
+    refusal that stands in its own field is the text; a date that is none is now.
     """
-    if not isinstance(body, dict) or not body.get("choices"):
-        raise ValueError(f"no chat completion: {json.dumps(body, default=str):.200}")
     try:
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        return Reply(
-            text=choice["message"].get("content") or choice["message"].get("refusal") or "",
-            finish_reason=choice.get("finish_reason") or "stop",
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            model=str(body.get("model") or ""),
-            fingerprint=body.get("system_fingerprint"),
-            created=int(body.get("created") or 0),
-            batch=batch,
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"no chat completion ({error!r}): {json.dumps(body):.200}") from None
+        choice = body["choices"][0]
+        text = _text(choice["message"].get("content")) or _text(choice["message"].get("refusal"))
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(f"no chat completion: {json.dumps(body, default=str):.200}") from None
+    usage = _object(body.get("usage"))
+    prompt, fingerprint = _count(usage.get("prompt_tokens")), body.get("system_fingerprint")
+    cached = _count(_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    return Reply(
+        text=text,
+        finish_reason=str(choice.get("finish_reason") or "stop"),
+        prompt_tokens=prompt,
+        cached_tokens=min(cached, prompt),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        model=str(body.get("model") or ""),
+        fingerprint=None if fingerprint is None else str(fingerprint),
+        created=_count(body.get("created"), LATEST) or int(time.time()),
+        batch=batch,
+    )
+
+
+def _text(content: Any) -> str:
+    """Of a message's content: a text, or a list of parts, of which those count that have one."""
+    if isinstance(content, list):
+        return "".join(_text(part.get("text")) for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError("neither text nor parts")
+    return content or ""
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any, most: float = 1e12) -> int:
+    """A number that a server tells beside the text; 0 for what can be none."""
+    return int(value) if isinstance(value, int | float) and 0 <= value <= most else 0
 
 
 def _bytes(content: str | list[dict[str, Any]]) -> int:

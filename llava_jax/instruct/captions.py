@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
 from llava_jax.data.json_rows import UNREADABLE, JsonRows
 
 BOM = b"\xef\xbb\xbf"

@@ -3,28 +3,29 @@
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from llava_jax.data.atomic import replacing
-from llava_jax.endpoint.log import AnswerLog
+from llava_jax.atomic import check_page, replacing
+from llava_jax.endpoint.log import AnswerLog, is_written
 from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.run import answer_all
+from llava_jax.endpoint.server import Server, code_of
 from llava_jax.endpoint.stop import Stop
 from llava_jax.instruct.estimate import describe, estimate
-from llava_jax.instruct.output import MANIFEST, check_folder
-from llava_jax.instruct.running import INTERRUPTED, STANDING, Server, open_log, open_synthesis
+from llava_jax.instruct.output import MANIFEST, REJECTED, check_folder
+from llava_jax.instruct.running import STANDING, open_log, open_synthesis
 from llava_jax.instruct.synthesis import COUNTS, Outcome, Settings, Synthesis, Task
 from llava_jax.instruct.viewer import Sample, write_page
 
-DOCTYPE = b"<!doctype html>"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Preview:
             raise ValueError(f"--count is {self.count}: it must be at least 1")
         check_folder(self.settings.out)
         if self.settings.teacher == "openai" and not self.dry_run:
-            self.server.look(self.settings)
+            self.server.look(self.settings.model, self.settings.base_url)
         synthesis, stop = open_synthesis(self.settings), Stop()
         tasks = list(itertools.islice(synthesis.drawn(self.settings.seed, self.settings.kinds), self.count))
         if self.dry_run:
@@ -88,7 +89,7 @@ class Preview:
         with open_log(self.settings) as log:
             failures = asyncio.run(self._ask(tasks, synthesis, log, stop))
             _print_tasks(tasks, log, failures)
-        return INTERRUPTED if stop.asked else 0
+        return code_of(stop) if stop.asked else 0
 
     async def _ask(
         self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, stop: Stop
@@ -115,13 +116,12 @@ class Preview:
 class Status:
     """Says how far a run is, or how it ended; also while it goes on."""
 
-    folder: tyro.conf.Positional[str]
-    """OUT of the run"""
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """folder of the run"""
 
     def run(self) -> int:
         settings = Settings.load(self.folder)
-        running = _is_locked(settings.log)
-        standing = _read_json(os.path.join(self.folder, STANDING))
+        running, standing = _read_standing(settings)
         print(f"{self.folder}: {settings.teacher}" + (f", {settings.model}" if settings.model else "")
               + f", language {settings.language}")
         if standing is None:
@@ -155,8 +155,8 @@ class Status:
 class View:
     """Makes an HTML page of some samples: image, boxes, captions, answer and verdict; also while the run goes on."""
 
-    folder: tyro.conf.Positional[str]
-    """OUT of the run"""
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """folder of the run"""
     image_root: str = ""
     """folder to which image paths are relative; without it boxes are drawn in a blank square"""
     output: str = ""
@@ -176,12 +176,13 @@ class View:
         if self.image_root and not os.path.isdir(self.image_root):
             raise FileNotFoundError(f"--image-root {self.image_root}: no such folder")
         output = self.output or os.path.join(self.folder, "view.html")
-        _refuse_other_files(output)
+        check_page(output)
         settings = Settings.load(self.folder)
         synthesis = open_synthesis(settings)
         kinds = [kind for kind in settings.kinds if self.kind in ("all", COUNTS[kind])]
         with AnswerLog(settings.log, read_only=True) as log:
-            found = (Sample(task, task.outcome(log)) for task in synthesis.drawn(self.seed, kinds))
+            duplicates = _read_duplicates(self.folder)
+            found = (Sample(task, _final(task, log, duplicates)) for task in synthesis.drawn(self.seed, kinds))
             samples = list(itertools.islice((sample for sample in found if self._wants(sample.outcome)), self.count))
         about = {"teacher": synthesis.teacher.model, "language": settings.language, "tasks": f"{len(synthesis):,}",
                  "answers in the log": f"{len(log):,}",
@@ -243,9 +244,9 @@ def _print_answers(outcome: Outcome, failure: str | None) -> None:
 
 
 def _print(text: str) -> None:
-    """Prints what a model wrote, which may hold characters that the terminal does not take."""
+    """Prints what others wrote, which may hold characters that the terminal does not take, or obeys."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    print(CONTROL.sub("\ufffd", text).encode(encoding, "replace").decode(encoding))
 
 
 @contextlib.contextmanager
@@ -258,31 +259,32 @@ def _read_log(path: str) -> Iterator[AnswerLog | dict]:
         yield log
 
 
-def _is_locked(path: str) -> bool:
-    """Whether a process has the log open to write."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def _read_duplicates(folder: str) -> dict[tuple[str, str], str]:
+    """By `Task.name`, what the last outputs say of tasks that were rejected because of an earlier one's answer."""
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, REJECTED), "rb") as file:
+        rows = (json.loads(line) for line in file if b'"duplicate"' in line)
+        return {(row["kind"], row["id"]): row["detail"] for row in rows if row["reason"] == "duplicate"}
+    return {}
 
 
-def _read_json(path: str) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
+def _final(task: Task, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]) -> Outcome:
+    outcome = task.outcome(log)
+    if task.name not in duplicates or outcome.verdict is None:
+        return outcome
+    return outcome._replace(verdict=outcome.verdict._replace(reason="duplicate", detail=duplicates[task.name]))
 
 
-def _refuse_other_files(path: str) -> None:
-    """ValueError if a page at `path` would take the place of something else."""
-    if os.path.isdir(path):
-        raise ValueError(f"--output {path}: is a folder; name a file")
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            if file.read(len(DOCTYPE)).lower() not in (b"", DOCTYPE):
-                raise ValueError(f"--output {path}: there is something else than a page; take another name")
+def _read_standing(settings: Settings) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a process is at work in the folder, and what was last told of how far it is, if it ever was."""
+    path = os.path.join(settings.out, STANDING)
+    while True:
+        running, standing = is_written(settings.log), None
+        try:
+            with open(path, encoding="utf-8") as file:
+                standing = json.load(file)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            raise ValueError(f"{path}: not what a synthesis writes ({error}); run its command again") from None
+        if running == is_written(settings.log):  # it has neither begun nor ended meanwhile
+            return running, standing

@@ -25,12 +25,16 @@ def read_coco(captions: str, instances: str, names: str) -> Gathered:
     """
     notes: Counter[str] = Counter()
     listed, texts = _read_captions(captions, notes)
+    if texts and 2 * len(texts) < len(listed):
+        raise ValueError(f"{captions}: of its {len(listed):,} images {len(listed) - len(texts):,} have no caption; "
+                         "take the whole file")
     notes["images without captions skipped"] += len(listed) - len(texts)
-    sizes, categories, boxes = _read_instances(instances) if instances else ({}, [], _Boxes().made())
+    notes["images whose file another image has too"] += len(texts) - len({listed[number] for number in texts})
+    sizes, categories, boxes = {}, [], _Boxes().made()
+    if instances:
+        files, sizes, categories, boxes = _read_instances(instances)
+        _require_same_split(captions, instances, {number: listed[number] for number in texts}, files)
     numbers = sorted(texts.keys() & sizes.keys() if instances else texts)
-    if not numbers and texts:
-        raise ValueError(f"{instances}: has none of the {len(texts):,} images of {captions}; "
-                         "take both files of the same split")
     notes["images skipped that the instances file does not have"] += len(texts) - len(numbers)
     ids = np.array(numbers, np.int64)
     own = np.isin(boxes.image, ids)
@@ -84,6 +88,10 @@ def read_data(path: str, names: str) -> Gathered:
         except ValueError as error:
             raise ValueError(f"{rows.where(number)}: {error}") from None
         boxed |= item.boxes is not None
+        name = _name(item.image, names)
+        if item.id in kept and kept[item.id][1] != name:
+            raise ValueError(f"{rows.where(number)}: has the id {item.id!r} of {kept[item.id][1]}; "
+                             "give every image an id of its own")
         if item.id in kept:
             notes["images given twice, of which the first is kept"] += 1
         elif not item.captions:
@@ -91,7 +99,7 @@ def read_data(path: str, names: str) -> Gathered:
         else:
             for category, place, crowd in item.boxes or ():
                 boxes.add(len(kept), categories.setdefault(category, len(categories)), place, crowd)
-            kept[item.id] = number, _name(item.image, names), item.captions
+            kept[item.id] = number, name, item.captions
     numbers = [number for number, _, _ in kept.values()]
     return Gathered(
         files=files,
@@ -113,7 +121,7 @@ def _read_captions(path: str, notes: Counter[str]) -> tuple[dict[int, str], dict
     for key, item in _members(path, "images", "annotations"):
         with _Where(path, key, item):
             if key == "images":
-                listed[_whole(item, "id")] = _text(item, "file_name")
+                _add_image(listed, item)
             elif "caption" not in item and "bbox" in item:
                 raise ValueError("has a box and no caption; is this the instances file?")
             else:
@@ -123,16 +131,17 @@ def _read_captions(path: str, notes: Counter[str]) -> tuple[dict[int, str], dict
     return listed, {number: found for number, found in texts.items() if found}
 
 
-def _read_instances(path: str) -> tuple[dict[int, tuple[float, float]], list[str], Boxes]:
-    """Width and height of all images by their ids, names of the categories, and the boxes: image holds the image's id,
-    place x, y, width, height in pixels."""
+def _read_instances(path: str) -> tuple[dict[int, str], dict[int, tuple[float, float]], list[str], Boxes]:
+    """File names, and width and height, of all images by their ids, names of the categories, and the boxes: image
+    holds the image's id, place x, y, width, height in pixels."""
+    listed: dict[int, str] = {}
     sizes: dict[int, tuple[float, float]] = {}
     names: dict[int, str] = {}
     boxes = _Boxes()
     for key, item in _members(path, "images", "annotations", "categories"):
         with _Where(path, key, item):
             if key == "images":
-                sizes[_whole(item, "id")] = _size(item)
+                sizes[_add_image(listed, item)] = _size(item)
             elif key == "categories":
                 names[_whole(item, "id")] = _text(item, "name")
             elif "bbox" not in item and "caption" in item:
@@ -148,7 +157,7 @@ def _read_instances(path: str) -> tuple[dict[int, tuple[float, float]], list[str
         raise ValueError(f"{path}: category id {unknown[0]} of a box in image id {first} is not among its "
                          f"{len(names)} categories; take the whole file")
     found.category = np.array([number[category] for category in found.category.tolist()], np.int64)
-    return sizes, list(names.values()), found
+    return listed, sizes, list(names.values()), found
 
 
 def _members(path: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -162,6 +171,27 @@ def _members(path: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield key, item
     if missing := [key for key in keys if key not in seen]:
         raise ValueError(f"{path}: not COCO's, or cut: it has no {' and no '.join(missing)}")
+
+
+def _add_image(listed: dict[int, str], item: dict[str, Any]) -> int:
+    """Notes the file name of an image, and returns its id."""
+    number, file = _whole(item, "id"), _text(item, "file_name")
+    if listed.setdefault(number, file) != file:
+        raise ValueError(f"stands for two images, {listed[number]} and {file}")
+    return number
+
+
+def _require_same_split(captions: str, instances: str, told: dict[int, str], shown: dict[int, str]) -> None:
+    """`told`, `shown`: file names by the ids of images that have captions, and that the instances file lists. Ids of
+    other data sets than COCO may begin at 1 in every split."""
+    same = told.keys() & shown.keys()
+    for number in sorted(same):  # of COCO's own ids, 2014 and 2017 mean the same images
+        if _name(told[number], "short") != _name(shown[number], "short"):
+            raise ValueError(f"{instances}: image id {number} is {shown[number]}, but {told[number]} in {captions}; "
+                             "take both files of the same split")
+    if 2 * len(same) < len(told):
+        raise ValueError(f"{instances}: has {len(same):,} of the {len(told):,} images of {captions}; "
+                         "take both files of the same split")
 
 
 def _require_images(path: str, listed: dict[int, Any], used: Iterable[int], what: str) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Reply
@@ -34,7 +34,7 @@ def check_folder(folder: str) -> None:
         return
     for name in (*FILES.values(), MERGED, REJECTED, FLAGGED, MANIFEST):
         if os.path.lexists(os.path.join(folder, name)):
-            raise ValueError(f"--out {folder}: it holds a {name} that synthesize has not made; take another folder")
+            raise ValueError(f"--out {folder}: it has a file {name} that synthesize has not made; take another")
 
 
 def write_outputs(
@@ -69,10 +69,10 @@ def write_outputs(
             elif verdict.accepted:
                 lists[task.kind].write(task.record(verdict.turns))
                 if verdict.evidence is not None and verdict.evidence.findings:
-                    flagged.write(_line(_flag(task, verdict)))
+                    flagged.write(to_json(_flag(task, verdict)))
                     tally.flag(verdict)
             else:
-                rejected.write(_line(_rejection(task, outcome, verdict)))
+                rejected.write(to_json(_rejection(task, outcome, verdict)))
                 tally.rejects[task.kind][verdict.reason] += 1
         for made in lists.values():
             made.close()
@@ -83,13 +83,19 @@ def write_outputs(
             os.unlink(os.path.join(folder, FILES[kind]))
     manifest = _manifest(synthesis, records, tally)
     with replacing(os.path.join(folder, MANIFEST)) as file:
-        file.write(json.dumps(manifest, ensure_ascii=False, indent=1).encode() + b"\n")
+        file.write(to_json(manifest, indent=1))
     return manifest
 
 
 def date(seconds: float) -> str:
     """A time since 1970, in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+def to_json(row: dict[str, Any], indent: int | None = None) -> bytes:
+    """With its newline. What a server says, or a file is called, may hold half of a UTF-16 pair, which JSON can only
+    escape."""
+    return json.dumps(row, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
 
 
 def _sweep(folder: str) -> None:
@@ -195,11 +201,6 @@ def _merge(lists: list[JsonList], merged: JsonList, seed: int) -> None:
             sources[which].seek(start)
             merged.write(sources[which].read(stop - start))
     merged.close()
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    # An answer that was rejected may hold half of a UTF-16 pair, which JSON can only escape.
-    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _manifest(synthesis: Synthesis, records: Mapping[str, int], tally: _Tally) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
+from llava_jax.data.records import check_text
 from llava_jax.instruct.captions import CaptionFile
 from llava_jax.instruct.context import Source, open_contexts
 from llava_jax.instruct.filter import find_phrases, select
@@ -40,7 +41,7 @@ class Pairs:
     of its captions, drawn by seed.
     """
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """file with the pairs"""
     out: str = "pairs.json"
     """JSON list to write"""
@@ -108,18 +109,23 @@ class Pairs:
 
     def _record(self, file: CaptionFile, row: bytes, number: int, questions: tuple[str, ...]) -> dict[str, Any]:
         """Raises ValueError that says what is wrong with the row."""
-        caption, fields = file.caption(row).strip(), json.loads(row)
+        caption, fields = check_text(file.caption(row).strip(), "the caption"), json.loads(row)
         image = fields.get("image")
         if not isinstance(image, str) or not image:
             raise ValueError("it names no image" if not image else "image must be the name of a file")
+        check_text(image, "image")
+        name = fields.get("id")
+        if name is None:
+            name = os.path.splitext(os.path.basename(image))[0]
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise ValueError(f"id is {name!r:.40}; it must be text or a whole number")
         if IMAGE in caption:
             raise ValueError(f"the caption holds {IMAGE}")
         draw = random.Random(f"{self.seed} pair {number}")
         question = draw.choice(questions)
         value = f"{IMAGE}\n{question}" if draw.random() < 0.5 else f"{question}\n{IMAGE}"
         turns = [{"from": "human", "value": value}, {"from": "gpt", "value": caption}]
-        name = os.path.splitext(os.path.basename(image))[0]
-        return {"id": fields.get("id", name), "image": self.prefix + image, "conversations": turns}
+        return {"id": name, "image": self.prefix + image, "conversations": turns}
 
 
 @contextlib.contextmanager
@@ -132,7 +138,10 @@ def _rows(path: str, seed: int) -> Iterator[str]:
             yield path
             return
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
-        for context in open_contexts(Source(captions=path)):
+        contexts = open_contexts(Source(captions=path))
+        for note, count in contexts.notes.items():
+            print(f"note: {count:,} {note}", file=sys.stderr)
+        for context in contexts:
             caption = random.Random(f"{seed} caption {context.id}").choice(context.captions)
             file.write(json.dumps({"id": context.id, "image": context.image, "caption": caption}) + "\n")
         file.flush()

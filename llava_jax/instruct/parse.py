@@ -89,7 +89,15 @@ HEADER = re.compile(
     re.I,
 )
 DESCRIPTION = re.compile(r"\A[\s#*_]*(?:answer|(?:detailed |image )?description|답변|설명)\s*[*_]*:[*_]*", re.I)
-CHATTER = 200  # characters that may stand before the first header, as "Sure, here is a conversation:"
+# "Sure! Here is a detailed description of the image:", and at the end "Let me know if you want more!", as paragraphs.
+PREAMBLE = re.compile(
+    r"\A(?:(?:sure|certainly|of course|absolutely|okay)\b[!.,]*\s*)?"
+    r"(?:here(?: is|['’]s)|below is|this is|I(?: will|['’]ll| would|['’]d| can))\b"
+    r"[^\n]{0,100}\b(?:description|describe|image|picture|photo|scene)\b[^\n]{0,60}:\s*\n\s*"
+    r"|\A(?:네|물론)?[^\n]{0,20}다음은 [^\n]{0,60}(?:설명|묘사)[^\n]{0,20}[:.]\s*\n\s*", re.I)
+CLOSING = re.compile(
+    r"\n\s*\n(?:i hope (?:this|that) |(?:please )?let me know if |(?:please )?feel free to )[^\n]*\Z", re.I)
+CHATTER = 200  # characters that may stand before the first header, as "Sure, here is a conversation:", or at the end
 UNFINISHED = re.compile(r"(?:,|\b(?:and|or|the|an?|of|with|in|to|is|are))\Z")
 
 
@@ -101,6 +109,7 @@ def _clean(text: str) -> str:
     except ValueError as error:
         raise Reject("wrong_kind", str(error)) from None
     text = THINKING.sub("", text.replace("\r\n", "\n")).strip()
+    text = text[:-CHATTER] + CLOSING.sub("", text[-CHATTER:])
     if fenced := FENCE.fullmatch(text):
         text = fenced[1].strip()
     if not text:
@@ -110,7 +119,7 @@ def _clean(text: str) -> str:
 
 def _description(text: str) -> str:
     """A description as it stands. wrong_kind if it has questions and answers."""
-    text = DESCRIPTION.sub("", text, count=1).strip()
+    text = DESCRIPTION.sub("", PREAMBLE.sub("", text, count=1), count=1).strip()
     if any(match and match["human"] and len(match["human"]) > 1 for match in map(HEADER.fullmatch, text.split("\n"))):
         raise Reject("wrong_kind", "questions and answers, where a description was asked for")
     return "\n".join(line for line in text.split("\n") if not SEPARATOR.fullmatch(line)).strip()

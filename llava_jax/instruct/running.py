@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -15,66 +13,21 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.client import Endpoint, read_key
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply
 from llava_jax.endpoint.run import Ending, answer_all
+from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of
 from llava_jax.endpoint.stop import Stop
-from llava_jax.instruct.output import check_folder, date, write_outputs
+from llava_jax.instruct.output import check_folder, date, to_json, write_outputs
 from llava_jax.instruct.synthesis import SETTINGS, Settings, Synthesis, Task
 
 STANDING, BATCHES = "progress.json", "batches"
 SECONDS = 5.0  # between two writings of it
-OVER_BUDGET, INTERRUPTED, TERMINATED = 3, 130, 75  # exit codes; the last as of sysexits.h and of train
-
-
-@dataclasses.dataclass(frozen=True)
-class Server:
-    """How a teacher's server is asked."""
-
-    api_key_env: str = "OPENAI_API_KEY"
-    """environment variable with the API key; local servers may want none"""
-    concurrency: int = 50
-    """requests at a time"""
-    requests_per_minute: float | None = None
-    """limit of the account, which is kept to"""
-    tokens_per_minute: float | None = None
-    """likewise, of prompts and answers together"""
-    timeout: float = 600.0
-    """seconds that an answer may take"""
-    retries: int = 8
-    """how often a request is sent again after errors of the server or the network"""
-
-    def check(self) -> None:
-        """Raises ValueError, one line, for what cannot be meant."""
-        for name, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
-        for name in ("requests_per_minute", "tokens_per_minute", "timeout"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
-
-    def open(self, model: str, base_url: str = "", stop: Stop | None = None) -> Endpoint:
-        key = read_key(self.api_key_env, required=self.api_key_env != Server.api_key_env)
-        return Endpoint(
-            model, base_url or None, key, timeout=self.timeout, retries=self.retries, stop=stop,
-            requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute,
-        )
-
-    def look(self, settings: Settings) -> None:
-        """Finds out, before any work, whether the model can be asked. Raises ValueError, one line, if not."""
-        async def check() -> list[str]:
-            async with self.open(settings.model, settings.base_url) as endpoint:
-                return await endpoint.check()
-
-        for warning in asyncio.run(check()):
-            print(f"note: {warning}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -132,14 +85,16 @@ class Standing:
         """`manifest`: of the outputs, which know more: duplicates are found when they are written."""
         kinds = {kind: {"asked": self._synthesis.count(kind), "accepted": self._accepted[kind],
                         "rejected": self._rejected[kind]} for kind in self._synthesis.settings.kinds}
-        kinds = manifest["counts"] if manifest else kinds
+        tokens = self._tokens
+        if manifest:
+            kinds, tokens = manifest["counts"], manifest["tokens"]
         now = time.time()
         about = {"state": state, "model": self._synthesis.teacher.model, "begun": date(self._begun),
                  "written": date(now), "seconds": now - self._begun, "kinds": kinds,
                  "rejected_answers": dict(self.rejects.most_common()), "requests": self._budget.requests,
-                 "tokens": dict(self._tokens), "cost_usd": self._budget.cost if self._budget.price else None}
+                 "tokens": dict(tokens), "cost_usd": self._budget.cost if self._budget.price else None}
         with replacing(self._path) as file:
-            file.write(json.dumps(about, indent=1).encode() + b"\n")
+            file.write(to_json(about, indent=1))
         self._written = time.monotonic()
 
 
@@ -176,11 +131,11 @@ class Run:
         check_folder(settings.out)
         price = load_price(self.prices, settings.model) if self.prices else None
         if settings.teacher == "openai":
-            self.server.look(settings)
+            self.server.look(settings.model, settings.base_url)
         synthesis = open_synthesis(settings)
         with open_log(settings) as log:
             with replacing(os.path.join(settings.out, SETTINGS)) as file:
-                file.write(json.dumps(settings.as_json(), ensure_ascii=False, indent=1).encode() + b"\n")
+                file.write(to_json(settings.as_json(), indent=1))
             spent = sum(price.cost(reply) for _, reply in log.items()) if price else 0.0
             budget = Budget(self.max_cost, self.max_requests, price, self.batch, spent)
             stop, standing, fatal = Stop(), Standing(synthesis, budget), None
@@ -192,6 +147,10 @@ class Run:
             manifest = write_outputs(synthesis, log, standing.failures, price, _bar(len(synthesis)))
             standing.write(ending, manifest)
         print(describe(manifest, settings.out))
+        if standing.failures:
+            count, first = len(standing.failures), next(iter(standing.failures.values()))
+            print(f"note: {count:,} tasks got no answer ({first}); the same command asks for them again",
+                  file=sys.stderr)
         if fatal is not None:
             raise fatal
         return self._explain(ending, stop)
@@ -201,8 +160,8 @@ class Run:
         self.server.check()
         for name in ("max_cost", "max_requests"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it cannot be negative")
+            if value is not None and not value >= 0:  # nan
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
         if self.max_cost is not None and not self.prices:
             raise ValueError("--max-cost needs --prices FILE, by which cost is reckoned")
         if self.settings.teacher == "rules":
@@ -251,7 +210,7 @@ class Run:
         print(f"{why}; the same command goes on", file=sys.stderr)
         if ending != "interrupted":
             return OVER_BUDGET
-        return INTERRUPTED if stop.signal == signal.SIGINT else TERMINATED
+        return code_of(stop)
 
 
 def describe(manifest: dict[str, Any], folder: str) -> str:

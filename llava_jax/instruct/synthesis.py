@@ -227,6 +227,8 @@ class Synthesis(Sequence[Task]):
         # A rule answers the same however often it is asked.
         self.attempts = 1 if settings.teacher == "rules" else settings.attempts
         self.contexts = open_contexts(settings.source)
+        if isinstance(self.teacher, Rules):
+            self.teacher.check(self.contexts.categories)
         # int64 [tasks, 2]: image, and number of the kind
         self._places = np.argwhere(np.stack([self._draw(kind) for kind in KINDS], axis=1))
 

@@ -7,6 +7,7 @@ answer in the log. `questions` are those that detailed descriptions answer.
 import dataclasses
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from llava_jax.endpoint.request import Reply, Request
@@ -45,6 +46,10 @@ class Rules:
         self._parameters = {"language": language, "seed": seed}
         self.model = self._rules.model
         self.questions = read_questions("detail_description", language, file=questions)
+
+    def check(self, categories: Iterable[str]) -> None:
+        """Raises ValueError, one line, if one of these has no name in the language."""
+        self._rules.check(categories)
 
     def request(self, kind: str, context: Context, attempt: int = 0) -> Request:
         image = json.dumps(dataclasses.asdict(context), ensure_ascii=False)

@@ -16,6 +16,7 @@ from llava_jax.instruct.context import Box
 from llava_jax.instruct.synthesis import Outcome, Task, Verdict
 
 LONGEST_SIDE = 640  # pixels of a picture in the page
+LONGEST_TEXT = 20_000  # characters shown of an answer that could not be read
 LABELLED = 40  # boxes of an image that get their names written on them; more would hide it
 KIND_NAMES = {"conversation": "conversation", "detail_description": "detailed description",
               "complex_reasoning": "complex reasoning"}
@@ -90,6 +91,7 @@ def _turns(task: Task, outcome: Outcome, language: str) -> str:
         return ""
     if not outcome.verdict.turns:  # it could not be read: as it came
         text = outcome.answers[-1][1].text
+        text = f"{text[:LONGEST_TEXT]} ..." if len(text) > LONGEST_TEXT else text
         return f"<pre lang='{_text(language)}'>{_text(text)}</pre>" if text.strip() else "<p class='quiet'>no text</p>"
     return "".join(f"<div class='{turn['from']}' lang='{_text(language)}'>{_text(turn['value'])}</div>"
                    for turn in outcome.verdict.turns)

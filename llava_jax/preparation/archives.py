@@ -10,7 +10,7 @@ from collections.abc import Iterable, Set
 
 from tqdm import tqdm
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images
 

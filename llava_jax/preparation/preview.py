@@ -3,22 +3,19 @@
 import bisect
 import dataclasses
 import itertools
-import os
 import random
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
+from llava_jax.atomic import check_page, replacing
 from llava_jax.config import Data
-from llava_jax.data.atomic import replacing
 from llava_jax.data.examples import Loader
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.preparation.preview_page import Shown, write_page
 from llava_jax.preparation.settings import Settings
-
-DOCTYPE = b"<!doctype html>"
 
 
 def draw_rows(mixture: Mixture, count: int, seed: int) -> list[int]:
@@ -49,18 +46,6 @@ def read_rows(numbers: Sequence[int], loader: Loader) -> list[Shown]:
             bad = error
         shown.append(Shown(position, source.where(index), row, record, example, tiles, bad))
     return shown
-
-
-def _refuse_other_files(path: str) -> None:
-    """ValueError if a page at `path` would take the place of something else, such as the data."""
-    if not os.path.exists(path):
-        return
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            start = file.read(len(DOCTYPE))
-        if start.lower() in (b"", DOCTYPE):
-            return
-    raise ValueError(f"{path}: there is something else than a page; give --output another name")
 
 
 def _save(path: str, page: str) -> None:
@@ -105,7 +90,7 @@ class Preview:
         for name in ("count", "max_length", "images_per_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        _refuse_other_files(self.output)
+        check_page(self.output)
         mixture = open_mixture(self.data, self.image_root)
         settings = Settings.load(self.model, self.template)
         loader = Loader(mixture=mixture, **vars(settings), row_length=self.max_length,

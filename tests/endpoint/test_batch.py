@@ -100,6 +100,39 @@ def test_the_input_files_are_as_documented(tmp_path):
     assert asked["endpoint"] == "/v1/chat/completions" and asked["completion_window"] == "24h"
 
 
+def test_lines_that_make_no_sense_are_passed_over(tmp_path):
+    """And a second answer to a request does not take the first one's place."""
+
+    class Odd(FakeOpenAI):
+        async def respond(self, method, path, headers, body):
+            response = await super().respond(method, path, headers, body)
+            if path.endswith("/content"):
+                row = json.loads(response.body.split(b"\n")[0])
+                late = json.loads(json.dumps(row).replace("about", "late"))
+                failed = row | {"response": {"status_code": 400, "body": {"error": {"message": "no"}}}}
+                odd = [late, failed, {"custom_id": "ab", "response": row["response"]}, {"custom_id": 7}, [], "text",
+                       row | {"custom_id": "f" * 63 + "x"}, row | {"response": "none"}, row | {"response": None}]
+                response.body += b"{broken\n\xff\xfe\n\n" + b"".join(json.dumps(o).encode() + b"\n" for o in odd)
+            return response
+
+    fake = Odd(answer=lambda messages: "to " + messages[0]["content"])
+    ending, settle, _ = batched(fake, tmp_path, 5)
+    assert ending == "done" and len(fake.batches) == 1 and len(logged(tmp_path)) == 5
+    assert sorted(answer.text for _, _, answer in settle.calls) == [f"to about {i:06} \u2028 안녕" for i in range(5)]
+    with AnswerLog(str(tmp_path / "answers.jsonl")) as log:
+        assert len(log) == 5 and log.damaged == []
+
+
+def test_answers_without_tokens_end_a_run_with_a_limit_of_cost_once_they_are_kept(tmp_path):
+    fake = FakeOpenAI()
+    fake.complete = lambda *args: FakeOpenAI.complete(fake, *args) | {"usage": None}
+    price = Price(1, 1, 1)
+    with pytest.raises(EndpointStopped, match="no limit of cost can be kept"):
+        batched(fake, tmp_path, 5, budget=Budget(max_cost=9.0, price=price, batch=True))
+    assert len(logged(tmp_path)) == 5 and sum(fake.paid.values()) == 5
+    assert json.loads((tmp_path / "batches.json").read_text())["parts"][0]["collected"]
+
+
 def test_an_expired_batch_gives_what_it_has_and_the_rest_is_asked_again(tmp_path):
     fake = FakeOpenAI(batch_end=lambda number: "expired" if number < 2 else "completed", batch_share=0.6)
     ending, settle, _ = batched(fake, tmp_path, 10)

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -6,10 +7,11 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from llava_jax.endpoint.log import AnswerLog
+from llava_jax.endpoint.log import AnswerLog, is_written
 from llava_jax.endpoint.request import Reply
 
 APPENDER = """
@@ -149,6 +151,44 @@ def test_a_second_process_is_refused_and_a_reader_is_not(path):
         holder.wait()
     with AnswerLog(path) as log:
         assert key(0) in log
+
+
+def test_who_looks_whether_a_log_is_written_does_not_stop_a_writer(path, monkeypatch):
+    assert not is_written(path)
+    write(path, [0])
+    assert not is_written(path)
+    with open(path, "rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        with AnswerLog(path) as log:
+            log.append(key(1), reply(1))
+            assert is_written(path)
+    assert not is_written(path)
+
+
+def test_lines_with_windows_ends_are_read(path):
+    write(path, range(3))
+    lines = open(path, "rb").read()
+    with open(path, "wb") as file:
+        file.write(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
+    with AnswerLog(path) as log:
+        assert len(log) == 3 and log.damaged == [] and log[key(2)] == reply(2)
+
+
+@pytest.mark.parametrize("text", [b"5", b"null", b"[]", b"[" * 100_000])
+def test_records_that_are_no_replies_are_damaged(path, text):
+    write(path, [0])
+    with open(path, "ab") as file:
+        file.write(open(path, "rb").read().replace(b'"text 0"', text))
+    write(path, [1])
+    with AnswerLog(path) as log:
+        assert log.damaged == [2] and [log[key(i)] for i in (0, 1)] == [reply(0), reply(1)]
+
+
+def test_no_other_keys_are_written(path):
+    with AnswerLog(path) as log, pytest.raises(ValueError, match="is no key"):
+        log.append("ab", reply(1))
+    assert os.path.getsize(path) == 0
 
 
 def test_a_full_disk_leaves_whole_lines(path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import time
 
 import pytest
 
@@ -59,8 +60,40 @@ def test_read_reply():
 
 
 @pytest.mark.parametrize("body", [None, [], "x", {}, {"choices": []}, {"choices": [{}]}, {"choices": [3]},
-                                  {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "many"}},
+                                  {"choices": [{"message": {"content": 5}}]}, {"choices": [{"message": None}]},
+                                  {"choices": {"a": 1}}, {"choices": "text"}, {"choices": [{"text": "old API"}]},
                                   {"error": {"message": "no"}}])
 def test_what_is_no_completion(body):
     with pytest.raises(ValueError, match="no chat completion"):
         read_reply(body)
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({"usage": {"prompt_tokens": "many", "completion_tokens": 3}}, {"completion_tokens": 3}),
+    ({"usage": {"prompt_tokens": -5, "completion_tokens": float("inf")}}, {}),
+    ({"usage": {"prompt_tokens": float("nan"), "prompt_tokens_details": 3}}, {}),
+    ({"usage": [1]}, {}),
+    ({"usage": {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 9}}},
+     {"prompt_tokens": 5, "cached_tokens": 5}),
+    ({"created": 7.5}, {"created": 7}),
+    ({"system_fingerprint": {"a": 1}, "model": None}, {"fingerprint": "{'a': 1}", "model": ""}),
+])
+def test_a_text_that_was_paid_is_not_lost_for_odd_figures_beside_it(change, expected):
+    body = {"created": 7, "model": "m", "choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+    assert read_reply(body | change) == Reply(**{
+        "text": "hi", "finish_reason": "stop", "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0,
+        "model": "m", "fingerprint": None, "created": 7, **expected})
+
+
+@pytest.mark.parametrize("created", [None, -1, "now", 1e300, float("inf"), 1_790_000_000_000_000])
+def test_an_answer_without_a_date_is_of_now(created):
+    before = time.time()
+    body = {"created": created, "choices": [{"message": {"content": "hi"}}]}
+    assert int(before) <= read_reply(body).created <= time.time()
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "a"}, {"type": "reasoning"}, {"type": "text", "text": "b"}]
+    assert read_reply({"choices": [{"message": {"content": parts}}]}).text == "ab"
+    called = {"content": None, "tool_calls": [{"id": "1"}]}
+    assert read_reply({"choices": [{"message": called}]}).text == ""

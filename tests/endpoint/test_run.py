@@ -196,6 +196,17 @@ def test_max_cost_is_never_passed_and_nearly_reached(log, concurrency):
     assert answered(fake, log, jobs(1000), budget=again)[0] == "max_cost" and sum(fake.paid.values()) == len(log)
 
 
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": -3, "completion_tokens": -9}])
+def test_a_limit_of_cost_needs_a_server_that_counts_tokens(log, usage):
+    fake = FakeOpenAI(latency=1)
+    fake.complete = lambda *args: FakeOpenAI.complete(fake, *args) | {"usage": usage}
+    with pytest.raises(EndpointStopped, match="--max-requests instead of --max-cost"):
+        answered(fake, log, jobs(100), budget=Budget(max_cost=9.0, price=Price(1, 1, 1)), concurrency=3)
+    assert len(log) == sum(fake.paid.values()) == 3
+    ending, _ = answered(fake, log, jobs(100), budget=Budget(max_requests=4, price=Price(1, 1, 1)))
+    assert ending == "max_requests" and len(log) == 7
+
+
 def test_a_budget_needs_prices():
     with pytest.raises(ValueError, match="--prices"):
         Budget(max_cost=3)
@@ -221,16 +232,17 @@ def test_stop_finishes_what_is_in_flight(log):
 
 
 def test_stop_does_not_wait_for_turns(log):
-    stop, fake = Stop(), FakeOpenAI(latency=1)
+    stop, fake, budget = Stop(), FakeOpenAI(latency=1), Budget(price=Price(1, 1, 1))
     before = lambda: asyncio.get_running_loop().call_later(90, stop.ask)  # noqa: E731
 
     async def main():
         async with Endpoint("teacher", URL, transport=fake.transport(), stop=stop, requests_per_minute=1) as teacher:
             before()
-            await answer_all(jobs(100), teacher, log, Settled(), stop=stop, concurrency=50)
+            await answer_all(jobs(100), teacher, log, Settled(), stop=stop, concurrency=50, budget=budget)
         return asyncio.get_running_loop().time()
 
     assert run(main()) == pytest.approx(90, abs=0.1) and len(log) == 2
+    assert budget.requests == 2 and budget.reserved == pytest.approx(0)  # the others were never sent
 
 
 SCRIPT = textwrap.dedent("""

@@ -188,6 +188,38 @@ def test_images_that_are_skipped_are_counted(tmp_path):
     assert contexts_of(tmp_path, captions, instances, min_boxes=1).notes["images with fewer than 1 boxes skipped"] == 1
 
 
+def test_files_of_different_splits_are_told_apart(tmp_path):
+    """Their ids may be the same, as those of COCO are in 2014 and 2017, or begin at 1 in each."""
+    captions, instances = coco(6)
+    numbers = sorted(image["id"] for image in captions["images"])
+    same = [image | {"file_name": f"{image['id']:012d}.jpg"} for image in instances["images"]]
+    assert list(contexts_of(tmp_path, captions, instances | {"images": same})) == brute(captions, instances)
+
+    def cut(content: dict, key: str, number: str, kept: list[int]) -> dict:
+        return content | {key: [item for item in content[key] if item[number] in kept]}
+
+    some = cut(cut(captions, "images", "id", numbers[:1]), "annotations", "image_id", numbers[:1])
+    assert len(contexts_of(tmp_path, some, instances)) == 1  # captions of a few images are no mistake
+    for wrong, message in [
+        ((captions, instances | {"images": [image | {"file_name": "train/1.jpg"} for image in instances["images"]]}),
+         rf"instances.json: image id {numbers[0]} is train/1.jpg, but COCO_.*captions.json; take both files of the sa"),
+        ((captions, cut(cut(instances, "images", "id", numbers[:2]), "annotations", "image_id", numbers[:2])),
+         "instances.json: has 2 of the 6 images of .*captions.json; take both files of the same split"),
+        ((cut(captions, "annotations", "image_id", numbers[:2]), instances),
+         "captions.json: of its 6 images 4 have no caption; take the whole file"),
+        ((captions | {"images": captions["images"] + [captions["images"][0] | {"file_name": "2.jpg"}]}, instances),
+         "captions.json: of its images, id .* stands for two images, COCO_.*.jpg and 2.jpg"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            contexts_of(tmp_path, *wrong)
+
+
+def test_several_images_of_one_file_are_counted(tmp_path):
+    captions, instances = ({**content, "images": [image | {"file_name": "a.jpg"} for image in content["images"]]}
+                           for content in coco(3))
+    assert contexts_of(tmp_path, captions, instances).notes == {"images whose file another image has too": 2}
+
+
 def test_captions_are_one_line_each_and_once(tmp_path):
     captions = ("A  street.\n", "", "A street.", "A\tcar.", " \n")
     contexts = contexts_of(tmp_path, *one_image((1, 10, 10, 20, 20), captions=captions))
@@ -214,7 +246,7 @@ def change(content: dict, key: str, index: int, **values) -> dict:
         (lambda c, i: (c, change(i, "annotations", 0, image_id=7)),
          "instances.json: 1 images have boxes but are not among the file's images, such as image id 7; take"),
         (lambda c, i: (c, change(change(i, "annotations", 0, image_id=7), "images", 0, id=7)),
-         "instances.json: has none of the 1 images of .*captions.json; take both files of the same split"),
+         "instances.json: has 0 of the 1 images of .*captions.json; take both files of the same split"),
         (lambda c, i: (c, change(i, "annotations", 0, category_id=2)),
          "instances.json: category id 2 of a box in image id 5 is not among its 3 categories"),
         (lambda c, i: (c, change(i, "annotations", 0, bbox=[1, 2, 3])), r"id 0 has as bbox \[1, 2, 3\]; .* four num"),
@@ -269,7 +301,7 @@ def test_json_lines(tmp_path):
         {"image": "b/x.png", "captions": ["A dog.", "Dogs."], "boxes": boxes, "width": 200, "height": 100},
         {"image": "ten.png", "caption": "One.", "id": 10, "extra": None},
         {"image": "two.png", "caption": "One.", "id": "2", "boxes": []},
-        {"image": "again.png", "caption": "Other.", "id": 2},
+        {"image": "two.png", "caption": "Other.", "id": 2},
         {"image": "none.png", "captions": []},
     )
     contexts = open_contexts(Source(data=path))
@@ -282,6 +314,12 @@ def test_json_lines(tmp_path):
     assert contexts.notes == {"images given twice, of which the first is kept": 1, "images without captions skipped": 1,
                               "images without boxes": 2}
     assert contexts.where(0) == f"{path}, row 3 (line 3)" and contexts.files == (path,) and contexts.boxed
+
+
+def test_an_id_of_two_images_is_refused(tmp_path):
+    path = jsonl(tmp_path, {"image": "1.png", "caption": "A dog."}, {"image": "1.jpg", "caption": "A cat."})
+    with pytest.raises(ValueError, match=r"row 2 \(line 2\): has the id '1' of 1.png; give every image an id of its"):
+        open_contexts(Source(data=path))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ def bench():
         ("The man waits at the train station near a bicycle shop.", []),  # names of other things
         ("Three dogs walk beside the man.", ["count"]),
         ("One of the dogs is brown, and three of the shops are open.", []),
+        ("In room 5 a dog stands, and in house 3 the man and his dogs are known.", []),  # numbers of other things
+        ("Route 12 buses stop here, and on floor 3 dogs wait.", []),
+        ("In room 5 three other dogs wait.", ["count"]),
         ("There is one dog.", ["count"]),
         ("There is one dog next to the man.", []),  # and there may be another elsewhere
         ("The bus is to the left of the man.", ["relation"]),

@@ -64,3 +64,8 @@ def test_names():
         with pytest.raises(ValueError, match=message) as error:
             language_name(wrong)
         assert "\n" not in str(error.value)
+
+
+def test_a_few_words_of_latin_letters_are_not_told_apart():
+    assert is_language("Red double-decker bus, London.", "en") and is_language("The dog is on the sofa.", "fr")
+    assert not is_language("The dog is on the sofa and looks out of the window at the rain.", "fr")

@@ -188,7 +188,7 @@ def test_an_answer_that_is_no_text_is_kept_in_rejected(tmp_path):
 
 def test_files_of_others_are_not_replaced(tmp_path):
     (tmp_path / "instruct.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a instruct.json that synthesize has not made"):
+    with pytest.raises(ValueError, match="it has a file instruct.json that synthesize has not made"):
         check_folder(str(tmp_path))
     with pytest.raises(ValueError, match="is a file; name a folder"):
         check_folder(str(tmp_path / "instruct.json"))

@@ -84,6 +84,9 @@ def test_the_filter_keeps_what_prepare_filter_keeps(tmp_path, questions):
     ({"image": "a.jpg"}, "neither caption nor conversations"),
     ({"image": "a.jpg", "caption": " "}, "the caption is empty"),
     ({"image": "a.jpg", "caption": "an <image>"}, "the caption holds <image>"),
+    ({"image": "a.jpg", "caption": "a \0 dog"}, "the caption holds a NUL"),
+    ({"image": "a\0.jpg", "caption": "a dog"}, "image holds a NUL"),
+    ({"id": {"a": 1}, "image": "a.jpg", "caption": "a dog"}, "id is {'a': 1}; it must be text or a whole number"),
 ])
 def test_bad_rows(tmp_path, questions, row, words):
     data = write(tmp_path / "data.jsonl", [*PAIRS, row], True)
@@ -91,6 +94,16 @@ def test_bad_rows(tmp_path, questions, row, words):
         run(data, tmp_path / "out.json", *questions)
     assert not (tmp_path / "out.json").exists()
     assert len(run(data, tmp_path / "out.json", *questions, "--bad-rows", "skip")) == len(PAIRS)
+
+
+def test_nothing_left(tmp_path, questions):
+    one = write(tmp_path / "one.jsonl", [{"image": "a.jpg", "caption": "a dog"}], True)
+    with pytest.raises(ValueError, match="none of 1 pairs is left, for no phrase is in 3 of their captions"):
+        run(one, tmp_path / "out.json", *questions, "--filter", "--workers", "0")
+    bad = write(tmp_path / "bad.jsonl", [{"image": "a.jpg", "caption": " "}], True)
+    with pytest.raises(ValueError, match="none of 1 pairs is left$"):
+        run(bad, tmp_path / "out.json", *questions, "--bad-rows", "skip")
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_other_mistakes(tmp_path, questions):

@@ -81,6 +81,26 @@ def test_descriptions():
     assert turns[1]["value"] == f"{LONG}\n\n{LONG}"
 
 
+@pytest.mark.parametrize("before", [
+    "Sure! Here is a detailed description of the image:\n\n", "Certainly.\n\nHere's what the picture shows:\n",
+    "I'd be glad to describe the scene in detail:\n\n", "네, 다음은 이미지에 대한 자세한 설명입니다:\n\n",
+    "**Description:** ", ""])
+@pytest.mark.parametrize("after", ["\n\nLet me know if you want more!", "\n\nI hope this helps.", ""])
+def test_what_a_teacher_says_around_a_description_is_left_out(before, after):
+    assert parse("detail_description", before + LONG + after, question=QUESTION)[1]["value"] == LONG
+
+
+def test_what_a_teacher_says_after_a_conversation_is_left_out():
+    assert parse("conversation", f"{PLAIN}\n\nLet me know if you want more!") == parse("conversation", PLAIN)
+
+
+@pytest.mark.parametrize("text", [
+    f"Here is a picture of calm: {LONG}", f"This is a busy scene.\n\n{LONG}", f"{LONG} I hope that it goes well.",
+    f"{LONG}\n\nHe may hope that this goes well."])
+def test_sentences_that_only_look_like_chatter_stay(text):
+    assert parse("detail_description", text, question=QUESTION)[1]["value"] == text
+
+
 @pytest.mark.parametrize(
     "kind, text, wanted",
     [

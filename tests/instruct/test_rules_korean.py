@@ -9,6 +9,7 @@ import pytest
 
 from llava_jax.data import scenes
 from llava_jax.instruct.context import Box, Context
+from llava_jax.instruct.evidence import COCO
 from llava_jax.instruct.rules import RulesTeacher
 
 KINDS = ("conversation", "detail_description", "complex_reasoning")
@@ -211,3 +212,7 @@ def test_a_category_without_a_korean_name_is_an_error():
     context = Context("1", "", ("A picture",), (Box("wombat", 0.1, 0.1, 0.2, 0.2),))
     with pytest.raises(ValueError, match="no Korean name for the category 'wombat'"):
         RulesTeacher("ko").reply("detail_description", context)
+    with pytest.raises(ValueError, match="no Korean name for the category 'wombat'"):
+        RulesTeacher("ko").check(["dog", "red circle", "wombat"])
+    RulesTeacher("ko").check([*COCO, "red circle"])
+    RulesTeacher("en").check(["wombat"])

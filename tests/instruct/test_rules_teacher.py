@@ -146,3 +146,9 @@ def test_only_english_and_korean():
         RulesTeacher("fr")
     with pytest.raises(KeyError):
         RulesTeacher().reply("poem", Context("1", "", ("A dog.",)))
+
+
+def test_brackets_of_a_category_stay():
+    context = Context("1", "", ("A picture",), (Box("dog [big]", 0.1, 0.1, 0.2, 0.2), Box("{n}", 0.7, 0.1, 0.9, 0.3)))
+    text = " ".join(RulesTeacher(seed=seed).reply("detail_description", context) for seed in range(5))
+    assert "dog [big]" in text and "{n}" in text and "dog big" not in text

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from synthesis_data import fill, good_answer, make_synthesis, reply
+from synthesis_data import fill, good_answer, make_synthesis, reply, write_images
 
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.instruct.context import Source
 from llava_jax.instruct.prompts import KINDS
-from llava_jax.instruct.synthesis import Settings
+from llava_jax.instruct.synthesis import Settings, Synthesis
 
 
 def names(tasks):
@@ -45,6 +45,31 @@ def test_samples_come_by_turns_and_each_once(tmp_path):
 def test_more_images_than_there_are(tmp_path):
     with pytest.raises(ValueError, match="--complex 11: there are only 10 images"):
         make_synthesis(tmp_path, complex=11)
+
+
+def test_a_category_that_rules_cannot_name_is_told_before_any_work(tmp_path):
+    path = write_images(tmp_path)
+    path.write_text(path.read_text().replace("zebra", "wombat"))
+    settings = {"source": Source(data=str(path)), "out": str(tmp_path / "out"), "teacher": "rules"}
+    assert len(Synthesis(Settings(**settings, language="en"))) == 30
+    with pytest.raises(ValueError, match="no Korean name for the category 'wombat'"):
+        Synthesis(Settings(**settings, language="ko"))
+
+
+def test_the_parameters_of_a_request_are_those_that_were_given():
+    source = Source(data="images.jsonl")
+    assert Settings(source).request_parameters == {"max_completion_tokens": 2048}
+    given = Settings(source, temperature=0.0, max_completion_tokens=9, parameters='{"top_p": 0.5}')
+    assert given.request_parameters == {"max_completion_tokens": 9, "temperature": 0.0, "top_p": 0.5}
+
+
+@pytest.mark.parametrize(("name", "least"), [
+    ("attempts", 1), ("max_completion_tokens", 1), ("seed", 0), ("conversation", 0), ("detail", 0), ("complex", 0)])
+def test_the_least_that_can_be_meant(name, least):
+    given = {"source": Source(data="images.jsonl"), "model": "teacher"}
+    Settings(**given, **{name: least}).check()
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {least - 1}: it must be at least {least}"):
+        Settings(**given, **{name: least - 1}).check()
 
 
 def test_the_same_settings_make_the_same_requests_in_another_process(tmp_path):

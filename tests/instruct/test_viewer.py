@@ -59,6 +59,7 @@ def test_verdicts_turns_and_captions(synthesis, tmp_path):
         (synthesis[7], ["a", "b", "c"])]))
     assert page.text["chip good"] == ["✓ accepted"] * 2 and page.text["chip flag"] == ["1 contradiction"]
     assert page.text["chip bad"] == ["✗ too short", "✗ too short"]
+    assert page.text["b"].count("count") == 1 and any("there is one chair" in text for text in page.text["li"])
     assert page.text["chip open"] == ["to be asked again", "not asked yet"]
     assert page.text["human"][0] == "Which animal is in the picture?" and "room 000000" in page.text["gpt"][0]
     assert "A dog stands to the left of a chair." in page.text["li"]
@@ -106,6 +107,11 @@ def test_the_command_draws_and_filters(synthesis, tmp_path, capsys):
     assert len(view("--only", "rejected")["chip bad"]) == 3
     accepted = view("--only", "accepted", "-n", "5")
     assert len(accepted["chip good"]) == 5 and "chip bad" not in accepted
+    detail = {"kind": "detail_description", "id": "000003", "reason": "duplicate", "detail": "another has the same"}
+    other = {"kind": "detail_description", "id": "000001", "reason": "empty", "detail": "\"duplicate\""}
+    (out / "rejected.jsonl").write_text(f"{json.dumps(detail)}\n{json.dumps(other)}\n")
+    assert view("--only", "rejected")["chip bad"].count("✗ duplicate") == 1  # as the outputs have it
+    (out / "rejected.jsonl").unlink()
     assert [text.split(". ")[1].strip() for text in view("--kind", "detail")["h2"]] == ["detailed description"] * 4
     assert view("-n", "3", "--seed", "1")["quiet"] != view("-n", "3", "--seed", "2")["quiet"]
     (out / "other.html").write_text("data")

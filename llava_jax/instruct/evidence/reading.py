@@ -8,6 +8,10 @@ from llava_jax.instruct.evidence.vocabulary import COLOURS, NUMBERS, Meaning, Vo
 DETERMINERS = frozenset("""
     a an the this that these those his her its their my our your some any another each every several both all
     single""".split())
+_AFTER_NUMBERS = frozenset("other several both all single".split())
+"""The determiners that a number can stand before: "two other dogs", but not "in room 2 a dog"."""
+_NUMBERED = frozenset("chapter floor gate highway lane level number page platform room route track".split())
+"""A number after these is a name: "route 12 buses"."""
 _SIZES = ("large", "small", "big", "little")
 _BEFORE_NO_NOUN = frozenset("""
     . , ; : ! ? is are was were be been being am has have had having do does did and or but so of in on at to from with
@@ -96,6 +100,10 @@ def _mention(words: list[str], done: int, start: int, end: int, meaning: Meaning
     begin, found, unknown, number, determined = start, [], 0, None, False
     for at in range(start - 1, done - 1, -1):
         word = words[at]
+        if _number(word) is not None and (
+            words[at + 1] in DETERMINERS - _AFTER_NUMBERS or at and words[at - 1] in _NUMBERED
+        ):
+            break
         if word in DETERMINERS or (_number(word) is not None and word not in ("no", "none")):
             number = 1 if word == "single" else _number(word) if number is None else number
             determined, begin = True, at

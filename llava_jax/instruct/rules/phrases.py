@@ -10,6 +10,7 @@ from llava_jax.instruct.rules import english, korean
 from llava_jax.instruct.rules.facts import Fact
 
 LANGUAGES = {"en": english, "ko": korean}
+ALTERNATIVES = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 
 
 @dataclass
@@ -63,7 +64,8 @@ def _read(path: Path) -> dict[tuple[str, str], list[Entry]]:
 
 
 def _draw(text: str, rng: random.Random) -> str:
-    """One of each [a|b], from the inside out."""
-    while "[" in text:
-        text = re.sub(r"\[([^\[\]]*)\]", lambda match: rng.choice(match[1].split("|")), text)
+    """One of each [a|b], from the inside out; a category may have brackets of its own."""
+    drawn = 1
+    while drawn:
+        text, drawn = ALTERNATIVES.subn(lambda match: rng.choice(match[1].split("|")), text)
     return text

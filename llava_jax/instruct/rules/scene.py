@@ -91,7 +91,7 @@ class Scene:
     there is; elsewhere there may be more in the picture than what has a box."""
 
     def __init__(self, context: Context):
-        names = [_coloured(box.category) for box in context.boxes]
+        names = [coloured_name(box.category) for box in context.boxes]
         self.shapes = bool(names) and all(names) and not any(box.crowd for box in context.boxes)
         if not self.shapes:
             names = [Name(box.category) for box in context.boxes]
@@ -154,6 +154,12 @@ def distance(a: Thing, b: Thing) -> float:
     return ((a.x - b.x) ** 2 + (a.y - b.y) ** 2) ** 0.5
 
 
+def coloured_name(category: str) -> Name | None:
+    """Of the embedded data set's shapes ("red circle"); None for other categories."""
+    colour, _, noun = category.partition(" ")
+    return Name(noun, colour) if colour in COLOURS and noun in SHAPES else None
+
+
 def _before(a: Thing, b: Thing, axis: str) -> bool:
     """Whether `a` is left of (above) `b`: by its centre, with boxes that hardly overlap in this direction."""
     begin, end = axis + "1", axis + "2"
@@ -170,8 +176,3 @@ def _third(centre: float, length: float, words: tuple[str, str, str]) -> str:
 
 def _size(box: Box) -> str:
     return "large" if max(box.x2 - box.x1, box.y2 - box.y1) >= LARGE else "small"
-
-
-def _coloured(category: str) -> Name | None:
-    colour, _, noun = category.partition(" ")
-    return Name(noun, colour) if colour in COLOURS and noun in SHAPES else None

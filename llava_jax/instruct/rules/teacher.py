@@ -1,11 +1,12 @@
 """The rules teacher: facts of a scene put into phrases drawn by a seed."""
 
 import random
+from collections.abc import Iterable
 
 from llava_jax.instruct.context import Context
 from llava_jax.instruct.rules.facts import Fact, description, inferences, questions
 from llava_jax.instruct.rules.phrases import Phrases
-from llava_jax.instruct.rules.scene import Scene
+from llava_jax.instruct.rules.scene import Name, Scene, coloured_name
 
 TURNS = (4, 7)
 """The least and the most questions of a conversation, where the scene gives so many."""
@@ -27,6 +28,11 @@ class RulesTeacher:
         self.language = language
         self.seed = seed
         self._phrases = Phrases(language)
+
+    def check(self, categories: Iterable[str]) -> None:
+        """Raises ValueError, one line, if one of these has no name in the language."""
+        for category in categories:
+            self._phrases.words.fields("a", coloured_name(category) or Name(category))
 
     def reply(self, kind: str, context: Context) -> str:
         """A reply of `kind` ("conversation", "detail_description", "complex_reasoning") in the form in which a

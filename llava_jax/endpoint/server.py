@@ -1,0 +1,62 @@
+"""What the commands that ask a server share: options of how it is asked, and exit codes of what ended them."""
+
+import asyncio
+import dataclasses
+import signal
+import sys
+
+from llava_jax.endpoint.client import Endpoint, read_key
+from llava_jax.endpoint.stop import Stop
+
+OVER_BUDGET, INTERRUPTED, TERMINATED = 3, 130, 75  # exit codes; the last as of sysexits.h and of train
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """How a model's server is asked. `check` before use."""
+
+    api_key_env: str = "OPENAI_API_KEY"
+    """environment variable with the API key; local servers may want none"""
+    concurrency: int = 50
+    """requests at a time"""
+    requests_per_minute: float | None = None
+    """limit of the account, which is kept to"""
+    tokens_per_minute: float | None = None
+    """likewise, of prompts and answers together"""
+    timeout: float = 600.0
+    """seconds that an answer may take"""
+    retries: int = 8
+    """how often a request is sent again after errors of the server or the network"""
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for what cannot be meant."""
+        for name, least in (("concurrency", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
+        for name in ("requests_per_minute", "tokens_per_minute", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
+
+    def open(self, model: str, base_url: str = "", stop: Stop | None = None) -> Endpoint:
+        """The model there; "" is OPENAI_BASE_URL or OpenAI itself. Raises what Endpoint raises."""
+        key = read_key(self.api_key_env, required=self.api_key_env != Server.api_key_env)
+        return Endpoint(
+            model, base_url or None, key, timeout=self.timeout, retries=self.retries, stop=stop,
+            requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute,
+        )
+
+    def look(self, model: str, base_url: str = "") -> None:
+        """Finds out, before any work, whether the model can be asked. Raises ValueError, one line, if not."""
+
+        async def check() -> list[str]:
+            async with self.open(model, base_url) as endpoint:
+                return await endpoint.check()
+
+        for warning in asyncio.run(check()):
+            print(f"note: {warning}", file=sys.stderr)
+
+
+def code_of(stop: Stop) -> int:
+    """The exit code of a command that a signal stopped."""
+    return INTERRUPTED if stop.signal == signal.SIGINT else TERMINATED
