@@ -7,14 +7,21 @@ write the instructions; `finish` scores the model on held-out pictures and write
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llava_jax
 from llava_jax.config import Data, Model, Optimizer, Recipe, Stage
 
+if TYPE_CHECKING:
+    from llava_jax.benchmarks.baselines import Baseline
+    from llava_jax.benchmarks.bench import Bench
+    from llava_jax.inference.llava import Llava
+
 BEGAN = time.perf_counter()
 BACKBONES = Path(llava_jax.__file__).parent / "data" / "mini"
-TRAIN, VALIDATION, TEST, UNSEEN = 10_000, 100, 400, 200
-"""Pictures. VALIDATION are further ones for the loss; UNSEEN show colour-shape pairs that no training picture has."""
+TRAIN, VALIDATION, TEST, UNSEEN, PROBE = 10_000, 100, 400, 200, 1_000
+"""Pictures. VALIDATION are further ones for the loss; UNSEEN show colour-shape pairs that no training picture has; of
+PROBE those are asked about that differ in one answer alone."""
 
 
 def recipe() -> Recipe:
@@ -46,6 +53,7 @@ def recipe() -> Recipe:
 
 def prepare(recipe: Recipe) -> None:
     """Draws the pictures and writes the data of both stages, the same for every seed, unless they are there."""
+    from llava_jax.benchmarks.probes_data import ProbesData
     from llava_jax.data import scenes
     from llava_jax.instruct import rules
 
@@ -54,6 +62,10 @@ def prepare(recipe: Recipe) -> None:
     if earlier.exists():  # a run that was stopped has taken time before
         BEGAN -= sum(json.loads(line).get("seconds", 0) for line in earlier.read_text().splitlines())
     folder = Path(recipe.stages["align"].data.path).parent
+    if not (folder / "probes.jsonl").exists():
+        scenes.write(folder, train=0, test=0, probe=PROBE)
+        captions, instances = (str(folder / "annotations" / f"{kind}_probe.json") for kind in ("captions", "instances"))
+        ProbesData(str(folder), captions, instances, prefix="probe/", each=100).run()
     done = folder / "questions_unseen.jsonl"
     if done.exists():
         return
@@ -97,6 +109,8 @@ def finish(recipe: Recipe, model: Path) -> None:
     scores = {name: {kind: round(value / 100, 4) for kind, value in result.figures.items()}
               for name, result in results.items()}
 
+    probes = probe(llava, str(folder))
+
     seconds = round(time.perf_counter() - BEGAN, 1)
     cards = []
     answered = list(zip(questions, results["trained"].items, strict=True))
@@ -108,22 +122,59 @@ def finish(recipe: Recipe, model: Path) -> None:
         output / "report.html", "LLaVA in miniature",
         f"Both stages, evaluation included, took {seconds:.0f} seconds on {devices}. Blind: the same questions with "
         "another picture. Stage 1 alone: the projector trained on captions, the decoder as it came. Unseen pairs: "
-        "questions about colour-shape pairs that no training picture shows.",
-        report.read_metrics(output / "metrics.jsonl"), scores, cards)
+        "questions about colour-shape pairs that no training picture shows. Probes: sets of questions that nothing but "
+        "the picture answers, the likelier of the possible answers taken; guessing is drawing among these.",
+        report.read_metrics(output / "metrics.jsonl"), {"Right answers on held-out pictures": scores, "Probes": probes},
+        cards)
     (output / "report.json").write_text(json.dumps({
         "accuracy": scores["trained"],
         "blind_accuracy": scores["blind"]["overall"],
         "stage1_accuracy": scores["stage 1 alone"]["overall"],
         "unseen_pairs_accuracy": scores["unseen pairs"]["overall"],
         "by_kind": {name: scores[name] for name in ("blind", "stage 1 alone", "unseen pairs")},
+        "probes": probes,
         "questions": {name: len(result.items) for name, result in results.items()},
         "seconds": seconds,
     }, indent=1) + "\n")
 
     [picture] = questions[0].images
     answer = llava.generate("Describe the picture in detail.", [picture], max_new_tokens=80)
-    print(f"\n{'right answers, %':<16}" + "".join(f"{name:>15}" for name in scores))
-    for kind in scores["trained"]:
-        print(f"{kind:<16}" + "".join(f"{100 * column[kind]:15.1f}" for column in scores.values()))
+    for columns in (scores, probes):
+        print(f"\n{'right answers, %':<16}" + "".join(f"{name:>18}" for name in columns))
+        for kind in next(iter(columns.values())):
+            print(f"{kind:<16}" + "".join(f"{100 * column[kind]:18.1f}" for column in columns.values()))
     print(f"\n{picture}: {answer.text}\n\nmodel   {model}\nreport  {output / 'report.html'}\n"
           f"time    {seconds:.0f} s\nchat    python -m llava_jax.generate --model {model} --image {picture}")
+
+
+def probe(llava: "Llava", folder: str) -> dict[str, dict[str, float]]:
+    """Right answers to the probes by kind, 0..1, in English, in Korean, and of the baselines."""
+    from llava_jax.benchmarks.answering import choose
+    from llava_jax.benchmarks.baselines import shown
+    from llava_jax.benchmarks.bench import Answer
+    from llava_jax.benchmarks.multilingual import Multilingual
+    from llava_jax.benchmarks.spatial import Spatial, guessing
+
+    def figures(bench: "Bench", baseline: "Baseline") -> dict[str, float]:
+        questions = bench.read(folder)
+        print(f"asking {len(questions):,} questions: {bench.title}, {baseline}", flush=True)
+        said = choose(llava, bench, questions, 64, shown(baseline, questions, llava.config))
+        answers = [Answer(questions[one.number].id, one.text) for one in said]
+        return bench.score(folder, questions, answers).figures
+
+    # The miniature never saw a question that names its answers.
+    english, both = Spatial(name_choices=False), Multilingual(name_choices=False)
+    spoken, chance = figures(both, "none"), guessing(english.read(folder))
+
+    def language(code: str) -> dict[str, float]:
+        own = {name.removeprefix(f"{code} "): value for name, value in spoken.items() if name.startswith(f"{code} ")}
+        return {"all": spoken[code], **own}
+
+    columns = {
+        "English": language("en"),
+        "another picture": figures(english, "blind"),
+        "shuffled patches": figures(english, "shuffled"),
+        "Korean": language("ko"),
+        "guessing": {"all": spoken["guessing"], **chance, "binding, sets": 25.0},  # both questions about a picture
+    }
+    return {name: {row: round(column[row] / 100, 4) for row in columns["guessing"]} for name, column in columns.items()}

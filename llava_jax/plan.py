@@ -146,7 +146,7 @@ def report(options: argparse.Namespace, where: topologies.Slice, notes: list[str
 
 def write_hlo(path: Path, text: str, stage: str) -> None:
     """Writes a program's text as it is; says where on stderr."""
-    from llava_jax.data.atomic import replacing
+    from llava_jax.atomic import replacing
 
     path = path.with_name(f"{path.stem}.{stage}{path.suffix}") if stage else path
     with replacing(str(path)) as file:

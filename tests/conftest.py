@@ -60,3 +60,23 @@ def parts(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory) -> Path:
+    """A random model, sharpened, so that what it answers is nonsense of its own for every question."""
+    from llava_jax.models.llama import LlamaConfig
+    from llava_jax.models.llava import LlavaConfig, init
+    from llava_jax.models.vit import VitConfig
+    from llava_jax.weights.checkpoint import save_own
+
+    config = LlavaConfig(
+        vision=VitConfig(image_size=14, patch_size=7, width=16, mlp_width=16, layers=1, heads=2),
+        text=LlamaConfig(vocab_size=2000, width=32, mlp_width=32, layers=1, heads=2, kv_heads=2, head_width=16,
+                         max_length=384),
+        feature_layer=-1)
+    parameters = {path: value if path.endswith("norm/scale") else 20 * value
+                  for path, value in init(config, seed=1).items()}
+    directory = tmp_path_factory.mktemp("talker") / "model"
+    save_own(directory, config, parameters, GOLDEN)
+    return directory

@@ -9,8 +9,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Question
-from llava_jax.data.atomic import replacing
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each
 
@@ -63,19 +63,19 @@ def scan(path: str) -> tuple[list[Line], int]:
         for number, data in enumerate(file, 1):
             problem = ""
             try:
-                line = json.loads(data) if data.strip() else None
-                if line is not None and not (isinstance(line.get("text"), str)
-                                             and isinstance(line.get("question_id"), str | int)
-                                             and isinstance(line.get("prompt", ""), str)):
-                    problem = "not an answer with question_id and text"
+                if data.strip():
+                    line = json.loads(data)
+                    if (isinstance(line.get("text"), str) and isinstance(line.get("question_id"), str | int)
+                            and isinstance(line.get("prompt", ""), str)):
+                        lines.append(line)
+                    else:
+                        problem = "not an answer with question_id and text"
             except (ValueError, AttributeError) as error:
                 problem = f"not a line of JSON ({error})" if isinstance(error, ValueError) else "not a JSON object"
                 if not data.endswith(b"\n"):
                     break
             if problem:
                 raise ValueError(f"{path}, line {number}: {problem}")
-            if line is not None:
-                lines.append(line)
             end += len(data)
     return lines, end
 
@@ -108,17 +108,19 @@ def check(path: str, title: str, questions: Sequence[Question], lines: Sequence[
         raise ValueError(f"{path}: {len(other):,} of {len(lines):,} answers are to questions that {title} does not "
                          f"have here, the first to {other[0]!r} (its own begin with {questions[0].id!r}); they are of "
                          "another benchmark, version or split")
-    places = match(questions, lines)
-    given = Counter(line["question_id"] for line in lines)
-    for place, line in zip(places, lines, strict=True):
-        if place is None and given[line["question_id"]] <= ids[line["question_id"]] and "prompt" in line:
-            question = next(question for question in questions if question.id == line["question_id"])
-            raise ValueError(f"{path}: question {line['question_id']!r} was asked as {_short(line['prompt'])}, and "
-                             f"{title} asks {_short(question.text if question.prompt is None else question.prompt)}; "
-                             "the answers are of another version, or asked with other options")
+    places, given = match(questions, lines), Counter(line["question_id"] for line in lines)
     if doubled := [id for id in given if given[id] > ids[id]]:
         raise ValueError(f"{path}: {len(doubled):,} questions have more than one answer, the first is {doubled[0]!r}; "
                          "--partial scores the file as the original does")
+    if None in places:
+        line = lines[places.index(None)]
+        known = [question for question in questions if question.id == line["question_id"]]
+        prompts = [question.text if question.prompt is None else question.prompt for question in known]
+        if line.get("prompt") in prompts:
+            raise ValueError(f"{path}: question {known[0].id!r} has two answers where it was asked once "
+                             f"({', '.join(known[0].fields) or 'the same prompt'})")
+        raise ValueError(f"{path}: question {known[0].id!r} was asked as {_short(line['prompt'])}, and {title} asks "
+                         f"{_short(prompts[0])}; the answers are of another version, or asked with other options")
     if len(lines) < len(questions):
         missing = sorted(set(range(len(questions))) - set(places))
         raise ValueError(f"{path}: {len(missing):,} of {len(questions):,} questions have no answer, the first is "

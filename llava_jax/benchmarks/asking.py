@@ -14,8 +14,8 @@ from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.run import Ending, Job, Settle, answer_all
+from llava_jax.endpoint.server import INTERRUPTED, OVER_BUDGET, TERMINATED, Server
 from llava_jax.endpoint.stop import Stop
-from llava_jax.instruct.running import INTERRUPTED, OVER_BUDGET, TERMINATED, Server
 
 
 class Unfinished(Exception):

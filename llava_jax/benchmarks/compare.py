@@ -9,13 +9,13 @@ from typing import Any
 
 import tyro
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks import results_page
 from llava_jax.benchmarks.answers import match
 from llava_jax.benchmarks.bench import get
 from llava_jax.benchmarks.questions import read_json, read_lines
 from llava_jax.benchmarks.results_page import Card, Given
 from llava_jax.benchmarks.tables import markdown, number
-from llava_jax.data.atomic import replacing
 
 Row = Mapping[str, Any]
 
@@ -48,6 +48,8 @@ class Compare:
         table, notes = figures(one, other, names), changes(pairs, names)
         if one["questions_hash"] != other["questions_hash"]:
             notes.append("the runs were asked different questions; those that both have are compared")
+        elif one["answers"] != other["answers"]:
+            notes.append("one run has more answers than the other: the figures are not of the same questions")
         shown = [(a, b) for a, b in pairs if self.all or a["text"] != b["text"]]
         cards = [card(a, b, names, image) for (a, b), image in zip(shown, images(other, shown), strict=True)]
         page = self.out or os.path.join(self.second, "compare.html")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, find, read_json
-from llava_jax.data.atomic import replacing
 
 TRUTH = "testdev_balanced_questions.json"
 CHOICES = "testdev_balanced_choices.json"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.reviews import (
     Figure,
     Review,
@@ -20,7 +21,6 @@ from llava_jax.benchmarks.reviews import (
     summarise_as_published,
     table,
 )
-from llava_jax.data.atomic import replacing
 from llava_jax.endpoint.request import Reply
 
 REVIEWS = "reviews"  # a folder

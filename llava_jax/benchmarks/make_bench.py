@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.judge import PROMPTS
-from llava_jax.data.atomic import replacing
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog

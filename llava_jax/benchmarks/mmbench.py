@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores
 from llava_jax.benchmarks.questions import question_path
-from llava_jax.data.atomic import replacing
 
 LETTERS = ("A", "B", "C", "D")
 NEEDED = ("index", "question", "hint", *LETTERS, "image")

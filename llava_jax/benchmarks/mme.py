@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import SHORT, Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, need
-from llava_jax.data.atomic import replacing
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

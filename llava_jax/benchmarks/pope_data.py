@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import SHORT
 from llava_jax.benchmarks.pope import CATEGORIES, LABELS, Pope
 from llava_jax.benchmarks.questions import read_json, read_lines
-from llava_jax.data.atomic import replacing
 
 EACH = 3  # questions of either answer about a picture
 FIRST_ID = 10_000_000  # the categories' ids begin at one, two and three times this

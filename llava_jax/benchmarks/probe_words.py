@@ -33,7 +33,7 @@ _KOREAN = {"left": "왼쪽", "right": "오른쪽", "above": "위쪽", "below": "
 _ONE_OF = {"en": "\nAnswer with one of these words: {}.", "ko": "\n다음 중 하나로만 답하세요: {}."}
 
 _COUNTED = r"\s*(?:개|명|마리|대|척|권|사람)"
-_FORMS = {
+FORMS = {
     "en": {
         "left": "left", "right": "right", "yes": "yes", "no": "no|not", "above": "above|over|top|higher|upper",
         "below": "below|under|underneath|beneath|bottom|lower", "none": "zero|none|no|0", "one": "one|1",
@@ -74,7 +74,7 @@ def understand(language: str, text: str, choices: Sequence[str]) -> str:
 
     English words stand alone ("on the left-hand side"), Korean ones begin one ("왼쪽에 있습니다").
     """
-    forms = _FORMS[language]
+    forms = FORMS[language]
     wanted = _NUMBERS[language] if set(choices) <= set(_NUMBERS[language]) else choices
     either = "|".join(f"(?P<_{number}>{forms[choice]})" for number, choice in enumerate(wanted))
     edge = r"\b" if language == "en" else r"(?!\d)"

@@ -11,11 +11,11 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import permutations
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.probe_words import LANGUAGES, NUMBERS, say
-from llava_jax.data.atomic import replacing
 from llava_jax.instruct.context import Context, Source, open_contexts
 from llava_jax.instruct.rules.scene import OBJECT, Count, Name, Scene, Thing, side
 
@@ -90,26 +90,30 @@ def write(contexts: Iterable[Context], folder: str, each: int, seed: int = 0) ->
 
 
 def make(contexts: Iterable[Context], each: int, seed: int = 0) -> dict[str, list[list[Ask]]]:
-    """Sets of questions by kind, together not more than `each` questions of a kind."""
+    """Sets of questions by kind, together not more than `each` questions of a kind.
+
+    `together` holds, by kind, sets that are taken or left together, for only together they have a text both ways.
+    """
     draw = random.Random(seed)
     by_text: dict[str, dict[Any, dict[str, list[Ask]]]] = {kind: {} for kind in KINDS}
-    sets: dict[str, list[list[Ask]]] = {kind: [] for kind in KINDS}
-    crossed: dict[Any, dict[Any, list[tuple[Ask, Ask]]]] = defaultdict(lambda: defaultdict(list))
+    together: dict[str, list[list[list[Ask]]]] = {kind: [] for kind in KINDS}
+    crossed: dict[Any, dict[Any, list[list[Ask]]]] = defaultdict(lambda: defaultdict(list))
     for context in contexts:
         scene = Scene(context)
         for ask in (*sides(scene, context.image), *insides(scene, context.image), *counts(scene, context.image)):
             text = tuple(ask.values.items())
             by_text[ask.kind].setdefault(text, {}).setdefault(ask.answer, []).append(ask)
-        sets["between"] += betweens(scene, context.image, draw)
-        for names, pair in bindings(scene, context.image):
-            crossed[frozenset((names, _swap(names)))][names].append(pair)
+        together["between"] += ([asks] for asks in betweens(scene, context.image, draw))
+        for asks in bindings(scene, context.image):
+            yes, no = (ask.values["a"] for ask in asks)
+            crossed[frozenset((yes, no))][yes].append(asks)
     for kind, texts in by_text.items():
         for answers in texts.values():
-            sets[kind] += _one_of_each(answers, kind, draw)
+            together[kind] += ([asks] for asks in _one_of_each(answers, kind, draw))
     for ways in crossed.values():
         if len(ways) == 2:
-            sets["binding"] += [list(pair) for pairs in _meet(list(ways.values()), draw) for pair in pairs]
-    return {kind: _some(found, each, draw) for kind, found in sets.items()}
+            together["binding"] += _meet(list(ways.values()), draw)
+    return {kind: _some(found, each, draw) for kind, found in together.items()}
 
 
 # ---- what a scene's boxes answer ----
@@ -156,17 +160,16 @@ def counts(scene: Scene, image: str) -> Iterator[Ask]:
             yield Ask("counting", "count", {"n": Count(2, count.name)}, number, NUMBERS, image)
 
 
-def bindings(scene: Scene, image: str) -> Iterator[tuple[frozenset, tuple[Ask, Ask]]]:
-    """Of a red circle and a blue square: is there a red circle? A red square? Where nothing else is like that."""
+def bindings(scene: Scene, image: str) -> Iterator[list[Ask]]:
+    """Beside a blue square: is there a red circle? Is there a red square? The first is there, and nothing like the
+    second, nor a blue circle."""
     names = list(dict.fromkeys(thing.name.plain for thing in scene.things if _seen(thing)))
     there = {thing.name.plain for thing in scene.things} | set(scene.crowds)
-    for one, other in combinations(names, 2):
-        both = frozenset((one, other))
-        if not (swapped := _swap(both)) or swapped & there:
-            continue
-        crossed = next(name for name in swapped if _words(name)[0] == _words(one)[0])
-        yield both, (Ask("binding", "exists", {"a": one}, "yes", ("yes", "no"), image),
-                     Ask("binding", "exists", {"a": crossed}, "no", ("yes", "no"), image))
+    for one, other in permutations(names, 2):
+        crossed = _cross(one, other), _cross(other, one)
+        if all(crossed) and not there & set(crossed):
+            yield [Ask("binding", "exists", {"a": name}, answer, ("yes", "no"), image)
+                   for name, answer in ((one, "yes"), (crossed[0], "no"))]
 
 
 def _between(c: Thing, a: Thing, b: Thing) -> bool:
@@ -188,22 +191,20 @@ def _is(name: Name, group: Name) -> bool:
     return group.colour in ("", name.colour) and group.noun in ("object", name.noun)
 
 
+def _cross(one: Name, other: Name) -> Name | None:
+    """A red square, of a red circle and a blue square; nothing if they share a word, or one of them has but one."""
+    (first, noun), (second, its) = map(_words, (one, other))
+    if not (noun and its) or first == second or noun == its:
+        return None
+    return Name(its, first) if one.colour else Name(f"{first} {its}")
+
+
 def _words(name: Name) -> tuple[str, str]:
-    """What a name is made of, to be swapped: colour and noun, or the two words of a category; else nothing."""
+    """Colour and noun, or the two words of a category."""
     if name.colour:
         return name.colour, name.noun
     first, _, second = name.noun.partition(" ")
     return first, second
-
-
-def _swap(names: frozenset[Name]) -> frozenset[Name]:
-    """A red square and a blue circle, of a red circle and a blue square; nothing if they share a word or are of one."""
-    (first, one), (second, other) = map(_words, names)
-    if not (one and other) or first == second or one == other:
-        return frozenset()
-    if next(iter(names)).colour:
-        return frozenset((Name(other, first), Name(one, second)))
-    return frozenset((Name(f"{first} {other}"), Name(f"{second} {one}")))
 
 
 # ---- from questions to sets ----
@@ -229,10 +230,12 @@ def _meet(groups: Sequence[list], draw: random.Random) -> list[list]:
     return [list(asks) for asks in zip(*(draw.sample(group, len(group)) for group in groups), strict=False)]
 
 
-def _some(sets: list[list[Ask]], each: int, draw: random.Random) -> list[list[Ask]]:
-    taken, count = [], 0
-    for asks in draw.sample(sets, len(sets)):
-        if count + len(asks) <= each:
-            taken.append(asks)
-            count += len(asks)
+def _some(together: Sequence[list[list[Ask]]], each: int, draw: random.Random) -> list[list[Ask]]:
+    taken: list[list[Ask]] = []
+    count = 0
+    for sets in draw.sample(together, len(together)):
+        size = sum(map(len, sets))
+        if count + size <= each:
+            taken += sets
+            count += size
     return taken

@@ -21,7 +21,7 @@ class Published:
     deviations: Mapping[str, float] = field(default_factory=dict)  # of several runs of the judge
 
     def cell(self, figure: str) -> str:
-        """The figure as it was printed; nothing if there is none."""
+        """The figure, with its deviation; nothing if there is none."""
         if figure not in self.figures:
             return ""
         return f"{self.figures[figure]}" + (f" ± {self.deviations[figure]}" if figure in self.deviations else "")

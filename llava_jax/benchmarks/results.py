@@ -11,12 +11,12 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks import results_page
 from llava_jax.benchmarks.answers import Line, match
 from llava_jax.benchmarks.bench import Bench, Item, Question, Scores
 from llava_jax.benchmarks.published import Published, everything
 from llava_jax.benchmarks.tables import markdown, number
-from llava_jax.data.atomic import replacing
 
 SAMPLED = 4096  # bytes of each of SAMPLES places of a file of weights, from which its hash is made
 SAMPLES = 256
@@ -108,12 +108,13 @@ def write(
         "published": [dataclasses.asdict(other) for other in others],
     }
     table, places = beside(scores, result["name"], others), match(questions, lines)
+    sources = ["Published: " + "; ".join(dict.fromkeys(other.source for other in others))] if others else []
     figures = [["figure", result["name"]], *([name, number(value)] for name, value in scores.figures.items())]
     images = [() if place is None else questions[place].images for place in places]
     contents = {
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        "results.md": _markdown(bench, result, table, figures, others),
-        "results.html": results_page.write(bench.title, about(result), table, figures, scores.notes,
+        "results.md": _markdown(bench, result, table, figures, sources),
+        "results.html": results_page.write(bench.title, about(result), table, figures, [*sources, *scores.notes],
                                            list(map(results_page.card, rows, images))),
         "results.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
     }
@@ -148,20 +149,19 @@ def about(result: Mapping[str, Any]) -> dict[str, str]:
 
 def beside(scores: Scores, name: str, others: Sequence[Published]) -> list[list[str]]:
     """A table: the run's figure by which it is known and those that were published, then others' figures."""
-    there = dict.fromkeys(figure for other in others for figure in other.figures)
-    columns = [figure for figure in scores.figures if figure == scores.main or figure in there]
-    columns += [figure for figure in there if figure not in columns]
+    columns = list(dict.fromkeys(figure for other in others for figure in other.figures))
+    if scores.main and scores.main not in columns:
+        columns.insert(0, scores.main)
     return [["", *columns], [name, *(number(scores.figures.get(figure)) for figure in columns)],
             *([other.model, *map(other.cell, columns)] for other in others)]
 
 
 def _markdown(bench: Bench, result: Mapping[str, Any], table: Sequence[Sequence[str]],
-              figures: Sequence[Sequence[str]], others: Sequence[Published]) -> str:
+              figures: Sequence[Sequence[str]], sources: Sequence[str]) -> str:
     parts = [f"# {bench.title}\n", "".join(f"- {name}: {value}\n" for name, value in about(result).items())]
     if len(table[0]) > 1:
         parts.append(markdown(table))
-    if others:
-        parts.append("Published: " + "; ".join(dict.fromkeys(other.source for other in others)) + ".\n")
+    parts += [f"{source}.\n" for source in sources]
     if len(figures) > 2:
         parts.append(markdown(figures))
     if result["notes"]:

@@ -14,12 +14,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from llava_jax import config
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks import answers, results
 from llava_jax.benchmarks.answers import AnswerFile, Line
 from llava_jax.benchmarks.bench import Bench, Question, get
 from llava_jax.benchmarks.published import everything
 from llava_jax.benchmarks.tables import markdown, number
-from llava_jax.data.atomic import replacing
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -68,6 +68,8 @@ class Run:
     def __post_init__(self):
         if bool(self.model) == bool(self.answers):
             raise ValueError("give either --model DIR, to ask it, or --answers FILE, to score that")
+        if self.model and self.partial:
+            raise ValueError("--partial is for --answers; a model's answers are scored when all are there")
         if self.model and not self.out:
             raise ValueError("give --out DIR, a folder for the answers and results")
         if self.limit is not None and self.limit < 1 or self.batch_size < 1:
@@ -110,7 +112,8 @@ class Run:
                 raise ValueError(f"{self.folder}: holds the answers of a model that was asked; choose another --out")
             os.makedirs(self.folder, exist_ok=True)
             answers.write(os.path.join(self.folder, WHOLE), lines)
-        settings = self._settings(questions) | {"name": name, "answers_file": self.answers, "partial": self.partial}
+        settings = self._settings(questions) | {"name": name, "model": None, "answers_file": self.answers,
+                                                "partial": self.partial}
         self._finish(settings, asked, lines, notes)
 
     def _ask(self) -> None:
@@ -210,7 +213,12 @@ class Run:
 
     def _found(self, questions: Sequence[Question]) -> dict[int, Line]:
         """The answers in all files, by the number of their question; a line that is broken off is none."""
-        lines = [line for path in self._files() if os.path.getsize(path) for line in answers.scan(path)[0]]
+        while True:
+            try:
+                lines = [line for path in self._files() for line in answers.scan(path)[0]]
+                break
+            except FileNotFoundError:  # another process has joined the parts meanwhile
+                continue
         places = answers.match(questions, lines)
         return {place: line for place, line in zip(places, lines, strict=True) if place is not None}
 

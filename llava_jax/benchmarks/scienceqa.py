@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores
 from llava_jax.benchmarks.scienceqa_data import INPUTS, LETTERS, SIZES, Problem, compose, find_image, read_problems
-from llava_jax.data.atomic import replacing
 
 FAILED = "FAILED"  # what an answer is read as that names no letter
 THE_ANSWER = re.compile("The answer is ([A-Z]).")  # any character may follow, and one must: the original's full stop

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from llava_jax.data.atomic import replacing
+from llava_jax.atomic import replacing
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 
 Problem = Mapping[str, Any]

@@ -18,10 +18,10 @@ from typing import Literal
 
 import tyro
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.scienceqa import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.benchmarks.scienceqa_data import Problem, read_problems
 from llava_jax.benchmarks.scienceqa_teacher import PROMPTS_HASH, Asker, Unfinished
-from llava_jax.data.atomic import replacing
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.client import Endpoint, read_key
 from llava_jax.endpoint.log import AnswerLog

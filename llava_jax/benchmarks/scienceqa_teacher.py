@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.scienceqa import FAILED, read_statement
 from llava_jax.benchmarks.scienceqa_data import Problem, compose
-from llava_jax.data.atomic import replacing
 from llava_jax.endpoint.client import Endpoint
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog

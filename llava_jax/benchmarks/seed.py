@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, need, read_json, unanswered
-from llava_jax.data.atomic import replacing
 
 KEYS = ("question_id", "question_type_id", "data_type", "answer")
 

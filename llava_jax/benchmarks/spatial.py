@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
-from llava_jax.benchmarks.probe_words import name_choices, understand
+from llava_jax.benchmarks.probe_words import FORMS, name_choices, understand
 from llava_jax.benchmarks.probes_data import FILE, KINDS
 from llava_jax.benchmarks.questions import QuestionFile
 
@@ -25,7 +25,7 @@ class Probe(QuestionFile):
     languages: ClassVar[tuple[str, ...]]
 
     def read(self, data: str) -> list[Question]:
-        """The questions of each language, one language after the other; ValueError for a file of another form.
+        """Each question in all languages, one after the other; ValueError for a file of another form.
 
         A question without words in one of the languages is left out.
         """
@@ -35,11 +35,14 @@ class Probe(QuestionFile):
             raise ValueError(f"{data}: no question is there in all of these languages: {', '.join(self.languages)}")
         try:
             return [self._question(question, language, said[language])
-                    for language in self.languages for question, said in whole]
+                    for question, said in whole for language in self.languages]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{data}: not a file of probes, with text, answer, choices and set ({error!r})") from None
+            raise ValueError(f"{data}: not a file of probes; each has text, answer, choices, category and set "
+                             f"({error!r})") from None
 
     def _question(self, question: Question, language: str, said: Mapping[str, Any]) -> Question:
+        if unknown := {said["answer"], *said["choices"]} - set(FORMS[language]):
+            raise KeyError(*unknown)
         row = {key: said[key] for key in ("answer", "choices")} | {
             "category": question.row["category"], "set": question.row["set"], "language": language}
         text = said["text"] + (name_choices(language, said["choices"]) if self.name_choices else "")
@@ -50,7 +53,7 @@ class Probe(QuestionFile):
 class Spatial(Probe):
     """Probes of space: left, right, above, below, inside, between, counting, and which attribute is whose."""
 
-    title = "spatial probes"
+    title = "Spatial probes"
     languages = ("en",)
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -100,9 +103,10 @@ def guessing(questions: Sequence[Question]) -> dict[str, float]:
 
 def notes(questions: Sequence[Question], items: Sequence[Item]) -> list[str]:
     """What a figure alone would hide."""
-    unread, kinds = sum(not item.read for item in items), {question.row["category"] for question in questions}
+    unread, asked = sum(not item.read for item in items), {question.row["category"] for question in questions}
+    missing = ", ".join(kind for kind in KINDS if kind not in asked)
     return [f"{unread:,} of {len(items):,} answers name none of the possible ones, and are wrong"] * bool(unread) + [
-        f"there is no question of this kind: {kind}" for kind in KINDS if kind not in kinds]
+        f"there are no questions of some kinds: {missing}"] * bool(missing)
 
 
 def mean(values: Iterable[float]) -> float:

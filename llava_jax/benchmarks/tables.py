@@ -11,8 +11,9 @@ def number(value: float | None) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of a head and rows, numbers to the right."""
-    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    """A table of a head and rows, numbers to the right; it can be printed, whatever is in it."""
+    rows = [[" ".join(cell.replace("|", "\\|").encode(errors="replace").decode().split()) for cell in row]
+            for row in rows]
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:

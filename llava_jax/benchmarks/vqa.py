@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from llava_jax.atomic import replacing
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, find, read_json, read_lines, unanswered
-from llava_jax.data.atomic import replacing
 
 ALL_OF_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 

@@ -1,18 +1,23 @@
 """Requests of like shape together, their images opened ahead of the device."""
 
-import concurrent.futures
 import contextlib
+import functools
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Row = TypeVar("Row")
+Opened = TypeVar("Opened")
 
 AHEAD = 2
 """Batches that are made ready while the device works on one."""
 
 OPENERS = 4
 """Threads that open images."""
+
+RECENT = 64
+"""Opened images that are kept for the next requests."""
 
 
 def batches(rows: Iterable[tuple[Hashable, Row]], size: int) -> Iterator[tuple[list[Row], int]]:
@@ -35,10 +40,19 @@ def batches(rows: Iterable[tuple[Hashable, Row]], size: int) -> Iterator[tuple[l
 
 
 @contextlib.contextmanager
-def openers() -> Iterator[concurrent.futures.Executor]:
-    """Threads for images; after an error what they have not begun is left."""
-    pool = concurrent.futures.ThreadPoolExecutor(OPENERS)
+def opener(function: Callable[[Sequence], Opened]) -> Iterator[Callable[[Sequence], Future[Opened]]]:
+    """`function` of some images, in threads; once for requests that follow each other with the same paths or bytes.
+
+    After an error what is not begun is left.
+    """
+    pool = ThreadPoolExecutor(OPENERS)
+    recent = functools.lru_cache(RECENT)(lambda images: pool.submit(function, images))
+
+    def submit(images: Sequence) -> Future[Opened]:
+        known = all(isinstance(image, Hashable) for image in images)  # PIL's are not
+        return recent(tuple(images)) if known else pool.submit(function, images)
+
     try:
-        yield pool
+        yield submit
     finally:
         pool.shutdown(cancel_futures=True)

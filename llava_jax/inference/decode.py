@@ -48,12 +48,31 @@ def prefill(
     ends with a token of `ends`. `size` must be at least a row's length + limit.
     """
     hidden, cache = model.hidden(tokens, images, with_cache=True)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    grow = [(0, 0), (0, 0), (0, size - tokens.shape[1]), (0, 0), (0, 0)]
-    keys, values = (jnp.pad(part, grow) for part in cache)
-    state = State((keys, values), tokens[:, 0], lengths - 1, limits, sampling)
-    state, token = write(model, state, last, ends)
-    return state, token[:, None]
+    return _first(model, hidden, lengths, _grown(cache, size), lengths, limits, sampling, ends)
+
+
+def prefill_shared(
+    model: Llava,
+    beginnings: Int[Array, "U P"],
+    images: UInt8[Array, "U I H W 3"],
+    which: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    limits: Int[Array, "B"],
+    sampling: Sampling,
+    ends: tuple[int, ...],
+    size: int,
+) -> tuple[State, Int[Array, "B 1"]]:
+    """The same for prompts of which several begin alike, with the same images: each beginning is read once.
+
+    `which`: the number of a row's beginning; `tokens`, `lengths`: of the rest of its prompt, which has no images.
+    """
+    _, cache = model.hidden(beginnings, images, with_cache=True)
+    cache = _grown(tuple(part[:, which] for part in cache), size)
+    start = beginnings.shape[1]
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, cache = model.decoder.extend(model.decoder.embed(tokens, model.dtype), positions, cache)
+    return _first(model, hidden, lengths, cache, start + lengths, limits, sampling, ends)
 
 
 def decode(
@@ -81,6 +100,18 @@ def decode(
     more = lambda carry: (carry[0] < steps) & jnp.any(carry[1].left > 0)  # noqa: E731
     _, state, written = jax.lax.while_loop(more, step, (0, state, written))
     return state, written
+
+
+def _grown(cache: tuple[Array, Array], size: int) -> tuple[Array, Array]:
+    return tuple(jnp.pad(part, [(0, 0), (0, 0), (0, size - part.shape[2]), (0, 0), (0, 0)]) for part in cache)
+
+
+def _first(model: Llava, hidden: Float[Array, "B T D"], lengths, cache, read, limits, sampling, ends):
+    """The state after prompts of `read` tokens, the last of which are `lengths` of `hidden`; and their first tokens."""
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    state = State(cache, jnp.zeros_like(read), read - 1, limits, sampling)
+    state, token = write(model, state, last, ends)
+    return state, token[:, None]
 
 
 def write(

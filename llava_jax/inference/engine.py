@@ -1,7 +1,7 @@
 """Batches of token ids through the jitted functions: shapes come in buckets, so that few programs are compiled."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.inference.answer import Answer
-from llava_jax.inference.decode import CHUNK, NOTHING, State, decode, prefill
+from llava_jax.inference.decode import CHUNK, NOTHING, State, decode, prefill, prefill_shared
 from llava_jax.inference.likelihood import Reading, log_probabilities, places_of
 from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.models.llava import Parameters, merge
@@ -30,6 +30,8 @@ class Job:
     temperature: float
     top_p: float
     seed: int
+    begins: int = 0  # tokens up to and with those of the last image
+    beginning: Hashable = None  # equal in jobs with the same images and first tokens; None where that is not known
 
 
 class Engine:
@@ -49,9 +51,8 @@ class Engine:
         """
         ends = tuple(sorted(ends))
 
-        def prefill_(parameters, tokens, lengths, images, limits, sampling, size):
-            model = merge(graph, parameters)
-            state, token = prefill(model, tokens, lengths, images, limits, sampling, ends, size)
+        def prefill_(parameters, *inputs, size, read=prefill):
+            state, token = read(merge(graph, parameters), *inputs, ends, size)
             if self._layers is not None:
                 state = state._replace(cache=tuple(part.swapaxes(2, 3) for part in state.cache))
             return state, token
@@ -66,7 +67,7 @@ class Engine:
         if mesh is not None:
             rows, cache = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, *ROWS, None, "tensor"))
             layouts["out_shardings"] = State((cache, cache), rows, rows, rows, rows), rows
-        self._prefill = jax.jit(prefill_, static_argnames="size", **layouts)
+        self._prefill = jax.jit(prefill_, static_argnames=("size", "read"), **layouts)
         # The cache is by far the largest thing that a step changes: it is given away, and updated in its place.
         self._decode = jax.jit(decode_, donate_argnames="state", **layouts)
         self._score = jax.jit(lambda parameters, *inputs: log_probabilities(merge(graph, parameters), *inputs))
@@ -91,15 +92,15 @@ class Engine:
         rows = self._rows(max(rows, len(jobs)))
         size = length_bucket(max(len(job.tokens) + job.limit for job in jobs))
         sampling = Sampling(np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.ones(rows, np.float32))
-        lengths, limits = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        limits = np.zeros(rows, np.int32)
         for row, job in enumerate(jobs):
-            lengths[row], limits[row] = len(job.tokens), job.limit
+            limits[row] = job.limit
             sampling.seed[row] = seed_words(job.seed)
             sampling.temperature[row], sampling.top_p[row] = job.temperature, job.top_p
-        tokens, images = pad_tokens([job.tokens for job in jobs], rows), pad_images([job.images for job in jobs], rows)
-        inputs = self._share((tokens, lengths, images, limits, sampling))
+        read, inputs = self._prompts(jobs, rows)
         with self._on_mesh():
-            state, written = self._prefill(self.parameters, *inputs, size=size)
+            state, written = self._prefill(self.parameters, *self._share((*inputs, limits, sampling)), size=size,
+                                           read=read)
         going = np.zeros(rows, bool)
         while True:
             fresh = np.asarray(written)[: len(jobs)]
@@ -114,19 +115,38 @@ class Engine:
     def score(self, readings: Sequence[Reading], images: Sequence[np.ndarray], rows: int = 1) -> list[dict[int, float]]:
         """For each reading, with the images of its prompt: its continuations' numbers and log-probabilities."""
         rows = self._rows(max(rows, len(readings)))
-        places = bucket(max(len(tokens) for reading in readings for _, tokens in reading.scored))
-        count = bucket(max(len(reading.scored) for reading in readings))
-        inputs = (pad_tokens([reading.tokens for reading in readings], rows), pad_images(images, rows),
+        places = bucket(max(4, *(len(tokens) for reading in readings for _, tokens in reading.scored)))
+        count = bucket(max(4, *(len(reading.scored) for reading in readings)))
+        inputs = (pad_tokens([reading.tokens for reading in readings], rows, length_bucket), pad_images(images, rows),
                   *places_of(readings, rows, places, count))
         with self._on_mesh():
             found = np.asarray(self._score(self.parameters, *self._share(inputs)), np.float64)
         return [{number: found[row, : len(tokens), column].sum().item()
                  for column, (number, tokens) in enumerate(reading.scored)} for row, reading in enumerate(readings)]
 
+    def _prompts(self, jobs: Sequence[Job], rows: int) -> tuple[Callable, tuple]:
+        """The function that reads the prompts, and its first arguments."""
+        tokens = [job.tokens for job in jobs]
+        firsts: dict[Hashable, int] = {}
+        which = [firsts.setdefault(job.beginning, len(firsts)) for job in jobs]
+        start, slots = jobs[0].begins, max(rows // 4, bucket(len(firsts)))
+        # Worth it only where beginnings are few; on data axes they would have to travel between devices.
+        if slots > rows // 2 or None in firsts or any(job.begins != start for job in jobs) or self._shares > 1:
+            images = pad_images([job.images for job in jobs], rows)
+            return prefill, (pad_tokens(tokens, rows, length_bucket), lengths_of(tokens, rows), images)
+        own = [jobs[which.index(number)] for number in range(len(firsts))]
+        beginnings = pad_tokens([job.tokens[:start] for job in own], slots, lambda length: length)
+        rest, which = [prompt[start:] for prompt in tokens], np.pad(np.array(which, np.int32), (0, rows - len(jobs)))
+        return prefill_shared, (beginnings, pad_images([job.images for job in own], slots), which,
+                                pad_tokens(rest, rows, short_bucket), lengths_of(rest, rows))
+
+    @property
+    def _shares(self) -> int:
+        return self._mesh.shape["replica"] * self._mesh.shape["fsdp"] if self._mesh else 1
+
     def _rows(self, count: int) -> int:
         """Rows of a batch of `count`: few different numbers, which the devices of the data axes can share."""
-        shares = self._mesh.shape["replica"] * self._mesh.shape["fsdp"] if self._mesh else 1
-        return -(-bucket(count) // shares) * shares
+        return -(-bucket(count) // self._shares) * self._shares
 
     def _share(self, inputs: Any) -> Any:
         """Arrays of as many rows, each device's own rows on it."""
@@ -165,12 +185,22 @@ def length_bucket(length: int) -> int:
     return size * 3 // 4 if length <= size * 3 // 4 else size
 
 
-def pad_tokens(prompts: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """Prompts side by side, int32 [rows, T], zeros behind them."""
-    padded = np.zeros((rows, length_bucket(max(map(len, prompts)))), np.int32)
+def short_bucket(length: int) -> int:
+    """As `length_bucket`, from 16 on: for what is read behind images that were read before."""
+    return length_bucket(4 * length) // 4
+
+
+def pad_tokens(prompts: Sequence[Sequence[int]], rows: int, bucket: Callable[[int], int]) -> np.ndarray:
+    """Prompts side by side, int32 [rows, T], zeros behind them; `bucket` makes T of the longest one's length."""
+    padded = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     return padded
+
+
+def lengths_of(prompts: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+    """int32 [rows]; 1 for rows that only fill the batch."""
+    return np.array([*map(len, prompts), *[1] * (rows - len(prompts))], np.int32)
 
 
 def pad_images(images: Sequence[np.ndarray], rows: int) -> np.ndarray | None:

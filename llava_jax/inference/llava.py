@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava_jax.images import open_image, prepare
 from llava_jax.inference.answer import Answer, Completion
-from llava_jax.inference.batches import batches, openers
+from llava_jax.inference.batches import batches, opener
 from llava_jax.inference.engine import Engine, Job, shape
 from llava_jax.inference.likelihood import readings
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, merge
@@ -147,7 +147,7 @@ class Llava:
     ) -> Iterator[str]:
         """The text of `generate` in pieces, as it is written. No piece splits a character or shows part of a stop."""
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
-        job = self._job(request, self._prompt(request))
+        job = self._job(request, self._prompt(request), self._tiles(request.images))
         pieces = self._engine.run([job], [self._answer(request, job)], STREAM_CHUNK)
         return (piece for (piece,) in pieces if piece)
 
@@ -164,21 +164,20 @@ class Llava:
 
         Requests are read as far ahead as the next batches need; their images are opened meanwhile, in threads.
         """
-        with openers() as pool:
+        with opener(self._tiles) as opened:
 
             def waiting():
                 for number, request in enumerate(requests):
                     request = request if isinstance(request, Request) else Request(**request)
                     prompt = self._prompt(request)
-                    kind = shape(len(request.images), len(prompt))
-                    yield kind, (number, request, pool.submit(self._job, request, prompt))
+                    yield shape(len(request.images), len(prompt)), (number, request, prompt, opened(request.images))
 
             for rows, size in batches(waiting(), batch_size):
-                jobs = [job.result() for _, _, job in rows]
-                answers = [self._answer(request, job) for (_, request, _), job in zip(rows, jobs, strict=True)]
+                jobs = [self._job(request, prompt, tiles.result()) for _, request, prompt, tiles in rows]
+                answers = [self._answer(row[1], job) for row, job in zip(rows, jobs, strict=True)]
                 for _ in self._engine.run(jobs, answers, rows=size):
                     pass
-                for (number, _, _), job, answer in zip(rows, jobs, answers, strict=True):
+                for (number, *_), job, answer in zip(rows, jobs, answers, strict=True):
                     yield number, Completion(answer.text, answer.tokens, answer.finish_reason, job.tokens.tolist())
 
     def log_likelihood(self, request: Request | Mapping, continuations: Sequence[str]) -> list[float]:
@@ -196,22 +195,22 @@ class Llava:
         counts: dict[int, int] = {}
         found: dict[int, dict[int, float]] = collections.defaultdict(dict)
         gap = templates.get(self.template).gap
-        with openers() as pool:
+        with opener(self._tiles) as opened:
 
             def waiting():
                 for number, (request, continuations) in enumerate(pairs):
                     request = request if isinstance(request, Request) else Request(**request)
                     if not continuations or "" in continuations:
                         raise ValueError("log_likelihood needs continuations, and each needs text")
-                    begun, images = request.begun or gap, pool.submit(self._tiles, request)
+                    begun, tiles = request.begun or gap, opened(request.images)
                     texts = [self._prompt(dataclasses.replace(request, begun=begun + text)) for text in continuations]
                     counts[number] = len(texts)
                     for reading in readings(self._prompt(request).tolist(), [text.tolist() for text in texts]):
-                        yield shape(len(request.images), len(reading.tokens)), (number, reading, images)
+                        yield shape(len(request.images), len(reading.tokens)), (number, reading, tiles)
 
             for rows, size in batches(waiting(), batch_size):
                 scored = self._engine.score([reading for _, reading, _ in rows],
-                                            [images.result() for _, _, images in rows], size)
+                                            [tiles.result() for _, _, tiles in rows], size)
                 for (number, _, _), scores in zip(rows, scored, strict=True):
                     found[number] |= scores
                     if len(found[number]) == counts[number]:
@@ -231,20 +230,25 @@ class Llava:
             )
         return tokens
 
-    def _tiles(self, request: Request) -> UInt8[np.ndarray, "I H W 3"]:
+    def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:
         side = self.config.vision.image_size
-        images = [image if isinstance(image, Image.Image) else open_image(image) for image in request.images]
-        tiles = [prepare(image, side, self.config.image_mode) for image in images]
+        opened = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
+        tiles = [prepare(image, side, self.config.image_mode) for image in opened]
         return np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles])
 
-    def _job(self, request: Request, prompt: Int[np.ndarray, "T"]) -> Job:
+    def _job(self, request: Request, prompt: Int[np.ndarray, "T"], tiles: UInt8[np.ndarray, "I H W 3"]) -> Job:
+        [visual] = np.nonzero(prompt == IMAGE_TOKEN_ID)
+        begins = int(visual[-1]) + 1 if len(visual) else 0
+        known = begins and all(isinstance(image, str | bytes | os.PathLike) for image in request.images)
         return Job(
             tokens=prompt,
-            images=self._tiles(request),
+            images=tiles,
             limit=min(request.max_new_tokens, self.config.text.max_length - len(prompt)),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
+            begins=begins,
+            beginning=(tuple(request.images), prompt[:begins].tobytes()) if known else None,
         )
 
     def _answer(self, request: Request, job: Job) -> Answer:

@@ -33,20 +33,22 @@ def read_metrics(path: str | Path) -> dict[str, list[dict]]:
 
 
 def write_page(path: str | Path, title: str, summary: str, stages: Mapping[str, Sequence[dict]],
-               scores: Mapping[str, Mapping[str, float]],
+               tables: Mapping[str, Mapping[str, Mapping[str, float]]],
                cards: Sequence[tuple[Path, Sequence[tuple[str, str, str, bool]]]]) -> None:
     """Writes the page.
 
-    `scores`: column -> row -> share of right answers, 0..1. `cards`: a picture's file, and for each question about it
-    the question, the expected answer, the given answer, and whether that is right.
+    `tables`: title -> column -> row -> share of right answers, 0..1. `cards`: a picture's file, and for each question
+    about it the question, the expected answer, the given answer, and whether that is right.
     """
     curves = "".join(_curve(stage, lines) for stage, lines in stages.items())
+    shares = "".join(f"<h2>{html.escape(name)}</h2><div class='wide'>{_table(columns)}</div>"
+                     for name, columns in tables.items())
     Path(path).write_text(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>"
-        f"<h2>Right answers on held-out pictures</h2><div class='wide'>{_table(scores)}</div>"
+        f"{shares}"
         f"<h2>Loss</h2><div class='curves'>{curves}</div>"
         f"<h2>Held-out pictures</h2><div class='cards'>{''.join(_card(*card) for card in cards)}</div>"
         "</body></html>\n")

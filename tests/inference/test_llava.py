@@ -258,3 +258,27 @@ def test_mistakes_are_told(llava, tmp_path):
         llava_jax.load(tmp_path, dtype="float16")
     with pytest.raises(FileNotFoundError, match="missing"):
         llava_jax.load(tmp_path / "missing")
+
+
+def test_questions_about_one_image_read_it_once(llava, pictures, tmp_path, monkeypatch):
+    """Alike beginnings are read together, and the answers stay those of each question alone."""
+    paths = []
+    for number, picture in enumerate(pictures[:3]):
+        paths.append(tmp_path / f"{number}.png")
+        picture.save(paths[-1])
+    requests = [Request(f"What is thing number {i}?" + " Why?" * (i % 5), paths[i // 6 : i // 6 + 1], LIMIT)
+                for i in range(16)]
+    read, run = [], llava._engine._prefill
+    monkeypatch.setattr(llava._engine, "_prefill", lambda parameters, tokens, images, *rest, **options: (
+        read.append((options["read"].__name__, len(tokens))), run(parameters, tokens, images, *rest, **options))[1])
+    together = llava.batch(requests, batch_size=16)
+    assert read == [("prefill_shared", 4)]
+    read.clear()
+    assert together == [llava.generate(request.messages, request.images, LIMIT) for request in requests]
+    assert set(read) == {("prefill", 1)} and len({answer.text for answer in together}) == 16
+    # Where beginnings are many, unknown, or not of one length, each prompt is read by itself.
+    apart = [Request(text, paths[:2]) for text in ("Is <image> <image> it?", "Is <image> it, or is it <image>?")]
+    for others in ([requests[0], requests[6], requests[12]], [Request("Is it?", pictures[:1])] * 3,
+                   [Request("Is it?"), Request("Or not?"), Request("Is it?")], apart * 2):
+        jobs = [llava._job(one, llava._prompt(one), llava._tiles(one.images)) for one in others]
+        assert llava._engine._prompts(jobs, 4)[0].__name__ == "prefill"

@@ -1,0 +1,53 @@
+"""How fast a benchmark is answered: questions per second, many at once against one at a time.
+
+    python scripts/bench_evaluate.py [--model runs/mini/model] [--data runs/mini/data] [--questions 256]
+                                     [--batches 1,8,32,64] [--rounds 3]
+
+The questions are the miniature's, whose answers are a word; that every batch size gives the same texts is checked
+first, which compiles too. Then the batch sizes take turns. Images are opened and decoded in the time that is measured.
+Figures are medians, with the lowest and the highest.
+"""
+
+import argparse
+import time
+
+import numpy as np
+from bench_models import machine
+
+import llava_jax
+from llava_jax.benchmarks.answering import ask
+from llava_jax.benchmarks.scenes import Scenes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/mini/model")
+    parser.add_argument("--data", default="runs/mini/data")
+    parser.add_argument("--questions", type=int, default=256)
+    parser.add_argument("--batches", default="1,8,32,64")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    print(machine())
+    llava, bench, sizes = llava_jax.load(args.model), Scenes(), [int(size) for size in args.batches.split(",")]
+    questions = bench.read(args.data)[: args.questions]
+
+    def seconds(size: int) -> float:
+        start = time.perf_counter()
+        answers = [answer.text for answer in ask(llava, bench, questions, size)]
+        if answers != texts.setdefault(sizes[0], answers):
+            raise SystemExit(f"{size} at once answer otherwise than {sizes[0]}")
+        return time.perf_counter() - start
+
+    texts: dict[int, list[str]] = {}
+    for size in sizes:
+        seconds(size)
+    rates = len(questions) / np.array([[seconds(size) for size in sizes] for _ in range(args.rounds)])
+    print("| questions at once | a second | ratio |\n|---|---|---|")
+    for column, size in enumerate(sizes):
+        mine = rates[:, column]
+        print(f"| {size} | {np.median(mine):,.1f} ({mine.min():,.1f}-{mine.max():,.1f}) | "
+              f"{np.median(mine / rates[:, 0]):.2f} |")
+
+
+if __name__ == "__main__":
+    main()

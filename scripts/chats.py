@@ -1,0 +1,49 @@
+"""Three chats of the miniature about held-out scenes, as the README shows them, in Markdown.
+
+    python scripts/chats.py [--model runs/mini/model] [--data runs/mini/data] [--out scripts/chats]
+
+The scenes are not chosen: they are the first test pictures with two, three and four objects. The rule-based teacher
+asks about each, a seeded draw; the model gets the whole chat so far, its own mistakes included. The pictures are copied
+to --out, for the README to show.
+"""
+
+import argparse
+import random
+import shutil
+from pathlib import Path
+
+import llava_jax
+from llava_jax.instruct.rules.short import conversation, read_coco, reasoning
+
+TURNS = 4  # of short answers; then comes one that takes a comparison
+SIZES = (2, 3, 4)  # objects of the three scenes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="runs/mini/model")
+    parser.add_argument("--data", type=Path, default=Path("runs/mini/data"))
+    parser.add_argument("--out", type=Path, default=Path("scripts/chats"))
+    args = parser.parse_args()
+    annotations, categories = read_coco(args.data, "test")
+    llava = llava_jax.load(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for size in SIZES:
+        scene = next(annotation for annotation in annotations if len(annotation.things) == size)
+        rng = random.Random(f"chat {size}")
+        asked = conversation(scene.things, rng, categories, TURNS) + [reasoning(scene.things, rng)]
+        messages, lines = [], []
+        for question in asked:
+            messages.append({"role": "user", "content": question.question})
+            answer = llava.generate(messages, [args.data / scene.image], max_new_tokens=60).text.strip()
+            messages.append({"role": "assistant", "content": answer})
+            right = answer.rstrip(".").lower() == question.answer.rstrip(".").lower()
+            lines.append(f"> **{question.question}** {answer}" + ("" if right else f" *(no: {question.answer})*"))
+        picture = args.out / f"{size}.jpg"
+        shutil.copyfile(args.data / scene.image, picture)
+        print(f'<img src="{picture.as_posix()}" width="150" alt="{scene.captions[0]}">\n')
+        print("\\\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

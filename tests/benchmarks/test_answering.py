@@ -1,0 +1,117 @@
+"""A benchmark put to a small model: the answers are those that each question gets alone."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import llava_jax
+from llava_jax.benchmarks import answering
+from llava_jax.benchmarks.answers import make_line
+from llava_jax.benchmarks.bench import Bench, Item, Question, Scores
+
+
+@dataclass(frozen=True)
+class Twice(Bench):
+    """Every second question is asked again, with what was said before it; scores even ids."""
+
+    max_new_tokens = 12
+
+    def follow_up(self, question, texts):
+        if len(texts) == 1 and question.row["again"]:
+            return replace(question, text=question.text + " Again?", begun=f" {texts[0]} so", max_new_tokens=5)
+        return " + ".join(texts)
+
+    def score(self, data, questions, answers):
+        if len(answers) < 3:
+            raise ValueError("too few")
+        assert [question.id for question in questions] == [answer.id for answer in answers]
+        return Scores({}, "", [Item(answer.id, None if answer.id == 3 else answer.id % 2) for answer in answers])
+
+
+@pytest.fixture(scope="module")
+def llava(talker):
+    return llava_jax.load(talker, "float32")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder, questions = tmp_path_factory.mktemp("pictures"), []
+    for i in range(13):
+        path = folder / f"{i}.png"
+        Image.new("RGB", (20, 30), (20 * i, 255 - 20 * i, 67 * i % 256)).save(path)
+        images = (str(path),) if i % 4 else ()
+        questions.append(Question(i, f"What is thing number {i}?" + " And why?" * (i % 3), images, {"again": i % 2},
+                                  ("A", "B", "Yes it is"), max_new_tokens=20 if i == 5 else None))
+    return questions
+
+
+def alone(llava, question, **options):
+    options = {"max_new_tokens": 12} | options
+    request = {"messages": question.text, "images": question.images, **options}
+    return llava.batch([request])[0].text.strip()
+
+
+def test_answers_are_those_of_each_question_alone(llava, questions):
+    said = list(answering.generate(llava, Twice(), questions, 4))
+    assert sorted(one.number for one in said) == list(range(13)) != [one.number for one in said]
+    texts = {one.number: one.text for one in said}
+    for number, question in enumerate(questions):
+        wanted = alone(llava, question, **({"max_new_tokens": 20} if number == 5 else {}))
+        if number % 2:
+            second = replace(question, text=question.text + " Again?")
+            wanted += " + " + alone(llava, second, begun=f" {wanted} so", max_new_tokens=5)
+        assert texts[number] == wanted
+    assert len(set(texts.values())) == 13
+    assert [answer.text for answer in answering.ask(llava, Twice(), questions, 3)] == [texts[n] for n in range(13)]
+
+
+def test_the_likeliest_choice_is_taken(llava, questions):
+    said = {one.number: one for one in answering.choose(llava, Twice(), questions, 4)}
+    for number, question in enumerate(questions):
+        scores = llava.log_likelihood({"messages": question.text, "images": question.images}, question.choices)
+        assert said[number].text == question.choices[int(np.argmax(scores))]
+        assert list(said[number].metadata["log_likelihoods"].values()) == pytest.approx(scores, abs=1e-3)
+
+
+def test_other_pictures_are_shown_where_asked(llava, questions):
+    last = questions[-2].images
+    shown = lambda question: last if question.images else ()  # noqa: E731
+    answers = answering.ask(llava, Twice(), questions[:3], 4, shown)
+    second = replace(questions[1], text=questions[1].text + " Again?", images=last)
+    first = alone(llava, replace(questions[1], images=last))
+    assert answers[0].text == alone(llava, questions[0])
+    assert answers[1].text == f"{first} + {alone(llava, second, begun=f' {first} so', max_new_tokens=5)}"
+    assert answers[2].text == alone(llava, replace(questions[2], images=last))
+    for number, own in enumerate(answering.choose(llava, Twice(), questions[:3], 4)):
+        other = list(answering.choose(llava, Twice(), questions[:3], 4, shown))[number]
+        assert (other.metadata == own.metadata) == (not questions[own.number].images)
+
+
+def test_missing_images_are_counted(questions, tmp_path):
+    answering.check_images(questions)
+    gone = [replace(question, images=(str(tmp_path / "gone.png"),)) for question in questions[:2]]
+    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such image; 1 of 10 images are missing"):
+        answering.check_images([*questions, *gone, Question("b", "", (b"bytes",))])
+
+
+def test_progress_scores_what_is_answered_from_the_start(monkeypatch, questions):
+    clock = [100.0]
+    monkeypatch.setattr(answering.time, "monotonic", lambda: clock[0])
+    lines = [make_line(question, "x", "m") for question in questions]
+    progress = answering.Progress(Twice(), "", questions, [lines[0], None, lines[2], *[None] * 10])
+    assert progress.line() == "2 of 13 answers, 0.0 a second"
+    for number in (1, 5, 3):
+        clock[0] += 10
+        progress.add(number, lines[number])
+    # Scored up to question 3, which has no score: 0, 1, 0.
+    assert progress.line() == "5 of 13 answers, 0.1 a second, 0:01:20 left, 33.3 % right so far"
+    clock[0] += 1
+    progress.add(4, lines[4])  # too soon
+    assert "33.3 %" in progress.line()
+    clock[0] += 100
+    progress.add(6, lines[6])
+    clock[0] += 10_000
+    progress.add(7, lines[7])
+    assert "42.9 % right" in progress.line()  # 0, 1, 0, -, 0, 1, 0, 1
