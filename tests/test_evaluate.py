@@ -85,15 +85,14 @@ def test_answers_are_those_of_one_question_at_a_time(whole, data, talker):
                                          "run.json"]
 
 
-def test_a_killed_run_goes_on(whole, arguments, tmp_path):
+def test_a_killed_run_goes_on(whole, arguments, tmp_path, capsys):
     process = start(*arguments, "--out", str(tmp_path), kill=20)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     broken = (tmp_path / "pope" / "answers.jsonl").read_bytes()
     assert broken.count(b"\n") == 20 and not broken.endswith(b"\n")
-    process = start(*arguments, "--out", str(tmp_path))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert evaluate.main([*arguments, "--out", str(tmp_path)]) == 0
+    errors = capsys.readouterr().err
     assert "20 of 45 answers are there" in errors and "is cut (35 bytes)" in errors
     assert (tmp_path / "pope" / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
     assert figures(tmp_path / "pope") == figures(whole)
@@ -232,6 +231,39 @@ def test_mistakes_are_told_before_the_model_is_loaded(arguments, data, talker, w
             evaluate.main(command)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         evaluate.main(["pope", "--data", str(data), "--model", str(tmp_path / "none"), *out])
+
+
+def test_a_file_that_cannot_be_scored_leaves_no_results(data, whole, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text((whole / "answers.jsonl").read_text() + '{"question_id": "other", "text": "x"}\n')
+    command = ["pope", "--data", str(data), "--answers", str(path), "--out", str(tmp_path / "out")]
+    for more, message in (([], "1 of 46 answers have no 'prompt'"), (["--partial"], "there is no question 'other'")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([*command, *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_without_prompts_where_the_score_needs_them(tmp_path):
+    rows = [{"question_id": "p", "image": "p.jpg", "text": "Q?" + SHORT}]
+    (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps(
+        {"data": [{"image_id": "p", "question": "Q?", "answers": ["a"] * 10}]}))
+    (tmp_path / "answers.jsonl").write_text('{"question_id": "p", "text": "a"}\n')
+    command = ["textvqa", "--data", str(tmp_path), "--answers", str(tmp_path / "answers.jsonl")]
+    for more in ([], ["--partial"]):
+        with pytest.raises(ValueError, match=r"answers\.jsonl: the answer to question 'p' has no prompt"):
+            evaluate.main([*command, *more])
+
+
+def test_missing_images_are_told_before_anything_is_made_or_thrown_away(whole, arguments, data, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    (moved / "val2014" / "3.jpg").unlink()
+    shutil.copytree(whole, tmp_path / "kept" / "pope")
+    for out, more in (("kept", ["--overwrite"]), ("none", [])):
+        with pytest.raises(FileNotFoundError, match=r"3\.jpg: no such image"):
+            evaluate.main(["pope", "--data", str(moved), *arguments[3:], "--out", str(tmp_path / out), *more])
+    assert lines(tmp_path / "kept" / "pope") == lines(whole) and not (tmp_path / "none").exists()
 
 
 def test_the_list_names_every_benchmark(capsys):

@@ -11,10 +11,13 @@ from typing import Any
 
 from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Question
+from llava_jax.benchmarks.questions import fits
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each
 
 Line = dict[str, Any]
+LINE = {"question_id": int | str, "text": str}
+OTHERS = "the answers are of another version, or asked with other options"
 
 
 def make_line(question: Question, text: str, model_id: str, metadata: Mapping[str, Any] | None = None) -> Line:
@@ -61,21 +64,16 @@ def scan(path: str) -> tuple[list[Line], int]:
     lines, end = [], 0
     with open(path, "rb") as file:
         for number, data in enumerate(file, 1):
-            problem = ""
-            try:
-                if data.strip():
+            if data.strip():
+                try:
                     line = json.loads(data)
-                    if (isinstance(line.get("text"), str) and isinstance(line.get("question_id"), str | int)
-                            and isinstance(line.get("prompt", ""), str)):
-                        lines.append(line)
-                    else:
-                        problem = "not an answer with question_id and text"
-            except (ValueError, AttributeError) as error:
-                problem = f"not a line of JSON ({error})" if isinstance(error, ValueError) else "not a JSON object"
-                if not data.endswith(b"\n"):
-                    break
-            if problem:
-                raise ValueError(f"{path}, line {number}: {problem}")
+                except (ValueError, RecursionError) as error:
+                    if not data.endswith(b"\n"):
+                        break
+                    raise ValueError(f"{path}, line {number}: not a line of JSON ({error})") from None
+                if not fits(line, LINE) or not isinstance(line.get("prompt", ""), str):
+                    raise ValueError(f"{path}, line {number}: not an answer with question_id and text")
+                lines.append(line)
             end += len(data)
     return lines, end
 
@@ -98,10 +96,15 @@ def match(questions: Sequence[Question], lines: Sequence[Mapping[str, Any]]) -> 
 
 def check(path: str, title: str, questions: Sequence[Question], lines: Sequence[Line], ordered: bool) -> None:
     """ValueError, one line, unless each question has one answer, all of one model; if `ordered`, in their order."""
-    models = sorted({str(line["model_id"]) for line in lines if "model_id" in line})
+    models = models_of(lines)
     if len(models) > 1:
         raise ValueError(f"{path}: the answers are of {len(models)} models: {', '.join(models[:3])}; --partial scores "
                          "them as they are")
+    for name in ("prompt", *(questions[0].fields if questions else ())):
+        without = [line["question_id"] for line in lines if name not in line]
+        if 0 < len(without) < len(lines):
+            raise ValueError(f"{path}: {len(without):,} of {len(lines):,} answers have no {name!r}, the first is to "
+                             f"{without[0]!r}; are they of one run?")
     ids = Counter(question.id for question in questions)
     other = [line["question_id"] for line in lines if line["question_id"] not in ids]
     if other:
@@ -116,11 +119,14 @@ def check(path: str, title: str, questions: Sequence[Question], lines: Sequence[
         line = lines[places.index(None)]
         known = [question for question in questions if question.id == line["question_id"]]
         prompts = [question.text if question.prompt is None else question.prompt for question in known]
-        if line.get("prompt") in prompts:
-            raise ValueError(f"{path}: question {known[0].id!r} has two answers where it was asked once "
-                             f"({', '.join(known[0].fields) or 'the same prompt'})")
-        raise ValueError(f"{path}: question {known[0].id!r} was asked as {_short(line['prompt'])}, and {title} asks "
-                         f"{_short(prompts[0])}; the answers are of another version, or asked with other options")
+        if line.get("prompt", prompts[0]) not in prompts:
+            raise ValueError(f"{path}: question {known[0].id!r} was asked as {_short(line['prompt'])}, and {title} "
+                             f"asks {_short(prompts[0])}; {OTHERS}")
+        told = {name: line[name] for name in known[0].fields if name in line}
+        if all({**question.fields, **told} != question.fields for question in known):
+            raise ValueError(f"{path}: question {known[0].id!r} was not asked with {_short(str(told))}; {OTHERS}")
+        raise ValueError(f"{path}: question {known[0].id!r} has two answers where it was asked once "
+                         f"({', '.join(told) or 'the same prompt'})")
     if len(lines) < len(questions):
         missing = sorted(set(range(len(questions))) - set(places))
         raise ValueError(f"{path}: {len(missing):,} of {len(questions):,} questions have no answer, the first is "
@@ -130,6 +136,11 @@ def check(path: str, title: str, questions: Sequence[Question], lines: Sequence[
         raise ValueError(f"{path}: answer {first + 1} is to question {lines[first]['question_id']!r}, which is another "
                          f"order than that of the questions, and {title} meets answers by their order; sort them, or "
                          "--partial scores the file as it is")
+
+
+def models_of(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The models whose answers these are, as far as the lines tell."""
+    return sorted({str(line["model_id"]) for line in lines if "model_id" in line})
 
 
 class AnswerFile:

@@ -1,7 +1,6 @@
 """A language model at a server, as the commands of benchmarks ask it: options, and one call for many questions."""
 
 import asyncio
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.run import Ending, Job, Settle, answer_all
-from llava_jax.endpoint.server import INTERRUPTED, OVER_BUDGET, TERMINATED, Server
+from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of
 from llava_jax.endpoint.stop import Stop
 
 
@@ -66,8 +65,7 @@ class Model:
         if ending == "done":
             return
         if ending == "interrupted":
-            raise Unfinished("stopped; the same command goes on",
-                             INTERRUPTED if stop.signal == signal.SIGINT else TERMINATED)
+            raise Unfinished("stopped; the same command goes on", code_of(stop))
         raise Unfinished(f"--max-requests {self.max_requests} are used up; the same command goes on", OVER_BUDGET)
 
     async def _ask(self, jobs: Sequence[Job], log: AnswerLog, settle: Settle, budget: Budget, progress: Progress,

@@ -94,6 +94,7 @@ class Bench:
     needs: ClassVar[str]  # the files of its folder, and where they come from
     max_new_tokens: ClassVar[int] = 128
     ordered: ClassVar[bool] = False  # whether the score depends on the order of the answers, as the original's does
+    prompted: ClassVar[bool] = False  # whether the score depends on the prompts of the answers' lines
     packages: ClassVar[tuple[str, ...]] = ()  # what `submission` imports, to be missed before the model answers
 
     def read(self, data: str) -> list[Question]:

@@ -9,12 +9,16 @@ from typing import Any
 
 from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
-from llava_jax.benchmarks.questions import QuestionFile, find, read_json
+from llava_jax.benchmarks.questions import QuestionFile, find, fits, read_json
 
 TRUTH = "testdev_balanced_questions.json"
 CHOICES = "testdev_balanced_choices.json"
 NO_STEPS = ("exist", "query: name", "choose name")  # operations that the official tool does not count as reasoning
 COMMON = ("color", "material", "shape")
+QUESTION = {"question": str, "answer": str, "isBalanced": bool, "groups": {"global": str | None},
+            "types": {"structural": str, "semantic": str, "detailed": str},
+            "semantic": [{"operation": str, "argument": str | None}]}
+"""What is read of a row of GQA's own file."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Gqa(QuestionFile):
             for kind, detail in _DETAILS.items():
                 groups[kind][detail(row)].append(right)
             if choices:
+                if id not in choices:
+                    raise ValueError(f"{CHOICES} has no question {id!r}; the files are of different versions")
                 allowed = {name: choices[id][name] for name in ("valid", "plausible")}
                 if "Common" in row["types"]["detailed"]:
                     allowed = dict.fromkeys(allowed, COMMON)
@@ -89,21 +95,18 @@ class Gqa(QuestionFile):
         if path is None:
             return None
         rows = read_json(path)
-        try:
-            fits = rows and all(row["types"]["structural"] and row["types"]["semantic"] and "detailed" in row["types"]
-                                and "global" in row["groups"] and {"answer", "question", "isBalanced"} <= set(row)
-                                and all("operation" in step and "argument" in step for step in row["semantic"])
-                                for row in rows.values())
-        except (KeyError, TypeError, AttributeError):
-            fits = False
-        if not fits:
+        if not rows or not fits(rows, dict) or not all(fits(row, QUESTION) for row in rows.values()):
             raise ValueError(f"{path}: not GQA's questions: {{id: {{question, answer, isBalanced, types, groups, "
                              "semantic}}")
         return rows
 
     def _choices(self, data: str) -> Mapping[str, Any] | None:
         path = find(data, CHOICES, f"data/{CHOICES}")
-        return read_json(path) if path else None
+        rows = read_json(path) if path else None
+        if path and not (fits(rows, dict) and all(fits(row, {"valid": [str], "plausible": [str]})
+                                                  for row in rows.values())):
+            raise ValueError(f"{path}: not GQA's choices: {{id: {{valid: [...], plausible: [...]}}}}")
+        return rows
 
 
 def prediction(text: str) -> str:

@@ -81,6 +81,7 @@ class Report:
 def write_report(report: Report, folder: str, paths: Mapping[str, str], judge: Mapping[str, Any],
                  options: Mapping[str, Any]) -> str:
     """Writes judge.json, judge.md, failed.jsonl and the reviews; returns what to print."""
+    rows = {name: _means(ratios) for name, ratios in report.by_order().items()}
     os.makedirs(os.path.join(folder, REVIEWS), exist_ok=True)
     for name in filter(OWN.fullmatch, os.listdir(os.path.join(folder, REVIEWS))):  # of a command with more runs
         os.unlink(os.path.join(folder, REVIEWS, name))
@@ -93,7 +94,6 @@ def write_report(report: Report, folder: str, paths: Mapping[str, str], judge: M
         runs.append({"file": name, "run": run, "swapped": swapped,
                      "figures": {short(category): asdict(figure) for category, figure in figures.items()}})
     _write_lines(os.path.join(folder, "failed.jsonl"), report.failed)
-    rows = {name: _means(ratios) for name, ratios in report.by_order().items()}
     reasons = Counter(failure["reason"] for failure in report.failed)
     content = {
         "bench": options["bench"],

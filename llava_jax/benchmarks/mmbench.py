@@ -86,8 +86,8 @@ class MMBench(Bench):
         right, items = dict.fromkeys(asked, False), []
         for answer in answers:
             key = (answer.id, answer.line.get("round_id", 0))
-            if key not in asked:
-                raise ValueError(f"MMBench: an answer to round {key[1]} of question {key[0]}, which was not asked; "
+            if not isinstance(key[1], int) or key not in asked:
+                raise ValueError(f"MMBench: an answer to round {key[1]!r} of question {key[0]}, which was not asked; "
                                  "are these answers with --all-rounds?")
             fields, truth = asked[key].fields, rows[answer.id]["answer"]
             letter = read_letter(answer.text, fields["options"])

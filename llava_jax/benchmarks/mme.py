@@ -28,7 +28,7 @@ class Mme(QuestionFile):
     pictures = "MME_Benchmark_release_version"
     published = 2374
     choices = ("Yes", "No")
-    ordered = True
+    ordered = prompted = True
 
     def read(self, data: str) -> list[Question]:
         """ValueError as well for a question that MME's own files do not have."""

@@ -31,8 +31,8 @@ class QuestionFile(Bench):
         path = question_path(data, self.file)
         questions = []
         for number, row in read_lines(path):
-            for key, kinds in (("question_id", (int, str)), ("image", str), ("text", str)):
-                if not isinstance(row.get(key), kinds):
+            for key, form in (("question_id", int | str), ("image", str), ("text", str)):
+                if not fits(row.get(key), form):
                     raise ValueError(f"{path}, line {number}: not a question of {self.title}: {key!r} is "
                                      f"{'missing' if key not in row else 'of another kind'}")
             image = os.path.join(folder, row["image"])
@@ -86,8 +86,18 @@ def read_json(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         try:
             return json.load(file)
-        except ValueError as error:  # broken UTF-8 as well
+        except (ValueError, RecursionError) as error:  # broken UTF-8, or nested without end, as well
             raise ValueError(f"{path}: broken JSON ({error})") from None
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Whether `value`, of a JSON file, has a form: a type; a list of one form, which all its items have; or an object
+    of forms by key, of which none may be missing. True and False are no numbers."""
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], form[key]) for key in form)
+    return isinstance(value, form) and (form is bool or not isinstance(value, bool))
 
 
 def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -98,7 +108,7 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: broken JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: not a JSON object")

@@ -103,7 +103,8 @@ class _Pictures:
 
     def add(self, image: str | bytes) -> str:
         """The picture's element; or a line that says why there is none."""
-        name = "p" + hashlib.sha256(image.encode() if isinstance(image, str) else image).hexdigest()[:12]
+        told = image.encode(errors="surrogatepass") if isinstance(image, str) else image
+        name = "p" + hashlib.sha256(told).hexdigest()[:12]
         if name not in self.rules:
             try:
                 picture = open_image(image)

@@ -105,13 +105,13 @@ class Run:
         lines, notes = answers.read(self.answers, self.partial)
         if not self.partial:
             answers.check(self.answers, self.bench.title, asked, lines, self.bench.ordered)
-        models = sorted({str(line["model_id"]) for line in lines if "model_id" in line})
+        if self.bench.prompted and (without := [line["question_id"] for line in lines if "prompt" not in line]):
+            raise ValueError(f"{self.answers}: the answer to question {without[0]!r} has no prompt, without which "
+                             f"{self.bench.title} cannot be scored")
+        models = answers.models_of(lines)
         name = self.name or (models[0] if len(models) == 1 else os.path.basename(self.answers))
-        if self.out:
-            if os.path.exists(os.path.join(self.folder, RUN)):
-                raise ValueError(f"{self.folder}: holds the answers of a model that was asked; choose another --out")
-            os.makedirs(self.folder, exist_ok=True)
-            answers.write(os.path.join(self.folder, WHOLE), lines)
+        if self.out and os.path.exists(os.path.join(self.folder, RUN)):
+            raise ValueError(f"{self.folder}: holds the answers of a model that was asked; choose another --out")
         settings = self._settings(questions) | {"name": name, "model": None, "answers_file": self.answers,
                                                 "partial": self.partial}
         self._finish(settings, asked, lines, notes)
@@ -135,10 +135,13 @@ class Run:
         settings = self._settings(questions) | self._model()
         agree("evaluate", _identity(settings))
         chunks, index = (place.count, place.index) if place else (self.num_chunks, self.chunk_idx)
+        mine = answers.chunk(len(asked), chunks, index)
+        if self.overwrite or not os.path.exists(os.path.join(self.folder, RUN)):
+            check_images(asked[n] for n in mine)  # before anything is made, or thrown away
         if self.overwrite and index == 0:
             answers.remove([os.path.join(self.folder, RUN), *self._files()])
         gather("the folder", None)
-        found, mine = self._begin(settings, questions), answers.chunk(len(asked), chunks, index)
+        found = self._begin(settings, questions)
         todo = [n for n in mine if n not in found]
         own = os.path.join(self.folder, WHOLE if chunks == 1 else f"answers-{index}-of-{chunks}.jsonl")
         if todo:
@@ -272,6 +275,9 @@ class Run:
             notes = [*notes, f"--limit: the first {len(asked):,} questions only"]
         scores = dataclasses.replace(scores, notes=[*notes, *scores.notes])
         if self.out:
+            os.makedirs(self.folder, exist_ok=True)
+            if self.answers:
+                answers.write(os.path.join(self.folder, WHOLE), lines)
             uploads = self.bench.submission(self.data, asked, given, self.folder)
             results.write(self.folder, self.bench, settings, asked, lines, scores, uploads)
         table = results.beside(scores, settings["name"], everything().get(self.benchmark, ()))

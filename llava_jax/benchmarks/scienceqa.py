@@ -78,6 +78,7 @@ class ScienceQA(Bench):
     title = "ScienceQA: multiple choice on school science, with images, hints or neither"
     needs = "problems.json, pid_splits.json, images/SPLIT/ID/image.png; or Hugging Face's parquet (scienceqa-data)"
     max_new_tokens = 1024
+    prompted = True
 
     style: Literal["letter", "reason", "prompter"] = "letter"
     """letter asks for it (LLaVA-1.5); reason, for models tuned on QCM-LEA and the like; prompter, for models tuned on
@@ -134,7 +135,7 @@ class ScienceQA(Bench):
         read = {row["question_id"]: row["parsed_ans"] for rows in detailed.values() for row in rows}
         items = [
             Item(pid, float(result["results"][pid] == problem["answer"]), _named(problem), read[pid],
-                 problem.get("subject") or "")
+                 str(problem.get("subject") or ""))
             for pid, problem in problems.items()
         ]
         return Scores(figures, main, items, notes)

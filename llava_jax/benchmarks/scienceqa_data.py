@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tyro
 
 from llava_jax.atomic import replacing
+from llava_jax.benchmarks.questions import fits, read_json
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 
 Problem = Mapping[str, Any]
@@ -173,27 +174,18 @@ def _tidy(text: str, opening: str) -> str:
 
 
 def _read_json_files(data: str, split: str) -> dict[str, Problem]:
-    problems, splits = (_load(os.path.join(data, name)) for name in ("problems.json", "pid_splits.json"))
-    if split not in splits:
-        raise ValueError(f"{data}/pid_splits.json: there is no split {split!r}; there are {', '.join(splits)}")
+    paths = [os.path.join(data, name) for name in ("problems.json", "pid_splits.json")]
+    problems, splits = map(read_json, paths)
+    for path, content in zip(paths, (problems, splits), strict=True):
+        if not fits(content, dict):
+            raise ValueError(f"{path}: must hold an object, and is none of ScienceQA's files")
+    if split not in splits or not fits(splits[split], [str]):
+        raise ValueError(f"{paths[1]}: there is no split {split!r}; there are {', '.join(splits)}")
     missing = [pid for pid in splits[split] if pid not in problems]
     if missing:
         raise ValueError(f"{data}/problems.json: {len(missing):,} problems of the split {split} are not in it, the "
                          f"first is {missing[0]!r}; it is of another version than pid_splits.json")
     return {pid: problems[pid] for pid in splits[split]}
-
-
-def _load(path: str) -> dict:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file; it is part of ScienceQA's own data")
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); copy the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold an object, and is none of ScienceQA's files")
-    return content
 
 
 def _read_rows(data: str, split: str) -> dict[str, Problem]:

@@ -5,7 +5,6 @@ model is asked once more, with both answers before it. The arithmetic is that of
 where an answer names none.
 """
 
-import asyncio
 import dataclasses
 import datetime
 import json
@@ -13,19 +12,20 @@ import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import tyro
 
 from llava_jax.atomic import replacing
+from llava_jax.benchmarks import answers
+from llava_jax.benchmarks.asking import Model, Unfinished
+from llava_jax.benchmarks.questions import fits, read_json
 from llava_jax.benchmarks.scienceqa import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.benchmarks.scienceqa_data import Problem, read_problems
-from llava_jax.benchmarks.scienceqa_teacher import PROMPTS_HASH, Asker, Unfinished
+from llava_jax.benchmarks.scienceqa_teacher import PROMPTS_HASH, Asker
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.client import Endpoint, read_key
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, whole:
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file of answers")
-    with open(path, encoding="utf-8") as file:
-        pairs = _read_pairs(path, file.read())
+    pairs = _read_pairs(path)
     texts = dict(pairs)
     if not partial:
         for pid in texts:
@@ -115,26 +114,17 @@ def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, whole:
     return texts
 
 
-def _read_pairs(path: str, content: str) -> list[tuple[str, str]]:
+def _read_pairs(path: str) -> list[tuple[str | int, str]]:
     try:
-        result = json.loads(content)
+        result = read_json(path)
     except ValueError:
         result = None
-    if isinstance(result, dict) and isinstance(result.get("outputs"), dict):
-        pairs = list(result["outputs"].items())
-        if bad := [pid for pid, text in pairs if not isinstance(text, str)]:
-            raise ValueError(f"{path}: the output of {bad[0]!r} is no text")
-        return pairs
-    pairs = []
-    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            pairs.append((row["question_id"], row["text"]))
-            if not isinstance(row["text"], str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: not an answer with question_id and text") from None
-    return pairs
+    if not fits(result, {"outputs": dict}):
+        return [(line["question_id"], line["text"]) for line in answers.read(path)[0]]
+    for pid, text in result["outputs"].items():
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: the output of {pid!r} is no text")
+    return list(result["outputs"].items())
 
 
 @dataclass(frozen=True)
@@ -143,7 +133,7 @@ class ScienceQAEnsemble:
 
     The language model's answers, and its judgements where the two differ, come from files, or are asked of any server
     with OpenAI's chat API (--model); what was answered is kept in OUT/asked.jsonl and never asked again. Exit codes: 3
-    when --max-requests stopped it, 130 for Ctrl-C; the same command goes on."""
+    when --max-requests stopped it, 130 after Ctrl-C, 75 after SIGTERM; the same command goes on."""
 
     answers: tyro.conf.Positional[str]
     """LLaVA's answers, JSON lines: those of a model tuned to reason, which say `The answer is X.`"""
@@ -163,60 +153,40 @@ class ScienceQAEnsemble:
     """of these draws, and of the examples that the language model is shown"""
     partial: bool = False
     """count the questions that both have answered, instead of refusing files that miss some"""
-    model: str = ""
-    """name of the language model at the server"""
-    base_url: str | None = None
-    """of the server, such as http://127.0.0.1:8000/v1; OpenAI's by default"""
-    api_key_env: str = ""
-    """variable that holds the key; OPENAI_API_KEY by default"""
+    model: Annotated[Model, tyro.conf.arg(name="")] = field(default_factory=Model)
     shots: int = 2
     """solved questions of the train split that the language model is shown first"""
-    max_tokens: int = 1024
-    """of one of its answers"""
-    requests_per_minute: float | None = None
-    """the account's limit"""
-    concurrency: int = 16
-    """requests at a time"""
-    max_requests: int | None = None
-    """stop after so many"""
 
     def run(self) -> int:
-        if not self.teacher and not self.model:
+        if not self.teacher and not self.model.model:
             raise ValueError("give the language model's answers (--teacher FILE) or its name (--model NAME)")
+        if self.model.model:
+            self.model.check()
         problems = read_problems(self.data, self.split)
         ours = read_texts(self.answers, problems, self.partial)
         teacher = read_texts(self.teacher, problems, self.partial) if self.teacher else None
         judge = read_texts(self.judge, problems, self.partial, whole=False) if self.judge else None
         os.makedirs(self.out, exist_ok=True)
-        if self.model and (teacher is None or judge is None):
+        if self.model.model and (teacher is None or judge is None):
             shots = self._shots() if teacher is None else []
             try:
-                teacher, judge = asyncio.run(self._ask(problems, ours, teacher, judge, shots))
+                teacher, judge = self._ask(problems, ours, teacher, judge, shots)
             except Unfinished as unfinished:
                 print(unfinished, file=sys.stderr)
                 return unfinished.code
         self._write(problems, combine(problems, ours, teacher, judge, self.seed if self.unread == "draw" else None))
         return 0
 
-    async def _ask(self, problems: Mapping[str, Problem], ours: dict[str, str], teacher: dict[str, str] | None,
-                   judge: dict[str, str] | None, shots: Sequence[Problem]) -> tuple[dict[str, str], dict[str, str]]:
-        key = read_key(self.api_key_env or "OPENAI_API_KEY", required=bool(self.api_key_env))
-        stop, budget = Stop(), Budget(max_requests=self.max_requests)
-        async with Endpoint(self.model, self.base_url, key, requests_per_minute=self.requests_per_minute,
-                            stop=stop) as endpoint:
-            for line in await endpoint.check():
-                print(line, file=sys.stderr)
-            with AnswerLog(os.path.join(self.out, "asked.jsonl")) as log, stop.listen():
-                settings = {"concurrency": self.concurrency, "stop": stop, "budget": budget}
-                asker = Asker(endpoint, log, settings, self.max_tokens, self.partial)
-                if teacher is None:
-                    asked = {pid: problem for pid, problem in problems.items() if pid in ours}
-                    teacher = await asker.solve(asked, shots, os.path.join(self.out, "teacher.jsonl"))
-                if judge is None:
-                    asked = {pid: problems[pid] for pid in disagreements(problems, ours, teacher)}
-                    judge = await asker.judge(asked, ours, teacher, os.path.join(self.out, "judge.jsonl"))
-            for line in endpoint.notes:
-                print(line, file=sys.stderr)
+    def _ask(self, problems: Mapping[str, Problem], ours: dict[str, str], teacher: dict[str, str] | None,
+             judge: dict[str, str] | None, shots: Sequence[Problem]) -> tuple[dict[str, str], dict[str, str]]:
+        with AnswerLog(os.path.join(self.out, "asked.jsonl")) as log:
+            asker = Asker(self.model, log, Budget(max_requests=self.model.max_requests), self.partial)
+            if teacher is None:
+                asked = {pid: problem for pid, problem in problems.items() if pid in ours}
+                teacher = asker.solve(asked, shots, os.path.join(self.out, "teacher.jsonl"))
+            if judge is None:
+                asked = {pid: problems[pid] for pid in disagreements(problems, ours, teacher)}
+                judge = asker.judge(asked, ours, teacher, os.path.join(self.out, "judge.jsonl"))
         return teacher, judge
 
     def _shots(self) -> list[Problem]:
@@ -230,7 +200,7 @@ class ScienceQAEnsemble:
     def _write(self, problems: Mapping[str, Problem], ensemble: Ensemble) -> None:
         counts, total = ensemble.counts, ensemble.counts["total"]
         if not total:
-            raise ValueError(f"{self.answers} and {self.teacher or self.model} have no question in common")
+            raise ValueError(f"{self.answers} and {self.teacher or self.model.model} have no question in common")
         tables = {method: table(problems, chosen) for method, chosen in ensemble.choices.items()}
         for method in ("complement", "judge"):
             if method in ensemble.choices:

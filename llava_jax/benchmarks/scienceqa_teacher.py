@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_jax.atomic import replacing
+from llava_jax.benchmarks.asking import Model
 from llava_jax.benchmarks.scienceqa import FAILED, read_statement
 from llava_jax.benchmarks.scienceqa_data import Problem, compose
-from llava_jax.endpoint.client import Endpoint
+from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
-from llava_jax.endpoint.run import answer_all
 
-INTERRUPTED, LIMITED = 130, 3  # exit codes
 JUDGEMENTS = 2  # how often the judge is asked, at most, until it names one letter
 
 SOLVE = (
@@ -52,14 +51,6 @@ def judge_messages(problem: Problem, ours: str, teacher: str) -> Messages:
     return {"role": "system", "content": JUDGE}, {"role": "user", "content": content}
 
 
-class Unfinished(Exception):
-    """The run was stopped before all was asked; `code` is the exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
-
 @dataclass(frozen=True)
 class Asker:
     """Asks one language model, and writes its answers to files; what the log holds is not asked again.
@@ -68,23 +59,22 @@ class Asker:
     `partial` goes on without these.
     """
 
-    endpoint: Endpoint
+    model: Model
     log: AnswerLog
-    settings: Mapping[str, Any]  # of `answer_all`
-    max_tokens: int
+    budget: Budget
     partial: bool
 
-    async def solve(self, problems: Mapping[str, Problem], shots: Sequence[Problem], path: str) -> dict[str, str]:
+    def solve(self, problems: Mapping[str, Problem], shots: Sequence[Problem], path: str) -> dict[str, str]:
         """Asks for answers. One without a letter is an answer: the model may have said that it needs the image."""
-        return await self._ask({pid: solve_messages(problem, shots) for pid, problem in problems.items()}, 1, path)
+        return self._ask({pid: solve_messages(problem, shots) for pid, problem in problems.items()}, 1, path)
 
-    async def judge(self, problems: Mapping[str, Problem], ours: Mapping[str, str], teacher: Mapping[str, str],
-                    path: str) -> dict[str, str]:
+    def judge(self, problems: Mapping[str, Problem], ours: Mapping[str, str], teacher: Mapping[str, str],
+              path: str) -> dict[str, str]:
         """Asks for judgements; once more where one names no letter, and then the last one stands."""
         asked = {pid: judge_messages(problem, ours[pid], teacher[pid]) for pid, problem in problems.items()}
-        return await self._ask(asked, JUDGEMENTS, path)
+        return self._ask(asked, JUDGEMENTS, path)
 
-    async def _ask(self, asked: Mapping[str, Messages], tries: int, path: str) -> dict[str, str]:
+    def _ask(self, asked: Mapping[str, Messages], tries: int, path: str) -> dict[str, str]:
         replies: dict[str, Reply] = {}
         failures: list[str] = []
 
@@ -95,13 +85,8 @@ class Asker:
             replies[job.pid] = answer
             return attempt + 1 >= tries or read_statement(answer.text) != FAILED
 
-        jobs = [_Job(pid, messages, self.max_tokens) for pid, messages in asked.items()]
-        progress = Progress(len(jobs), unit="questions")
-        ending = await answer_all(jobs, self.endpoint, self.log, settle, progress=progress, **self.settings)
-        progress.close()
-        if ending != "done":
-            raise Unfinished(f"stopped ({ending}): {len(replies):,} of {len(jobs):,} questions are answered, and the "
-                             "same command goes on", INTERRUPTED if ending == "interrupted" else LIMITED)
+        jobs = [_Job(pid, messages, self.model.parameters) for pid, messages in asked.items()]
+        self.model.ask(jobs, self.log, settle, self.budget, Progress(len(jobs), unit="questions"))
         if failures and not self.partial:
             raise ValueError(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is {failures[0]}; "
                              "the same command asks them again, --partial goes on without them")
@@ -110,7 +95,7 @@ class Asker:
                 if job.pid in replies:
                     reply = replies[job.pid]
                     row = {"question_id": job.pid, "prompt": job.messages[-1]["content"], "text": reply.text,
-                           "answer_id": job.request(0).key(self.endpoint.model)[:22], "model_id": reply.model,
+                           "answer_id": job.request(0).key(self.model.model)[:22], "model_id": reply.model,
                            "metadata": {"fingerprint": reply.fingerprint, "created": reply.created}}
                     file.write(json.dumps(row).encode() + b"\n")
         return {pid: reply.text for pid, reply in replies.items()}
@@ -120,7 +105,7 @@ class Asker:
 class _Job:
     pid: str
     messages: Messages
-    limit: int
+    parameters: Mapping[str, Any]
 
     def request(self, attempt: int) -> Request:
-        return Request(self.messages, {"max_completion_tokens": self.limit}, attempt)
+        return Request(self.messages, self.parameters, attempt)

@@ -9,9 +9,9 @@ from typing import Any
 
 from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
-from llava_jax.benchmarks.questions import QuestionFile, need, read_json, unanswered
+from llava_jax.benchmarks.questions import QuestionFile, fits, need, read_json, unanswered
 
-KEYS = ("question_id", "question_type_id", "data_type", "answer")
+QUESTION = {"question_id": int | str, "question_type_id": int, "data_type": str, "answer": str}
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Seed(QuestionFile):
         """ValueError as well for a question that SEED-Bench.json does not have."""
         questions, known = super().read(data), {_number(row["question_id"]) for row in self._bench(data)["questions"]}
         for question in questions:
-            if _number(question.id) not in known:
-                raise ValueError(f"SEED-Bench.json has no question {question.id}; the files are of different versions")
+            if question.id not in known:
+                raise ValueError(f"SEED-Bench.json has no question {question.id!r}; the files are of different "
+                                 "versions")
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -73,17 +74,13 @@ class Seed(QuestionFile):
     def _bench(self, data: str) -> dict[str, Any]:
         path = need(data, "SEED-Bench.json")
         bench = read_json(path)
-        try:
-            fits = isinstance(bench["question_type"], dict) and bench["questions"] and all(
-                key in row for row in bench["questions"] for key in KEYS)
-        except (KeyError, TypeError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{path}: not SEED-Bench: {{question_type, questions: [{{{', '.join(KEYS)}}}]}}")
+        if not (fits(bench, {"question_type": dict, "questions": [QUESTION]}) and bench["questions"]
+                and fits([*bench["question_type"].values()], [int])):
+            raise ValueError(f"{path}: not SEED-Bench: {{question_type, questions: [{{{', '.join(QUESTION)}}}]}}")
         return bench
 
 
-def _number(id: Any) -> Any:
+def _number(id: int | str) -> int | str:
     """Ids are numbers in LLaVA's file and digits in SEED-Bench.json."""
     try:
         return int(id)

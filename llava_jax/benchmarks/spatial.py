@@ -8,7 +8,11 @@ from typing import Any, ClassVar
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.probe_words import FORMS, name_choices, understand
 from llava_jax.benchmarks.probes_data import FILE, KINDS
-from llava_jax.benchmarks.questions import QuestionFile
+from llava_jax.benchmarks.questions import QuestionFile, fits
+
+ROW = {"category": str, "set": int | str}
+SAID = {"text": str, "answer": str, "choices": [str]}
+"""What a probe has, once and in each language."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,17 @@ class Probe(QuestionFile):
         whole = [(question, said) for question, said in whole if all(language in said for language in self.languages)]
         if not whole:
             raise ValueError(f"{data}: no question is there in all of these languages: {', '.join(self.languages)}")
-        try:
-            return [self._question(question, language, said[language])
-                    for question, said in whole for language in self.languages]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{data}: not a file of probes; each has text, answer, choices, category and set "
-                             f"({error!r})") from None
+        for question, said in whole:
+            if not fits(question.row, ROW) or not all(fits(said[language], SAID) for language in self.languages):
+                raise ValueError(f"{data}: question {question.id!r} is no probe, which has {', '.join([*SAID, *ROW])}")
+        return [self._question(question, language, said[language])
+                for question, said in whole for language in self.languages]
 
     def _question(self, question: Question, language: str, said: Mapping[str, Any]) -> Question:
-        if unknown := {said["answer"], *said["choices"]} - set(FORMS[language]):
-            raise KeyError(*unknown)
+        if said["answer"] not in said["choices"]:
+            raise ValueError(f"question {question.id!r}: {said['answer']!r} is none of its choices")
+        if unknown := set(said["choices"]) - set(FORMS[language]):
+            raise ValueError(f"question {question.id!r}: {unknown.pop()!r} is no answer to a probe")
         row = {key: said[key] for key in ("answer", "choices")} | {
             "category": question.row["category"], "set": question.row["set"], "language": language}
         text = said["text"] + (name_choices(language, said["choices"]) if self.name_choices else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
-from llava_jax.benchmarks.questions import QuestionFile, need, read_json
+from llava_jax.benchmarks.questions import QuestionFile, fits, need, read_json
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 REFERENCES = 10  # human answers to a question
@@ -24,6 +24,7 @@ class TextVqa(QuestionFile):
     file = "llava_textvqa_val_v051_ocr.jsonl"
     pictures = "train_images"
     published = 5000
+    prompted = True
 
     def read(self, data: str) -> list[Question]:
         """ValueError as well for a question that the annotations do not have."""
@@ -48,16 +49,14 @@ class TextVqa(QuestionFile):
     def _annotations(self, data: str) -> Annotations:
         path = need(data, ANNOTATIONS)
         content = read_json(path)
-        try:
-            rows = {(row["image_id"], row["question"].lower()): row for row in content["data"]}
-            counts = [len(row["answers"]) for row in rows.values()]
-        except (KeyError, TypeError, AttributeError):
+        if not fits(content, {"data": [{"image_id": int | str, "question": str, "answers": [str]}]}):
             raise ValueError(f"{path}: not TextVQA's annotations: {{data: [{{image_id, question, answers}}]}}; "
-                             "the test split has no answers") from None
-        if set(counts) != {REFERENCES}:
+                             "the test split has no answers")
+        counts = {len(row["answers"]) for row in content["data"]}
+        if counts != {REFERENCES}:
             raise ValueError(f"{path}: every question needs {REFERENCES} human answers; the counts here are "
-                             f"{', '.join(map(str, sorted(set(counts)))) or 'none'}")
-        return rows
+                             f"{', '.join(map(str, sorted(counts))) or 'none'}")
+        return {(row["image_id"], row["question"].lower()): row for row in content["data"]}
 
 
 def question_of(prompt: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from llava_jax.atomic import replacing
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
-from llava_jax.benchmarks.questions import QuestionFile, find, read_json, read_lines, unanswered
+from llava_jax.benchmarks.questions import QuestionFile, find, fits, read_json, read_lines, unanswered
 
 ALL_OF_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 
@@ -49,24 +49,22 @@ class _Uploaded(QuestionFile):
                 if kind in row:
                     groups[f"{kind.replace('_', ' ')}: {row[kind]}"].append(scores[id])
         items = [Item(answer.id, scores[answer.id], " | ".join(rows[answer.id]["references"]), texts[answer.id],
-                      rows[answer.id].get("answer_type", "")) for answer in answers if answer.id in rows]
+                      str(rows[answer.id].get("answer_type", ""))) for answer in answers if answer.id in rows]
         names = sorted(groups, key=lambda name: (name.split(":")[0] != "accuracy", name))
         figures = {name: 100 * sum(groups[name]) / len(groups[name]) for name in names}
         return Scores(figures, "accuracy", items, notes)
 
     def _known(self) -> dict[Any, dict[str, Any]]:
-        """The annotations by what `_key` gives, each with its human answers as `references`."""
-        content, known = read_json(self.annotations), {}
-        try:
-            for row in content["annotations"] if self.wrapped else content:
-                known[row[self.key]] = {**row, "references": [answer["answer"] for answer in row["answers"]]}
-                if not row["answers"]:
-                    raise KeyError("answers")
-        except (KeyError, TypeError):
+        """The annotations by their `key`, each with its human answers as `references`."""
+        content = read_json(self.annotations)
+        row = {self.key: int | str, "answers": [{"answer": str}]}
+        right = fits(content, {"annotations": [row]} if self.wrapped else [row])
+        rows = (content["annotations"] if self.wrapped else content) if right else []
+        if not rows or not all(row["answers"] for row in rows):
             form = f"[{{{self.key}, answers: [{{answer}}]}}]"
             form = f"{{annotations: {form}}}" if self.wrapped else form
-            raise ValueError(f"{self.annotations}: not annotations of {self.title}: {form} is expected") from None
-        return known
+            raise ValueError(f"{self.annotations}: not annotations of {self.title}: {form} is expected")
+        return {row[self.key]: {**row, "references": [answer["answer"] for answer in row["answers"]]} for row in rows}
 
     def _references(self, references: Sequence[str]) -> Sequence[str]:
         """The human answers as the benchmark's tool compares them."""

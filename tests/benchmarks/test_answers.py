@@ -72,6 +72,7 @@ def test_a_broken_last_line_is_told_and_mended(tmp_path, cut):
 
 
 @pytest.mark.parametrize("bad", [b"{\n", b"[1]\n", b"3\n", b"null\n", b'{"question_id": 1}\n', b"\xff\xfe\n",
+                                 b"[" * 100_000 + b"\n", b'{"question_id": true, "text": "x"}\n',
                                  b'{"question_id": 1, "text": 2}\n', b'{"question_id": [], "text": "x"}\n'])
 def test_another_broken_line_is_an_error(tmp_path, bad):
     path = tmp_path / "answers.jsonl"
@@ -166,6 +167,23 @@ def test_a_round_that_is_answered_twice_is_told():
     given = lines(ROUNDS)
     with pytest.raises(ValueError, match=r"question 'r' has two answers where it was asked once \(round_id\)"):
         check([*given[:2], given[1], *given[3:]], questions=ROUNDS)
+
+
+def test_rounds_of_other_options_are_told():
+    given = lines(ROUNDS)
+    for line in given:
+        del line["prompt"]
+    check(given, questions=ROUNDS)
+    with pytest.raises(ValueError, match=r"question 'r' was not asked with \"{'round_id': 7}\"; the answers"):
+        check([changed(given[0], round_id=7), *given[1:]], questions=ROUNDS)
+
+
+@pytest.mark.parametrize("name", ["prompt", "round_id"])
+def test_answers_of_which_some_lack_what_tells_them_apart_are_of_two_makers(name):
+    given = lines(ROUNDS)
+    del given[2][name]
+    with pytest.raises(ValueError, match=f"1 of 6 answers have no '{name}', the first is to 'r'"):
+        check(given, questions=ROUNDS)
 
 
 def test_order_matters_where_it_does():

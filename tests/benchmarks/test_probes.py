@@ -268,7 +268,7 @@ def test_scores_by_hand(tmp_path):
     with pytest.raises(ValueError, match="en, ko"):
         Multilingual().read(data)
     path.write_text(json.dumps({key: value for key, value in lines[0].items() if key != "set"}))
-    with pytest.raises(ValueError, match="'set'"):
+    with pytest.raises(ValueError, match="question 0 is no probe, which has .*set"):
         Spatial().read(data)
     path.write_text(json.dumps(lines[0] | {"choices": ["left", "starboard"]}))
     with pytest.raises(ValueError, match="starboard"):

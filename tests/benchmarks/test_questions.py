@@ -4,7 +4,7 @@ import pytest
 
 from llava_jax.benchmarks.bench import BENCHES, LETTER, SHORT, Answer, Bench, get
 from llava_jax.benchmarks.mmvet import MMVet
-from llava_jax.benchmarks.questions import QuestionFile
+from llava_jax.benchmarks.questions import QuestionFile, fits
 
 SHORT_BENCHES = ("pope", "mme", "vqav2", "vizwiz", "gqa", "textvqa", "mmbench", "mmbench-cn", "seed", "mm-vet")
 
@@ -16,6 +16,7 @@ def test_registered_and_described(name):
     assert bench() == bench()  # every option has a default
     assert bench.max_new_tokens == (1024 if name.startswith("mm") and name != "mme" else 128)
     assert bench.ordered == (name in ("pope", "mme"))
+    assert bench.prompted == (name in ("mme", "textvqa"))
 
 
 @pytest.mark.parametrize("name", SHORT_BENCHES)
@@ -26,6 +27,16 @@ def test_folder_that_is_not_there(name, tmp_path):
         get(name)().read(str(tmp_path))
 
 
+@pytest.mark.parametrize(("value", "form", "good"), [
+    (1, int, True), ("1", int, False), (True, int, False), (True, bool, True), (True, int | str, False),
+    (None, str | None, True), (None, str, False), ([], [int], True), ([1, 2], [int], True), ([1, None], [int], False),
+    ({}, [int], False), ({"a": 1, "b": 2}, {"a": int}, True), ({"b": 1}, {"a": int}, False), ([], {}, False),
+    ({"a": [{"b": "x"}]}, {"a": [{"b": str}]}, True), ({"a": [{"b": 1}]}, {"a": [{"b": str}]}, False),
+])
+def test_forms_of_json(value, form, good):
+    assert fits(value, form) is good
+
+
 def test_instructions():
     assert SHORT == "\nAnswer the question using a single word or phrase."
     assert LETTER == "\nAnswer with the option's letter from the given choices directly."
@@ -34,7 +45,8 @@ def test_instructions():
 @pytest.mark.parametrize("line, message", [
     ('{"question_id": null, "image": "x.jpg", "text": "Q?"}', "line 2.*'question_id' is of another kind"),
     ('{"question_id": 1, "text": "Q?"}', "line 2.*'image' is missing"),
-    ("[1]", "line 2: not a JSON object"), ('{"question_id"', "line 2: broken JSON"), ('{"a": "\udcff"}', "line 2"),
+    ("[1]", "line 2: not a JSON object"), ('{"question_id"', "line 2: broken JSON"),
+    ("[" * 10**5, "line 2: broken JSON"), ('{"a": "\udcff"}', "line 2"),
 ])
 def test_broken_rows(tmp_path, line, message):
     good = '{"question_id": 0, "image": "x.jpg", "text": "Q?"}\n\n'

@@ -203,7 +203,7 @@ def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="the split test has no problems"):
         read_problems(str(folder), "test")
     (folder / "problems.json").write_text("[")
-    with pytest.raises(ValueError, match="problems.json: not JSON"):
+    with pytest.raises(ValueError, match="problems.json: broken JSON"):
         read_problems(str(folder), "train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="neither problems.json"):

@@ -6,7 +6,9 @@ import pytest
 from fake_openai import FakeOpenAI
 
 from llava_jax import cli
+from llava_jax.benchmarks.asking import Model
 from llava_jax.benchmarks.scienceqa_ensemble import ScienceQAEnsemble, combine, disagreements, read_texts
+from llava_jax.endpoint.server import Server
 
 
 def said(letter: str) -> str:
@@ -98,7 +100,8 @@ def test_disagreements_are_different_letters(folder):
     (lambda lines: lines[1:], "1 of 9 questions have no answer, the first is 'both'; --partial"),
     (lambda lines: lines + lines[:1], "answers 1 questions more than once"),
     (lambda lines: [*lines, '{"question_id": "other", "text": "A"}'], "an answer to 'other', which is no question"),
-    (lambda lines: [*lines[:-1], lines[-1][:-5]], "line 9: not an answer with question_id and text"),
+    (lambda lines: [*lines[:-1], lines[-1][:-5]], "line 9: not a line of JSON"),
+    (lambda lines: [*lines, "[" * 10**5], "line 10: not a line of JSON"),
     (lambda lines: [*lines[:-1], '{"question_id": "both", "text": null}'], "line 9: not an answer"),
 ])
 def test_files_of_answers_that_do_not_fit_are_named(folder, change, message):
@@ -138,10 +141,14 @@ def server():
         yield fake, url, asked
 
 
+def one_at_a_time(url: str) -> Model:
+    return Model("teacher", url, server=Server(concurrency=1))
+
+
 def test_a_language_model_is_asked_and_judges_and_is_never_paid_twice(folder, server):
     fake, url, asked = server
-    command = ScienceQAEnsemble(str(folder / "ours.jsonl"), str(folder), str(folder / "out"), model="teacher",
-                                base_url=url, unread="wrong", concurrency=1)
+    command = ScienceQAEnsemble(str(folder / "ours.jsonl"), str(folder), str(folder / "out"), unread="wrong",
+                                model=one_at_a_time(url))
     assert command.run() == 0
     solved = [messages for kind, messages in asked if kind == "solve"]
     judged = {question for kind, question in asked if kind == "judge"}
@@ -180,7 +187,7 @@ def test_a_limit_of_requests_ends_with_3_and_the_same_command_goes_on(folder, se
     options = [str(folder / "ours.jsonl"), "--data", str(folder), "--out", str(folder / "out"), "--model", "teacher",
                "--base-url", url]
     assert cli.parse(ScienceQAEnsemble, [*options, "--max-requests", "4"]).run() == 3
-    assert "4 of 9 questions are answered" in capsys.readouterr().err and not (folder / "out" / "results.json").exists()
+    assert "--max-requests 4 are used up" in capsys.readouterr().err and not (folder / "out" / "results.json").exists()
     assert fake.paid.total() == 4
     assert cli.parse(ScienceQAEnsemble, options).run() == 0
 
@@ -188,8 +195,8 @@ def test_a_limit_of_requests_ends_with_3_and_the_same_command_goes_on(folder, se
 def test_requests_without_an_answer_are_no_silent_score(folder, server):
     fake, url, _ = server
     fake.faults = lambda number: "context" if number == 5 else None
-    command = ScienceQAEnsemble(str(folder / "ours.jsonl"), str(folder), str(folder / "out"), model="teacher",
-                                base_url=url, shots=0, concurrency=1)
+    command = ScienceQAEnsemble(str(folder / "ours.jsonl"), str(folder), str(folder / "out"), shots=0,
+                                model=one_at_a_time(url))
     with pytest.raises(ValueError, match="1 of 9 questions got no answer, the first is question .*context_length"):
         command.run()
     assert not (folder / "out" / "results.json").exists()

@@ -50,6 +50,15 @@ def test_only_the_letter_counts(folder, seed):
     assert questions[0].images[0].startswith(str(path / "SEED-Bench-"))
 
 
+def test_ids_that_are_digits_in_both_files_would_never_meet(folder):
+    path, _ = folder
+    file = path / "llava-seed-bench.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row | {"question_id": str(row["question_id"])}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="has no question '139'"):
+        Seed().read(str(path))
+
+
 def test_missing_is_wrong_and_the_last_counts(folder, tmp_path):
     path, rows = folder
     questions = Seed().read(str(path))

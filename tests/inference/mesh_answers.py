@@ -14,19 +14,19 @@ from llava_jax.inference.llava import Request
 
 def main(out: str, model: str, *meshes: str) -> None:
     rng, requests = np.random.default_rng(0), []
-    for i in range(11):
-        images = [Image.fromarray(rng.integers(0, 256, (30, 20, 3), np.uint8))] * (i > 2)
-        requests.append(Request(f"What is thing {i}?", images, max_new_tokens=20))
+    for i in range(5):
+        images = [Image.fromarray(rng.integers(0, 256, (30, 20, 3), np.uint8))]
+        requests.append(Request(f"What is thing {i}?", images, max_new_tokens=8))
     found = {}
     for sizes in meshes:
         mesh = None if sizes == "none" else sharding.make_mesh(config.Mesh(*map(int, sizes.split(","))))
         llava = llava_jax.load(model, "float32", mesh=mesh)
-        answers = llava.batch(requests, batch_size=8)
+        answers = llava.batch(requests, batch_size=4)
         devices = {len(x.sharding.device_set) for x in llava.parameters.values()}
         shares = min(x.addressable_shards[0].data.size / x.size for x in llava.parameters.values())
         found[sizes] = {
             "tokens": [answer.tokens for answer in answers],
-            "likelihoods": [llava.log_likelihood(request, ["Yes", "No, it is not"]) for request in requests[:3]],
+            "likelihoods": [llava.log_likelihood(request, ["Yes", "No, it is not"]) for request in requests[:1]],
             "devices": sorted(devices), "smallest_share": shares,
         }
     Path(out).write_text(json.dumps(found))
