@@ -36,6 +36,7 @@ from llava_jax.instruct.evidence.judge import Judge
 from llava_jax.instruct.evidence.vocabulary import Vocabulary
 from llava_jax.instruct.parse import Reject, parse
 from llava_jax.instruct.prompts import KINDS
+from llava_jax.instruct.prompts import read_questions as pool_of
 from llava_jax.instruct.rules import RulesTeacher
 from llava_jax.training.loop import train
 
@@ -63,7 +64,7 @@ def main() -> None:
     data = args.out / "data"
     write_data(data, args.pictures)
     questions = read_questions(data, args.questions)
-    print("| data | records | conversation | detail | complex | all | the paper's | | | |")
+    print("| data | records | conversation | detail | complex | all | paper: conversation | detail | complex | all |")
     print("|---" * 10 + "|")
     for name, (parts, paper) in SETS.items():
         folder = args.out / re.sub(r"\W+", "_", name)
@@ -137,10 +138,11 @@ def read_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, s
     contexts = open_contexts(Source(str(annotations / "captions_test.json"), str(annotations / "instances_test.json"),
                                     names="file", prefix="test/"))
     teacher, draw, found = RulesTeacher(), random.Random(0), []
+    pool = pool_of("detail_description")
     for context in contexts[:pictures]:
         for kind in KINDS:
             try:
-                turns = parse(kind, teacher.reply(kind, context), question="Describe the picture in detail.")
+                turns = parse(kind, teacher.reply(kind, context), question=draw.choice(pool))
             except Reject:  # too short: there is little to see
                 continue
             place = 2 * draw.randrange(len(turns) // 2)
