@@ -1,6 +1,6 @@
 import os
-import resource
-import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -30,19 +30,13 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
 
 
 def test_a_full_disk_is_told_with_the_name(tmp_path):
-    """A limit on the size of files stands for it."""
-    process = os.fork()
-    if not process:
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-            with replacing(str(tmp_path / "file")) as file:
-                file.write(bytes(200))
-        except OSError as error:
-            os._exit(0 if str(tmp_path / "file") in str(error) else 2)
-        finally:
-            os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0 and not os.listdir(tmp_path)
+    """A limit on the size of files, one kilobyte, stands for it."""
+    write = ("import sys; from llava_jax.atomic import replacing\n"
+             "with replacing(sys.argv[1]) as file: file.write(bytes(2000))")
+    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-c", write, str(tmp_path / "file")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1 and str(tmp_path / "file") in ended.stderr.splitlines()[-1], ended.stderr
+    assert not os.listdir(tmp_path)
 
 
 def test_a_page_takes_only_a_pages_place(tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -46,9 +45,11 @@ def outputs_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / "out" / name).read_bytes() for name in names}
 
 
-def start(command: list[str], **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "llava_jax.synthesize", *command], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def start(command: list[str], limit: str = "unlimited", cwd: Path | None = None) -> subprocess.Popen:
+    """`limit`: kilobytes beyond which no file may grow, which stands for a full disk."""
+    shell = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash"]
+    return subprocess.Popen([*shell, sys.executable, "-m", "llava_jax.synthesize", *command], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd)
 
 
 def wait_for_answers(folder: Path, count: int, process: subprocess.Popen) -> None:
@@ -325,13 +326,9 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path):
 
 def test_a_full_disk_loses_nothing(tmp_path):
     fake = FakeOpenAI(answer=answer_messages)
-
-    def limit():  # no file may grow beyond this, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
-
     with fake.serve() as url:
         options = options_of(tmp_path, url, "--concurrency", "1")
-        process = start(["run", *options], preexec_fn=limit)
+        process = start(["run", *options], limit="8")
         _, err = process.communicate()
         assert process.returncode == 2 and "could not be kept" in err and len(err.splitlines()) == 1, err
         kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
