@@ -6,33 +6,24 @@ ScienceQA's own files, or Hugging Face's, in its folder. Rows are packed to 2048
 as many conversations as the paper's batches of 128 and 32.
 """
 
+import dataclasses
 from pathlib import Path
 
-from llava_jax.config import Data, Mesh, Model, Optimizer, Recipe, Stage
+from llava_jax.config import Data, Optimizer, Recipe, Stage, load_recipe_module
 
 
 def recipe() -> Recipe:
-    return Recipe(
-        model=Model(vision="checkpoints/clip-vit-large-patch14", language="checkpoints/vicuna-13b-v1.3",
-                    projector="linear", image_mode="square", template="vicuna_v1"),
-        mesh=Mesh(fsdp=-1),
-        stages={
-            "align": Stage(
-                learning_rates=(("projector/.*", 2e-3), ("(vision|decoder)/.*", None)),
-                data=Data(path="data/cc3m_595k/chat.json", image_root="data/cc3m_595k/images", template="plain",
-                          row_length=2048, images_per_row=7, workers=16),
-                # No moments and masters of the decoder fill the memory here.
-                rows=16, remat="qkv",
-            ),
-            "scienceqa": Stage(
-                learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),
-                data=Data(path="data/scienceqa/llava_train_QCM-LEA.json", image_root="data/scienceqa/images/train",
-                          row_length=2048, images_per_row=4, workers=16),
-                optimizer=Optimizer(clip=1.0),
-                rows=8, epochs=12,
-            ),
-        },
-        output="runs/scienceqa_13b",
+    base = load_recipe_module(str(Path(__file__).with_name("llava_v1_7b.py"))).recipe()
+    tune = Stage(
+        learning_rates=base.stages["instruct"].learning_rates,
+        data=Data(path="data/scienceqa/llava_train_QCM-LEA.json", image_root="data/scienceqa/images/train",
+                  row_length=2048, images_per_row=4, workers=16),
+        optimizer=Optimizer(clip=1.0),
+        rows=8, epochs=12,
+    )
+    return dataclasses.replace(
+        base, model=dataclasses.replace(base.model, language="checkpoints/vicuna-13b-v1.3"),
+        stages={"align": base.stages["align"], "scienceqa": tune}, output="runs/scienceqa_13b",
     )
 
 

@@ -35,8 +35,7 @@ from llava_jax.instruct.evidence.claims import all_claims
 from llava_jax.instruct.evidence.judge import Judge
 from llava_jax.instruct.evidence.vocabulary import Vocabulary
 from llava_jax.instruct.parse import Reject, parse
-from llava_jax.instruct.prompts import KINDS
-from llava_jax.instruct.prompts import read_questions as pool_of
+from llava_jax.instruct.prompts import KINDS, read_questions
 from llava_jax.instruct.rules import RulesTeacher
 from llava_jax.training.loop import train
 
@@ -63,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     data = args.out / "data"
     write_data(data, args.pictures)
-    questions = read_questions(data, args.questions)
+    questions = draw_questions(data, args.questions)
     print("| data | records | conversation | detail | complex | all | paper: conversation | detail | complex | all |")
     print("|---" * 10 + "|")
     for name, (parts, paper) in SETS.items():
@@ -132,13 +131,13 @@ def fit(recipe: Recipe) -> Path:
         return Path(pool.submit(train, recipe).result())
 
 
-def read_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, str]]:
+def draw_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, str]]:
     """(kind, picture, question, the rules teacher's answer), by kind about each held-out picture."""
     annotations = data / "annotations"
     contexts = open_contexts(Source(str(annotations / "captions_test.json"), str(annotations / "instances_test.json"),
                                     names="file", prefix="test/"))
     teacher, draw, found = RulesTeacher(), random.Random(0), []
-    pool = pool_of("detail_description")
+    pool = read_questions("detail_description")
     for context in contexts[:pictures]:
         for kind in KINDS:
             try:

@@ -6,8 +6,8 @@ import unicodedata
 from collections import Counter
 
 import pytest
+from drawn_scenes import shapes
 
-from llava_jax.data import scenes
 from llava_jax.instruct.context import Box, Context
 from llava_jax.instruct.evidence import COCO
 from llava_jax.instruct.rules import RulesTeacher
@@ -27,15 +27,6 @@ NAME = (rf"(?:(?:큰|작은) )?(?:(?:{'|'.join(COLOURS)}) )?(?<![가-힣])(?:{'|
         r"(?=(?:은|는|이|가|을|를|과|와|도|의|만|보다|마다|인|에서|입니다|,| |이고|$))")  # fmt: skip
 PLACE = (r"(?:왼쪽|오른쪽) (?:위|아래)(?![가-힣]*쪽)|(?:위쪽|아래쪽|왼쪽|오른쪽) (?:가운데|부분)|한가운데")
 SIDE = r"(?:왼쪽|오른쪽)(?: (?:위|아래))?|위쪽|아래쪽"
-
-
-def shapes(number, rng):
-    size = scenes.SIZE
-    boxes = [
-        Box(f"{o.colour} {o.shape}", o.box[0] / size, o.box[1] / size, sum(o.box[::2]) / size, sum(o.box[1::2]) / size)
-        for o in scenes.sample(rng, scenes.PAIRS)
-    ]
-    return Context(f"s{number}", "", ("A picture",), tuple(boxes))
 
 
 def things(number, rng):

@@ -6,23 +6,14 @@ import re
 from collections import Counter
 
 import pytest
+from drawn_scenes import shapes
 from rules_reader import CAPTIONS, COLOURS, NAME, NUM, PLACE, SHAPES, SIDE, THINGS, Scene, evaluate
 
-from llava_jax.data import scenes
 from llava_jax.instruct.context import Box, Context
 from llava_jax.instruct.parse import Reject, parse
 from llava_jax.instruct.rules import RulesTeacher
 
 KINDS = ("conversation", "detail_description", "complex_reasoning")
-
-
-def shapes(number, rng):
-    size = scenes.SIZE
-    boxes = [
-        Box(f"{o.colour} {o.shape}", o.box[0] / size, o.box[1] / size, sum(o.box[::2]) / size, sum(o.box[1::2]) / size)
-        for o in scenes.sample(rng, scenes.PAIRS)
-    ]
-    return Context(f"s{number}", "", ("A picture",), tuple(boxes))
 
 
 def things(number, rng):
