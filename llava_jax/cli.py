@@ -2,14 +2,19 @@
 
 import contextlib
 import io
+import os
 import re
+import select
+import signal
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import tyro
+
+from llava_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -17,7 +22,7 @@ T = TypeVar("T")
 def parse(
     kind: type[T], args: Sequence[str], default: T | None = None, prog: str = "", description: str | None = None
 ) -> T:
-    """A dataclass from command-line options, dotted names for nested fields. A mistake is a ValueError of one line.
+    """A dataclass from command-line options, dotted names for nested fields. A mistake is a UserError of one line.
 
     The help begins with `description`, or else the dataclass's docstring.
     """
@@ -31,7 +36,7 @@ def parse(
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             return tyro.cli(kind, **options)
     except SystemExit:
-        raise ValueError(_first_words(printed.getvalue()) + f" (see {prog} --help)") from None
+        raise UserError(_first_words(printed.getvalue()) + f" (see {prog} --help)") from None
 
 
 def _first_words(report: str) -> str:
@@ -42,23 +47,56 @@ def _first_words(report: str) -> str:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a verb's `main(args)` and exits: a user's mistake is one line on stderr and code 2.
+    """Runs a verb's `main(args)` and exits with its code.
 
-    `--debug` anywhere among the arguments shows the traceback too.
+    UserError is one line on stderr and code 2, Ctrl-C code 130. Every other error keeps its traceback and exits with
+    1, which the launchers retry. `--debug` anywhere among the arguments shows the traceback of a UserError too.
     """
     args = sys.argv[1:]
     debug = "--debug" in args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is no UTF-8 shows ? for what it cannot
     try:
-        sys.exit(main([arg for arg in args if arg != "--debug"]))
-    except (ValueError, OSError, KeyError, ImportError) as error:
+        code = main([arg for arg in args if arg != "--debug"])
+        sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end
+        sys.exit(code)
+    except UserError as error:
         if debug:
             traceback.print_exc()
-        # A KeyError prints its message in quotes; its argument does not.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except BrokenExecutor:
-        print("error: a worker process died (for its memory? fewer --workers need less)", file=sys.stderr)
-        sys.exit(2)
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error on one line, safe for a terminal."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """Text of others (data, checkpoints, servers, models), safe for a terminal.
+
+    Control characters (ESC of colours and titles), directional marks and lone surrogates become U+FFFD. Newlines,
+    tabs, and the joiners that some scripts and emoji need stay. Every command prints such text through this function.
+    """
+    return "".join("\N{REPLACEMENT CHARACTER}" if _is_unsafe(character) else character for character in text)
+
+
+def _is_unsafe(character: str) -> bool:
+    if character.isprintable() or character in "\n\t\u200c\u200d":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether `stream` writes to a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))  # POLLERR, which is always told

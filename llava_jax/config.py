@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from llava_jax.errors import UserError
+
 T = TypeVar("T")
 
 Table = tuple[tuple[str, float | None], ...]
@@ -25,7 +27,7 @@ def _check_table(name: str, table: Table) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{name}: {pattern!r} is no regular expression ({error})") from None
+            raise UserError(f"{name}: {pattern!r} is no regular expression ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,13 @@ class Model:
 
     def __post_init__(self):
         if bool(self.llava) == bool(self.vision or self.language):
-            raise ValueError("model: give either llava, or both vision and language")
+            raise UserError("model: give either llava, or both vision and language")
         if not self.llava and not (self.vision and self.language):
             missing = "language" if self.vision else "vision"
-            raise ValueError(f"model.{missing} is empty: both parts are needed, or model.llava")
+            raise UserError(f"model.{missing} is empty: both parts are needed, or model.llava")
         for name in ("projector", "feature_layer", "feature_select", "image_mode"):
             if self.llava and getattr(self, name) is not None:
-                raise ValueError(f"model.{name} is fixed by the checkpoint model.llava; leave it out")
+                raise UserError(f"model.{name} is fixed by the checkpoint model.llava; leave it out")
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Mesh:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise ValueError(f"mesh.{axis} is {size}: give a positive number of devices, or -1 for the rest")
+                raise UserError(f"mesh.{axis} is {size}: give a positive number of devices, or -1 for the rest")
         if list(sizes.values()).count(-1) > 1:
-            raise ValueError(f"mesh: only one axis can be -1, not {', '.join(a for a, s in sizes.items() if s == -1)}")
+            raise UserError(f"mesh: only one axis can be -1, not {', '.join(a for a, s in sizes.items() if s == -1)}")
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class Data:
     def __post_init__(self):
         for name in ("row_length", "images_per_row"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
         if self.workers < 0:
-            raise ValueError(f"data.workers is {self.workers}: it must be 0 or more")
+            raise UserError(f"data.workers is {self.workers}: it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,9 @@ class Optimizer:
 
     def __post_init__(self):
         if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"optimizer.warmup_ratio is {self.warmup_ratio}: it must lie in 0..1")
+            raise UserError(f"optimizer.warmup_ratio is {self.warmup_ratio}: it must lie in 0..1")
         if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"optimizer.clip is {self.clip}: it must be positive, or None for no clipping")
+            raise UserError(f"optimizer.clip is {self.clip}: it must be positive, or None for no clipping")
         _check_table("optimizer.weight_decay", self.weight_decay)
 
 
@@ -162,16 +164,16 @@ class Stage:
     def __post_init__(self):
         _check_table("learning_rates", self.learning_rates)
         if all(rate is None for _, rate in self.learning_rates):
-            raise ValueError("learning_rates: every row is None, so the stage would train nothing")
+            raise UserError("learning_rates: every row is None, so the stage would train nothing")
         for name in ("rows", "accumulate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.rows % self.accumulate:
-            raise ValueError(f"rows {self.rows} do not divide into accumulate {self.accumulate} micro-batches")
+            raise UserError(f"rows {self.rows} do not divide into accumulate {self.accumulate} micro-batches")
         if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}: it must be at least 1, or None to count epochs")
+            raise UserError(f"steps is {self.steps}: it must be at least 1, or None to count epochs")
         if self.epochs <= 0:
-            raise ValueError(f"epochs is {self.epochs}: it must be positive")
+            raise UserError(f"epochs is {self.epochs}: it must be positive")
 
 
 @dataclass(frozen=True)
@@ -202,18 +204,18 @@ class Recipe:
 
     def __post_init__(self):
         if not self.stages:
-            raise ValueError("stages: the recipe has none")
+            raise UserError("stages: the recipe has none")
         if not self.output:
-            raise ValueError("output: give a directory")
+            raise UserError("output: give a directory")
         for name in ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def lookup(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str, spare: bool = False) -> dict[str, T]:
     """The value of every path by a table's rows, which match whole paths.
 
-    ValueError if a path matches no row or several, or a row matches no path (which `spare` allows).
+    UserError if a path matches no row or several, or a row matches no path (which `spare` allows).
     """
     rows = [(pattern, re.compile(pattern), value) for pattern, value in table]
     values, problems, used = {}, [], set()
@@ -228,7 +230,7 @@ def lookup(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str, spar
         problems += [f"{pattern} matches no parameter" for pattern, _, _ in rows if pattern not in used]
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{name}: {'; '.join(problems[:8])}{more}")
+        raise UserError(f"{name}: {'; '.join(problems[:8])}{more}")
     return values
 
 
@@ -242,9 +244,9 @@ def load_recipe_module(name: str) -> types.ModuleType:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             if not hasattr(module, "recipe"):
-                raise ValueError(f"{path}: a recipe file defines recipe(), and this one does not")
+                raise UserError(f"{path}: a recipe file defines recipe(), and this one does not")
             return module
     known = sorted({path.stem for folder in folders for path in folder.glob("*.py")})
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise FileNotFoundError(f"recipe {name!r}: no such recipe; {hint}there are {', '.join(known) or 'none'}")
+    raise UserError(f"recipe {name!r}: no such recipe; {hint}there are {', '.join(known) or 'none'}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax import cli
+from llava_jax.errors import UserError
 from llava_jax.text import templates
 
 USAGE = """%(prog)s SRC DST --to {hf,llava_jax}
@@ -24,7 +25,7 @@ it is complete."""
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -63,7 +64,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """`python -m llava_jax.convert`; see HELP. A mistake raises ValueError, KeyError or OSError with one line."""
+    """`python -m llava_jax.convert`; see HELP. A mistake raises UserError, KeyError or OSError with one line."""
     options = parse(args)
     from llava_jax.weights import checkpoint  # after the options: --help and their mistakes need no JAX
 
@@ -89,7 +90,7 @@ def _open(options: argparse.Namespace) -> tuple:
     path = Path(options.paths[0])
     config, parameters = checkpoint.open_checkpoint(path)
     if not isinstance(config, LlavaConfig):
-        raise ValueError(f"{path} is one part of a LLaVA; join it with --vision and --language")
+        raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
     return dataclasses.replace(config, **_chosen(options, "template", "image_mode")), parameters, path
 
 
@@ -103,7 +104,7 @@ def _join(options: argparse.Namespace) -> tuple:
     for option, path, kind in [("vision", options.vision, VitConfig), ("language", options.language, LlamaConfig)]:
         parts.append(checkpoint.open_checkpoint(Path(path)))
         if not isinstance(parts[-1][0], kind):
-            raise ValueError(f"--{option} {path}: model_type {_model_type(path)} is not a {option} model")
+            raise UserError(f"--{option} {path}: model_type {_model_type(path)} is not a {option} model")
     (vision, vision_parameters), (text, text_parameters) = parts
     config = LlavaConfig(vision=vision, text=text,
                          **_chosen(options, "projector", "feature_layer", "template", "image_mode"))
@@ -123,7 +124,7 @@ def _model_type(path: str) -> str:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])B", text.strip(), re.IGNORECASE)
     if not match:
-        raise ValueError(f"--shard-size {text!r} is not a size such as 5GB or 500MB")
+        raise UserError(f"--shard-size {text!r} is not a size such as 5GB or 500MB")
     return int(float(match[1]) * 1000 ** ("KMG".index(match[2].upper()) + 1))
 
 

@@ -9,6 +9,7 @@ import importlib
 from llava_jax import cli
 from llava_jax.benchmarks import running
 from llava_jax.benchmarks.bench import BENCHES, get
+from llava_jax.errors import UserError
 
 COMMANDS = {
     "scienceqa-data": "llava_jax.benchmarks.scienceqa_data:ScienceQAData",
@@ -36,7 +37,7 @@ def main(args: list[str]) -> int:
         return 0 if args else 2
     name = args[0]
     if name not in BENCHES and name not in COMMANDS:
-        raise ValueError(f"evaluate knows no {name!r}; there are {', '.join([*BENCHES, *COMMANDS])}")
+        raise UserError(f"evaluate knows no {name!r}; there are {', '.join([*BENCHES, *COMMANDS])}")
     kind = _command(name) if name in COMMANDS else running.command(name)
     return cli.parse(kind, args[1:], prog=f"python -m llava_jax.evaluate {name}").run()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from llava_jax import cli
+from llava_jax.errors import UserError
 
 if TYPE_CHECKING:
     from llava_jax import Llava
@@ -60,13 +61,13 @@ class Options:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0. A mistake raises ValueError or FileNotFoundError."""
+    """Runs the command line; returns 0. A mistake raises UserError."""
     args = sys.argv[1:] if args is None else args
     options = cli.parse(Options, args, prog="python -m llava_jax.generate", description=HELP)
     if options.json and options.prompt is None:
-        raise ValueError("--json needs --prompt: a chat is printed as text")
+        raise UserError("--json needs --prompt: a chat is printed as text")
     if options.json and options.stream:
-        raise ValueError("--json prints the whole answer at once; leave --stream or --json out")
+        raise UserError("--json prints the whole answer at once; leave --stream or --json out")
     from llava_jax import load  # after the options are read: --help need not wait for JAX
 
     llava = load(options.model, options.dtype)
@@ -145,7 +146,7 @@ class Chat:
         from llava_jax.images import open_image
 
         if not path:
-            raise ValueError("which one? Write /image PATH")
+            raise UserError("which one? Write /image PATH")
         self.waiting.append(open_image(os.path.expanduser(path)))
 
     def answer(self, line: str) -> None:

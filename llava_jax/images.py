@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from llava_jax.errors import UserError
+
 # OpenAI's CLIP statistics of RGB in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -21,25 +23,29 @@ PAD_COLOUR = (122, 116, 104)  # CLIP_MEAN * 255, truncated: padding is nearly 0 
 MAX_PIXELS = 2**28  # of any image made on the way: 1 GB in PIL; at size 336 an image of 1 x 2377 still fits
 
 
+class MissingImage(UserError):
+    """Raised where an image file does not exist."""
+
+
 def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     """Reads an image file, or the bytes of one, as RGB; what is transparent becomes white.
 
-    Raises FileNotFoundError if the file is missing and ValueError if it is empty, not an image, truncated or a
+    Raises MissingImage if the file is missing and UserError if it is empty, not an image, truncated or a
     decompression bomb: one line that names the file.
     """
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
-            raise ValueError("it is no regular file")  # a pipe would be waited for, a device never end
+            raise UserError("it is no regular file")  # a pipe would be waited for, a device never end
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return _rgb(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such image file") from None
+        raise MissingImage(f"{name}: no such image file") from None
     except UnidentifiedImageError:  # its own text is about Python objects
-        raise ValueError(f"{name}: not an image, or of an unknown format") from None
+        raise UserError(f"{name}: not an image, or of an unknown format") from None
     except Exception as error:  # decoders raise nearly everything on damaged files
-        raise ValueError(f"{name}: the image cannot be read ({error})") from None
+        raise UserError(f"{name}: the image cannot be read ({error})") from None
 
 
 def prepare(image: Image.Image, size: int = 336, mode: str = "pad") -> UInt8[np.ndarray, "tiles size size 3"]:
@@ -48,13 +54,13 @@ def prepare(image: Image.Image, size: int = 336, mode: str = "pad") -> UInt8[np.
     "square" resizes the shorter edge to `size` and crops the centre (CLIP; LLaVA 1.0 and stage 1 of 1.5);
     "pad" first pads the image to a square with CLIP's mean colour (LLaVA 1.5). Both give one tile, equal bit for
     bit to what transformers' CLIPImageProcessorPil and LlavaImageProcessorPil(do_pad=True) normalise. Rotation
-    noted in EXIF is not applied, as in LLaVA. Raises ValueError for an unknown mode, an image without pixels, and
+    noted in EXIF is not applied, as in LLaVA. Raises UserError for an unknown mode, an image without pixels, and
     one so elongated that resizing it would need gigabytes.
     """
     if mode not in MODES:
-        raise ValueError(f"image mode {mode!r} is unknown; choose one of: {', '.join(MODES)}")
+        raise UserError(f"image mode {mode!r} is unknown; choose one of: {', '.join(MODES)}")
     if 0 in image.size:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels has nothing to prepare")
+        raise UserError(f"an image of {image.width} x {image.height} pixels has nothing to prepare")
     image = _rgb(image)
     if mode == "pad":
         image = _pad_to_square(image)
@@ -95,4 +101,4 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _check_pixels(image: Image.Image, pixels: int) -> None:
     if pixels > MAX_PIXELS:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels is too large or elongated to resize")
+        raise UserError(f"an image of {image.width} x {image.height} pixels is too large or elongated to resize")

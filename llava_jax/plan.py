@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_jax import cli, config
+from llava_jax.errors import UserError
 from llava_jax.planning import topologies
 
 if TYPE_CHECKING:  # JAX is imported when its environment is set
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # JAX is imported when its environment is set
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parser() -> Parser:
@@ -55,10 +56,10 @@ def main(args: list[str]) -> int:
     recipe = cli.parse(config.Recipe, overrides, default=config.load_recipe_module(options.recipe).recipe(),
                        prog=f"python -m llava_jax.plan {options.recipe}")
     if options.stage not in (None, *recipe.stages):
-        raise ValueError(f"--stage {options.stage}: the recipe's stages are {', '.join(recipe.stages)}")
+        raise UserError(f"--stage {options.stage}: the recipe's stages are {', '.join(recipe.stages)}")
     for name in ("tries", "jobs", "batch", "context", "rows_per_epoch"):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
     topologies.quiet()  # before JAX is imported
     from llava_jax.planning.models import planned_config
 
@@ -146,7 +147,7 @@ def report(options: argparse.Namespace, where: topologies.Slice, notes: list[str
 
 def write_hlo(path: Path, text: str, stage: str) -> None:
     """Writes a program's text as it is; says where on stderr."""
-    from llava_jax.atomic import replacing
+    from llava_jax.files import replacing
 
     path = path.with_name(f"{path.stem}.{stage}{path.suffix}") if stage else path
     with replacing(str(path)) as file:

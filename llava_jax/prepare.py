@@ -3,6 +3,7 @@
 import importlib
 
 from llava_jax import cli
+from llava_jax.errors import UserError
 
 COMMANDS = {
     "check": ("llava_jax.preparation.check", "Check"),
@@ -24,7 +25,7 @@ def main(args: list[str]) -> int:
         print("\nEach command explains itself: python -m llava_jax.prepare COMMAND --help")
         return 0 if args else 2
     if args[0] not in COMMANDS:
-        raise ValueError(f"prepare has no command {args[0]!r}; there are {', '.join(COMMANDS)}")
+        raise UserError(f"prepare has no command {args[0]!r}; there are {', '.join(COMMANDS)}")
     return cli.parse(_command(args[0]), args[1:], prog=f"python -m llava_jax.prepare {args[0]}").run()
 
 

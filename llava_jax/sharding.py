@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.processes.group import join
 from llava_jax.processes.place import find
 
@@ -41,17 +42,17 @@ TABLE = (
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The devices (all of them by default) on the axes of a recipe; ValueError if their numbers do not match."""
+    """The devices (all of them by default) on the axes of a recipe; UserError if their numbers do not match."""
     devices = jax.devices() if devices is None else devices
     sizes = [mesh.replica, mesh.fsdp, mesh.tensor]
     asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         rest, left = divmod(len(devices), math.prod(size for size in sizes if size != -1))
         if left or not rest:
-            raise ValueError(f"mesh: {asked} does not divide {len(devices)} devices")
+            raise UserError(f"mesh: {asked} does not divide {len(devices)} devices")
         sizes[sizes.index(-1)] = rest
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh: {asked} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
+        raise UserError(f"mesh: {asked} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
                          "set one axis to -1 to take what there is")
     if devices[0].platform != "tpu":
         grid = np.asarray(devices).reshape(sizes)
@@ -59,7 +60,7 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
         from jax.experimental import mesh_utils
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if sizes[0] % slices:
-            raise ValueError(f"mesh.replica: {sizes[0]} on {slices} slices: only copies of the model lie on different "
+            raise UserError(f"mesh.replica: {sizes[0]} on {slices} slices: only copies of the model lie on different "
                              f"slices, so that these exchange gradients alone; set mesh.replica {slices}")
         within = [sizes[0] // slices, *sizes[1:]]
         make = mesh_utils.create_device_mesh
@@ -73,23 +74,23 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
 
 
 def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
-    """Every path's sharding; ValueError naming parameter, dimension and axis where one does not divide."""
+    """Every path's sharding; UserError naming parameter, dimension and axis where one does not divide."""
     specs = config.lookup(TABLE, list(shapes), "sharding", spare=True)
     for path, spec in specs.items():
         for size, axes in zip(shapes[path], spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             parts = math.prod(mesh.shape[axis] for axis in axes)
             if size % parts:
-                raise ValueError(f"mesh: {path} {list(shapes[path])}: dimension {size} does not divide by "
+                raise UserError(f"mesh: {path} {list(shapes[path])}: dimension {size} does not divide by "
                                  f"{' x '.join(axes)} = {parts}")
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
 
 
 def check_rows(mesh: jax.sharding.Mesh) -> None:
-    """ValueError if devices of two processes share rows: every process reads rows of its own."""
+    """UserError if devices of two processes share rows: every process reads rows of its own."""
     for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):
         if len({device.process_index for device in group}) > 1:
-            raise ValueError(f"mesh.tensor: {len(group)} devices that share rows lie on several hosts; choose a "
+            raise UserError(f"mesh.tensor: {len(group)} devices that share rows lie on several hosts; choose a "
                              "smaller number, which fits one host")
 
 
@@ -113,7 +114,7 @@ def row_axes(count: int) -> tuple[str, ...] | None:
 def connect() -> None:
     """Joins the processes of a run, if there are several. Call it before anything else of JAX.
 
-    Which process this is, `processes.place.find` tells; ValueError or OSError with one line if they do not meet.
+    Which process this is, `processes.place.find` tells; UserError or OSError with one line if they do not meet.
     """
     if place := find():
         join(place)

@@ -3,6 +3,7 @@
 import importlib
 
 from llava_jax import cli
+from llava_jax.errors import UserError
 
 COMMANDS = {
     "run": ("llava_jax.instruct.running", "Run"),
@@ -22,7 +23,7 @@ def main(args: list[str]) -> int:
         print("\nEach command explains itself: python -m llava_jax.synthesize COMMAND --help")
         return 0 if args else 2
     if args[0] not in COMMANDS:
-        raise ValueError(f"synthesize has no command {args[0]!r}; there are {', '.join(COMMANDS)}")
+        raise UserError(f"synthesize has no command {args[0]!r}; there are {', '.join(COMMANDS)}")
     return cli.parse(_command(args[0]), args[1:], prog=f"python -m llava_jax.synthesize {args[0]}").run()
 
 

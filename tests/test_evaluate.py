@@ -16,6 +16,7 @@ from PIL import Image
 import llava_jax
 from llava_jax import evaluate
 from llava_jax.benchmarks.bench import BENCHES, SHORT
+from llava_jax.errors import UserError
 
 SCRIPT = Path(__file__).with_name("evaluate_process.py")
 COUNT = 45
@@ -148,7 +149,7 @@ def test_a_file_of_answers_is_scored_as_it_is(whole, data, tmp_path, capsys):
     # A part of it: refused, and with --partial the original's figure.
     (tmp_path / "part.jsonl").write_bytes(b"".join(file.read_bytes().splitlines(True)[:40]) + b'{"question')
     part = ["pope", "--data", str(data), "--answers", str(tmp_path / "part.jsonl")]
-    with pytest.raises(ValueError, match="line 41: the last line is broken off"):
+    with pytest.raises(UserError, match="line 41: the last line is broken off"):
         evaluate.main(part)
     assert evaluate.main([*part, "--partial"]) == 0
     assert "broken off and left out" in capsys.readouterr().out
@@ -182,7 +183,7 @@ def test_answers_of_other_settings_are_never_mixed(whole, arguments, tmp_path, m
     if message is None:
         assert evaluate.main(command) == 0
         return
-    with pytest.raises(ValueError, match=f"holds answers of another run, which {message}.*--overwrite"):
+    with pytest.raises(UserError, match=f"holds answers of another run, which {message}.*--overwrite"):
         evaluate.main(command)
     assert (tmp_path / "pope" / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
 
@@ -194,11 +195,11 @@ def test_another_model_in_the_same_place_is_noticed(whole, arguments, data, talk
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match="differs in model"):
+    with pytest.raises(UserError, match="differs in model"):
         evaluate.main(["pope", "--data", str(data), "--model", str(tmp_path / "model"), "--name", "talker", "--out",
                        str(tmp_path)])
     (tmp_path / "pope" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"no run\.json beside it says which model's answers these are"):
+    with pytest.raises(UserError, match=r"no run\.json beside it says which model's answers these are"):
         evaluate.main([*arguments, "--out", str(tmp_path)])
     assert evaluate.main([*arguments, "--out", str(tmp_path), "--overwrite", "--limit", "2"]) == 0
     assert len(lines(tmp_path / "pope")) == 2
@@ -229,7 +230,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(arguments, data, talker, w
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             evaluate.main(command)
-    with pytest.raises(FileNotFoundError, match="no such directory"):
+    with pytest.raises(UserError, match="no such directory"):
         evaluate.main(["pope", "--data", str(data), "--model", str(tmp_path / "none"), *out])
 
 
@@ -238,7 +239,7 @@ def test_a_file_that_cannot_be_scored_leaves_no_results(data, whole, tmp_path):
     path.write_text((whole / "answers.jsonl").read_text() + '{"question_id": "other", "text": "x"}\n')
     command = ["pope", "--data", str(data), "--answers", str(path), "--out", str(tmp_path / "out")]
     for more, message in (([], "1 of 46 answers have no 'prompt'"), (["--partial"], "there is no question 'other'")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             evaluate.main([*command, *more])
     assert not (tmp_path / "out").exists()
 
@@ -251,7 +252,7 @@ def test_answers_without_prompts_where_the_score_needs_them(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"question_id": "p", "text": "a"}\n')
     command = ["textvqa", "--data", str(tmp_path), "--answers", str(tmp_path / "answers.jsonl")]
     for more in ([], ["--partial"]):
-        with pytest.raises(ValueError, match=r"answers\.jsonl: the answer to question 'p' has no prompt"):
+        with pytest.raises(UserError, match=r"answers\.jsonl: the answer to question 'p' has no prompt"):
             evaluate.main([*command, *more])
 
 
@@ -261,7 +262,7 @@ def test_missing_images_are_told_before_anything_is_made_or_thrown_away(whole, a
     (moved / "val2014" / "3.jpg").unlink()
     shutil.copytree(whole, tmp_path / "kept" / "pope")
     for out, more in (("kept", ["--overwrite"]), ("none", [])):
-        with pytest.raises(FileNotFoundError, match=r"3\.jpg: no such image"):
+        with pytest.raises(UserError, match=r"3\.jpg: no such image"):
             evaluate.main(["pope", "--data", str(moved), *arguments[3:], "--out", str(tmp_path / out), *more])
     assert lines(tmp_path / "kept" / "pope") == lines(whole) and not (tmp_path / "none").exists()
 
@@ -272,7 +273,7 @@ def test_the_list_names_every_benchmark(capsys):
     assert all(f"\n  {name} " in printed for name in [*BENCHES, *evaluate.COMMANDS])
     assert evaluate.main(["published", "mme"]) == 0
     assert "1510.7" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="nothing published is known of 'x'"):
+    with pytest.raises(UserError, match="nothing published is known of 'x'"):
         evaluate.main(["published", "x"])
 
 

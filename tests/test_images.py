@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.errors import UserError
 from llava_jax.images import normalise, open_image, prepare
 
 SIZES = [
@@ -125,33 +126,33 @@ def _bytes(image: Image.Image, file_format: str = "PNG") -> bytes:
 def test_broken_files_are_one_line_that_names_them(content, says, tmp_path):
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=says) as raised:
+    with pytest.raises(UserError, match=says) as raised:
         open_image(path)
     message = str(raised.value)
     assert message.startswith(f"{path}: ") and "\n" not in message and "object at" not in message
-    with pytest.raises(ValueError, match=f"image of {len(content)} bytes: .*{says}"):
+    with pytest.raises(UserError, match=f"image of {len(content)} bytes: .*{says}"):
         open_image(content)
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jpg: no such image file"):
+    with pytest.raises(UserError, match="nowhere.jpg: no such image file"):
         open_image(tmp_path / "nowhere.jpg")
-    with pytest.raises(ValueError, match=f"{tmp_path}: the image cannot be read"):
+    with pytest.raises(UserError, match=f"{tmp_path}: the image cannot be read"):
         open_image(tmp_path)
 
 
 def test_unknown_mode_lists_the_modes():
-    with pytest.raises(ValueError, match="'anyres' is unknown; choose one of: square, pad"):
+    with pytest.raises(UserError, match="'anyres' is unknown; choose one of: square, pad"):
         prepare(Image.new("RGB", (4, 4)), mode="anyres")
 
 
 def test_an_image_without_pixels_is_refused():
-    with pytest.raises(ValueError, match="0 x 5 pixels"):
+    with pytest.raises(UserError, match="0 x 5 pixels"):
         prepare(Image.new("RGB", (0, 5)))
 
 
 def test_elongated_images_are_refused_before_memory_runs_out():
     wide, tall = Image.new("RGB", (20_000, 1)), Image.new("RGB", (1, 20_000))
     for image, mode in [(tall, "square"), (wide, "square"), (tall, "pad"), (wide, "pad")]:
-        with pytest.raises(ValueError, match="too large or elongated"):
+        with pytest.raises(UserError, match="too large or elongated"):
             prepare(image, 336, mode)

@@ -9,6 +9,7 @@ import pytest
 from llava_jax import prepare
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.sources import open_mixture
+from llava_jax.errors import UserError
 from llava_jax.preparation.settings import Settings
 
 
@@ -20,7 +21,7 @@ def test_every_command_explains_itself(name, capsys):
 
 
 def test_an_unknown_command_names_those_there_are():
-    with pytest.raises(ValueError, match="no command 'chek'; there are check, preview"):
+    with pytest.raises(UserError, match="no command 'chek'; there are check, preview"):
         prepare.main(["chek", "data.json"])
 
 

@@ -18,6 +18,7 @@ from synthesis_data import answer_messages, write_images, write_prompts
 from llava_jax import prepare, synthesize
 from llava_jax.data import scenes
 from llava_jax.endpoint import batch
+from llava_jax.errors import UserError
 from llava_jax.instruct.prompts import KINDS
 
 FAULTS = ["429-ms", "500", "502", "slow", "length", "drop", "cut", "empty", "nonsense", "never", "filter"]
@@ -301,7 +302,7 @@ def test_status_counts_what_was_paid(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert fake.paid.total() == 3 and f"{tokens['prompt']:,} prompt and {tokens['completion']:,} completion" in shown
     (tmp_path / "out" / "progress.json").write_text("{")
-    with pytest.raises(ValueError, match="progress.json: not what a synthesis writes"):
+    with pytest.raises(UserError, match="progress.json: not what a synthesis writes"):
         synthesize.main(["status", str(tmp_path / "out")])
 
 
@@ -318,7 +319,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path):
         options = options_of(tmp_path, url, "--concurrency", "1")
         process = start(["run", *options])
         wait_for_answers(tmp_path, 1, process)
-        with pytest.raises(ValueError, match="another process is writing to it"):
+        with pytest.raises(UserError, match="another process is writing to it"):
             synthesize.main(["run", *options])
         process.kill()
         process.communicate()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from llava_jax.benchmarks.answers import Line, to_answer
 from llava_jax.benchmarks.bench import Answer, Bench, Question
+from llava_jax.errors import UserError
 from llava_jax.inference.llava import ImageSource, Llava, Request
 
 SECONDS_PER_LINE = 60.0  # of progress, where there is no terminal
@@ -33,11 +34,11 @@ class Said(NamedTuple):
 
 
 def check_images(questions: Iterable[Question]) -> None:
-    """FileNotFoundError that names the first image that is not there, and says how many are not."""
+    """UserError that names the first image that is not there, and says how many are not."""
     paths = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, str))
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise FileNotFoundError(f"{missing[0]}: no such image; {len(missing):,} of {len(paths):,} images are missing")
+        raise UserError(f"{missing[0]}: no such image; {len(missing):,} of {len(paths):,} images are missing")
 
 
 def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,

@@ -9,9 +9,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Question
 from llava_jax.benchmarks.questions import fits
+from llava_jax.errors import FULL, UserError
+from llava_jax.files import replacing
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each
 
@@ -39,27 +40,27 @@ def to_answer(line: Mapping[str, Any]) -> Answer:
 def read(path: str, partial: bool = False) -> tuple[list[Line], list[str]]:
     """The lines of an answer file, and a note on what was left out.
 
-    FileNotFoundError or ValueError for a file or line that is not one of answers. If `partial`, a last line that is
+    UserError for a file or line that is not one of answers. If `partial`, a last line that is
     broken off is left out instead.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of answers")
+        raise UserError(f"{path}: no such file of answers")
     lines, end = scan(path)
     notes = []
     if end < os.path.getsize(path):
         if not partial:
-            raise ValueError(f"{path}, line {len(lines) + 1}: the last line is broken off; was the file copied before "
+            raise UserError(f"{path}, line {len(lines) + 1}: the last line is broken off; was the file copied before "
                              "it was whole? --partial leaves that line out")
         notes.append(f"{path}: the last line is broken off and left out")
     if not lines:
-        raise ValueError(f"{path}: the file has no answers")
+        raise UserError(f"{path}: the file has no answers")
     return lines, notes
 
 
 def scan(path: str) -> tuple[list[Line], int]:
     """The lines of an answer file, and where the last whole one ends; what follows it is broken off.
 
-    ValueError for another line that is not an answer.
+    UserError for another line that is not an answer.
     """
     lines, end = [], 0
     with open(path, "rb") as file:
@@ -70,9 +71,9 @@ def scan(path: str) -> tuple[list[Line], int]:
                 except (ValueError, RecursionError) as error:
                     if not data.endswith(b"\n"):
                         break
-                    raise ValueError(f"{path}, line {number}: not a line of JSON ({error})") from None
+                    raise UserError(f"{path}, line {number}: not a line of JSON ({error})") from None
                 if not fits(line, LINE) or not isinstance(line.get("prompt", ""), str):
-                    raise ValueError(f"{path}, line {number}: not an answer with question_id and text")
+                    raise UserError(f"{path}, line {number}: not an answer with question_id and text")
                 lines.append(line)
             end += len(data)
     return lines, end
@@ -95,45 +96,45 @@ def match(questions: Sequence[Question], lines: Sequence[Mapping[str, Any]]) -> 
 
 
 def check(path: str, title: str, questions: Sequence[Question], lines: Sequence[Line], ordered: bool) -> None:
-    """ValueError, one line, unless each question has one answer, all of one model; if `ordered`, in their order."""
+    """UserError, one line, unless each question has one answer, all of one model; if `ordered`, in their order."""
     models = models_of(lines)
     if len(models) > 1:
-        raise ValueError(f"{path}: the answers are of {len(models)} models: {', '.join(models[:3])}; --partial scores "
+        raise UserError(f"{path}: the answers are of {len(models)} models: {', '.join(models[:3])}; --partial scores "
                          "them as they are")
     for name in ("prompt", *(questions[0].fields if questions else ())):
         without = [line["question_id"] for line in lines if name not in line]
         if 0 < len(without) < len(lines):
-            raise ValueError(f"{path}: {len(without):,} of {len(lines):,} answers have no {name!r}, the first is to "
+            raise UserError(f"{path}: {len(without):,} of {len(lines):,} answers have no {name!r}, the first is to "
                              f"{without[0]!r}; are they of one run?")
     ids = Counter(question.id for question in questions)
     other = [line["question_id"] for line in lines if line["question_id"] not in ids]
     if other:
-        raise ValueError(f"{path}: {len(other):,} of {len(lines):,} answers are to questions that {title} does not "
+        raise UserError(f"{path}: {len(other):,} of {len(lines):,} answers are to questions that {title} does not "
                          f"have here, the first to {other[0]!r} (its own begin with {questions[0].id!r}); they are of "
                          "another benchmark, version or split")
     places, given = match(questions, lines), Counter(line["question_id"] for line in lines)
     if doubled := [id for id in given if given[id] > ids[id]]:
-        raise ValueError(f"{path}: {len(doubled):,} questions have more than one answer, the first is {doubled[0]!r}; "
+        raise UserError(f"{path}: {len(doubled):,} questions have more than one answer, the first is {doubled[0]!r}; "
                          "--partial scores the file as the original does")
     if None in places:
         line = lines[places.index(None)]
         known = [question for question in questions if question.id == line["question_id"]]
         prompts = [question.text if question.prompt is None else question.prompt for question in known]
         if line.get("prompt", prompts[0]) not in prompts:
-            raise ValueError(f"{path}: question {known[0].id!r} was asked as {_short(line['prompt'])}, and {title} "
+            raise UserError(f"{path}: question {known[0].id!r} was asked as {_short(line['prompt'])}, and {title} "
                              f"asks {_short(prompts[0])}; {OTHERS}")
         told = {name: line[name] for name in known[0].fields if name in line}
         if all({**question.fields, **told} != question.fields for question in known):
-            raise ValueError(f"{path}: question {known[0].id!r} was not asked with {_short(str(told))}; {OTHERS}")
-        raise ValueError(f"{path}: question {known[0].id!r} has two answers where it was asked once "
+            raise UserError(f"{path}: question {known[0].id!r} was not asked with {_short(str(told))}; {OTHERS}")
+        raise UserError(f"{path}: question {known[0].id!r} has two answers where it was asked once "
                          f"({', '.join(told) or 'the same prompt'})")
     if len(lines) < len(questions):
         missing = sorted(set(range(len(questions))) - set(places))
-        raise ValueError(f"{path}: {len(missing):,} of {len(questions):,} questions have no answer, the first is "
+        raise UserError(f"{path}: {len(missing):,} of {len(questions):,} questions have no answer, the first is "
                          f"{questions[missing[0]].id!r}; --partial scores the file as the original does")
     if ordered and places != sorted(places):
         first = next(n for n, place in enumerate(places) if place != n)
-        raise ValueError(f"{path}: answer {first + 1} is to question {lines[first]['question_id']!r}, which is another "
+        raise UserError(f"{path}: answer {first + 1} is to question {lines[first]['question_id']!r}, which is another "
                          f"order than that of the questions, and {title} meets answers by their order; sort them, or "
                          "--partial scores the file as it is")
 
@@ -150,7 +151,7 @@ class AnswerFile:
       lines: those that were there on opening.
       mended: bytes of a broken last line, cut off on opening.
 
-    Raises ValueError if another process has it open, or another line than the last is broken.
+    Raises UserError if another process has it open, or another line than the last is broken.
     """
 
     def __init__(self, path: str):
@@ -161,7 +162,7 @@ class AnswerFile:
             self.lines, end = scan(path)
         except BlockingIOError:
             os.close(self._file)
-            raise ValueError(f"{path}: another process is writing to it; wait until it ends") from None
+            raise UserError(f"{path}: another process is writing to it; wait until it ends") from None
         except BaseException:
             os.close(self._file)
             raise
@@ -179,7 +180,9 @@ class AnswerFile:
                 data = data[os.write(self._file, data):]
         except OSError as error:
             os.ftruncate(self._file, before)
-            raise OSError(error.errno, f"{self.path}: {error.strerror}; the answers before are kept") from None
+            if error.errno in FULL:
+                raise UserError(f"{self.path}: {error.strerror}; the answers before are kept; make room") from error
+            raise
 
     def __enter__(self) -> "AnswerFile":
         return self

@@ -15,6 +15,7 @@ from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.run import Ending, Job, Settle, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
 
 
 class Unfinished(Exception):
@@ -42,13 +43,13 @@ class Model:
     server: Annotated[Server, tyro.conf.arg(name="")] = field(default_factory=Server)
 
     def check(self) -> None:
-        """Raises ValueError, one line, for what cannot be meant."""
+        """Raises UserError, one line, for what cannot be meant."""
         if not self.model:
-            raise ValueError("name the model that is asked with --model NAME")
+            raise UserError("name the model that is asked with --model NAME")
         if self.max_tokens < 1:
-            raise ValueError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
+            raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
         if self.max_requests is not None and self.max_requests < 0:
-            raise ValueError(f"--max-requests is {self.max_requests}: it cannot be negative")
+            raise UserError(f"--max-requests is {self.max_requests}: it cannot be negative")
         self.server.check()
 
     @property

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from llava_jax.benchmarks.bench import Question
+from llava_jax.errors import UserError
 from llava_jax.images import open_image, prepare
 from llava_jax.models.llava import LlavaConfig
 
@@ -26,12 +27,12 @@ def shown(baseline: Baseline, questions: Sequence[Question], config: LlavaConfig
       then needs no more than a bag of patches. The places come from the picture's pixels: they are the same whatever is
       asked of a picture, and others for each picture.
 
-    ValueError for "blind" if all questions have the same images.
+    UserError for "blind" if all questions have the same images.
     """
     if baseline == "blind":
         sets = sorted({question.images for question in questions if question.images}, key=str)
         if len(sets) == 1:
-            raise ValueError("all questions are about the same picture; to be asked blind they need another one")
+            raise UserError("all questions are about the same picture; to be asked blind they need another one")
         others = dict(zip(sets, sets[1:] + sets[:1], strict=True))
         return lambda question: others.get(question.images, ())
     if baseline == "shuffled":

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from llava_jax.errors import UserError
+
 BENCHES = {
     "scenes": "llava_jax.benchmarks.scenes:Scenes",
     "pope": "llava_jax.benchmarks.pope:Pope",
@@ -100,7 +102,7 @@ class Bench:
     def read(self, data: str) -> list[Question]:
         """The questions of the folder (or file) `data`, in the order of its files.
 
-        Raises FileNotFoundError or ValueError, one line each, for a file or image that is missing, and for files of
+        Raises UserError, one line each, for a file or image that is missing, and for files of
         another version or benchmark.
         """
         raise NotImplementedError
@@ -126,8 +128,8 @@ class Bench:
 
 
 def get(name: str) -> type[Bench]:
-    """The class of a benchmark; ValueError that lists them all if there is none of that name."""
+    """The class of a benchmark; UserError that lists them all if there is none of that name."""
     if name not in BENCHES:
-        raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
+        raise UserError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
     module, kind = BENCHES[name].split(":")
     return getattr(importlib.import_module(module), kind)

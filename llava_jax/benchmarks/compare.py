@@ -9,13 +9,14 @@ from typing import Any
 
 import tyro
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks import results_page
 from llava_jax.benchmarks.answers import match
 from llava_jax.benchmarks.bench import get
 from llava_jax.benchmarks.questions import read_json, read_lines
 from llava_jax.benchmarks.results_page import Card, Given
 from llava_jax.benchmarks.tables import markdown, number
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 Row = Mapping[str, Any]
 
@@ -38,10 +39,10 @@ class Compare:
     def run(self) -> int:
         one, other = read_run(self.first), read_run(self.second)
         if one["benchmark"] != other["benchmark"]:
-            raise ValueError(f"{self.first} is a run of {one['benchmark']}, and {self.second} of {other['benchmark']}")
+            raise UserError(f"{self.first} is a run of {one['benchmark']}, and {self.second} of {other['benchmark']}")
         pairs = pair(read_items(self.first), read_items(self.second))
         if not pairs:
-            raise ValueError(f"{self.first} and {self.second} have no question in common")
+            raise UserError(f"{self.first} and {self.second} have no question in common")
         names = one["name"], other["name"]
         if names[0] == names[1]:
             names = f"{names[0]} (1)", f"{names[1]} (2)"
@@ -67,21 +68,21 @@ BOTH = "both right"
 
 
 def read_run(folder: str) -> Row:
-    """results.json of a run; FileNotFoundError or ValueError if the folder is none."""
+    """results.json of a run; UserError if the folder is none."""
     path = os.path.join(folder, "results.json")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; a run is a folder that evaluate has written, such as OUT/pope")
+        raise UserError(f"{path}: no such file; a run is a folder that evaluate has written, such as OUT/pope")
     run = read_json(path)
     wanted = ("name", "benchmark", "figures", "questions_hash", "data", "options", "answers", "date")
     if not isinstance(run, dict) or any(key not in run for key in wanted):
-        raise ValueError(f"{path}: not results of evaluate, or of another version")
+        raise UserError(f"{path}: not results of evaluate, or of another version")
     return run
 
 
 def read_items(folder: str) -> list[Row]:
     path = os.path.join(folder, "items.jsonl")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     return [row for _, row in read_lines(path)]
 
 

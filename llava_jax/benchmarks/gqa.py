@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, find, fits, read_json
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 TRUTH = "testdev_balanced_questions.json"
 CHOICES = "testdev_balanced_choices.json"
@@ -32,11 +33,11 @@ class Gqa(QuestionFile):
     published = 12_578
 
     def read(self, data: str) -> list[Question]:
-        """ValueError as well for a question that GQA's own file, where there is one, does not have."""
+        """UserError as well for a question that GQA's own file, where there is one, does not have."""
         questions, truth = super().read(data), self._truth(data)
         for question in questions if truth else ():
             if question.id not in truth:
-                raise ValueError(f"{TRUTH} has no question {question.id!r}; the files are of different versions")
+                raise UserError(f"{TRUTH} has no question {question.id!r}; the files are of different versions")
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -65,7 +66,7 @@ class Gqa(QuestionFile):
                 groups[kind][detail(row)].append(right)
             if choices:
                 if id not in choices:
-                    raise ValueError(f"{CHOICES} has no question {id!r}; the files are of different versions")
+                    raise UserError(f"{CHOICES} has no question {id!r}; the files are of different versions")
                 allowed = {name: choices[id][name] for name in ("valid", "plausible")}
                 if "Common" in row["types"]["detailed"]:
                     allowed = dict.fromkeys(allowed, COMMON)
@@ -96,7 +97,7 @@ class Gqa(QuestionFile):
             return None
         rows = read_json(path)
         if not rows or not fits(rows, dict) or not all(fits(row, QUESTION) for row in rows.values()):
-            raise ValueError(f"{path}: not GQA's questions: {{id: {{question, answer, isBalanced, types, groups, "
+            raise UserError(f"{path}: not GQA's questions: {{id: {{question, answer, isBalanced, types, groups, "
                              "semantic}}")
         return rows
 
@@ -105,7 +106,7 @@ class Gqa(QuestionFile):
         rows = read_json(path) if path else None
         if path and not (fits(rows, dict) and all(fits(row, {"valid": [str], "plausible": [str]})
                                                   for row in rows.values())):
-            raise ValueError(f"{path}: not GQA's choices: {{id: {{valid: [...], plausible: [...]}}}}")
+            raise UserError(f"{path}: not GQA's choices: {{id: {{valid: [...], plausible: [...]}}}}")
         return rows
 
 

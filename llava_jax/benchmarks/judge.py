@@ -29,6 +29,7 @@ from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Message, Reply, Request
+from llava_jax.errors import UserError
 
 LOG = "judged.jsonl"
 PROMPTS = os.path.join(os.path.dirname(__file__), "prompts")
@@ -53,7 +54,7 @@ class Rules:
     def load(cls, path: str = "") -> "Rules":
         """The project's own, or those of a rule.json as LLaVA has it: {category: {"role", "prompt"}}.
 
-        Raises FileNotFoundError or ValueError, one line.
+        Raises UserError, one line.
         """
         if not path:
             system, coco, wild = (_read(f"judge_{name}.txt") for name in ("system", "coco", "wild"))
@@ -62,10 +63,10 @@ class Rules:
                                 for category in ("conv", "detail", "complex")})
         table, rules = read_json(path), {}
         if not isinstance(table, dict):
-            raise ValueError(f"{path}: not a table of rules, {{category: {{\"role\": ..., \"prompt\": ...}}}}")
+            raise UserError(f"{path}: not a table of rules, {{category: {{\"role\": ..., \"prompt\": ...}}}}")
         for category, rule in table.items():
             if not isinstance(rule, dict) or not all(isinstance(rule.get(name), str) for name in Rule._fields):
-                raise ValueError(f"{path}: the rule of {category!r} needs the texts role and prompt")
+                raise UserError(f"{path}: the rule of {category!r} needs the texts role and prompt")
             rules[category] = Rule(rule["role"], rule["prompt"])
         return cls(PUBLISHED_SYSTEM, rules)
 
@@ -185,9 +186,9 @@ class Judge:
         self.model.check()
         for name, value, most in (("runs", self.runs, RUN), ("attempts", self.attempts, RUN - 1)):
             if not 1 <= value <= most:
-                raise ValueError(f"--{name} is {value}: it must be from 1 to {most}")
+                raise UserError(f"--{name} is {value}: it must be from 1 to {most}")
         if not 0 <= self.max_failed <= 1:
-            raise ValueError(f"--max-failed is {self.max_failed:g}: it is a share, from 0 to 1")
+            raise UserError(f"--max-failed is {self.max_failed:g}: it is a share, from 0 to 1")
 
     def _jobs(self, bench: LlavaBench, paths: Mapping[str, str], rules: Rules) -> list[Job]:
         """Run by run, in the order of the questions."""
@@ -199,13 +200,13 @@ class Judge:
         given = {line["question_id"]: line for line in lines}
         asked = [(number, case) for number, case in enumerate(cases, 1) if case.question.id in given]
         if not asked:
-            raise ValueError(f"{self.answers}: none of its answers is to a question of {paths['questions']}")
+            raise UserError(f"{self.answers}: none of its answers is to a question of {paths['questions']}")
         if len(asked) < len(cases):
             notes.append(f"{len(cases) - len(asked):,} of {len(cases):,} questions have no answer, and are left out")
         for note in [*bench.size_notes(questions), *notes]:
             print(f"note: {note}", file=sys.stderr)
         if lost := {case.category for _, case in asked} - set(rules.rules):
-            raise ValueError(f"{self.rules}: has no rule for {min(lost)!r}; it has {', '.join(rules.rules)}")
+            raise UserError(f"{self.rules}: has no rule for {min(lost)!r}; it has {', '.join(rules.rules)}")
         return [Job(number, run, swapped, case, line := given[case.question.id],
                     rules.messages(case, line["text"], swapped), self.model.parameters, self.compat)
                 for run in range(1, self.runs + 1) for swapped in ((False, True) if self.swap else (False,))

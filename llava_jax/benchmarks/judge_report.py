@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.reviews import (
     Figure,
     Review,
@@ -22,6 +21,7 @@ from llava_jax.benchmarks.reviews import (
     table,
 )
 from llava_jax.endpoint.request import Reply
+from llava_jax.files import replacing
 
 REVIEWS = "reviews"  # a folder
 OWN = re.compile(r"reviews_\d+(_swapped)?\.jsonl")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, find, need, read_lines
 from llava_jax.benchmarks.reviews import ORDER, read_reviews, scored, short, summarise, summarise_as_published
+from llava_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,29 +42,29 @@ class LlavaBench(QuestionFile):
     max_new_tokens = 1024
 
     def read(self, data: str) -> list[Question]:
-        """The questions; ValueError for one of another category, or an id that is there twice."""
+        """The questions; UserError for one of another category, or an id that is there twice."""
         path = data if os.path.isfile(data) else need(data, *self.files["questions"])
         questions = super().read(path)
         seen = set()
         for question in questions:
             if question.row.get("category") not in ORDER:
-                raise ValueError(f"{path}: question {question.id!r} has as category {question.row.get('category')!r}; "
+                raise UserError(f"{path}: question {question.id!r} has as category {question.row.get('category')!r}; "
                                  f"those of {self.title} are {', '.join(ORDER)}")
             if question.id in seen:
-                raise ValueError(f"{path}: question {question.id!r} is there twice")
+                raise UserError(f"{path}: question {question.id!r} is there twice")
             seen.add(question.id)
         return questions
 
     def paths(self, data: str, reference: str = "", context: str = "") -> dict[str, str]:
-        """Questions, references and context: the files. FileNotFoundError if one is not there."""
+        """Questions, references and context: the files. UserError if one is not there."""
         given = {"questions": data if os.path.isfile(data) else "", "references": reference, "context": context}
         for path in filter(None, given.values()):
             if not os.path.isfile(path):
-                raise FileNotFoundError(f"{path}: no such file")
+                raise UserError(f"{path}: no such file")
         return {kind: path or need(data, *self.files[kind]) for kind, path in given.items()}
 
     def cases(self, paths: Mapping[str, str]) -> list[Case]:
-        """One for each question. ValueError or FileNotFoundError, one line, where a question has no reference, an image
+        """One for each question. UserError, one line, where a question has no reference, an image
         no context, or the files do not belong together."""
         references = self._references(paths["references"])
         contexts = self._contexts(paths["context"])
@@ -71,18 +72,18 @@ class LlavaBench(QuestionFile):
         for question in self.read(paths["questions"]):
             category, image, reference = question.row["category"], question.row["image"], references.get(question.id)
             if reference is None:
-                raise ValueError(f"{paths['references']}: no answer to question {question.id!r} of "
+                raise UserError(f"{paths['references']}: no answer to question {question.id!r} of "
                                  f"{paths['questions']}; are the files of one version?")
             if reference.get("category", category) != category:
-                raise ValueError(f"{paths['references']}: question {question.id!r} is {reference['category']!r}, and "
+                raise UserError(f"{paths['references']}: question {question.id!r} is {reference['category']!r}, and "
                                  f"{category!r} in {paths['questions']}; the files are of different versions")
             if image not in contexts:
-                raise ValueError(f"{paths['context']}: nothing about {image}, the image of question {question.id!r}")
+                raise UserError(f"{paths['context']}: nothing about {image}, the image of question {question.id!r}")
             cases.append(Case(question, self.prefix + category, contexts[image], reference))
         return cases
 
     def describe(self, row: Mapping[str, Any]) -> str:
-        """The image in words, of a row of the context file; KeyError, TypeError or ValueError if it has none."""
+        """The image in words, of a row of the context file; KeyError, TypeError or UserError if it has none."""
         raise NotImplementedError
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -116,19 +117,19 @@ class LlavaBench(QuestionFile):
                       [items[answer.id] for answer in answers], notes)
 
     def _reviews(self, categories: Mapping[str | int, str], answers: Sequence[Answer]) -> list[Mapping[str, Any]]:
-        """ValueError, one line, unless they are of these answers to questions of these categories."""
+        """UserError, one line, unless they are of these answers to questions of these categories."""
         given = {answer.id: answer.line.get("answer_id") for answer in answers}
         reviews, seen = read_reviews(self.reviews), set()
         for review in reviews:
             asked = review["question_id"]
             if asked not in given or asked in seen:
-                raise ValueError(f"{self.reviews}: question {asked!r} "
+                raise UserError(f"{self.reviews}: question {asked!r} "
                                  + ("is reviewed twice" if asked in seen else "has no answer here; of another file?"))
             if given[asked] is not None and review.get("answer2_id", given[asked]) != given[asked]:
-                raise ValueError(f"{self.reviews}: the review of question {asked!r} is of answer "
+                raise UserError(f"{self.reviews}: the review of question {asked!r} is of answer "
                                  f"{review['answer2_id']!r}, and the answer here is {given[asked]!r}")
             if review.get("category") != self.prefix + categories.get(asked, ""):
-                raise ValueError(f"{self.reviews}: the review of question {asked!r} is in category "
+                raise UserError(f"{self.reviews}: the review of question {asked!r} is in category "
                                  f"{review.get('category')!r}, and of {self.title} it would be in "
                                  f"{self.prefix + categories.get(asked, '')!r}; it is of another benchmark")
             seen.add(asked)
@@ -138,9 +139,9 @@ class LlavaBench(QuestionFile):
         references = {}
         for number, row in read_lines(path):
             if not isinstance(row.get("question_id"), int | str) or not isinstance(row.get("text"), str):
-                raise ValueError(f"{path}, line {number}: not an answer with question_id and text")
+                raise UserError(f"{path}, line {number}: not an answer with question_id and text")
             if row["question_id"] in references:
-                raise ValueError(f"{path}, line {number}: question {row['question_id']!r} is there twice")
+                raise UserError(f"{path}, line {number}: question {row['question_id']!r} is there twice")
             references[row["question_id"]] = row
         return references
 
@@ -150,7 +151,7 @@ class LlavaBench(QuestionFile):
             try:
                 contexts[row["image"]] = self.describe(row)
             except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{path}, line {number}: not the context of an image of {self.title}, which needs "
+                raise UserError(f"{path}, line {number}: not the context of an image of {self.title}, which needs "
                                  f"{self.context_keys}") from None
         return contexts
 

@@ -8,6 +8,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from llava_jax.errors import UserError
 from llava_jax.inference.llava import Request, load
 from llava_jax.text.templates import IMAGE
 
@@ -96,7 +97,7 @@ class LlavaJaxChat(LlavaJax):
 
 def _make(messages: Any, images: Sequence[Any], settings: Mapping[str, Any]) -> Request:
     if other := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
-        raise ValueError(f"llava_jax sees pictures only; this task shows it something else ({other[0]})")
+        raise UserError(f"llava_jax sees pictures only; this task shows it something else ({other[0]})")
     stop = settings.get("until") or []
     stop = [stop] if isinstance(stop, str) else stop
     return Request(

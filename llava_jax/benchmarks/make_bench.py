@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.judge import PROMPTS
 from llava_jax.endpoint.budget import Budget
@@ -25,6 +24,8 @@ from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 from llava_jax.instruct import evidence, parse
 from llava_jax.instruct.context import DIGITS, Context, Contexts, Source, open_contexts
 from llava_jax.instruct.prompts import KINDS, Prompts, read_questions
@@ -70,14 +71,14 @@ class MakeBench:
 
     def run(self) -> int:
         if self.count < 1 or self.attempts < 1:
-            raise ValueError("--count and --attempts must be at least 1")
+            raise UserError("--count and --attempts must be at least 1")
         if self.model.model:
             self.model.check()
         if os.path.exists(os.path.join(self.out, QUESTIONS)) and not os.path.exists(os.path.join(self.out, MANIFEST)):
-            raise ValueError(f"--out {self.out}: it holds a {QUESTIONS} that make-bench has not made; take another one")
+            raise UserError(f"--out {self.out}: it holds a {QUESTIONS} that make-bench has not made; take another one")
         contexts = open_contexts(self.source)
         if len(contexts) < self.count:
-            raise ValueError(f"--count {self.count}: there are only {len(contexts):,} images")
+            raise UserError(f"--count {self.count}: there are only {len(contexts):,} images")
         os.makedirs(self.out, exist_ok=True)
         with AnswerLog(os.path.join(self.out, LOG)) as log:
             maker = Maker(self, contexts, log)
@@ -146,7 +147,7 @@ class Maker:
             self.prompts_hash = hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def make(self) -> dict[int, dict[str, Asked]]:
-        """Number of an image -> kind -> question and reference answer. ValueError if there are too few images that
+        """Number of an image -> kind -> question and reference answer. UserError if there are too few images that
         give all; Unfinished."""
         order = random.Random(self.options.seed).sample(range(len(self.contexts)), len(self.contexts))
         made: dict[int, dict[str, Asked]] = {}
@@ -154,7 +155,7 @@ class Maker:
             drawn = order[self.tried : self.tried + self.options.count - len(made)]
             if not drawn:
                 why = ", ".join(f"{reason} {number:,}" for reason, number in self.rejects.most_common())
-                raise ValueError(f"--count {self.options.count}: only {len(made):,} of {len(order):,} images give all "
+                raise UserError(f"--count {self.options.count}: only {len(made):,} of {len(order):,} images give all "
                                  f"three questions and answers ({why})")
             self.tried += len(drawn)
             asked = self._questions(drawn)
@@ -232,7 +233,7 @@ class Maker:
         return text
 
     def _ask(self, jobs: Sequence["Job"], accept: Any, unit: str) -> dict[tuple[int, str], Asked]:
-        """What was accepted. Raises ValueError where requests failed that may have more luck later: what is made must
+        """What was accepted. Raises UserError where requests failed that may have more luck later: what is made must
         not depend on them."""
         found: dict[tuple[int, str], Asked] = {}
         failures: list[str] = []
@@ -253,7 +254,7 @@ class Maker:
             progress = Progress(len(jobs), self.rejects, unit)
             self.options.model.ask(jobs, self.log, settle, self._budget, progress)
         if failures:
-            raise ValueError(f"{len(failures):,} requests got no answer, the first by {failures[0]}; the same command "
+            raise UserError(f"{len(failures):,} requests got no answer, the first by {failures[0]}; the same command "
                              "asks them again")
         return found
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores
 from llava_jax.benchmarks.questions import question_path
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 LETTERS = ("A", "B", "C", "D")
 NEEDED = ("index", "question", "hint", *LETTERS, "image")
@@ -45,16 +46,16 @@ class MMBench(Bench):
     published: ClassVar[int] = 4377
 
     def read(self, data: str) -> list[Question]:
-        """ValueError for a table of other columns, or a row without question, options or picture."""
+        """UserError for a table of other columns, or a row without question, options or picture."""
         questions = []
         for where, row in _rows(question_path(data, self.file)):
             options = options_of(row)
             if no_value(row["question"]) or not options:
-                raise ValueError(f"{where}: the row has no question or no options")
+                raise UserError(f"{where}: the row has no question or no options")
             try:
                 image = base64.b64decode(row["image"])
             except binascii.Error as error:
-                raise ValueError(f"{where}: the image is not in base64 ({error})") from None
+                raise UserError(f"{where}: the image is not in base64 ({error})") from None
             kept = {key: value for key, value in row.items() if key != "image"}
             letters = LETTERS[: len(options)]
             start = row["question"] if no_value(row["hint"]) else f"{row['hint']}\n{row['question']}"
@@ -66,7 +67,7 @@ class MMBench(Bench):
                 questions.append(Question(int(row["index"]), prompt + self.suffix, (image,), kept, letters, prompt,
                                           fields))
         if not questions:
-            raise ValueError(f"{question_path(data, self.file)}: the table has no rows")
+            raise UserError(f"{question_path(data, self.file)}: the table has no rows")
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -87,7 +88,7 @@ class MMBench(Bench):
         for answer in answers:
             key = (answer.id, answer.line.get("round_id", 0))
             if not isinstance(key[1], int) or key not in asked:
-                raise ValueError(f"MMBench: an answer to round {key[1]!r} of question {key[0]}, which was not asked; "
+                raise UserError(f"MMBench: an answer to round {key[1]!r} of question {key[0]}, which was not asked; "
                                  "are these answers with --all-rounds?")
             fields, truth = asked[key].fields, rows[answer.id]["answer"]
             letter = read_letter(answer.text, fields["options"])
@@ -112,13 +113,13 @@ class MMBench(Bench):
     def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
         """The table without hints, categories and pictures, with the answers as column `prediction`, as xlsx.
 
-        Raises ImportError that names the package if openpyxl is not there.
+        Raises UserError that names the package if openpyxl is not there.
         """
         try:
             import openpyxl
             from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
         except ImportError:
-            raise ImportError("MMBench's upload is an Excel file: pip install openpyxl "
+            raise UserError("MMBench's upload is an Excel file: pip install openpyxl "
                               "(or llava_jax[mmbench])") from None
         predictions = {answer.id: answer.text for answer in answers}  # of several rounds the last, as in the original
         rows = {question.id: question.row for question in questions}
@@ -194,18 +195,18 @@ def _rows(path: str) -> list[tuple[str, dict[str, str]]]:
         table = csv.DictReader(file, delimiter="\t")
         missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
         if missing:
-            raise ValueError(f"{path}: not a table of MMBench, it has no column {', '.join(missing)}")
+            raise UserError(f"{path}: not a table of MMBench, it has no column {', '.join(missing)}")
         rows = []
         for row in table:
             where = f"{path}, line {table.line_num}"
             if None in row or row["image"] is None:
-                raise ValueError(f"{where}: the row has more cells than the first line, or ends before the picture")
+                raise UserError(f"{where}: the row has more cells than the first line, or ends before the picture")
             if not row["index"].isdecimal():
-                raise ValueError(f"{where}: the index {row['index']!r} is not a number")
+                raise UserError(f"{where}: the index {row['index']!r} is not a number")
             rows.append((where, row))
     doubled = len(rows) - len({row["index"] for _, row in rows})
     if doubled:
-        raise ValueError(f"{path}: {doubled:,} rows have the index of another")
+        raise UserError(f"{path}: {doubled:,} rows have the index of another")
     return rows
 
 

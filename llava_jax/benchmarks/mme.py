@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import SHORT, Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, need
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -31,7 +32,7 @@ class Mme(QuestionFile):
     ordered = prompted = True
 
     def read(self, data: str) -> list[Question]:
-        """ValueError as well for a question that MME's own files do not have."""
+        """UserError as well for a question that MME's own files do not have."""
         questions = super().read(data)
         truth = self._truth(data, questions)
         for question in questions:
@@ -65,7 +66,7 @@ class Mme(QuestionFile):
             if there:
                 sums[name] = sum(scores[category] for category in there)
         if not sums:
-            raise ValueError("MME: there are no answers of its categories to score")
+            raise UserError("MME: there are no answers of its categories to score")
         unknown = sorted(set(lines) - {*PERCEPTION, *COGNITION})
         if unknown:
             notes.append(f"not counted: {', '.join(unknown)}")
@@ -98,7 +99,7 @@ class Mme(QuestionFile):
             if os.path.isdir(os.path.join(folder, "images")):
                 folder = os.path.join(folder, "questions_answers_YN")
             if not os.path.isdir(folder):
-                raise FileNotFoundError(f"{folder}: no such folder, for MME's questions and answers of {category}")
+                raise UserError(f"{folder}: no such folder, for MME's questions and answers of {category}")
             for name in sorted(os.listdir(folder)):
                 if name.endswith(".txt"):
                     for question, label in _read_pairs(os.path.join(folder, name)):
@@ -113,7 +114,7 @@ def says(text: str) -> str:
 
 
 def lookup(truth: Truth, id: str, prompt: str) -> tuple[str, str, str, str]:
-    """Category, file, question and label of an answer's id and prompt. ValueError if MME has no such question.
+    """Category, file, question and label of an answer's id and prompt. UserError if MME has no such question.
 
     In place of LLaVA's instruction comes MME's, after one blank or, as some of its files have it, two.
     """
@@ -125,7 +126,7 @@ def lookup(truth: Truth, id: str, prompt: str) -> tuple[str, str, str, str]:
         if (category, name, question) not in truth:
             question = question.replace(f" {TASK}", f"  {TASK}")
     if (category, name, question) not in truth:
-        raise ValueError(f"MME: {category}/{name} has no question {question!r}; the files are of different versions")
+        raise UserError(f"MME: {category}/{name} has no question {question!r}; the files are of different versions")
     return category, name, question, truth[category, name, question]
 
 
@@ -145,6 +146,6 @@ def _read_pairs(path: str) -> list[tuple[str, str]]:
             if parts == [""]:
                 continue
             if len(parts) != 2 or parts[1].lower() not in ("yes", "no"):
-                raise ValueError(f"{path}, line {number}: not a question, a tab and Yes or No")
+                raise UserError(f"{path}, line {number}: not a question, a tab and Yes or No")
             pairs.append((parts[0], parts[1]))
     return pairs

@@ -5,9 +5,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile
+from llava_jax.files import replacing
 
 
 @dataclass(frozen=True)

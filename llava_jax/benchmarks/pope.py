@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, folder_of, question_path, read_lines
+from llava_jax.errors import UserError
 
 CATEGORIES = ("random", "popular", "adversarial")
 LABELS = "coco_pope_{}.json"
@@ -29,21 +30,21 @@ class Pope(QuestionFile):
     ordered = True
 
     def read(self, data: str) -> list[Question]:
-        """ValueError as well for labels that are not of these questions."""
+        """UserError as well for labels that are not of these questions."""
         questions, path = super().read(data), question_path(data, self.file)
         for question in questions:
             if not isinstance(question.row.get("category"), str):
-                raise ValueError(f"{path}: question {question.id} has no category")
+                raise UserError(f"{path}: question {question.id} has no category")
         for category in _categories(questions):
             mine = [question for question in questions if question.row["category"] == category]
             labels = self._labels(data, category)
             name = LABELS.format(category)
             if len(labels) != len(mine):
-                raise ValueError(f"{name} has {len(labels):,} labels and {path} {len(mine):,} {category} questions; "
+                raise UserError(f"{name} has {len(labels):,} labels and {path} {len(mine):,} {category} questions; "
                                  "they are of different versions")
             for number, (label, question) in enumerate(zip(labels, mine, strict=True), 1):
                 if label.get("image", question.row["image"]) != question.row["image"]:
-                    raise ValueError(f"{name}, line {number} is about {label['image']} and question {question.id} "
+                    raise UserError(f"{name}, line {number} is about {label['image']} and question {question.id} "
                                      f"about {question.row['image']}; they are of different versions")
         return questions
 
@@ -55,7 +56,7 @@ class Pope(QuestionFile):
         category_of = {question.id: question.row["category"] for question in questions}
         for answer in answers:
             if answer.id not in category_of:
-                raise ValueError(f"POPE: there is no question {answer.id!r}; these are answers to other questions")
+                raise UserError(f"POPE: there is no question {answer.id!r}; these are answers to other questions")
         figures, items, notes, f1 = {}, {}, self.size_notes(questions), []
         for category in _categories(questions):
             mine = [n for n, answer in enumerate(answers) if category_of[answer.id] == category]
@@ -78,7 +79,7 @@ class Pope(QuestionFile):
             figures |= {f"{category} {name}": value for name, value in rates.items()}
             f1.append(rates["F1"])
         if not f1:
-            raise ValueError("POPE: there are no answers to score")
+            raise UserError("POPE: there are no answers to score")
         return Scores({"F1": sum(f1) / len(f1), **figures}, "F1", [items[n] for n in sorted(items)], notes)
 
     def _labels(self, data: str, category: str) -> list[dict]:
@@ -88,10 +89,10 @@ class Pope(QuestionFile):
                 labels = []
                 for number, row in read_lines(path):
                     if row.get("label") not in ("yes", "no"):
-                        raise ValueError(f"{path}, line {number}: the label is neither yes nor no")
+                        raise UserError(f"{path}, line {number}: the label is neither yes nor no")
                     labels.append(row)
                 return labels
-        raise FileNotFoundError(f"{os.path.join(folder_of(data), 'coco', name)}: no such file, for the labels of the "
+        raise UserError(f"{os.path.join(folder_of(data), 'coco', name)}: no such file, for the labels of the "
                                 f"{category} questions")
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import SHORT
 from llava_jax.benchmarks.pope import CATEGORIES, LABELS, Pope
 from llava_jax.benchmarks.questions import read_json, read_lines
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 EACH = 3  # questions of either answer about a picture
 FIRST_ID = 10_000_000  # the categories' ids begin at one, two and three times this
@@ -49,12 +50,12 @@ class PopeData:
 
 
 def read_things(path: str) -> dict[str, list[str]]:
-    """The kinds of things in each picture, in the order in which they first come; ValueError for another form."""
+    """The kinds of things in each picture, in the order in which they first come; UserError for another form."""
     if path.endswith(".jsonl"):
         try:
             return {row["image"]: list(dict.fromkeys(row["objects"])) for _, row in read_lines(path)}
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not lines of {{image, objects}} ({error!r})") from None
+            raise UserError(f"{path}: not lines of {{image, objects}} ({error!r})") from None
     content = read_json(path)
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
@@ -65,19 +66,19 @@ def read_things(path: str) -> dict[str, list[str]]:
             if name not in kinds:
                 kinds.append(name)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not COCO's instances: images, categories, annotations ({error!r})") from None
+        raise UserError(f"{path}: not COCO's instances: images, categories, annotations ({error!r})") from None
     return things
 
 
 def make(things: Mapping[str, Sequence[str]], pictures: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows of {question_id, image, text, label} by category. ValueError if too few pictures or things are there.
+    """Rows of {question_id, image, text, label} by category. UserError if too few pictures or things are there.
 
     A thing that is not there is asked about after each that is: any (random); the one in most pictures (popular); the
     one most often beside that which was just asked about, in the pictures drawn (adversarial). None twice.
     """
     fit = [image for image, kinds in things.items() if len(kinds) >= EACH]
     if len(fit) < pictures:
-        raise ValueError(f"{len(fit):,} pictures have {EACH} kinds of things or more; {pictures:,} are wanted")
+        raise UserError(f"{len(fit):,} pictures have {EACH} kinds of things or more; {pictures:,} are wanted")
     draw = random.Random(seed)
     chosen = {image: things[image] for image in draw.sample(fit, pictures)}
     everywhere = Counter(kind for kinds in chosen.values() for kind in kinds)
@@ -106,7 +107,7 @@ def _questions(chosen: Mapping[str, Sequence[str]], everything: Sequence[str],
     for image, kinds in chosen.items():
         absent = [kind for kind in everything if kind not in kinds]
         if len(absent) < EACH:
-            raise ValueError(f"{image}: of all {len(everything)} kinds of things fewer than {EACH} are not in it")
+            raise UserError(f"{image}: of all {len(everything)} kinds of things fewer than {EACH} are not in it")
         for thing in kinds[:EACH]:
             other = next((kind for kind in order(thing) if kind in absent), None) or draw.choice(absent)
             absent.remove(other)

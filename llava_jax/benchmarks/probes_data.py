@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.probe_words import LANGUAGES, NUMBERS, say
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 from llava_jax.instruct.context import Context, Source, open_contexts
 from llava_jax.instruct.rules.scene import OBJECT, Count, Name, Scene, Thing, side
 
@@ -48,7 +49,7 @@ class ProbesData:
         contexts = open_contexts(Source(captions=self.captions, instances=self.instances, data=self.data,
                                         prefix=self.prefix, names="file"))
         if not contexts.boxed:
-            raise ValueError(f"{contexts.files[0]}: the probes are made from boxes, and the source gives none")
+            raise UserError(f"{contexts.files[0]}: the probes are made from boxes, and the source gives none")
         counts = write(contexts, self.out, self.each, self.seed)
         print(", ".join(f"{kind} {count:,}" for kind, count in counts.items()) + f" questions in {self.out}/{FILE}")
         return 0
@@ -70,11 +71,11 @@ def write(contexts: Iterable[Context], folder: str, each: int, seed: int = 0) ->
     """Writes `folder`/probes.jsonl; returns the number of questions of each kind that it has.
 
     A line: {question_id, image, text, answer, choices, category, set} and, where all names have Korean words, the same
-    of the Korean question in `ko`: {text, answer, choices}. ValueError if the boxes allow no question.
+    of the Korean question in `ko`: {text, answer, choices}. UserError if the boxes allow no question.
     """
     sets = make(contexts, each, seed)
     if not any(sets.values()):
-        raise ValueError("the boxes allow no question: no two pictures of them differ in one answer alone")
+        raise UserError("the boxes allow no question: no two pictures of them differ in one answer alone")
     lines = []
     for kind, found in sets.items():
         for number, asks in enumerate(found):

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from llava_jax.benchmarks.tables import markdown
+from llava_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Show:
     def run(self) -> int:
         found = everything()
         if self.bench and self.bench not in found:
-            raise ValueError(f"nothing published is known of {self.bench!r}; there is {', '.join(found)}")
+            raise UserError(f"nothing published is known of {self.bench!r}; there is {', '.join(found)}")
         for bench in [self.bench] if self.bench else found:
             rows = found[bench]
             columns = list(dict.fromkeys(figure for row in rows for figure in row.figures))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava_jax.benchmarks.bench import Answer, Bench, Question
+from llava_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,19 @@ class QuestionFile(Bench):
     choices: ClassVar[tuple[str, ...]] = ()
 
     def read(self, data: str) -> list[Question]:
-        """The questions in the order of the file; ValueError for a row of another form."""
+        """The questions in the order of the file; UserError for a row of another form."""
         folder = self.images or os.path.join(folder_of(data), self.pictures)
         path = question_path(data, self.file)
         questions = []
         for number, row in read_lines(path):
             for key, form in (("question_id", int | str), ("image", str), ("text", str)):
                 if not fits(row.get(key), form):
-                    raise ValueError(f"{path}, line {number}: not a question of {self.title}: {key!r} is "
+                    raise UserError(f"{path}, line {number}: not a question of {self.title}: {key!r} is "
                                      f"{'missing' if key not in row else 'of another kind'}")
             image = os.path.join(folder, row["image"])
             questions.append(Question(row["question_id"], row["text"], (image,), row, self.choices))
         if not questions:
-            raise ValueError(f"{path}: the file has no questions")
+            raise UserError(f"{path}: the file has no questions")
         return questions
 
     def size_notes(self, questions: Sequence[Question]) -> list[str]:
@@ -49,19 +50,19 @@ class QuestionFile(Bench):
 
 
 def folder_of(data: str) -> str:
-    """The folder that `data` is, or is in. FileNotFoundError if there is nothing."""
+    """The folder that `data` is, or is in. UserError if there is nothing."""
     if os.path.isdir(data):
         return data
     if not os.path.isfile(data):
-        raise FileNotFoundError(f"{data}: no such folder or file")
+        raise UserError(f"{data}: no such folder or file")
     return os.path.dirname(data)
 
 
 def question_path(data: str, name: str) -> str:
-    """`data` itself if it is a file, else the file `name` in it; FileNotFoundError if there is none."""
+    """`data` itself if it is a file, else the file `name` in it; UserError if there is none."""
     path = os.path.join(data, name) if os.path.isdir(data) else data
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; --data is the folder with {name}, or a file of that form")
+        raise UserError(f"{path}: no such file; --data is the folder with {name}, or a file of that form")
     return path
 
 
@@ -72,22 +73,22 @@ def find(data: str, *names: str) -> str | None:
 
 
 def need(data: str, *names: str) -> str:
-    """The same; FileNotFoundError if none is there."""
+    """The same; UserError if none is there."""
     path = find(data, *names)
     if path is None:
-        raise FileNotFoundError(f"{os.path.join(folder_of(data), names[0])}: no such file or folder")
+        raise UserError(f"{os.path.join(folder_of(data), names[0])}: no such file or folder")
     return path
 
 
 def read_json(path: str) -> Any:
-    """ValueError or FileNotFoundError that names the file."""
+    """UserError that names the file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     with open(path, encoding="utf-8") as file:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:  # broken UTF-8, or nested without end, as well
-            raise ValueError(f"{path}: broken JSON ({error})") from None
+            raise UserError(f"{path}: broken JSON ({error})") from None
 
 
 def fits(value: Any, form: Any) -> bool:
@@ -109,9 +110,9 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: broken JSON ({error})") from None
+                raise UserError(f"{path}, line {number}: broken JSON ({error})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object")
+                raise UserError(f"{path}, line {number}: not a JSON object")
             yield number, row
 
 

@@ -11,12 +11,12 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks import results_page
 from llava_jax.benchmarks.answers import Line, match
 from llava_jax.benchmarks.bench import Bench, Item, Question, Scores
 from llava_jax.benchmarks.published import Published, everything
 from llava_jax.benchmarks.tables import markdown, number
+from llava_jax.files import replacing
 
 SAMPLED = 4096  # bytes of each of SAMPLES places of a file of weights, from which its hash is made
 SAMPLES = 256

@@ -18,6 +18,7 @@ import tyro
 
 from llava_jax.benchmarks.questions import read_lines
 from llava_jax.benchmarks.tables import markdown
+from llava_jax.errors import UserError
 from llava_jax.instruct.wording import find_refusal
 
 ALL = "all"
@@ -31,7 +32,7 @@ Review = Mapping[str, Any]
 score of the reference and that of the candidate."""
 
 
-class Unscored(ValueError):
+class Unscored(UserError):
     """A judge's reply without scores: `reason` is empty, refused, cut_off, out_of_range or unreadable."""
 
     def __init__(self, reason: str, detail: str):
@@ -126,12 +127,12 @@ def summarise(reviews: Iterable[Review]) -> dict[str, Figure]:
 
 def summarise_as_published(reviews: Iterable[Review]) -> dict[str, Figure]:
     """By category and `all`, in the order of their names, with the arithmetic of LLaVA's summary: -1 is a score like
-    any other, means are rounded to three decimals, what comes of them to one. ValueError where it divides by zero."""
+    any other, means are rounded to three decimals, what comes of them to one. UserError where it divides by zero."""
     figures = {}
     for category, pairs in sorted(_by_category(reviews).items()):
         reference, candidate = (round(mean, 3) for mean in np.asarray(pairs).mean(0).tolist())
         if reference == 0:
-            raise ValueError(f"the reference's scores of {category!r} have a mean of 0: there is no ratio")
+            raise UserError(f"the reference's scores of {category!r} have a mean of 0: there is no ratio")
         figures[category] = Figure(
             round(candidate / reference * 100, 1), round(reference * 10, 1), round(candidate * 10, 1), len(pairs))
     return figures
@@ -160,19 +161,19 @@ def short(category: str) -> str:
 
 
 def read_reviews(path: str) -> list[Review]:
-    """The lines of a file of reviews, ours or the original's; FileNotFoundError or ValueError, one line."""
+    """The lines of a file of reviews, ours or the original's; UserError, one line."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of reviews")
+        raise UserError(f"{path}: no such file of reviews")
     reviews = []
     for number, row in read_lines(path):
         pair = _pair(row)
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(score, int | float) for score in pair)
                 and "question_id" in row and isinstance(row.get("category", ""), str)):
-            raise ValueError(f"{path}, line {number}: not a review, which has question_id, category and tuple, a list "
+            raise UserError(f"{path}, line {number}: not a review, which has question_id, category and tuple, a list "
                              "of two scores")
         reviews.append(row)
     if not reviews:
-        raise ValueError(f"{path}: the file has no reviews")
+        raise UserError(f"{path}: the file has no reviews")
     return reviews
 
 
@@ -199,7 +200,7 @@ class Reviews:
     def run(self) -> int:
         paths = [path for path in sorted(self._paths()) if self._wanted(config_name(path))]
         if not paths:
-            raise ValueError("there are no files of reviews that are wanted; name them, or their folder")
+            raise UserError("there are no files of reviews that are wanted; name them, or their folder")
         code = 0
         for path in paths:
             reviews = [review for review in read_reviews(path) if str(review["question_id"]) not in self.ignore]
@@ -207,7 +208,7 @@ class Reviews:
                 try:
                     print(published_lines(path, summarise_as_published(reviews)))
                 except ValueError as error:
-                    raise ValueError(f"{path}: {error}") from None
+                    raise UserError(f"{path}: {error}") from None
                 continue
             failed = len(reviews) - len(scored(reviews))
             print(f"{path}: {len(reviews):,} reviews" + f", {failed:,} without scores left out" * bool(failed))

@@ -14,12 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from llava_jax import config
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks import answers, results
 from llava_jax.benchmarks.answers import AnswerFile, Line
 from llava_jax.benchmarks.bench import Bench, Question, get
 from llava_jax.benchmarks.published import everything
 from llava_jax.benchmarks.tables import markdown, number
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -67,15 +68,15 @@ class Run:
 
     def __post_init__(self):
         if bool(self.model) == bool(self.answers):
-            raise ValueError("give either --model DIR, to ask it, or --answers FILE, to score that")
+            raise UserError("give either --model DIR, to ask it, or --answers FILE, to score that")
         if self.model and self.partial:
-            raise ValueError("--partial is for --answers; a model's answers are scored when all are there")
+            raise UserError("--partial is for --answers; a model's answers are scored when all are there")
         if self.model and not self.out:
-            raise ValueError("give --out DIR, a folder for the answers and results")
+            raise UserError("give --out DIR, a folder for the answers and results")
         if self.limit is not None and self.limit < 1 or self.batch_size < 1:
-            raise ValueError("--limit and --batch-size must be at least 1")
+            raise UserError("--limit and --batch-size must be at least 1")
         if not 0 <= self.chunk_idx < self.num_chunks:
-            raise ValueError(f"--chunk-idx {self.chunk_idx}: with --num-chunks {self.num_chunks} it lies in "
+            raise UserError(f"--chunk-idx {self.chunk_idx}: with --num-chunks {self.num_chunks} it lies in "
                              f"0..{self.num_chunks - 1}")
 
     @property
@@ -83,10 +84,10 @@ class Run:
         return os.path.join(self.out, self.benchmark)
 
     def run(self) -> int:
-        """Returns 0. Mistakes raise ValueError, FileNotFoundError or ImportError, one line each, before any work."""
+        """Returns 0. Mistakes raise UserError, FileNotFoundError or ImportError, one line each, before any work."""
         for package in self.bench.packages if self.out else ():
             if importlib.util.find_spec(package) is None:
-                raise ImportError(f"the upload of {self.bench.title} needs {package}: pip install {package}")
+                raise UserError(f"the upload of {self.bench.title} needs {package}: pip install {package}")
         if self.answers:
             self._score_file()
             return 0
@@ -106,12 +107,12 @@ class Run:
         if not self.partial:
             answers.check(self.answers, self.bench.title, asked, lines, self.bench.ordered)
         if self.bench.prompted and (without := [line["question_id"] for line in lines if "prompt" not in line]):
-            raise ValueError(f"{self.answers}: the answer to question {without[0]!r} has no prompt, without which "
+            raise UserError(f"{self.answers}: the answer to question {without[0]!r} has no prompt, without which "
                              f"{self.bench.title} cannot be scored")
         models = answers.models_of(lines)
         name = self.name or (models[0] if len(models) == 1 else os.path.basename(self.answers))
         if self.out and os.path.exists(os.path.join(self.folder, RUN)):
-            raise ValueError(f"{self.folder}: holds the answers of a model that was asked; choose another --out")
+            raise UserError(f"{self.folder}: holds the answers of a model that was asked; choose another --out")
         settings = self._settings(questions) | {"name": name, "model": None, "answers_file": self.answers,
                                                 "partial": self.partial}
         self._finish(settings, asked, lines, notes)
@@ -125,11 +126,11 @@ class Run:
         questions, place = self.bench.read(self.data), find()
         asked = questions[: self.limit]
         if self.baseline != "none" and not any(question.images for question in asked):
-            raise ValueError(f"--baseline {self.baseline}: {self.bench.title} has no pictures here")
+            raise UserError(f"--baseline {self.baseline}: {self.bench.title} has no pictures here")
         if self.score_by == "likelihood" and not all(question.choices for question in asked):
-            raise ValueError(f"--score-by likelihood: {self.bench.title} has questions without choices to take from")
+            raise UserError(f"--score-by likelihood: {self.bench.title} has questions without choices to take from")
         if self.num_chunks > 1 and (place or self.overwrite):
-            raise ValueError("--num-chunks is for processes that know nothing of each other; " + (
+            raise UserError("--num-chunks is for processes that know nothing of each other; " + (
                 "these do, and divide the questions by themselves" if place else
                 "with --overwrite one would throw away what another has answered; remove the folder first"))
         settings = self._settings(questions) | self._model()
@@ -178,7 +179,7 @@ class Run:
 
         read, path = read_config(self.model), os.path.abspath(self.model)
         if not isinstance(read, LlavaConfig):
-            raise ValueError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
+            raise UserError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         baseline = "" if self.baseline == "none" else f" ({self.baseline})"
         return {"name": self.name or os.path.basename(path) + baseline,
@@ -189,7 +190,7 @@ class Run:
         return sorted(glob.glob(os.path.join(glob.escape(self.folder), "answers*.jsonl")))
 
     def _begin(self, settings: Mapping[str, Any], questions: Sequence[Question]) -> dict[int, Line]:
-        """The answers that are there. ValueError if they are of other questions, another model, or anybody's."""
+        """The answers that are there. UserError if they are of other questions, another model, or anybody's."""
         os.makedirs(self.folder, exist_ok=True)
         path = os.path.join(self.folder, RUN)
         if os.path.exists(path):
@@ -197,14 +198,14 @@ class Run:
                 try:
                     there = _identity(json.load(file))
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{path}: broken; --overwrite begins again") from None
+                    raise UserError(f"{path}: broken; --overwrite begins again") from None
             ours = _identity(settings)
             if differ := [key for key in ours if there[key] != ours[key]]:
                 parts = ", ".join(f"{key} ({there[key]}, not {ours[key]})" for key in differ)
-                raise ValueError(f"{self.folder}: holds answers of another run, which differs in {parts}; choose "
+                raise UserError(f"{self.folder}: holds answers of another run, which differs in {parts}; choose "
                                  "another --out, or --overwrite")
         elif self._files():
-            raise ValueError(f"{self._files()[0]}: no {RUN} beside it says which model's answers these are; --answers "
+            raise UserError(f"{self._files()[0]}: no {RUN} beside it says which model's answers these are; --answers "
                              "scores such a file, and --overwrite throws it away")
         else:
             with replacing(path) as file:
@@ -297,7 +298,7 @@ RUN, WHOLE = "run.json", "answers.jsonl"
 
 
 def command(name: str) -> type[Run]:
-    """The command of a benchmark: the options of Run and its own. ValueError if there is none of that name."""
+    """The command of a benchmark: the options of Run and its own. UserError if there is none of that name."""
     kind = get(name)
     bench = ("bench", tyro.conf.OmitArgPrefixes[kind], field(default_factory=kind))
     about = f"{kind.__doc__}\n\nNeeds {kind.needs}."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, question_path
+from llava_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Scenes(QuestionFile):
         questions = super().read(data)
         for question in questions:
             if not all(isinstance(question.row.get(key), str) for key in ("answer", "kind")):
-                raise ValueError(f"{question_path(data, self.file)}: question {question.id} has no answer or kind")
+                raise UserError(f"{question_path(data, self.file)}: question {question.id} has no answer or kind")
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -31,7 +32,7 @@ class Scenes(QuestionFile):
         rows, right, items = {question.id: question.row for question in questions}, {}, []
         for answer in answers:
             if answer.id not in rows:
-                raise ValueError(f"there is no question {answer.id!r}; these are answers to other questions")
+                raise UserError(f"there is no question {answer.id!r}; these are answers to other questions")
             row, read = rows[answer.id], normal(answer.text)
             right[answer.id] = read == normal(row["answer"])
             items.append(Item(answer.id, float(right[answer.id]), row["answer"], read, row["kind"]))

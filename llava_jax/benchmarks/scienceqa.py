@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores
 from llava_jax.benchmarks.scienceqa_data import INPUTS, LETTERS, SIZES, Problem, compose, find_image, read_problems
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 FAILED = "FAILED"  # what an answer is read as that names no letter
 THE_ANSWER = re.compile("The answer is ([A-Z]).")  # any character may follow, and one must: the original's full stop
@@ -91,7 +92,7 @@ class ScienceQA(Bench):
     def read(self, data: str) -> list[Question]:
         form = self.input or ("CQM" if self.style == "letter" else "QCM")
         if form not in INPUTS:
-            raise ValueError(f"--input {form}: there is no such form; there are {', '.join(INPUTS)}")
+            raise UserError(f"--input {form}: there is no such form; there are {', '.join(INPUTS)}")
         questions = []
         for pid, problem in read_problems(data, self.split).items():
             text = compose(problem, f"{form}-A")[0].replace("<image>", "").strip()

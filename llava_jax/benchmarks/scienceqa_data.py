@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import tyro
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.questions import fits, read_json
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 Problem = Mapping[str, Any]
 """As problems.json has it: question, choices, answer (an index), hint, lecture, solution, subject, grade, ...; `image`
@@ -54,7 +55,7 @@ OUTPUTS = {
 def compose(problem: Problem, prompt_format: str) -> tuple[str, str]:
     """The question and the answer of a problem in a format such as "QCM-LEA"; no mark for the image is in them.
 
-    Raises ValueError for a format that there is not, KeyError for a field that the problem lacks.
+    Raises UserError for a format that there is not, KeyError for a field that the problem lacks.
     """
     question_format, answer_format = _read_format(prompt_format)
     # LLaVA writes line breaks as \n and reads them back, so that a \n that was in the text becomes a line break too.
@@ -77,17 +78,17 @@ def read_problems(data: str, split: str = "test") -> dict[str, Problem]:
     """The problems of a split by their ids, in the split's order.
 
     `data` is a folder with problems.json and pid_splits.json, or a folder of Hugging Face's parquet files, or one such
-    file; these have no ids, and their rows get test-0, test-1, ... Raises FileNotFoundError or ValueError, one line.
+    file; these have no ids, and their rows get test-0, test-1, ... Raises UserError, one line.
     """
     if os.path.exists(os.path.join(data, "problems.json")):
         problems = _read_json_files(data, split)
     elif os.path.isfile(data) or find_parquet(data):
         problems = _read_rows(data, split)
     else:
-        raise FileNotFoundError(f"{data}: has neither problems.json, with pid_splits.json and images, nor Hugging "
+        raise UserError(f"{data}: has neither problems.json, with pid_splits.json and images, nor Hugging "
                                 f"Face's parquet files of ScienceQA; scienceqa-data {data} --download gets these")
     if not problems:
-        raise ValueError(f"{data}: the split {split} has no problems")
+        raise UserError(f"{data}: the split {split} has no problems")
     for pid, problem in problems.items():
         _check(problem, f"{data}, problem {pid}")
     return problems
@@ -147,21 +148,21 @@ def unpack(data: str, out: str, splits: Sequence[str]) -> None:
 
 
 def download(to: str) -> None:
-    """Gets Hugging Face's parquet files (0.6 GB); goes on where it was stopped. ConnectionError, one line."""
+    """Gets Hugging Face's parquet files (0.6 GB); goes on where it was stopped. UserError, one line."""
     import huggingface_hub
 
     try:
         huggingface_hub.snapshot_download(HUB, repo_type="dataset", allow_patterns="data/*.parquet", local_dir=to)
     except Exception as error:  # the library's errors and those of two HTTP libraries
         why = " ".join(str(error).split())
-        raise ConnectionError(f"{HUB} cannot be downloaded to {to} ({why:.200}); try again, or put its parquet files "
+        raise UserError(f"{HUB} cannot be downloaded to {to} ({why:.200}); try again, or put its parquet files "
                               "there yourself") from None
 
 
 def _read_format(prompt_format: str) -> tuple[str, str]:
     question, _, answer = prompt_format.partition("-")
     if question not in INPUTS or answer not in OUTPUTS:
-        raise ValueError(f"format {prompt_format!r}: it must be QUESTION-ANSWER, such as QCM-LEA, with one of "
+        raise UserError(f"format {prompt_format!r}: it must be QUESTION-ANSWER, such as QCM-LEA, with one of "
                          f"{', '.join(INPUTS)} and one of {', '.join(OUTPUTS)}")
     return question, answer
 
@@ -178,12 +179,12 @@ def _read_json_files(data: str, split: str) -> dict[str, Problem]:
     problems, splits = map(read_json, paths)
     for path, content in zip(paths, (problems, splits), strict=True):
         if not fits(content, dict):
-            raise ValueError(f"{path}: must hold an object, and is none of ScienceQA's files")
+            raise UserError(f"{path}: must hold an object, and is none of ScienceQA's files")
     if split not in splits or not fits(splits[split], [str]):
-        raise ValueError(f"{paths[1]}: there is no split {split!r}; there are {', '.join(splits)}")
+        raise UserError(f"{paths[1]}: there is no split {split!r}; there are {', '.join(splits)}")
     missing = [pid for pid in splits[split] if pid not in problems]
     if missing:
-        raise ValueError(f"{data}/problems.json: {len(missing):,} problems of the split {split} are not in it, the "
+        raise UserError(f"{data}/problems.json: {len(missing):,} problems of the split {split} are not in it, the "
                          f"first is {missing[0]!r}; it is of another version than pid_splits.json")
     return {pid: problems[pid] for pid in splits[split]}
 
@@ -199,9 +200,9 @@ def _read_rows(data: str, split: str) -> dict[str, Problem]:
 
 
 def _check(problem: Any, where: str) -> None:
-    """ValueError, one line, for a problem that lacks what every use of it needs."""
+    """UserError, one line, for a problem that lacks what every use of it needs."""
     if not isinstance(problem, Mapping):
-        raise ValueError(f"{where}: must be an object")
+        raise UserError(f"{where}: must be an object")
     wanted: dict[str, Callable[[Any], bool]] = {
         "question": lambda x: isinstance(x, str),
         "choices": lambda x: isinstance(x, list) and 0 < len(x) <= len(LETTERS),
@@ -213,9 +214,9 @@ def _check(problem: Any, where: str) -> None:
     }
     for key, good in wanted.items():
         if key not in problem:
-            raise ValueError(f"{where}: has no {key!r}; it has {', '.join(map(str, problem))}")
+            raise UserError(f"{where}: has no {key!r}; it has {', '.join(map(str, problem))}")
         if not good(problem[key]):
-            raise ValueError(f"{where}: {key!r} is {problem[key]!r:.80}, which is not ScienceQA's form of it")
+            raise UserError(f"{where}: {key!r} is {problem[key]!r:.80}, which is not ScienceQA's form of it")
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class ScienceQAData:
         source = self.data
         if not os.path.exists(os.path.join(source, "problems.json")) and (single or find_parquet(source)):
             if single and len(self.splits) > 1:
-                raise ValueError(f"{source}: one file is one split; say which, as in --splits test")
+                raise UserError(f"{source}: one file is one split; say which, as in --splits test")
             self._refuse([os.path.join(out, "problems.json")])
             names = [os.path.basename(path) for path in find_parquet(source)]
             unpack(source, out, self.splits if single else [
@@ -278,4 +279,4 @@ class ScienceQAData:
     def _refuse(self, paths: Iterable[str]) -> None:
         for path in paths:
             if os.path.exists(path) and not self.overwrite:
-                raise ValueError(f"{path}: exists already; add --overwrite to replace it")
+                raise UserError(f"{path}: exists already; add --overwrite to replace it")

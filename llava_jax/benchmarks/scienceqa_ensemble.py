@@ -17,7 +17,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks import answers
 from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.questions import fits, read_json
@@ -26,6 +25,8 @@ from llava_jax.benchmarks.scienceqa_data import Problem, read_problems
 from llava_jax.benchmarks.scienceqa_teacher import PROMPTS_HASH, Asker
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,20 @@ def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, whole:
     """Texts by question id, from JSON lines with question_id and text, or from a result file (JSON with outputs).
 
     Unless `partial`, an id that is none of the problems', or stands there twice, or is missing (from a `whole` file),
-    is a ValueError of one line. FileNotFoundError if there is no file.
+    is a UserError of one line. UserError if there is no file.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file of answers")
+        raise UserError(f"{path}: no such file of answers")
     pairs = _read_pairs(path)
     texts = dict(pairs)
     if not partial:
         for pid in texts:
             if pid not in problems:
-                raise ValueError(f"{path}: has an answer to {pid!r}, which is no question of this split of ScienceQA")
+                raise UserError(f"{path}: has an answer to {pid!r}, which is no question of this split of ScienceQA")
         if len(texts) < len(pairs):
-            raise ValueError(f"{path}: answers {len(pairs) - len(texts):,} questions more than once")
+            raise UserError(f"{path}: answers {len(pairs) - len(texts):,} questions more than once")
         if missing := [pid for pid in problems if whole and pid not in texts]:
-            raise ValueError(f"{path}: {len(missing):,} of {len(problems):,} questions have no answer, the first is "
+            raise UserError(f"{path}: {len(missing):,} of {len(problems):,} questions have no answer, the first is "
                              f"{missing[0]!r}; --partial counts those that all files answer")
     return texts
 
@@ -123,7 +124,7 @@ def _read_pairs(path: str) -> list[tuple[str | int, str]]:
         return [(line["question_id"], line["text"]) for line in answers.read(path)[0]]
     for pid, text in result["outputs"].items():
         if not isinstance(text, str):
-            raise ValueError(f"{path}: the output of {pid!r} is no text")
+            raise UserError(f"{path}: the output of {pid!r} is no text")
     return list(result["outputs"].items())
 
 
@@ -159,7 +160,7 @@ class ScienceQAEnsemble:
 
     def run(self) -> int:
         if not self.teacher and not self.model.model:
-            raise ValueError("give the language model's answers (--teacher FILE) or its name (--model NAME)")
+            raise UserError("give the language model's answers (--teacher FILE) or its name (--model NAME)")
         if self.model.model:
             self.model.check()
         problems = read_problems(self.data, self.split)
@@ -194,13 +195,13 @@ class ScienceQAEnsemble:
             return []
         train = [problem for problem in read_problems(self.data, "train").values() if problem["image"] is None]
         if len(train) < self.shots:
-            raise ValueError(f"{self.data}: --shots {self.shots}, but {len(train)} problems of train have no image")
+            raise UserError(f"{self.data}: --shots {self.shots}, but {len(train)} problems of train have no image")
         return random.Random(self.seed).sample(train, self.shots)
 
     def _write(self, problems: Mapping[str, Problem], ensemble: Ensemble) -> None:
         counts, total = ensemble.counts, ensemble.counts["total"]
         if not total:
-            raise ValueError(f"{self.answers} and {self.teacher or self.model.model} have no question in common")
+            raise UserError(f"{self.answers} and {self.teacher or self.model.model} have no question in common")
         tables = {method: table(problems, chosen) for method, chosen in ensemble.choices.items()}
         for method in ("complement", "judge"):
             if method in ensemble.choices:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.asking import Model
 from llava_jax.benchmarks.scienceqa import FAILED, read_statement
 from llava_jax.benchmarks.scienceqa_data import Problem, compose
@@ -15,6 +14,8 @@ from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 JUDGEMENTS = 2  # how often the judge is asked, at most, until it names one letter
 
@@ -88,7 +89,7 @@ class Asker:
         jobs = [_Job(pid, messages, self.model.parameters) for pid, messages in asked.items()]
         self.model.ask(jobs, self.log, settle, self.budget, Progress(len(jobs), unit="questions"))
         if failures and not self.partial:
-            raise ValueError(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is {failures[0]}; "
+            raise UserError(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is {failures[0]}; "
                              "the same command asks them again, --partial goes on without them")
         with replacing(path) as file:
             for job in jobs:

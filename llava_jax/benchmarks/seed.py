@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, fits, need, read_json, unanswered
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 QUESTION = {"question_id": int | str, "question_type_id": int, "data_type": str, "answer": str}
 
@@ -26,11 +27,11 @@ class Seed(QuestionFile):
     choices = ("A", "B", "C", "D")
 
     def read(self, data: str) -> list[Question]:
-        """ValueError as well for a question that SEED-Bench.json does not have."""
+        """UserError as well for a question that SEED-Bench.json does not have."""
         questions, known = super().read(data), {_number(row["question_id"]) for row in self._bench(data)["questions"]}
         for question in questions:
             if question.id not in known:
-                raise ValueError(f"SEED-Bench.json has no question {question.id!r}; the files are of different "
+                raise UserError(f"SEED-Bench.json has no question {question.id!r}; the files are of different "
                                  "versions")
         return questions
 
@@ -76,7 +77,7 @@ class Seed(QuestionFile):
         bench = read_json(path)
         if not (fits(bench, {"question_type": dict, "questions": [QUESTION]}) and bench["questions"]
                 and fits([*bench["question_type"].values()], [int])):
-            raise ValueError(f"{path}: not SEED-Bench: {{question_type, questions: [{{{', '.join(QUESTION)}}}]}}")
+            raise UserError(f"{path}: not SEED-Bench: {{question_type, questions: [{{{', '.join(QUESTION)}}}]}}")
         return bench
 
 

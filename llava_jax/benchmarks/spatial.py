@@ -9,6 +9,7 @@ from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.probe_words import FORMS, name_choices, understand
 from llava_jax.benchmarks.probes_data import FILE, KINDS
 from llava_jax.benchmarks.questions import QuestionFile, fits
+from llava_jax.errors import UserError
 
 ROW = {"category": str, "set": int | str}
 SAID = {"text": str, "answer": str, "choices": [str]}
@@ -29,25 +30,25 @@ class Probe(QuestionFile):
     languages: ClassVar[tuple[str, ...]]
 
     def read(self, data: str) -> list[Question]:
-        """Each question in all languages, one after the other; ValueError for a file of another form.
+        """Each question in all languages, one after the other; UserError for a file of another form.
 
         A question without words in one of the languages is left out.
         """
         whole = [(question, {"en": question.row, **question.row}) for question in super().read(data)]
         whole = [(question, said) for question, said in whole if all(language in said for language in self.languages)]
         if not whole:
-            raise ValueError(f"{data}: no question is there in all of these languages: {', '.join(self.languages)}")
+            raise UserError(f"{data}: no question is there in all of these languages: {', '.join(self.languages)}")
         for question, said in whole:
             if not fits(question.row, ROW) or not all(fits(said[language], SAID) for language in self.languages):
-                raise ValueError(f"{data}: question {question.id!r} is no probe, which has {', '.join([*SAID, *ROW])}")
+                raise UserError(f"{data}: question {question.id!r} is no probe, which has {', '.join([*SAID, *ROW])}")
         return [self._question(question, language, said[language])
                 for question, said in whole for language in self.languages]
 
     def _question(self, question: Question, language: str, said: Mapping[str, Any]) -> Question:
         if said["answer"] not in said["choices"]:
-            raise ValueError(f"question {question.id!r}: {said['answer']!r} is none of its choices")
+            raise UserError(f"question {question.id!r}: {said['answer']!r} is none of its choices")
         if unknown := set(said["choices"]) - set(FORMS[language]):
-            raise ValueError(f"question {question.id!r}: {unknown.pop()!r} is no answer to a probe")
+            raise UserError(f"question {question.id!r}: {unknown.pop()!r} is no answer to a probe")
         row = {key: said[key] for key in ("answer", "choices")} | {
             "category": question.row["category"], "set": question.row["set"], "language": language}
         text = said["text"] + (name_choices(language, said["choices"]) if self.name_choices else "")
@@ -71,11 +72,11 @@ class Spatial(Probe):
 
 
 def judge(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Item]:
-    """Of each answer, what it says and whether that is right. ValueError for an answer to another question."""
+    """Of each answer, what it says and whether that is right. UserError for an answer to another question."""
     rows, items = {question.id: question.row for question in questions}, []
     for answer in answers:
         if answer.id not in rows:
-            raise ValueError(f"there is no question {answer.id!r}; these are answers to other questions")
+            raise UserError(f"there is no question {answer.id!r}; these are answers to other questions")
         row = rows[answer.id]
         read = understand(row["language"], answer.text, row["choices"])
         items.append(Item(answer.id, float(read == row["answer"]), row["answer"], read, row["category"]))

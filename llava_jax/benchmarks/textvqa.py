@@ -8,6 +8,7 @@ from typing import Any
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, fits, need, read_json
+from llava_jax.errors import UserError
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 REFERENCES = 10  # human answers to a question
@@ -27,7 +28,7 @@ class TextVqa(QuestionFile):
     prompted = True
 
     def read(self, data: str) -> list[Question]:
-        """ValueError as well for a question that the annotations do not have."""
+        """UserError as well for a question that the annotations do not have."""
         questions, annotations = super().read(data), self._annotations(data)
         for question in questions:
             _annotation(annotations, question.id, question.text)
@@ -42,7 +43,7 @@ class TextVqa(QuestionFile):
             score = evalai.soft_accuracy(read, [evalai.process(reference) for reference in references])
             items.append(Item(answer.id, score, " | ".join(references), read))
         if not items:
-            raise ValueError("TextVQA: there are no answers to score")
+            raise UserError("TextVQA: there are no answers to score")
         mean = 100 * (sum(item.score for item in items) / len(items))
         return Scores({"accuracy": mean}, "accuracy", items, self.size_notes(questions))
 
@@ -50,17 +51,17 @@ class TextVqa(QuestionFile):
         path = need(data, ANNOTATIONS)
         content = read_json(path)
         if not fits(content, {"data": [{"image_id": int | str, "question": str, "answers": [str]}]}):
-            raise ValueError(f"{path}: not TextVQA's annotations: {{data: [{{image_id, question, answers}}]}}; "
+            raise UserError(f"{path}: not TextVQA's annotations: {{data: [{{image_id, question, answers}}]}}; "
                              "the test split has no answers")
         counts = {len(row["answers"]) for row in content["data"]}
         if counts != {REFERENCES}:
-            raise ValueError(f"{path}: every question needs {REFERENCES} human answers; the counts here are "
+            raise UserError(f"{path}: every question needs {REFERENCES} human answers; the counts here are "
                              f"{', '.join(map(str, sorted(counts))) or 'none'}")
         return {(row["image_id"], row["question"].lower()): row for row in content["data"]}
 
 
 def question_of(prompt: str) -> str:
-    """The question in a prompt, in lower case; ValueError for a prompt of none of LLaVA's three forms.
+    """The question in a prompt, in lower case; UserError for a prompt of none of LLaVA's three forms.
 
     These are `OCR tokens: ... Question: Q Short answer:`; Q, a line of OCR tokens (before or after it) and the
     instruction; and Q and the instruction alone.
@@ -74,12 +75,12 @@ def question_of(prompt: str) -> str:
         return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
     elif len(lines) == 2:
         return lines[0].lower()
-    raise ValueError(f"TextVQA: a prompt of none of the known forms: {prompt!r}")
+    raise UserError(f"TextVQA: a prompt of none of the known forms: {prompt!r}")
 
 
 def _annotation(annotations: Annotations, image: Any, prompt: str) -> Mapping[str, Any]:
     question = question_of(prompt)
     if (image, question) not in annotations:
-        raise ValueError(f"TextVQA: {ANNOTATIONS} has no question {question!r} of image {image!r}; "
+        raise UserError(f"TextVQA: {ANNOTATIONS} has no question {question!r} of image {image!r}; "
                          "the files are of different versions")
     return annotations[image, question]

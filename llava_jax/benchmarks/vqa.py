@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llava_jax.atomic import replacing
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
 from llava_jax.benchmarks.questions import QuestionFile, find, fits, read_json, read_lines, unanswered
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 ALL_OF_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 
@@ -36,7 +37,7 @@ class _Uploaded(QuestionFile):
         for question in questions:
             key = question.row[self.key]
             if key not in known:
-                raise ValueError(f"{self.annotations}: no annotation of {key!r}; it is of another split")
+                raise UserError(f"{self.annotations}: no annotation of {key!r}; it is of another split")
             rows[question.id] = known[key]
         scores = {}
         for id, row in rows.items():
@@ -63,7 +64,7 @@ class _Uploaded(QuestionFile):
         if not rows or not all(row["answers"] for row in rows):
             form = f"[{{{self.key}, answers: [{{answer}}]}}]"
             form = f"{{annotations: {form}}}" if self.wrapped else form
-            raise ValueError(f"{self.annotations}: not annotations of {self.title}: {form} is expected")
+            raise UserError(f"{self.annotations}: not annotations of {self.title}: {form} is expected")
         return {row[self.key]: {**row, "references": [answer["answer"] for answer in row["answers"]]} for row in rows}
 
     def _references(self, references: Sequence[str]) -> Sequence[str]:

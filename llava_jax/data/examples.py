@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_jax.data.records import BadRow, Record
 from llava_jax.data.sources import Mixture
-from llava_jax.images import open_image, prepare
+from llava_jax.images import MissingImage, open_image, prepare
 from llava_jax.text.encode import IMAGE_TOKEN_ID, Example, NoSupervisedTokens, TooLong, encode_conversation
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ class Loader:
         for image in record.images:
             try:
                 tiles.append(prepare(open_image(image), self.image_size, self.image_mode)[0])
-            except FileNotFoundError as error:
+            except MissingImage as error:
                 raise BadRow("missing_image", f"{record.source}: {error}") from None
             except ValueError as error:
                 raise BadRow("broken_image", f"{record.source}: {error}") from None

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llava_jax.atomic import replacing
 from llava_jax.data.records import BadRow
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 PIECE = 1 << 26  # bytes of the file that are looked at together
 SMALL_PIECE = 1 << 20  # the same, where nothing but the item at hand is kept
@@ -34,7 +35,7 @@ class JsonRows:
     A pickled JsonRows opens its files again where it arrives. The index file (`.NAME.index.npy`, 24 bytes a row) is
     made anew when size or time of the data file have changed; where it cannot be written, the index stays in memory.
 
-    Raises ValueError, one line that names the file and where possible the line, if the file is empty, of another kind,
+    Raises UserError, one line that names the file and where possible the line, if the file is empty, of another kind,
     or a list that is broken. `rows[i]` raises BadRow ("malformed") if that row is no JSON.
     """
 
@@ -42,10 +43,10 @@ class JsonRows:
         self.path = path
         self._file = None
         if not os.path.getsize(path):
-            raise ValueError(f"{path}: the file is empty")
+            raise UserError(f"{path}: the file is empty")
         self._places = self._index()
         if not len(self._places):
-            raise ValueError(f"{path}: the file has no rows")
+            raise UserError(f"{path}: the file has no rows")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -99,16 +100,16 @@ def read_members(path: str) -> Iterator[tuple[str, Any]]:
     """The members of the one object that a JSON file holds as (key, value), a list's items one by one as (key, item).
 
     The file is read in pieces: memory is that of the largest item, whatever the file's size. An empty list gives
-    nothing. Raises ValueError, one line that names the file and where possible the line, if the file is empty, of
+    nothing. Raises UserError, one line that names the file and where possible the line, if the file is empty, of
     another kind or broken.
     """
     with open(path, "rb") as file:
         content = _FileBytes(file)
         start = _find_start(content, path)
         if start == len(content):
-            raise ValueError(f"{path}: the file is empty")
+            raise UserError(f"{path}: the file is empty")
         if content[start : start + 1] != b"{":
-            raise ValueError(f"{path}: the file must hold one JSON object, and it begins otherwise")
+            raise UserError(f"{path}: the file must hold one JSON object, and it begins otherwise")
         text, at = _Text(content, start, SMALL_PIECE, json.JSONDecoder()), 0
         try:
             at, closed = text.first_item(0, "}")
@@ -133,7 +134,7 @@ def read_members(path: str) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             line = text.line_of(getattr(error, "pos", at))
-            raise ValueError(f"{path}, line {line}: broken JSON ({reason}); copy the file again") from None
+            raise UserError(f"{path}, line {line}: broken JSON ({reason}); copy the file again") from None
 
 
 class _FileBytes:
@@ -155,7 +156,7 @@ def _find_start(content: mmap.mmap | _FileBytes, path: str) -> int:
     """The first byte that is no blank."""
     for magic, what in UNREADABLE:
         if content[: len(magic)] == magic:
-            raise ValueError(f"{path}: the file {what}")
+            raise UserError(f"{path}: the file {what}")
     start = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
     while content[start : start + 1] in (b" ", b"\t", b"\r", b"\n"):
         start += 1
@@ -204,7 +205,7 @@ def _require_json(content: mmap.mmap, places: np.ndarray, path: str) -> None:
             reason = "it holds NUL bytes" if b"\0" in line else getattr(error, "msg", error)
         problem = problem or f"line {number}: the file is neither a JSON list of rows nor JSON lines ({reason})"
     if problem:
-        raise ValueError(f"{path}, {problem}")
+        raise UserError(f"{path}, {problem}")
 
 
 _blank = re.compile(r"[ \t\r\n]*")
@@ -226,7 +227,7 @@ def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
         reason = getattr(error, "msg", error)
         line = text.line_of(getattr(error, "pos", at))
         whole = f"; the {len(found) // 3:,} rows before are whole" if found else ""
-        raise ValueError(f"{path}, line {line}: broken JSON ({reason}){whole}") from None
+        raise UserError(f"{path}, line {line}: broken JSON ({reason}){whole}") from None
     return np.frombuffer(found, np.int64).reshape(-1, 3)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llava_jax.errors import UserError
+
 WINDOW = 8192  # records packed together: more fill rows better, but all are tokenised before the first row is ready
 
 
@@ -16,12 +18,12 @@ def pack(tokens: Sequence[int], images: Sequence[int], row_length: int, images_p
     choice, joins long records with long ones, and at the end is left with short ones that fill the slots but not the
     tokens.)
 
-    Returns the rows as ascending lists of i, in the order of their first record. Raises ValueError for a record that
+    Returns the rows as ascending lists of i, in the order of their first record. Raises UserError for a record that
     fits into no row.
     """
     tokens, images = np.asarray(tokens, np.int64), np.asarray(images, np.int64)
     for number in np.flatnonzero((tokens > row_length) | (images > images_per_row))[:1]:
-        raise ValueError(f"record {number} has {tokens[number]} tokens and {images[number]} images: more than a row's "
+        raise UserError(f"record {number} has {tokens[number]} tokens and {images[number]} images: more than a row's "
                          f"{row_length} and {images_per_row}")
     left = _Left(tokens.tolist(), images.tolist(), images_per_row)
     rows = []

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
+from llava_jax.errors import UserError
+
 PIPE = 1 << 20  # bytes; the most that Linux grants without privileges
 
 
@@ -24,7 +26,7 @@ class Pool:
 
     def __init__(self, function: Callable[..., Any], workers: int):
         if workers < 0:
-            raise ValueError(f"workers is {workers}: it must be 0 or more")
+            raise UserError(f"workers is {workers}: it must be 0 or more")
         self.workers = workers
         if workers == 0:
             self._executor = ThreadPoolExecutor(1, "pool", initializer=_set_function, initargs=(function,))

@@ -8,6 +8,7 @@ from collections.abc import Container
 from typing import Any
 
 from llava_jax.data.records import BadRow
+from llava_jax.errors import UserError
 
 
 class ParquetRows:
@@ -17,7 +18,7 @@ class ParquetRows:
     no access to single rows: a row is read with its whole row group, which is kept for the rows that follow. Reading at
     random costs a row group each time; `prepare pack` makes a data set without that cost.
 
-    Raises ValueError, one line, for a file that is no parquet or has no rows; `rows[i]` BadRow if it cannot be read.
+    Raises UserError, one line, for a file that is no parquet or has no rows; `rows[i]` BadRow if it cannot be read.
     """
 
     def __init__(self, path: str):
@@ -33,13 +34,13 @@ class ParquetRows:
                 about = pyarrow.parquet.read_metadata(file)
                 rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                raise ValueError(f"{file}: not a readable parquet file ({_line(error)})") from None
+                raise UserError(f"{file}: not a readable parquet file ({_line(error)})") from None
             self._groups += [(file, group) for group in range(len(rows))]
             counts += rows
         self._starts = list(itertools.accumulate(counts, initial=0))
         self._read: tuple[int, Any] | None = None
         if not len(self):
-            raise ValueError(f"{path}: the file has no rows")
+            raise UserError(f"{path}: the file has no rows")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -96,12 +97,12 @@ def _find_files(path: str) -> list[str]:
     chosen = [split for split in splits if wanted in (split, os.path.basename(split))] if wanted else list(splits)
     if len(chosen) != 1:
         problem = f"{'no' if not chosen else 'more than one'} split {wanted}" if wanted else "several splits"
-        raise ValueError(f"{folder}: has {problem}; there are {', '.join(splits)}; name one as {folder}:SPLIT")
+        raise UserError(f"{folder}: has {problem}; there are {', '.join(splits)}; name one as {folder}:SPLIT")
     files = splits[chosen[0]]
     shards = [match for match in map(_SHARD.fullmatch, files) if match]
     expected = {(f"{number:05}", match[3]) for match in shards for number in range(int(match[3]))}
     if missing := sorted(expected - {(match[2], match[3]) for match in shards}):
-        raise ValueError(f"{folder}: shard {missing[0][0]} of {int(missing[0][1])} of split {chosen[0]} is missing")
+        raise UserError(f"{folder}: shard {missing[0][0]} of {int(missing[0][1])} of split {chosen[0]} is missing")
     return files
 
 

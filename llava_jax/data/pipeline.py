@@ -23,6 +23,7 @@ from llava_jax.data.packing import WINDOW, pack
 from llava_jax.data.parallel import Pool
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture
+from llava_jax.errors import UserError
 from llava_jax.text import templates
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example
 from llava_jax.text.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class Batches(grain.IterDataset):
     number of processes and workers. An iterator's state, {"epoch", "window", "row"}, is the same on all of them and
     continues bit for bit with any other number. The last batch is filled up with padding.
 
-    A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. ValueError if
+    A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. UserError if
     rows do not divide over the processes, and when of the first records every one is bad.
     """
 
@@ -72,7 +73,7 @@ class Batches(grain.IterDataset):
     ):
         super().__init__()
         if rows % process_count:
-            raise ValueError(f"{rows} rows do not divide over {process_count} processes")
+            raise UserError(f"{rows} rows do not divide over {process_count} processes")
         self.rows, self.epochs, self.workers = rows, epochs, workers
         self.process_index, self.process_count = process_index, process_count
         self.order = _Order(mixture, seed, shuffle)
@@ -286,4 +287,4 @@ def _require_a_good_record(loader: Loader, numbers: Sequence[int]) -> None:
             return
         except BadRow as bad:
             first = first or bad
-    raise ValueError(f"none of the first {len(numbers)} rows can be used, the first for this reason: {first}")
+    raise UserError(f"none of the first {len(numbers)} rows can be used, the first for this reason: {first}")

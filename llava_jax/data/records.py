@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from llava_jax.errors import UserError
+
 REASONS = ("malformed", "role", "turn_order", "image_count", "outside_root", "missing_image", "broken_image",
            "no_supervised_tokens", "too_long")
 
@@ -24,7 +26,7 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "c
          "bard": "gpt", "model": "gpt", "system": "system", "developer": "system"}
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that cannot be trained on: one line that names file and row, and a `reason` out of REASONS to count by."""
 
     def __init__(self, reason: str, message: str):
@@ -46,10 +48,10 @@ class Record:
 
 
 def turns_key(row: Any) -> str | None:
-    """The key under which a row holds its turns, or None. ValueError if there are several."""
+    """The key under which a row holds its turns, or None. UserError if there are several."""
     found = [key for key in FORMATS if isinstance(row, Mapping) and row.get(key) is not None]
     if len(found) > 1:
-        raise ValueError(f"the row is ambiguous: it has {' and '.join(found)}; leave one")
+        raise UserError(f"the row is ambiguous: it has {' and '.join(found)}; leave one")
     return found[0] if found else None
 
 
@@ -80,7 +82,7 @@ def parse_row(row: Any, where: str) -> Record:
         key = turns_key(row)
         if key is None:
             has = ", ".join(map(str, row)) or "nothing"
-            raise ValueError(f"a row must have one of {', '.join(FORMATS)}; this one has {has:.200}")
+            raise UserError(f"a row must have one of {', '.join(FORMATS)}; this one has {has:.200}")
         turns, slots = _turns(_query_turns(row) if key == "query" else row[key], row.get("system"))
         images = _fill(slots, _column(row))
     except BadRow as bad:
@@ -101,20 +103,20 @@ def kind(value: Any) -> str:
 
 
 def check_text(text: str, name: str) -> str:
-    """The text itself; ValueError if it holds what no file name and no tokenizer takes."""
+    """The text itself; UserError if it holds what no file name and no tokenizer takes."""
     if "\0" in text:
-        raise ValueError(f"{name} holds a NUL character")
+        raise UserError(f"{name} holds a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} holds half of a UTF-16 pair, which is no character") from None
+        raise UserError(f"{name} holds half of a UTF-16 pair, which is no character") from None
     return text
 
 
 def _query_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError("history must be a list of pairs of question and answer")
+        raise UserError("history must be a list of pairs of question and answer")
     pairs = [*history, (row["query"], row.get("response"))]
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
@@ -129,19 +131,19 @@ def _turns(value: Any, system: Any) -> tuple[tuple[dict[str, str], ...], list[_S
     if isinstance(value, Mapping):  # in columns, as Arrow and TFDS may hold a list of objects
         columns = {key: list(column) for key, column in value.items() if isinstance(column, list | tuple)}
         if len({len(column) for column in columns.values()}) != 1:
-            raise ValueError("the turns must be a list, not an object")
+            raise UserError("the turns must be a list, not an object")
         value = [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"the turns must be a list, not {kind(value)}")
+        raise UserError(f"the turns must be a list, not {kind(value)}")
     turns, slots = [], []
     if system is not None and system != "":
         if not isinstance(system, str):
-            raise ValueError(f"system must be text, not {kind(system)}")
+            raise UserError(f"system must be text, not {kind(system)}")
         text, slots = _content(system, "system")
         turns.append({"from": "system", "value": text})
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {number} must be an object, not {kind(turn)}")
+            raise UserError(f"turn {number} must be an object, not {kind(turn)}")
         role = turn.get("from") if turn.get("role") is None else turn["role"]
         text = "value" if turn.get("value") is not None or "from" in turn and "content" not in turn else "content"
         if not isinstance(role, str) or role.lower() not in ROLES:
@@ -170,7 +172,7 @@ def _content(content: Any, name: str) -> tuple[str, list[_Slot]]:
     if isinstance(content, str):
         return check_text(content, name), [None] * content.count("<image>")
     if not isinstance(content, list):
-        raise ValueError(f"{name} must be text or a list of parts, not {kind(content)}")
+        raise UserError(f"{name} must be text or a list of parts, not {kind(content)}")
     texts, slots = [], []
     for number, part in enumerate(content, 1):
         sort = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
@@ -179,7 +181,7 @@ def _content(content: Any, name: str) -> tuple[str, list[_Slot]]:
         elif sort in ("image", "image_url"):
             text, own = "<image>", [_own_image(part, f"{name}, part {number}")]
         else:
-            raise ValueError(f"{name}, part {number} is of type {sort!r:.80}; text, image and image_url can be read")
+            raise UserError(f"{name}, part {number} is of type {sort!r:.80}; text, image and image_url can be read")
         texts.append(text)
         slots += own
     return "\n".join(texts), slots
@@ -199,7 +201,7 @@ def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
     """The images that a row names beside its turns."""
     given = {key: row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])}
     if len(given) > 1:
-        raise ValueError("the row is ambiguous: it has image and images; leave one")
+        raise UserError("the row is ambiguous: it has image and images; leave one")
     for key, value in given.items():
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_image(image, key) for image in values if not _is_empty(image))
@@ -219,17 +221,17 @@ def _image(value: Any, name: str) -> Image:
     if isinstance(value, bytes) and value:
         return value
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a path or a list of paths, not {kind(value)}")
+        raise UserError(f"{name} must be a path or a list of paths, not {kind(value)}")
     if value.lstrip()[:5].lower() == "data:":
         about, comma, content = value.partition(",")
         if not comma:
-            raise ValueError(f"{name} is a data: URL without a comma")
+            raise UserError(f"{name} is a data: URL without a comma")
         if re.search(r";\s*base64\s*$", about, re.IGNORECASE):
             return _decoded(content, name)
         return _filled(unquote_to_bytes(content), name)
     value = value.removeprefix("file://")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
-        raise ValueError(f"{name} is {value:.80}, which is not on this machine; download it and give its path")
+        raise UserError(f"{name} is {value:.80}, which is not on this machine; download it and give its path")
     return check_text(value, name)
 
 

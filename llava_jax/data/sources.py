@@ -12,6 +12,7 @@ from llava_jax.data.json_rows import JsonRows
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_row, turns_key
 from llava_jax.data.tfds_rows import TfdsRows
+from llava_jax.errors import UserError
 
 SAMPLED = 100  # first rows that tell a file's format
 NEEDED = {*FORMATS, "id", "image", "images", "system", "response", "history"}  # keys that a record is made of
@@ -22,7 +23,7 @@ class Source:
     """The rows of one data file; `source[i]` is a Record. Small when pickled: files are opened again where it arrives.
 
     Image paths are joined to `image_root`. A path that leaves it is refused; symbolic links are followed.
-    Raises ValueError, one line, if the first rows are of no known format or of several. `source[i]` raises BadRow.
+    Raises UserError, one line, if the first rows are of no known format or of several. `source[i]` raises BadRow.
     """
 
     def __init__(self, rows: JsonRows | ParquetRows | TfdsRows, image_root: str):
@@ -93,7 +94,7 @@ def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> 
     data set in ArrayRecord (which may be on gs://); `FOLDER:SPLIT` names one split of several. Rows are of any format
     that `records.FORMATS` names. Image paths are relative to `image_root`, by default the folder that holds the file.
 
-    Raises FileNotFoundError, or ValueError with one line that says what was seen.
+    Raises UserError with one line that says what was seen.
     """
     path, image_root = os.fspath(path), os.fspath(image_root)
     folder = path if os.path.isdir(path) else path.rpartition(":")[0]
@@ -101,13 +102,13 @@ def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> 
         return Source(_open_folder(path, folder), image_root or folder)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{path}: is no regular file")
+            raise UserError(f"{path}: is no regular file")
         with open(path, "rb") as file:
             kind = ParquetRows if file.read(4) == b"PAR1" else JsonRows
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such data file") from None
+        raise UserError(f"{path}: no such data file") from None
     except OSError as error:
-        raise ValueError(f"{path}: the data file cannot be opened ({error.strerror})") from None
+        raise UserError(f"{path}: the data file cannot be opened ({error.strerror})") from None
     return Source(kind(path), image_root or os.path.dirname(path))
 
 
@@ -117,7 +118,7 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
     A mixture file is a JSON object {"mixture": [{"path", "image_root", "epochs" | "count" | "weight"}, ...]}, with
     paths relative to its folder. `epochs` (1 by default) is how often, or which share of, a source's rows an epoch has;
     `count` how many rows. With `weight`, which is for all sources or none, an epoch has as many rows as all sources
-    together, divided by weight. Raises what `open_source` raises, and ValueError for a mixture file that is wrong.
+    together, divided by weight. Raises what `open_source` raises, and UserError for a mixture file that is wrong.
     """
     parts = _read_mixture(os.fspath(path))
     if parts is None:
@@ -128,7 +129,7 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
     for part in parts:
         where = part["path"] if "://" in part["path"] else os.path.join(base, part["path"])
         if _read_mixture(where) is not None:
-            raise ValueError(f"{path}: {part['path']} is a mixture itself; name its parts instead")
+            raise UserError(f"{path}: {part['path']} is a mixture itself; name its parts instead")
         root = os.path.join(base, part["image_root"]) if part.get("image_root") else image_root
         sources.append(open_source(where, root))
     sizes = [len(source) for source in sources]
@@ -140,7 +141,7 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
         counts = [part.get("count", round(part.get("epochs", 1) * size)) for part, size in shares]
     for number, count in enumerate(counts, 1):
         if not count:
-            raise ValueError(f"{path}: part {number} gives no row to an epoch; give it more, or leave it out")
+            raise UserError(f"{path}: part {number} gives no row to an epoch; give it more, or leave it out")
     return Mixture(tuple(sources), tuple(counts))
 
 
@@ -160,17 +161,17 @@ def _find_format(rows: Any) -> str:
             problem = problem or str(bad)
             continue
         except ValueError as error:
-            raise ValueError(f"{rows.where(i)}: {error}") from None
+            raise UserError(f"{rows.where(i)}: {error}") from None
         if key is not None:
             found.setdefault(key, i + 1)
         elif isinstance(row, dict):
             others.append(", ".join(map(str, row)) or "nothing")
     if len(found) > 1:
         seen = ", ".join(f"row {row} has {key}" for key, row in found.items())
-        raise ValueError(f"{rows.path}: the file is ambiguous: {seen}; split it into files of one format each")
+        raise UserError(f"{rows.path}: the file is ambiguous: {seen}; split it into files of one format each")
     if not found:
         seen = f"the first row has {others[0]:.200}" if others else problem or "the first rows are no objects"
-        raise ValueError(f"{rows.path}: of no known format: a row needs {', '.join(FORMATS)}; {seen}")
+        raise UserError(f"{rows.path}: of no known format: a row needs {', '.join(FORMATS)}; {seen}")
     return next(iter(found))
 
 
@@ -191,14 +192,14 @@ def _read_mixture(path: str) -> list[dict[str, Any]] | None:
         return None
     parts = content["mixture"]
     if len(content) > 1 or not isinstance(parts, list) or not parts:
-        raise ValueError(f'{path}: a mixture file is {{"mixture": [{{"path": ...}}, ...]}} and nothing else')
+        raise UserError(f'{path}: a mixture file is {{"mixture": [{{"path": ...}}, ...]}} and nothing else')
     for number, part in enumerate(parts, 1):
         problem = "it must be an object with a path" if not isinstance(part, dict) else _problem_of(part)
         if problem:
-            raise ValueError(f"{path}: part {number} of the mixture: {problem}")
+            raise UserError(f"{path}: part {number} of the mixture: {problem}")
     weighted = ["weight" in part for part in parts]
     if any(weighted) and not all(weighted):
-        raise ValueError(f"{path}: part {weighted.index(False) + 1} of the mixture has no weight, but others have")
+        raise UserError(f"{path}: part {weighted.index(False) + 1} of the mixture has no weight, but others have")
     return parts
 
 

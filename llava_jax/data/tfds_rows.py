@@ -15,6 +15,7 @@ import re
 from typing import Any, Literal
 
 from llava_jax.data.records import BadRow
+from llava_jax.errors import UserError
 
 # Reading ahead is for reading in order; it would read megabytes for every row.
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
@@ -41,8 +42,8 @@ class TfdsRows:
     sequences of several features lists of dicts. Features of other types (audio, video, arrays, boxes in
     another format than TFDS's own) are left out.
 
-    Raises FileNotFoundError or ValueError, one line, if this is no such data set or a shard is missing; `rows[i]`
-    raises BadRow ("malformed") for a damaged row, ValueError for a shard that is damaged as a whole, and OSError where
+    Raises UserError, one line, if this is no such data set or a shard is missing; `rows[i]`
+    raises BadRow ("malformed") for a damaged row, UserError for a shard that is damaged as a whole, and OSError where
     reading fails. Small when pickled: shards are opened where they are read.
     """
 
@@ -58,24 +59,24 @@ class TfdsRows:
             lengths = {name: [int(n) for n in split.get("shardLengths", ())] for name, split in splits.items()}
             shards = {name: _shard_names(info["name"], split, len(lengths[name])) for name, split in splits.items()}
             if not all(isinstance(name, str) and sum(counts) < 2**48 for name, counts in lengths.items()):
-                raise ValueError("the splits' names or shard lengths")
+                raise UserError("the splits' names or shard lengths")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self._folder}: its metadata are not what TFDS writes ({error!r:.200})") from None
+            raise UserError(f"{self._folder}: its metadata are not what TFDS writes ({error!r:.200})") from None
         if not isinstance(self._features, dict):
-            raise ValueError(f"{path}: features.json names no text, image or number")
+            raise UserError(f"{path}: features.json names no text, image or number")
         if "array_record" not in stored:
-            raise ValueError(
+            raise UserError(
                 f"{path}: the data set is stored as {stored[0]}; write it anew as ArrayRecord, with tfds.builder(NAME, "
                 'file_format="array_record").download_and_prepare() or tfds convert_format'
             )
         self.split = _choose_split(list(splits), wanted, path)
         self._starts = list(itertools.accumulate(lengths[self.split], initial=0))
         if not len(self):
-            raise ValueError(f"{path}: split {self.split} has no rows")
+            raise UserError(f"{path}: split {self.split} has no rows")
         self.files = [_join(self._folder, shard) for shard in shards[self.split]]
         for file in self.files:
             if "://" not in file and not os.path.isfile(file):
-                raise FileNotFoundError(f"{file}: this shard of split {self.split} is missing")
+                raise UserError(f"{file}: this shard of split {self.split} is missing")
         self._readers: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -120,10 +121,10 @@ class TfdsRows:
                 reader = ArrayRecordReader(name, RANDOM_ACCESS, file_reader_buffer_size=BUFFER)
                 found = reader.num_records()
             except RuntimeError as error:
-                raise ValueError(f"{name}: not a readable ArrayRecord file ({_line(error)})") from None
+                raise UserError(f"{name}: not a readable ArrayRecord file ({_line(error)})") from None
             if found != expected:  # also what a truncated or missing file shows: it reads as empty
                 message = f"holds {found} rows, but dataset_info.json says {expected}; it is truncated, copy it again"
-                raise ValueError(f"{name}: {message}")
+                raise UserError(f"{name}: {message}")
             self._readers[shard] = reader
         return self._readers[shard]
 
@@ -214,7 +215,7 @@ def _plain(column: Any, leaf: Leaf) -> list[Any]:
     stored = column.WhichOneof("kind")
     values = getattr(column, stored).value if stored else ()
     if (stored == "bytes_list") != (leaf.kind in ("text", "string", "image")) and stored:
-        raise ValueError(f"a {leaf.kind} is stored as {stored}")
+        raise UserError(f"a {leaf.kind} is stored as {stored}")
     match leaf.kind:
         case "text":
             return [value.decode() for value in values]
@@ -255,22 +256,22 @@ def _version_folder(path: str) -> str:
     if (folder / "dataset_info.json").exists():
         return path
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+        raise UserError(f"{path}: no such folder")
     found = sorted(inner.name for inner in folder.iterdir() if (inner / "dataset_info.json").exists())
     if len(found) == 1:
         return _join(path, found[0])
     if found:
-        raise ValueError(f"{path}: holds several data sets or versions, choose one: {', '.join(found)}")
+        raise UserError(f"{path}: holds several data sets or versions, choose one: {', '.join(found)}")
     partly = "; a pack into it has begun but not ended: run it again" if (folder / ".pack").exists() else ""
-    raise ValueError(f"{path}: no TFDS data set, there is no dataset_info.json in it{partly}")
+    raise UserError(f"{path}: no TFDS data set, there is no dataset_info.json in it{partly}")
 
 
 def _choose_split(splits: list[str], wanted: str, path: str) -> str:
     names = ", ".join(splits) or "none"
     if wanted and wanted not in splits:
-        raise ValueError(f"{path}: no split {wanted}; there are: {names}")
+        raise UserError(f"{path}: no split {wanted}; there are: {names}")
     if not wanted and len(splits) != 1 and "train" not in splits:
-        raise ValueError(f"{path}: choose a split as FOLDER:SPLIT; there are: {names}")
+        raise UserError(f"{path}: choose a split as FOLDER:SPLIT; there are: {names}")
     return wanted or ("train" if "train" in splits else splits[0])
 
 
@@ -287,11 +288,11 @@ def _read_json(path: str) -> dict[str, Any]:
     try:
         content = json.loads(_open_path(path).read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; without it the folder is no TFDS data set") from None
+        raise UserError(f"{path}: no such file; without it the folder is no TFDS data set") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON ({_line(error)})") from None
+        raise UserError(f"{path}: broken JSON ({_line(error)})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not what TFDS writes: the file holds no object")
+        raise UserError(f"{path}: not what TFDS writes: the file holds no object")
     return content
 
 
@@ -301,7 +302,7 @@ def _open_path(path: str) -> Any:
     try:
         epath.Path(path).exists()  # the first call on gs:// looks for the package that it needs
     except ImportError:
-        raise ValueError(f"{path}: reading from there needs one more package: pip install gcsfs") from None
+        raise UserError(f"{path}: reading from there needs one more package: pip install gcsfs") from None
     return epath.Path(path)
 
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from llava_jax.atomic import replacing
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.client import Endpoint
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
@@ -31,6 +30,8 @@ from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request, read_reply
 from llava_jax.endpoint.run import Ending, J, Settle
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 STATE = "batches.json"
 REQUESTS_PER_PART, BYTES_PER_PART = 50_000, 100_000_000  # what all servers with this API take
@@ -62,7 +63,7 @@ async def answer_all_in_batches(
     next. Batches that an earlier run submitted are collected first. When `stop` is asked, the waiting ends and the
     batches go on: the next call collects them. `jobs` is read once a round, by index. The log's lock is the folder's.
 
-    Raises EndpointStopped (a ValueError) if there is no Batch API, a batch fails as a whole or was cancelled (its
+    Raises EndpointStopped if there is no Batch API, a batch fails as a whole or was cancelled (its
     answers are kept; the same call submits the rest), or EMPTY_ROUNDS bring no answer; OSError for a full disk.
     """
     budget, stop = budget or Budget(batch=True), stop or Stop()
@@ -329,7 +330,7 @@ class _Batches:
             return []
         except (ValueError, KeyError, TypeError) as error:
             what = "it tells which batches are on their way"
-            raise ValueError(f"{self.path}: cannot be read ({error}); {what}") from None
+            raise UserError(f"{self.path}: cannot be read ({error}); {what}") from None
 
     def _save(self) -> None:
         with replacing(self.path) as file:

@@ -5,6 +5,7 @@ from typing import Literal
 from llava_jax.endpoint.errors import EndpointStopped
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Reply, Request
+from llava_jax.errors import UserError
 
 FIRST_COMPLETION = 4096  # tokens that an answer without a limit may have, as far as is known before the first
 TOKENS_PER_BYTE = 0.5  # of a prompt, likewise; more than tokenizers make of running text
@@ -38,7 +39,7 @@ class Budget:
         cost: float = 0.0,
     ):
         if max_cost is not None and price is None:
-            raise ValueError("a limit of cost needs prices: --prices FILE")
+            raise UserError("a limit of cost needs prices: --prices FILE")
         self.max_cost, self.max_requests, self.price, self.cost, self.requests = max_cost, max_requests, price, cost, 0
         self._batch, self.reserved = batch, 0.0
         self._per_byte, self._longest = TOKENS_PER_BYTE, FIRST_COMPLETION

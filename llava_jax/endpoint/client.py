@@ -14,6 +14,7 @@ from llava_jax.endpoint.errors import EndpointStopped, RequestFailed
 from llava_jax.endpoint.limits import RateLimit, backoff, retry_after
 from llava_jax.endpoint.request import BYTES_PER_TOKEN, Reply, Request, read_reply
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class Endpoint:
     Attributes:
       notes: what was found out about the server on the way, one line each: parameters that it refuses.
 
-    Raises ImportError without the openai package, ValueError for a missing or odd key and an odd base_url.
+    Raises UserError without the openai package, UserError for a missing or odd key and an odd base_url.
     """
 
     def __init__(
@@ -70,9 +71,9 @@ class Endpoint:
         try:
             import openai
         except ImportError:
-            raise ImportError("the openai package is missing: pip install 'llava_jax[teacher]'") from None
+            raise UserError("the openai package is missing: pip install 'llava_jax[teacher]'") from None
         if base_url is not None and not re.match(r"https?://[^/]", base_url):
-            raise ValueError(f"--base-url {base_url}: not the address of an API, such as http://127.0.0.1:8000/v1")
+            raise UserError(f"--base-url {base_url}: not the address of an API, such as http://127.0.0.1:8000/v1")
         self.model, self.stop, self.notes = model, stop or Stop(), list[str]()
         self.client = openai.AsyncOpenAI(
             base_url=base_url,
@@ -82,7 +83,7 @@ class Endpoint:
             http_client=openai.DefaultAsyncHttpxClient(transport=transport) if transport else None,
         )
         if api_key is None and self.client.base_url.host == OPENAI:
-            raise ValueError("OpenAI wants an API key: set OPENAI_API_KEY, or name its variable by --api-key-env")
+            raise UserError("OpenAI wants an API key: set OPENAI_API_KEY, or name its variable by --api-key-env")
         self._key, self._timeout, self._retries = api_key, timeout, retries
         self._limit = RateLimit(requests_per_minute, tokens_per_minute)
         self._renamed: dict[str, str | None] = {}  # parameters that the server refuses -> what it takes instead
@@ -93,7 +94,7 @@ class Endpoint:
     async def check(self) -> list[str]:
         """Looks, before any work and without paying, whether the model can be asked; returns warnings, one line each.
 
-        Raises ValueError with one line: nothing answers at the address, the key is missing or refused, the quota is
+        Raises UserError with one line: nothing answers at the address, the key is missing or refused, the quota is
         used up, there is no chat API, or it has no such model (names near ones).
         """
         import openai
@@ -106,17 +107,17 @@ class Endpoint:
         except openai.APIStatusError:
             pass  # a server without /models: what it says to a chat tells more
         except RequestFailed as error:
-            raise ValueError(f"{self._address}: {error.detail}") from None
+            raise UserError(f"{self._address}: {error.detail}") from None
         if names and self.model not in names:
             near = difflib.get_close_matches(self.model, names, 3, 0.4) or sorted(names)[:10]
-            raise ValueError(f"{self._address} has no model {self.model!r}; it has {', '.join(near)}")
+            raise UserError(f"{self._address} has no model {self.model!r}; it has {', '.join(near)}")
         await self._probe()
         return warnings
 
     async def ask(self, request: Request) -> Reply:
         """The answer to a request, after as many tries as it takes.
 
-        Raises RequestFailed if it gets none, EndpointStopped (a ValueError) if no request would, Unsent if the run is
+        Raises RequestFailed if it gets none, EndpointStopped if no request would, Unsent if the run is
         asked to stop while this one waits. A parameter that the server refuses is renamed or left out, once for all
         requests, and told in `notes`; a limit of tokens is never left out.
         """
@@ -241,7 +242,7 @@ class Endpoint:
             answer = raw.http_response.json()
         except (ValueError, RecursionError):
             text = raw.http_response.text[:2000]
-            raise ValueError(f"no JSON: {_words(text)}" if text.strip() else "an empty answer") from None
+            raise UserError(f"no JSON: {_words(text)}" if text.strip() else "an empty answer") from None
         return read_reply(answer)
 
     async def _models(self) -> list[dict[str, Any]]:
@@ -270,10 +271,10 @@ class Endpoint:
         except openai.APIStatusError as error:
             words = self._say(error.body)
             if error.status_code == 404 and "model" in f"{_field(error.body, 'code')} {words}":
-                raise ValueError(f"{self._address} has no model {self.model!r}: {words}") from None
+                raise UserError(f"{self._address} has no model {self.model!r}: {words}") from None
             chat = error.status_code not in (404, 405, 501) and isinstance(error.body, dict)
         if not chat:
-            raise ValueError(f"{self._address}: no chat API answers there{hint}")
+            raise UserError(f"{self._address}: no chat API answers there{hint}")
 
     def _expected(self, request: Request) -> float:
         """Tokens, prompt and answer, that a request will have, if it is like those before."""
@@ -302,12 +303,12 @@ class Endpoint:
 
 
 def read_key(variable: str = "OPENAI_API_KEY", required: bool = False) -> str | None:
-    """The API key from an environment variable, or None. Raises ValueError if it cannot be one, or is `required`."""
+    """The API key from an environment variable, or None. Raises UserError if it cannot be one, or is `required`."""
     key = os.environ.get(variable, "").strip()
     if required and not key:
-        raise ValueError(f"the environment variable {variable} is not set: it shall hold the API key")
+        raise UserError(f"the environment variable {variable} is not set: it shall hold the API key")
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"the environment variable {variable} holds no API key, but a blank or an odd letter")
+        raise UserError(f"the environment variable {variable} holds no API key, but a blank or an odd letter")
     return key or None
 
 

@@ -1,5 +1,7 @@
 """How asking can end without an answer."""
 
+from llava_jax.errors import UserError
+
 
 class RequestFailed(Exception):
     """This request got no answer, and asking again in the same way would not bring one. Others may go on.
@@ -15,7 +17,7 @@ class RequestFailed(Exception):
         self.reason, self.detail = reason, detail
 
 
-class EndpointStopped(ValueError):
+class EndpointStopped(UserError):
     """No further request has a chance until the user mends something: a key, the quota, the model's name."""
 
 

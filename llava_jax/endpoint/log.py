@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llava_jax.endpoint.request import Reply
+from llava_jax.errors import FULL, UserError
 
 LOCK_TRIES, LOCK_SECONDS = 10, 0.05  # `is_written` holds the lock for a moment, which must not refuse a writer
 SYNC_SECONDS = 5.0  # between calls of fsync: what a crash of the machine, not of the process, can lose
@@ -26,7 +27,7 @@ class AnswerLog:
       damaged: numbers, from 1, of lines that cannot be read; they are passed over, so that their requests are asked
         again.
 
-    Raises ValueError if another process has the log open to write, FileNotFoundError for a reader without a file.
+    Raises UserError if another process has the log open to write, UserError for a reader without a file.
     """
 
     def __init__(self, path: str, read_only: bool = False):
@@ -49,12 +50,12 @@ class AnswerLog:
     def append(self, key: str, reply: Reply, note: Mapping[str, Any] | None = None) -> None:
         """Writes a reply before anything else is done with it; `note` is for people who read the file.
 
-        Raises OSError (a full disk) with the log as it was before, and ValueError if the key is there or is none.
+        Raises OSError (a full disk) with the log as it was before, and UserError if the key is there or is none.
         """
         if key in self:
-            raise ValueError(f"{self.path}: holds {key} already")
+            raise UserError(f"{self.path}: holds {key} already")
         if len(key) != 64:
-            raise ValueError(f"{self.path}: {key!r:.80} is no key")
+            raise UserError(f"{self.path}: {key!r:.80} is no key")
         record = {"key": key, "reply": dataclasses.asdict(reply)} | ({"note": dict(note)} if note else {})
         line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         try:
@@ -63,7 +64,9 @@ class AnswerLog:
                 written += os.write(self._file, line[written:])
         except OSError as error:
             os.ftruncate(self._file, self._end)
-            raise OSError(error.errno, f"{self.path}: {error.strerror}; an answer could not be kept") from None
+            if error.errno in FULL:
+                raise UserError(f"{self.path}: {error.strerror}; an answer could not be kept; make room") from error
+            raise
         self._starts[bytes.fromhex(key)] = self._end
         self._end += len(line)
         if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -101,7 +104,7 @@ class AnswerLog:
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not left:
-                    raise ValueError(f"{self.path}: another process is writing to it; wait until it ends") from None
+                    raise UserError(f"{self.path}: another process is writing to it; wait until it ends") from None
             time.sleep(LOCK_SECONDS)
 
     def _scan(self) -> int:

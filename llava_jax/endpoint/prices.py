@@ -5,6 +5,7 @@ import json
 import math
 
 from llava_jax.endpoint.request import Reply
+from llava_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +37,23 @@ def load_price(path: str, model: str) -> Price:
     """The price of a model from a JSON file.
 
     {"MODEL": {"prompt": 1.25, "completion": 10, "cached": 0.125, "batch": 0.5}, ...}
-    Raises FileNotFoundError, or ValueError with one line that names file, model and field.
+    Raises UserError with one line that names file, model and field.
     """
     with open(path, encoding="utf-8") as file:
         try:
             table = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
+            raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(table, dict) or not isinstance(table.get(model), dict):
         names = ", ".join(table) if isinstance(table, dict) else "no object of models"
-        raise ValueError(f"{path}: no prices of {model!r}; it has {names or 'none'}")
+        raise UserError(f"{path}: no prices of {model!r}; it has {names or 'none'}")
     row, fields = table[model], [field.name for field in dataclasses.fields(Price)]
     for name, value in row.items():
         if name not in fields:
-            raise ValueError(f"{path}: {model}: unknown field {name!r}; there are {', '.join(fields)}")
+            raise UserError(f"{path}: {model}: unknown field {name!r}; there are {', '.join(fields)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"{path}: {model}: {name} is {value!r}, not a price")
+            raise UserError(f"{path}: {model}: {name} is {value!r}, not a price")
     for name in ("prompt", "completion"):
         if name not in row:
-            raise ValueError(f"{path}: {model}: {name!r} is missing (USD per million tokens)")
+            raise UserError(f"{path}: {model}: {name!r} is missing (USD per million tokens)")
     return Price(**{"cached": row["prompt"], **row})

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from llava_jax.errors import UserError
+
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant", "content": str, or a list of parts as the chat API has them}"""
 
@@ -36,7 +38,7 @@ class Request:
     def __post_init__(self) -> None:
         for name in OWN:
             if name in self.parameters:
-                raise ValueError(f"parameters: {name!r} cannot be set here")
+                raise UserError(f"parameters: {name!r} cannot be set here")
 
     def key(self, model: str) -> str:
         """SHA-256, in hexadecimal digits, of all that the answer depends on: equal requests have equal keys."""
@@ -83,7 +85,7 @@ class Reply:
 
 
 def read_reply(body: Any, batch: bool = False) -> Reply:
-    """A Reply from the body of a chat completion. Raises ValueError if it is none.
+    """A Reply from the body of a chat completion. Raises UserError if it is none.
 
     Only the text must be there, for it has been paid. Tokens that a server does not count, or miscounts, are 0; a
     refusal that stands in its own field is the text; a date that is none is now.
@@ -92,7 +94,7 @@ def read_reply(body: Any, batch: bool = False) -> Reply:
         choice = body["choices"][0]
         text = _text(choice["message"].get("content")) or _text(choice["message"].get("refusal"))
     except (LookupError, TypeError, AttributeError):
-        raise ValueError(f"no chat completion: {json.dumps(body, default=str):.200}") from None
+        raise UserError(f"no chat completion: {json.dumps(body, default=str):.200}") from None
     usage = _object(body.get("usage"))
     prompt, fingerprint = _count(usage.get("prompt_tokens")), body.get("system_fingerprint")
     cached = _count(_object(usage.get("prompt_tokens_details")).get("cached_tokens"))

@@ -52,7 +52,7 @@ async def answer_all(
       "interrupted"   when `stop` was asked to: what was in flight is finished and settled,
       "max_cost", "max_requests"  when the budget had no room for the next request, likewise.
 
-    Jobs that were not reached are not settled; the log has all answers. Raises EndpointStopped (a ValueError) when no
+    Jobs that were not reached are not settled; the log has all answers. Raises EndpointStopped when no
     request would be answered any more, after what is in flight, also when FAILURES_IN_A_ROW have failed; OSError when
     the log cannot be written.
     """

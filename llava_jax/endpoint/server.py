@@ -7,6 +7,7 @@ import sys
 
 from llava_jax.endpoint.client import Endpoint, read_key
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
 
 OVER_BUDGET, INTERRUPTED, TERMINATED = 3, 130, 75  # exit codes; the last as of sysexits.h and of train
 
@@ -29,14 +30,14 @@ class Server:
     """how often a request is sent again after errors of the server or the network"""
 
     def check(self) -> None:
-        """Raises ValueError, one line, for what cannot be meant."""
+        """Raises UserError, one line, for what cannot be meant."""
         for name, least in (("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
         for name in ("requests_per_minute", "tokens_per_minute", "timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
+                raise UserError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
 
     def open(self, model: str, base_url: str = "", stop: Stop | None = None) -> Endpoint:
         """The model there; "" is OPENAI_BASE_URL or OpenAI itself. Raises what Endpoint raises."""
@@ -47,7 +48,7 @@ class Server:
         )
 
     def look(self, model: str, base_url: str = "") -> None:
-        """Finds out, before any work, whether the model can be asked. Raises ValueError, one line, if not."""
+        """Finds out, before any work, whether the model can be asked. Raises UserError, one line, if not."""
 
         async def check() -> list[str]:
             async with self.open(model, base_url) as endpoint:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
+from llava_jax.errors import UserError
 from llava_jax.images import open_image, prepare
 from llava_jax.inference.answer import Answer, Completion
 from llava_jax.inference.batches import batches, opener
@@ -32,7 +33,7 @@ STREAM_CHUNK = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What `Llava.generate` takes, as one value. ValueError for a figure out of range.
+    """What `Llava.generate` takes, as one value. UserError for a figure out of range.
 
     `begun` is what the answer begins with, from the opening of its turn on (`ASSISTANT:`, so that it brings its own
     blank). The model goes on from there; the completion is what it adds.
@@ -54,13 +55,13 @@ class Request:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if "" in self.stop:
-            raise ValueError("stop holds an empty string, with which every answer ends at once")
+            raise UserError("stop holds an empty string, with which every answer ends at once")
 
 
 class Llava:
@@ -129,8 +130,8 @@ class Llava:
           stop: texts that end the answer, in addition to the template's; they are not part of its text.
           seed: the same request with the same seed draws the same answer, alone or in a batch.
 
-        Raises ValueError for malformed messages, images that do not match them, an unreadable image, a figure out of
-        range, and a prompt that leaves no room for an answer; FileNotFoundError for a path without a file.
+        Raises UserError for malformed messages, images that do not match them, an unreadable image, a figure out of
+        range, and a prompt that leaves no room for an answer; UserError for a path without a file.
         """
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
         return self.batch([request])[0]
@@ -201,7 +202,7 @@ class Llava:
                 for number, (request, continuations) in enumerate(pairs):
                     request = request if isinstance(request, Request) else Request(**request)
                     if not continuations or "" in continuations:
-                        raise ValueError("log_likelihood needs continuations, and each needs text")
+                        raise UserError("log_likelihood needs continuations, and each needs text")
                     begun, tiles = request.begun or gap, opened(request.images)
                     texts = [self._prompt(dataclasses.replace(request, begun=begun + text)) for text in continuations]
                     counts[number] = len(texts)
@@ -217,14 +218,14 @@ class Llava:
                         yield number, [score for _, score in sorted(found.pop(number).items())]
 
     def _prompt(self, request: Request) -> Int[np.ndarray, "T"]:
-        """The prompt's ids; ValueError if images and marks differ, or if no room is left for an answer."""
+        """The prompt's ids; UserError if images and marks differ, or if no room is left for an answer."""
         messages = request.messages
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         messages = place_images(messages, len(request.images))
         tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image, request.begun)
         if len(tokens) >= self.config.text.max_length:
             visual = int((tokens == IMAGE_TOKEN_ID).sum())
-            raise ValueError(
+            raise UserError(
                 f"the prompt has {len(tokens)} tokens, {visual} of them for images, and the model's context holds "
                 f"{self.config.text.max_length}: no room is left for an answer; shorten the conversation"
             )
@@ -263,7 +264,7 @@ def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict
         role, text = turns[0]
         turns[0] = role, f"{templates.IMAGE}\n" * count + text
     elif marks != count:
-        raise ValueError(
+        raise UserError(
             f"{count} images were given, but the messages have {marks} {templates.IMAGE} marks; each needs one"
         )
     system = [] if system is None else [("system", system)]
@@ -278,16 +279,16 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
       dtype: "bfloat16" or "float32", of parameters and computation; by default bfloat16 on TPU and GPU, else float32.
       mesh: devices that share the parameters and the rows of a batch (`sharding.make_mesh`); None takes one device.
 
-    Raises FileNotFoundError or ValueError that names the file for whatever is missing, broken or not supported, and
-    ValueError for a parameter that does not divide by the mesh.
+    Raises UserError that names the file for whatever is missing, broken or not supported, and
+    UserError for a parameter that does not divide by the mesh.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype {dtype!r} is neither bfloat16 nor float32")
+        raise UserError(f"dtype {dtype!r} is neither bfloat16 nor float32")
     config = read_config(path)
     if not isinstance(config, LlavaConfig):
-        raise ValueError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
+        raise UserError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
     sharding = None
     if mesh is not None:
         shardings = parameter_shardings({path: x.shape for path, x in abstract(config)[1].items()}, mesh)

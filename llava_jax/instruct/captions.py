@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.atomic import replacing
 from llava_jax.data.json_rows import UNREADABLE, JsonRows
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 20  # bytes that tell the form
@@ -21,52 +22,52 @@ class CaptionFile:
     `form` is "list", "lines" or "tsv". Of TSV, captions are the first column, or the one called "caption" if the first
     line names columns. Blank lines are no rows. Small when pickled, and then good for `caption` alone.
 
-    Raises FileNotFoundError or ValueError, one line that names the file, if it is missing, empty or none of these.
+    Raises UserError, one line that names the file, if it is missing, empty or none of these.
     """
 
     def __init__(self, path: str):
         self.path = path
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         self.size = os.path.getsize(path)
         with open(path, "rb") as file:
             head = file.read(HEAD)
         for magic, what in UNREADABLE:
             if head.startswith(magic):
-                raise ValueError(f"{path}: the file {what}")
+                raise UserError(f"{path}: the file {what}")
         head = head.removeprefix(BOM).lstrip(b" \r\n")
         if not head:
-            raise ValueError(f"{path}: the file is empty")
+            raise UserError(f"{path}: the file is empty")
         first, _, rest = head.partition(b"\n")
         self.form = _form(head, first, path)
         names = [name.strip().lower() for name in first.decode("utf-8", "replace").split("\t")]
         self._header = self.form == "tsv" and "caption" in names
         self._column = names.index("caption") if self._header else 0
         if self._header and not rest.strip():
-            raise ValueError(f"{path}: the file has no rows, only the names of its columns")
+            raise UserError(f"{path}: the file has no rows, only the names of its columns")
         self._list = _ListRows(path) if self.form == "list" else None
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._list) if self._list else itertools.islice(self._all_lines(), int(self._header), None)
 
     def caption(self, row: bytes) -> str:
-        """Raises ValueError that says what is wrong with the row."""
+        """Raises UserError that says what is wrong with the row."""
         try:
             text = row.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+            raise UserError(f"it is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
         if self.form == "tsv":
             fields = text.rstrip("\r\n").split("\t")
             if len(fields) < max(2, self._column + 1):
-                raise ValueError("there is no tab between caption and URL")
+                raise UserError("there is no tab between caption and URL")
             found = fields[self._column]
         else:
             try:
                 found = _caption(json.loads(text))
             except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"broken JSON ({error})") from None
+                raise UserError(f"broken JSON ({error})") from None
         if not found.strip():
-            raise ValueError("the caption is empty")
+            raise UserError("the caption is empty")
         return found
 
     def where(self, index: int) -> str:
@@ -124,21 +125,21 @@ def _form(head: bytes, first: bytes, path: str) -> str:
                 return "lines"
     if b"\t" in first:
         return "tsv"
-    raise ValueError(f"{path}: neither a JSON list of rows, nor JSON lines, nor lines of caption, tab and URL")
+    raise UserError(f"{path}: neither a JSON list of rows, nor JSON lines, nor lines of caption, tab and URL")
 
 
 def _caption(row: Any) -> str:
     if not isinstance(row, dict):
-        raise ValueError("a row must be an object")
+        raise UserError("a row must be an object")
     turns = row.get("conversations")
     if turns is not None:
         turns = turns if isinstance(turns, list) else []
         found = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "gpt"]
         if len(found) != 1:
-            raise ValueError(f"the conversation has {len(found)} answers from gpt; the caption must be the only one")
+            raise UserError(f"the conversation has {len(found)} answers from gpt; the caption must be the only one")
         what, found = "the answer", found[0]
     else:
         what, found = "caption", row.get("caption")
     if not isinstance(found, str):
-        raise ValueError(f"{what} must be text" if found is not None else "it has neither caption nor conversations")
+        raise UserError(f"{what} must be text" if found is not None else "it has neither caption nor conversations")
     return found

@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from llava_jax.atomic import check_page, replacing
 from llava_jax.endpoint.log import AnswerLog, is_written
 from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.run import answer_all
 from llava_jax.endpoint.server import Server, code_of
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
+from llava_jax.files import check_page, replacing
 from llava_jax.instruct.estimate import describe, estimate
 from llava_jax.instruct.output import MANIFEST, REJECTED, check_folder
 from llava_jax.instruct.running import STANDING, open_log, open_synthesis
@@ -77,7 +78,7 @@ class Preview:
         self.settings.check()
         self.server.check()
         if self.count < 1:
-            raise ValueError(f"--count is {self.count}: it must be at least 1")
+            raise UserError(f"--count is {self.count}: it must be at least 1")
         check_folder(self.settings.out)
         if self.settings.teacher == "openai" and not self.dry_run:
             self.server.look(self.settings.model, self.settings.base_url)
@@ -172,9 +173,9 @@ class View:
 
     def run(self) -> int:
         if self.count < 1:
-            raise ValueError(f"--count is {self.count}: it must be at least 1")
+            raise UserError(f"--count is {self.count}: it must be at least 1")
         if self.image_root and not os.path.isdir(self.image_root):
-            raise FileNotFoundError(f"--image-root {self.image_root}: no such folder")
+            raise UserError(f"--image-root {self.image_root}: no such folder")
         output = self.output or os.path.join(self.folder, "view.html")
         check_page(output)
         settings = Settings.load(self.folder)
@@ -285,6 +286,6 @@ def _read_standing(settings: Settings) -> tuple[bool, dict[str, Any] | None]:
         except FileNotFoundError:
             pass
         except ValueError as error:
-            raise ValueError(f"{path}: not what a synthesis writes ({error}); run its command again") from None
+            raise UserError(f"{path}: not what a synthesis writes ({error}); run its command again") from None
         if running == is_written(settings.log):  # it has neither begun nor ended meanwhile
             return running, standing

@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from llava_jax.errors import UserError
+
 DIGITS = 3  # decimals of a box as the teacher reads it
 
 
@@ -82,15 +84,15 @@ class Source:
 
     def __post_init__(self):
         if not 0 <= self.min_box_area < 1:
-            raise ValueError(f"min_box_area is {self.min_box_area:g}; it is a fraction of the image, from 0 to below 1")
+            raise UserError(f"min_box_area is {self.min_box_area:g}; it is a fraction of the image, from 0 to below 1")
         if self.max_boxes is not None and self.max_boxes < max(1, self.min_boxes):
-            raise ValueError(f"max_boxes is {self.max_boxes}; it must be at least 1 and not below min_boxes")
+            raise UserError(f"max_boxes is {self.max_boxes}; it must be at least 1 and not below min_boxes")
         if self.min_boxes < 0:
-            raise ValueError(f"min_boxes is {self.min_boxes}; it cannot be negative")
+            raise UserError(f"min_boxes is {self.min_boxes}; it cannot be negative")
         if bool(self.data) == bool(self.captions or self.instances):
-            raise ValueError("name either COCO files (captions, instances) or data, a JSON lines file or TFDS folder")
+            raise UserError("name either COCO files (captions, instances) or data, a JSON lines file or TFDS folder")
         if not self.data and not self.captions:
-            raise ValueError(f"{self.instances}: boxes without captions; name the captions file of the same split too")
+            raise UserError(f"{self.instances}: boxes without captions; name the captions file of the same split too")
 
 
 class Contexts(Sequence):
@@ -137,7 +139,7 @@ class Contexts(Sequence):
 def open_contexts(source: Source) -> Contexts:
     """Reads the captions and boxes of all images; big COCO files as streams, which needs little memory.
 
-    Raises FileNotFoundError or ValueError, one line, for a file that is missing, empty or of another kind; captions or
+    Raises UserError, one line, for a file that is missing, empty or of another kind; captions or
     boxes of images that the file does not list; files of different splits; unknown categories; and where no image is
     left. Single faults that data sets are known for are mended, or their images skipped, and counted in `notes`.
     """
@@ -148,11 +150,11 @@ def open_contexts(source: Source) -> Contexts:
     else:
         gathered = context_files.read_coco(source.captions, source.instances, source.names)
     if not gathered.ids:
-        raise ValueError(f"{gathered.files[0]}: no image has a caption")
+        raise UserError(f"{gathered.files[0]}: no image has a caption")
     contexts = Contexts(gathered, source)
     if not contexts:
         kinds = "" if gathered.boxed else ", for the source gives none"
-        raise ValueError(f"{gathered.files[0]}: no image has {source.min_boxes} boxes{kinds}; lower min_boxes")
+        raise UserError(f"{gathered.files[0]}: no image has {source.min_boxes} boxes{kinds}; lower min_boxes")
     return contexts
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from llava_jax.data.json_rows import JsonRows, read_members
 from llava_jax.data.records import check_text
 from llava_jax.data.tfds_rows import TfdsRows
+from llava_jax.errors import UserError
 from llava_jax.instruct.context import Boxes, Gathered
 
 
@@ -26,7 +27,7 @@ def read_coco(captions: str, instances: str, names: str) -> Gathered:
     notes: Counter[str] = Counter()
     listed, texts = _read_captions(captions, notes)
     if texts and 2 * len(texts) < len(listed):
-        raise ValueError(f"{captions}: of its {len(listed):,} images {len(listed) - len(texts):,} have no caption; "
+        raise UserError(f"{captions}: of its {len(listed):,} images {len(listed) - len(texts):,} have no caption; "
                          "take the whole file")
     notes["images without captions skipped"] += len(listed) - len(texts)
     notes["images whose file another image has too"] += len(texts) - len({listed[number] for number in texts})
@@ -71,7 +72,7 @@ def read_data(path: str, names: str) -> Gathered:
     `is_crowd`), and `image/id` and `image/filename`, as coco_captions has.
     """
     if path.endswith((".json", ".jsonl")) and not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     if os.path.isfile(path):
         rows, read = JsonRows(path), _json_item
         files = [path]
@@ -86,11 +87,11 @@ def read_data(path: str, names: str) -> Gathered:
         try:
             item = read(row, notes)
         except ValueError as error:
-            raise ValueError(f"{rows.where(number)}: {error}") from None
+            raise UserError(f"{rows.where(number)}: {error}") from None
         boxed |= item.boxes is not None
         name = _name(item.image, names)
         if item.id in kept and kept[item.id][1] != name:
-            raise ValueError(f"{rows.where(number)}: has the id {item.id!r} of {kept[item.id][1]}; "
+            raise UserError(f"{rows.where(number)}: has the id {item.id!r} of {kept[item.id][1]}; "
                              "give every image an id of its own")
         if item.id in kept:
             notes["images given twice, of which the first is kept"] += 1
@@ -123,7 +124,7 @@ def _read_captions(path: str, notes: Counter[str]) -> tuple[dict[int, str], dict
             if key == "images":
                 _add_image(listed, item)
             elif "caption" not in item and "bbox" in item:
-                raise ValueError("has a box and no caption; is this the instances file?")
+                raise UserError("has a box and no caption; is this the instances file?")
             else:
                 found = texts.setdefault(_whole(item, "image_id"), [])
                 _add_caption(found, item.get("caption"), notes)
@@ -145,7 +146,7 @@ def _read_instances(path: str) -> tuple[dict[int, str], dict[int, tuple[float, f
             elif key == "categories":
                 names[_whole(item, "id")] = _text(item, "name")
             elif "bbox" not in item and "caption" in item:
-                raise ValueError("has a caption and no box; is this the captions file?")
+                raise UserError("has a caption and no box; is this the captions file?")
             else:
                 place, crowd = _numbers(item, "bbox"), bool(item.get("iscrowd"))
                 boxes.add(_whole(item, "image_id"), _whole(item, "category_id"), place, crowd)
@@ -154,30 +155,30 @@ def _read_instances(path: str) -> tuple[dict[int, str], dict[int, tuple[float, f
     number = {category: i for i, category in enumerate(names)}
     if unknown := sorted(set(found.category.tolist()) - names.keys()):
         first = int(found.image[found.category == unknown[0]][0])
-        raise ValueError(f"{path}: category id {unknown[0]} of a box in image id {first} is not among its "
+        raise UserError(f"{path}: category id {unknown[0]} of a box in image id {first} is not among its "
                          f"{len(names)} categories; take the whole file")
     found.category = np.array([number[category] for category in found.category.tolist()], np.int64)
     return listed, sizes, list(names.values()), found
 
 
 def _members(path: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Items of the lists under `keys`; ValueError if one of them is missing or empty."""
+    """Items of the lists under `keys`; UserError if one of them is missing or empty."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     seen = set()
     for key, item in _progress(read_members(path), path):
         if key in keys:
             seen.add(key)
             yield key, item
     if missing := [key for key in keys if key not in seen]:
-        raise ValueError(f"{path}: not COCO's, or cut: it has no {' and no '.join(missing)}")
+        raise UserError(f"{path}: not COCO's, or cut: it has no {' and no '.join(missing)}")
 
 
 def _add_image(listed: dict[int, str], item: dict[str, Any]) -> int:
     """Notes the file name of an image, and returns its id."""
     number, file = _whole(item, "id"), _text(item, "file_name")
     if listed.setdefault(number, file) != file:
-        raise ValueError(f"stands for two images, {listed[number]} and {file}")
+        raise UserError(f"stands for two images, {listed[number]} and {file}")
     return number
 
 
@@ -187,32 +188,32 @@ def _require_same_split(captions: str, instances: str, told: dict[int, str], sho
     same = told.keys() & shown.keys()
     for number in sorted(same):  # of COCO's own ids, 2014 and 2017 mean the same images
         if _name(told[number], "short") != _name(shown[number], "short"):
-            raise ValueError(f"{instances}: image id {number} is {shown[number]}, but {told[number]} in {captions}; "
+            raise UserError(f"{instances}: image id {number} is {shown[number]}, but {told[number]} in {captions}; "
                              "take both files of the same split")
     if 2 * len(same) < len(told):
-        raise ValueError(f"{instances}: has {len(same):,} of the {len(told):,} images of {captions}; "
+        raise UserError(f"{instances}: has {len(same):,} of the {len(told):,} images of {captions}; "
                          "take both files of the same split")
 
 
 def _require_images(path: str, listed: dict[int, Any], used: Iterable[int], what: str) -> None:
     if lost := set(used) - listed.keys():
-        raise ValueError(f"{path}: {len(lost):,} images have {what} but are not among the file's images, such as image "
+        raise UserError(f"{path}: {len(lost):,} images have {what} but are not among the file's images, such as image "
                          f"id {min(lost)}; take the whole file")
 
 
 class _Where:
-    """Puts file and item before the message of a ValueError."""
+    """Puts file and item before the message of a UserError."""
 
     def __init__(self, path: str, key: str, item: Any):
         self.path, self.key, self.item = path, key, item
 
     def __enter__(self) -> None:
         if not isinstance(self.item, dict):
-            raise ValueError(f"{self.path}: an item of its {self.key} is no object")
+            raise UserError(f"{self.path}: an item of its {self.key} is no object")
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if isinstance(error, ValueError):
-            raise ValueError(f"{self.path}: of its {self.key}, id {self.item.get('id')!r:.40} {error}") from None
+            raise UserError(f"{self.path}: of its {self.key}, id {self.item.get('id')!r:.40} {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,41 +228,41 @@ class _Item:
 
 def _json_item(row: Any, notes: Counter[str]) -> _Item:
     if not isinstance(row, dict):
-        raise ValueError("a row must be an object")
+        raise UserError("a row must be an object")
     image = _text(row, "image")
     name = row.get("id")
     if name is None:
         name = os.path.splitext(image)[0]
     elif isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise ValueError(f"has as id {name!r:.40}; it must be text or a whole number")
+        raise UserError(f"has as id {name!r:.40}; it must be text or a whole number")
     if ("captions" in row) == ("caption" in row):
-        raise ValueError("needs captions, a list of texts, or caption, one text")
+        raise UserError("needs captions, a list of texts, or caption, one text")
     given = row["captions"] if "captions" in row else [row["caption"]]
     if not isinstance(given, list):
-        raise ValueError("has captions that are no list")
+        raise UserError("has captions that are no list")
     captions: list[str] = []
     for caption in given:
         _add_caption(captions, caption, notes)
     if row.get("boxes") is None:
         return _Item(check_text(str(name), "id"), image, tuple(captions), None)
     if not isinstance(row["boxes"], list) or not all(isinstance(box, dict) for box in row["boxes"]):
-        raise ValueError("has boxes that are no list of objects")
+        raise UserError("has boxes that are no list of objects")
     return _Item(check_text(str(name), "id"), image, tuple(captions), [_json_box(box, row) for box in row["boxes"]])
 
 
 def _json_box(box: dict[str, Any], row: dict[str, Any]) -> tuple[str, Sequence[float], bool]:
     if ("bbox" in box) == ("box" in box):
-        raise ValueError("has a box that needs either bbox, [x, y, width, height] in pixels, or box, [x1, y1, x2, y2] "
+        raise UserError("has a box that needs either bbox, [x, y, width, height] in pixels, or box, [x1, y1, x2, y2] "
                          "in fractions of the image")
     if "box" in box:
         place = _numbers(box, "box")
         if max(map(abs, place)) > 2:
-            raise ValueError(f"has as box {list(place)}, which are no fractions of the image; pixels are given as "
+            raise UserError(f"has as box {list(place)}, which are no fractions of the image; pixels are given as "
                              "bbox, [x, y, width, height]")
     else:
         (x, y, box_width, box_height), (width, height) = _numbers(box, "bbox"), _size(row)
         if 0 < max(x, y, box_width, box_height) <= 1 < min(width, height):
-            raise ValueError(f"has as bbox {box['bbox']}, which are no pixels; fractions are given as box, "
+            raise UserError(f"has as bbox {box['bbox']}, which are no pixels; fractions are given as box, "
                              "[x1, y1, x2, y2]")
         place = x / width, y / height, (x + box_width) / width, (y + box_height) / height
     return _text(box, "category"), place, bool(box.get("iscrowd"))
@@ -269,7 +270,7 @@ def _json_box(box: dict[str, Any], row: dict[str, Any]) -> tuple[str, Sequence[f
 
 def _tfds_item(row: dict[str, Any], notes: Counter[str]) -> _Item:
     if not isinstance(row.get("captions"), list) or "image/id" not in row or "image/filename" not in row:
-        raise ValueError("coco_captions' features captions, image/id and image/filename are needed; it has "
+        raise UserError("coco_captions' features captions, image/id and image/filename are needed; it has "
                          + ", ".join(row))
     captions: list[str] = []
     for caption in row["captions"]:
@@ -282,7 +283,7 @@ def _tfds_item(row: dict[str, Any], notes: Counter[str]) -> _Item:
     boxes = []
     for thing in objects:
         if not isinstance(thing, dict) or "bbox" not in thing:
-            raise ValueError("has objects without bbox, or in another format than TFDS's own, ymin, xmin, ymax, xmax")
+            raise UserError("has objects without bbox, or in another format than TFDS's own, ymin, xmin, ymax, xmax")
         if thing.get("label") is None:
             notes["boxes dropped: without a category"] += 1
             continue
@@ -312,7 +313,7 @@ class _Boxes:
 def _add_caption(captions: list[str], caption: Any, notes: Counter[str]) -> None:
     """Adds a caption, as one line, to those of its image."""
     if not isinstance(caption, str):
-        raise ValueError(f"has as caption {caption!r:.40}; it must be text")
+        raise UserError(f"has as caption {caption!r:.40}; it must be text")
     caption = " ".join(check_text(caption, "caption").split())
     if not caption:
         notes["captions dropped: empty"] += 1
@@ -330,28 +331,28 @@ def _name(file: str, names: str) -> str:
 def _text(item: dict[str, Any], key: str) -> str:
     value = item.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"has as {key} {value!r:.40}; it must be text")
+        raise UserError(f"has as {key} {value!r:.40}; it must be text")
     return check_text(" ".join(value.split()), key) if key in ("name", "category", "label") else check_text(value, key)
 
 
 def _whole(item: dict[str, Any], key: str) -> int:
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
-        raise ValueError(f"has as {key} {value!r:.40}; it must be a whole number")
+        raise UserError(f"has as {key} {value!r:.40}; it must be a whole number")
     return value
 
 
 def _numbers(item: dict[str, Any], key: str) -> Sequence[float]:
     value = item.get(key)
     if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
-        raise ValueError(f"has as {key} {value!r:.60}; it must be four numbers")
+        raise UserError(f"has as {key} {value!r:.60}; it must be four numbers")
     return value
 
 
 def _size(item: dict[str, Any]) -> tuple[float, float]:
     width, height = item.get("width"), item.get("height")
     if not _is_number(width) or not _is_number(height) or width <= 0 or height <= 0:
-        raise ValueError(f"has as width and height {width!r:.20} and {height!r:.20}; they must be those of the image "
+        raise UserError(f"has as width and height {width!r:.20} and {height!r:.20}; they must be those of the image "
                          "in pixels")
     return width, height
 

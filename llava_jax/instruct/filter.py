@@ -26,6 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from llava_jax.data.parallel import Pool
+from llava_jax.errors import UserError
 from llava_jax.instruct.captions import CaptionFile
 from llava_jax.instruct.filter_report import write_report
 from llava_jax.instruct.phrases import Chunker, open_chunker
@@ -72,7 +73,7 @@ def find_phrases(
 ) -> tuple[Phrases, dict[int, str]]:
     """The phrases of every row, and what is wrong with the rows, by their number, that have no caption.
 
-    Raises ValueError, one line, at the first of these unless they are to be skipped.
+    Raises UserError, one line, at the first of these unless they are to be skipped.
     """
     known: dict[str, int] = {}
     ids, counts, bad = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)], {}
@@ -85,7 +86,7 @@ def find_phrases(
                 bad[first + offset] = reason
                 if not skip_bad_rows:
                     where = file.where(first + offset)
-                    raise ValueError(f"{where}: {reason}; mend it, or leave such rows out with --bad-rows skip")
+                    raise UserError(f"{where}: {reason}; mend it, or leave such rows out with --bad-rows skip")
             numbers = np.array([known.setdefault(text, len(known)) for text in texts.split("\n") if text], np.int32)
             ids.append(numbers[local])
             counts.append(lengths)
@@ -134,7 +135,7 @@ class Filter:
         phrases, bad = find_phrases(file, chunker, self.workers, self.bad_rows == "skip")
         kept = select(phrases, self.min_frequency, self.max_per_phrase, self.seed)
         if not kept.any():
-            raise ValueError(
+            raise UserError(
                 f"{self.data}: nothing is left of {len(kept):,} captions, for no phrase is in {self.min_frequency} of "
                 "them; lower --min-frequency"
             )
@@ -164,14 +165,14 @@ class Filter:
         for name, least in (("min_frequency", 1), ("max_per_phrase", 1), ("seed", 0), ("workers", 0)):
             given = getattr(self, name)
             if given is not None and given < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {given}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {given}")
         if len({os.path.realpath(path) for path in (self.data, self.out, report)}) < 3:
-            raise ValueError(f"DATA, OUT and --report must be three files, not {self.data}, {self.out} and {report}")
+            raise UserError(f"DATA, OUT and --report must be three files, not {self.data}, {self.out} and {report}")
         for path in (self.out, report):
             if os.path.isdir(path):
-                raise ValueError(f"{path}: is a folder; name a file")
+                raise UserError(f"{path}: is a folder; name a file")
             if os.path.lexists(path) and not self.overwrite:
-                raise ValueError(f"{path}: exists already; add --overwrite to replace it")
+                raise UserError(f"{path}: exists already; add --overwrite to replace it")
 
 
 def _batches(file: CaptionFile) -> Iterator[list[bytes]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llava_jax.atomic import replacing
+from llava_jax.files import replacing
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; --before: #b3552f; --after: #2f6fb3; }

@@ -9,6 +9,8 @@ import re
 import unicodedata
 from collections import Counter
 
+from llava_jax.errors import UserError
+
 LATIN = {
     "af": "Afrikaans", "az": "Azerbaijani", "bs": "Bosnian", "ca": "Catalan", "cs": "Czech", "cy": "Welsh",
     "da": "Danish", "de": "German", "en": "English", "es": "Spanish", "et": "Estonian", "eu": "Basque",
@@ -46,13 +48,13 @@ LETTERS_TO_TELL = 12
 
 
 def language_name(code: str) -> str:
-    """The English name: "ko" is Korean. ValueError, one line, for a code that is none."""
+    """The English name: "ko" is Korean. UserError, one line, for a code that is none."""
     if code in LANGUAGES:
         return LANGUAGES[code][0]
     names = {name.lower(): known for known, (name, _) in LANGUAGES.items()}
     near = difflib.get_close_matches(code.lower(), [*names, *LANGUAGES], n=1)
     hint = f"; did you mean {names.get(near[0], near[0])}?" if near else f"; known are {', '.join(sorted(LANGUAGES))}"
-    raise ValueError(f"{code!r} is no code of a language{hint}")
+    raise UserError(f"{code!r} is no code of a language{hint}")
 
 
 def is_language(text: str, code: str) -> bool:

@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from llava_jax.atomic import replacing
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Reply
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 from llava_jax.instruct.parse import Reject, Seen
 from llava_jax.instruct.prompts import KINDS
 from llava_jax.instruct.synthesis import LOG, SETTINGS, Outcome, Synthesis, Task, Verdict
@@ -27,14 +28,14 @@ MERGED, REJECTED, FLAGGED, MANIFEST = "instruct.json", "rejected.jsonl", "flagge
 
 
 def check_folder(folder: str) -> None:
-    """Raises ValueError, one line, if outputs in `folder` would take the place of files that no run has made."""
+    """Raises UserError, one line, if outputs in `folder` would take the place of files that no run has made."""
     if os.path.lexists(folder) and not os.path.isdir(folder):
-        raise ValueError(f"--out {folder}: is a file; name a folder")
+        raise UserError(f"--out {folder}: is a file; name a folder")
     if os.path.exists(os.path.join(folder, SETTINGS)) or os.path.exists(os.path.join(folder, LOG)):
         return
     for name in (*FILES.values(), MERGED, REJECTED, FLAGGED, MANIFEST):
         if os.path.lexists(os.path.join(folder, name)):
-            raise ValueError(f"--out {folder}: it has a file {name} that synthesize has not made; take another")
+            raise UserError(f"--out {folder}: it has a file {name} that synthesize has not made; take another")
 
 
 def write_outputs(

@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from llava_jax.atomic import replacing
 from llava_jax.data.records import check_text
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 from llava_jax.instruct.captions import CaptionFile
 from llava_jax.instruct.context import Source, open_contexts
 from llava_jax.instruct.filter import find_phrases, select
@@ -68,7 +69,7 @@ class Pairs:
         with contextlib.ExitStack() as stack:
             file = CaptionFile(stack.enter_context(_rows(self.data, self.seed)))
             if file.form == "tsv":
-                raise ValueError(f"{self.data}: lines of caption and URL name no image files; give rows with image and "
+                raise UserError(f"{self.data}: lines of caption and URL name no image files; give rows with image and "
                                  "caption, as the downloader's metadata has them")
             kept, read, bad = itertools.repeat(True), 0, 0
             if self.filter:
@@ -86,10 +87,10 @@ class Pairs:
                 except ValueError as error:
                     bad += 1
                     if self.bad_rows == "error":
-                        raise ValueError(f"{file.where(number)}: {error}; mend it, or leave such rows out with "
+                        raise UserError(f"{file.where(number)}: {error}; mend it, or leave such rows out with "
                                          "--bad-rows skip") from None
             if not len(made):
-                raise ValueError(f"{self.data}: none of {read:,} pairs is left" + (
+                raise UserError(f"{self.data}: none of {read:,} pairs is left" + (
                     ", for no phrase is in 3 of their captions; leave out --filter" if self.filter else ""))
             made.close()
         left_out = f", {bad:,} rows without image or caption left out" if bad else ""
@@ -99,28 +100,28 @@ class Pairs:
     def _check(self) -> None:
         for name in ("seed", "workers"):
             if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
+                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
         if os.path.realpath(self.out) == os.path.realpath(self.data):
-            raise ValueError(f"--out {self.out}: is the file that is read; name another")
+            raise UserError(f"--out {self.out}: is the file that is read; name another")
         if os.path.isdir(self.out):
-            raise ValueError(f"--out {self.out}: is a folder; name a file")
+            raise UserError(f"--out {self.out}: is a folder; name a file")
         if os.path.lexists(self.out) and not self.overwrite:
-            raise ValueError(f"--out {self.out}: exists already; add --overwrite to replace it")
+            raise UserError(f"--out {self.out}: exists already; add --overwrite to replace it")
 
     def _record(self, file: CaptionFile, row: bytes, number: int, questions: tuple[str, ...]) -> dict[str, Any]:
-        """Raises ValueError that says what is wrong with the row."""
+        """Raises UserError that says what is wrong with the row."""
         caption, fields = check_text(file.caption(row).strip(), "the caption"), json.loads(row)
         image = fields.get("image")
         if not isinstance(image, str) or not image:
-            raise ValueError("it names no image" if not image else "image must be the name of a file")
+            raise UserError("it names no image" if not image else "image must be the name of a file")
         check_text(image, "image")
         name = fields.get("id")
         if name is None:
             name = os.path.splitext(os.path.basename(image))[0]
         if isinstance(name, bool) or not isinstance(name, str | int):
-            raise ValueError(f"id is {name!r:.40}; it must be text or a whole number")
+            raise UserError(f"id is {name!r:.40}; it must be text or a whole number")
         if IMAGE in caption:
-            raise ValueError(f"the caption holds {IMAGE}")
+            raise UserError(f"the caption holds {IMAGE}")
         draw = random.Random(f"{self.seed} pair {number}")
         question = draw.choice(questions)
         value = f"{IMAGE}\n{question}" if draw.random() < 0.5 else f"{question}\n{IMAGE}"
@@ -132,7 +133,7 @@ class Pairs:
 def _rows(path: str, seed: int) -> Iterator[str]:
     """A file with a row for each pair: `path` itself, or one made of a COCO captions file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     with open(path, "rb") as file:
         if not COCO.match(file.read(1 << 16)):
             yield path

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from llava_jax.data.records import check_text
+from llava_jax.errors import UserError
 from llava_jax.instruct.language import is_language
 from llava_jax.instruct.wording import find_leak, find_refusal, find_source
 
@@ -25,7 +26,7 @@ QUESTION_WORDS = (2, 60)  # of each question
 LONGEST = 50_000  # characters that are looked at
 
 
-class Reject(ValueError):
+class Reject(UserError):
     """An answer that makes no record: a `reason` out of REASONS to count by, and one line of `detail`."""
 
     def __init__(self, reason: str, detail: str):

@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.lexicon import ADJECTIVE_ENDINGS, NOUNS_FIRST, PARTICIPLES, PAST, VERBS, VERBS_FIRST, WORDS
 
 Chunker = Callable[[Sequence[str]], list[list[str]]]
@@ -54,7 +55,7 @@ class SpacyChunker:
 
     `model`: the name of an installed pipeline, or a folder that holds one at any depth (what `nlp.to_disk` writes, or
     an unpacked wheel or tar.gz: nothing is downloaded). It is loaded at the first call, in each process.
-    Raises ImportError or ValueError, one line, if spaCy is missing, the pipeline is not found or does not parse.
+    Raises UserError, one line, if spaCy is missing, the pipeline is not found or does not parse.
     """
 
     model: str
@@ -104,29 +105,29 @@ def _load_spacy(model: str) -> Any:
     try:
         import spacy
     except ImportError:
-        raise ImportError("spaCy is not installed: pip install 'llava_jax[spacy]', or use --chunker light") from None
+        raise UserError("spaCy is not installed: pip install 'llava_jax[spacy]', or use --chunker light") from None
     if not model:
-        raise ValueError("--chunker spacy needs --spacy-model: the name of an installed pipeline, or a folder with one")
+        raise UserError("--chunker spacy needs --spacy-model: the name of an installed pipeline, or a folder with one")
     if os.path.isfile(model):
         unpack = "unzip" if model.endswith((".whl", ".zip")) else "tar -xf"
-        raise ValueError(f"{model}: give a folder, not an archive ({unpack} it, and name the folder that it becomes)")
+        raise UserError(f"{model}: give a folder, not an archive ({unpack} it, and name the folder that it becomes)")
     place = model
     if os.path.isdir(model):
         folders = sorted(folder for folder, _, files in os.walk(model) if "config.cfg" in files)
         if not folders:
-            raise ValueError(f"{model}: no spaCy pipeline in this folder (there is no config.cfg in it)")
+            raise UserError(f"{model}: no spaCy pipeline in this folder (there is no config.cfg in it)")
         place = folders[0]
     try:
         pipeline = spacy.load(place)
     except (OSError, ValueError) as error:
         reason = "" if place == model else f" ({' '.join(str(error).split())[:200]})"
-        raise ValueError(
+        raise UserError(
             f"{model}: spaCy cannot load this pipeline{reason}; python -m spacy download en_core_web_sm gets one, or "
             "unpack its wheel and name that folder"
         ) from None
     doc = pipeline("A dog sleeps.")
     if not (doc.has_annotation("DEP") and doc.has_annotation("POS")):
-        raise ValueError(f"{model}: noun phrases need a pipeline with tagger and parser, such as en_core_web_sm")
+        raise UserError(f"{model}: noun phrases need a pipeline with tagger and parser, such as en_core_web_sm")
     return pipeline
 
 

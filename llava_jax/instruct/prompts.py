@@ -14,6 +14,7 @@ import json
 import os
 import re
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.context import Context
 from llava_jax.instruct.language import language_name
 
@@ -48,13 +49,13 @@ class Prompts:
         description, in place of the pool.
 
         In another language than English the system message ends with the demand for it; the worked examples stay as
-        they are. A pool that a user's folder lacks is the project's. Raises FileNotFoundError or ValueError, one line,
+        they are. A pool that a user's folder lacks is the project's. Raises UserError, one line,
         for a kind, file or pool that is missing or empty, an example that is half there, and unknown languages.
         """
         name = language_name(language)
         folder = folder or OWN
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder}: no such folder of prompts")
+            raise UserError(f"{folder}: no such folder of prompts")
         stable = {}
         for kind in kinds:
             demand = ""
@@ -89,7 +90,7 @@ def read_questions(name: str, language: str = "en", folder: str = "", file: str 
     """A pool of ways to ask: `name` is "detail_description", or "pairs" for a brief description.
 
     Taken from `file`, else from the user's `folder`, else the project's, which has English and Korean. A file holds
-    one question a line. Raises FileNotFoundError or ValueError, one line.
+    one question a line. Raises UserError, one line.
     """
     if file:
         return _read_pool(file)
@@ -98,13 +99,13 @@ def read_questions(name: str, language: str = "en", folder: str = "", file: str 
         path = os.path.join(place, name, own_name)
         if place and os.path.isfile(path):
             return _read_pool(path)
-    raise ValueError(f"there are no questions in {language_name(language)} for {name}: write a file of them, one a "
+    raise UserError(f"there are no questions in {language_name(language)} for {name}: write a file of them, one a "
                      "line, and name it with --questions")
 
 
 def _read_kind(folder: str, demand: str) -> Messages:
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder; a folder of prompts holds one per kind of data")
+        raise UserError(f"{folder}: no such folder; a folder of prompts holds one per kind of data")
     messages = [{"role": "system", "content": _read(os.path.join(folder, "system_message.txt")) + demand}]
     for example in sorted({match[1] for match in map(EXAMPLE.fullmatch, os.listdir(folder)) if match}):
         for part, role in (("caps", "user"), ("conv", "assistant")):
@@ -116,18 +117,18 @@ def _read_pool(path: str) -> tuple[str, ...]:
     lines = [" ".join(line.split()) for line in _read(path).splitlines()]
     questions = tuple(dict.fromkeys(line for line in lines if line))
     if any("<image>" in question for question in questions):
-        raise ValueError(f"{path}: a question holds <image>; leave it out, every record gets its own")
+        raise UserError(f"{path}: a question holds <image>; leave it out, every record gets its own")
     return questions
 
 
 def _read(path: str) -> str:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read().strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start + 1})") from None
     if not text:
-        raise ValueError(f"{path}: the file is empty")
+        raise UserError(f"{path}: the file is empty")
     return text

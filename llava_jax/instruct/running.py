@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from llava_jax.atomic import replacing
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.log import AnswerLog
@@ -23,6 +22,8 @@ from llava_jax.endpoint.request import Reply
 from llava_jax.endpoint.run import Ending, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 from llava_jax.instruct.output import check_folder, date, to_json, write_outputs
 from llava_jax.instruct.synthesis import SETTINGS, Settings, Synthesis, Task
 
@@ -161,13 +162,13 @@ class Run:
         for name in ("max_cost", "max_requests"):
             value = getattr(self, name)
             if value is not None and not value >= 0:  # nan
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
         if self.max_cost is not None and not self.prices:
-            raise ValueError("--max-cost needs --prices FILE, by which cost is reckoned")
+            raise UserError("--max-cost needs --prices FILE, by which cost is reckoned")
         if self.settings.teacher == "rules":
             for name in ("max_cost", "prices", "batch"):
                 if getattr(self, name):
-                    raise ValueError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
+                    raise UserError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
 
     async def _ask(
         self, synthesis: Synthesis, log: AnswerLog, standing: Standing, budget: Budget, stop: Stop

@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from llava_jax.endpoint.request import Reply, Request
+from llava_jax.errors import UserError
 from llava_jax.instruct import evidence, parse
 from llava_jax.instruct.context import Context, Source, open_contexts
 from llava_jax.instruct.evidence import Evidence
@@ -72,34 +73,34 @@ class Settings:
 
     @property
     def request_parameters(self) -> dict[str, Any]:
-        """What goes with the messages. Raises ValueError if `parameters` is no JSON object."""
+        """What goes with the messages. Raises UserError if `parameters` is no JSON object."""
         try:
             more = json.loads(self.parameters or "{}")
             if not isinstance(more, dict):
-                raise ValueError("it must be an object")
+                raise UserError("it must be an object")
         except ValueError as error:
-            raise ValueError(f"--parameters {self.parameters}: not a JSON object ({error})") from None
+            raise UserError(f"--parameters {self.parameters}: not a JSON object ({error})") from None
         if taken := {"model", "messages", "stream", "n"} & set(more):
-            raise ValueError(f"--parameters: {sorted(taken)[0]} cannot be set")
+            raise UserError(f"--parameters: {sorted(taken)[0]} cannot be set")
         heat = {} if self.temperature is None else {"temperature": self.temperature}
         return {"max_completion_tokens": self.max_completion_tokens, **heat, **more}
 
     def check(self) -> None:
-        """Raises ValueError or FileNotFoundError, one line, for what cannot be meant, and for prompts that cannot be
+        """Raises UserError, one line, for what cannot be meant, and for prompts that cannot be
         read."""
         least = dict.fromkeys(("seed", *COUNTS.values()), 0) | {"attempts": 1, "max_completion_tokens": 1}
         for name in least:
             value = getattr(self, name)
             if value is not None and value < least[name]:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {least[name]}")
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least[name]}")
         if not any(self.count(kind) != 0 for kind in KINDS):
-            raise ValueError("--conversation, --detail and --complex are all 0: there is nothing to make")
+            raise UserError("--conversation, --detail and --complex are all 0: there is nothing to make")
         if self.teacher == "openai" and not self.model:
-            raise ValueError("name the teacher with --model NAME, or take --teacher rules, which needs none")
+            raise UserError("name the teacher with --model NAME, or take --teacher rules, which needs none")
         if self.teacher == "rules":
             for name in ("model", "base_url", "prompts", "temperature", "parameters"):
                 if getattr(self, name) not in ("", None):
-                    raise ValueError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
+                    raise UserError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
         _open_teacher(self)
 
     def count(self, kind: str) -> int | None:
@@ -126,16 +127,16 @@ class Settings:
 
     @classmethod
     def load(cls, folder: str) -> "Settings":
-        """Those of the run that `folder` is of, wherever it has been moved. Raises FileNotFoundError or ValueError."""
+        """Those of the run that `folder` is of, wherever it has been moved. Raises UserError."""
         path = os.path.join(folder, SETTINGS)
         try:
             with open(path, encoding="utf-8") as file:
                 fields = json.load(file)
             return cls(**{**fields, "source": Source(**fields["source"]), "out": folder})
         except FileNotFoundError:
-            raise FileNotFoundError(f"{folder}: no synthesis has run there (there is no {SETTINGS})") from None
+            raise UserError(f"{folder}: no synthesis has run there (there is no {SETTINGS})") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: not what a synthesis writes ({error}); run its command again") from None
+            raise UserError(f"{path}: not what a synthesis writes ({error}); run its command again") from None
 
 
 class Verdict(NamedTuple):
@@ -218,7 +219,7 @@ class Task:
 class Synthesis(Sequence[Task]):
     """The tasks of a run, image by image in the order of the source; each is made when asked for.
 
-    Raises FileNotFoundError or ValueError, one line, where prompts or images cannot be read, or there are too few.
+    Raises UserError, one line, where prompts or images cannot be read, or there are too few.
     """
 
     def __init__(self, settings: Settings):
@@ -265,7 +266,7 @@ class Synthesis(Sequence[Task]):
         if wanted is None:
             return np.ones(there, bool)
         if wanted > there:
-            raise ValueError(f"--{COUNTS[kind]} {wanted}: there are only {there:,} images")
+            raise UserError(f"--{COUNTS[kind]} {wanted}: there are only {there:,} images")
         chosen = np.zeros(there, bool)
         chosen[random.Random(f"{self.settings.seed} {kind}").sample(range(there), wanted)] = True
         return chosen

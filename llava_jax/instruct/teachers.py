@@ -48,7 +48,7 @@ class Rules:
         self.questions = read_questions("detail_description", language, file=questions)
 
     def check(self, categories: Iterable[str]) -> None:
-        """Raises ValueError, one line, if one of these has no name in the language."""
+        """Raises UserError, one line, if one of these has no name in the language."""
         self._rules.check(categories)
 
     def request(self, kind: str, context: Context, attempt: int = 0) -> Request:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from llava_jax.errors import UserError
 from llava_jax.sharding import row_axes
 
 LANES = 128
@@ -139,7 +140,7 @@ Attend = Callable[[Array, Array, Array], Array]
 def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
     """Attention of rows of `length` tokens that see themselves and what is before them in their own segment.
 
-    `name`: xla, splash or cudnn; ValueError for another. `segment_ids`: one segment when None.
+    `name`: xla, splash or cudnn; UserError for another. `segment_ids`: one segment when None.
     """
     if name == "splash":
         return functools.partial(_splash, segment_ids=segment_ids)
@@ -150,7 +151,7 @@ def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None)
         return lambda query, key, value: _in_parts(query, key, value, mask)
     if name == "cudnn":
         return functools.partial(jax.nn.dot_product_attention, mask=mask[:, None], implementation="cudnn")
-    raise ValueError(f"attention {name!r} is not one of xla, splash, cudnn")
+    raise UserError(f"attention {name!r} is not one of xla, splash, cudnn")
 
 
 def full(name: str, heads: int) -> Callable[[Array], Array]:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from llava_jax.errors import UserError
 from llava_jax.sharding import ROWS, constrain
 
 T = TypeVar("T")
@@ -157,7 +158,7 @@ def scan(layers: nnx.Module, x: T, *xs: Array, call: Callable, remat: str = "non
     `x`: an array of rows, or a tuple of such.
     """
     if remat not in REMAT:
-        raise ValueError(f"remat: unknown policy {remat!r}; choose one of {', '.join(REMAT)}")
+        raise UserError(f"remat: unknown policy {remat!r}; choose one of {', '.join(REMAT)}")
 
     def body(x, layer_and_xs):
         layer, xs = layer_and_xs

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name as name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from llava_jax.errors import UserError
 from llava_jax.models.attention import Attend, attention, attention_heads_first, causal
 from llava_jax.models.layers import Linear, RMSNorm, materialise, normal, scan, stack
 from llava_jax.sharding import ROWS, constrain
@@ -30,7 +31,7 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope scaling {self.kind!r} is not supported; linear and llama3 are")
+            raise UserError(f"rope scaling {self.kind!r} is not supported; linear and llama3 are")
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class LlamaConfig:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f"decoder heads {self.heads} are not a multiple of kv_heads {self.kv_heads}")
+            raise UserError(f"decoder heads {self.heads} are not a multiple of kv_heads {self.kv_heads}")
         if self.head_width % 2:
-            raise ValueError(f"decoder head_width {self.head_width} is odd; rotary embedding needs pairs")
+            raise UserError(f"decoder head_width {self.head_width} is odd; rotary embedding needs pairs")
 
 
 def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:

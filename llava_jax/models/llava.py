@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from llava_jax.errors import UserError
 from llava_jax.images import CLIP_MEAN, CLIP_STD, MODES
 from llava_jax.models import vit
 from llava_jax.models.llama import Llama, LlamaConfig
@@ -29,9 +30,9 @@ class LlavaConfig:
 
     def __post_init__(self):
         if self.feature_select not in ("patch", "cls_patch"):
-            raise ValueError(f"feature_select {self.feature_select!r} is neither patch nor cls_patch")
+            raise UserError(f"feature_select {self.feature_select!r} is neither patch nor cls_patch")
         if self.image_mode not in MODES:
-            raise ValueError(f"image_mode {self.image_mode!r} is not one of {', '.join(MODES)}")
+            raise UserError(f"image_mode {self.image_mode!r} is not one of {', '.join(MODES)}")
         vit.depth(self.vision, self.feature_layer)
 
     @property

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from llava_jax.errors import UserError
 from llava_jax.models.layers import Linear
 
 
 def depth(kind: str) -> int:
-    """Number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N; ValueError for any other name."""
+    """Number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N; UserError for any other name."""
     if kind in ("identity", "linear"):
         return ("identity", "linear").index(kind)
     if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
         return int(match[1])
-    raise ValueError(f"projector {kind!r} is not one of identity, linear, mlp2x_gelu (or any mlpNx_gelu)")
+    raise UserError(f"projector {kind!r} is not one of identity, linear, mlp2x_gelu (or any mlpNx_gelu)")
 
 
 def torch_uniform(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
@@ -32,7 +33,7 @@ class Projector(nnx.Module):
     def __init__(self, kind: str, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.count = depth(kind)
         if self.count == 0 and inputs != outputs:
-            raise ValueError(f"projector identity: vision width {inputs} and decoder width {outputs} differ")
+            raise UserError(f"projector identity: vision width {inputs} and decoder width {outputs} differ")
         for i in range(self.count):
             linear = Linear([inputs if i == 0 else outputs], [outputs], bias=True, rngs=rngs, init=torch_uniform)
             bias = torch_uniform(rngs.params(), (inputs if i == 0 else outputs, outputs), jnp.float32)[0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from llava_jax.errors import UserError
 from llava_jax.models.attention import full
 from llava_jax.models.layers import LayerNorm, Linear, gather, moments, normal, scan, stack
 
@@ -33,11 +34,11 @@ class VitConfig:
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"vision activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+            raise UserError(f"vision activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.width % self.heads:
-            raise ValueError(f"vision width {self.width} does not divide into {self.heads} heads")
+            raise UserError(f"vision width {self.width} does not divide into {self.heads} heads")
         if self.image_size < self.patch_size:
-            raise ValueError(f"vision patch_size {self.patch_size} is larger than image_size {self.image_size}")
+            raise UserError(f"vision patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
     @property
     def grid(self) -> int:
@@ -144,8 +145,8 @@ class Vit(nnx.Module):
 
 
 def depth(config: VitConfig, layer: int) -> int:
-    """How many blocks must run for the hidden states of `layer`; ValueError if the tower has no such layer."""
+    """How many blocks must run for the hidden states of `layer`; UserError if the tower has no such layer."""
     if not -config.layers - 1 <= layer <= config.layers:
-        raise ValueError(f"feature_layer {layer}: the vision tower has {config.layers} layers, "
+        raise UserError(f"feature_layer {layer}: the vision tower has {config.layers} layers, "
                          f"so it must lie in {-config.layers - 1}..{config.layers}")
     return layer % (config.layers + 1)

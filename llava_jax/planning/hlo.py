@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from llava_jax.errors import UserError
+
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2,
               "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -88,7 +90,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module of a text; ValueError if it has no entry computation."""
+    """The module of a text; UserError if it has no entry computation."""
     computations: dict[str, Computation] = {}
     current, entry, lines = None, None, []
 
@@ -112,7 +114,7 @@ def parse(text: str) -> Module:
         elif lines:
             lines.append(line)
     if entry is None:
-        raise ValueError("no HLO module: the text has no ENTRY computation")
+        raise UserError("no HLO module: the text has no ENTRY computation")
     return Module(computations, entry)
 
 
@@ -148,4 +150,4 @@ def _balanced(text: str) -> int:
         depth += (character == "(") - (character == ")")
         if depth == 0:
             return i + 1
-    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+    raise UserError(f"unbalanced parentheses: {text[:80]}")

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax import config, sharding
+from llava_jax.errors import UserError
 from llava_jax.inference.decode import decode, prefill
 from llava_jax.inference.sampling import Sampling
 from llava_jax.models.llava import LlavaConfig, abstract, merge
@@ -56,14 +57,14 @@ class Phase:
 def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -> list[Phase]:
     """Prefill of `batch` prompts of `context` tokens with an image each, and decode with that many in the cache.
 
-    Parameters are bfloat16, matrices shared by all devices of the slice (`mesh.tensor`). ValueError if these are of
+    Parameters are bfloat16, matrices shared by all devices of the slice (`mesh.tensor`). UserError if these are of
     several hosts, or the model does not divide over them, or `context` has no room for an image.
     """
     if where.hosts > 1:
-        raise ValueError(f"--inference: {where.name} has {where.hosts} hosts, and inference runs on one; "
+        raise UserError(f"--inference: {where.name} has {where.hosts} hosts, and inference runs on one; "
                          f"{where.chip.kind} hosts have up to {4 if where.chip.dimensions == 3 else 8} chips")
     if context < model.tokens_per_image:
-        raise ValueError(f"--context {context}: one image takes {model.tokens_per_image} tokens")
+        raise UserError(f"--context {context}: one image takes {model.tokens_per_image} tokens")
     mesh = sharding.make_mesh(config.Mesh(1, 1, where.devices), where.jax_devices())
     graph, shapes = abstract(model, "bfloat16")
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from llava_jax import config, sharding
+from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.planning.topologies import Slice
 from llava_jax.training.start import lay_out
@@ -20,7 +21,7 @@ def with_slices(recipe: config.Recipe, where: Slice) -> tuple[config.Recipe, lis
 
 
 def plan_mesh(recipe: config.Recipe, where: Slice, model: LlavaConfig) -> jax.sharding.Mesh:
-    """The recipe's mesh of a slice's devices; ValueError of one line that says what would fit if it does not."""
+    """The recipe's mesh of a slice's devices; UserError of one line that says what would fit if it does not."""
     devices = where.jax_devices()
     try:
         mesh = sharding.make_mesh(recipe.mesh, devices)
@@ -31,7 +32,7 @@ def plan_mesh(recipe: config.Recipe, where: Slice, model: LlavaConfig) -> jax.sh
                              for mesh in others[:3])
         hint = f"on {where.name} these would: {flags}" if others else (
             f"no mesh of {where.name} would; rows that are a multiple of {where.devices} x accumulate suit most")
-        raise ValueError(f"{error}; {hint}") from None
+        raise UserError(f"{error}; {hint}") from None
     return mesh
 
 

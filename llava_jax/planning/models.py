@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VitConfig
@@ -39,7 +40,7 @@ KNOWN = tuple((re.compile(pattern), sizes) for pattern, sizes in (
 def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
     """The configuration of a recipe's model, and a line for every part whose published sizes stand in for its files.
 
-    FileNotFoundError naming the directory if it does not exist and its name is none of a published model.
+    UserError naming the directory if it does not exist and its name is none of a published model.
     """
     notes = []
 
@@ -54,10 +55,10 @@ def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
 
 
 def known(directory: str) -> LlavaConfig | VitConfig | LlamaConfig:
-    """The sizes of the published model that a directory is named after; FileNotFoundError if it is none."""
+    """The sizes of the published model that a directory is named after; UserError if it is none."""
     name = Path(directory).name.lower()
     for pattern, sizes in KNOWN:
         if found := pattern.fullmatch(name):
             return sizes(*found.groups()) if callable(sizes) else sizes
-    raise FileNotFoundError(f"{directory}: no such directory, and {Path(directory).name!r} is no published model that "
+    raise UserError(f"{directory}: no such directory, and {Path(directory).name!r} is no published model that "
                             "is known here; its config.json in that directory is enough to plan")

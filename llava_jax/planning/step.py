@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.planning.topologies import GIB, Slice
 from llava_jax.training.optimizer import make_optimizer, trainable_paths
@@ -68,7 +69,7 @@ class Program:
 def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, model: LlavaConfig):
     """The jitted step of the stage `name` and its arguments `(state, frozen, batch)` as ShapeDtypeStructs.
 
-    ValueError that names the field if the recipe does not fit the mesh.
+    UserError that names the field if the recipe does not fit the mesh.
     """
     stage = recipe.stages[name]
     dtype, graphs, shapes, shardings = lay_out(recipe, mesh, model)
@@ -99,7 +100,7 @@ def compile_step(recipe: config.Recipe, name: str, where: Slice, mesh: jax.shard
                  ) -> Program:
     """Compiles the step of a stage for a slice, which takes a minute for 7B and a few GB of this host's memory.
 
-    ValueError if the recipe does not fit the slice's mesh; a program that is too large is a result, not an error.
+    UserError if the recipe does not fit the slice's mesh; a program that is too large is a result, not an error.
     """
     with jax.set_mesh(mesh):
         step, (state, frozen, batch) = abstract_step(recipe, name, mesh, model)
@@ -146,6 +147,6 @@ def _out_of_memory(message: str) -> tuple[int, int]:
     size = r"\(([\d.]+)([KMGT]?)\)"
     found = re.search(rf"{size} exceeds available \w+ {size}", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
-        raise ValueError(f"the TPU compiler failed: {' '.join(message.split())[:400]}")
+        raise UserError(f"the TPU compiler failed: {' '.join(message.split())[:400]}")
     scale = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     return int(float(found[1]) * scale[found[2]]), int(float(found[3]) * scale[found[4]])

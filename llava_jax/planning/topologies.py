@@ -6,6 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from llava_jax.errors import UserError
+
 GIB = 2**30
 
 
@@ -114,13 +116,13 @@ class Slice:
                 f"{self.hosts:,} host{'s' * (self.hosts > 1)}")
 
     def jax_devices(self) -> list:
-        """Devices to compile for; none of them exists. ImportError if libtpu is missing."""
+        """Devices to compile for; none of them exists. UserError if libtpu is missing."""
         quiet()
         from jax.experimental import topologies
         try:
             import libtpu  # noqa: F401
         except ImportError:
-            raise ImportError("planning needs the TPU compiler: pip install 'llava_jax[plan]'") from None
+            raise UserError("planning needs the TPU compiler: pip install 'llava_jax[plan]'") from None
         options = {"chips_per_host_bounds": self.host_bounds}
         if self.chip.kind == "v4":
             options["chip_config_name"] = "megacore"
@@ -131,7 +133,7 @@ class Slice:
 
 
 def parse(name: str) -> Slice:
-    """The slices of a name; ValueError of one line, which lists what there is, for any other.
+    """The slices of a name; UserError of one line, which lists what there is, for any other.
 
     v5e-64, v5litepod-64, v4-128 and v5p-128 (TensorCores, so 64 chips), tpu7x-16 (TensorCores too), a shape as in
     v5e:4x8, several slices as in v5e-256x2 or 2xv5e-256.
@@ -142,11 +144,11 @@ def parse(name: str) -> Slice:
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, CHIPS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"topology {name!r} is not known; {hint}write KIND-SIZE, as in v5e-64; kinds are "
+        raise UserError(f"topology {name!r} is not known; {hint}write KIND-SIZE, as in v5e-64; kinds are "
                          f"{', '.join(CHIPS)}")
     chip = CHIPS[kind]
     if found is None or found[1] and found[4]:
-        raise ValueError(f"topology {name!r} is not known; {sizes(chip)}; several slices: v5e-256x2")
+        raise UserError(f"topology {name!r} is not known; {sizes(chip)}; several slices: v5e-256x2")
     count = int(found[1] or found[4] or 1)
     if found[3]:
         number, cores = int(found[3]), chip.cores if chip.counts_cores else 1
@@ -155,7 +157,7 @@ def parse(name: str) -> Slice:
         shape = tuple(int(side) for side in found[5].split("x"))
         shape = shape if _is_published(chip, shape) else None
     if shape is None or count < 1:
-        raise ValueError(f"topology {name!r} is no {kind} slice; {sizes(chip)}")
+        raise UserError(f"topology {name!r} is no {kind} slice; {sizes(chip)}")
     return Slice(chip, shape, count)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Set
 
 from tqdm import tqdm
 
-from llava_jax.atomic import replacing
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images
 
@@ -20,8 +21,8 @@ def unpack(archive: str, folder: str, names: Set[str]) -> int:
 
     `names` are names that images shall have in the folder; the archive must hold one of them, which tells the leading
     folders of its members that are left out. An image appears under its name when it is whole, and one that is there
-    in full stays. Raises ValueError, before anything is written, if the file is no zip file, holds none of `names`, or
-    has a member that is a link or would leave the folder; later if one is broken. OSError if the disk is too small.
+    in full stays. Raises UserError, before anything is written, if the file is no zip file, holds none of `names`, or
+    has a member that is a link or would leave the folder, or the disk is too small; later if a member is broken.
     """
     try:
         with zipfile.ZipFile(archive) as zipped:
@@ -35,17 +36,17 @@ def unpack(archive: str, folder: str, names: Set[str]) -> int:
                 _write(zipped, member, target)
             return len(absent)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{archive}: a broken zip file ({error}); delete it and download it again") from None
+        raise UserError(f"{archive}: a broken zip file ({error}); delete it and download it again") from None
 
 
 def require_space(folder: str, size: float, what: str) -> None:
-    """Says on stderr how many bytes `what` takes and how many are free; OSError, one line, if these are too few."""
+    """Says on stderr how many bytes `what` takes and how many are free; UserError, one line, if these are too few."""
     while folder and not os.path.exists(folder):
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder or ".").free
     need = f"{what} takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free in {folder or '.'}"
     if free < size:
-        raise OSError(f"{need}: make room")
+        raise UserError(f"{need}: make room")
     print(need, file=sys.stderr)
 
 
@@ -55,14 +56,14 @@ def _place(archive: str, members: Iterable[zipfile.ZipInfo], names: Set[str]) ->
     for member in members:
         name = member.filename
         if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
-            raise ValueError(f"{archive}: the name {name!r:.200} would leave the folder; nothing was unpacked")
+            raise UserError(f"{archive}: the name {name!r:.200} would leave the folder; nothing was unpacked")
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise ValueError(f"{archive}: {name!r:.200} is a link; nothing was unpacked")
+            raise UserError(f"{archive}: {name!r:.200} is a link; nothing was unpacked")
         if name.lower().endswith(SUFFIXES):
             images.append(member)
     lead = next((lead for image in images if (lead := _leading_folders(image.filename, names)) is not None), None)
     if lead is None:
-        raise ValueError(f"{archive}: holds none of the images that are looked for; is it another archive?")
+        raise UserError(f"{archive}: holds none of the images that are looked for; is it another archive?")
     return {image.filename.removeprefix(lead): image for image in images if image.filename.startswith(lead)}
 
 

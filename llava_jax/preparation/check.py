@@ -14,6 +14,7 @@ import tyro
 from llava_jax.config import Data, Stage
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
+from llava_jax.errors import UserError
 from llava_jax.preparation.audit import audit
 from llava_jax.preparation.findings import KINDS, SUSPECT, Checker, Finding
 from llava_jax.preparation.settings import Settings
@@ -69,14 +70,14 @@ class Check:
         for name in ("max_length", "images_per_row", "tokens_per_image", "rows"):
             option, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{option} is {value}: it must be at least 1")
+                raise UserError(f"{option} is {value}: it must be at least 1")
             if value is not None and name in ("max_length", "tokens_per_image") and not self.model:
-                raise ValueError(f"{option} needs --model: without its tokenizer no tokens are counted")
+                raise UserError(f"{option} needs --model: without its tokenizer no tokens are counted")
         if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers is {self.workers}: it must be 0 or more")
+            raise UserError(f"--workers is {self.workers}: it must be 0 or more")
         for kind in self.allow:
             if kind not in KINDS:
-                raise ValueError(f"--allow {kind}: there is no such kind of finding; there are {', '.join(KINDS)}")
+                raise UserError(f"--allow {kind}: there is no such kind of finding; there are {', '.join(KINDS)}")
 
     def run(self) -> int:
         mixture = open_mixture(self.data, self.image_root)
@@ -102,15 +103,15 @@ def _saving(path: str) -> Iterator[Callable[[Finding], None] | None]:
         yield None
         return
     if os.path.isdir(path):
-        raise ValueError(f"--bad-rows {path}: this is a folder; name a file")
+        raise UserError(f"--bad-rows {path}: this is a folder; name a file")
     if not _may_replace(path):
-        raise ValueError(f"--bad-rows {path}: there is something else than findings; name another file")
+        raise UserError(f"--bad-rows {path}: there is something else than findings; name another file")
 
     def attempt(action: Callable, *args: Any) -> Any:
         try:
             return action(*args)
         except OSError as error:
-            raise ValueError(f"--bad-rows {path}: cannot be written ({error.strerror})") from None
+            raise UserError(f"--bad-rows {path}: cannot be written ({error.strerror})") from None
 
     file = attempt(_temporary_beside, path)
     try:

@@ -8,7 +8,6 @@ ones. A pack that was stopped goes on from there.
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import glob
 import json
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from llava_jax.data.parallel import Pool
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Source, open_mixture
+from llava_jax.errors import FULL, UserError
 from llava_jax.preparation.shards import FEATURES, SHOWN, Encoding, Examples, ShardWriter, write_json
 
 SAMPLED = 100  # rows that are tried to tell how many make a shard
@@ -79,14 +79,14 @@ class Pack:
         name, version = self._name()
         mixture = open_mixture(self.data, self.image_root)
         if mixture.counts != tuple(map(len, mixture.sources)):
-            raise ValueError(
+            raise UserError(
                 f"{self.data}: pack writes every row once, but this mixture takes some more or less often; write it "
                 "out first (prepare mix --materialise), or pack its sources and train on a mixture of them"
             )
         for source in mixture.sources:
             inside = os.path.realpath(self.out) + os.sep
             if any(os.path.realpath(file).startswith(inside) for file in _files(source)):
-                raise ValueError(f"{self.out}: {source.path} lies in this folder; give another one")
+                raise UserError(f"{self.out}: {source.path} lies in this folder; give another one")
         examples = Examples(mixture, Encoding(self.image_size, self.image_mode, self.image_format, self.quality))
         with _lock(self.out), _explained(self.out):
             self._check_folder()  # another pack may have ended in the meantime
@@ -106,27 +106,27 @@ class Pack:
 
     def _check_options(self) -> None:
         if "://" in self.out:
-            raise ValueError(f"{self.out}: pack writes to a disk; copy that then: gcloud storage cp -r FOLDER URL")
+            raise UserError(f"{self.out}: pack writes to a disk; copy that then: gcloud storage cp -r FOLDER URL")
         for name, least in (("image_size", 1), ("shards", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality must be from 1 to 100, not {self.quality}")
+            raise UserError(f"--quality must be from 1 to 100, not {self.quality}")
         for name in ("split", "name"):
             value = getattr(self, name)
             if not re.fullmatch(r"[a-z]\w*", value, re.ASCII | re.IGNORECASE) and (value or name == "split"):
-                raise ValueError(f"--{name} must be a word of letters, digits and _, not {value!r}")
+                raise UserError(f"--{name} must be a word of letters, digits and _, not {value!r}")
         _bytes(self.shard_size)
 
     def _check_folder(self) -> None:
         if os.path.exists(self.out) and not os.path.isdir(self.out):
-            raise ValueError(f"{self.out}: is a file; give a folder")
+            raise UserError(f"{self.out}: is a file; give a folder")
         found = set(os.listdir(self.out)) if os.path.isdir(self.out) else set()
         if "dataset_info.json" in found and not self.overwrite:
-            raise ValueError(f"{self.out}: holds a data set already; give another folder, or --overwrite")
+            raise UserError(f"{self.out}: holds a data set already; give another folder, or --overwrite")
         if found and not found & {"dataset_info.json", ".pack"}:
-            raise ValueError(f"{self.out}: holds other things ({min(found)}); give an empty folder or a new one")
+            raise UserError(f"{self.out}: holds other things ({min(found)}); give an empty folder or a new one")
 
     def _name(self) -> tuple[str, str]:
         """Name and version of the data set."""
@@ -139,7 +139,7 @@ class Pack:
     def _begin(self, examples: Examples, name: str, version: str) -> tuple[int, ...]:
         """The bounds of the shards, from the plan of the pack that goes on, or from a new one, which is written.
 
-        ValueError if the pack that was begun is another.
+        UserError if the pack that was begun is another.
         """
         plan = {
             "data": [_fingerprint(source) for source in examples.mixture.sources],
@@ -160,7 +160,7 @@ class Pack:
         for key, now in plan.items():
             if now != begun.get(key):
                 seen = f": {_shown(begun.get(key))} before, {_shown(now)} now" if key != "data" else " or image root"
-                raise ValueError(
+                raise UserError(
                     f"{self.out}: holds part of a pack with other {key}{seen}; give the same to go on, another folder, "
                     "or --overwrite"
                 )
@@ -169,7 +169,7 @@ class Pack:
         return tuple(begun["bounds"])
 
     def _write(self, write: ShardWriter) -> list[dict[str, Any]]:
-        """Writes the shards that are not yet finished. Returns the notes on all; ValueError if rows are bad."""
+        """Writes the shards that are not yet finished. Returns the notes on all; UserError if rows are bad."""
         skip = self.bad_rows == "skip"
         notes = [write.finished(shard) for shard in range(len(write.files))]
         # What is bad may have been mended since.
@@ -185,7 +185,7 @@ class Pack:
         bad = _bad(notes)
         if bad and not skip:
             first = "; ".join([line for note in notes for line in note["shown"]][:SHOWN])
-            raise ValueError(
+            raise UserError(
                 f"{bad.total():,} of {total:,} rows cannot be used ({_counted(bad)}); mend them (prepare check lists "
                 f"all) or give --bad-rows skip; the first: {first}"
             )
@@ -193,7 +193,7 @@ class Pack:
 
     def _finish(self, notes: list[dict[str, Any]], name: str, version: str) -> None:
         if not any(note["rows"] for note in notes):
-            raise ValueError(f"{self.data}: none of its rows can be used; the first: {notes[0]['shown'][0]}")
+            raise UserError(f"{self.data}: none of its rows can be used; the first: {notes[0]['shown'][0]}")
         split = {
             "name": self.split,
             "shardLengths": [str(note["rows"]) for note in notes],
@@ -230,7 +230,7 @@ def _lock(out: str) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):  # locked; or deleted by a pack that has ended just now
             alone = False
         if not alone:
-            raise ValueError(f"{out}: another pack is writing to this folder; wait for it, or give another folder")
+            raise UserError(f"{out}: another pack is writing to this folder; wait for it, or give another folder")
         yield
     finally:
         os.close(handle)
@@ -242,13 +242,15 @@ def _explained(out: str) -> Iterator[None]:
     try:
         yield
     except (OSError, BrokenExecutor) as error:
-        reason = " ".join(str(error).split())[:200]
-        if isinstance(error, BrokenExecutor):
-            reason = "a worker process died (was it killed for its memory?)"
-        elif any(os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT)):
-            reason = "the disk is full; make room"
         done = len(glob.glob(_inner(glob.escape(out), "*[0-9].json")))
-        raise OSError(f"{out}: {reason}; {done} shards are finished, and the same command goes on from there") from None
+        note = f"{done} shards are finished, and the same command goes on from there"
+        if isinstance(error, BrokenExecutor):
+            raise RuntimeError(f"{out}: a worker process died (was it killed for its memory?); {note}") from error
+        # A worker's error comes as ArrayRecord's text, without a code.
+        if full := [os.strerror(code) for code in FULL if code == error.errno or os.strerror(code) in str(error)]:
+            raise UserError(f"{out}: {full[0]}; make room; {note}") from error
+        error.add_note(f"{out}: {note}")
+        raise
 
 
 @contextlib.contextmanager
@@ -315,7 +317,7 @@ def _shown(value: Any) -> str:
 def _bytes(size: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B)", size, re.IGNORECASE)
     if not match or float(match[1]) * UNITS[match[2].upper()] < 1:
-        raise ValueError(f"--shard-size must be a size such as 256MB, not {size!r}")
+        raise UserError(f"--shard-size must be a size such as 256MB, not {size!r}")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

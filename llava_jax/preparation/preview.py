@@ -9,11 +9,12 @@ from typing import Annotated
 
 import tyro
 
-from llava_jax.atomic import check_page, replacing
 from llava_jax.config import Data
 from llava_jax.data.examples import Loader
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
+from llava_jax.errors import UserError
+from llava_jax.files import check_page, replacing
 from llava_jax.preparation.preview_page import Shown, write_page
 from llava_jax.preparation.settings import Settings
 
@@ -49,11 +50,8 @@ def read_rows(numbers: Sequence[int], loader: Loader) -> list[Shown]:
 
 
 def _save(path: str, page: str) -> None:
-    try:
-        with replacing(path) as file:
-            file.write(page.encode())
-    except OSError as error:
-        raise OSError(f"{path}: the page cannot be written ({error.strerror})") from None
+    with replacing(path) as file:
+        file.write(page.encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +84,10 @@ class Preview:
 
     def run(self) -> int:
         if not self.model:
-            raise ValueError("preview shows tokens: give --model, the directory of a model or of a tokenizer")
+            raise UserError("preview shows tokens: give --model, the directory of a model or of a tokenizer")
         for name in ("count", "max_length", "images_per_row"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         check_page(self.output)
         mixture = open_mixture(self.data, self.image_root)
         settings = Settings.load(self.model, self.template)
@@ -114,7 +112,7 @@ class Preview:
     def _numbers(self, mixture: Mixture) -> list[int]:
         total = mixture.starts[-1]
         if wrong := [row for row in self.rows if not 1 <= row <= total]:
-            raise ValueError(f"{mixture.name}: no row {wrong[0]}; the rows are 1 to {total}")
+            raise UserError(f"{mixture.name}: no row {wrong[0]}; the rows are 1 to {total}")
         if self.rows:
             return [row - 1 for row in self.rows]
         return list(range(min(self.count, total))) if self.first else draw_rows(mixture, self.count, self.seed)

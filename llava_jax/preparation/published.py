@@ -16,6 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from llava_jax.data.sources import open_source
+from llava_jax.errors import UserError
 from llava_jax.preparation.archives import SUFFIXES, require_space, unpack
 
 SHOWN = 3  # missing images of a folder that are named
@@ -137,11 +138,11 @@ SETS = {
 
 
 def get(name: str) -> Published:
-    """The published set of that name; KeyError, with the names, if there is none."""
+    """The published set of that name; UserError, with the names, if there is none."""
     if name not in SETS:
         near = difflib.get_close_matches(name, SETS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SETS)}"
-        raise KeyError(f"no published data set is called {name!r}; {hint}")
+        raise UserError(f"no published data set is called {name!r}; {hint}")
     return SETS[name]
 
 
@@ -204,7 +205,7 @@ class Copy:
     def fetch(self) -> None:
         """Downloads what the hub has, unpacks the archives that are there, and leaves alone what is complete.
 
-        A download that was cut off goes on. Raises ConnectionError if the hub cannot be reached, and as `unpack` does.
+        A download that was cut off goes on. Raises UserError if the hub cannot be reached, and as `unpack` does.
         """
         data = self.published.data
         if not os.path.exists(self.at(data.path)):
@@ -274,7 +275,7 @@ class Copy:
 def download(file: File, to: str) -> None:
     """Downloads a file of the hub to its place under `to`, and goes on where an earlier run was stopped.
 
-    Raises ConnectionError, one line, if the hub cannot be reached or has no such file, or what came is damaged.
+    Raises UserError, one line, if the hub cannot be reached or has no such file, or what came is damaged.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -294,7 +295,7 @@ def download(file: File, to: str) -> None:
             http_get(url, local, resume_size=local.tell(), expected_size=about.size, headers=build_hf_headers())
         if len(etag) == 64 and _sha256(part) != etag:
             os.unlink(part)
-            raise ConnectionError(f"{target}: the download was damaged on the way; run this again")
+            raise UserError(f"{target}: the download was damaged on the way; run this again")
         os.replace(part, target)
     except errors.OfflineModeIsEnabled:
         why = "HF_HUB_OFFLINE is set"
@@ -306,7 +307,7 @@ def download(file: File, to: str) -> None:
         return
     why = " ".join(why.split())
     advice = f"try again, or put the file to {target} yourself; --check works without a network"
-    raise ConnectionError(f"{file.origin} cannot be downloaded ({why:.150}): {advice}")
+    raise UserError(f"{file.origin} cannot be downloaded ({why:.150}): {advice}")
 
 
 def _sha256(path: str) -> str:
@@ -319,7 +320,7 @@ def _named_images(rows: Iterable[dict]) -> Iterable[str]:
         image = row.get("image") if isinstance(row, dict) else None
         images = [image] if isinstance(image, str) else image or []
         if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-            raise ValueError(f"the data file names {image!r:.80} for an image")
+            raise UserError(f"the data file names {image!r:.80} for an image")
         yield from images
 
 
@@ -329,7 +330,7 @@ def _group(images: Iterable[str], published: Published) -> dict[str, set[str]]:
     for image in images:
         path = os.path.normpath(os.path.join(published.image_root, image))
         if os.path.isabs(path) or os.path.relpath(path, published.image_root or ".").startswith(".."):
-            raise ValueError(f"the data file names {image!r:.200}, which is outside the image folders")
+            raise UserError(f"the data file names {image!r:.200}, which is outside the image folders")
         folder = next((folder for folder in folders if path.startswith(f"{folder}/")), os.path.dirname(path))
         grouped[folder].add(path.removeprefix(folder).removeprefix("/"))
     return dict(grouped)

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from llava_jax.errors import UserError
 from llava_jax.text import templates
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
@@ -25,13 +26,13 @@ class Settings:
         """The settings of `model`; a `template` that is named takes the place of the model's own.
 
         `model` is the directory of a LLaVA in any layout that llava_jax reads; or of a language model or tokenizer, or
-        a tokenizer's file, which give the tokenizer alone; or "". Raises FileNotFoundError or ValueError with one line.
+        a tokenizer's file, which give the tokenizer alone; or "". Raises UserError with one line.
         """
         settings = cls(template=templates.get(template)) if template else cls()
         if not model:
             return settings
         if not os.path.exists(model):
-            raise FileNotFoundError(f"{model}: no such model or tokenizer; to fetch one from the hub: "
+            raise UserError(f"{model}: no such model or tokenizer; to fetch one from the hub: "
                                     "hf download NAME --local-dir DIR")
         if _is_llava(Path(model) / "config.json"):
             from llava_jax.weights import read_config  # imports JAX, which takes seconds
@@ -53,5 +54,5 @@ def _is_llava(file: Path) -> bool:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
+        raise UserError(f"{file}: not JSON ({error}); copy the file again") from None
     return isinstance(config, dict) and str(config.get("model_type")).startswith("llava")

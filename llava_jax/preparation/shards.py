@@ -29,7 +29,7 @@ class Encoding:
     quality: int = 95
 
     def __call__(self, content: bytes) -> bytes:
-        """The image to store for an encoded image. ValueError if it cannot be decoded.
+        """The image to store for an encoded image. UserError if it cannot be decoded.
 
         With a size, it is the tile of `images.prepare`, which preparing once more leaves as it is: PNG changes no
         pixel of what the model sees, JPEG what its quality says. (A smaller image without the padding would change
@@ -172,7 +172,7 @@ def _read(image: str | bytes, record: Record) -> bytes:
 
 
 def _check_image(content: bytes) -> None:
-    """ValueError if the image cannot be decoded."""
+    """UserError if the image cannot be decoded."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "JPEG":

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from llava_jax.data.parallel import Pool
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
+from llava_jax.errors import UserError
 from llava_jax.preparation.writing import check_outputs, common_root, is_path, map_images, move_images, write_rows
 
 CHUNK = 256  # rows that a worker reads together
@@ -36,7 +37,7 @@ class Ranker:
     def __call__(self, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
         """Hashes of 64 bits, and the number of the row that each belongs to: one for a row, or for each of its images.
 
-        Raises ValueError, one line, for a row that cannot be read.
+        Raises UserError, one line, for a row that cannot be read.
         """
         rows, hashes, root = [], [], common_root(self.sources)
         for number, source, row in read(self.sources, numbers):
@@ -115,7 +116,7 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 
 
 def read(sources: Sequence[Source], numbers: Sequence[int]) -> Iterator[tuple[int, Source, Any]]:
-    """The rows of these numbers as they are stored. Raises ValueError, one line, for a row that cannot be read."""
+    """The rows of these numbers as they are stored. Raises UserError, one line, for a row that cannot be read."""
     starts = np.cumsum([0, *map(len, sources)])
     for number in numbers:
         which = int(np.searchsorted(starts, number, side="right")) - 1
@@ -123,7 +124,7 @@ def read(sources: Sequence[Source], numbers: Sequence[int]) -> Iterator[tuple[in
             yield int(number), sources[which], sources[which].row(int(number - starts[which]))
         except BadRow as bad:
             advice = "leave it out with --exclude FILE, where prepare check --bad-rows FILE has named it"
-            raise ValueError(f"{bad}; {advice}") from None
+            raise UserError(f"{bad}; {advice}") from None
 
 
 def _rank(sources: Sequence[Source], numbers: np.ndarray, seed: int, by: str, workers: int | None) -> tuple:
@@ -148,7 +149,7 @@ def _kept(mixture: Mixture, exclude: str, kinds: Sequence[str]) -> np.ndarray:
     from llava_jax.preparation.findings import KINDS  # brings tokenizers along, which workers do without
 
     if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"--exclude-kinds {', '.join(unknown)}: there is no such kind; there are {', '.join(KINDS)}")
+        raise UserError(f"--exclude-kinds {', '.join(unknown)}: there is no such kind; there are {', '.join(KINDS)}")
     places = [(os.path.abspath(source.path), start, len(source))  # a mixture may read one file twice
               for source, start in zip(mixture.sources, mixture.starts, strict=False)]
     with open(exclude, encoding="utf-8") as file:
@@ -161,12 +162,12 @@ def _kept(mixture: Mixture, exclude: str, kinds: Sequence[str]) -> np.ndarray:
                     raise TypeError
                 found = [start + row - 1 for source, start, size in places if source == own and 1 <= row <= size]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{exclude}, line {line}: not what prepare check --bad-rows writes") from None
+                raise UserError(f"{exclude}, line {line}: not what prepare check --bad-rows writes") from None
             if not found:
-                raise ValueError(f"{exclude}, line {line}: there is no row {row} of {path} in {mixture.name}")
+                raise UserError(f"{exclude}, line {line}: there is no row {row} of {path} in {mixture.name}")
             keep[found] &= kind is not None and kind not in kinds
     if not keep.any():
-        raise ValueError(f"{mixture.name}: {exclude} leaves no row")
+        raise UserError(f"{mixture.name}: {exclude} leaves no row")
     print(f"{exclude}: {np.sum(~keep):,} of {len(keep):,} rows are left out")
     return np.flatnonzero(keep)
 
@@ -175,7 +176,7 @@ def _write(sources: Sequence[Source], numbers: np.ndarray, outputs: Sequence[str
     """Writes rows to the outputs that `parts` says, and tells the user."""
     root = common_root(sources)
     if len(formats := {source.key for source in sources}) > 1:
-        raise ValueError(f"a file holds rows of one format, and these have {' and '.join(sorted(formats))}; "
+        raise UserError(f"a file holds rows of one format, and these have {' and '.join(sorted(formats))}; "
                          "make a mixture file, which names several files (prepare mix)")
 
     def rows() -> Iterator[tuple[int, Any]]:
@@ -250,7 +251,7 @@ class Split:
             parts = split_rows(rows, hashes, targets)
         for which, name in enumerate(shares):
             if not np.any(parts == which):
-                raise ValueError(f"--parts {self.parts}: {name} would get no row of {len(numbers):,}; give it more, or "
+                raise UserError(f"--parts {self.parts}: {name} would get no row of {len(numbers):,}; give it more, or "
                                  "--by row if most rows are about the same images")
         _write(mixture.sources, numbers, outputs, parts)
         return 0
@@ -261,11 +262,11 @@ def _read_parts(text: str) -> dict[str, str]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([\w.-]+)=(rest|\d+|\d*\.\d+)\s*", part)
         if not match or match[1] in shares:
-            raise ValueError(f"--parts {text}: {part!r} must be a new name with its share, as in train=0.98, "
+            raise UserError(f"--parts {text}: {part!r} must be a new name with its share, as in train=0.98, "
                              "validation=500 or train=rest")
         shares[match[1]] = match[2]
     if list(shares.values()).count("rest") > 1:
-        raise ValueError(f"--parts {text}: only one part can be the rest")
+        raise UserError(f"--parts {text}: only one part can be the rest")
     return shares
 
 
@@ -274,7 +275,7 @@ def _targets(shares: dict[str, str], total: int, text: str) -> list[int]:
     counts = {name: float(share) * ("." in share and total or 1) for name, share in shares.items() if share != "rest"}
     left = total - sum(counts.values())
     if left < -1e-6 * total or (len(counts) == len(shares) and left > 1e-6 * total):
-        raise ValueError(f"--parts {text}: these are {sum(counts.values()):,.0f} of {total:,} rows; shares must sum to "
+        raise UserError(f"--parts {text}: these are {sum(counts.values()):,.0f} of {total:,} rows; shares must sum to "
                          "1, or one part be the rest, as in train=rest,validation=0.02")
     edges = np.round(np.cumsum([0, *(counts.get(name, left) for name in shares)])).astype(int)
     return np.diff(edges).tolist()
@@ -309,13 +310,13 @@ class Sample:
 
     def run(self) -> int:
         if (self.count > 0) == (self.fraction > 0) or self.count < 0 or not 0 <= self.fraction <= 1:
-            raise ValueError("give either --count, of at least 1, or --fraction, of at most 1")
+            raise UserError("give either --count, of at least 1, or --fraction, of at most 1")
         mixture = open_mixture(self.data, self.image_root)
         check_outputs([self.out], _inputs([self.data], mixture), self.overwrite)
         numbers = _kept(mixture, self.exclude, self.exclude_kinds)
         count = self.count or round(self.fraction * len(numbers))
         if not 0 < count <= len(numbers):
-            raise ValueError(f"{self.data}: {count:,} rows are to be taken of {len(numbers):,}")
+            raise UserError(f"{self.data}: {count:,} rows are to be taken of {len(numbers):,}")
         _, hashes = _rank(mixture.sources, numbers, self.seed, "row", self.workers)
         chosen = numbers[sample_rows(hashes, count)]
         _write(mixture.sources, chosen, [self.out], np.zeros(len(chosen), int))
@@ -345,11 +346,11 @@ class Mix:
 
     def run(self) -> int:
         if not self.materialise and not self.out.endswith(".json"):
-            raise ValueError(f"{self.out}: the name of a mixture file must end in .json")
+            raise UserError(f"{self.out}: the name of a mixture file must end in .json")
         base = os.path.dirname(os.path.abspath(self.out))
         parts = [_read_part(part, base) for part in self.parts]
         if not parts:
-            raise ValueError("mix needs at least one part")
+            raise UserError("mix needs at least one part")
         os.makedirs(base, exist_ok=True)
         temporary = os.path.join(base, f".{os.path.basename(self.out)}.{os.getpid()}.tmp")
         try:
@@ -361,7 +362,7 @@ class Mix:
             if not self.materialise:
                 os.replace(temporary, self.out)
         except ValueError as error:
-            raise ValueError(str(error).replace(temporary, self.out)) from None
+            raise UserError(str(error).replace(temporary, self.out)) from None
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
@@ -387,12 +388,12 @@ def _read_part(text: str, base: str) -> dict[str, Any]:
     for setting in settings:
         key, _, value = setting.partition("=")
         if key in part:
-            raise ValueError(f"part {text}: {key} is given twice")
+            raise UserError(f"part {text}: {key} is given twice")
         if key == "image_root":
             part[key] = os.path.relpath(value, base)
             continue
         try:
             part[key] = int(value) if re.fullmatch(r"\d+", value) else float(value)
         except ValueError:
-            raise ValueError(f"part {text}: {key} must be a number, not {value!r}") from None
+            raise UserError(f"part {text}: {key} must be a number, not {value!r}") from None
     return part

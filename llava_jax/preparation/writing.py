@@ -11,25 +11,26 @@ from typing import Any
 from llava_jax.data.parquet_rows import ParquetRows
 from llava_jax.data.sources import Source
 from llava_jax.data.tfds_rows import TfdsRows
+from llava_jax.errors import UserError
 
 FORMATS = ("json", "jsonl", "parquet")
 ROW_GROUP = 100  # rows of parquet that are read together: as few as Hugging Face has for rows with images
 
 
 def check_outputs(outputs: Sequence[str], inputs: Sequence[str], overwrite: bool) -> None:
-    """ValueError, one line, for an output of no known format, that is an input or within one, or that exists."""
+    """UserError, one line, for an output of no known format, that is an input or within one, or that exists."""
     for output in outputs:
         if _suffix(output) not in FORMATS:
-            raise ValueError(f"{output}: the name must end in {', '.join('.' + name for name in FORMATS)}")
+            raise UserError(f"{output}: the name must end in {', '.join('.' + name for name in FORMATS)}")
         for given in inputs:
             folder = given if os.path.isdir(given) else given.rpartition(":")[0]
             within = os.path.isdir(folder) and _is_within(output, folder)
             if within or (os.path.exists(output) and os.path.exists(given) and os.path.samefile(output, given)):
-                raise ValueError(f"{output}: is read as part of {given}; write to another place")
+                raise UserError(f"{output}: is read as part of {given}; write to another place")
         if os.path.isdir(output):
-            raise ValueError(f"{output}: is a folder; name a file")
+            raise UserError(f"{output}: is a folder; name a file")
         if os.path.lexists(output) and not overwrite:
-            raise ValueError(f"{output}: exists already; add --overwrite to replace it")
+            raise UserError(f"{output}: exists already; add --overwrite to replace it")
 
 
 Rows = Callable[[], Iterable[tuple[int, Any]]]  # a row, and the number of the output that it is for
@@ -39,7 +40,7 @@ def write_rows(rows: Rows, outputs: Sequence[str], sources: Sequence[Source]) ->
     """Writes each of `rows()` to its output. All outputs appear at the end, or none.
 
     For parquet the rows are gone through once before, to find the types of the columns, unless the `sources` that they
-    come from are all parquet. Raises ValueError, one line, for rows that the format cannot hold.
+    come from are all parquet. Raises UserError, one line, for rows that the format cannot hold.
     """
     made, writers = [], []
     try:
@@ -190,7 +191,7 @@ def _dump(row: Any) -> bytes:
     except UnicodeEncodeError:  # half of a UTF-16 pair, which only an escape can hold
         return json.dumps(row).encode()
     except TypeError:
-        raise ValueError("the rows hold images themselves, dates or other values that JSON cannot: write to a .parquet "
+        raise UserError("the rows hold images themselves, dates or other values that JSON cannot: write to a .parquet "
                          "file (split: --format parquet), or make a TFDS data set with prepare pack") from None
 
 
@@ -233,4 +234,4 @@ def _one_line() -> Iterator[None]:
         yield
     except (ValueError, TypeError, AttributeError, OverflowError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the rows do not fit the columns of a parquet file ({reason}); write .jsonl") from None
+        raise UserError(f"the rows do not fit the columns of a parquet file ({reason}); write .jsonl") from None

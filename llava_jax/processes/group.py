@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava_jax.errors import UserError
 from llava_jax.processes.coordinator import LOST
 from llava_jax.processes.place import Place
 
@@ -30,7 +31,7 @@ SILENCE = 60.0
 """Seconds after which a process that is not heard of counts as lost."""
 
 
-class Everywhere(ValueError):
+class Everywhere(UserError):
     """An error that all processes raise alike, so that none has to tell the others."""
 
 
@@ -140,7 +141,7 @@ _group: Group | None = None
 def join(place: Place) -> None:
     """Meets the other processes and makes JAX one program of them; before anything else of JAX. Once is enough.
 
-    ValueError and OSError with one line if that fails. From then on a process that fails ends all of them: the others
+    UserError and OSError with one line if that fails. From then on a process that fails ends all of them: the others
     print one line that names it, and exit with code 2; or with 75 if it was killed, lost, late or never started, so
     that the same command may do. `shared_fate` tells the others of an error.
     """
@@ -266,7 +267,7 @@ def _meet(place: Place) -> tuple[socket.socket, TextIO, int]:
             lines = connection.makefile("r", encoding="utf-8")
             welcome = json.loads(lines.readline() or "null")
             if welcome and welcome["kind"] == "refused":
-                raise ValueError(welcome["line"])
+                raise UserError(welcome["line"])
             if welcome:
                 connection.settimeout(None)
                 return connection, lines, welcome["port"]

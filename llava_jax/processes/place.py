@@ -9,6 +9,8 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llava_jax.errors import UserError
+
 PORT = 8482
 """Where process 0 listens if nothing else is said; JAX's own choice for TPUs too."""
 
@@ -36,15 +38,15 @@ def find() -> Place | None:
     In 2 and 3 several slices are told by MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID and MEGASCALE_COORDINATOR_ADDRESS,
     from the environment or from the metadata's tpu-env. JAX_PLATFORMS=cpu keeps 2 and 3 from being asked.
 
-    ValueError naming a variable that is missing or wrong; OSError if the metadata server does not answer.
+    UserError naming a variable that is missing or wrong; OSError if the metadata server does not answer.
     """
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}: give host:port of process 0")
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}: give host:port of process 0")
         reason = "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers"
         count, index = (_number(os.environ.get, name, reason) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if not 0 <= index < count:
-            raise ValueError(f"JAX_PROCESS_ID is {index}: with JAX_NUM_PROCESSES {count} it lies in 0..{count - 1}")
+            raise UserError(f"JAX_PROCESS_ID is {index}: with JAX_NUM_PROCESSES {count} it lies in 0..{count - 1}")
         return Place(address, index, count) if count > 1 else None
     if (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
@@ -73,11 +75,11 @@ def _in_slices(workers: tuple[str, ...], worker: int, get: Callable[[str], str |
         number = _number(get, "MEGASCALE_SLICE_ID", reason.format("MEGASCALE_SLICE_ID"))
         first = (get("MEGASCALE_COORDINATOR_ADDRESS") or "").split(":")[0]
         if not first:
-            raise ValueError(reason.format("MEGASCALE_COORDINATOR_ADDRESS"))
+            raise UserError(reason.format("MEGASCALE_COORDINATOR_ADDRESS"))
         hosts = ()  # a slice knows its own hosts only
     count = len(workers) * slices
     if not 0 <= worker < len(workers) or not 0 <= number < slices:
-        raise ValueError(f"worker {worker} of {len(workers)} in slice {number} of {slices}: TPU_WORKER_ID and "
+        raise UserError(f"worker {worker} of {len(workers)} in slice {number} of {slices}: TPU_WORKER_ID and "
                          "MEGASCALE_SLICE_ID count from 0")
     port = os.environ.get("JAX_COORDINATOR_PORT") or PORT
     return Place(f"{first}:{port}", number * len(workers) + worker, count, hosts) if count > 1 else None
@@ -87,7 +89,7 @@ def _number(get: Callable[[str], str | None], name: str, reason: str) -> int:
     try:
         return int(get(name) or "")
     except ValueError:
-        raise ValueError(f"{name} is {get(name)!r}: {reason}") from None
+        raise UserError(f"{name} is {get(name)!r}: {reason}") from None
 
 
 def _tpu_env() -> dict[str, str]:

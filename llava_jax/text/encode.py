@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from llava_jax.errors import UserError
 from llava_jax.text.templates import IMAGE, Span, Template, get, read_messages, spans
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -13,11 +14,11 @@ IMAGE_TOKEN_ID = -200  # stands at every visual token's place; never looked up i
 IGNORE = -100  # label of what is not learned
 
 
-class NoSupervisedTokens(ValueError):
+class NoSupervisedTokens(UserError):
     """A conversation from which nothing is learned."""
 
 
-class TooLong(ValueError):
+class TooLong(UserError):
     """A conversation with more tokens than allowed. It is never cut: a cut could fall inside an image."""
 
 
@@ -49,7 +50,7 @@ def encode_conversation(
       tokens_per_image: visual tokens that each `<image>` stands for.
       max_length: the most tokens allowed.
 
-    Raises NoSupervisedTokens, TooLong, and ValueError that names the turn for a conversation that is none.
+    Raises NoSupervisedTokens, TooLong, and UserError that names the turn for a conversation that is none.
     """
     system, read = _read_turns(turns)
     example = _encode(spans(read, get(template), system), tokenizer, tokens_per_image)
@@ -74,13 +75,13 @@ def encode_prompt(
     with the start of the answer. The opening ends without a blank (`ASSISTANT:`); the answer, `begun` or not, brings
     its own.
 
-    Messages are as `templates.read_messages` takes them and end with the user's. Raises ValueError otherwise.
+    Messages are as `templates.read_messages` takes them and end with the user's. Raises UserError otherwise.
     """
     system, turns = read_messages(messages)
     if not turns or turns[-1][0] != "user":
-        raise ValueError("a prompt ends with a user message, for the assistant to answer")
+        raise UserError("a prompt ends with a user message, for the assistant to answer")
     if IMAGE in begun:
-        raise ValueError(f"an answer has no images, and what is begun of this one holds {IMAGE}")
+        raise UserError(f"an answer has no images, and what is begun of this one holds {IMAGE}")
     laid_out = [*spans(turns, get(template), system, open_answer=True), Span(begun, False)]
     return _encode(laid_out, tokenizer, tokens_per_image).tokens
 
@@ -99,19 +100,19 @@ def _read_turns(turns: Sequence[Mapping[str, str]]) -> tuple[str | None, list[tu
     read = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            raise ValueError(f'turn {i} is not {{"from": "human" or "gpt", "value": text}}: {turn!r:.200}')
+            raise UserError(f'turn {i} is not {{"from": "human" or "gpt", "value": text}}: {turn!r:.200}')
         if turn["from"] not in roles or i and turn["from"] == "system":
-            raise ValueError(f"turn {i} is from {turn['from']!r}; expected 'human' or 'gpt'")
+            raise UserError(f"turn {i} is from {turn['from']!r}; expected 'human' or 'gpt'")
         read.append((roles[turn["from"]], turn["value"]))
     system = read.pop(0)[1] if read and read[0][0] == "system" else None
     if read and read[0][0] == "assistant":
         read.pop(0)
     if not read:
-        raise ValueError("the conversation has no human turn" if turns else "the conversation has no turns")
+        raise UserError("the conversation has no human turn" if turns else "the conversation has no turns")
     dropped = len(turns) - len(read)
     for i, (role, _) in enumerate(read):
         if role != ("assistant" if i % 2 else "user"):
-            raise ValueError(f"turn {i + dropped} is from {turns[i + dropped]['from']!r}, as the turn before it is")
+            raise UserError(f"turn {i + dropped} is from {turns[i + dropped]['from']!r}, as the turn before it is")
     return system, read
 
 

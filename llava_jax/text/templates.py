@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from llava_jax.errors import UserError
+
 IMAGE = "<image>"  # the place of an image in a text; never a token of its own
 
 
@@ -202,13 +204,13 @@ ALIASES = {"v1": "vicuna_v1", "v0_plain": "plain", "mistral_direct": "chatml_dir
 
 
 def get(template: str | Template) -> Template:
-    """The template of that name; a `Template` is returned as it is. Raises ValueError with the nearest name."""
+    """The template of that name; a `Template` is returned as it is. Raises UserError with the nearest name."""
     if isinstance(template, Template):
         return template
     name = ALIASES.get(template, template)
     if name not in TEMPLATES:
         nearest = difflib.get_close_matches(template, [*TEMPLATES, *ALIASES], n=1, cutoff=0)[0]
-        raise ValueError(f"unknown template {template!r}; did you mean {nearest!r}? There are: {', '.join(TEMPLATES)}")
+        raise UserError(f"unknown template {template!r}; did you mean {nearest!r}? There are: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
@@ -224,10 +226,10 @@ def spans(
       open_answer: end with the opening of an assistant turn, to be continued by the model.
 
     As in LLaVA, an empty text leaves its turn open: only the role is written, nothing is learned and nothing ends it.
-    Raises ValueError where the format has no place for what is given.
+    Raises UserError where the format has no place for what is given.
     """
     if system and template.system is None:
-        raise ValueError(f"template {template.name!r} has no place for a system text; leave the system message out")
+        raise UserError(f"template {template.name!r} has no place for a system text; leave the system message out")
     system = (template.system if system is None else system) or ""
     if system:
         system = template.before_system + system + template.after_system
@@ -251,12 +253,12 @@ def spans(
 def _question(text: str, template: Template, first: bool, system: str) -> str:
     if template.captions:
         if not first:
-            raise ValueError(f"template {template.name!r} takes one image and its caption, not several rounds")
+            raise UserError(f"template {template.name!r} takes one image and its caption, not several rounds")
         if IMAGE not in text:
-            raise ValueError(f"template {template.name!r} captions an image, but the question has no {IMAGE}")
+            raise UserError(f"template {template.name!r} captions an image, but the question has no {IMAGE}")
         return IMAGE * text.count(IMAGE)
     if not text and template.system_in_question:
-        raise ValueError(f"template {template.name!r} cannot write an empty question")
+        raise UserError(f"template {template.name!r} cannot write an empty question")
     if not text:
         return template.user
     opening = template.user + template.gap + system if first else template.between + template.user + template.gap
@@ -277,24 +279,24 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
         then user and assistant in turn. A content is a string or a list of {"type": "text", "text": str} and
         {"type": "image"}; images of a list stand before its texts, each followed by a newline.
 
-    Returns (system text or None, [(role, text), ...]). Raises ValueError that names the message.
+    Returns (system text or None, [(role, text), ...]). Raises UserError that names the message.
     """
     if not messages:
-        raise ValueError("a conversation needs at least one message")
+        raise UserError("a conversation needs at least one message")
     turns = []
     for i, message in enumerate(messages):
         try:
             role, text = message["role"], _content_text(message["content"])
         except (KeyError, TypeError):
             expected = '{"role": ..., "content": text, or a list of text and image parts}'
-            raise ValueError(f"message {i} is not {expected}: {message!r:.200}") from None
+            raise UserError(f"message {i} is not {expected}: {message!r:.200}") from None
         turns.append((role, text))
     system = turns.pop(0)[1] if turns[0][0] == "system" else None
     offset = len(messages) - len(turns)
     for i, (role, _) in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
         if role != expected:
-            raise ValueError(
+            raise UserError(
                 f"message {i + offset} is from {role!r}, not from {expected!r}: "
                 "after at most one system message, user and assistant take turns"
             )

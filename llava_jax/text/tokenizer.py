@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
+from llava_jax.errors import UserError
+
 SPACE = "\u2581"  # what SentencePiece writes for a blank
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -52,13 +54,13 @@ class Tokenizer:
             before the whole. None: what tokenizer_config.json says; otherwise True for a tokenizer.model, and for a
             tokenizer.json what its pipeline does. Without meaning for byte-level BPE.
 
-        Raises FileNotFoundError without a tokenizer, ValueError for a broken one and where two files disagree.
+        Raises UserError without a tokenizer, UserError for a broken one and where two files disagree.
         """
         path = Path(path)
         candidates = [path / "tokenizer.model", path / "tokenizer.json"] if path.is_dir() else [path]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
-            raise FileNotFoundError(f"{path}: no tokenizer here; expected a tokenizer.model or a tokenizer.json")
+            raise UserError(f"{path}: no tokenizer here; expected a tokenizer.model or a tokenizer.json")
         declared = _read_declared(file) if path.is_dir() else _Declared({}, {}, {})
         if legacy is None:
             legacy = declared.config.get("legacy")
@@ -71,7 +73,7 @@ class Tokenizer:
             name = declared.names.get(role, backend.names.get(role))
             ids[role] = backend.id_of(name) if name else None
             if ids[role] is None and role in declared.names:
-                raise ValueError(f"{path}: {role} {name!r} is not in the vocabulary; list it in added_tokens.json")
+                raise UserError(f"{path}: {role} {name!r} is not in the vocabulary; list it in added_tokens.json")
         self._backend = backend
         self._special_ids = {token.id for token in backend.added.values() if token.special} | {*ids.values()}
         self.bos_id, self.eos_id = ids["bos_token"], ids["eos_token"]
@@ -158,7 +160,7 @@ class _SentencePiece:
             processor.LoadFromSerializedProto(model)
         except Exception as error:  # RuntimeError or OSError, by release
             reason = str(error).replace("\n", " ") or "empty"
-            raise ValueError(f"{file}: not a SentencePiece model ({reason}); copy the file again") from None
+            raise UserError(f"{file}: not a SentencePiece model ({reason}); copy the file again") from None
         self.prefixes = processor.encode("a", out_type=str)[0].startswith(SPACE)
         self.prefix_once = self.prefixes and legacy is False
         if self.prefix_once:
@@ -217,11 +219,11 @@ class _TokenizerJson:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(text or file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file}: tokenizers {tokenizers.__version__} cannot read it ({error})") from None
+            raise UserError(f"{file}: tokenizers {tokenizers.__version__} cannot read it ({error})") from None
         self.decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
         if not self.decoders & {"ByteLevel", "Metaspace", "Replace"}:
             kinds = ", ".join(sorted(self.decoders)) or "none"
-            raise ValueError(f"{file}: its decoder is {kinds}; only byte-level BPE and SentencePiece's kind are read")
+            raise UserError(f"{file}: its decoder is {kinds}; only byte-level BPE and SentencePiece's kind are read")
 
         leading = self.tokenizer.encode("").ids[:1]  # what the post-processor puts before every text
         self.adds_bos = bool(leading)
@@ -236,7 +238,7 @@ class _TokenizerJson:
             token = tokenizers.AddedToken(content, lstrip=lstrip, rstrip=rstrip, normalized=False, special=special)
             self.tokenizer.add_tokens([token])
             if self.id_of(content) != i:
-                raise ValueError(f"{file}: {content!r} would be {self.id_of(content)}, the files beside it say {i}")
+                raise UserError(f"{file}: {content!r} would be {self.id_of(content)}, the files beside it say {i}")
         # LLaMA's names where no file gives others.
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         self.names = {role: name for role, name in names.items() if name in self.added}
@@ -331,7 +333,7 @@ def _read_declared(file: Path) -> _Declared:
         for key in (text, i):
             first, other, j = sources.setdefault(key, (name, text, i))
             if (other, j) != (text, i):
-                raise ValueError(
+                raise UserError(
                     f"{file.parent}: {first} has {other!r} = {j}, {name} has {text!r} = {i}; make these files agree"
                 )
         flags = [bool(token.get(flag)) for flag in ("lstrip", "rstrip")]
@@ -347,7 +349,7 @@ def _resolve(added: Mapping[str, _Added], id_of: Callable[[str], int | None], fi
     for text, token in added.items():
         known = id_of(text)
         if None not in (known, token.id) and known != token.id:
-            raise ValueError(f"{file} has {text!r} = {known}, the files beside it {token.id}; make them agree")
+            raise UserError(f"{file} has {text!r} = {known}, the files beside it {token.id}; make them agree")
         if known is not None or token.id is not None:
             resolved[text] = token._replace(id=known if token.id is None else token.id)
     return resolved
@@ -361,7 +363,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); copy the file again") from None
+        raise UserError(f"{file}: not JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object, found a {type(value).__name__}")
+        raise UserError(f"{file}: expected a JSON object, found a {type(value).__name__}")
     return value

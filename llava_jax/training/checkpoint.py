@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters
 from llava_jax.training.step import TrainState
 
@@ -47,7 +48,7 @@ class Checkpoints:
         ))
 
     def meta(self, step: int) -> dict:
-        """What was saved as `meta`; ValueError naming the directory if it cannot be read."""
+        """What was saved as `meta`; UserError naming the directory if it cannot be read."""
         return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
     def trainable(self, step: int, like: Parameters) -> Parameters:
@@ -69,7 +70,7 @@ class Checkpoints:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             first = " ".join(str(error).split())[:300]
-            raise ValueError(f"{self.directory / str(step)}: this checkpoint cannot be read ({first}); "
+            raise UserError(f"{self.directory / str(step)}: this checkpoint cannot be read ({first}); "
                              "remove it to go on from the one before") from error
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from llava_jax import config
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
+from llava_jax.errors import UserError
 from llava_jax.models.attention import resolve
 from llava_jax.models.llava import Parameters
 from llava_jax.processes import group as processes
@@ -48,7 +49,7 @@ class Stopped(Exception):
 def train(recipe: config.Recipe) -> Path:
     """Runs every stage of a recipe, or goes on where an earlier run of it was stopped; returns the model's directory.
 
-    Raises Stopped after SIGTERM or SIGINT, ValueError and FileNotFoundError for a recipe or data that cannot be used.
+    Raises Stopped after SIGTERM or SIGINT, UserError for a recipe or data that cannot be used.
     """
     run = begin(recipe)
     if jax.process_index() == 0:
@@ -103,7 +104,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     del parameters
     mark = fingerprint(frozen)
     if meta.setdefault("frozen", mark) != mark:
-        raise ValueError(f"{checkpoints.directory}: made with other frozen parameters than the recipe's checkpoints "
+        raise UserError(f"{checkpoints.directory}: made with other frozen parameters than the recipe's checkpoints "
                          "hold now; give another --output, or bring those checkpoints back")
     if "total_steps" not in meta:
         meta["total_steps"] = stage.steps or count_steps(run, stage)
@@ -143,7 +144,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 progress.show(done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
                               (steps - done) * line["seconds"] / line["steps"])
                 if not math.isfinite(line["loss"]):
-                    raise ValueError(f"stages.{name}: the loss is {line['loss']} at step {done}; start again in "
+                    raise UserError(f"stages.{name}: the loss is {line['loss']} at step {done}; start again in "
                                      "another output directory with lower learning rates, or set optimizer.clip")
                 log.write({"stage": name, "step": done} | line)
             if stage.data.validation and (done % recipe.validate_every == 0 or done == steps):

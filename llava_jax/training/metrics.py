@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.models import vit
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.projector import depth as projector_depth
@@ -77,13 +78,13 @@ class Log:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                raise ImportError("tensorboard: pip install 'llava_jax[tensorboard]' first") from None
+                raise UserError("tensorboard: pip install 'llava_jax[tensorboard]' first") from None
             self.tensorboard = SummaryWriter(str(directory / "tensorboard"))
         if recipe.wandb:
             try:
                 import wandb
             except ImportError:
-                raise ImportError("wandb: pip install 'llava_jax[wandb]' first") from None
+                raise UserError("wandb: pip install 'llava_jax[wandb]' first") from None
             self.wandb = wandb.init(project=recipe.wandb, dir=str(directory), resume="allow")
 
     def rewind(self, stages: list[str], stage: str, step: int) -> None:

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.processes.group import Everywhere, gather
 
 # What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
@@ -52,13 +53,13 @@ def check_shared(recipe: config.Recipe) -> None:
 
 
 def check_recipe(recipe: config.Recipe) -> None:
-    """ValueError if the output directory holds the run of another recipe."""
+    """UserError if the output directory holds the run of another recipe."""
     path = directory(recipe) / "recipe.json"
     if path.exists():
         changed = flat(recipe).items() ^ _flat(json.loads(path.read_text())).items()
         fields = sorted({name for name, _ in changed if not any(fnmatchcase(name, free) for free in FREE)})
         if fields:
-            raise ValueError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
+            raise UserError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
                              "give another --output, or remove the directory to start again")
 
 

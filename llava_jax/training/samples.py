@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from llava_jax import config
 from llava_jax.data.sources import open_mixture
+from llava_jax.errors import UserError
 from llava_jax.images import open_image
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.models.llava import Parameters
@@ -47,8 +48,8 @@ class Samples:
 
 
 def _first_round(turns: Sequence[dict[str, str]]) -> tuple[str, str]:
-    """The first question and its answer; ValueError if there is none."""
+    """The first question and its answer; UserError if there is none."""
     for question, answer in itertools.pairwise(turns):
         if question["from"] == "human":
             return question["value"], answer["value"]
-    raise ValueError("no question with an answer")
+    raise UserError("no question with an answer")

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from llava_jax import config, sharding
+from llava_jax.errors import UserError
 from llava_jax.models.attention import resolve
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, split
 from llava_jax.models.projector import Projector
@@ -56,7 +57,7 @@ class Run:
 def begin(recipe: config.Recipe) -> Run:
     """Checks all of a recipe that can be checked before training, its output directory included.
 
-    ValueError, KeyError and FileNotFoundError with one line, also where processes differ in recipe, code or packages.
+    UserError with one line, also where processes differ in recipe, code or packages.
     """
     agree("the recipe", output.flat(recipe))
     agree("the installation", {"llava_jax": code_hash()} | {name: version(name) for name in PACKAGES})
@@ -64,7 +65,7 @@ def begin(recipe: config.Recipe) -> Run:
     model = model_config(recipe.model)
     dtype, graphs, _, shardings = lay_out(recipe, mesh, model)
     if recipe.sample_every and jax.process_count() > 1:
-        raise ValueError("sample_every: sample answers are made in runs of one process; set it to 0")
+        raise UserError("sample_every: sample answers are made in runs of one process; set it to 0")
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
     output.check_shared(recipe)
     output.check_recipe(recipe)
@@ -76,7 +77,7 @@ def lay_out(
 ) -> tuple[str, dict[str, nnx.GraphDef], dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
     """The compute dtype, the model's graph by stage, every parameter's shape and sharding; touches no device, no file.
 
-    ValueError naming the field where the recipe does not fit the mesh (which may be one of a topology's devices), or
+    UserError naming the field where the recipe does not fit the mesh (which may be one of a topology's devices), or
     its tables do not fit the parameters.
     """
     dtype = recipe.model.dtype
@@ -93,9 +94,9 @@ def lay_out(
         try:
             trainable_paths(stage, list(shapes))
         except ValueError as error:
-            raise ValueError(f"stages.{name}.{error}") from None
+            raise UserError(f"stages.{name}.{error}") from None
         if stage.rows // stage.accumulate % groups:
-            raise ValueError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
+            raise UserError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
                              f"divide over replica x fsdp = {groups} devices")
     return dtype, graphs, shapes, shardings
 
@@ -114,7 +115,7 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
     if model.llava:
         found = read(model.llava)
         if not isinstance(found, LlavaConfig):
-            raise ValueError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
+            raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
         return dataclasses.replace(found, template=model.template or found.template)
     chosen = {"projector": model.projector, "feature_layer": model.feature_layer, "image_mode": model.image_mode,
               "feature_select": model.feature_select, "template": model.template}

@@ -39,7 +39,7 @@ def load_checkpoint(
 
     Returns the configuration (LlavaConfig; VitConfig or LlamaConfig of a part alone) and the parameters by path; those
     of a part begin with `vision/` or `decoder/`. The host holds one stacked parameter at a time.
-    FileNotFoundError or ValueError with one line if a file is missing or broken or does not fit.
+    UserError with one line if a file is missing or broken or does not fit.
     """
     config, parameters = open_checkpoint(Path(path))
     dtype_of = dtype if callable(dtype) else lambda path: dtype
@@ -106,7 +106,7 @@ def save_huggingface(
       dtype: "float32", "bfloat16" or "float16" for all tensors; as they are if None.
       shard_bytes: largest size of a file of tensors.
 
-    FileExistsError if `directory` holds something; ValueError if Hugging Face's model cannot compute what ours does.
+    UserError if `directory` holds something; UserError if Hugging Face's model cannot compute what ours does.
     """
 
     def write(target: Path | None, parameters: Source) -> None:

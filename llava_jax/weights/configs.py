@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_jax.errors import UserError
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
@@ -22,12 +23,12 @@ FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
 def read_config(path: str | Path) -> LlavaConfig | VitConfig | LlamaConfig:
     """The configuration of a checkpoint directory: of LLaVA, or of a vision tower (CLIP) or decoder (LLaMA) alone.
 
-    The layout is told from config.json. FileNotFoundError or ValueError with one line that names file and field if
+    The layout is told from config.json. UserError with one line that names file and field if
     there is none, or if it asks for what no model here computes.
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory; to fetch a model from the hub: "
+        raise UserError(f"{path}: no such directory; to fetch a model from the hub: "
                                 "hf download NAME --local-dir DIR")
     file = directory / "config.json"
     raw = read_json(file)
@@ -35,10 +36,10 @@ def read_config(path: str | Path) -> LlavaConfig | VitConfig | LlamaConfig:
     if kind == OWN:
         return _read_own(raw, file)
     if kind not in ("llava", "clip", "clip_vision_model", *TEXT_MODELS):
-        raise ValueError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
+        raise UserError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
                          f"{', '.join(TEXT_MODELS)} and {OWN} are")
     if "mm_vision_tower" in raw:
-        raise ValueError(f"{file}: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
+        raise UserError(f"{file}: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
                          "take the checkpoint of the same name under llava-hf/ on the hub")
     config = _parse(directory, file)
     _expect(file, config, quantization_config=None)
@@ -60,18 +61,18 @@ def _parse(directory: Path, file: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # their validators raise many types
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from None
     finally:
         logging.set_verbosity(verbosity)
 
 
 def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
-    """ValueError unless every named field has its value, or one of a tuple of values."""
+    """UserError unless every named field has its value, or one of a tuple of values."""
     for field, values in allowed.items():
         value = getattr(config, field, None)
         if value not in (values if isinstance(values, tuple) else (values,)):
             choices = " and ".join(map(str, values)) if isinstance(values, tuple) else values
-            raise ValueError(f"{file}: {prefix}{field} is {value!r}; supported: {choices}")
+            raise UserError(f"{file}: {prefix}{field} is {value!r}; supported: {choices}")
 
 
 def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
@@ -80,7 +81,7 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
     _expect(file, config, multimodal_projector_bias=True, projector_hidden_act=("gelu", "linear"),
             vision_feature_select_strategy=tuple(FEATURE_SELECT))
     if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(f"{file}: vision_feature_layer is {config.vision_feature_layer}; supported: one layer")
+        raise UserError(f"{file}: vision_feature_layer is {config.vision_feature_layer}; supported: one layer")
     text = dataclasses.replace(_text(file, "text_config.", config.text_config), tied=config.tie_word_embeddings)
     return _build(
         file, LlavaConfig, vision=_vision(file, "vision_config.", config.vision_config), text=text,
@@ -97,7 +98,7 @@ def _vision(file: Path, prefix: str, config: Any) -> VitConfig:
     _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
     for field in ("image_size", "patch_size"):
         if not isinstance(getattr(config, field), int):
-            raise ValueError(f"{file}: {prefix}{field} is {getattr(config, field)!r}; supported: one whole number")
+            raise UserError(f"{file}: {prefix}{field} is {getattr(config, field)!r}; supported: one whole number")
     return _build(
         file, VitConfig, image_size=config.image_size, patch_size=config.patch_size, width=config.hidden_size,
         mlp_width=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
@@ -109,10 +110,10 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     _expect(file, config, prefix, hidden_act="silu")
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{file}: {prefix}rope_scaling {rope} is not supported; rope_type linear and llama3 are")
+        raise UserError(f"{file}: {prefix}rope_scaling {rope} is not supported; rope_type linear and llama3 are")
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
-        raise ValueError(f"{file}: {prefix}sliding_window is {window}, shorter than max_position_embeddings "
+        raise UserError(f"{file}: {prefix}sliding_window is {window}, shorter than max_position_embeddings "
                          f"{config.max_position_embeddings}; sliding window attention is not supported")
     scaling = None
     if rope["rope_type"] == "linear":
@@ -137,7 +138,7 @@ def _build(file: Path, kind: Callable, **fields: Any) -> Any:
     try:
         return kind(**fields)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def _image_mode(directory: Path) -> str:
@@ -190,7 +191,7 @@ def chat_template(directory: Path) -> str:
 
 def _read_own(raw: dict, file: Path) -> LlavaConfig:
     if raw.get("version") != VERSION:
-        raise ValueError(f"{file}: version {raw.get('version')!r} of the {OWN} layout is not known here; {VERSION} is")
+        raise UserError(f"{file}: version {raw.get('version')!r} of the {OWN} layout is not known here; {VERSION} is")
     fields = {key: value for key, value in raw.items() if key not in ("model_type", "version")}
     try:
         text = dict(fields.pop("text"))
@@ -198,7 +199,7 @@ def _read_own(raw: dict, file: Path) -> LlavaConfig:
         text["rope_scaling"] = RopeScaling(**scaling) if scaling else None
         return LlavaConfig(vision=VitConfig(**fields.pop("vision")), text=LlamaConfig(**text), **fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not a configuration of the {OWN} layout ({error})") from None
+        raise UserError(f"{file}: not a configuration of the {OWN} layout ({error})") from None
 
 
 def own_config(config: LlavaConfig) -> dict:
@@ -210,10 +211,10 @@ def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dty
     """The config.json of Hugging Face's LLaVA, with every field that matters, since defaults change.
 
     `tokens`: ids of "image", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the tensors.
-    ValueError if Hugging Face's model cannot compute what ours does.
+    UserError if Hugging Face's model cannot compute what ours does.
     """
     if projector.depth(config.projector) not in (1, 2):
-        raise ValueError(f"projector {config.projector!r} has no form in Hugging Face's layout; "
+        raise UserError(f"projector {config.projector!r} has no form in Hugging Face's layout; "
                          "linear and mlp2x_gelu have")
     select = {ours: theirs for theirs, ours in FEATURE_SELECT.items()}
     ids = {f"{name}_token_id": tokens[name] for name in ("bos", "eos", "pad")}
@@ -256,7 +257,7 @@ def hub_text(config: LlamaConfig, vocab_size: int) -> dict:
     """A Qwen2 if only queries, keys and values have biases, else a LLaMA: a Mistral without window is one too."""
     qwen2 = config.qkv_bias and not config.out_bias
     if config.out_bias and not config.qkv_bias or qwen2 and config.mlp_bias:
-        raise ValueError("Hugging Face has no decoder with these biases: "
+        raise UserError("Hugging Face has no decoder with these biases: "
                          f"qkv_bias {config.qkv_bias}, out_bias {config.out_bias}, mlp_bias {config.mlp_bias}")
     scaling = None
     if config.rope_scaling is not None:

@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from llava_jax.errors import UserError
+
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 2**22  # bytes that a write copies at a time
@@ -36,7 +38,7 @@ class Stored:
     @property
     def dtype(self) -> np.dtype:
         if self.kind not in DTYPES:
-            raise ValueError(f"{self.file}: tensors of type {self.kind} cannot be read; {', '.join(DTYPES)} can")
+            raise UserError(f"{self.file}: tensors of type {self.kind} cannot be read; {', '.join(DTYPES)} can")
         return DTYPES[self.kind]
 
     def read(self, layer: int | None = None) -> np.ndarray:
@@ -51,28 +53,28 @@ class Stored:
 def find(directory: Path) -> dict[str, Stored]:
     """Every tensor of a directory's `model.safetensors`, or of the files that its index names.
 
-    FileNotFoundError or ValueError with one line if there are none, one is missing, truncated or lacks a tensor.
+    UserError with one line if there are none, one is missing, truncated or lacks a tensor.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
         return _header(single)
     if not index.exists():
         if any(directory.glob("pytorch_model*")):
-            raise ValueError(f"{directory} holds pytorch_model.bin, a torch pickle, which is not read here: "
+            raise UserError(f"{directory} holds pytorch_model.bin, a torch pickle, which is not read here: "
                              "open it with transformers and save_pretrained it, which writes safetensors")
-        raise FileNotFoundError(f"{single}: no such file, nor an index of several beside it")
+        raise UserError(f"{single}: no such file, nor an index of several beside it")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map; download it again")
+        raise UserError(f"{index} has no weight_map; download it again")
     tensors = {}
     for name in sorted(set(weight_map.values())):
         file = directory / name
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing, which {index.name} names; download it")
+            raise UserError(f"{file} is missing, which {index.name} names; download it")
         tensors |= _header(file)
     for name, file in weight_map.items():
         if name not in tensors:
-            raise ValueError(f"{directory / file} lacks the tensor {name}, which {index.name} names; "
+            raise UserError(f"{directory / file} lacks the tensor {name}, which {index.name} names; "
                              "download both again")
     return tensors
 
@@ -83,7 +85,7 @@ def _header(file: Path) -> dict[str, Stored]:
         length = int.from_bytes(f.read(8), "little")
         broken = f"{file}: truncated or not a safetensors file ({size:,} bytes); download it again"
         if 8 + length > size:
-            raise ValueError(broken)
+            raise UserError(broken)
         try:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
@@ -93,22 +95,22 @@ def _header(file: Path) -> dict[str, Stored]:
             }
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(broken) from None
+            raise UserError(broken) from None
     if 8 + length + end > size:
-        raise ValueError(f"{file}: truncated: {size:,} of {8 + length + end:,} bytes; download it again")
+        raise UserError(f"{file}: truncated: {size:,} of {8 + length + end:,} bytes; download it again")
     return tensors
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object; FileNotFoundError or ValueError with one line that names the file."""
+    """A JSON object; UserError with one line that names the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file") from None
+        raise UserError(f"{file}: no such file") from None
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
+        raise UserError(f"{file}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: not a JSON object")
+        raise UserError(f"{file}: not a JSON object")
     return value
 
 
@@ -189,10 +191,10 @@ def _write_block(file: BinaryIO | None, block: np.ndarray, dtype: np.dtype) -> i
 def new_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `target` when the block ends, and vanishes if the block fails.
 
-    FileExistsError if `target` exists and is not an empty directory.
+    UserError if `target` exists and is not an empty directory.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already; choose another place or remove it")
+        raise UserError(f"{target} exists already; choose another place or remove it")
     target = target.absolute()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)

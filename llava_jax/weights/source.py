@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from llava_jax.errors import UserError
 from llava_jax.models import llava
 from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.llava import LlavaConfig
@@ -51,7 +52,7 @@ def from_own_files(directory: Path, config: Config) -> Source:
 def from_hub_files(directory: Path, config: Config) -> Source:
     """A checkpoint in any of Hugging Face's spellings.
 
-    ValueError that lists the tensors that are left over, missing or of another shape than `config` asks for.
+    UserError that lists the tensors that are left over, missing or of another shape than `config` asks for.
     """
     wanted = shapes(config)
     places = tables.places(wanted)
@@ -72,7 +73,7 @@ def from_hub_files(directory: Path, config: Config) -> Source:
 
     for name, x in second_linear(wanted, np.dtype(np.float32)).items():
         if not np.array_equal(stored[name].read().astype(np.float32), x):
-            raise ValueError(f"{directory}/config.json: projector_hidden_act linear is read where linear_2 is the "
+            raise UserError(f"{directory}/config.json: projector_hidden_act linear is read where linear_2 is the "
                              f"identity (LLaVA's one-layer projector), but {name} is not")
 
     names = {(place.path, place.layer): name for name, place in places.items()}
@@ -137,7 +138,7 @@ def _check(directory: Path, found: Mapping[str, Shape], expected: Mapping[str, S
     problems = [f"{title}: {_some(names)}" for title, names in
                 [("missing", missing), ("of another shape", wrong), ("left over", unused)] if names]
     if problems:
-        raise ValueError(f"{directory}: the tensors do not fit config.json; {'; '.join(problems)}")
+        raise UserError(f"{directory}: the tensors do not fit config.json; {'; '.join(problems)}")
 
 
 def _some(names: list[str], most: int = 10) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llava_jax.errors import UserError
+
 Shape = tuple[int, ...]
 
 
@@ -112,7 +114,7 @@ class Place:
 def places(shapes: Mapping[str, Shape]) -> dict[str, Place]:
     """The tensors of the hub's layout that hold parameters of these shapes, by name.
 
-    ValueError if a parameter has no place there: a projector of more than two layers, for example.
+    UserError if a parameter has no place there: a projector of more than two layers, for example.
     """
     rows = [(f"{VISION}embeddings.class_embedding", "vision/class_embedding", VECTOR)]  # no module's weight
     for module, path, transform in MODULES:
@@ -129,7 +131,7 @@ def places(shapes: Mapping[str, Shape]) -> dict[str, Place]:
         else:
             found[name] = Place(path, None, tuple(shapes[path]), transform)
     if homeless := sorted(shapes.keys() - {place.path for place in found.values()}):
-        raise ValueError(f"Hugging Face's layout has no place for {', '.join(homeless)}")
+        raise UserError(f"Hugging Face's layout has no place for {', '.join(homeless)}")
     return found
 
 

@@ -10,6 +10,7 @@ import llava_jax
 from llava_jax.benchmarks import answering
 from llava_jax.benchmarks.answers import make_line
 from llava_jax.benchmarks.bench import Bench, Item, Question, Scores
+from llava_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def test_other_pictures_are_shown_where_asked(llava, questions):
 def test_missing_images_are_counted(questions, tmp_path):
     answering.check_images(questions)
     gone = [replace(question, images=(str(tmp_path / "gone.png"),)) for question in questions[:2]]
-    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such image; 1 of 10 images are missing"):
+    with pytest.raises(UserError, match=r"gone\.png: no such image; 1 of 10 images are missing"):
         answering.check_images([*questions, *gone, Question("b", "", (b"bytes",))])
 
 

@@ -11,6 +11,7 @@ import pytest
 from llava_jax.benchmarks import answers
 from llava_jax.benchmarks.answers import AnswerFile, make_line
 from llava_jax.benchmarks.bench import Question
+from llava_jax.errors import UserError
 
 ALIKE = Question("a", "Is it?")
 QUESTIONS = [ALIKE, Question("a", "Is it not?"), Question(7, "Which?", prompt="Which one?"), ALIKE, Question("b", "B?"),
@@ -61,7 +62,7 @@ def test_a_broken_last_line_is_told_and_mended(tmp_path, cut):
             file.add(given[0])
         assert answers.read(path)[0] == [*given, given[0]]
         return
-    with pytest.raises(ValueError, match=r"answers\.jsonl, line 6: the last line is broken off.*--partial"):
+    with pytest.raises(UserError, match=r"answers\.jsonl, line 6: the last line is broken off.*--partial"):
         answers.read(path)
     whole, notes = answers.read(path, partial=True)
     assert whole == given[:-1] and "broken off" in notes[0]
@@ -79,17 +80,17 @@ def test_another_broken_line_is_an_error(tmp_path, bad):
     good = json.dumps(lines()[0]).encode() + b"\n"
     path.write_bytes(good + b"\n" + bad + good)
     for partial in (False, True):
-        with pytest.raises(ValueError, match=r"answers\.jsonl, line 3: not "):
+        with pytest.raises(UserError, match=r"answers\.jsonl, line 3: not "):
             answers.read(str(path), partial)
-    with pytest.raises(ValueError, match="line 3"):
+    with pytest.raises(UserError, match="line 3"):
         AnswerFile(str(path))
 
 
 def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file of answers"):
+    with pytest.raises(UserError, match="no such file of answers"):
         answers.read(str(tmp_path / "x"))
     (tmp_path / "x").write_text("\n")
-    with pytest.raises(ValueError, match="has no answers"):
+    with pytest.raises(UserError, match="has no answers"):
         answers.read(str(tmp_path / "x"))
 
 
@@ -115,7 +116,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
             return whole(descriptor, data[:10])
 
         monkeypatch.setattr(os, "write", full)
-        with pytest.raises(OSError, match=r"answers\.jsonl: No space left"):
+        with pytest.raises(UserError, match=r"answers\.jsonl: No space left"):
             file.add(given[1])
         monkeypatch.undo()
         assert answers.read(path) == (given[:1], [])
@@ -159,13 +160,13 @@ def changed(line, **values):
     (lambda x: [changed(x[0], model_id="n"), *x[1:]], "answers are of 2 models: m, n"),
 ])
 def test_what_is_no_whole_set_is_told(change, message):
-    with pytest.raises(ValueError, match=rf"^answers\.jsonl: .*{message}"):
+    with pytest.raises(UserError, match=rf"^answers\.jsonl: .*{message}"):
         check(change(lines()))
 
 
 def test_a_round_that_is_answered_twice_is_told():
     given = lines(ROUNDS)
-    with pytest.raises(ValueError, match=r"question 'r' has two answers where it was asked once \(round_id\)"):
+    with pytest.raises(UserError, match=r"question 'r' has two answers where it was asked once \(round_id\)"):
         check([*given[:2], given[1], *given[3:]], questions=ROUNDS)
 
 
@@ -174,7 +175,7 @@ def test_rounds_of_other_options_are_told():
     for line in given:
         del line["prompt"]
     check(given, questions=ROUNDS)
-    with pytest.raises(ValueError, match=r"question 'r' was not asked with \"{'round_id': 7}\"; the answers"):
+    with pytest.raises(UserError, match=r"question 'r' was not asked with \"{'round_id': 7}\"; the answers"):
         check([changed(given[0], round_id=7), *given[1:]], questions=ROUNDS)
 
 
@@ -182,7 +183,7 @@ def test_rounds_of_other_options_are_told():
 def test_answers_of_which_some_lack_what_tells_them_apart_are_of_two_makers(name):
     given = lines(ROUNDS)
     del given[2][name]
-    with pytest.raises(ValueError, match=f"1 of 6 answers have no '{name}', the first is to 'r'"):
+    with pytest.raises(UserError, match=f"1 of 6 answers have no '{name}', the first is to 'r'"):
         check(given, questions=ROUNDS)
 
 
@@ -190,7 +191,7 @@ def test_order_matters_where_it_does():
     given = lines()
     given[2], given[4] = given[4], given[2]
     check(given)
-    with pytest.raises(ValueError, match="answer 3 is to question 'b', which is another order"):
+    with pytest.raises(UserError, match="answer 3 is to question 'b', which is another order"):
         check(given, ordered=True)
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from llava_jax.benchmarks.baselines import shown, shuffle
 from llava_jax.benchmarks.bench import Question
+from llava_jax.errors import UserError
 from llava_jax.images import prepare
 
 
@@ -71,5 +72,5 @@ def test_the_blind_see_each_a_picture_of_another_question():
 
 
 def test_one_picture_alone_cannot_be_swapped():
-    with pytest.raises(ValueError, match="the same picture"):
+    with pytest.raises(UserError, match="the same picture"):
         shown("blind", [Question(0, "", ("a",)), Question(1, "", ("a",))], config())

@@ -6,6 +6,7 @@ from odd_texts import odd_texts
 
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.gqa import Gqa, prediction, steps
+from llava_jax.errors import UserError
 
 STRUCTURES = ("verify", "query", "choose", "logical", "compare")
 MEANINGS = ("attr", "cat", "global", "obj", "rel")
@@ -132,5 +133,5 @@ def test_questions_of_another_version(folder, change, message):
     path, rows = folder
     change(rows)
     (path / "data/testdev_balanced_questions.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Gqa().read(str(path))

@@ -16,6 +16,7 @@ from fake_openai import FakeOpenAI, share_of_faults
 from llava_jax import cli
 from llava_jax.benchmarks.judge import PUBLISHED_SYSTEM, Judge, Rules
 from llava_jax.benchmarks.reviews import Reviews
+from llava_jax.errors import UserError
 
 CATEGORIES = ("conv", "detail", "complex")
 COUNT = 12
@@ -299,7 +300,7 @@ def test_killed_and_resumed(bench, sent, code):
 def test_mistakes_are_named_before_anything_is_asked(bench, change, more, message):
     write(bench / "answers.jsonl", change(read(bench / "answers.jsonl")))
     fake = FakeOpenAI(answer=say)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         judge(bench, fake, *more)
     assert not fake.bodies and not (bench / "out").exists()
 
@@ -310,7 +311,7 @@ def test_mistakes_are_named_before_anything_is_asked(bench, change, more, messag
 ])
 def test_rules_that_do_not_fit_are_named(bench, rules, message):
     (bench / "rule.json").write_text(rules)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         judge(bench, FakeOpenAI(answer=say), "--rules", str(bench / "rule.json"))
 
 
@@ -324,6 +325,6 @@ def test_partial_judges_what_is_there(bench, capsys):
 
 
 def test_a_server_without_the_model_is_a_mistake(bench):
-    with pytest.raises(ValueError, match="has no model 'teacher'"):
+    with pytest.raises(UserError, match="has no model 'teacher'"):
         judge(bench, FakeOpenAI(answer=say, models={"other": {}}))
     assert os.listdir(bench / "out") == ["judged.jsonl"]

@@ -5,6 +5,7 @@ import pytest
 
 from llava_jax.benchmarks.bench import Answer, get
 from llava_jax.benchmarks.llava_bench import LlavaBenchCoco, LlavaBenchWild
+from llava_jax.errors import UserError
 
 CATEGORIES = ("conv", "detail", "complex")
 
@@ -107,19 +108,19 @@ def change(path: Path, n: int, **fields) -> None:
 def test_files_that_do_not_belong_together_are_named(wild, name, n, fields, message):
     change(wild / f"{name}.jsonl", n, **fields)
     bench = LlavaBenchWild()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         bench.cases(bench.paths(str(wild)))
 
 
 def test_files_that_are_not_there(wild, coco):
-    with pytest.raises(FileNotFoundError, match="qa90_questions"):
+    with pytest.raises(UserError, match="qa90_questions"):
         LlavaBenchCoco().read(str(coco.parent))
     (coco / "qa90_gpt4_answer.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="qa90_gpt4_answer"):
+    with pytest.raises(UserError, match="qa90_gpt4_answer"):
         LlavaBenchCoco().paths(str(coco))
-    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+    with pytest.raises(UserError, match="nowhere.json"):
         LlavaBenchWild().paths(str(wild), context="nowhere.json")
-    with pytest.raises(ValueError, match="line 1: not the context.*captions, and instances"):
+    with pytest.raises(UserError, match="line 1: not the context.*captions, and instances"):
         bench = LlavaBenchCoco()  # the context of the other set
         bench.cases(bench.paths(str(wild), reference=str(wild / "answers_gpt4.jsonl")))
 
@@ -161,5 +162,5 @@ def test_scores_from_reviews(wild):
 def test_reviews_of_something_else_are_named(wild, row, message):
     path = write(wild / "reviews.jsonl", [review(1, [8, 8]), row])
     bench = LlavaBenchWild(reviews=path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         bench.score(str(wild), bench.read(str(wild)), answers_of())

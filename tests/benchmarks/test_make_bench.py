@@ -16,6 +16,7 @@ from llava_jax import cli
 from llava_jax.benchmarks.judge import Judge
 from llava_jax.benchmarks.llava_bench import LlavaBenchCoco
 from llava_jax.benchmarks.make_bench import MakeBench
+from llava_jax.errors import UserError
 
 FILES = ["answers_reference.jsonl", "context.jsonl", "questions.jsonl"]
 
@@ -165,7 +166,7 @@ def test_images_of_which_something_cannot_be_had_give_way_to_others(tmp_path, ca
     assert "3 images were passed over" in capsys.readouterr().out
     made, paid = bench_of(tmp_path), len(fake.bodies)
     assert make(tmp_path, fake) == 0 and len(fake.bodies) == paid and bench_of(tmp_path) == made
-    with pytest.raises(ValueError, match="--count 10: only [67] of 10 images give all three .*refusal"):
+    with pytest.raises(UserError, match="--count 10: only [67] of 10 images give all three .*refusal"):
         make(tmp_path, fake, "--count", "10")
     assert bench_of(tmp_path) == made
 
@@ -201,7 +202,7 @@ def test_limits_and_kills_leave_no_bench_and_the_same_command_goes_on(tmp_path, 
 
 def test_a_server_that_does_not_answer_makes_no_smaller_bench(tmp_path):
     fake = FakeOpenAI(answer=answer, faults=lambda number: "500" if number == 3 else None)
-    with pytest.raises(ValueError, match="1 requests got no answer, the first by no_answer.*asks them again"):
+    with pytest.raises(UserError, match="1 requests got no answer, the first by no_answer.*asks them again"):
         make(tmp_path, fake, "--retries", "0")
     assert not (tmp_path / "out/questions.jsonl").exists()
     assert make(tmp_path, fake) == 0 and set(fake.paid.values()) == {1}
@@ -209,9 +210,9 @@ def test_a_server_that_does_not_answer_makes_no_smaller_bench(tmp_path):
 
 def test_mistakes(tmp_path):
     for more, message in ((["--count", "11"], "there are only 10 images"), (["--count", "0"], "must be at least 1")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             make(tmp_path, None, *more)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/questions.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="that make-bench has not made"):
+    with pytest.raises(UserError, match="that make-bench has not made"):
         make(tmp_path)

@@ -7,6 +7,7 @@ from odd_texts import odd_texts
 
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.mmbench import MMBench, MMBenchCN, no_value, read_letter
+from llava_jax.errors import UserError
 
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
            "comment", "split")
@@ -116,7 +117,7 @@ def test_copies_of_a_question_in_the_table(folder):
 
 def test_answers_with_other_rounds_than_were_asked(folder):
     questions = MMBench().read(str(folder))
-    with pytest.raises(ValueError, match="round 1 of question 3, which was not asked; .*--all-rounds"):
+    with pytest.raises(UserError, match="round 1 of question 3, which was not asked; .*--all-rounds"):
         MMBench().score(str(folder), questions, [Answer(3, "A", "", {"round_id": 1})])
 
 
@@ -144,7 +145,7 @@ def test_upload(folder, tmp_path):
 def test_upload_without_openpyxl(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     questions = MMBench().read(str(folder))
-    with pytest.raises(ImportError, match="pip install openpyxl"):
+    with pytest.raises(UserError, match="pip install openpyxl"):
         MMBench().submission(str(folder), questions, answers_to(questions, ["A"] * 5), str(tmp_path))
 
 
@@ -165,14 +166,14 @@ def test_a_value(value):
 ])
 def test_broken_tables(tmp_path, rows, message):
     write(tmp_path / "mmbench_dev_20230712.tsv", rows)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         MMBench().read(str(tmp_path))
 
 
 def test_table_of_another_benchmark(tmp_path):
     (tmp_path / "mmbench_dev_20230712.tsv").write_text("index\tquestion\tA\tB\n1\tQ\tx\ty\n")
-    with pytest.raises(ValueError, match="no column hint, C, D, image"):
+    with pytest.raises(UserError, match="no column hint, C, D, image"):
         MMBench().read(str(tmp_path))
     (tmp_path / "mmbench_dev_20230712.tsv").write_text("\t".join(COLUMNS) + "\n" + "1\t" * 20 + "\n")
-    with pytest.raises(ValueError, match="more cells than the first line"):
+    with pytest.raises(UserError, match="more cells than the first line"):
         MMBench().read(str(tmp_path))

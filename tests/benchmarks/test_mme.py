@@ -6,6 +6,7 @@ from odd_texts import odd_texts
 
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.mme import COGNITION, PERCEPTION, TASK, Mme, lookup, says
+from llava_jax.errors import UserError
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 IN_IMAGES = ("posters", "celebrity", "scene", "landmark", "artwork")  # categories with folders of their own inside
@@ -138,7 +139,7 @@ def test_lookup_of_prompts_as_the_original_changes_them():
         assert lookup(truth, "c/images/x.y.png", prompt) == ("c", "x.txt", f"Q? {TASK}", "Yes")
     assert lookup(truth, "c/x.png", "R?" + SUFFIX)[3] == "No"
     for id, prompt in (("c/x.png", "S?"), ("d/x.png", "Q?"), ("c/x.png", "Q? "), ("c/x.png", f"R? {TASK}")):
-        with pytest.raises(ValueError, match="has no question"):
+        with pytest.raises(UserError, match="has no question"):
             lookup(truth, id, prompt)
 
 
@@ -149,11 +150,11 @@ def test_lookup_of_prompts_as_the_original_changes_them():
 ])
 def test_folder_of_another_version(folder, file, content, message):
     (folder / "MME_Benchmark_release_version" / file).write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Mme().read(str(folder))
 
 
 def test_missing_category(folder):
     (folder / "MME_Benchmark_release_version/OCR").rename(folder / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="OCR: no such folder"):
+    with pytest.raises(UserError, match="OCR: no such folder"):
         Mme().read(str(folder))

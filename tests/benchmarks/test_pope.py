@@ -9,6 +9,7 @@ from llava_jax.benchmarks import pope_data
 from llava_jax.benchmarks.bench import Answer, get
 from llava_jax.benchmarks.pope import Pope, says
 from llava_jax.benchmarks.pope_data import PopeData
+from llava_jax.errors import UserError
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
@@ -101,7 +102,7 @@ def test_answers_meet_labels_by_their_order(folder):
 
 def test_answers_to_other_questions(folder):
     questions = Pope().read(str(folder))
-    with pytest.raises(ValueError, match="no question 'x'"):
+    with pytest.raises(UserError, match="no question 'x'"):
         Pope().score(str(folder), questions, [Answer("x", "yes")])
 
 
@@ -204,11 +205,11 @@ def test_building_again_gives_the_same(tmp_path, instances):
 
 
 def test_too_few_pictures_or_things(instances, tmp_path):
-    with pytest.raises(ValueError, match="3 kinds of things or more; 1,000 are wanted"):
+    with pytest.raises(UserError, match="3 kinds of things or more; 1,000 are wanted"):
         PopeData(str(instances[0]), str(tmp_path / "out"), pictures=1000).run()
-    with pytest.raises(ValueError, match="fewer than 3 are not in it"):
+    with pytest.raises(UserError, match="fewer than 3 are not in it"):
         pope_data.make({"a.jpg": ["cup", "dog", "car"]}, 1, 0)
     assert not (tmp_path / "out").exists()
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match="not COCO's instances"):
+    with pytest.raises(UserError, match="not COCO's instances"):
         pope_data.read_things(str(tmp_path / "x.json"))

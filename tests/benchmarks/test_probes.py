@@ -17,6 +17,7 @@ from llava_jax.benchmarks.probe_words import understand
 from llava_jax.benchmarks.probes_data import FILE, KINDS, ProbesData, write
 from llava_jax.benchmarks.spatial import Spatial
 from llava_jax.data import scenes
+from llava_jax.errors import UserError
 from llava_jax.instruct.context import Box, Context
 
 SHARED = ("left/right", "above/below", "inside", "counting")  # kinds of which a set is one text of several pictures
@@ -196,9 +197,9 @@ def test_made_from_coco_files(tmp_path, capsys):
     assert ProbesData(str(tmp_path), **names, prefix="probe/", each=20).run() == 0
     assert "binding 20 questions in" in capsys.readouterr().out
     assert all(os.path.exists(question.images[0]) for question in Spatial().read(str(tmp_path)))
-    with pytest.raises(ValueError, match="boxes"):
+    with pytest.raises(UserError, match="boxes"):
         ProbesData(str(tmp_path), captions=names["captions"]).run()
-    with pytest.raises(ValueError, match="allow no question"):
+    with pytest.raises(UserError, match="allow no question"):
         write([photos()[0]], str(tmp_path / "none"), each=10)
     assert not (tmp_path / "none").exists()
 
@@ -262,14 +263,14 @@ def test_scores_by_hand(tmp_path):
     first = Multilingual().score(data, both[:1], answers[:1])  # what is known when a run has begun
     assert first.figures == {"guessing": 50.0, "en": 100.0, "en left/right": 100.0, "en left/right, sets": 100.0}
 
-    with pytest.raises(ValueError, match="no question '9'"):
+    with pytest.raises(UserError, match="no question '9'"):
         Spatial().score(data, questions, [Answer("9", "left")])
     path.write_text(json.dumps({key: value for key, value in lines[0].items() if key != "ko"}))
-    with pytest.raises(ValueError, match="en, ko"):
+    with pytest.raises(UserError, match="en, ko"):
         Multilingual().read(data)
     path.write_text(json.dumps({key: value for key, value in lines[0].items() if key != "set"}))
-    with pytest.raises(ValueError, match="question 0 is no probe, which has .*set"):
+    with pytest.raises(UserError, match="question 0 is no probe, which has .*set"):
         Spatial().read(data)
     path.write_text(json.dumps(lines[0] | {"choices": ["left", "starboard"]}))
-    with pytest.raises(ValueError, match="starboard"):
+    with pytest.raises(UserError, match="starboard"):
         Spatial().read(data)

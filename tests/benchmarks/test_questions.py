@@ -5,6 +5,7 @@ import pytest
 from llava_jax.benchmarks.bench import BENCHES, LETTER, SHORT, Answer, Bench, get
 from llava_jax.benchmarks.mmvet import MMVet
 from llava_jax.benchmarks.questions import QuestionFile, fits
+from llava_jax.errors import UserError
 
 SHORT_BENCHES = ("pope", "mme", "vqav2", "vizwiz", "gqa", "textvqa", "mmbench", "mmbench-cn", "seed", "mm-vet")
 
@@ -21,9 +22,9 @@ def test_registered_and_described(name):
 
 @pytest.mark.parametrize("name", SHORT_BENCHES)
 def test_folder_that_is_not_there(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         get(name)().read(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         get(name)().read(str(tmp_path))
 
 
@@ -52,7 +53,7 @@ def test_broken_rows(tmp_path, line, message):
     good = '{"question_id": 0, "image": "x.jpg", "text": "Q?"}\n\n'
     path = tmp_path / "llava-mm-vet.jsonl"
     path.write_bytes(good.replace("\n\n", "\n").encode() + line.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         MMVet().read(str(tmp_path))
 
 

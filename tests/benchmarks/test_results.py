@@ -15,6 +15,7 @@ from llava_jax.benchmarks.bench import BENCHES, Item, Question, Scores
 from llava_jax.benchmarks.compare import Compare
 from llava_jax.benchmarks.results_page import Card, Given
 from llava_jax.benchmarks.scenes import Scenes
+from llava_jax.errors import UserError
 
 NASTY = "<script>alert('\"&$body\ud800</b> | *é\nx"
 
@@ -156,20 +157,20 @@ def test_two_runs_side_by_side(data, capsys):
 
 def test_what_cannot_be_compared_is_told(data):
     one = write(data, "one", ["red"])
-    with pytest.raises(FileNotFoundError, match=r"results\.json: no such file; a run is a folder"):
+    with pytest.raises(UserError, match=r"results\.json: no such file; a run is a folder"):
         Compare(str(one), str(data)).run()
     other = data / "other"
     other.mkdir()
     (other / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match="not results of evaluate"):
+    with pytest.raises(UserError, match="not results of evaluate"):
         Compare(str(one), str(other)).run()
     result = json.loads((one / "results.json").read_text())
     (other / "results.json").write_text(json.dumps(result | {"benchmark": "pope"}))
     (other / "items.jsonl").write_text("")
-    with pytest.raises(ValueError, match="is a run of scenes, and .* of pope"):
+    with pytest.raises(UserError, match="is a run of scenes, and .* of pope"):
         Compare(str(one), str(other)).run()
     (other / "results.json").write_text(json.dumps(result))
-    with pytest.raises(ValueError, match="no question in common"):
+    with pytest.raises(UserError, match="no question in common"):
         Compare(str(one), str(other)).run()
     assert compare.pair([], []) == []
 

@@ -9,6 +9,7 @@ import pytest
 from llava_jax import cli
 from llava_jax.benchmarks import reviews
 from llava_jax.benchmarks.reviews import Reviews, Unscored, parse_as_published, parse_scores, summarise
+from llava_jax.errors import UserError
 
 SEPARATOR = "================================="
 
@@ -158,7 +159,7 @@ def test_which_files_of_a_folder_and_which_questions(tmp_path, capsys):
     assert names() == ["answers", "c", "review_b-0613", "reviews_a"]
     assert Reviews((str(whole / "answers.jsonl"),), compat=True, ignore=("1",)).run() == 0
     assert "all 100.0 80.0 80.0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no files of reviews"):
+    with pytest.raises(UserError, match="no files of reviews"):
         Reviews((str(whole),), select=("z",)).run()
 
 
@@ -172,16 +173,16 @@ def test_which_files_of_a_folder_and_which_questions(tmp_path, capsys):
 def test_lines_that_are_no_reviews_are_named(tmp_path, line, message):
     path = tmp_path / "reviews.jsonl"
     path.write_text(json.dumps(review([8, 7])) + "\n" + line)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Reviews((str(path),)).run()
 
 
 def test_files_that_say_nothing(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has no reviews"):
+    with pytest.raises(UserError, match="has no reviews"):
         Reviews((str(tmp_path / "empty.jsonl"),)).run()
-    with pytest.raises(FileNotFoundError, match="no such file of reviews"):
+    with pytest.raises(UserError, match="no such file of reviews"):
         Reviews((str(tmp_path / "none.jsonl"),)).run()
     path = write(tmp_path / "zero.jsonl", [review([1, 8]), review([-1, -1], question=1)])
-    with pytest.raises(ValueError, match="zero.jsonl: the reference's scores of 'all' have a mean of 0"):
+    with pytest.raises(UserError, match="zero.jsonl: the reference's scores of 'all' have a mean of 0"):
         Reviews((path,), compat=True).run()

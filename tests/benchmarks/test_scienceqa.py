@@ -8,6 +8,7 @@ import pytest
 from llava_jax.benchmarks import bench
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.scienceqa import ScienceQA, choice, read_answer, read_statement
+from llava_jax.errors import UserError
 
 PROBLEMS = json.loads((Path(__file__).parents[1] / "golden" / "scienceqa.json").read_text(encoding="utf-8"))["problems"]
 
@@ -60,7 +61,7 @@ def test_questions_for_reasoning_are_what_it_was_tuned_on(folder):
         assert question.choices == ()
     assert ScienceQA(style="reason", input="QCMLE").read(str(folder))[1].text.endswith(
         "BECAUSE: Mammals give milk.\nBirds don't. A cow gives milk.")
-    with pytest.raises(ValueError, match="--input QCX: there is no such form; there are QCM, CQM"):
+    with pytest.raises(UserError, match="--input QCX: there is no such form; there are QCM, CQM"):
         ScienceQA(input="QCX").read(str(folder))
 
 

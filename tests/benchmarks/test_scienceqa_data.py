@@ -18,6 +18,7 @@ from llava_jax.benchmarks.scienceqa_data import (
     read_problems,
     write_file,
 )
+from llava_jax.errors import UserError
 
 # What LLaVA's converter makes of three made-up problems, run once: all its forms of questions and of answers.
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "scienceqa.json").read_text(encoding="utf-8"))
@@ -114,7 +115,7 @@ def test_the_command_writes_every_split_and_format(folder, capsys):
 def test_nothing_is_overwritten_by_accident(folder):
     command = ScienceQAData(str(folder), splits=("train",), formats=("QCM-A",))
     command.run()
-    with pytest.raises(ValueError, match="llava_train_QCM-A.json: exists already; add --overwrite"):
+    with pytest.raises(UserError, match="llava_train_QCM-A.json: exists already; add --overwrite"):
         command.run()
     ScienceQAData(str(folder), splits=("train",), formats=("QCM-A",), overwrite=True).run()
 
@@ -171,7 +172,7 @@ def test_a_download_is_one_call_and_its_failure_one_line(tmp_path, monkeypatch):
         raise RuntimeError("no\nroute")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ConnectionError, match=r"cannot be downloaded to .* \(no route\)"):
+    with pytest.raises(UserError, match=r"cannot be downloaded to .* \(no route\)"):
         scienceqa_data.download(str(tmp_path))
 
 
@@ -188,23 +189,23 @@ def damage(folder, **fields):
 ])
 def test_a_problem_that_is_none_is_named(folder, fields, message):
     damage(folder, **fields)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_problems(str(folder), "train")
 
 
 def test_mistakes_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="no split 'test'; there are train, minival"):
+    with pytest.raises(UserError, match="no split 'test'; there are train, minival"):
         read_problems(str(folder), "test")
-    with pytest.raises(ValueError, match="format 'QCM-LAE': it must be"):
+    with pytest.raises(UserError, match="format 'QCM-LAE': it must be"):
         ScienceQAData(str(folder), formats=("QCM-LAE",)).run()
     (folder / "pid_splits.json").write_text(json.dumps({"train": ["1", "77"], "test": []}))
-    with pytest.raises(ValueError, match="1 problems of the split train are not in it, the first is '77'"):
+    with pytest.raises(UserError, match="1 problems of the split train are not in it, the first is '77'"):
         read_problems(str(folder), "train")
-    with pytest.raises(ValueError, match="the split test has no problems"):
+    with pytest.raises(UserError, match="the split test has no problems"):
         read_problems(str(folder), "test")
     (folder / "problems.json").write_text("[")
-    with pytest.raises(ValueError, match="problems.json: broken JSON"):
+    with pytest.raises(UserError, match="problems.json: broken JSON"):
         read_problems(str(folder), "train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="neither problems.json"):
+    with pytest.raises(UserError, match="neither problems.json"):
         ScienceQAData(str(tmp_path / "empty")).run()

@@ -9,6 +9,7 @@ from llava_jax import cli
 from llava_jax.benchmarks.asking import Model
 from llava_jax.benchmarks.scienceqa_ensemble import ScienceQAEnsemble, combine, disagreements, read_texts
 from llava_jax.endpoint.server import Server
+from llava_jax.errors import UserError
 
 
 def said(letter: str) -> str:
@@ -108,7 +109,7 @@ def test_files_of_answers_that_do_not_fit_are_named(folder, change, message):
     path = folder / "ours.jsonl"
     path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
     command = ScienceQAEnsemble(str(path), str(folder), str(folder / "out"), teacher=str(folder / "teacher.json"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         command.run()
     assert not (folder / "out").exists()
 
@@ -121,7 +122,7 @@ def test_partial_counts_what_both_have(folder, capsys):
     assert json.loads((folder / "out" / "results.json").read_text())["counts"]["total"] == 7
     assert "3 answers name no choice in the words `The answer is X.`, and one was drawn (seed 0)" in (
         capsys.readouterr().out)  # the two silent ones, and one that is no such choice
-    with pytest.raises(ValueError, match="--teacher FILE"):
+    with pytest.raises(UserError, match="--teacher FILE"):
         ScienceQAEnsemble(str(path), str(folder), str(folder / "out")).run()
 
 
@@ -197,7 +198,7 @@ def test_requests_without_an_answer_are_no_silent_score(folder, server):
     fake.faults = lambda number: "context" if number == 5 else None
     command = ScienceQAEnsemble(str(folder / "ours.jsonl"), str(folder), str(folder / "out"), shots=0,
                                 model=one_at_a_time(url))
-    with pytest.raises(ValueError, match="1 of 9 questions got no answer, the first is question .*context_length"):
+    with pytest.raises(UserError, match="1 of 9 questions got no answer, the first is question .*context_length"):
         command.run()
     assert not (folder / "out" / "results.json").exists()
     fake.faults = lambda number: None

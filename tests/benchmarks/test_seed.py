@@ -6,6 +6,7 @@ from odd_texts import odd_texts
 
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.seed import Seed
+from llava_jax.errors import UserError
 
 TYPES = {"Scene Understanding": 1, "Instance Identity": 2, "Action Recognition": 10}
 
@@ -55,7 +56,7 @@ def test_ids_that_are_digits_in_both_files_would_never_meet(folder):
     file = path / "llava-seed-bench.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row | {"question_id": str(row["question_id"])}) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="has no question '139'"):
+    with pytest.raises(UserError, match="has no question '139'"):
         Seed().read(str(path))
 
 
@@ -93,5 +94,5 @@ def test_letters_as_text_are_not_ids(folder):
 ])
 def test_another_version(folder, content, message):
     (folder[0] / "SEED-Bench.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Seed().read(str(folder[0]))

@@ -6,6 +6,7 @@ from odd_texts import odd_texts
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.textvqa import TextVqa, question_of
+from llava_jax.errors import UserError
 
 SUFFIX = "Answer the question using a single word or phrase."
 
@@ -25,7 +26,7 @@ def test_question_of(prompt, question):
 @pytest.mark.parametrize("prompt", ["", "one line", "1\n2\n3", "a\nReference OCR token: x\nb\nc", "OCR tokens: x",
                                     "a\nReference OCR token:\nb"])
 def test_prompts_of_no_form(prompt):
-    with pytest.raises(ValueError, match="none of the known forms"):
+    with pytest.raises(UserError, match="none of the known forms"):
         question_of(prompt)
 
 
@@ -89,11 +90,11 @@ def test_annotations_of_another_version(folder, change, message):
     path, rows = folder
     change(rows)
     (path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": rows}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         TextVqa().read(str(path))
 
 
 def test_missing_annotations(folder):
     (folder[0] / "TextVQA_0.5.1_val.json").unlink()
-    with pytest.raises(FileNotFoundError, match="TextVQA_0.5.1_val.json"):
+    with pytest.raises(UserError, match="TextVQA_0.5.1_val.json"):
         TextVqa().read(str(folder[0]))

@@ -7,6 +7,7 @@ from odd_texts import odd_texts
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.vqa import VizWiz, VqaV2
+from llava_jax.errors import UserError
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
@@ -96,5 +97,5 @@ def test_annotations_of_another_split(folder, content, message):
     (folder / "vqa.json").write_text(json.dumps(content))
     bench = VqaV2(annotations=str(folder / "vqa.json"))
     questions = bench.read(str(folder))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         bench.score(str(folder), questions, [])

@@ -7,6 +7,7 @@ import pytest
 
 from llava_jax.data import json_rows
 from llava_jax.data.json_rows import read_members
+from llava_jax.errors import UserError
 
 
 def flattened(content: dict) -> list:
@@ -41,7 +42,7 @@ def test_a_file_that_is_cut_anywhere_is_told_with_its_line(tmp_path, monkeypatch
     text = json.dumps({"a": [{"b": 12}, [1.5]], "c": {"d": "é"}}, indent=1, ensure_ascii=False).encode()
     for length in range(1, len(text)):
         path.write_bytes(text[:length])
-        with pytest.raises(ValueError, match=r"cut.json, line (\d+): broken JSON \(.+\); copy the file again") as error:
+        with pytest.raises(UserError, match=r"cut.json, line (\d+): broken JSON \(.+\); copy the file again") as error:
             list(read_members(str(path)))
         line = int(str(error.value).partition("line ")[2].partition(":")[0])
         assert 1 <= line <= text[:length].count(b"\n") + 1 and "\n" not in str(error.value)
@@ -66,6 +67,6 @@ def test_a_file_that_is_cut_anywhere_is_told_with_its_line(tmp_path, monkeypatch
 def test_other_files_give_one_line(tmp_path, content, message):
     path = tmp_path / "other.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{path}.*{message}") as error:
+    with pytest.raises(UserError, match=f"^{path}.*{message}") as error:
         list(read_members(str(path)))
     assert "\n" not in str(error.value)

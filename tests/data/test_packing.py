@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax.data.packing import pack
+from llava_jax.errors import UserError
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -60,7 +61,7 @@ def test_long_and_short_share_a_row():
 
 @pytest.mark.parametrize("tokens, images", [([5, 11], [0, 0]), ([5, 5], [1, 3])])
 def test_a_record_that_fits_into_no_row(tokens, images):
-    with pytest.raises(ValueError, match="record 1 has"):
+    with pytest.raises(UserError, match="record 1 has"):
         pack(tokens, images, 10, 2)
 
 

@@ -15,6 +15,7 @@ from llava_jax.data import pipeline
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture, Source, open_source
+from llava_jax.errors import UserError
 from llava_jax.images import prepare
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, encode_conversation
 from llava_jax.text.tokenizer import Tokenizer
@@ -390,7 +391,7 @@ def test_an_image_in_a_turn_that_is_not_used(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_of_bad_rows_alone_ends_in_an_error(tmp_path, workers):
     source = write_file(tmp_path, [{"id": n, "conversations": []} for n in range(5)])
-    with pytest.raises(ValueError, match="none of the first 5 rows can be used, .*: .*data.json, row .* turns must be"):
+    with pytest.raises(UserError, match="none of the first 5 rows can be used, .*: .*data.json, row .* turns must be"):
         next(packed_rows(**settings(source, bad_rows="skip", workers=workers)))
 
 
@@ -407,7 +408,7 @@ def test_one_good_row_among_many_bad_ones_is_enough(tmp_path, monkeypatch):
 
 
 def test_rows_that_do_not_divide_over_the_processes(source):
-    with pytest.raises(ValueError, match="4 rows do not divide over 3 processes"):
+    with pytest.raises(UserError, match="4 rows do not divide over 3 processes"):
         Batches(4, **settings(source, process_count=3))
 
 

@@ -12,6 +12,7 @@ import pytest
 from llava_jax.data import json_rows
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import open_mixture, open_source
+from llava_jax.errors import UserError
 from llava_jax.images import open_image
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
@@ -131,24 +132,24 @@ def test_files_that_are_none(content, says, piece, tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "PIECE", piece)
     path = tmp_path / "data.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=says) as raised:
+    with pytest.raises(UserError, match=says) as raised:
         open_source(path)
     assert str(raised.value).startswith(str(path)) and "\n" not in str(raised.value)
 
 
 def test_missing_files_folders_and_loops(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json: no such data file"):
+    with pytest.raises(UserError, match="none.json: no such data file"):
         open_source(tmp_path / "none.json")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(ValueError, match="loop: the data file cannot be opened .*symbolic links"):
+    with pytest.raises(UserError, match="loop: the data file cannot be opened .*symbolic links"):
         open_source(tmp_path / "loop")
 
 
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe: is no regular file"):
+    with pytest.raises(UserError, match="pipe: is no regular file"):
         open_source(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe: the image cannot be read .it is no regular file"):
+    with pytest.raises(UserError, match="pipe: the image cannot be read .it is no regular file"):
         open_image(tmp_path / "pipe")
 
 
@@ -196,9 +197,9 @@ def test_folders_of_parquet_files(files, splits, tmp_path):
         source = open_source(f"{tmp_path}:{split}" if split else tmp_path)
         assert [source[i].id for i in range(len(source))] == [str(number) for number in ids]
     if "" not in splits:
-        with pytest.raises(ValueError, match="has several splits; there are .*, "):
+        with pytest.raises(UserError, match="has several splits; there are .*, "):
             open_source(tmp_path)
-    with pytest.raises(ValueError, match="has no split nothing; there are"):
+    with pytest.raises(UserError, match="has no split nothing; there are"):
         open_source(f"{tmp_path}:nothing")
 
 
@@ -216,7 +217,7 @@ def test_a_column_that_python_cannot_hold_is_left_alone(tmp_path):
 def test_a_missing_shard_of_parquet(tmp_path):
     write_parquet(tmp_path / "train-00000-of-00003.parquet", 0)
     write_parquet(tmp_path / "train-00002-of-00003.parquet", 2)
-    with pytest.raises(ValueError, match="shard 00001 of 3 of split train is missing"):
+    with pytest.raises(UserError, match="shard 00001 of 3 of split train is missing"):
         open_source(tmp_path)
 
 
@@ -290,12 +291,12 @@ def test_mixtures_name_their_sources_and_shares(tmp_path):
         ((), {}, "and nothing else"),
         ((a, 5), {}, "part 2 of the mixture: it must be an object"),
     ]:
-        with pytest.raises(ValueError, match=says) as raised:
+        with pytest.raises(UserError, match=says) as raised:
             mixture(*parts, **more)
         assert str(raised.value).startswith(f"{tmp_path}/mix.json: ")
     mixture(a)
     (tmp_path / "outer.json").write_text(json.dumps({"mixture": [{"path": "mix.json"}]}))
-    with pytest.raises(ValueError, match="outer.json: mix.json is a mixture itself"):
+    with pytest.raises(UserError, match="outer.json: mix.json is a mixture itself"):
         open_mixture(tmp_path / "outer.json")
-    with pytest.raises(FileNotFoundError, match="nothing.json: no such data file"):
+    with pytest.raises(UserError, match="nothing.json: no such data file"):
         mixture(a, {"path": "nothing.json"})

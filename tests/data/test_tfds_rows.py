@@ -19,6 +19,7 @@ from llava_jax.data import tfds_rows
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import open_source
 from llava_jax.data.tfds_rows import TfdsRows, example_type
+from llava_jax.errors import UserError
 
 
 def picture(number: int, form: str) -> bytes:
@@ -133,7 +134,7 @@ def test_open_source_reads_them_as_records(copied):
 @pytest.mark.parametrize("up", ["", "/.."])
 def test_splits_and_folders(written, up):
     assert [TfdsRows(f"{written}{up}:test")[i] for i in range(2)] == [row(7), row(8)]
-    with pytest.raises(ValueError, match=r"no split val; there are: train, test"):
+    with pytest.raises(UserError, match=r"no split val; there are: train, test"):
         TfdsRows(f"{written}{up}:val")
 
 
@@ -142,7 +143,7 @@ def test_the_default_split(copied):
         info["splits"][0]["name"] = "other"
 
     edit(copied, "dataset_info.json", rename)
-    with pytest.raises(ValueError, match="choose a split as FOLDER:SPLIT; there are: other, test"):
+    with pytest.raises(UserError, match="choose a split as FOLDER:SPLIT; there are: other, test"):
         TfdsRows(copied)
     edit(copied, "dataset_info.json", lambda info: info["splits"].pop(0))
     assert len(TfdsRows(copied)) == 2
@@ -150,12 +151,12 @@ def test_the_default_split(copied):
 
 def test_a_folder_of_several_versions_or_of_none(copied, tmp_path):
     shutil.copytree(copied, tmp_path / "again")
-    with pytest.raises(ValueError, match="several data sets or versions, choose one: again, copy"):
+    with pytest.raises(UserError, match="several data sets or versions, choose one: again, copy"):
         TfdsRows(str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no TFDS data set, there is no dataset_info.json"):
+    with pytest.raises(UserError, match="empty: no TFDS data set, there is no dataset_info.json"):
         TfdsRows(str(tmp_path / "empty"))
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         TfdsRows(str(tmp_path / "nowhere"))
 
 
@@ -218,10 +219,10 @@ def test_sequences_of_sequences_as_tfds_reads_them(copied):
 
 def test_other_file_formats_say_how_to_write_them_anew(copied):
     edit(copied, "dataset_info.json", lambda info: info.update(fileFormat="riegeli"))
-    with pytest.raises(ValueError, match="is stored as riegeli; write it anew as ArrayRecord, with tfds.builder"):
+    with pytest.raises(UserError, match="is stored as riegeli; write it anew as ArrayRecord, with tfds.builder"):
         TfdsRows(copied)
     edit(copied, "dataset_info.json", lambda info: info.pop("fileFormat"))  # as TFDS wrote tfrecord for long
-    with pytest.raises(ValueError, match="is stored as tfrecord"):
+    with pytest.raises(UserError, match="is stored as tfrecord"):
         TfdsRows(copied)
     edit(copied, "dataset_info.json", lambda info: info.update(alternativeFileFormats=["array_record"]))
     assert TfdsRows(copied)[1] == row(1)
@@ -241,11 +242,11 @@ def test_damaged_shards(copied):
     assert rows[2] == row(2) and rows[4] == row(4)
     with open(shard, "wb") as file:
         file.write(good[: len(good) // 2])
-    with pytest.raises(ValueError, match="holds 0 rows, but dataset_info.json says 7; it is truncated") as error:
+    with pytest.raises(UserError, match="holds 0 rows, but dataset_info.json says 7; it is truncated") as error:
         TfdsRows(copied)[0]
     assert not isinstance(error.value, BadRow)  # such a shard is no row to skip
     os.unlink(shard)
-    with pytest.raises(FileNotFoundError, match="this shard of split train is missing"):
+    with pytest.raises(UserError, match="this shard of split train is missing"):
         TfdsRows(copied)
 
 
@@ -290,10 +291,10 @@ def test_mutated_metadata_give_rows_or_one_line(copied, name):
             rows = TfdsRows(copied)
             rows[0]
             outcomes.add("read")
-        except (ValueError, FileNotFoundError) as error:
+        except UserError as error:
             assert "\n" not in str(error) and copied in str(error), error
             outcomes.add(type(error).__name__)
-    assert {"read", "ValueError"} <= outcomes
+    assert {"read", "UserError"} <= outcomes
 
 
 def test_mutated_records_give_rows_or_bad_rows(copied):
@@ -339,5 +340,5 @@ def test_a_bucket_is_read_through_the_same_code(written, monkeypatch):
 def test_a_bucket_needs_gcsfs(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(ValueError, match="gs://bucket/set: reading .* needs one more package: pip install gcsfs"):
+    with pytest.raises(UserError, match="gs://bucket/set: reading .* needs one more package: pip install gcsfs"):
         TfdsRows("gs://bucket/set")

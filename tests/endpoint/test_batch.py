@@ -17,6 +17,7 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Request
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
 
 pytest.importorskip("openai")
 URL = "http://127.0.0.1:9/v1"
@@ -265,7 +266,7 @@ def test_creating_is_looked_up_before_it_is_tried_again(tmp_path):
 
 def test_a_state_that_cannot_be_read(tmp_path):
     (tmp_path / "batches.json").write_text("{")
-    with pytest.raises(ValueError, match="batches.json: cannot be read"):
+    with pytest.raises(UserError, match="batches.json: cannot be read"):
         batched(FakeOpenAI(), tmp_path, 3)
 
 

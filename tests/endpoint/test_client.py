@@ -9,6 +9,7 @@ from llava_jax.endpoint.client import PATIENCE, Endpoint, read_key
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.request import Request
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
 
 openai = pytest.importorskip("openai")
 
@@ -249,16 +250,16 @@ def test_check_warns_of_shutdowns():
 
 @pytest.mark.parametrize("model, names", [("teachr", "it has teacher"), ("zzz", "it has a-model, teacher")])
 def test_check_names_models(model, names):
-    with pytest.raises(ValueError, match=f"has no model '{model}'; {names}"):
+    with pytest.raises(UserError, match=f"has no model '{model}'; {names}"):
         checked(FakeOpenAI(models={"teacher": {}, "a-model": {}}), model)
 
 
 def test_check_finds_a_key_missing_or_refused():
-    with pytest.raises(ValueError, match="wants an API key: set OPENAI_API_KEY or --api-key-env"):
+    with pytest.raises(UserError, match="wants an API key: set OPENAI_API_KEY or --api-key-env"):
         checked(FakeOpenAI(key="right"))
-    with pytest.raises(ValueError, match="refuses the API key"):
+    with pytest.raises(UserError, match="refuses the API key"):
         checked(FakeOpenAI(key="right"), api_key="wrong")
-    with pytest.raises(ValueError, match="OpenAI wants an API key"):
+    with pytest.raises(UserError, match="OpenAI wants an API key"):
         Endpoint("teacher")
 
 
@@ -269,26 +270,26 @@ def test_check_without_a_list_of_models():
         async def _chat(self, body):
             return error(404, f"The model `{body['model']}` does not exist", "model_not_found")
 
-    with pytest.raises(ValueError, match="has no model 'other': The model `other` does not exist"):
+    with pytest.raises(UserError, match="has no model 'other': The model `other` does not exist"):
         checked(Knowing(models=None), "other")
 
 
 def test_check_finds_what_is_no_chat_api():
-    with pytest.raises(ValueError, match="no chat API answers there$"):
+    with pytest.raises(UserError, match="no chat API answers there$"):
         checked(FakeOpenAI(chat=False))
 
     class Site(FakeOpenAI):
         async def respond(self, method, path, headers, body):
             return Response(200, b"<html>hello</html>", "text/html")
 
-    with pytest.raises(ValueError, match="no chat API answers there$"):
+    with pytest.raises(UserError, match="no chat API answers there$"):
         checked(Site())
 
     async def main():
         async with Endpoint("teacher", URL[:-3], transport=FakeOpenAI().transport()) as endpoint:
             await endpoint.check()
 
-    with pytest.raises(ValueError, match="no chat API answers there .do its addresses begin with /v1"):
+    with pytest.raises(UserError, match="no chat API answers there .do its addresses begin with /v1"):
         run(main())
 
 
@@ -297,10 +298,10 @@ def test_check_of_an_address_where_nothing_is():
         async def respond(self, method, path, headers, body):
             raise openai._base_client.httpx2.ConnectError("All connection attempts failed")
 
-    with pytest.raises(ValueError, match=re.escape(URL) + ": after 3 tries: Connection error. .All connection att"):
+    with pytest.raises(UserError, match=re.escape(URL) + ": after 3 tries: Connection error. .All connection att"):
         checked(Nothing())
     for url in ("localhost:8000", "ftp://x", "http://"):
-        with pytest.raises(ValueError, match="not the address of an API"):
+        with pytest.raises(UserError, match="not the address of an API"):
             Endpoint("teacher", url)
 
 
@@ -308,15 +309,15 @@ def test_read_key(monkeypatch):
     monkeypatch.setenv("A_KEY", " sk-abc\n")
     assert read_key("A_KEY") == "sk-abc"
     monkeypatch.setenv("A_KEY", "sk abc")
-    with pytest.raises(ValueError, match="A_KEY holds no API key"):
+    with pytest.raises(UserError, match="A_KEY holds no API key"):
         read_key("A_KEY")
     monkeypatch.delenv("A_KEY")
     assert read_key("A_KEY") is None
-    with pytest.raises(ValueError, match="A_KEY is not set"):
+    with pytest.raises(UserError, match="A_KEY is not set"):
         read_key("A_KEY", required=True)
 
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'llava_jax[teacher]'")):
+    with pytest.raises(UserError, match=re.escape("pip install 'llava_jax[teacher]'")):
         Endpoint("teacher", URL)

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from llava_jax.endpoint.request import BYTES_PER_IMAGE, Reply, Request, read_reply
+from llava_jax.errors import UserError
 
 ASK = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Was ist das – ein Hund?"})
 
@@ -35,7 +36,7 @@ def test_text_that_is_no_utf8_has_a_key():
 
 @pytest.mark.parametrize("name", ["model", "messages", "stream", "n"])
 def test_parameters_that_are_not_the_callers(name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(UserError, match=name):
         Request(ASK, {name: 1})
 
 
@@ -64,7 +65,7 @@ def test_read_reply():
                                   {"choices": {"a": 1}}, {"choices": "text"}, {"choices": [{"text": "old API"}]},
                                   {"error": {"message": "no"}}])
 def test_what_is_no_completion(body):
-    with pytest.raises(ValueError, match="no chat completion"):
+    with pytest.raises(UserError, match="no chat completion"):
         read_reply(body)
 
 

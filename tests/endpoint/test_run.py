@@ -20,6 +20,7 @@ from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.endpoint.run import FAILURES_IN_A_ROW, answer_all
 from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError
 
 pytest.importorskip("openai")
 URL = "http://127.0.0.1:9/v1"
@@ -169,7 +170,7 @@ def test_a_full_disk_ends_the_run(log, monkeypatch):
         return write(file, data)
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         answered(FakeOpenAI(latency=1), log, jobs(100), concurrency=1)
     assert len(log) == 5
 
@@ -208,7 +209,7 @@ def test_a_limit_of_cost_needs_a_server_that_counts_tokens(log, usage):
 
 
 def test_a_budget_needs_prices():
-    with pytest.raises(ValueError, match="--prices"):
+    with pytest.raises(UserError, match="--prices"):
         Budget(max_cost=3)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llava_jax import IMAGE_TOKEN_ID
+from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
 from llava_jax.inference.likelihood import readings
 from llava_jax.inference.llava import Request
@@ -58,7 +59,7 @@ def test_many_at_once_are_as_one_by_one(llava, asked):
 
 def test_what_cannot_be_scored_is_told(llava, asked):
     for continuations in ([], ["A", ""]):
-        with pytest.raises(ValueError, match="needs continuations"):
+        with pytest.raises(UserError, match="needs continuations"):
             llava.log_likelihood(asked[0], continuations)
 
 

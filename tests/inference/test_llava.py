@@ -10,6 +10,7 @@ from PIL import Image
 
 import llava_jax
 from llava_jax import IMAGE_TOKEN_ID
+from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
 from llava_jax.inference.engine import length_bucket
 from llava_jax.inference.llava import Request, place_images
@@ -153,7 +154,7 @@ def test_an_answer_that_is_begun_goes_on(reciting, tokenizer):
     assert rest.text.split() == "d e f g h i j k l m n o p".split() and whole.text.split()[1:4] == ["a", "b", "c"]
     text = render([{"role": "user", "content": "Say it."}], reciting.template, open_answer=True) + begun.begun
     assert rest.prompt_tokens == [tokenizer.bos_id, *tokenizer.tokenize(text).ids]
-    with pytest.raises(ValueError, match="what is begun of this one holds <image>"):
+    with pytest.raises(UserError, match="what is begun of this one holds <image>"):
         reciting.batch([Request("Say it.", begun="An <image>")])
 
 
@@ -163,7 +164,7 @@ def test_the_context_limits_an_answer(reciting, tokenizer):
     answer = reciting.generate(text)
     assert answer.finish_reason == "length"
     assert len(answer.prompt_tokens) < len(answer.prompt_tokens) + len(answer.tokens) == context
-    with pytest.raises(ValueError, match=r"prompt has \d+ tokens, 4 of them for images, .* context holds 256"):
+    with pytest.raises(UserError, match=r"prompt has \d+ tokens, 4 of them for images, .* context holds 256"):
         reciting.generate("<image>" + " word" * 200, [Image.new("RGB", (9, 9))])
 
 
@@ -232,7 +233,7 @@ def test_images_are_placed():
     assert marks(system + user("Hi"), 1) == ["Be brief.", "<image>\nHi"]
     assert marks(user("Hi <image>"), 1) == ["Hi <image>"]
     for text, count in itertools.product(["<image>", "<image><image>"], [0, 3]):
-        with pytest.raises(ValueError, match=rf"{count} images were given, .* have {text.count('<')} <image> marks"):
+        with pytest.raises(UserError, match=rf"{count} images were given, .* have {text.count('<')} <image> marks"):
             marks(user(text), count)
 
 
@@ -247,16 +248,16 @@ def test_a_lone_image_or_stop_is_one(pictures):
     {"stop": ("a", "")},
 ])
 def test_figures_out_of_range(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         Request("Hi", **wrong)
 
 
 def test_mistakes_are_told(llava, tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.png"):
+    with pytest.raises(UserError, match="none.png"):
         llava.generate("Hi", ["none.png"])
-    with pytest.raises(ValueError, match="dtype 'float16'"):
+    with pytest.raises(UserError, match="dtype 'float16'"):
         llava_jax.load(tmp_path, dtype="float16")
-    with pytest.raises(FileNotFoundError, match="missing"):
+    with pytest.raises(UserError, match="missing"):
         llava_jax.load(tmp_path / "missing")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llava_jax import config, sharding
+from llava_jax.errors import UserError
 from llava_jax.inference.llava import load
 
 SCRIPT = Path(__file__).with_name("mesh_answers.py")
@@ -43,5 +44,5 @@ def test_what_does_not_divide_is_named(model_dir, monkeypatch):
 
     # Two key-value heads on eight devices. Before anything of the model is read.
     mesh = sharding.make_mesh(config.Mesh(1, 1, 8), [Eight() for _ in range(8)])
-    with pytest.raises(ValueError, match=r"mesh: decoder/.* does not divide by tensor = 8"):
+    with pytest.raises(UserError, match=r"mesh: decoder/.* does not divide by tensor = 8"):
         load(model_dir, "float32", mesh)

@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from llava_jax.data import json_rows
+from llava_jax.errors import UserError
 from llava_jax.instruct.context import Box, Context, Source, open_contexts
 
 CATEGORIES = [{"supercategory": "person", "id": 1, "name": "person"}, {"id": 18, "name": "dog"},
@@ -160,7 +161,7 @@ def test_chosen_boxes(tmp_path):
     assert lines(max_boxes=3) == [dog, light, crowd]
     assert lines(max_boxes=2, crowd="drop") == [dog, light]
     assert lines(min_boxes=4) == [small, dog, light, crowd]
-    with pytest.raises(ValueError, match="no image has 4 boxes"):
+    with pytest.raises(UserError, match="no image has 4 boxes"):
         lines(min_boxes=4, crowd="drop")
 
 
@@ -210,7 +211,7 @@ def test_files_of_different_splits_are_told_apart(tmp_path):
         ((captions | {"images": captions["images"] + [captions["images"][0] | {"file_name": "2.jpg"}]}, instances),
          "captions.json: of its images, id .* stands for two images, COCO_.*.jpg and 2.jpg"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             contexts_of(tmp_path, *wrong)
 
 
@@ -264,26 +265,26 @@ def change(content: dict, key: str, index: int, **values) -> dict:
 )
 def test_files_that_are_wrong_give_one_line(tmp_path, case, message):
     files = one_image((1, 10, 10, 20, 20))
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         contexts_of(tmp_path, *case(*files))
     assert "\n" not in str(error.value)
 
 
 def test_missing_files_and_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json: no such file"):
+    with pytest.raises(UserError, match="none.json: no such file"):
         open_contexts(Source(captions=f"{tmp_path}/none.json"))
     for path, what in (("none.jsonl", "file"), ("none", "folder")):
-        with pytest.raises(FileNotFoundError, match=f"{path}: no such {what}"):
+        with pytest.raises(UserError, match=f"{path}: no such {what}"):
             open_contexts(Source(data=f"{tmp_path}/{path}"))
     (tmp_path / "empty.json").write_text("")
-    with pytest.raises(ValueError, match="empty.json: the file is empty"):
+    with pytest.raises(UserError, match="empty.json: the file is empty"):
         open_contexts(Source(captions=f"{tmp_path}/empty.json"))
     for options, message in [
         ({}, "name either COCO files"), ({"captions": "a", "data": "b"}, "name either"),
         ({"instances": "a"}, "boxes without captions"), ({"data": "a", "max_boxes": 0}, "max_boxes is 0"),
         ({"data": "a", "min_box_area": 1.0}, "fraction"), ({"data": "a", "min_boxes": -1}, "min_boxes is -1"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             Source(**options)
 
 
@@ -318,7 +319,7 @@ def test_json_lines(tmp_path):
 
 def test_an_id_of_two_images_is_refused(tmp_path):
     path = jsonl(tmp_path, {"image": "1.png", "caption": "A dog."}, {"image": "1.jpg", "caption": "A cat."})
-    with pytest.raises(ValueError, match=r"row 2 \(line 2\): has the id '1' of 1.png; give every image an id of its"):
+    with pytest.raises(UserError, match=r"row 2 \(line 2\): has the id '1' of 1.png; give every image an id of its"):
         open_contexts(Source(data=path))
 
 
@@ -345,7 +346,7 @@ def test_an_id_of_two_images_is_refused(tmp_path):
 )
 def test_json_rows_that_are_wrong(tmp_path, row, message):
     path = jsonl(tmp_path, {"image": "good", "caption": "a"}, row)
-    with pytest.raises(ValueError, match=re.escape(f"{path}, row 2 (line 2): ") + ".*" + message) as error:
+    with pytest.raises(UserError, match=re.escape(f"{path}, row 2 (line 2): ") + ".*" + message) as error:
         open_contexts(Source(data=path))
     assert "\n" not in str(error.value)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llava_jax import cli
+from llava_jax.errors import UserError
 from llava_jax.instruct import filter as filter_module
 from llava_jax.instruct.captions import CaptionFile
 from llava_jax.instruct.filter import Filter, Phrases, find_phrases, select
@@ -230,21 +231,21 @@ def test_a_bad_row(tmp_path, name, capsys, monkeypatch):
 def test_a_bad_row_of_a_list(tmp_path):
     data = tmp_path / "data.json"
     data.write_text('[\n{"caption": "a dog"},\n{"caption": null}\n]')
-    with pytest.raises(ValueError, match=r"data.json, row 2 \(line 3\): it has neither caption nor conversations"):
+    with pytest.raises(UserError, match=r"data.json, row 2 \(line 3\): it has neither caption nor conversations"):
         run(data, tmp_path / "kept")
 
 
 def test_a_bad_row_at_the_start(tmp_path):
     data = tmp_path / "data.tsv"
     data.write_text("\n\thttp://x.org/1\na dog\thttp://x.org/2\n")
-    with pytest.raises(ValueError, match=r"data.tsv, row 1 \(line 2\): the caption is empty"):
+    with pytest.raises(UserError, match=r"data.tsv, row 1 \(line 2\): the caption is empty"):
         run(data, tmp_path / "kept")
 
 
 def test_a_bad_row_below_the_names_of_columns(tmp_path):
     data = tmp_path / "data.tsv"
     data.write_text("url\tcaption\n\nhttp://x.org/1\ta dog\nhttp://x.org/2\n")
-    with pytest.raises(ValueError, match=r"data.tsv, row 2 \(line 4\): there is no tab"):
+    with pytest.raises(UserError, match=r"data.tsv, row 2 \(line 4\): there is no tab"):
         run(data, tmp_path / "kept")
 
 
@@ -266,7 +267,7 @@ BAD_FILES = {
 def test_a_file_that_is_none(tmp_path, content):
     data = tmp_path / "data"
     data.write_bytes(content)
-    with pytest.raises(ValueError, match=BAD_FILES[content]) as caught:
+    with pytest.raises(UserError, match=BAD_FILES[content]) as caught:
         run(data, tmp_path / "kept")
     assert str(data) in str(caught.value) and "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["data"]
@@ -275,24 +276,24 @@ def test_a_file_that_is_none(tmp_path, content):
 def test_mistakes_in_the_options(tmp_path):
     data = tmp_path / "data"
     data.write_text(encode("tsv", captions()))
-    with pytest.raises(FileNotFoundError, match="nothing.tsv: no such file"):
+    with pytest.raises(UserError, match="nothing.tsv: no such file"):
         run(tmp_path / "nothing.tsv", tmp_path / "kept")
-    with pytest.raises(ValueError, match="must be three files"):
+    with pytest.raises(UserError, match="must be three files"):
         run(data, data)
-    with pytest.raises(ValueError, match="must be three files"):
+    with pytest.raises(UserError, match="must be three files"):
         run(data, tmp_path / "kept", report=str(tmp_path / "kept"))
-    with pytest.raises(ValueError, match="--max-per-phrase must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--max-per-phrase must be at least 1, not 0"):
         run(data, tmp_path / "kept", max_per_phrase=0)
-    with pytest.raises(ValueError, match="--seed must be at least 0, not -1"):
+    with pytest.raises(UserError, match="--seed must be at least 0, not -1"):
         run(data, tmp_path / "kept", seed=-1)
-    with pytest.raises(ValueError, match="nothing is left of 60 captions.*lower --min-frequency"):
+    with pytest.raises(UserError, match="nothing is left of 60 captions.*lower --min-frequency"):
         run(data, tmp_path / "kept", min_frequency=100)
     assert os.listdir(tmp_path) == ["data"]
     (tmp_path / "kept").mkdir()
-    with pytest.raises(ValueError, match="kept: is a folder; name a file"):
+    with pytest.raises(UserError, match="kept: is a folder; name a file"):
         run(data, tmp_path / "kept")
     (tmp_path / "old.html").write_text("")
-    with pytest.raises(ValueError, match="old.html: exists already; add --overwrite to replace it"):
+    with pytest.raises(UserError, match="old.html: exists already; add --overwrite to replace it"):
         run(data, tmp_path / "old.json")
     assert not (tmp_path / "old.json").exists()
 
@@ -306,7 +307,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         run(data, output, overwrite=True)
     assert output.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["data", "kept"]
 
@@ -332,5 +333,5 @@ def test_the_report(tmp_path):
 def test_the_command_line():
     options = cli.parse(Filter, ["in.json", "out.json", "--max-per-phrase", "7", "--bad_rows", "skip"], prog="filter")
     assert options.max_per_phrase == 7 and options.bad_rows == "skip" and options.min_frequency == 3
-    with pytest.raises(ValueError, match="chunker"):
+    with pytest.raises(UserError, match="chunker"):
         cli.parse(Filter, ["in.json", "out.json", "--chunker", "nltk"], prog="filter")

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.language import LANGUAGES, is_language, language_name
 
 SENTENCES = {
@@ -61,7 +62,7 @@ def test_names():
     assert language_name("ko") == "Korean" and language_name("pt-br") == "Brazilian Portuguese"
     for wrong, near in (("korean", "ko"), ("KO", "ko"), ("kr", None), ("german", "de"), ("xyzzy", None)):
         message = f"did you mean {near}\\?" if near else "is no code of a language"
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             language_name(wrong)
         assert "\n" not in str(error.value)
 

@@ -10,6 +10,7 @@ from synthesis_data import fill, good_answer, make_synthesis, reply, write_image
 
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
+from llava_jax.errors import UserError
 from llava_jax.instruct import output
 from llava_jax.instruct.context import Source
 from llava_jax.instruct.output import check_folder, write_outputs
@@ -164,7 +165,7 @@ def test_an_error_leaves_the_old_files(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(output, "_merge", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match="No space"):
             write_outputs(synthesis, log, {})
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "answers.jsonl"}
     assert after == before
@@ -188,9 +189,9 @@ def test_an_answer_that_is_no_text_is_kept_in_rejected(tmp_path):
 
 def test_files_of_others_are_not_replaced(tmp_path):
     (tmp_path / "instruct.json").write_text("[]")
-    with pytest.raises(ValueError, match="it has a file instruct.json that synthesize has not made"):
+    with pytest.raises(UserError, match="it has a file instruct.json that synthesize has not made"):
         check_folder(str(tmp_path))
-    with pytest.raises(ValueError, match="is a file; name a folder"):
+    with pytest.raises(UserError, match="is a file; name a folder"):
         check_folder(str(tmp_path / "instruct.json"))
     (tmp_path / "answers.jsonl").write_text("")
     check_folder(str(tmp_path))

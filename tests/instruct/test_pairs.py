@@ -7,6 +7,7 @@ import pytest
 
 from llava_jax import prepare, synthesize
 from llava_jax.data import scenes
+from llava_jax.errors import UserError
 from llava_jax.preparation.check import Check
 
 PAIRS = [{"id": f"{i:09d}", "image": f"GCC_train_{i:09d}.jpg", "caption": f"a dog on beach number {i}"}
@@ -90,7 +91,7 @@ def test_the_filter_keeps_what_prepare_filter_keeps(tmp_path, questions):
 ])
 def test_bad_rows(tmp_path, questions, row, words):
     data = write(tmp_path / "data.jsonl", [*PAIRS, row], True)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         run(data, tmp_path / "out.json", *questions)
     assert not (tmp_path / "out.json").exists()
     assert len(run(data, tmp_path / "out.json", *questions, "--bad-rows", "skip")) == len(PAIRS)
@@ -98,10 +99,10 @@ def test_bad_rows(tmp_path, questions, row, words):
 
 def test_nothing_left(tmp_path, questions):
     one = write(tmp_path / "one.jsonl", [{"image": "a.jpg", "caption": "a dog"}], True)
-    with pytest.raises(ValueError, match="none of 1 pairs is left, for no phrase is in 3 of their captions"):
+    with pytest.raises(UserError, match="none of 1 pairs is left, for no phrase is in 3 of their captions"):
         run(one, tmp_path / "out.json", *questions, "--filter", "--workers", "0")
     bad = write(tmp_path / "bad.jsonl", [{"image": "a.jpg", "caption": " "}], True)
-    with pytest.raises(ValueError, match="none of 1 pairs is left$"):
+    with pytest.raises(UserError, match="none of 1 pairs is left$"):
         run(bad, tmp_path / "out.json", *questions, "--bad-rows", "skip")
     assert not (tmp_path / "out.json").exists()
 
@@ -118,6 +119,6 @@ def test_other_mistakes(tmp_path, questions):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             run(source, out, *questions, *options)
     run(data, tmp_path / "out.json", *questions)
-    with pytest.raises(ValueError, match="exists already; add --overwrite"):
+    with pytest.raises(UserError, match="exists already; add --overwrite"):
         run(data, tmp_path / "out.json", *questions)
     run(data, tmp_path / "out.json", *questions, "--overwrite")

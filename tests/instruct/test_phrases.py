@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.lexicon import NOUNS_FIRST, VERBS, VERBS_FIRST, WORDS
 from llava_jax.instruct.phrases import (
     SpacyChunker,
@@ -150,7 +151,7 @@ def test_the_light_chunker():
 
 def test_without_spacy(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(ImportError, match=r"spaCy is not installed: pip install 'llava_jax\[spacy\]'"):
+    with pytest.raises(UserError, match=r"spaCy is not installed: pip install 'llava_jax\[spacy\]'"):
         open_chunker("spacy", "en_core_web_sm")
 
 
@@ -210,20 +211,20 @@ def test_a_spacy_pipeline_from_a_folder(pipeline):
 
 def test_what_is_wrong_with_a_spacy_pipeline(tmp_path):
     spacy = pytest.importorskip("spacy", reason="spaCy is an optional extra, and not installed")
-    with pytest.raises(ValueError, match="needs --spacy-model"):
+    with pytest.raises(UserError, match="needs --spacy-model"):
         open_chunker("spacy")
-    with pytest.raises(ValueError, match="en_nothing_sm: spaCy cannot load this pipeline; python -m spacy download"):
+    with pytest.raises(UserError, match="en_nothing_sm: spaCy cannot load this pipeline; python -m spacy download"):
         open_chunker("spacy", "en_nothing_sm")
-    with pytest.raises(ValueError, match="there is no config.cfg in it"):
+    with pytest.raises(UserError, match="there is no config.cfg in it"):
         open_chunker("spacy", str(tmp_path))
     wheel = tmp_path / "en_core_web_sm-3.8.0-py3-none-any.whl"
     wheel.write_bytes(b"PK")
-    with pytest.raises(ValueError, match="give a folder, not an archive .unzip it"):
+    with pytest.raises(UserError, match="give a folder, not an archive .unzip it"):
         open_chunker("spacy", str(wheel))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.cfg").write_text("[nlp]\nlang = null\n")
-    with pytest.raises(ValueError, match="broken: spaCy cannot load this pipeline"):
+    with pytest.raises(UserError, match="broken: spaCy cannot load this pipeline"):
         open_chunker("spacy", str(tmp_path / "broken"))
     spacy.blank("en").to_disk(tmp_path / "blank")
-    with pytest.raises(ValueError, match="noun phrases need a pipeline with tagger and parser"):
+    with pytest.raises(UserError, match="noun phrases need a pipeline with tagger and parser"):
         SpacyChunker(str(tmp_path / "blank"))(["A dog"])

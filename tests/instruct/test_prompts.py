@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.instruct import prompts
 from llava_jax.instruct.context import Box, Context
 from llava_jax.instruct.language import is_language
@@ -139,10 +140,10 @@ def test_languages():
         demand = ours[0]["content"].removeprefix(theirs[0]["content"]).strip()
         assert "in Korean." in demand and ("===" in demand) == (kind != "detail_description")
     assert all(is_language(question, "ko") for question in korean.questions("detail_description"))
-    with pytest.raises(ValueError, match="no questions in French for detail_description: write a file .*--questions"):
+    with pytest.raises(UserError, match="no questions in French for detail_description: write a file .*--questions"):
         Prompts.load(language="fr")
     assert Prompts.load(language="fr", kinds=("conversation",)).kinds == ("conversation",)
-    with pytest.raises(ValueError, match="did you mean ko"):
+    with pytest.raises(UserError, match="did you mean ko"):
         Prompts.load(language="korean")
 
 
@@ -156,7 +157,7 @@ def test_pools(tmp_path):
     loaded = Prompts.load(language="fr", questions=str(file))
     assert loaded.questions("detail_description") == ("What is it?", "Tell me.")
     file.write_text("<image> What?")
-    with pytest.raises(ValueError, match="own.txt: a question holds <image>"):
+    with pytest.raises(UserError, match="own.txt: a question holds <image>"):
         read_questions("pairs", file=str(file))
 
 
@@ -185,18 +186,18 @@ def test_a_folder_in_the_layout_of_the_original(tmp_path):
 
 def test_folders_that_are_not_whole(tmp_path):
     folder = user_folder(tmp_path, conversation__002_caps="C.")
-    with pytest.raises(FileNotFoundError, match="conversation/002_conv.txt: no such file"):
+    with pytest.raises(UserError, match="conversation/002_conv.txt: no such file"):
         Prompts.load(folder)
     (tmp_path / "conversation/002_conv.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="002_conv.txt: the file is empty"):
+    with pytest.raises(UserError, match="002_conv.txt: the file is empty"):
         Prompts.load(folder)
     (tmp_path / "conversation/002_conv.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="002_conv.txt: not UTF-8 .*at byte 1"):
+    with pytest.raises(UserError, match="002_conv.txt: not UTF-8 .*at byte 1"):
         Prompts.load(folder)
     (tmp_path / "detail_description/system_message.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="detail_description/system_message.txt: no such file"):
+    with pytest.raises(UserError, match="detail_description/system_message.txt: no such file"):
         Prompts.load(folder, kinds=("detail_description",))
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         Prompts.load(str(tmp_path / "none"))
 
 

@@ -7,6 +7,7 @@ from hashlib import sha256
 import pytest
 
 from llava_jax.data import scenes
+from llava_jax.errors import UserError
 from llava_jax.instruct import rules
 
 CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)
@@ -145,7 +146,7 @@ def test_questions_about_unseen_pairs(coco, tmp_path):
 
 
 def test_a_missing_split_is_named(coco):
-    with pytest.raises(FileNotFoundError, match="captions_absent"):
+    with pytest.raises(UserError, match="captions_absent"):
         rules.read_coco(coco, "absent")
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 from drawn_scenes import shapes
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.context import Box, Context
 from llava_jax.instruct.evidence import COCO
 from llava_jax.instruct.rules import RulesTeacher
@@ -201,9 +202,9 @@ def test_more_than_two_hundred_forms_of_each_kind():
 
 def test_a_category_without_a_korean_name_is_an_error():
     context = Context("1", "", ("A picture",), (Box("wombat", 0.1, 0.1, 0.2, 0.2),))
-    with pytest.raises(ValueError, match="no Korean name for the category 'wombat'"):
+    with pytest.raises(UserError, match="no Korean name for the category 'wombat'"):
         RulesTeacher("ko").reply("detail_description", context)
-    with pytest.raises(ValueError, match="no Korean name for the category 'wombat'"):
+    with pytest.raises(UserError, match="no Korean name for the category 'wombat'"):
         RulesTeacher("ko").check(["dog", "red circle", "wombat"])
     RulesTeacher("ko").check([*COCO, "red circle"])
     RulesTeacher("en").check(["wombat"])

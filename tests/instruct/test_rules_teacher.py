@@ -9,6 +9,7 @@ import pytest
 from drawn_scenes import shapes
 from rules_reader import CAPTIONS, COLOURS, NAME, NUM, PLACE, SHAPES, SIDE, THINGS, Scene, evaluate
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.context import Box, Context
 from llava_jax.instruct.parse import Reject, parse
 from llava_jax.instruct.rules import RulesTeacher
@@ -133,7 +134,7 @@ def test_a_crowd_is_not_counted():
 
 
 def test_only_english_and_korean():
-    with pytest.raises(ValueError, match="writes en and ko, not 'fr'"):
+    with pytest.raises(UserError, match="writes en and ko, not 'fr'"):
         RulesTeacher("fr")
     with pytest.raises(KeyError):
         RulesTeacher().reply("poem", Context("1", "", ("A dog.",)))

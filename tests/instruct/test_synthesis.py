@@ -9,6 +9,7 @@ import pytest
 from synthesis_data import fill, good_answer, make_synthesis, reply, write_images
 
 from llava_jax.endpoint.log import AnswerLog
+from llava_jax.errors import UserError
 from llava_jax.instruct.context import Source
 from llava_jax.instruct.prompts import KINDS
 from llava_jax.instruct.synthesis import Settings, Synthesis
@@ -43,7 +44,7 @@ def test_samples_come_by_turns_and_each_once(tmp_path):
 
 
 def test_more_images_than_there_are(tmp_path):
-    with pytest.raises(ValueError, match="--complex 11: there are only 10 images"):
+    with pytest.raises(UserError, match="--complex 11: there are only 10 images"):
         make_synthesis(tmp_path, complex=11)
 
 
@@ -52,7 +53,7 @@ def test_a_category_that_rules_cannot_name_is_told_before_any_work(tmp_path):
     path.write_text(path.read_text().replace("zebra", "wombat"))
     settings = {"source": Source(data=str(path)), "out": str(tmp_path / "out"), "teacher": "rules"}
     assert len(Synthesis(Settings(**settings, language="en"))) == 30
-    with pytest.raises(ValueError, match="no Korean name for the category 'wombat'"):
+    with pytest.raises(UserError, match="no Korean name for the category 'wombat'"):
         Synthesis(Settings(**settings, language="ko"))
 
 
@@ -68,7 +69,7 @@ def test_the_parameters_of_a_request_are_those_that_were_given():
 def test_the_least_that_can_be_meant(name, least):
     given = {"source": Source(data="images.jsonl"), "model": "teacher"}
     Settings(**given, **{name: least}).check()
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {least - 1}: it must be at least {least}"):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {least - 1}: it must be at least {least}"):
         Settings(**given, **{name: least - 1}).check()
 
 
@@ -156,10 +157,10 @@ def test_settings_go_to_json_and_back(tmp_path):
     settings = make_synthesis(tmp_path, language="ko", conversation=3, temperature=0.5).settings
     (tmp_path / "out" / "settings.json").write_text(json.dumps(settings.as_json()))
     assert Settings.load(str(tmp_path / "out")) == settings
-    with pytest.raises(FileNotFoundError, match="no synthesis has run there"):
+    with pytest.raises(UserError, match="no synthesis has run there"):
         Settings.load(str(tmp_path))
     (tmp_path / "out" / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="settings.json: not what a synthesis writes"):
+    with pytest.raises(UserError, match="settings.json: not what a synthesis writes"):
         Settings.load(str(tmp_path / "out"))
 
 
@@ -175,5 +176,5 @@ def test_settings_go_to_json_and_back(tmp_path):
 ])
 def test_settings_that_cannot_be_meant(tmp_path, options, words):
     settings = Settings(Source(data=str(tmp_path)), **{"model": "teacher", **options})
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         settings.check()

@@ -10,6 +10,7 @@ from synthesis_data import fill, good_answer, make_synthesis
 
 from llava_jax import synthesize
 from llava_jax.endpoint.log import AnswerLog
+from llava_jax.errors import UserError
 from llava_jax.instruct.viewer import Sample, write_page
 
 VOID = {"meta", "img", "br"}
@@ -115,5 +116,5 @@ def test_the_command_draws_and_filters(synthesis, tmp_path, capsys):
     assert [text.split(". ")[1].strip() for text in view("--kind", "detail")["h2"]] == ["detailed description"] * 4
     assert view("-n", "3", "--seed", "1")["quiet"] != view("-n", "3", "--seed", "2")["quiet"]
     (out / "other.html").write_text("data")
-    with pytest.raises(ValueError, match="there is something else than a page"):
+    with pytest.raises(UserError, match="there is something else than a page"):
         synthesize.main(["view", str(out), "--output", str(out / "other.html")])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.models import attention
 
 
@@ -66,7 +67,7 @@ def test_the_towers_kernel_sees_everything(length, heads, width):
 def test_auto_depends_on_the_platform_and_other_names_stand_for_themselves():
     assert [attention.resolve("auto", name) for name in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
     assert attention.resolve("xla", "tpu") == "xla"
-    with pytest.raises(ValueError, match="'flash' is not one of xla, splash, cudnn"):
+    with pytest.raises(UserError, match="'flash' is not one of xla, splash, cudnn"):
         attention.causal("flash", 4)
 
 

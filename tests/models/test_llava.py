@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from llava_jax.errors import UserError
 from llava_jax.images import normalise
 from llava_jax.models import llava
 from llava_jax.models.layers import REMAT
@@ -115,7 +116,7 @@ def test_remat_policies_agree(parameters):
 def test_an_unknown_remat_policy(parameters, call):
     tokens, images = conversation(np.random.default_rng(0), images=1)
     graph = llava.abstract(CONFIG, remat="some")[0]
-    with pytest.raises(ValueError, match="unknown policy 'some'.*minimal"):
+    with pytest.raises(UserError, match="unknown policy 'some'.*minimal"):
         call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images[None])
 
 
@@ -149,5 +150,5 @@ def test_images_as_bytes(parameters, call, assert_close):
 @pytest.mark.parametrize("layer, select, message", [
     (-5, "patch", "feature_layer -5.*3 layers"), (4, "patch", "feature_layer 4"), (-2, "cls", "feature_select 'cls'")])
 def test_features_that_do_not_exist(layer, select, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         LlavaConfig(vision=CONFIG.vision, text=CONFIG.text, feature_layer=layer, feature_select=select)

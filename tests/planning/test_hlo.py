@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.planning import costs
 from llava_jax.planning.cycles import profile
 from llava_jax.planning.hlo import parse
@@ -200,5 +201,5 @@ def test_a_loop_whose_length_is_found_while_running_has_no_count():
 
 
 def test_a_text_without_entry_is_an_error():
-    with pytest.raises(ValueError, match="no HLO module"):
+    with pytest.raises(UserError, match="no HLO module"):
         parse("HloModule m\n")

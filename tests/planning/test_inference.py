@@ -2,6 +2,7 @@
 
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.models.llava import abstract
 from llava_jax.planning import show
 from llava_jax.planning.inference import plan_inference
@@ -35,5 +36,5 @@ def test_bytes_and_rates_of_prefill_and_decode(needs_libtpu, tiny):
     ("v5e-16", 256, "4 hosts, and inference runs on one; v5e hosts have up to 8 chips"), ("v5e-1", 2, "--context 2"),
 ])
 def test_what_inference_cannot_plan_is_one_line(tiny, name, context, expected):
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(UserError, match=expected):
         plan_inference(planned_config(tiny.model)[0], parse(name), 1, context)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax import config, sharding
+from llava_jax.errors import UserError
 from llava_jax.models.llava import abstract
 from llava_jax.planning import costs, show
 from llava_jax.planning.cycles import profile
@@ -179,7 +180,7 @@ def test_published_sizes_stand_in_for_checkpoints_that_are_not_here():
     assert 13.2e9 < count < 13.5e9 and len(notes) == 2  # LLaVA-1.5 13B
     assert sum(x.size for path, x in abstract(found)[1].items() if path.startswith("vision/")) == pytest.approx(
         303.5e6, rel=0.01)
-    with pytest.raises(FileNotFoundError, match="my-model.*config.json"):
+    with pytest.raises(UserError, match="my-model.*config.json"):
         known("checkpoints/my-model")
 
 
@@ -204,7 +205,7 @@ def test_published_sizes_give_the_published_numbers_of_parameters(name, count):
 def test_what_does_not_divide_says_what_would(needs_libtpu, tiny, mesh, rows, expected):
     model, _ = planned_config(tiny.model)
     stages = {"instruct": dataclasses.replace(tiny.stages["instruct"], rows=rows)}
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(UserError, match=expected):
         plan_mesh(dataclasses.replace(tiny, mesh=mesh, stages=stages), WHERE, model)
 
 

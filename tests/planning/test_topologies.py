@@ -66,7 +66,7 @@ from llava_jax.planning.topologies import parse
 sys.modules["libtpu"] = None
 try:
     parse("v5e-4").jax_devices()
-except ImportError as error:
+except ValueError as error:
     print(error)
 import jax
 print({device.platform for device in jax.devices()})

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.preparation import archives
 from llava_jax.preparation.archives import unpack
 
@@ -40,7 +41,7 @@ def test_images_beside_the_folder_stay_out(tmp_path):
     "name", ["../evil.jpg", "a/../../evil.jpg", "/tmp/evil.jpg", "a/../../../evil.txt", "..\\evil.jpg", "C:\\evil.jpg"])
 def test_a_member_that_leaves_the_folder_is_refused(name, tmp_path):
     archive = write(tmp_path / "x.zip", {**IMAGES, name: b"evil"})
-    with pytest.raises(ValueError, match="would leave the folder; nothing was unpacked") as raised:
+    with pytest.raises(UserError, match="would leave the folder; nothing was unpacked") as raised:
         unpack(archive, str(tmp_path / "to"), set(IMAGES))
     assert str(raised.value).startswith(archive) and "evil" in str(raised.value)
     assert tree(tmp_path) == {"x.zip": (tmp_path / "x.zip").read_bytes()}
@@ -52,7 +53,7 @@ def test_a_link_is_refused(tmp_path):
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         zipped.writestr(link, "/etc/passwd")
         zipped.writestr("1.jpg", "1")
-    with pytest.raises(ValueError, match="'link.jpg' is a link"):
+    with pytest.raises(UserError, match="'link.jpg' is a link"):
         unpack(str(tmp_path / "x.zip"), str(tmp_path / "to"), {"1.jpg"})
     assert not (tmp_path / "to").exists()
 
@@ -62,7 +63,7 @@ def test_a_truncated_file_is_one_line(keep, tmp_path):
     archive = write(tmp_path / "x.zip", IMAGES)
     content = (tmp_path / "x.zip").read_bytes()
     (tmp_path / "x.zip").write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"x.zip: a broken zip file .*; delete it and download it again") as raised:
+    with pytest.raises(UserError, match=r"x.zip: a broken zip file .*; delete it and download it again") as raised:
         unpack(archive, str(tmp_path / "to"), set(IMAGES))
     assert "\n" not in str(raised.value)
 
@@ -74,7 +75,7 @@ def test_a_damaged_member_leaves_whole_images_only(tmp_path):
         member = zipped.infolist()[4]
     content[member.header_offset + 30 + len(member.filename) + 5] ^= 255
     (tmp_path / "x.zip").write_bytes(content)
-    with pytest.raises(ValueError, match="a broken zip file"):
+    with pytest.raises(UserError, match="a broken zip file"):
         unpack(archive, str(tmp_path / "to"), set(IMAGES))
     there = tree(tmp_path / "to")
     assert there == {name: IMAGES[name] for name in list(IMAGES)[:4]}
@@ -93,7 +94,7 @@ def test_a_second_run_writes_only_what_is_missing_or_cut_off(tmp_path):
 
 def test_another_archive_is_told(tmp_path):
     archive = write(tmp_path / "x.zip", IMAGES)
-    with pytest.raises(ValueError, match="holds none of the images that are looked for"):
+    with pytest.raises(UserError, match="holds none of the images that are looked for"):
         unpack(archive, str(tmp_path / "to"), {"000000000009.jpg"})
 
 
@@ -102,7 +103,7 @@ def test_a_small_disk_is_told_beforehand(tmp_path, monkeypatch, capsys):
     size = sum(map(len, IMAGES.values()))
     usage = type("Usage", (), {"free": size - 1})
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match=r"unpacking .*x.zip takes .* GB, and .* GB are free in .*: make room"):
+    with pytest.raises(UserError, match=r"unpacking .*x.zip takes .* GB, and .* GB are free in .*: make room"):
         unpack(archive, str(tmp_path / "to"), set(IMAGES))
     assert not (tmp_path / "to").exists()
     usage.free = size

@@ -20,6 +20,7 @@ from llava_jax import cli
 from llava_jax.data.packing import pack
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.sources import open_mixture, open_source
+from llava_jax.errors import UserError
 from llava_jax.preparation import audit as audit_module
 from llava_jax.preparation.audit import audit
 from llava_jax.preparation.check import Check, describe
@@ -415,7 +416,7 @@ def test_the_file_of_bad_rows_is_whole_or_not_there(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             check(path, "--bad-rows", file, "--workers", 0)
     for target in (path, tmp_path, tmp_path / "none" / "bad.jsonl"):
-        with pytest.raises(ValueError, match="--bad-rows .*: (there is something|this is a folder|cannot be written)"):
+        with pytest.raises(UserError, match="--bad-rows .*: (there is something|this is a folder|cannot be written)"):
             check(path, "--bad-rows", target, "--workers", 0)
     assert sorted(tmp_path.iterdir()) == before
     assert check(path, "--bad-rows", file, "--workers", 0) == 1 and file.exists()

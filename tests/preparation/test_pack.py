@@ -19,6 +19,7 @@ from PIL import Image
 
 from llava_jax import cli, images
 from llava_jax.data.sources import open_source
+from llava_jax.errors import UserError
 from llava_jax.preparation import pack
 from llava_jax.preparation.pack import Pack
 from llava_jax.preparation.shards import Encoding, _check_image
@@ -224,7 +225,7 @@ def flawed(tmp_path) -> str:
 
 class TestBadRows:
     def test_all_are_counted_and_the_first_named(self, flawed, tmp_path):
-        with pytest.raises(ValueError, match="5 of 20 rows cannot be used") as error:
+        with pytest.raises(UserError, match="5 of 20 rows cannot be used") as error:
             run(flawed, tmp_path / "set")
         message = str(error.value)
         assert all(f"{reason} 1" in message for reason in BAD) and "--bad-rows skip" in message
@@ -252,7 +253,7 @@ class TestBadRows:
         images = [name for name in os.listdir(tmp_path / "data") if name.startswith("1")]
         for name in images:
             os.rename(tmp_path / "data" / name, tmp_path / name)
-        with pytest.raises(ValueError, match="rows cannot be used .missing_image"):
+        with pytest.raises(UserError, match="rows cannot be used .missing_image"):
             run(path, tmp_path / "set")
         for name in images:
             os.rename(tmp_path / name, tmp_path / "data" / name)
@@ -261,7 +262,7 @@ class TestBadRows:
     def test_nothing_but_bad_rows(self, tmp_path):
         row = {"image": "gone.jpg", "conversations": [{"from": "human", "value": "<image>"}]}
         (tmp_path / "data.jsonl").write_text(json.dumps(row))
-        with pytest.raises(ValueError, match="none of its rows can be used; the first: .*gone.jpg"):
+        with pytest.raises(UserError, match="none of its rows can be used; the first: .*gone.jpg"):
             run(tmp_path / "data.jsonl", tmp_path / "set", bad_rows="skip")
 
 
@@ -280,7 +281,7 @@ class TestBadRows:
     ],
 )
 def test_options_that_cannot_be(data, tmp_path, options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         dataclasses.replace(Pack(data=data, out=str(tmp_path / "set")), **options).run()
     assert not (tmp_path / "set").exists()
 
@@ -288,7 +289,7 @@ def test_options_that_cannot_be(data, tmp_path, options, message):
 def test_a_mixture_with_counts_is_refused(data, tmp_path):
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"mixture": [{"path": data, "epochs": 2}]}))
-    with pytest.raises(ValueError, match="takes some more or less often; write it out first"):
+    with pytest.raises(UserError, match="takes some more or less often; write it out first"):
         run(mixture, tmp_path / "set")
     assert not (tmp_path / "set").exists()
 

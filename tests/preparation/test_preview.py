@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from llava_jax import cli
 from llava_jax.data.examples import Loader
 from llava_jax.data.sources import open_mixture
+from llava_jax.errors import UserError
 from llava_jax.images import open_image, prepare
 from llava_jax.preparation.preview import Preview, draw_rows, read_rows
 from llava_jax.preparation.preview_page import write_page
@@ -383,14 +384,14 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(data, tmp_path):
     listed = sorted(tmp_path.iterdir())
 
     def mistake(match, *args):
-        with pytest.raises((ValueError, OSError), match=match) as caught:
+        with pytest.raises(UserError, match=match) as caught:
             run(data, *args)
         assert "\n" not in str(caught.value)
 
     page = ("--model", GOLDEN, "-n", 1, "--output")
     mistake("--model, the directory of a model or of a tokenizer")
     mistake("no such model or tokenizer", "--model", tmp_path / "none")
-    mistake("cannot be written .No such file or directory", *page, tmp_path / "none" / "page.html")
+    mistake("page.html: no such folder", *page, tmp_path / "none" / "page.html")
     mistake("something else than a page", *page, tmp_path)
     mistake("no row 25; the rows are 1 to 24", *page, tmp_path / "page.html", "--rows", 3, 25)
     mistake("--count is 0", *page, tmp_path / "page.html", "-n", 0)
@@ -411,7 +412,7 @@ def test_an_earlier_page_stays_whole_when_the_disk_is_full(data, tmp_path, monke
 
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", full)
-        with pytest.raises(OSError, match="page.html: the page cannot be written .No space left"):
+        with pytest.raises(UserError, match="page.html: No space left on device; make room"):
             run(data, "--model", GOLDEN, "-n", 2, "--output", output)
     assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == [link, output]
     assert run(data, "--model", GOLDEN, "-n", 2, "--output", link) == 0

@@ -17,6 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 from llava_jax import cli
+from llava_jax.errors import UserError
 from llava_jax.preparation import published
 from llava_jax.preparation.published import SETS, Fetch, File, Folder, Published
 
@@ -167,9 +168,9 @@ def test_list_and_unknown_names(capsys):
     assert cli.parse(Fetch, [], prog="fetch").run() == 0
     assert cli.parse(Fetch, ["captions", "--list"], prog="fetch").run() == 0
     assert capsys.readouterr().out == 2 * (published.table() + "\n")
-    with pytest.raises(KeyError, match="no published data set is called 'mix_665k'; did you mean mix665k?"):
+    with pytest.raises(UserError, match="no published data set is called 'mix_665k'; did you mean mix665k?"):
         Fetch(name="mix_665k").run()
-    with pytest.raises(KeyError, match="there are cc3m_595k, lcs_558k"):
+    with pytest.raises(UserError, match="there are cc3m_595k, lcs_558k"):
         Fetch(name="laion").run()
 
 
@@ -210,7 +211,7 @@ def test_a_damaged_download_is_thrown_away(captions, tmp_path):
     part = tmp_path / "captions" / f"images.zip.{hashlib.sha256(content).hexdigest()[:8]}.part"
     part.parent.mkdir()
     part.write_bytes(b"x" * 300)
-    with pytest.raises(ConnectionError, match="images.zip: the download was damaged on the way; run this again"):
+    with pytest.raises(UserError, match="images.zip: the download was damaged on the way; run this again"):
         Fetch(name="captions", to=str(tmp_path)).run()
     assert not part.exists() and not (tmp_path / "captions/images.zip").exists()
     assert Fetch(name="captions", to=str(tmp_path)).run() == 0
@@ -221,7 +222,7 @@ def test_a_lost_connection_is_one_line_and_keeps_what_came(captions, tmp_path, m
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub library's tries
     content = captions.files["/datasets/someone/captions/resolve/main/captions.json"]
     captions.cut = [200, *[0] * 20]
-    with pytest.raises(ConnectionError, match="no network: .*") as raised:
+    with pytest.raises(UserError, match="no network: .*") as raised:
         Fetch(name="captions", to=str(tmp_path)).run()
     assert "\n" not in str(raised.value)
     (part,) = tmp_path.glob("captions.json.*.part")
@@ -239,18 +240,18 @@ def test_check_touches_no_network(captions, tmp_path, capsys):
 def test_a_truncated_archive_of_the_hub(captions, tmp_path):
     path = next(path for path in captions.files if path.endswith("images.zip"))
     captions.files[path] = captions.files[path][:300]
-    with pytest.raises(ValueError, match="images.zip: a broken zip file"):
+    with pytest.raises(UserError, match="images.zip: a broken zip file"):
         Fetch(name="captions", to=str(tmp_path)).run()
 
 
 def test_no_network_is_one_line(captions, tmp_path, monkeypatch):
     captions.server_close()
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits, and tries again"))
-    with pytest.raises(ConnectionError, match=r"cannot be downloaded \(no network: .*\): try again, or put") as raised:
+    with pytest.raises(UserError, match=r"cannot be downloaded \(no network: .*\): try again, or put") as raised:
         Fetch(name="captions", to=str(tmp_path)).run()
     assert "\n" not in str(raised.value) and str(tmp_path / "captions.json") in str(raised.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"\(HF_HUB_OFFLINE is set\)"):
+    with pytest.raises(UserError, match=r"\(HF_HUB_OFFLINE is set\)"):
         Fetch(name="captions", to=str(tmp_path)).run()
 
 
@@ -268,7 +269,7 @@ def test_offline_as_a_command(tmp_path):
 def test_what_the_hub_answers_is_told(status, captions, tmp_path):
     captions.files.clear()
     captions.status = status
-    with pytest.raises(ConnectionError, match="the hub answers: .*(404|403|503)") as raised:
+    with pytest.raises(UserError, match="the hub answers: .*(404|403|503)") as raised:
         Fetch(name="captions", to=str(tmp_path)).run()
     assert "\n" not in str(raised.value)
 

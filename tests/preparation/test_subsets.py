@@ -13,6 +13,7 @@ import pytest
 from llava_jax import cli
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import open_mixture, open_source
+from llava_jax.errors import UserError
 from llava_jax.preparation import subsets
 from llava_jax.preparation.check import Check
 from llava_jax.preparation.subsets import Mix, Sample, Split, mix_rows, sample_rows, split_rows
@@ -113,7 +114,7 @@ def test_excluded_rows(tmp_path, capsys):
     assert "2 of 20 rows are left out" in capsys.readouterr().out
     assert sample(data, tmp_path / "b.json", "--fraction", 1, "--exclude", bad, "--exclude-kinds", "duplicate_id") == [
         i for i in range(20) if i not in (4, 19)]
-    with pytest.raises(ValueError, match="--exclude-kinds missing: there is no such kind"):
+    with pytest.raises(UserError, match="--exclude-kinds missing: there is no such kind"):
         sample(data, tmp_path / "c.json", "--fraction", 1, "--exclude", bad, "--exclude-kinds", "missing")
     lines = {'{"source": "other.json", "row": 1}': "line 1: there is no row 1 of other.json",
              json.dumps({"source": data, "row": 21}): "line 1: there is no row 21",
@@ -121,7 +122,7 @@ def test_excluded_rows(tmp_path, capsys):
              '{"source": 3, "row": 1}': "line 1: not what", "[]": "line 1: not what", "x": "line 1: not what"}
     for line, says in lines.items():
         bad.write_text(line)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(UserError, match=says):
             sample(data, tmp_path / "c.json", "--fraction", 1, "--exclude", bad)
 
 
@@ -136,7 +137,7 @@ def test_rows_of_a_file_that_is_read_twice_are_excluded_twice(tmp_path):
 def test_a_row_that_cannot_be_read_is_named_and_can_be_excluded(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(row(0)) + '\n{"id": \n' + json.dumps(row(2)))
-    with pytest.raises(ValueError, match=r"row 2 \(line 2\): broken JSON .*; leave it out with --exclude"):
+    with pytest.raises(UserError, match=r"row 2 \(line 2\): broken JSON .*; leave it out with --exclude"):
         sample(data, tmp_path / "out.json", "--count", 2)
     assert os.listdir(tmp_path) == ["data.jsonl"]
     (tmp_path / "bad").write_text(json.dumps({"source": str(data), "row": 2, "kind": "malformed"}))
@@ -149,7 +150,7 @@ def test_a_row_that_cannot_be_read_is_named_and_can_be_excluded(tmp_path):
     (["--fraction", 0.0001], "0 rows are to be taken of 600"),
 ])
 def test_wrong_sizes(args, says, data, tmp_path):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=says):
         run(Sample, data, tmp_path / "out.json", *args)
 
 
@@ -249,7 +250,7 @@ def test_the_same_image_in_two_sources(tmp_path):
     ("a=0.9999,b=0.0001", "b would get no row"),
 ])
 def test_wrong_parts(parts, says, data, tmp_path):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=says):
         run(Split, data, tmp_path / "out", "--parts", parts, "--workers", 0)
     assert not (tmp_path / "out").exists()
 
@@ -334,7 +335,7 @@ def test_the_mixed_order_is_mixed():
 def test_formats_do_not_mix_in_one_file(three):
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
     write(three / "chat.jsonl", [chat] * 5)
-    with pytest.raises(ValueError, match="of one format, and these have conversations and messages; make a mix"):
+    with pytest.raises(UserError, match="of one format, and these have conversations and messages; make a mix"):
         run(Mix, three / "all.jsonl", three / "c.json", three / "chat.jsonl", "--materialise", "--workers", 0)
     run(Mix, three / "mix.json", three / "c.json", three / "chat.jsonl")
     assert open_mixture(three / "mix.json").counts == (30, 5)
@@ -344,14 +345,14 @@ def test_names_of_turns_do_not_mix_in_one_file(tmp_path):
     first, second = row(1), row(2)
     second["conversation"] = second.pop("conversations")
     parts = [write(tmp_path / f"{i}.json", [rows]) for i, rows in enumerate((first, second))]
-    with pytest.raises(ValueError, match="a file holds rows of one format"):
+    with pytest.raises(UserError, match="a file holds rows of one format"):
         run(Mix, tmp_path / "all.json", *parts, "--materialise", "--workers", 0)
 
 
 def test_a_mixture_file_keeps_its_name(three):
-    with pytest.raises(ValueError, match="mix.jsonl: the name of a mixture file must end in .json"):
+    with pytest.raises(UserError, match="mix.jsonl: the name of a mixture file must end in .json"):
         run(Mix, three / "mix.jsonl", three / "c.json")
-    with pytest.raises(ValueError, match="c.json: is read as part of"):
+    with pytest.raises(UserError, match="c.json: is read as part of"):
         run(Mix, three / "c.json", three / "c.json", "--overwrite")
     assert len(ids(three / "c.json")) == 30
 

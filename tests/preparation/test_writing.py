@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from llava_jax.data.sources import open_source
+from llava_jax.errors import UserError
 from llava_jax.preparation import writing
 from llava_jax.preparation.subsets import Mix, Sample, Split
 
@@ -72,7 +73,7 @@ def test_half_a_character_stays_an_escape(tmp_path):
     data = write(tmp_path / "data.json", rows)
     sample(data, tmp_path / "out.jsonl")
     assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["\ud83d", "é"]
-    with pytest.raises(ValueError, match="do not fit the columns of a parquet file"):
+    with pytest.raises(UserError, match="do not fit the columns of a parquet file"):
         sample(data, tmp_path / "out.parquet")
     assert sorted(os.listdir(tmp_path)) == ["data.json", "out.jsonl"]
 
@@ -109,9 +110,9 @@ def test_parquet_keeps_types_and_notes(tmp_path):
     sample(data, out)
     assert pyarrow.parquet.read_table(out).equals(pyarrow.parquet.read_table(data), check_metadata=True)
     assert pyarrow.parquet.read_metadata(out).num_row_groups == 3
-    with pytest.raises(ValueError, match="JSON cannot: write to a .parquet file .*prepare pack"):
+    with pytest.raises(UserError, match="JSON cannot: write to a .parquet file .*prepare pack"):
         sample(data, tmp_path / "out.json")
-    with pytest.raises(ValueError, match="split: --format parquet"):
+    with pytest.raises(UserError, match="split: --format parquet"):
         Split(str(data), str(tmp_path / "parts"), by="row", workers=0).run()
     assert os.listdir(tmp_path / "parts") == []
     Split(str(data), str(tmp_path / "parts"), parts="a=200,b=rest", by="row", format="parquet", workers=0).run()
@@ -126,7 +127,7 @@ def test_json_to_parquet_finds_columns_that_come_late(tmp_path):
     found = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
     assert [{key: value for key, value in row.items() if value is not None} for row in found] == rows
     mixed = write(tmp_path / "mixed.json", [plain, plain | {"id": 2}])
-    with pytest.raises(ValueError, match="do not fit the columns of a parquet file .*write .jsonl") as raised:
+    with pytest.raises(UserError, match="do not fit the columns of a parquet file .*write .jsonl") as raised:
         sample(mixed, tmp_path / "mixed.parquet")
     assert "\n" not in str(raised.value) and not (tmp_path / "mixed.parquet").exists()
 
@@ -143,7 +144,7 @@ def test_tfds_rows(tmp_path):
     rows = [{"id": str(i), "image": f"{i}.png", "conversations": TURNS} for i in range(6)]
     packed = tmp_path / "packed"
     Pack(write(tmp_path / "data.json", rows), str(packed), image_root=str(tmp_path / "images"), workers=0).run()
-    with pytest.raises(ValueError, match="JSON cannot"):
+    with pytest.raises(UserError, match="JSON cannot"):
         Sample(str(packed), str(tmp_path / "out.json"), count=3, workers=0).run()
     Sample(str(packed), str(tmp_path / "out.parquet"), count=3, workers=0).run()
     whole = open_source(packed)
@@ -157,22 +158,22 @@ def test_tfds_rows(tmp_path):
 def test_an_existing_file_and_an_input_are_safe(tmp_path):
     data = write(tmp_path / "data.json", LLAVA)
     (tmp_path / "out.json").write_text("mine")
-    with pytest.raises(ValueError, match="out.json: exists already; add --overwrite"):
+    with pytest.raises(UserError, match="out.json: exists already; add --overwrite"):
         sample(data, tmp_path / "out.json")
     assert (tmp_path / "out.json").read_text() == "mine"
     sample(data, tmp_path / "out.json", overwrite=True)
     assert rows_of(tmp_path / "out.json") == LLAVA
     os.symlink(data, tmp_path / "link.json")
     for out in (data, tmp_path / "link.json", f"{tmp_path}/./data.json"):
-        with pytest.raises(ValueError, match="is read as part of"):
+        with pytest.raises(UserError, match="is read as part of"):
             sample(data, out, overwrite=True)
-    with pytest.raises(ValueError, match="out.txt: the name must end in .json, .jsonl, .parquet"):
+    with pytest.raises(UserError, match="out.txt: the name must end in .json, .jsonl, .parquet"):
         sample(data, tmp_path / "out.txt")
     folder = tmp_path / "shards"
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(image_rows(3)), folder / "train-00000-of-00001.parquet")
     for given in (folder, f"{folder}:train"):
-        with pytest.raises(ValueError, match="is read as part of"):
+        with pytest.raises(UserError, match="is read as part of"):
             sample(given, folder / "sub/new.parquet")
     assert rows_of(data) == LLAVA
 

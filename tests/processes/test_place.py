@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.processes import place
 from llava_jax.processes.place import Place, find
 
@@ -68,7 +69,7 @@ def test_three_variables(env):
 ])
 def test_variables_that_are_wrong(env, wrong, message):
     env(**{"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"} | wrong)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         find()
 
 
@@ -78,7 +79,7 @@ def test_a_pod_of_gke(env):
     env(JAX_PLATFORMS="cpu")
     assert find() is None
     env(JAX_PLATFORMS="tpu,cpu", TPU_WORKER_ID="2")
-    with pytest.raises(ValueError, match="worker 2 of 2 in slice 0 of 1"):
+    with pytest.raises(UserError, match="worker 2 of 2 in slice 0 of 1"):
         find()
     env(TPU_WORKER_HOSTNAMES="localhost")
     assert find() is None
@@ -91,7 +92,7 @@ def test_pods_of_two_slices_on_gke(env):
     env(TPU_WORKER_HOSTNAMES="job-1-0", TPU_WORKER_ID="0", JAX_COORDINATOR_PORT="9000")
     assert find() == Place("job-0-0.svc:9000", 1, 2)
     env(MEGASCALE_COORDINATOR_ADDRESS="")
-    with pytest.raises(ValueError, match="MEGASCALE_NUM_SLICES is set, so MEGASCALE_COORDINATOR_ADDRESS must be too"):
+    with pytest.raises(UserError, match="MEGASCALE_NUM_SLICES is set, so MEGASCALE_COORDINATOR_ADDRESS must be too"):
         find()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.errors import UserError
 from llava_jax.text.encode import (
     IGNORE,
     IMAGE_TOKEN_ID,
@@ -268,7 +269,7 @@ def test_a_first_turn_from_gpt_is_dropped(tokenizer):
     ],
 )
 def test_what_is_no_conversation(tokenizer, turns, line):
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(UserError, match=line):
         encode_conversation(turns, "vicuna_v1", tokenizer)
 
 
@@ -294,7 +295,7 @@ def test_prompt(tokenizer):
     before, after = tokenizer.encode("Be kind. USER: "), tokenizer.encode("\nWhat? ASSISTANT:")
     assert prompt.tolist() == [1, *before, IMAGE_TOKEN_ID, *after]
     for bad in (messages[:1], [*messages, {"role": "assistant", "content": "x"}]):
-        with pytest.raises(ValueError, match="ends with a user message"):
+        with pytest.raises(UserError, match="ends with a user message"):
             encode_prompt(bad, "vicuna_v1", tokenizer)
 
 

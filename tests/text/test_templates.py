@@ -3,6 +3,7 @@ import random
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from llava_jax.errors import UserError
 from llava_jax.text.templates import ALIASES, TEMPLATES, chat_template, get, read_messages, render, spans
 
 ROUNDS = [
@@ -94,7 +95,7 @@ def test_an_empty_text_leaves_its_turn_open():
     assert "".join(span.text for span in spans(turns, get("vicuna_v1"), "S")) == (
         "S USER: a ASSISTANT:USER:ASSISTANT: b</s>"
     )
-    with pytest.raises(ValueError, match="empty question"):
+    with pytest.raises(UserError, match="empty question"):
         spans(turns, get("llama_2"))
 
 
@@ -127,23 +128,23 @@ def test_content_in_parts():
     ],
 )
 def test_bad_messages_are_named(messages, line):
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(UserError, match=line):
         render(messages, "vicuna_v1")
 
 
 def test_bad_use_of_a_format():
-    with pytest.raises(ValueError, match="no place for a system text"):
+    with pytest.raises(UserError, match="no place for a system text"):
         render(ROUNDS, "gemma_instruct")
-    with pytest.raises(ValueError, match="has no <image>"):
+    with pytest.raises(UserError, match="has no <image>"):
         render([{"role": "user", "content": "hi"}], "plain")
-    with pytest.raises(ValueError, match="not several rounds"):
+    with pytest.raises(UserError, match="not several rounds"):
         render(ROUNDS[1:], "plain")
 
 
 def test_lookup():
     assert get("v1") is get("vicuna_v1") is get(get("vicuna_v1"))
     assert {get(alias).name for alias in ALIASES} <= {*TEMPLATES}
-    with pytest.raises(ValueError, match="unknown template 'vicuna_v2'; did you mean 'vicuna_v1'"):
+    with pytest.raises(UserError, match="unknown template 'vicuna_v2'; did you mean 'vicuna_v1'"):
         get("vicuna_v2")
 
 

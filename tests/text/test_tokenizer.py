@@ -8,6 +8,7 @@ import tokenizers
 from transformers import LlamaTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
+from llava_jax.errors import UserError
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 SPECIAL = ("</s>", "<s>", "<unk>")
@@ -206,7 +207,7 @@ def test_a_json_gets_the_tokens_that_only_other_files_name(raw, tmp_path):
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.pad_id == 2001 and 2000 in tokenizer.encode("a<image>b")
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 2001, "<image>": 3000}')
-    with pytest.raises(ValueError, match="tokenizer.json: '<pad>' would be 2000, the files beside it say 2001"):
+    with pytest.raises(UserError, match="tokenizer.json: '<pad>' would be 2000, the files beside it say 2001"):
         Tokenizer.load(tmp_path)
 
 
@@ -224,13 +225,13 @@ def test_disagreeing_files(golden, raw, tmp_path):
     directory = hub_directory(golden, tmp_path)
     (directory / "added_tokens.json").write_text('{"<image>": 2001, "<pad>": 2000}')
     line = r"tokenizer_config.json has '<image>' = 2000, added_tokens.json has '<image>' = 2001; make these files agree"
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(UserError, match=line):
         Tokenizer.load(directory)
     (directory / "added_tokens.json").write_text('{"[PAD]": 2000}')
-    with pytest.raises(ValueError, match=r"has '<image>' = 2000, added_tokens.json has '\[PAD\]' = 2000"):
+    with pytest.raises(UserError, match=r"has '<image>' = 2000, added_tokens.json has '\[PAD\]' = 2000"):
         Tokenizer.load(directory)
     (directory / "added_tokens.json").write_text('{"foo": 2002}')
-    with pytest.raises(ValueError, match="tokenizer.model has 'foo' = 1049, the files beside it 2002"):
+    with pytest.raises(UserError, match="tokenizer.model has 'foo' = 1049, the files beside it 2002"):
         Tokenizer.load(directory)
 
 
@@ -248,7 +249,7 @@ def test_disagreeing_files(golden, raw, tmp_path):
 def test_broken_files(tmp_path, name, content, line):
     (tmp_path / name).write_bytes(content)
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError, match=f"{name}.*{line}") as error:
+        with pytest.raises(UserError, match=f"{name}.*{line}") as error:
             Tokenizer.load(path)
         assert "\n" not in str(error.value)
 
@@ -257,19 +258,19 @@ def test_truncated_model(golden, tmp_path):
     model = (golden / "tokenizer.model").read_bytes()
     for size in (1, 100, len(model) // 2, len(model) - 1):
         (tmp_path / "tokenizer.model").write_bytes(model[:size])
-        with pytest.raises(ValueError, match="not a SentencePiece model"):
+        with pytest.raises(UserError, match="not a SentencePiece model"):
             Tokenizer.load(tmp_path)
 
 
 def test_other_mistakes(golden, raw, tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a tokenizer.model or a tokenizer.json"):
+    with pytest.raises(UserError, match="expected a tokenizer.model or a tokenizer.json"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no tokenizer here"):
+    with pytest.raises(UserError, match="no tokenizer here"):
         Tokenizer.load(tmp_path / "nowhere" / "tokenizer.model")
     directory = hub_directory(golden, tmp_path / "named", eos_token="<|end|>")
-    with pytest.raises(ValueError, match=r"eos_token '<\|end\|>' is not in the vocabulary"):
+    with pytest.raises(UserError, match=r"eos_token '<\|end\|>' is not in the vocabulary"):
         Tokenizer.load(directory)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="its decoder is none"):
+    with pytest.raises(UserError, match="its decoder is none"):
         Tokenizer.load(tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.training import loop
 from llava_jax.weights import load_checkpoint
 
@@ -142,7 +143,7 @@ def test_another_recipe_does_not_go_on_in_the_same_directory(make_recipe):
     recipe = dataclasses.replace(recipe, stages={"align": dataclasses.replace(recipe.stages["align"], steps=1)})
     loop.train(recipe)
     loop.train(dataclasses.replace(recipe, log_every=1))
-    with pytest.raises(ValueError, match=r"holds a run of another recipe \(different: seed\)"):
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(different: seed\)"):
         loop.train(dataclasses.replace(recipe, seed=1))
 
 
@@ -151,7 +152,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_recipe):
     wild = dataclasses.replace(recipe.stages["instruct"], steps=20, optimizer=config.Optimizer(warmup_ratio=0.0),
                                learning_rates=(("(projector|decoder)/.*", 1e30), ("vision/.*", None)))
     recipe = dataclasses.replace(recipe, stages={"instruct": wild})
-    with pytest.raises(ValueError, match="the loss is (nan|inf) at step"):
+    with pytest.raises(UserError, match="the loss is (nan|inf) at step"):
         loop.train(recipe)
 
 
@@ -188,5 +189,5 @@ def test_going_on_from_a_whole_llava_keeps_its_template(make_recipe):
     model = loop.train(first)
     second = dataclasses.replace(make_recipe("second"), model=config.Model(llava=str(model)), stages=first.stages)
     assert load_checkpoint(loop.train(second))[0].template == "mistral_instruct"
-    with pytest.raises(ValueError, match="model.projector is fixed by the checkpoint"):
+    with pytest.raises(UserError, match="model.projector is fixed by the checkpoint"):
         config.Model(llava=str(model), projector="linear")

@@ -8,6 +8,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.training import loop, output
 from llava_jax.training.metrics import Log
 
@@ -54,7 +55,7 @@ def test_another_recipe_is_refused(recipe):
     output.check_recipe(dataclasses.replace(recipe, log_every=3))
     elsewhere = dataclasses.replace(recipe.stages["b"], remat="qkv", optimizer=config.Optimizer(offload=True))
     output.check_recipe(dataclasses.replace(recipe, mesh=config.Mesh(fsdp=2), stages=recipe.stages | {"b": elsewhere}))
-    with pytest.raises(ValueError, match=r"gs://bucket/run: holds a run of another recipe \(different: seed\)"):
+    with pytest.raises(UserError, match=r"gs://bucket/run: holds a run of another recipe \(different: seed\)"):
         output.check_recipe(dataclasses.replace(recipe, seed=1))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llava_jax import config, sharding
+from llava_jax.errors import UserError
 
 SCRIPT = Path(__file__).with_name("sharded_steps.py")
 
@@ -66,9 +67,9 @@ def test_several_processes_train_as_one_device(one_device, tmp_path, count, mesh
 
 def test_a_mesh_that_does_not_match_the_devices_says_both_numbers():
     devices = jax.devices()[:1]
-    with pytest.raises(ValueError, match=r"fsdp 3 .* needs 3 devices, and there are 1"):
+    with pytest.raises(UserError, match=r"fsdp 3 .* needs 3 devices, and there are 1"):
         sharding.make_mesh(config.Mesh(fsdp=3), devices)
-    with pytest.raises(ValueError, match=r"tensor 2 does not divide 1 devices"):
+    with pytest.raises(UserError, match=r"tensor 2 does not divide 1 devices"):
         sharding.make_mesh(config.Mesh(tensor=2), devices)
 
 
@@ -112,19 +113,19 @@ def test_only_replicas_lie_on_different_slices():
 
 def test_a_replica_that_does_not_fit_the_slices_says_what_to_set():
     for replica in (1, -1):
-        with pytest.raises(ValueError, match=r"mesh.replica: 1 on 2 slices: .* set mesh.replica 2$"):
+        with pytest.raises(UserError, match=r"mesh.replica: 1 on 2 slices: .* set mesh.replica 2$"):
             sharding.make_mesh(config.Mesh(replica=replica, fsdp=32), chips(2))
 
 
 def test_rows_that_hosts_would_share_are_refused():
     sharding.check_rows(sharding.make_mesh(config.Mesh(tensor=2), chips(1)))
-    with pytest.raises(ValueError, match="mesh.tensor: 4 devices that share rows lie on several hosts"):
+    with pytest.raises(UserError, match="mesh.tensor: 4 devices that share rows lie on several hosts"):
         sharding.check_rows(sharding.make_mesh(config.Mesh(tensor=4), chips(1)))
 
 
 def test_a_dimension_that_does_not_divide_names_parameter_dimension_and_axis():
     mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
-    with pytest.raises(ValueError, match=r"decoder/layers/mlp/up/kernel \[2, 6, 8\]: dimension 6 .* fsdp = 4"):
+    with pytest.raises(UserError, match=r"decoder/layers/mlp/up/kernel \[2, 6, 8\]: dimension 6 .* fsdp = 4"):
         sharding.parameter_shardings({"decoder/layers/mlp/up/kernel": (2, 6, 8)}, mesh)
-    with pytest.raises(ValueError, match="decoder/oops matches no row"):
+    with pytest.raises(UserError, match="decoder/oops matches no row"):
         sharding.parameter_shardings({"decoder/oops": (4,)}, mesh)

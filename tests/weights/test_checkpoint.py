@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 
+from llava_jax.errors import UserError
 from llava_jax.models import llava
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 from llava_jax.weights import files, load_checkpoint, save_huggingface, save_own
@@ -150,7 +151,7 @@ def spoil(directory, change):
 def test_tensors_that_do_not_fit_are_listed(hub_dir, tmp_path, change, message):
     copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
     spoil(copy, change)
-    with pytest.raises(ValueError, match=f"copy: the tensors do not fit config.json; {message}"):
+    with pytest.raises(UserError, match=f"copy: the tensors do not fit config.json; {message}"):
         load_checkpoint(copy)
 
 
@@ -227,7 +228,7 @@ def test_a_second_linear_that_does_something(hub_dir, tmp_path):
     copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "linear"}))
-    with pytest.raises(ValueError, match="config.json: projector_hidden_act linear .* linear_2 is the identity"):
+    with pytest.raises(UserError, match="config.json: projector_hidden_act linear .* linear_2 is the identity"):
         load_checkpoint(copy)
     spoil(copy, lambda t: t.update({"multi_modal_projector.linear_2.weight": torch.eye(48),
                                     "multi_modal_projector.linear_2.bias": torch.zeros(48)}))
@@ -251,19 +252,19 @@ def test_our_own_layout(hub_dir, tmp_path, loaded):
     for file in (tmp_path / "own").glob("model*"):
         file.unlink()
     safetensors.numpy.save_file(tensors, tmp_path / "own" / "model.safetensors")
-    with pytest.raises(ValueError, match="own: the tensors do not fit config.json; missing: decoder/norm/scale$"):
+    with pytest.raises(UserError, match="own: the tensors do not fit config.json; missing: decoder/norm/scale$"):
         load_checkpoint(tmp_path / "own")
 
 
 def test_saving_over_something_is_refused(hub_dir, loaded):
     for save in (save_own, save_huggingface):
-        with pytest.raises(FileExistsError, match="exists already"):
+        with pytest.raises(UserError, match="exists already"):
             save(hub_dir, *loaded, hub_dir)
 
 
 def test_nothing_half_written_remains(hub_dir, tmp_path, loaded):
     config, parameters = loaded
-    with pytest.raises(ValueError, match="no place for projector/layers_2/bias, projector/layers_2/kernel"):
+    with pytest.raises(UserError, match="no place for projector/layers_2/bias, projector/layers_2/kernel"):
         save_huggingface(tmp_path / "saved", config, parameters | {
             "projector/layers_2/kernel": jnp.ones((48, 48)), "projector/layers_2/bias": jnp.ones(48)}, hub_dir)
     assert list(tmp_path.iterdir()) == []

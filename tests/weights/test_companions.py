@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
+from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VitConfig
@@ -126,5 +127,5 @@ def test_a_padding_token_of_its_own_is_kept(tmp_path):
 
 def test_no_tokenizer(tmp_path):
     (tmp_path / "source").mkdir()
-    with pytest.raises(FileNotFoundError, match="source: no tokenizer"):
+    with pytest.raises(UserError, match="source: no tokenizer"):
         export(tmp_path / "source", tmp_path / "target")

@@ -6,6 +6,7 @@ import json
 import pytest
 import transformers
 
+from llava_jax.errors import UserError
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VitConfig
@@ -102,17 +103,17 @@ def with_vision(**fields):
     ({"model_type": "llava_jax", "version": 1}, "not a configuration of the llava_jax layout"),
 ])
 def test_what_does_not_fit_is_named(read, config, message):
-    with pytest.raises(ValueError, match=f"config.json: .*{message}") as error:
+    with pytest.raises(UserError, match=f"config.json: .*{message}") as error:
         read(config)
     assert "\n" not in str(error.value)
 
 
 def test_missing_and_broken_files(tmp_path, read):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such directory.*hf download"):
+    with pytest.raises(UserError, match="nowhere: no such directory.*hf download"):
         read_config(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+    with pytest.raises(UserError, match="config.json: no such file"):
         read_config(tmp_path)
-    with pytest.raises(ValueError, match="config.json: not JSON"):
+    with pytest.raises(UserError, match="config.json: not JSON"):
         (tmp_path / "config.json").write_text("{,}")
         read_config(tmp_path)
 
@@ -178,14 +179,14 @@ def test_both_layouts_keep_every_field(read, config):
     (changed(FULL, out_bias=False), "no decoder with these biases"),
 ])
 def test_what_hugging_face_cannot_compute(config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         configs.hub_config(config, TOKENS, 256, "float32")
 
 
 def test_an_unknown_field_of_our_own_layout(read):
     raw = configs.own_config(FULL)
-    with pytest.raises(ValueError, match="config.json: not a configuration.*colour"):
+    with pytest.raises(UserError, match="config.json: not a configuration.*colour"):
         read(raw | {"colour": 1})
     del raw["text"]["heads"], raw["text"]["rope_scaling"]
-    with pytest.raises(ValueError, match="config.json: not a configuration.*rope_scaling"):
+    with pytest.raises(UserError, match="config.json: not a configuration.*rope_scaling"):
         read(raw)

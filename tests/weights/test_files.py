@@ -9,6 +9,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from llava_jax.errors import UserError
 from llava_jax.weights import files
 
 RNG = np.random.default_rng(0)
@@ -109,13 +110,13 @@ def test_broken_files_are_one_clear_line(sharded, spoil, message):
 
 def test_torch_pickles_are_not_opened(tmp_path):
     (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
-    with pytest.raises(ValueError, match="torch pickle.*save_pretrained"):
+    with pytest.raises(UserError, match="torch pickle.*save_pretrained"):
         files.find(tmp_path)
 
 
 def test_tensors_of_integers(tmp_path):
     safetensors.numpy.save_file({"a": np.arange(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="type I64 cannot be read; F32, F16, BF16 can"):
+    with pytest.raises(UserError, match="type I64 cannot be read; F32, F16, BF16 can"):
         files.find(tmp_path)["a"].read()
 
 
@@ -126,7 +127,7 @@ def test_a_directory_appears_whole(tmp_path):
         assert not target.exists()
     assert [file.name for file in target.iterdir()] == ["a"]
     assert list(target.parent.iterdir()) == [target]
-    with pytest.raises(FileExistsError, match="model exists already"), files.new_directory(target):
+    with pytest.raises(UserError, match="model exists already"), files.new_directory(target):
         pass
 
 

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.rules.scene import Count, Name, Place, Side
 
 CONSTANTS: dict[str, str] = {}
@@ -47,7 +48,7 @@ toothbrush:칫솔
 def fields(key: str, value: Any) -> dict[str, str]:
     """What a phrase can say of a value: {n} number and counter, {n_of} "개 두 마리", {n_unit} the counter alone.
 
-    Raises ValueError for a noun without a Korean name.
+    Raises UserError for a noun without a Korean name.
     """
     match value:
         case Name():
@@ -87,7 +88,7 @@ def finish(text: str) -> str:
 
 def _name(name: Name) -> str:
     if name.noun not in _NOUNS:
-        raise ValueError(f"the rules teacher has no Korean name for the category {name.noun!r}; write in English")
+        raise UserError(f"the rules teacher has no Korean name for the category {name.noun!r}; write in English")
     colour = _COLOURS.get(name.colour, "")
     colour += "색" * (bool(colour) and not colour.endswith(("간", "란")))  # 빨간 원, but 주황색 원
     return " ".join(word for word in (_SIZES.get(name.size, ""), colour, _NOUNS[name.noun]) if word)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from llava_jax.errors import UserError
 from llava_jax.instruct.rules import english, korean
 from llava_jax.instruct.rules.facts import Fact
 
@@ -22,11 +23,11 @@ class Entry:
 
 
 class Phrases:
-    """The phrases of "en" or "ko". Raises ValueError for another language."""
+    """The phrases of "en" or "ko". Raises UserError for another language."""
 
     def __init__(self, language: str):
         if language not in LANGUAGES:
-            raise ValueError(f"the rules teacher writes {' and '.join(LANGUAGES)}, not {language!r}")
+            raise UserError(f"the rules teacher writes {' and '.join(LANGUAGES)}, not {language!r}")
         self.words: ModuleType = LANGUAGES[language]
         name = self.words.__name__.rpartition(".")[2]
         self.entries = _read(Path(__file__).with_name(f"{name}.txt"))
@@ -34,7 +35,7 @@ class Phrases:
     def say(self, what: str, fact: Fact, rng: random.Random) -> tuple[str, str]:
         """A question (empty for a description) and its answer.
 
-        Raises ValueError where something has no name in the language.
+        Raises UserError where something has no name in the language.
         """
         fields: dict[str, str] = dict(self.words.CONSTANTS)
         for key, value in fact.values.items():

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_jax.files import read_json
+
 KINDS = ("colour", "shape", "count", "position", "relation", "existence")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LARGE = 0.265
@@ -78,13 +80,11 @@ def read_box(category: str, box: Sequence[float], width: float, height: float) -
 def read_coco(folder: str | Path, split: str) -> tuple[list[Annotation], tuple[str, ...]]:
     """The annotations of a split in order of image id, and the names of its categories.
 
-    Reads `folder/annotations/{captions,instances}_SPLIT.json`. Raises FileNotFoundError where one is missing.
+    Reads `folder/annotations/{captions,instances}_SPLIT.json`. Raises UserError where one is missing.
     """
     folder = Path(folder)
     captions, instances = (
-        json.loads((folder / "annotations" / f"{part}_{split}.json").read_text())
-        for part in ("captions", "instances")
-    )
+        read_json(folder / "annotations" / f"{part}_{split}.json") for part in ("captions", "instances"))
     names = {category["id"]: category["name"] for category in instances["categories"]}
     images = {image["id"]: image for image in captions["images"]}
     texts: dict[int, list[str]] = {number: [] for number in images}

@@ -19,7 +19,7 @@ class RulesTeacher:
 
     It knows the embedded data set's coloured shapes ("red circle"), of which the boxes are all that there is, and
     other categories ("dog"), of which it claims no more than the boxes show. `language`: "en" or "ko"; Korean needs
-    Korean names, which COCO's 80 categories and the coloured shapes have. Raises ValueError for another language.
+    Korean names, which COCO's 80 categories and the coloured shapes have. Raises UserError for another language.
     """
 
     model = "rules"
@@ -30,7 +30,7 @@ class RulesTeacher:
         self._phrases = Phrases(language)
 
     def check(self, categories: Iterable[str]) -> None:
-        """Raises ValueError, one line, if one of these has no name in the language."""
+        """Raises UserError, one line, if one of these has no name in the language."""
         for category in categories:
             self._phrases.words.fields("a", coloured_name(category) or Name(category))
 
@@ -40,7 +40,7 @@ class RulesTeacher:
         plain text.
 
         The same for the same seed, kind and context. Empty where the boxes allow nothing to be said for certain.
-        Raises KeyError for another kind, ValueError where a category has no name in the language.
+        Raises KeyError for another kind, UserError where a category has no name in the language.
         """
         write = {
             "conversation": self._conversation,

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from llava_jax.atomic import check_page, replacing
+from llava_jax.errors import UserError
+from llava_jax.files import check_page, replacing
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -31,7 +32,7 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
 
 def test_a_full_disk_is_told_with_the_name(tmp_path):
     """A limit on the size of files, one kilobyte, stands for it."""
-    write = ("import sys; from llava_jax.atomic import replacing\n"
+    write = ("import sys; from llava_jax.files import replacing\n"
              "with replacing(sys.argv[1]) as file: file.write(bytes(2000))")
     command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-c", write, str(tmp_path / "file")]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -47,5 +48,5 @@ def test_a_page_takes_only_a_pages_place(tmp_path):
         check_page(str(path))
     path.write_text('[{"id": 1}]')
     for taken in (path, tmp_path):
-        with pytest.raises(ValueError, match="something else than a page"):
+        with pytest.raises(UserError, match="something else than a page"):
             check_page(str(taken))

@@ -1,0 +1,91 @@
+"""Files that are complete or absent, and small files of a user, read with errors that name them."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from llava_jax.errors import FULL, UserError, user_path
+
+DOCTYPE = b"<!doctype html>"
+
+LARGEST_SMALL_FILE = 2**28
+"""Bytes of a small file (a configuration, an index, a table of prices) at most; a larger one is a wrong file."""
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """Opens a file to write that appears at `path` when it is complete; after an error nothing is left of it.
+
+    Raises UserError that names `path` if its folder is missing or may not be written, or if the disk is full.
+    """
+    folder, name = os.path.split(os.path.realpath(path))
+    part = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    try:
+        with user_path(path, missing="no such folder"):
+            file = open(part, "wb")  # noqa: SIM115
+        with file:
+            yield file
+        os.replace(part, os.path.join(folder, name))
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(part)
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            raise UserError(f"{path}: {error.strerror}; make room") from error
+        raise
+
+
+def check_page(path: str) -> None:
+    """Raises UserError, one line, if an HTML page at `path` would take the place of something else."""
+    if not os.path.exists(path):
+        return
+    if os.path.isfile(path):
+        with user_path(path), open(path, "rb") as file:
+            if file.read(len(DOCTYPE)).lower() in (b"", DOCTYPE):
+                return
+    raise UserError(f"{path}: there is something else than a page; give --output another name")
+
+
+def read_text(path: str | os.PathLike, missing: str = "no such file", encoding: str = "utf-8") -> str:
+    """Reads a small text file. Raises UserError that names it if it is missing, forbidden, too large or no UTF-8."""
+    with user_path(path, missing):
+        # epath's paths open gs:// as well.
+        with path.open("rb") if hasattr(path, "open") else open(path, "rb") as file:
+            content = file.read(LARGEST_SMALL_FILE + 1)
+    if len(content) > LARGEST_SMALL_FILE:
+        raise UserError(f"{path}: more than {LARGEST_SMALL_FILE:,} bytes; this is another file than is needed here")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start + 1} is no UTF-8: damaged, or no text file") from None
+
+
+def read_json(path: str | os.PathLike, kind: type | tuple[type, ...] = dict, missing: str = "no such file") -> Any:
+    """Reads a small JSON file whose top level is of `kind`.
+
+    Raises UserError that names it if it is missing, no UTF-8, no JSON, nested without end, or of another kind.
+    """
+    return parse_json(read_text(path, missing, "utf-8-sig"), str(path), kind)
+
+
+def parse_json(text: str, name: str, kind: type | tuple[type, ...] = dict) -> Any:
+    """Reads JSON whose top level is of `kind`. Raises UserError that begins with `name` for any other text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, or a number of too many digits
+        raise UserError(f"{name}: not JSON ({error})") from None
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join({dict: "an object", list: "a list", str: "a text"}.get(k, k.__name__) for k in kinds)
+        raise UserError(f"{name}: must be {names}, and is {json_type(value)}")
+    return value
+
+
+def json_type(value: Any) -> str:
+    """The name of a JSON value's type, for messages: "an object", "a list", "a text", "a number", ..."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return {dict: "an object", list: "a list", str: "a text"}.get(type(value), "a number")

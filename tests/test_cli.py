@@ -1,0 +1,69 @@
+"""How commands end: one line and code 2 for what a user can mend; a traceback and code 1 for everything else."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llava_jax import cli
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import read_json
+
+
+def ended(body: str, *args: str, **options) -> subprocess.CompletedProcess:
+    code = f"import errno, os, sys\nfrom llava_jax import cli\ndef main(args):\n    {body}\ncli.run(main)"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("error", [
+    "RuntimeError('out')", "MemoryError()", "OSError(errno.EIO, 'Input/output error')", "ValueError('shapes')",
+    "KeyError('x')", "ImportError('lib')", "FileNotFoundError(errno.ENOENT, 'No such file or directory')",
+    "__import__('jax').errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')"])
+def test_what_no_user_can_mend_keeps_its_traceback_and_ends_with_1(error):
+    done = ended(f"raise {error}")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_mistake_is_one_line_and_2():
+    raised = r"from llava_jax.errors import UserError; raise UserError('a.json, row 1: \x1b[31mred\n is no role')"
+    done = ended(raised)
+    assert done.returncode == 2 and done.stderr == "error: a.json, row 1: \N{REPLACEMENT CHARACTER}[31mred is no role\n"
+    shown = ended(raised, "--debug")
+    assert shown.returncode == 2 and "Traceback" in shown.stderr and "error: a.json" in shown.stderr
+
+
+def test_a_reader_that_has_left_is_no_crash():
+    code = "from llava_jax import cli\ndef main(args):\n    for i in range(100000): print(i)\ncli.run(main)"
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" | head -1; echo ${{PIPESTATUS[0]}}'],
+                          capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n141\n", "")
+
+
+def test_a_terminal_without_utf8_shows_what_it_can():
+    done = ended("print('\\ud55c\\uae00'); raise cli.UserError('\\u03b1')", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and done.stdout == "??\n" and done.stderr == "error: ?\n"
+
+
+def test_text_of_others_moves_no_cursor():
+    assert cli.printable("a\x1b[2J\x9b31m\u202ecod.exe\u2066\udc80\x07\x00b") == "a�[2J�31m�cod.exe���" "�b"
+    plain = "Ünïcode\t한국어\n👩‍👩‍👧 क्‍ष a\u00a0b　c"
+    assert cli.printable(plain) == plain
+
+
+def test_a_wrong_path_is_a_mistake_and_a_broken_disk_is_not(tmp_path):
+    for path in (tmp_path / "none", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=str(path)), user_path(path):
+            open(path, "rb")
+    with pytest.raises(OSError, match="Input/output"), user_path(tmp_path):
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"{", "not JSON"), (b"\xff\xfe", "byte 1 is no UTF-8"), (b"[1]", "must be an object, and is a list"),
+    (b"null", "must be an object, and is null"), (b"[" * 100_000, "nested too deeply"), (b"", "not JSON"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "not JSON")])
+def test_a_small_file_that_is_wrong_is_named(tmp_path, content, message):
+    path = tmp_path / "small.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"small.json: {message}"):
+        read_json(path)
