@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import llava_jax
 from llava_jax import evaluate
 from llava_jax.benchmarks.bench import BENCHES, SHORT
 from llava_jax.errors import UserError
+from llava_jax.inference.llava import Llava
 
 SCRIPT = Path(__file__).with_name("evaluate_process.py")
 COUNT = 45
@@ -170,10 +172,22 @@ def test_a_blind_run_is_another_run(arguments, tmp_path_factory, whole):
     assert json.loads((folder / "results.json").read_text())["name"] == "model (blind)"
 
 
+def test_questions_are_asked_in_the_template_that_is_named(arguments, tmp_path_factory, data, talker):
+    folder = out_folder(tmp_path_factory, arguments, "--template", "llava_v0", "--limit", "3")
+    llava = llava_jax.load(talker)
+    llava = Llava(replace(llava.config, template="llava_v0"), llava.parameters, llava.tokenizer)
+    question = json.loads(open(data / "llava_pope_test.jsonl").readline())
+    answer = llava.generate(question["text"], data / "val2014" / "0.jpg", max_new_tokens=128)
+    assert lines(folder)[0]["text"] == answer.text.strip()
+    assert json.loads((folder / "results.json").read_text())["model"]["template"] == "llava_v0"
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["--name", "other"], r"differs in name \(talker, not other\)"),
     (["--name", "talker", "--dtype", "bfloat16"], r"differs in dtype \(float32, not bfloat16\)"),
     (["--name", "talker", "--score-by", "likelihood"], "differs in score_by"),
+    (["--name", "talker", "--template", "llava_v0"], r"differs in template \(vicuna_v1, not llava_v0\)"),
+    (["--name", "talker", "--template", "v1"], None),
     (["--name", "talker", "--baseline", "shuffled"], r"differs in baseline \(none, not shuffled\)"),
     (["--name", "talker", "--images", "elsewhere", "--limit", "1"], None),
 ])
@@ -219,6 +233,8 @@ def test_mistakes_are_told_before_the_model_is_loaded(arguments, data, talker, w
         ([*arguments, *out, "--limit", "0"], "must be at least 1"),
         ([*arguments, *out, "--num-chunks", "2", "--chunk-idx", "2"], "lies in 0..1"),
         ([*arguments, *out, "--num-chunks", "2", "--overwrite"], "one would throw away what another has answered"),
+        ([*arguments, *out, "--template", "vicuna"], "unknown template 'vicuna'"),
+        (["pope", "--data", str(data), "--answers", "x", "--template", "v1"], "--template is for --model"),
         ([*arguments, *out, "--partial"], "--partial is for --answers"),
         ([*arguments[:3], *arguments[5:], *out], "model"),
         (["pope", "--data", str(tmp_path), *arguments[3:], *out], r"llava_pope_test\.jsonl: no such file"),

@@ -91,7 +91,7 @@ def ask(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: i
 
 def _request(question: Question, bench: Bench, shown: Shown) -> Request:
     return Request(question.text, shown(question), question.max_new_tokens or bench.max_new_tokens,
-                   stop=question.stop, begun=question.begun)
+                   stop=question.stop, begun=question.begun, verbatim=True)
 
 
 class Progress:

@@ -21,6 +21,7 @@ from llava_jax.benchmarks.published import everything
 from llava_jax.benchmarks.tables import markdown, number
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
+from llava_jax.text import templates
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -52,6 +53,8 @@ class Run:
     """likelihood takes the likeliest of the choices, instead of letting the model write"""
     baseline: Literal["none", "blind", "shuffled"] = "none"
     """blind shows another question's picture; shuffled mixes the patches of each picture"""
+    template: str = ""
+    """conversation format of the prompts, such as vicuna_v1; by default the model's own"""
     num_chunks: int = 1
     """parts of the questions, for processes that know nothing of each other but write to the same folder"""
     chunk_idx: int = 0
@@ -71,6 +74,8 @@ class Run:
             raise UserError("give either --model DIR, to ask it, or --answers FILE, to score that")
         if self.model and self.partial:
             raise UserError("--partial is for --answers; a model's answers are scored when all are there")
+        if self.template and not self.model:
+            raise UserError("--template is for --model; the answers of a file were asked for already")
         if self.model and not self.out:
             raise UserError("give --out DIR, a folder for the answers and results")
         if self.limit is not None and self.limit < 1 or self.batch_size < 1:
@@ -181,9 +186,10 @@ class Run:
         if not isinstance(read, LlavaConfig):
             raise UserError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        template = templates.get(self.template or read.template).name
         baseline = "" if self.baseline == "none" else f" ({self.baseline})"
         return {"name": self.name or os.path.basename(path) + baseline,
-                "model": {"path": path, "hash": results.hash_model(path), "template": read.template, "dtype": dtype,
+                "model": {"path": path, "hash": results.hash_model(path), "template": template, "dtype": dtype,
                           "platform": jax.default_backend(), "score_by": self.score_by, "baseline": self.baseline}}
 
     def _files(self) -> list[str]:
@@ -231,10 +237,14 @@ class Run:
         """Adds the answers that are missing of `mine` to `found` and to the file, one by one."""
         from llava_jax.benchmarks.answering import Progress, choose, generate
         from llava_jax.benchmarks.baselines import shown
-        from llava_jax.inference.llava import load
+        from llava_jax.inference.llava import Llava, load
 
         todo = [n for n in mine if n not in found]
-        llava = load(self.model, settings["model"]["dtype"], self._mesh())
+        mesh, template = self._mesh(), settings["model"]["template"]
+        llava = load(self.model, settings["model"]["dtype"], mesh)
+        if template != llava.template:
+            config = dataclasses.replace(llava.config, template=template)
+            llava = Llava(config, llava.parameters, llava.tokenizer, settings["model"]["dtype"], mesh)
         # By their order answers meet labels from the first question on.
         scored = None if self.bench.ordered and mine.start else self.bench
         progress = Progress(scored, self.data, [questions[n] for n in mine], [found.get(n) for n in mine])
@@ -310,7 +320,7 @@ def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What answers must have in common to be of one run."""
     model = settings["model"]
     return {"benchmark": settings["benchmark"], "questions": settings["questions_hash"], "name": settings["name"],
-            "model": model["hash"], **{key: model[key] for key in ("dtype", "score_by", "baseline")}}
+            "model": model["hash"], **{key: model[key] for key in ("template", "dtype", "score_by", "baseline")}}
 
 
 def _exchange(value: Any) -> list[Any]:

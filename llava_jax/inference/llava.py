@@ -37,6 +37,7 @@ class Request:
 
     `begun` is what the answer begins with, from the opening of its turn on (`ASSISTANT:`, so that it brings its own
     blank). The model goes on from there; the completion is what it adds.
+    `verbatim` keeps outer blanks of the texts and writes a bare `<image>`, as LLaVA's benchmark scripts do.
     """
 
     messages: Messages
@@ -47,6 +48,7 @@ class Request:
     stop: Sequence[str] = ()
     seed: int = 0
     begun: str = ""
+    verbatim: bool = False
 
     def __post_init__(self):
         # A lone image or stop string is what people write first, and what iterating over would take apart.
@@ -222,7 +224,8 @@ class Llava:
         messages = request.messages
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         messages = place_images(messages, len(request.images))
-        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image, request.begun)
+        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image, request.begun,
+                               request.verbatim)
         if len(tokens) >= self.config.text.max_length:
             visual = int((tokens == IMAGE_TOKEN_ID).sum())
             raise UserError(

@@ -68,6 +68,7 @@ def encode_prompt(
     tokenizer: Tokenizer,
     tokens_per_image: int = 576,
     begun: str = "",
+    verbatim: bool = False,
 ) -> Int32[np.ndarray, "T"]:
     """Tokens of a chat that ends with the opening of the assistant's turn, and what is `begun` of the answer.
 
@@ -75,6 +76,7 @@ def encode_prompt(
     with the start of the answer. The opening ends without a blank (`ASSISTANT:`); the answer, `begun` or not, brings
     its own.
 
+    With `verbatim` the texts are written as they are, as LLaVA's benchmark scripts do (`templates.spans`).
     Messages are as `templates.read_messages` takes them and end with the user's. Raises UserError otherwise.
     """
     system, turns = read_messages(messages)
@@ -82,7 +84,7 @@ def encode_prompt(
         raise UserError("a prompt ends with a user message, for the assistant to answer")
     if IMAGE in begun:
         raise UserError(f"an answer has no images, and what is begun of this one holds {IMAGE}")
-    laid_out = [*spans(turns, get(template), system, open_answer=True), Span(begun, False)]
+    laid_out = [*spans(turns, get(template), system, True, verbatim), Span(begun, False)]
     return _encode(laid_out, tokenizer, tokens_per_image).tokens
 
 

@@ -215,7 +215,8 @@ def get(template: str | Template) -> Template:
 
 
 def spans(
-    turns: Sequence[tuple[str, str]], template: Template, system: str | None = None, open_answer: bool = False
+    turns: Sequence[tuple[str, str]], template: Template, system: str | None = None, open_answer: bool = False,
+    verbatim: bool = False,
 ) -> list[Span]:
     """Lays out a conversation; the texts of the spans join to the rendered conversation.
 
@@ -224,6 +225,8 @@ def spans(
         `<image>` gets it moved to its front, followed by a newline; one with several keeps each where it stands.
       system: replaces the template's system text; "" leaves it out.
       open_answer: end with the opening of an assistant turn, to be continued by the model.
+      verbatim: write texts as they are: outer blanks stay, and an image is a bare `<image>` in every template. LLaVA's
+        benchmark scripts asked so, unlike its training.
 
     As in LLaVA, an empty text leaves its turn open: only the role is written, nothing is learned and nothing ends it.
     Raises UserError where the format has no place for what is given.
@@ -238,7 +241,7 @@ def spans(
     laid_out = []
     context = before
     for i, (role, text) in enumerate(turns):
-        text = _place_images(text, template)
+        text = text if verbatim else _place_images(text, template)
         if role == "user":
             context += _question(text, template, first=i == 0, system=inside)
         elif text or template.captions:

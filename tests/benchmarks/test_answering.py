@@ -11,6 +11,9 @@ from llava_jax.benchmarks import answering
 from llava_jax.benchmarks.answers import make_line
 from llava_jax.benchmarks.bench import Bench, Item, Question, Scores
 from llava_jax.errors import UserError
+from llava_jax.inference.llava import Llava
+from llava_jax.text import templates
+from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,25 @@ def test_the_likeliest_choice_is_taken(llava, questions):
         scores = llava.log_likelihood({"messages": question.text, "images": question.images}, question.choices)
         assert said[number].text == question.choices[int(np.argmax(scores))]
         assert list(said[number].metadata["log_likelihoods"].values()) == pytest.approx(scores, abs=1e-3)
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "v1_mmtag"])
+def test_questions_are_asked_as_they_are(llava, questions, template):
+    """LLaVA's benchmark scripts strip nothing, and write a bare <image> in every format."""
+    text = "  On the desk, what is it? "
+    system = templates.get(template).system
+    asked = f"{system} USER: <image>\n{text} ASSISTANT:"
+    before, after = asked.split("<image>")
+    wanted = [*llava.tokenizer.encode(before, bos=True), IMAGE_TOKEN_ID, *llava.tokenizer.encode(after)]
+    llava = Llava(replace(llava.config, template=template), llava.parameters, llava.tokenizer)
+    requests = []
+    llava.each = lambda asked, _: iter([requests.extend(asked)][:0])
+    list(answering.generate(llava, Twice(), [replace(questions[1], text=text)]))
+    prompt = llava._prompt(requests[0]).tolist()
+    count = llava.config.tokens_per_image
+    at = prompt.index(IMAGE_TOKEN_ID)
+    assert prompt[at : at + count] == [IMAGE_TOKEN_ID] * count
+    assert prompt[:at] + prompt[at + count - 1 :] == wanted
 
 
 def test_other_pictures_are_shown_where_asked(llava, questions):
