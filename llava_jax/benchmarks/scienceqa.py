@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores
-from llava_jax.benchmarks.scienceqa_data import INPUTS, LETTERS, SIZES, Problem, compose, find_image, read_problems
+from llava_jax.benchmarks.scienceqa_data import (
+    INPUTS,
+    LETTERS,
+    SIZES,
+    Problem,
+    compose,
+    compose_listed,
+    find_image,
+    read_listed,
+    read_problems,
+)
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
 
@@ -82,20 +92,25 @@ class ScienceQA(Bench):
     prompted = True
 
     style: Literal["letter", "reason", "prompter"] = "letter"
-    """letter asks for it (LLaVA-1.5); reason, for models tuned on QCM-LEA and the like; prompter, for models tuned on
-    QCM-LEPA: they reason, and are then asked for the answer"""
+    """letter asks for it (compare IMG-accuracy with LLaVA-1.5's 71.6 and 66.8); reason, for models tuned on QCM-LEA and
+    the like (compare Avg with 91.09, Vicuna 13B v1.3); prompter, for models tuned on QCM-LEPA, which reason and are
+    then asked for the answer (compare Avg with the paper's 90.92)"""
     input: str = ""
-    """form of the question: QCM, CQM, or QCML and others that give the reasoning away; CQM for letter, else QCM"""
+    """form of the question: QCM, CQM, or QCML and others that give the reasoning away; by default QCM, and for letter
+    the layout of LLaVA-1.5's published run, read from llava_test_CQM-A.json of LLaVA's eval.zip where data has it"""
     split: str = "test"
     """test, val, minitest, ..."""
 
     def read(self, data: str) -> list[Question]:
-        form = self.input or ("CQM" if self.style == "letter" else "QCM")
-        if form not in INPUTS:
-            raise UserError(f"--input {form}: there is no such form; there are {', '.join(INPUTS)}")
+        if self.input and self.input not in INPUTS:
+            raise UserError(f"--input {self.input}: there is no such form; there are {', '.join(INPUTS)}")
+        problems = read_problems(data, self.split)
+        listed = self.style == "letter" and not self.input
+        texts = read_listed(data, self.split, problems) if listed else None
         questions = []
-        for pid, problem in read_problems(data, self.split).items():
-            text = compose(problem, f"{form}-A")[0].replace("<image>", "").strip()
+        for pid, problem in problems.items():
+            text = compose_listed(problem) if listed else compose(problem, f"{self.input or 'QCM'}-A")[0]
+            text = (texts[pid] if texts else text).replace("<image>", "").strip()
             text += LETTER * (self.style == "letter")
             image = find_image(data, self.split, pid, problem)
             questions.append(Question(
@@ -126,6 +141,7 @@ class ScienceQA(Bench):
         if count := sum(map(len, shown.values())):
             figures["IMG-accuracy"] = len(shown["correct"]) / count * 100
             notes[0] += f", IMG-Accuracy: {figures['IMG-accuracy']:.2f}%"
+        notes.append(self._comparable())
         if unread := sum(chosen == -1 for chosen in result["results"].values()):
             notes.append(f"{unread:,} answers name none of their question's choices, and count as wrong")
         if empty := [name for name in GROUPS if name not in figures]:
@@ -140,6 +156,16 @@ class ScienceQA(Bench):
             for pid, problem in problems.items()
         ]
         return Scores(figures, main, items, notes)
+
+    def _comparable(self) -> str:
+        """Which published figure this style and form can be compared with."""
+        if self.style == "letter":
+            return "not asked as a published run was" if self.input else (
+                "asked as LLaVA-1.5's published runs were: IMG-accuracy 71.6 (13B), 66.8 (7B)")
+        if self.input not in ("", "QCM"):
+            return f"the form {self.input} of the question is of no published figure"
+        return ("compare Avg with 91.09, LLaVA of Vicuna 13B v1.3, tuned on QCM-LEA" if self.style == "reason" else
+                "compare Avg with 90.92, the paper's LLaVA, tuned on QCM-LEPA")
 
     def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
         """Writes what LLaVA's scorer writes; the second file is what ScienceQA's own evaluation reads."""

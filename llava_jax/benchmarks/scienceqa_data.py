@@ -74,6 +74,40 @@ def compose(problem: Problem, prompt_format: str) -> tuple[str, str]:
     return question, _tidy(OUTPUTS[answer_format].format(**parts), "Answer: ")
 
 
+def compose_listed(problem: Problem) -> str:
+    """The question in the layout of LLaVA-1.5's published run: the hint if there is one, and a choice a line."""
+    hint = problem["hint"].strip()
+    choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
+    lines = [*([f"Context: {hint}"] if hint else []), problem["question"], *choices]
+    return "\n".join(lines).replace("  ", " ").strip()
+
+
+def read_listed(data: str, split: str, problems: Mapping[str, Problem]) -> dict[str, str] | None:
+    """The questions that LLaVA's eval.zip has for a split, by id, without the image's mark; None without its file.
+
+    The converter's file of the same name has another layout, and is none. Raises UserError for a file of another form
+    or version than `problems`.
+    """
+    path = os.path.join(data, f"llava_{split}_CQM-A.json")
+    if not os.path.isfile(path) or not os.path.isfile(os.path.join(data, "problems.json")):
+        return None
+    rows = read_json(path)
+    if not fits(rows, [{"id": str, "conversations": [{"value": str}]}]) or not all(
+            row["conversations"] for row in rows):
+        raise UserError(f"{path}: not LLaVA's questions: [{{id, conversations: [{{value}}]}}]")
+    questions = {row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() for row in rows}
+    if lost := [pid for pid in problems if pid not in questions]:
+        raise UserError(f"{path}: {len(lost):,} problems of the split {split} are not in it, the first is {lost[0]!r}; "
+                        "it is of another version than problems.json")
+    shown = {row["id"] for row in rows if "image" in row}
+    if other := [pid for pid, problem in problems.items() if (pid in shown) != (problem["image"] is not None)]:
+        raise UserError(f"{path}: problem {other[0]!r} has {'an' if other[0] in shown else 'no'} image there, unlike "
+                        "in problems.json; they are of different versions")
+    if all(questions[pid] == compose(problem, "CQM-A")[0] for pid, problem in problems.items()):
+        return None
+    return {pid: questions[pid] for pid in problems}
+
+
 def read_problems(data: str, split: str = "test") -> dict[str, Problem]:
     """The problems of a split by their ids, in the split's order.
 

@@ -8,6 +8,7 @@ import pytest
 from llava_jax.benchmarks import bench
 from llava_jax.benchmarks.bench import Answer
 from llava_jax.benchmarks.scienceqa import ScienceQA, choice, read_answer, read_statement
+from llava_jax.benchmarks.scienceqa_data import compose_listed, write_file
 from llava_jax.errors import UserError
 
 PROBLEMS = json.loads((Path(__file__).parents[1] / "golden" / "scienceqa.json").read_text(encoding="utf-8"))["problems"]
@@ -47,11 +48,56 @@ def test_questions_for_the_letter_are_llava_1_5s(folder):
     first, second, third = bench.get("scienceqa")().read(str(folder))
     assert (second.id, second.images, second.choices) == ("1", (), ("A", "B", "C"))
     assert second.text == second.prompt == (
+        "Which is a mammal?\nA. newt\nB. cat fish\nC. a cow\n"
+        "Answer with the option's letter from the given choices directly.")
+    hint = PROBLEMS["3"]["hint"].strip()
+    assert hint and first.text.startswith(f"Context: {hint}\n{PROBLEMS['3']['question']}\nA. ".replace("  ", " "))
+    assert ScienceQA(input="CQM").read(str(folder))[1].text == (
         "Context: N/A\nQuestion: Which is a mammal?\nOptions: (A) newt (B) cat fish (C) a cow\n"
         "Answer with the option's letter from the given choices directly.")
     assert third.prompt == "<image>\n" + third.text and "<image>" not in third.text
     assert third.images == (str(folder / "images" / "train" / "2" / "image.png"),)
     assert first.stop == () and first.begun == "" and ScienceQA.max_new_tokens == 1024
+
+
+def test_double_blanks_are_made_single_and_an_empty_hint_is_none():
+    problem = {"question": "What  is it? ", "hint": " \n", "choices": ["a   b", "c"]}
+    assert compose_listed(problem) == "What is it? \nA. a  b\nB. c"
+    assert compose_listed(problem | {"hint": " Two\nlines. "}).startswith("Context: Two\nlines.\nWhat is it?")
+
+
+def test_the_questions_of_eval_zip_are_asked_where_they_are(folder):
+    own = ScienceQA().read(str(folder))
+    rows = [{"id": pid, "conversations": [{"from": "human", "value": f"<image>\nAsked {pid}? "},
+                                          {"from": "gpt", "value": "A"}]}
+            | ({"image": f"{pid}/image.png"} if PROBLEMS[pid]["image"] else {}) for pid in ("2", "1", "3")]
+    path = folder / "llava_test_CQM-A.json"
+    path.write_text(json.dumps(rows))
+    read = ScienceQA().read(str(folder))
+    assert [question.text.split("\n")[0] for question in read] == ["Asked 3?", "Asked 1?", "Asked 2?"]
+    assert [question.images for question in read] == [question.images for question in own]
+    assert ScienceQA(input="CQM").read(str(folder))[1].text.startswith("Context: N/A")
+    assert ScienceQA(style="reason").read(str(folder))[1].text.startswith("Which is a mammal?")
+    # The converter writes a file of the same name in another layout.
+    write_file({pid: PROBLEMS[pid] for pid in ("3", "1", "2")}, str(path), "CQM-A")
+    assert ScienceQA().read(str(folder)) == own
+    for content, message in (
+            ({}, "not LLaVA's questions"), ([{"id": "3", "conversations": []}], "not LLaVA's questions"),
+            (rows[:2], "1 problems of the split test are not in it, the first is '3'"),
+            ([row | {"image": "x"} for row in rows], "problem '1' has an image there, unlike in problems.json")):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"llava_test_CQM-A\.json: {message}"):
+            ScienceQA().read(str(folder))
+
+
+@pytest.mark.parametrize(("options", "figure"), [
+    ({}, r"71\.6 \(13B\), 66\.8"), ({"input": "CQM"}, "not asked as a published run was"),
+    ({"style": "reason"}, "Avg with 91.09"), ({"style": "prompter"}, "Avg with 90.92"),
+    ({"style": "reason", "input": "QCML"}, "no published figure")])
+def test_each_style_says_what_it_can_be_compared_with(folder, options, figure):
+    bench = ScienceQA(**options)
+    notes = bench.score(str(folder), bench.read(str(folder)), []).notes
+    assert any(re.search(figure, note) for note in notes)
 
 
 def test_questions_for_reasoning_are_what_it_was_tuned_on(folder):
@@ -88,6 +134,7 @@ def test_scores_and_files_are_the_originals(folder):
         "NAT": 0, "SOC": 0, "LAN": 100, "TXT": 50, "IMG": 50, "NO": 0, "G1-6": 0, "G7-12": 50, "Avg": 100 / 3,
         "IMG-accuracy": 50})
     assert scores.notes == ["Total: 3, Correct: 1, Accuracy: 33.33%, IMG-Accuracy: 50.00%",
+                            "asked as LLaVA-1.5's published runs were: IMG-accuracy 71.6 (13B), 66.8 (7B)",
                             "1 answers name none of their question's choices, and count as wrong",
                             "3 questions; the published split has 4,241"]
     assert [(item.id, item.score, item.reference, item.read) for item in scores.items] == [
