@@ -31,6 +31,15 @@ STREAM_CHUNK = 4
 """Tokens between two pieces of a stream: few enough to look alive, enough to keep the device busy."""
 
 
+class PromptTooLong(UserError):
+    """A prompt that leaves no room for an answer in the model's context."""
+
+    def __init__(self, tokens: int, visual: int, limit: int):
+        super().__init__(f"the prompt has {tokens} tokens, {visual} of them for images, and the model's context holds "
+                         f"{limit}: no room is left for an answer; shorten the conversation")
+        self.tokens, self.limit = tokens, limit
+
+
 @dataclass(frozen=True)
 class Request:
     """What `Llava.generate` takes, as one value. UserError for a figure out of range.
@@ -132,8 +141,8 @@ class Llava:
           stop: texts that end the answer, in addition to the template's; they are not part of its text.
           seed: the same request with the same seed draws the same answer, alone or in a batch.
 
-        Raises UserError for malformed messages, images that do not match them, an unreadable image, a figure out of
-        range, and a prompt that leaves no room for an answer; UserError for a path without a file.
+        Raises UserError for malformed messages, images that do not match them, a missing or unreadable image, and a
+        figure out of range; PromptTooLong for a prompt that leaves no room for an answer.
         """
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
         return self.batch([request])[0]
@@ -220,18 +229,14 @@ class Llava:
                         yield number, [score for _, score in sorted(found.pop(number).items())]
 
     def _prompt(self, request: Request) -> Int[np.ndarray, "T"]:
-        """The prompt's ids; UserError if images and marks differ, or if no room is left for an answer."""
+        """The prompt's ids. Raises UserError if images and marks differ, PromptTooLong if no room is left to answer."""
         messages = request.messages
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         messages = place_images(messages, len(request.images))
         tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image, request.begun,
                                request.verbatim)
         if len(tokens) >= self.config.text.max_length:
-            visual = int((tokens == IMAGE_TOKEN_ID).sum())
-            raise UserError(
-                f"the prompt has {len(tokens)} tokens, {visual} of them for images, and the model's context holds "
-                f"{self.config.text.max_length}: no room is left for an answer; shorten the conversation"
-            )
+            raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
         return tokens
 
     def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:

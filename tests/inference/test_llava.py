@@ -13,7 +13,7 @@ from llava_jax import IMAGE_TOKEN_ID
 from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
 from llava_jax.inference.engine import length_bucket
-from llava_jax.inference.llava import Request, place_images
+from llava_jax.inference.llava import PromptTooLong, Request, place_images
 from llava_jax.text.encode import encode_prompt
 from llava_jax.text.templates import render
 
@@ -164,8 +164,10 @@ def test_the_context_limits_an_answer(reciting, tokenizer):
     answer = reciting.generate(text)
     assert answer.finish_reason == "length"
     assert len(answer.prompt_tokens) < len(answer.prompt_tokens) + len(answer.tokens) == context
-    with pytest.raises(UserError, match=r"prompt has \d+ tokens, 4 of them for images, .* context holds 256"):
+    words = r"prompt has \d+ tokens, 4 of them for images, .* context holds 256"
+    with pytest.raises(PromptTooLong, match=words) as error:
         reciting.generate("<image>" + " word" * 200, [Image.new("RGB", (9, 9))])
+    assert error.value.limit == context < error.value.tokens and isinstance(error.value, UserError)
 
 
 def test_bfloat16(model_dir, requests):
