@@ -110,6 +110,111 @@ def test_coloured_shapes(answer, found):
     assert kinds(answer, context=PICTURE, categories=SHAPES) == found
 
 
+MEAL = Context(
+    "6", "", ("A bowl of soup on a dining table.",),
+    (Box("bowl", 0.3, 0.3, 0.6, 0.6), Box("dining table", 0, 0.3, 1, 1)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Several individual pieces of bread lie around the bowl.",
+        "The individual slices are arranged in a circle.",
+        "This shows that the person cares about a healthy diet.",
+        "That the people who live here like soup is clear.",
+        "The individual has a balanced approach to meals.",
+        "These individuals value a warm meal.",
+        "A man-made bowl stands on the table.",
+        "The bowl has a glass-walled look, and is dog-friendly.",
+        "The bowl stands on an orange plate.",
+        "There is an orange napkin under the bowl.",
+        "A baby carrot shape is painted on the bowl.",
+        "Dogs are known to be loyal companions.",
+        "Soup is popular with people and cats prefer milk.",
+        "Cats are carnivores, and birds eat seeds.",
+        "Elephants are the largest land animals.",
+        "Horses were used for transport in the past.",
+        "Such a bowl is a popular tourist souvenir.",
+        "The sign reads \"Dogs welcome\" next to the bowl.",
+        "The bowl leaves room for diners to rest their spoons.",
+        "The table is big enough for a person to sit at.",
+        "The bowl is placed on a mat or a book.",
+        "The bowl's colour pops against the table, which is as brown as a horse.",
+        "It has a child-safe rim.",
+        "The adult portion fills the bowl.",
+        "Human hands made it.",
+        "People enjoy soup in winter, and children love noodles.",
+        "The table looks like one from a train dining car.",
+        "Soup keeps the body warm. Chefs use fresh carrots for the best taste.",
+        "A bowl with a dog motif stands on the table.",
+        "The bowl shows a drawing of a cat.",
+        "The table has a mouse pad on it.",
+        "The bowl is placed in the center of the table, as if a chef had just put it there.",
+        "Unlike a cup, the bowl is wide.",
+        "Compared to a cup, the bowl is large.",
+        "The bowl serves as a cup.",
+        "The bowl, not a cup, holds the soup.",
+        "It is a bowl rather than a cup.",
+        "The table is set without a knife.",
+        "A pitcher of water would go well with it.",
+        "The cake batter in the bowl is smooth.",
+        "The dish is an all-American hot dog alternative.",
+        "One can use the bowl to feed a cat.",
+        "Bowls are used by people around the world.",
+        "The owner's dog is not visible.",
+        "The soup is popular among tourists and locals alike.",
+    ],
+)
+def test_what_names_no_thing_of_the_picture_is_no_claim(answer):
+    """Adjectives, parts of longer names, quotations, comparisons, and what is said of things in general."""
+    assert kinds(answer, context=MEAL) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What are the benefits of soup?", "Carrots contain vitamin A, and broccoli is rich in fibre."),
+        ("What is the purpose of a bowl?", "A bowl holds food. People eat soup from the bowl with a spoon."),
+        ("Why might someone like this?", "The person enjoys the taste. A chair helps them relax."),
+        ("Can you explain how soup is made?", "The chef cuts the carrots. The knife must be sharp."),
+        ("What could happen next?", "The cat jumps on the table."),
+        ("What should a driver do here?", "Drivers slow down when a dog crosses the street."),
+    ],
+)
+def test_a_question_in_general_is_answered_in_general(question, answer):
+    assert kinds(answer, question, MEAL) == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A man sits at the table.",
+        "A dog lies under the table.",
+        "Two children eat soup.",
+        "There are three people in the image.",
+        "A woman is holding the bowl.",
+        "Next to the bowl there is an orange.",
+        "A baby sits at the table.",
+        "An individual stands next to the table.",
+        "The cat is sleeping on the table.",
+        "Dogs are running around the table.",
+        "There are cats and dogs in the room.",
+        "A horse can be seen behind the table.",
+        "The table holds a bowl, a cup and a laptop.",
+        "A knife lies next to the bowl.",
+        "A person is sitting at the table.",
+        "A child holds the bowl.",
+        "Cars are parked behind the table.",
+        "The scene features a man and his dog.",
+        "Several cats are in the room.",
+        "The bowl is placed near two cups and a fork.",
+    ],
+)
+def test_what_is_said_to_be_there_is_a_claim(answer):
+    assert "object" in kinds(answer, context=MEAL)
+
+
 def test_crowds_and_captions_count():
     crowd = Context("3", "", ("Five people wait.",), (Box("person", 0, 0, 0.1, 1), Box("person", 0.2, 0, 1, 1, True)))
     assert kinds("There are 30 people.", context=crowd) == []
@@ -119,6 +224,11 @@ def test_crowds_and_captions_count():
     unboxed = Context("5", "", ("A cat sleeps on a couch.",))
     assert kinds("A kitten lies on the sofa.", context=unboxed) == []
     assert kinds("A dog lies on the sofa.", context=unboxed) == ["object"]
+
+
+def test_a_caption_supports_in_any_words():
+    fruit = Context("7", "", ("An apple orange banana salad with a baby elephant figure",))
+    assert kinds("An apple, an orange, a banana and a baby can be seen.", context=fruit) == []
 
 
 def test_what_a_finding_says():

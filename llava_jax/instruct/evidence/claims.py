@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from llava_jax.instruct.evidence.general import is_claimed, is_general
 from llava_jax.instruct.evidence.reading import Mention, Sentence, colours, numbers, read, sentences
 from llava_jax.instruct.evidence.vocabulary import COLOURS, NUMBERS, Vocabulary
 
@@ -121,7 +122,8 @@ def claims(question: str, answer: str, vocabulary: Vocabulary) -> Iterator[Claim
     for place, sentence in enumerate(sentences(_resolved(asked, answer), vocabulary)):
         if place or not _EXISTS.search(asked.marked):
             yield from _absences(sentence)
-        if not _is_hedged(sentence) and not _NEGATED.search(re.sub("^no, ", "", sentence.marked)):
+        stated = not _is_hedged(sentence) and not _NEGATED.search(re.sub("^no, ", "", sentence.marked))
+        if stated and not is_general(asked, sentence):
             yield from _statements(sentence)
 
 
@@ -135,8 +137,8 @@ def _statements(sentence: Sentence) -> Iterator[Claim]:
         for number in re.findall(r"§(\d+)", match["list"])
     }
     for place, mention in enumerate(mentions):
-        general = mention.text in ("people", "person", "a person", "the person", "humans")
-        if (mention.named or mention.colours) and (not general or place in totals):
+        there = place in totals or is_claimed(sentence, place)
+        if (mention.named or mention.colours) and there:
             yield Claim("object", text, mention)
         if mention.colours:
             yield Claim("attribute", text, mention, mention.colours)

@@ -20,7 +20,8 @@ class Judge:
     def __init__(self, context: Context, vocabulary: Vocabulary):
         self.boxes = context.boxes
         self.coloured = vocabulary.coloured
-        self.told = [mention for caption in context.captions for mention in read(caption, vocabulary).mentions]
+        self.told = [mention for caption in context.captions
+                     for mention in read(caption, vocabulary, caption=True).mentions]
 
     def __call__(self, claim: Claim) -> tuple[str, str, str] | tuple[()] | None:
         against = getattr(self, f"_{claim.kind}")(claim)

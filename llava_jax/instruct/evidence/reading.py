@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from llava_jax.instruct.evidence.vocabulary import COLOURS, NUMBERS, Meaning, Vocabulary, split
+from llava_jax.instruct.evidence.vocabulary import COLOURS, NUMBERS, Meaning, Vocabulary, hyphened, split
 
 DETERMINERS = frozenset("""
     a an the this that these those his her its their my our your some any another each every several both all
@@ -21,15 +21,31 @@ _BEFORE_NO_NOUN = frozenset("""
     hold holds holding count counts look looks lie lies take takes sit sits sitting stand stands standing wear wears
     wearing ride rides riding carry carries carrying use uses using play plays playing plus only
     just exactly""".split())
+_AFTER_NOUN = _BEFORE_NO_NOUN | frozenset("""
+    sat stood lay held wore rode ate ran walked flew hung left right higher lower closest nearest closer farther further
+    far close next inside outside atop against past toward towards within without during after before until like full
+    visible present available ready alone together either both all each himself herself itself themselves seem appear
+    am 's made seen shown worn taken caught thrown hit built drawn hidden because since though although whereas whose
+    two three""".split())
+"""Words that may follow a noun in the singular, beside those that end like a verb or an adverb."""
+_ADJECTIVES = frozenset("individual human adult".split())
+"""Names of a person that are adjectives as well: "individual pieces"."""
+_NO_VERBS = frozenset("crossing crossings seats sides doors towels toys pants seed".split())
+"""Nouns that end like verbs and make, after a name, a name of something else."""
+_VERBS = frozenset("skis ties books trains boats bears benches couches ducks sinks bats kites bikes".split())
+"""Plurals that are verbs after a noun in the singular: "a man skis down"."""
 _TAILS = frozenset("""
     stop station park parking court booth box boxes paper food house shop store race track tracks line lines door
     doors seat seats window windows driver owner lover rack holder handle handles top lane wash ride player players net
     field room frame sheet sheets cover covers stall lot show yard shelter path pen shaped sized case cases shelf
     shelves cloth dish riders tree stem sauce slice slices bath cage collar engine dock racing riding game match team
-    stick wheel wheels tank fur lights tower face crossing rental repair terminal hangar stable stables trough
+    stick wheel wheels tank fur lights tower face crossing pad rental repair terminal hangar stable stables trough
     market pot pots side shape""".split())
 """After the name of a thing they make a name of something else: "bus stop"."""
 _MANY = ("people", "men", "women", "children", "mice", "geese", "cattle", "policemen", "firemen")
+
+
+_QUOTED = re.compile(r"[\"“][^\"“”]{0,80}[\"”]")
 
 
 @dataclass(frozen=True)
@@ -56,17 +72,22 @@ class Sentence:
 
 
 def sentences(text: str, vocabulary: Vocabulary) -> list[Sentence]:
+    """What is quoted (a sign, a title) is left out: it claims nothing of the picture."""
+    text = _QUOTED.sub("\"...\"", text)
     return [read(part, vocabulary) for part in re.split(r"(?<=[.!?;])\s+|\n+", text) if part.strip()]
 
 
-def read(text: str, vocabulary: Vocabulary) -> Sentence:
-    """One sentence; of names that begin at a word the longest is taken."""
-    words = split(text)
+def read(text: str, vocabulary: Vocabulary, caption: bool = False) -> Sentence:
+    """One sentence; of names that begin at a word the longest is taken.
+
+    In a `caption` more words count as names ("baby elephant" names a baby too): it supports answers, and claims nothing.
+    """
+    words, joined = split(text), None if caption else hyphened(text)
     marked: list[str] = []
     mentions: list[Mention] = []
     done = start = 0
     while start < len(words):
-        end, meaning = _name(words, start, vocabulary)
+        end, meaning = _name(words, joined, start, vocabulary)
         if meaning:
             begin, mention = _mention(words, done, start, end, meaning)
             marked += [*words[done:begin], f"§{len(mentions)}"]
@@ -85,14 +106,33 @@ def colours(text: str) -> tuple[str, ...]:
     return tuple(_colour(word) for word in split(text) if _colour(word))
 
 
-def _name(words: list[str], start: int, vocabulary: Vocabulary) -> tuple[int, Meaning | None]:
-    """Where the name that begins here ends, and what it means."""
+def _name(
+    words: list[str], joined: frozenset[int] | None, start: int, vocabulary: Vocabulary
+) -> tuple[int, Meaning | None]:
+    """Where the name that begins here ends, and what it means. `joined`: as `hyphened`, or None for a caption."""
     for end in range(min(start + vocabulary.longest, len(words)), start, -1):
         meaning = vocabulary.meanings.get(tuple(words[start:end]))
-        verb = start and _is_many(words[end - 1]) and words[start - 1] in ("it", "he", "she", "that", "who", "to")
-        if meaning and not verb and (end == len(words) or words[end] not in _TAILS):
+        if not meaning:
+            continue
+        last, after = words[end - 1], words[end] if end < len(words) else "."
+        verb = start and _is_many(last) and words[start - 1] in ("it", "he", "she", "that", "who", "to")
+        verb = verb or start and last in _VERBS and vocabulary.is_singular(words[start - 1])
+        # "man-made", "bus stop", "orange plate", "baby elephant" name something else.
+        part = after in _TAILS
+        if joined is not None:
+            part = part or end - 1 in joined or not (_is_many(last) or _may_follow(last, after))
+        if not verb and not part:
             return end, meaning
     return start + 1, None
+
+
+def _may_follow(noun: str, word: str) -> bool:
+    """Whether a word can stand after a noun in the singular that is no part of a longer name."""
+    if word in _AFTER_NOUN or word in DETERMINERS or word in _VERBS:
+        return True
+    if noun in _ADJECTIVES:
+        return False
+    return word.endswith(("ing", "ed", "s", "ly")) and word not in _NO_VERBS
 
 
 def _mention(words: list[str], done: int, start: int, end: int, meaning: Meaning) -> tuple[int, Mention]:
@@ -104,6 +144,8 @@ def _mention(words: list[str], done: int, start: int, end: int, meaning: Meaning
             words[at + 1] in DETERMINERS - _AFTER_NUMBERS or at and words[at - 1] in _NUMBERED
         ):
             break
+        if word == "that" and words[at + 1] in DETERMINERS:
+            break  # "it shows that the person"
         if word in DETERMINERS or (_number(word) is not None and word not in ("no", "none")):
             number = 1 if word == "single" else _number(word) if number is None else number
             determined, begin = True, at

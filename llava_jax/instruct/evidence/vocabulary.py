@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 COLOURS = ("red orange yellow green cyan blue purple pink black white grey brown beige gold silver turquoise tan "
            "violet golden maroon teal").split()  # fmt: skip
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+|[.,;:!?]")
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -46,6 +47,10 @@ class Vocabulary:
                 self._join(word, Meaning(found, exact=False))
         self.longest = max(map(len, self.meanings), default=0)
 
+    def is_singular(self, word: str) -> bool:
+        """Whether it is the name of one thing."""
+        return (word,) in self.meanings and not word.endswith("s")
+
     def _add(self, word: str, category: str) -> None:
         self._join(word, Meaning(frozenset([category])))
 
@@ -60,7 +65,18 @@ class Vocabulary:
 
 def split(text: str) -> list[str]:
     """Words in lower case, and punctuation by itself; hyphens part words."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)?|\d+|[.,;:!?]", text.lower().replace("’", "'").replace("n't", " not"))
+    return _WORD.findall(_plain(text))
+
+
+def hyphened(text: str) -> frozenset[int]:
+    """Indices of the words that a hyphen joins to the next one."""
+    plain = _plain(text)
+    words = enumerate(_WORD.finditer(plain))
+    return frozenset(i for i, word in words if re.match("-[a-z]", plain[word.end() : word.end() + 2]))
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace("’", "'").replace("n't", " not")
 
 
 def plural(word: str) -> str:
@@ -89,8 +105,9 @@ SYNONYMS = {
     for name, text in {
         "person": """human | man, woman, boy, girl, child, kid, baby, toddler, adult, lady, gentleman, guy,
             player, skier, surfer, snowboarder, skateboarder, rider, pedestrian, passenger, cyclist, biker,
-            motorcyclist, policeman, fireman, batter, pitcher, catcher, umpire, chef, tourist, teenager, bride,
-            groom, individual""",
+            motorcyclist, policeman, fireman, catcher, umpire, chef, tourist, teenager, bride,
+            groom, individual
+            | batter, pitcher""",
         "bicycle": "bike, push bike",
         "car": "automobile | sedan, taxi, suv, minivan, police car",
         "motorcycle": "motorbike | scooter, moped",
