@@ -80,7 +80,7 @@ def sentences(text: str, vocabulary: Vocabulary) -> list[Sentence]:
 def read(text: str, vocabulary: Vocabulary, caption: bool = False) -> Sentence:
     """One sentence; of names that begin at a word the longest is taken.
 
-    In a `caption` more words count as names ("baby elephant" names a baby too): it supports answers, and claims nothing.
+    In a `caption`, which supports answers and claims nothing, more words count as names: "baby elephant" names a baby.
     """
     words, joined = split(text), None if caption else hyphened(text)
     marked: list[str] = []
