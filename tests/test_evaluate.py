@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -180,6 +181,25 @@ def test_questions_are_asked_in_the_template_that_is_named(arguments, tmp_path_f
     answer = llava.generate(question["text"], data / "val2014" / "0.jpg", max_new_tokens=128)
     assert lines(folder)[0]["text"] == answer.text.strip()
     assert json.loads((folder / "results.json").read_text())["model"]["template"] == "llava_v0"
+
+
+def test_one_overlong_question_costs_its_own_answer_alone(whole, arguments, data, tmp_path, capsys, monkeypatch):
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    rows = [json.loads(line) for line in open(data / "llava_pope_test.jsonl")]
+    rows[1]["text"] = "Is it there? " * 400
+    (moved / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["pope", "--data", str(moved), *arguments[3:], "--out", str(tmp_path), "--limit", "4"]
+    assert evaluate.main(command) == 0
+    first = capsys.readouterr()
+    told = r"1 of 4 questions of .*pope_test\.jsonl were not asked; .* scores an empty one \(question 1: its prompt"
+    assert re.search(told, first.out) and re.search(r"test\.jsonl, question 1 is not asked: its prompt has", first.err)
+    assert [line["text"] for line in lines(tmp_path / "pope")] == [
+        "" if n == 1 else line["text"] for n, line in enumerate(lines(whole)[:4])]
+    monkeypatch.setattr("llava_jax.inference.llava.load", lambda *_: pytest.fail("the model was loaded"))
+    assert evaluate.main(command) == 0
+    assert re.search(told, capsys.readouterr().out)
+    assert re.search(told, json.loads((tmp_path / "pope" / "results.json").read_text())["notes"][1])
 
 
 @pytest.mark.parametrize(("more", "message"), [

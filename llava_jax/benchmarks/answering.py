@@ -1,20 +1,26 @@
 """Puts the questions of a benchmark to a model, many at once, and says how far it is."""
 
+import dataclasses
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from llava_jax.benchmarks.answers import Line, to_answer
+from llava_jax.benchmarks.answers import NOT_ASKED, Line, to_answer
 from llava_jax.benchmarks.bench import Answer, Bench, Question
 from llava_jax.errors import UserError
-from llava_jax.inference.llava import ImageSource, Llava, Request
+from llava_jax.images import open_image, prepare
+from llava_jax.inference.llava import ImageSource, Llava, PromptTooLong, Request
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.text import templates
 
+READERS = 16  # threads that check images
 SECONDS_PER_LINE = 60.0  # of progress, where there is no terminal
 SCORE_AFTER, SCORING_SHARE = 5.0, 0.02  # seconds between two running scores, and the most of the time they may take
 
@@ -26,28 +32,71 @@ OWN: Shown = attrgetter("images")
 
 
 class Said(NamedTuple):
-    """The answer to a question, by its number in the list; `metadata` is for the answer's line."""
+    """The answer to a question, by its number in the list; `metadata` is for the answer's line.
+
+    A question that is longer than the model's context has an empty answer, and the reason under NOT_ASKED.
+    """
 
     number: int
     text: str
     metadata: Mapping[str, Any]
 
 
-def check_images(questions: Iterable[Question]) -> None:
-    """UserError that names the first image that is not there, and says how many are not."""
-    paths = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, str))
-    missing = [path for path in paths if not os.path.isfile(path)]
+def check_questions(questions: Iterable[Question], source: str, config: LlavaConfig, shown: Shown = OWN) -> None:
+    """Raises UserError that names the first question that cannot be put to a model with this `config`, and `source`.
+
+    Every image is read once, so that a damaged one is known before the first answer, not after hours.
+    """
+    asked: dict[str | bytes, Any] = {}
+    for question in questions:
+        images, marks = shown(question), question.text.count(templates.IMAGE)
+        if marks not in (0, len(images)):
+            raise UserError(f"{source}, question {question.id!r}: its text has {marks} {templates.IMAGE} marks for "
+                            f"{len(images)} images")
+        try:
+            question.text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{source}, question {question.id!r}: its text has half a surrogate pair, which is no "
+                            "character") from None
+        for image in images:
+            asked.setdefault(image, question.id)
+    missing = [image for image in asked if isinstance(image, str) and not os.path.isfile(image)]
     if missing:
-        raise UserError(f"{missing[0]}: no such image; {len(missing):,} of {len(paths):,} images are missing")
+        raise UserError(f"{source}, question {asked[missing[0]]!r}: {missing[0]}: no such image; {len(missing):,} of "
+                        f"{len(asked):,} images are missing")
+
+    def fault(image: str | bytes) -> UserError | None:
+        try:
+            prepare(open_image(image), config.vision.image_size, config.image_mode)
+        except UserError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+        faults = [(image, error) for image, error in zip(asked, pool.map(fault, asked), strict=True) if error]
+    if faults:
+        image, error = faults[0]
+        raise UserError(f"{source}, question {asked[image]!r}: {error}; {len(faults):,} of {len(asked):,} images "
+                        "cannot be used") from error
 
 
 def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
              shown: Shown = OWN) -> Iterator[Said]:
     """Every question's answer, written greedily, in the order in which they are ready."""
+    why: dict[int, Mapping[str, Any]] = {}
+    ready: deque[Said] = deque()
     fresh = iter(range(len(questions)))
     texts: list[list[str]] = [[] for _ in questions]
     again: deque[tuple[int, Question]] = deque()
     asked: list[int] = []
+
+    def take(number: int, text: str) -> None:
+        texts[number].append(text)
+        result = bench.follow_up(questions[number], texts[number])
+        if isinstance(result, Question):
+            again.append((number, result))
+        else:
+            ready.append(Said(number, result, why.get(number, {})))
 
     def requests() -> Iterator[Request]:
         asked.clear()
@@ -56,18 +105,24 @@ def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_si
             number, question = again.popleft() if again else (next(fresh, None), None)
             if number is None:
                 return
+            request = _request(question or questions[number], bench, shown)
+            if error := too_long(llava, request):
+                why[number] = {NOT_ASKED: error}
+                if question:  # what was said before it stays
+                    take(number, "")
+                else:
+                    ready.append(Said(number, "", why[number]))
+                continue
             asked.append(number)
-            yield _request(question or questions[number], bench, shown)
+            yield request
 
     while True:
         for place, completion in llava.each(requests(), batch_size):
-            number = asked[place]
-            texts[number].append(completion.text.strip())
-            result = bench.follow_up(questions[number], texts[number])
-            if isinstance(result, Question):
-                again.append((number, result))
-            else:
-                yield Said(number, result, {})
+            take(asked[place], completion.text.strip())
+            while ready:
+                yield ready.popleft()
+        while ready:
+            yield ready.popleft()
         if not again:
             return
 
@@ -75,11 +130,27 @@ def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_si
 def choose(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
            shown: Shown = OWN) -> Iterator[Said]:
     """Of every question's choices the likeliest, by the sum of its tokens' log-probabilities."""
-    pairs = ((_request(question, bench, shown), question.choices) for question in questions)
-    for number, scores in llava.log_likelihoods(pairs, batch_size):
+    asked: list[int] = []
+    ready: deque[Said] = deque()
+
+    def pairs() -> Iterator[tuple[Request, Sequence[str]]]:
+        for number, question in enumerate(questions):
+            request = _request(question, bench, shown)
+            begun = request.begun or templates.get(llava.template).gap
+            longest = (dataclasses.replace(request, begun=begun + choice) for choice in question.choices)
+            if error := next(filter(None, (too_long(llava, each) for each in longest)), None):
+                ready.append(Said(number, "", {NOT_ASKED: error}))
+                continue
+            asked.append(number)
+            yield request, question.choices
+
+    for place, scores in llava.log_likelihoods(pairs(), batch_size):
         best = max(range(len(scores)), key=scores.__getitem__)
-        choices = questions[number].choices
-        yield Said(number, choices[best], {"log_likelihoods": dict(zip(choices, scores, strict=True))})
+        choices = questions[asked[place]].choices
+        yield Said(asked[place], choices[best], {"log_likelihoods": dict(zip(choices, scores, strict=True))})
+        while ready:
+            yield ready.popleft()
+    yield from ready
 
 
 def ask(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
@@ -92,6 +163,15 @@ def ask(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: i
 def _request(question: Question, bench: Bench, shown: Shown) -> Request:
     return Request(question.text, shown(question), question.max_new_tokens or bench.max_new_tokens,
                    stop=question.stop, begun=question.begun, verbatim=True)
+
+
+def too_long(llava: Llava, request: Request) -> str:
+    """Why the model's context has no room for the request; "" if it has."""
+    try:
+        llava._prompt(request)
+    except PromptTooLong as error:
+        return f"its prompt has {error.tokens:,} tokens, and the model's context holds {error.limit:,}"
+    return ""
 
 
 class Progress:

@@ -16,6 +16,8 @@ from llava_jax.files import replacing
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each
 
+NOT_ASKED = "not_asked"  # key of an answer's metadata that says why the question was not put to the model
+
 Line = dict[str, Any]
 LINE = {"question_id": int | str, "text": str}
 OTHERS = "the answers are of another version, or asked with other options"

@@ -107,6 +107,10 @@ class Bench:
         """
         raise NotImplementedError
 
+    def source(self, data: str) -> str:
+        """The file of the questions, as messages name it."""
+        return data
+
     def follow_up(self, question: Question, texts: Sequence[str]) -> Question | str:
         """What comes after the model has said `texts`, one for each time it was asked, of this `question`.
 

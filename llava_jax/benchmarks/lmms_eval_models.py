@@ -1,6 +1,7 @@
 """The classes that lmms-eval makes of a llava_jax model; only lmms-eval imports this file."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -8,6 +9,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from llava_jax.benchmarks.answering import too_long
 from llava_jax.errors import UserError
 from llava_jax.inference.llava import Request, load
 from llava_jax.text.templates import IMAGE
@@ -34,11 +36,22 @@ class LlavaJax(lmms):
         self.device = "cpu"  # where lmms-eval keeps what its own processes tell each other
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """The answers in the order of the requests."""
+        """The answers in the order of the requests; an empty one to a request that is longer than the context."""
         results: list[GenerationResult] = [GenerationResult("")] * len(requests)
-        asked = (self._request(*request.args) for request in requests)
-        answered = self.llava.each(asked, self.batch_size)
-        for number, answer in tqdm(answered, "llava_jax", len(requests), disable=self.rank != 0):
+        numbers: list[int] = []
+
+        def asked() -> Iterator[Request]:
+            for number, instance in enumerate(requests):
+                request = self._request(*instance.args)
+                if why := too_long(self.llava, request):
+                    print(f"request {number} is not asked, its answer is empty: {why}", file=sys.stderr)
+                    continue
+                numbers.append(number)
+                yield request
+
+        answered = self.llava.each(asked(), self.batch_size)
+        for place, answer in tqdm(answered, "llava_jax", len(requests), disable=self.rank != 0):
+            number = numbers[place]
             counts = TokenCounts(len(answer.prompt_tokens), len(answer.tokens))
             results[number] = GenerationResult(answer.text, counts)
             self.cache_hook.add_partial("generate_until", requests[number].args[:2], answer.text)

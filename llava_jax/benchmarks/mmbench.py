@@ -70,6 +70,9 @@ class MMBench(Bench):
             raise UserError(f"{question_path(data, self.file)}: the table has no rows")
         return questions
 
+    def source(self, data: str) -> str:
+        return question_path(data, self.file)
+
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         """Percent, if the table has the answers: `circular`, of questions right in every rotation, and by category;
         and `accuracy`, of single answers. An answer that is missing is wrong.

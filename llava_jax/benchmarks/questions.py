@@ -42,6 +42,9 @@ class QuestionFile(Bench):
             raise UserError(f"{path}: the file has no questions")
         return questions
 
+    def source(self, data: str) -> str:
+        return question_path(data, self.file)
+
     def size_notes(self, questions: Sequence[Question]) -> list[str]:
         """Says so when this is not the published number of questions."""
         if len(questions) == self.published:

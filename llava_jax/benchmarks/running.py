@@ -15,7 +15,7 @@ import tyro
 
 from llava_jax import config
 from llava_jax.benchmarks import answers, results
-from llava_jax.benchmarks.answers import AnswerFile, Line
+from llava_jax.benchmarks.answers import NOT_ASKED, AnswerFile, Line
 from llava_jax.benchmarks.bench import Bench, Question, get
 from llava_jax.benchmarks.published import everything
 from llava_jax.benchmarks.tables import markdown, number
@@ -124,7 +124,8 @@ class Run:
 
     def _ask(self) -> None:
         """Asks what this process has to ask; the first process, or whichever ends last, scores."""
-        from llava_jax.benchmarks.answering import check_images
+        from llava_jax.benchmarks.answering import OWN, check_questions
+        from llava_jax.benchmarks.baselines import shown
         from llava_jax.processes.group import agree, gather
         from llava_jax.processes.place import find
 
@@ -138,12 +139,15 @@ class Run:
             raise UserError("--num-chunks is for processes that know nothing of each other; " + (
                 "these do, and divide the questions by themselves" if place else
                 "with --overwrite one would throw away what another has answered; remove the folder first"))
-        settings = self._settings(questions) | self._model()
+        settings, config = self._settings(questions) | self._model(), self._config()
         agree("evaluate", _identity(settings))
         chunks, index = (place.count, place.index) if place else (self.num_chunks, self.chunk_idx)
         mine = answers.chunk(len(asked), chunks, index)
-        if self.overwrite or not os.path.exists(os.path.join(self.folder, RUN)):
-            check_images(asked[n] for n in mine)  # before anything is made, or thrown away
+        source = self.bench.source(self.data)
+        images = OWN if self.baseline == "shuffled" else shown(self.baseline, questions, config)
+        fresh = self.overwrite or not os.path.exists(os.path.join(self.folder, RUN))
+        if fresh:
+            check_questions((asked[n] for n in mine), source, config, images)  # before anything is made or thrown away
         if self.overwrite and index == 0:
             answers.remove([os.path.join(self.folder, RUN), *self._files()])
         gather("the folder", None)
@@ -151,7 +155,8 @@ class Run:
         todo = [n for n in mine if n not in found]
         own = os.path.join(self.folder, WHOLE if chunks == 1 else f"answers-{index}-of-{chunks}.jsonl")
         if todo:
-            check_images(asked[n] for n in todo)
+            if not fresh:
+                check_questions((asked[n] for n in todo), source, config, images)
             with AnswerFile(own) as file:
                 if file.mended:
                     print(f"{own}: the last line was broken off, and is cut ({file.mended:,} bytes)", file=sys.stderr)
@@ -179,18 +184,23 @@ class Run:
     def _model(self) -> dict[str, Any]:
         import jax
 
-        from llava_jax.models.llava import LlavaConfig
-        from llava_jax.weights.checkpoint import read_config
-
-        read, path = read_config(self.model), os.path.abspath(self.model)
-        if not isinstance(read, LlavaConfig):
-            raise UserError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
+        read, path = self._config(), os.path.abspath(self.model)
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         template = templates.get(self.template or read.template).name
         baseline = "" if self.baseline == "none" else f" ({self.baseline})"
         return {"name": self.name or os.path.basename(path) + baseline,
                 "model": {"path": path, "hash": results.hash_model(path), "template": template, "dtype": dtype,
                           "platform": jax.default_backend(), "score_by": self.score_by, "baseline": self.baseline}}
+
+    def _config(self):
+        """The model's LlavaConfig. Raises UserError for a part of a model."""
+        from llava_jax.models.llava import LlavaConfig
+        from llava_jax.weights.checkpoint import read_config
+
+        read = read_config(self.model)
+        if not isinstance(read, LlavaConfig):
+            raise UserError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
+        return read
 
     def _files(self) -> list[str]:
         return sorted(glob.glob(os.path.join(glob.escape(self.folder), "answers*.jsonl")))
@@ -248,11 +258,17 @@ class Run:
         # By their order answers meet labels from the first question on.
         scored = None if self.bench.ordered and mine.start else self.bench
         progress = Progress(scored, self.data, [questions[n] for n in mine], [found.get(n) for n in mine])
+        told = 0
         ask = generate if self.score_by == "generation" else choose
         try:
             for said in ask(llava, self.bench, [questions[n] for n in todo], self.batch_size,
                             shown(self.baseline, questions, llava.config)):
                 n = todo[said.number]
+                if why := said.metadata.get(NOT_ASKED):
+                    told += 1
+                    if told <= EXAMPLES:
+                        print(f"{self.bench.source(self.data)}, question {questions[n].id!r} is not asked: {why}",
+                              file=sys.stderr)
                 found[n] = answers.make_line(questions[n], said.text, settings["name"], said.metadata)
                 file.add(found[n])
                 progress.add(n - mine.start, found[n])
@@ -284,7 +300,7 @@ class Run:
         scores = self.bench.score(self.data, asked, given)
         if self.limit is not None:
             notes = [*notes, f"--limit: the first {len(asked):,} questions only"]
-        scores = dataclasses.replace(scores, notes=[*notes, *scores.notes])
+        scores = dataclasses.replace(scores, notes=[*notes, *self._not_asked(lines), *scores.notes])
         if self.out:
             os.makedirs(self.folder, exist_ok=True)
             if self.answers:
@@ -303,7 +319,19 @@ class Run:
             print("\n" + "".join(f"{path}\n" for path in (*uploads, os.path.join(self.folder, "results.html"))), end="")
 
 
+    def _not_asked(self, lines: Sequence[Line]) -> list[str]:
+        """A note on questions that were not put to the model, with the first of them."""
+        why = [(line["question_id"], line["metadata"][NOT_ASKED]) for line in lines
+               if isinstance(line.get("metadata"), dict) and isinstance(line["metadata"].get(NOT_ASKED), str)]
+        if not why:
+            return []
+        named = "; ".join(f"question {id!r}: {reason}" for id, reason in why[:EXAMPLES])
+        return [f"{len(why):,} of {len(lines):,} questions of {self.bench.source(self.data)} were not asked; their "
+                f"answers are empty, and scored as {self.bench.title} scores an empty one ({named})"]
+
+
 MESH = config.Mesh(1, 1, -1)
+EXAMPLES = 5  # questions that are named, at most
 RUN, WHOLE = "run.json", "answers.jsonl"
 
 

@@ -8,10 +8,10 @@ from PIL import Image
 
 import llava_jax
 from llava_jax.benchmarks import answering
-from llava_jax.benchmarks.answers import make_line
+from llava_jax.benchmarks.answers import NOT_ASKED, make_line
 from llava_jax.benchmarks.bench import Bench, Item, Question, Scores
 from llava_jax.errors import UserError
-from llava_jax.inference.llava import Llava
+from llava_jax.inference.llava import Llava, Request
 from llava_jax.text import templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
@@ -113,11 +113,52 @@ def test_other_pictures_are_shown_where_asked(llava, questions):
         assert (other.metadata == own.metadata) == (not questions[own.number].images)
 
 
-def test_missing_images_are_counted(questions, tmp_path):
-    answering.check_images(questions)
-    gone = [replace(question, images=(str(tmp_path / "gone.png"),)) for question in questions[:2]]
-    with pytest.raises(UserError, match=r"gone\.png: no such image; 1 of 10 images are missing"):
-        answering.check_images([*questions, *gone, Question("b", "", (b"bytes",))])
+def test_questions_that_cannot_be_asked_are_named_before_the_first_is(llava, questions, tmp_path):
+    answering.check_questions(questions, "q.jsonl", llava.config)
+    gone = [replace(question, id=f"g{i}", images=(str(tmp_path / "gone.png"),)) for i, question in enumerate(questions)]
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(open(questions[1].images[0], "rb").read()[:-30])
+    Image.new("RGB", (1, 30_000)).save(tmp_path / "long.png")
+    for bad, message in (
+            ([*gone, Question("b", "", (b"bytes",))], r"question 'g0': .*gone\.png: no such image; 1 of 11 images are"),
+            ([Question("b", "Q", (b"bytes",))], r"question 'b': image of 5 bytes: .*; 1 of 10 images cannot be used"),
+            ([Question(7, "Q", (str(cut),)), Question(8, "Q", (str(cut), b"bytes"))],
+             r"question 7: .*cut\.png: the image cannot be read.*; 2 of 11 images cannot be used"),
+            ([Question(9, "Q", (str(tmp_path / "long.png"),))], "question 9: .*1 x 30000 pixels"),
+            ([Question(10, "Q <image> <image>", ("x",))], "question 10: its text has 2 <image> marks for 1 images"),
+            ([Question(11, "Q \ud83d")], "question 11: its text has half a surrogate pair")):
+        with pytest.raises(UserError, match=rf"^q\.jsonl, {message}"):
+            answering.check_questions([*questions, *bad], "q.jsonl", llava.config)
+    with pytest.raises(UserError, match="question 0: .*cut"):  # what is shown counts
+        answering.check_questions(questions, "q.jsonl", llava.config, lambda _: (str(cut),))
+
+
+def test_a_question_beyond_the_context_is_answered_empty_and_the_others_as_ever(llava, questions):
+    context = llava.config.text.max_length
+    # Of each pair the second follows the first, and the text is too long: at once; or with what it says first.
+    long = replace(questions[1], id="long", text="Why not? " * context)
+    edge = next(text for n in range(context) if answering.too_long(
+        llava, Request(text := "Why not? " * n, verbatim=True, begun=" and" * 9)))
+    later = replace(questions[1], id="later", text=edge[: -len("Why not? ")], images=(), max_new_tokens=10)
+    asked = [questions[0], long, questions[2], later, *questions[3:5]]
+    said = {one.number: one for one in answering.generate(llava, Twice(), asked, 4)}
+    assert sorted(said) == list(range(6))
+    assert said[1].text == "" and f"the model's context holds {context:,}" in said[1].metadata[NOT_ASKED]
+    first, _, second = said[3].text.partition(" + ")
+    assert first and not second and NOT_ASKED in said[3].metadata
+    wanted = answering.ask(llava, Twice(), [asked[n] for n in (0, 2, 4, 5)], 4)
+    assert [said[n].text for n in (0, 2, 4, 5)] == [answer.text for answer in wanted]
+    assert not any(said[n].metadata for n in (0, 2, 4, 5))
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_choices_beyond_the_context_are_not_scored(llava, questions, cut):
+    """The longest choice decides; with one word less it fits."""
+    size = next(n for n in range(1000) if answering.too_long(llava, Request(" word" * n, verbatim=True)))
+    long = Question("long", " word" * (size - 1 - cut), choices=("A", "word")[: 2 - cut])
+    said = {one.number: one for one in answering.choose(llava, Twice(), [questions[0], long, questions[1]], 4)}
+    assert sorted(said) == [0, 1, 2] and said[0].text in questions[0].choices and said[2].text in questions[1].choices
+    assert bool(said[1].text) == (NOT_ASKED not in said[1].metadata) == bool(cut)
 
 
 def test_progress_scores_what_is_answered_from_the_start(monkeypatch, questions):
