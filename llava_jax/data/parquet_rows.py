@@ -34,6 +34,7 @@ class ParquetRows:
                 about = pyarrow.parquet.read_metadata(file)
                 rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
             except (pyarrow.ArrowException, OSError, ValueError) as error:
+                _raise_unless_damaged(error)
                 raise UserError(f"{file}: not a readable parquet file ({_line(error)})") from None
             self._groups += [(file, group) for group in range(len(rows))]
             counts += rows
@@ -51,18 +52,29 @@ class ParquetRows:
     def read(self, index: int, columns: Container[str] | None = None) -> dict[str, Any]:
         """A row, or those of its columns that are in `columns`; others may hold what Python has no value for."""
         import pyarrow
-        import pyarrow.parquet
 
-        number = bisect.bisect_right(self._starts, index) - 1
         try:
-            if self._read is None or self._read[0] != number:
-                file, group = self._groups[number]
-                self._read = number, pyarrow.parquet.ParquetFile(file).read_row_group(group)
-            table, place = self._read[1], index - self._starts[number]
+            table, place = self._table(index)
             names = [name for name in table.column_names if columns is None or name in columns]
             return {name: table[name][place].as_py() for name in names}
         except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: an unknown time zone
+            _raise_unless_damaged(error)
             raise BadRow("malformed", f"{self.where(index)}: cannot be read ({_line(error)})") from None
+
+    def columns(self, index: int) -> list[str]:
+        """The columns in which a row has a value."""
+        table, place = self._table(index)
+        return [name for name in table.column_names if table[name][place].is_valid]
+
+    def _table(self, index: int) -> tuple[Any, int]:
+        """The row group that a row is in, and its number there."""
+        import pyarrow.parquet
+
+        number = bisect.bisect_right(self._starts, index) - 1
+        if self._read is None or self._read[0] != number:
+            file, group = self._groups[number]
+            self._read = number, pyarrow.parquet.ParquetFile(file).read_row_group(group)
+        return self._read[1], index - self._starts[number]
 
     def where(self, index: int) -> str:
         file, _ = self._groups[bisect.bisect_right(self._starts, index) - 1]
@@ -104,6 +116,12 @@ def _find_files(path: str) -> list[str]:
     if missing := sorted(expected - {(match[2], match[3]) for match in shards}):
         raise UserError(f"{folder}: shard {missing[0][0]} of {int(missing[0][1])} of split {chosen[0]} is missing")
     return files
+
+
+def _raise_unless_damaged(error: Exception) -> None:
+    """Raises the error if the machine is at fault and not the file: no memory, or a disk that does not answer."""
+    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def _line(error: Exception) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from llava_jax.data import fields
 from llava_jax.errors import UserError
 
 REASONS = ("malformed", "role", "turn_order", "image_count", "outside_root", "missing_image", "broken_image",
-           "no_supervised_tokens", "too_long")
+           "no_supervised_tokens", "too_long", "unsupported")
 
 Image = str | bytes  # a path, or the encoded bytes of an image
 
@@ -43,8 +44,11 @@ class Record:
 
     id: str
     images: tuple[Image, ...]  # in the order of their <image> in the turns
-    turns: tuple[dict[str, str], ...]  # {"from": "human" | "gpt", "value": text}; the first may be from "system"
+    # {"from": "human" | "gpt", "value": text}; the first may be from "system"; an answer that is not learned has
+    # "loss": False as well.
+    turns: tuple[dict[str, Any], ...]
     source: str  # file and row, for messages
+    unknown: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # keys that nothing reads
 
 
 def turns_key(row: Any) -> str | None:
@@ -64,9 +68,11 @@ def parse_row(row: Any, where: str) -> Record:
     - Images are the row's `image` or `images`: a path, {"bytes", "path"} or a list of these; or the parts' own (`path`,
       `url`, `base64`, `image`). A `data:` URL holds the image itself. Every `<image>` takes the next one, a part with
       an `index` the one of that number.
-    - A system text is a first turn or the row's `system`.
+    - A system text is a first turn or the row's `system` or `system_prompt`.
+    - A turn's `weight`, `loss`, `train`, `masked` (fields.py has all) keep an answer from being learned.
 
-    ShareGPT rows, which may open with an answer, are read as they are: encoding drops that turn. Raises BadRow.
+    ShareGPT rows, which may open with an answer, are read as they are: encoding drops that turn. Raises BadRow, also
+    for what cannot be honoured: other media, boxes, tools.
     """
     if not isinstance(row, Mapping):
         raise BadRow("malformed", f"{where}: a row must be an object, not {kind(row)}")
@@ -83,13 +89,18 @@ def parse_row(row: Any, where: str) -> Record:
         if key is None:
             has = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"a row must have one of {', '.join(FORMATS)}; this one has {has:.200}")
-        turns, slots = _turns(_query_turns(row) if key == "query" else row[key], row.get("system"))
+        fields.check_row(row)
+        given = _query_turns(row) if key == "query" else _turn_list(row[key])
+        turns, slots = _turns(given, _system(row))
         images = _fill(slots, _column(row))
+        unknown = fields.unknown_keys(row, key, given)
     except BadRow as bad:
         raise BadRow(bad.reason, f"{where}: {bad}") from None
+    except fields.Unsupported as error:
+        raise BadRow("unsupported", f"{where}: {error}") from None
     except ValueError as error:
         raise BadRow("malformed", f"{where}: {error}") from None
-    return Record(str(record_id), images, turns, where)
+    return Record(str(record_id), images, turns, where, unknown)
 
 
 def kind(value: Any) -> str:
@@ -126,8 +137,7 @@ def _query_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 _Slot = Image | int | None
 
 
-def _turns(value: Any, system: Any) -> tuple[tuple[dict[str, str], ...], list[_Slot]]:
-    """The turns in LLaVA's form, and a slot for every `<image>` in them."""
+def _turn_list(value: Any) -> list[Any]:
     if isinstance(value, Mapping):  # in columns, as Arrow and TFDS may hold a list of objects
         columns = {key: list(column) for key, column in value.items() if isinstance(column, list | tuple)}
         if len({len(column) for column in columns.values()}) != 1:
@@ -135,11 +145,25 @@ def _turns(value: Any, system: Any) -> tuple[tuple[dict[str, str], ...], list[_S
         value = [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
     if not isinstance(value, list) or not value:
         raise UserError(f"the turns must be a list, not {kind(value)}")
+    return value
+
+
+def _system(row: Mapping[str, Any]) -> str | None:
+    """The system text beside the turns."""
+    given = {key: row[key] for key in fields.SYSTEM if row.get(key) not in (None, "")}
+    for key, text in given.items():
+        if not isinstance(text, str):
+            raise UserError(f"{key} must be text, not {kind(text)}")
+    if len(set(given.values())) > 1:
+        raise UserError(f"the row is ambiguous: {' and '.join(given)} differ; leave one")
+    return next(iter(given.values()), None)
+
+
+def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], ...], list[_Slot]]:
+    """The turns in LLaVA's form, and a slot for every `<image>` in them."""
     turns, slots = [], []
-    if system is not None and system != "":
-        if not isinstance(system, str):
-            raise UserError(f"system must be text, not {kind(system)}")
-        text, slots = _content(system, "system")
+    if system is not None:
+        text, slots = _content(system, "system", False)
         turns.append({"from": "system", "value": text})
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
@@ -149,9 +173,12 @@ def _turns(value: Any, system: Any) -> tuple[tuple[dict[str, str], ...], list[_S
         if not isinstance(role, str) or role.lower() not in ROLES:
             what = f"is from {role!r:.80}" if role else "names no role"
             raise BadRow("role", f"turn {number} {what}; it must be from 'human' (user) or 'gpt' (assistant)")
-        text, own = _content(turn.get(text), f"turn {number}'s {text}")
-        if text or ROLES[role.lower()] != "system":  # an empty system text is none, as in the row's `system`
-            turns.append({"from": ROLES[role.lower()], "value": text})
+        role, name = ROLES[role.lower()], f"turn {number}"
+        fields.check_turn(turn, name)
+        learned = fields.is_learned(turn, name, role == "gpt")
+        text, own = _content(turn.get(text), f"{name}'s {text}", role == "gpt")
+        if text or role != "system":  # an empty system text is none, as in the row's `system`
+            turns.append({"from": role, "value": text} | ({"loss": False} if role == "gpt" and not learned else {}))
         slots += own
     _check_order([turn["from"] for turn in turns], len(turns) - len(value))
     return tuple(turns), slots
@@ -167,9 +194,10 @@ def _check_order(roles: list[str], offset: int) -> None:
         raise BadRow("turn_order", "there is no human turn")
 
 
-def _content(content: Any, name: str) -> tuple[str, list[_Slot]]:
+def _content(content: Any, name: str, is_answer: bool) -> tuple[str, list[_Slot]]:
     """A turn's text, and a slot for every `<image>` in it."""
     if isinstance(content, str):
+        fields.check_text(content, name, is_answer)
         return check_text(content, name), [None] * content.count("<image>")
     if not isinstance(content, list):
         raise UserError(f"{name} must be text or a list of parts, not {kind(content)}")
@@ -177,11 +205,13 @@ def _content(content: Any, name: str) -> tuple[str, list[_Slot]]:
     for number, part in enumerate(content, 1):
         sort = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
         if sort == "text":
-            text, own = _content(part if isinstance(part, str) else part.get("text"), f"{name}, part {number}")
+            text = part if isinstance(part, str) else part.get("text")
+            text, own = _content(text, f"{name}, part {number}", is_answer)
         elif sort in ("image", "image_url"):
             text, own = "<image>", [_own_image(part, f"{name}, part {number}")]
         else:
-            raise UserError(f"{name}, part {number} is of type {sort!r:.80}; text, image and image_url can be read")
+            mistake = fields.Unsupported if isinstance(sort, str) and re.search("video|audio", sort) else UserError
+            raise mistake(f"{name}, part {number}: type {sort!r:.80}; text, image and image_url can be read")
         texts.append(text)
         slots += own
     return "\n".join(texts), slots

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+from llava_jax.data import fields
 from llava_jax.data.json_rows import JsonRows
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_row, turns_key
@@ -15,7 +16,7 @@ from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
 
 SAMPLED = 100  # first rows that tell a file's format
-NEEDED = {*FORMATS, "id", "image", "images", "system", "response", "history"}  # keys that a record is made of
+NEEDED = {*FORMATS, *fields.READ}  # keys that a record is made of, or that make a row unusable
 LARGEST_MIXTURE = 1 << 20  # bytes of a mixture file
 
 
@@ -39,6 +40,8 @@ class Source:
         record = parse_row(row, where)
         if row.get(self.key) is None:
             raise BadRow("malformed", f"{record.source}: has {turns_key(row)}, the rows before it have {self.key}")
+        if others := self._unread(index):
+            record = dataclasses.replace(record, unknown=(*others, *record.unknown))
         if not record.images:
             return record
         return dataclasses.replace(record, images=tuple(self._resolve(image, record) for image in record.images))
@@ -55,6 +58,15 @@ class Source:
     def where(self, index: int) -> str:
         """File and number of a row, for messages."""
         return self.rows.where(index)
+
+    def _unread(self, index: int) -> list[str]:
+        """Fields that were not even read."""
+        match self.rows:
+            case ParquetRows():
+                return sorted({*self.rows.columns(index)} - NEEDED)
+            case TfdsRows():
+                return self.rows.left_out
+        return []
 
     def _resolve(self, image: str | bytes, record: Record) -> str | bytes:
         if isinstance(image, bytes):
@@ -165,7 +177,8 @@ def _find_format(rows: Any) -> str:
         if key is not None:
             found.setdefault(key, i + 1)
         elif isinstance(row, dict):
-            others.append(", ".join(map(str, row)) or "nothing")
+            names = rows.columns(i) if isinstance(rows, ParquetRows) else row
+            others.append(", ".join(map(str, names)) or "nothing")
     if len(found) > 1:
         seen = ", ".join(f"row {row} has {key}" for key, row in found.items())
         raise UserError(f"{rows.path}: the file is ambiguous: {seen}; split it into files of one format each")

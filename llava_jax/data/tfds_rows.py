@@ -9,11 +9,11 @@ import bisect
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import re
 from typing import Any, Literal
 
+from llava_jax import files
 from llava_jax.data.records import BadRow
 from llava_jax.errors import UserError
 
@@ -39,10 +39,10 @@ class TfdsRows:
 
     `path` is a version folder (.../1.0.0) or the folder of a single one, here or on gs://. `FOLDER:SPLIT` chooses a
     split; without it the only one or "train" is read. Texts are str, images their encoded bytes, sequences lists,
-    sequences of several features lists of dicts. Features of other types (audio, video, arrays, boxes in
-    another format than TFDS's own) are left out.
+    sequences of several features lists of dicts. Features of other types (arrays, boxes in another format than TFDS's
+    own) are left out, and named in `left_out`.
 
-    Raises UserError, one line, if this is no such data set or a shard is missing; `rows[i]`
+    Raises UserError, one line, if this is no such data set, has videos or audio, or a shard is missing; `rows[i]`
     raises BadRow ("malformed") for a damaged row, UserError for a shard that is damaged as a whole, and OSError where
     reading fails. Small when pickled: shards are opened where they are read.
     """
@@ -51,15 +51,21 @@ class TfdsRows:
         self.path = path
         folder, wanted = _split_off(path)
         self._folder = _version_folder(folder)
-        info, features = (_read_json(_join(self._folder, name)) for name in ("dataset_info.json", "features.json"))
+        missing = "no such file; without it the folder is no TFDS data set"
+        info, features = (files.read_json(_open_path(_join(self._folder, name)), dict, missing)
+                          for name in ("dataset_info.json", "features.json"))
         try:
-            self._features = _parse_features(features, self._folder)
+            self._features, self.left_out = _parse_features(features, self._folder), _left_out(features, self._folder)
             stored = info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", ())
             splits = {split["name"]: split for split in info.get("splits", ())}
             lengths = {name: [int(n) for n in split.get("shardLengths", ())] for name, split in splits.items()}
-            shards = {name: _shard_names(info["name"], split, len(lengths[name])) for name, split in splits.items()}
-            if not all(isinstance(name, str) and sum(counts) < 2**48 for name, counts in lengths.items()):
-                raise UserError("the splits' names or shard lengths")
+            shards = {name: _shard_names(info["name"], split, len(lengths[name]), self._folder)
+                      for name, split in splits.items()}
+            sizes = [count for counts in lengths.values() for count in counts]
+            if not all(isinstance(name, str) for name in lengths) or min(sizes, default=0) < 0 or sum(sizes) >= 2**48:
+                raise ValueError("the splits' names or shard lengths")
+        except UserError:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self._folder}: its metadata are not what TFDS writes ({error!r:.200})") from None
         if not isinstance(self._features, dict):
@@ -181,7 +187,8 @@ def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = (
     if "image" in spec:
         return Leaf("image")
     if "classLabel" in spec:
-        names = _open_path(_join(folder, "-".join(path) + ".labels.txt"))
+        name = "-".join(path) + ".labels.txt"
+        names = _open_path(_join(folder, _inside(name, folder)))
         return Leaf("label", tuple(names.read_text().split("\n"))) if names.exists() else Leaf("number")
     if "boundingBox" in spec:
         return Leaf("box") if spec["boundingBox"].get("bboxFormat", "REL_YXYX") == "REL_YXYX" else None
@@ -190,6 +197,19 @@ def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = (
         return None
     kinds = {"string": "string", "object": "string", "bool": "bool"}
     return Leaf(kinds.get(tensor["dtype"], "number"))
+
+
+def _left_out(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> list[str]:
+    """The paths of features that `_parse_features` leaves out. UserError for a video or audio."""
+    if "featuresDict" in spec:
+        inner = spec["featuresDict"]["features"].items()
+        return [found for name, feature in inner for found in _left_out(feature, folder, (*path, name))]
+    for kind in ("video", "audio"):
+        if kind in spec or str(spec.get("pythonClassName")).lower().endswith(f".{kind}"):
+            raise UserError(f"{folder}: feature {'/'.join(path)} is {kind}; only texts and images can be learned")
+    if "sequence" in spec:
+        return _left_out(spec["sequence"]["feature"], folder, path)
+    return [] if _parse_features(spec, folder, path) else ["/".join(path)]
 
 
 def _value(feature: Feature, name: str, depth: int, columns: Any) -> Any:
@@ -275,25 +295,24 @@ def _choose_split(splits: list[str], wanted: str, path: str) -> str:
     return wanted or ("train" if "train" in splits else splits[0])
 
 
-def _shard_names(name: str, split: dict[str, Any], count: int) -> list[str]:
+# Not str.format: the template comes with the data, and a format's width alone can ask for gigabytes.
+_FIELD = re.compile(r"\{(DATASET|SPLIT|FILEFORMAT|NUM_SHARDS|SHARD_INDEX|SHARD_X_OF_Y)\}")
+
+
+def _shard_names(name: str, split: dict[str, Any], count: int, folder: str) -> list[str]:
     template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     digits = max(5, len(str(count)))
     parts = {"DATASET": name, "SPLIT": split["name"], "FILEFORMAT": "array_record", "NUM_SHARDS": f"{count:0{digits}}"}
     numbers = [f"{shard:0{digits}}" for shard in range(count)]
-    places = [{"SHARD_INDEX": number, "SHARD_X_OF_Y": f"{number}-of-{count:0{digits}}"} for number in numbers]
-    return [template.format(**parts, **place) for place in places]
+    fields = [parts | {"SHARD_INDEX": number, "SHARD_X_OF_Y": f"{number}-of-{count:0{digits}}"} for number in numbers]
+    return [_inside(_FIELD.sub(lambda found, given=given: given[found[1]], template), folder) for given in fields]
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(_open_path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; without it the folder is no TFDS data set") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: broken JSON ({_line(error)})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not what TFDS writes: the file holds no object")
-    return content
+def _inside(name: str, folder: str) -> str:
+    """The name of a file of the data set. UserError if it would be read outside of the folder."""
+    if {"", ".", ".."} & {*name.split("/")} or "\0" in name or "\\" in name:
+        raise UserError(f"{folder}: its metadata name a file outside of the folder, {name!r:.200}; nothing was read")
+    return name
 
 
 def _open_path(path: str) -> Any:

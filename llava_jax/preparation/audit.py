@@ -27,6 +27,7 @@ class Audit:
       rows: ROW of every row, source by source.
       images: how many different ones there are.
       counts: findings by kind, of every source.
+      unknown: number of rows by key that nothing reads, of every source.
       first, shown: the first KEPT findings, and the first KEPT_OF_KIND of every kind.
     """
 
@@ -35,6 +36,7 @@ class Audit:
         self.rows = np.zeros(mixture.starts[-1], ROW)
         self.images = 0
         self.counts = [collections.Counter() for _ in mixture.sources]
+        self.unknown = [collections.Counter() for _ in mixture.sources]
         self.first: list[Finding] = []
         self.shown: list[Finding] = []
         self._shown: collections.Counter[str] = collections.Counter()
@@ -63,7 +65,8 @@ class Audit:
         for which, source in enumerate(self.mixture.sources):
             figures = _figures(self.rows[self.mixture.starts[which] : self.mixture.starts[which + 1]])
             about = {"path": source.path, "format": source.format, "rows_per_epoch": self.mixture.counts[which]}
-            sources.append({**about, **figures, "findings": _ordered(self.counts[which])})
+            sources.append({**about, **figures, "findings": _ordered(self.counts[which]),
+                            "unknown_keys": dict(sorted(self.unknown[which].items()))})
         figures = _figures(self.rows)
         figures["images"]["distinct"] = self.images
         findings = _ordered(sum(self.counts, collections.Counter()))
@@ -72,6 +75,7 @@ class Audit:
             **figures,
             "findings": findings,
             "allowed": list(allowed),
+            "unknown_keys": dict(sorted(sum(self.unknown, collections.Counter()).items())),
             "packing": figures["tokens"] and self._estimate_packing(max_length, images_per_row, rows),
             "sources": sources,
             "bad_rows": [finding.as_json() for finding in self.first],
@@ -119,6 +123,7 @@ def audit(checker: Checker, mixture: Mixture, workers: int, save: Callable[[Find
         for (which, start, stop), chunk in zip(tasks, pool.map(tasks), strict=True):
             result.rows[starts[which] + start : starts[which] + stop] = chunk.rows
             images.append(chunk.images)
+            result.unknown[which] += chunk.unknown
             for finding in chunk.findings:
                 result.add(which, finding)
             bar.update(stop - start)

@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
 
+from llava_jax.cli import printable
 from llava_jax.config import Data, Stage
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
@@ -29,13 +31,15 @@ class Check:
 
     Exits with 0 if nothing was found, or only what --allow names; with 1 if something was; with 2 if the data cannot be
     opened. Rows that cannot be used are malformed, role, turn_order, image_count, outside_root, missing_image,
-    broken_image, no_supervised_tokens, too_long. Rows that training would take, but that look wrong, are empty_answer,
-    empty_question, wrong_type, animated, separator, duplicate_id, duplicate, duplicate_question.
+    broken_image, no_supervised_tokens, too_long, unsupported. Rows that training would take, but that look wrong, are
+    empty_answer, empty_question, wrong_type, animated, separator, media_mark, duplicate_id, duplicate,
+    duplicate_question.
 
     --json prints one object. ok: whether the exit code is 0. rows, good_rows (training would take them) and
     text_only_rows (good, without image). images: references, distinct, and per_row, how many good rows have how many.
     tokens, of the good rows: total, learned, learned_share, min, median, mean, p95, max, and histogram, a list of
-    [from, below, rows]; null without a model. findings: how many of each kind. allowed: kinds. packing, of an epoch:
+    [from, below, rows]; null without a model. findings: how many of each kind. allowed: kinds. unknown_keys: how many
+    rows have a field that nothing reads (turn.NAME: a turn's). packing, of an epoch:
     row_length, images_per_row, rows, token_fill, image_fill, rows_per_step, steps; null without a model. sources:
     path, format, rows_per_epoch and the figures above of each. bad_rows: the first 1000 findings, each with source,
     row and line (from 1; line may be null), id, kind, message and usable (whether training would take the row).
@@ -148,7 +152,7 @@ def _temporary_beside(path: str) -> Any:
 
 def describe(report: dict[str, Any], shown: Sequence[Finding]) -> str:
     """A report as text of at most WIDTH columns, with some of its findings."""
-    lines = [*_findings(report, shown), *_sources(report), *_images(report), *_tokens(report)]
+    lines = [*_findings(report, shown), *_sources(report), *_unknown(report), *_images(report), *_tokens(report)]
     return "\n".join(map(_fit, lines))
 
 
@@ -158,7 +162,7 @@ def _findings(report: dict[str, Any], shown: Sequence[Finding]) -> list[str]:
         file = f"{os.path.basename(finding.source)}, " if len(report["sources"]) > 1 else ""
         line = f" (line {finding.line})" if finding.line else ""
         named = f", id {finding.id:.40}" if finding.id else ""
-        lines.append(f"{finding.kind:20} {file}row {finding.row}{line}{named}: {finding.message}")
+        lines.append(_wrap(f"{finding.kind:20} ", f"{file}row {finding.row}{line}{named}: {finding.message}"))
     more = sum(report["findings"].values()) - len(shown)
     if more:
         lines.append(f"... and {more:,} more (--bad-rows FILE writes all of them)")
@@ -180,6 +184,12 @@ def _sources(report: dict[str, Any]) -> list[str]:
         figures = (source["rows"], source["good_rows"], source["rows_per_epoch"], sum(source["findings"].values()))
         lines.append(f"{name:47}" + "".join(f"{figure:13,}" for figure in figures))
     return lines
+
+
+def _unknown(report: dict[str, Any]) -> list[str]:
+    keys = sorted(report["unknown_keys"].items(), key=lambda item: -item[1])
+    named = ", ".join(f"{key:.40} in {rows:,}" for key, rows in keys)
+    return [_wrap("not read  ", f"{named} rows")] if keys else []
 
 
 def _images(report: dict[str, Any]) -> list[str]:
@@ -212,7 +222,13 @@ def _bars(unit: str, counts: Sequence[tuple[str, int]]) -> list[str]:
     return [f"{name:>21} {unit} {count:>12,} {'█' * -(-48 * count // most)}" for name, count in counts]
 
 
-def _fit(line: str) -> str:
-    """The line without what could confuse a terminal; one that is too long loses its middle."""
-    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 43]}...{line[-40:]}"
+def _wrap(start: str, text: str) -> str:
+    """`start` and a text of any length, on as many lines as it needs: what is wrong is never cut."""
+    text = printable(" ".join(text.split()))
+    return textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+
+
+def _fit(lines: str) -> str:
+    """Lines without what could confuse a terminal; one that is still too long loses its middle."""
+    shown = printable(lines).split("\n")
+    return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 43]}...{line[-40:]}" for line in shown)

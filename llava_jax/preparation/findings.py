@@ -1,5 +1,6 @@
 """What is wrong with a row of a data set: all that can be told at once, not only what comes first."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from llava_jax.data.fields import ANY_MARK
 from llava_jax.data.records import REASONS, BadRow, Record
 from llava_jax.data.sources import Source
 from llava_jax.images import MAX_PIXELS, open_image, prepare
@@ -30,6 +32,7 @@ SUSPECT = {
     "wrong_type": "an image of another type than its name says",
     "animated": "an image of several frames; training sees the first",
     "separator": "text that is a mark of the template or a special token",
+    "media_mark": "text that looks like the place of a video, audio or image",
     "duplicate_id": "the id of an earlier row of the same source",
     "duplicate": "images, questions and answers of an earlier row",
     "duplicate_question": "images and questions of an earlier row, other answers",
@@ -65,6 +68,7 @@ class Chunk(NamedTuple):
     rows: np.ndarray  # ROW [rows]
     images: np.ndarray  # uint64: a hash of every image, each once
     findings: list[Finding]
+    unknown: collections.Counter[str]  # keys that nothing reads, by how many rows have them
 
 
 class Words:
@@ -96,6 +100,7 @@ class Checker:
         source = self.sources[which]
         rows = np.zeros(stop - start, ROW)
         findings: list[Finding] = []
+        unknown: collections.Counter[str] = collections.Counter()
         images: dict[int, list[tuple[str, str]]] = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's: what it warns of is either found here or harmless
@@ -103,11 +108,12 @@ class Checker:
                 record, problems = self._check(source, index, row, images)
                 row["good"] = not any(kind in REASONS for kind, _ in problems)
                 if record is not None:
+                    unknown.update(record.unknown)
                     row["id"] = _hash(f"{which}:{record.id}") if record.id else 0
                 if problems:
                     found_id = read_id(source, index) if record is None else record.id
                     findings += [Finding(*place(source, index), found_id, *problem) for problem in problems]
-        return Chunk(rows, np.fromiter(images, np.uint64, len(images)), findings)
+        return Chunk(rows, np.fromiter(images, np.uint64, len(images)), findings, unknown)
 
     def _check(
         self, source: Source, index: int, row: np.void, seen: dict[int, list[tuple[str, str]]]
@@ -179,8 +185,8 @@ class Checker:
         try:
             # One token for each image is quicker, and how many more there would be is known.
             example = encode_conversation(record.turns, settings.template, settings.tokenizer or Words(), 1)
-        except NoSupervisedTokens:
-            return [("no_supervised_tokens", "no answer with text")]
+        except NoSupervisedTokens as error:
+            return [("no_supervised_tokens", str(error).removeprefix("nothing to learn: the conversation has "))]
         except ValueError as error:
             return [("malformed", str(error))]
         problems = []
@@ -209,6 +215,8 @@ class Checker:
                     problems.append(("empty_answer", f"turn {number} has no text"))
             for mark in _find_marks(text, separators(self.settings.template), self.settings.tokenizer):
                 marks.setdefault(mark, number)
+            if role == "human" and (mark := ANY_MARK.search(text)):
+                problems.append(("media_mark", f"turn {number} holds {mark[0]}"))
         if marks:
             found = ", ".join(f"turn {number} holds {mark!r}" for mark, number in list(marks.items())[:4])
             problems.append(("separator", found))

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
@@ -146,6 +147,7 @@ class Pack:
             "images": dataclasses.asdict(examples.encoding) if self.image_size else {},
             "shards": self.shards or self.shard_size,
             "name": [name, version, self.split],
+            "features": hashlib.sha256(json.dumps(FEATURES).encode()).hexdigest()[:16],
         }
         path = _inner(self.out, "plan.json")
         begun = {}

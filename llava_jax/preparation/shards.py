@@ -140,10 +140,14 @@ def _sequence(feature: dict[str, Any]) -> dict[str, Any]:
 _text = _feature("text_feature.Text", text={})
 _image = _feature("image_feature.Image", image={"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"})
 
-# features.json, as TFDS writes it.
-FEATURES = _dict(
-    {"id": _text, "images": _sequence(_image), "conversations": _sequence(_dict({"from": _text, "value": _text}))}
-)
+_flag = _feature("scalar.Scalar", tensor={"shape": {}, "dtype": "bool", "encoding": "none"})
+
+# features.json, as TFDS writes it. loss: whether a turn is learned.
+FEATURES = _dict({
+    "id": _text,
+    "images": _sequence(_image),
+    "conversations": _sequence(_dict({"from": _text, "value": _text, "loss": _flag})),
+})  # fmt: skip
 
 
 def _serialise(record: Record, images: list[bytes]) -> bytes:
@@ -156,6 +160,8 @@ def _serialise(record: Record, images: list[bytes]) -> bytes:
     example = example_type()()
     for name, values in columns.items():
         example.features.feature[name].bytes_list.value.extend(values)  # also of nothing: TFDS wants the list
+    learned = [int(turn["from"] == "gpt" and turn.get("loss", True)) for turn in record.turns]
+    example.features.feature["conversations/loss"].int64_list.value.extend(learned)
     return example.SerializeToString(deterministic=True)
 
 

@@ -30,13 +30,13 @@ class Example(NamedTuple):
 
 
 def encode_conversation(
-    turns: Sequence[Mapping[str, str]],
+    turns: Sequence[Mapping[str, Any]],
     template: str | Template,
     tokenizer: Tokenizer,
     tokens_per_image: int = 576,
     max_length: int | None = None,
 ) -> Example:
-    """Tokens and labels of one conversation: every answer and what ends it is learned, nothing else.
+    """Tokens and labels of one conversation: answers and what ends them are learned, nothing else.
 
     As LLaVA does: a first turn that is not human is dropped; the text is cut at each `<image>` and the pieces are
     tokenized apart. Labels are told from where a token stands in the text, so no answer is lost to a tokenizer that
@@ -45,17 +45,18 @@ def encode_conversation(
     Args:
       turns: [{"from": "human" | "gpt", "value": str}, ...], alternating. A value with exactly one `<image>` gets it
         moved to its front, followed by a newline; a value with several keeps each where it stands. A first turn from
-        "system" replaces the template's system text.
+        "system" replaces the template's system text. An answer with "loss": False is read and not learned.
       template: a name of `templates.TEMPLATES`, or a template.
       tokens_per_image: visual tokens that each `<image>` stands for.
       max_length: the most tokens allowed.
 
     Raises NoSupervisedTokens, TooLong, and UserError that names the turn for a conversation that is none.
     """
-    system, read = _read_turns(turns)
-    example = _encode(spans(read, get(template), system), tokenizer, tokens_per_image)
+    system, read, unlearned = _read_turns(turns)
+    example = _encode(spans(read, get(template), system, unlearned=unlearned), tokenizer, tokens_per_image)
     if not (example.labels != IGNORE).any():
-        raise NoSupervisedTokens("nothing to learn: the conversation has no answer with text")
+        left_out = " that is to be learned" if unlearned else ""
+        raise NoSupervisedTokens(f"nothing to learn: the conversation has no answer with text{left_out}")
     if max_length is not None and len(example.tokens) > max_length:
         over = len(example.tokens) - max_length
         raise TooLong(f"{len(example.tokens)} tokens, {over} more than max_length {max_length}")
@@ -96,8 +97,8 @@ def answer_ends(template: str | Template, tokenizer: Tokenizer) -> tuple[frozens
     return ids, () if end is not None else (template.end,)
 
 
-def _read_turns(turns: Sequence[Mapping[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
-    """The system text, if there is one, and the turns from the first human one on."""
+def _read_turns(turns: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tuple[str, str]], set[int]]:
+    """The system text, if there is one; the turns from the first human one on; which of these are not learned."""
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     read = []
     for i, turn in enumerate(turns):
@@ -115,7 +116,7 @@ def _read_turns(turns: Sequence[Mapping[str, str]]) -> tuple[str | None, list[tu
     for i, (role, _) in enumerate(read):
         if role != ("assistant" if i % 2 else "user"):
             raise UserError(f"turn {i + dropped} is from {turns[i + dropped]['from']!r}, as the turn before it is")
-    return system, read
+    return system, read, {i for i, turn in enumerate(turns[dropped:]) if turn.get("loss") is False}
 
 
 def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: int) -> Example:

@@ -7,7 +7,7 @@ Face all follow from it. The strings are those of the published LLaVA checkpoint
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -215,8 +215,12 @@ def get(template: str | Template) -> Template:
 
 
 def spans(
-    turns: Sequence[tuple[str, str]], template: Template, system: str | None = None, open_answer: bool = False,
+    turns: Sequence[tuple[str, str]],
+    template: Template,
+    system: str | None = None,
+    open_answer: bool = False,
     verbatim: bool = False,
+    unlearned: Collection[int] = (),
 ) -> list[Span]:
     """Lays out a conversation; the texts of the spans join to the rendered conversation.
 
@@ -227,6 +231,7 @@ def spans(
       open_answer: end with the opening of an assistant turn, to be continued by the model.
       verbatim: write texts as they are: outer blanks stay, and an image is a bare `<image>` in every template. LLaVA's
         benchmark scripts asked so, unlike its training.
+      unlearned: indices of the turns whose answers are only read.
 
     As in LLaVA, an empty text leaves its turn open: only the role is written, nothing is learned and nothing ends it.
     Raises UserError where the format has no place for what is given.
@@ -246,7 +251,7 @@ def spans(
             context += _question(text, template, first=i == 0, system=inside)
         elif text or template.captions:
             answer = template.gap + text + template.before_end + template.end
-            laid_out += [Span(context + template.assistant, False), Span(answer, True)]
+            laid_out += [Span(context + template.assistant, False), Span(answer, i not in unlearned)]
             context = template.after_end
         else:
             context += template.assistant

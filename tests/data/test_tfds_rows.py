@@ -217,6 +217,68 @@ def test_sequences_of_sequences_as_tfds_reads_them(copied):
     assert texts == [[part["text"] for part in message["content"]] for message in read["messages"]]
 
 
+@pytest.mark.parametrize("template", ["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "{SPLIT}-{SHARD_INDEX}",
+                                      "shards/{DATASET}-{NUM_SHARDS}.{SHARD_INDEX}"])
+def test_names_of_shards_follow_the_template(copied, template):
+    edit(copied, "dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate=template))
+    before, fields = f"{copied}/chat-train.array_record-00000-of-00001", {"DATASET": "chat", "SPLIT": "train"}
+    fields |= {"FILEFORMAT": "array_record", "NUM_SHARDS": "00001", "SHARD_INDEX": "00000"}
+    after = f"{copied}/{template.format(**fields, SHARD_X_OF_Y='00000-of-00001')}"
+    os.makedirs(os.path.dirname(after), exist_ok=True)
+    os.rename(before, after)
+    assert TfdsRows(copied)[3] == row(3)
+
+
+@pytest.mark.parametrize("template", ["../copy/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "/etc/{SPLIT}",
+                                      "a/../../{SPLIT}", "gs://bucket/{SPLIT}", "..", "a//{SPLIT}", "..\\\\{SPLIT}"])
+def test_no_file_outside_the_folder_is_read(copied, template):
+    edit(copied, "dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate=template))
+    with pytest.raises(UserError, match="its metadata name a file outside of the folder"):
+        TfdsRows(copied)
+
+
+@pytest.mark.parametrize("key", ["name", "split", "feature"])
+def test_no_name_leads_outside(copied, key):
+    def rename(content):
+        if key == "feature":
+            features = content["featuresDict"]["features"]
+            features["/../../label"] = features.pop("label")
+        elif key == "name":
+            content["name"] = "../chat"
+        else:
+            content["splits"][0]["name"] = "/tmp/x"
+
+    edit(copied, "features.json" if key == "feature" else "dataset_info.json", rename)
+    if key != "feature":
+        edit(copied, "dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate="{DATASET}/{SPLIT}"))
+    with pytest.raises(UserError, match="its metadata name a file outside of the folder"):
+        TfdsRows(copied)
+
+
+@pytest.mark.parametrize("template", ["{DATASET:>9999999999}", "{DATASET.__class__}", "{0}", "{", 7, ["x"]])
+def test_a_template_is_no_program(copied, template):
+    edit(copied, "dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate=template))
+    with pytest.raises(UserError, match="shard of split train is missing|not what TFDS writes"):
+        TfdsRows(copied)
+
+
+@pytest.mark.parametrize("kind, spec", [("video", {"video": {"shape": {}}}), ("audio", {"audio": {"dtype": "int64"}}),
+                                        ("video", {"pythonClassName": "tfds.features.video_feature.Video"})])
+def test_videos_and_audio_are_refused_by_name(copied, kind, spec):
+    def add(content):
+        content["featuresDict"]["features"]["clip"] = {"sequence": {"feature": spec}, "pythonClassName": "x"}
+
+    edit(copied, "features.json", add)
+    with pytest.raises(UserError, match=f"feature clip is {kind}; only texts and images can be learned"):
+        TfdsRows(copied)
+
+
+def test_features_that_are_left_out_are_named(copied):
+    assert TfdsRows(copied).left_out == ["array", "pixels"]
+    edit(copied, "features.json", lambda features: features["featuresDict"]["features"].pop("image"))
+    assert {"array", "pixels", "nested"} <= {*open_source(copied)[1].unknown}
+
+
 def test_other_file_formats_say_how_to_write_them_anew(copied):
     edit(copied, "dataset_info.json", lambda info: info.update(fileFormat="riegeli"))
     with pytest.raises(UserError, match="is stored as riegeli; write it anew as ArrayRecord, with tfds.builder"):

@@ -430,6 +430,7 @@ def test_text_for_people(tmp_path, capsys):
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100 and "\x1b" not in text
+    assert all(f"{i}.jpg: no such image file" in " ".join(text.split()) for i in range(5))  # wrapped, never cut
     findings = [line.split()[0] for line in lines if ", id " in line]
     assert findings == ["missing_image"] * 5 + ["separator"] * 5 + ["duplicate_id"] * 5
     assert "... and 30 more (--bad-rows FILE writes all of them)" in lines
@@ -437,6 +438,25 @@ def test_text_for_people(tmp_path, capsys):
     assert "rows      39, of which 9 can be used" in lines and any(line.startswith("packing") for line in lines)
     check(path, "--workers", 0)
     assert "tokens    not counted: lengths, too_long and packing need --model" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_never_cut(tmp_path, capsys):
+    bad = row(1, conversations=[{"from": "human", "value": "a"}, {"from": "bot\x1b[31m", "value": "b"}])
+    path = write(tmp_path, [{**bad, "id": "conversation-" + "0" * 40}])
+    assert check(path, "--workers", 0) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "turn 2 is from 'bot\\x1b[31m'; it must be from 'human' (user) or 'gpt' (assistant)" in text
+
+
+def test_fields_that_nothing_reads_are_counted(tmp_path, capsys):
+    rows = [row(i) | {"score": i, "source": None} for i in range(3)]
+    rows[1]["conversations"][0]["name\u202e"] = "x"
+    path = write(tmp_path, rows)
+    assert check(path, "--json", "--workers", 0) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unknown_keys"] == found["sources"][0]["unknown_keys"] == {"score": 3, "turn.name\u202e": 1}
+    check(path, "--workers", 0)
+    assert "not read  score in 3, turn.name\ufffd in 1 rows" in capsys.readouterr().out
 
 
 def test_a_rare_kind_is_shown_behind_a_thousand_of_another(tmp_path, capsys):

@@ -54,7 +54,9 @@ def test_what_tfds_itself_would_have_written(data, tmp_path):
         {
             "id": tfds.features.Text(),
             "images": tfds.features.Sequence(tfds.features.Image()),
-            "conversations": tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()}),
+            "conversations": tfds.features.Sequence(
+                {"from": tfds.features.Text(), "value": tfds.features.Text(), "loss": tfds.features.Scalar(np.bool_)}
+            ),
         }
     )
     out = run(data, tmp_path / "set")
@@ -63,7 +65,8 @@ def test_what_tfds_itself_would_have_written(data, tmp_path):
     total = 0
     for row in expected(data):
         files = [io.BytesIO(image) for image in row["images"]]
-        example = {"id": row["id"], "images": files, "conversations": row["turns"]}
+        turns = [turn | {"loss": turn["from"] == "gpt"} for turn in row["turns"]]
+        example = {"id": row["id"], "images": files, "conversations": turns}
         total += len(features.serialize_example(features.encode_example(example)))
     assert builder.info.splits["train"].num_bytes == total
 
@@ -74,6 +77,16 @@ def test_open_source_reads_back_the_same_records(data, tmp_path):
     for i in range(len(before)):
         old = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in before[i].images]
         assert (after[i].id, after[i].turns, list(after[i].images)) == (before[i].id, before[i].turns, old)
+
+
+def test_answers_that_are_not_learned_stay_so(tmp_path):
+    turns = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "purple", "weight": 0},
+             {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "green", "weight": 1}]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"messages": turns}, {"messages": turns[2:]}]))
+    packed = open_source(run(path, tmp_path / "set", shards=1))
+    assert [turn.get("loss", True) for turn in packed[0].turns] == [True, False, True, True]
+    assert [packed[i].turns for i in range(2)] == [open_source(path)[i].turns for i in range(2)]
 
 
 def test_any_rows_of_any_mixture_come_back(tmp_path):
