@@ -5,6 +5,7 @@ was made elsewhere is scored in the same way.
 """
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -34,6 +35,13 @@ BENCHES = {
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 SHORT = "\nAnswer the question using a single word or phrase."
 """What LLaVA-1.5 appends to a question, as its training data do (Improved Baselines with Visual Instruction Tuning)."""
+
+
+EXAMPLES, QUOTED = 3, 60  # answers that a note quotes, and characters of each
+NO_PHRASE = "are no word or short phrase, which is all that an exact match finds,"
+EMPTY = "are empty, with nothing to judge"
+LONGEST_PHRASE = 10  # words
+_MARKUP = re.compile(r"\*\*|__|```|^[#(\[<\"']|[!?:]$")
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,29 @@ class Bench:
     def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
         """Writes what the benchmark's server takes into `folder`; returns the paths."""
         return []
+
+
+def unread_notes(unread: Sequence[Answer], total: int, how: str) -> list[str]:
+    """A note on the answers from which the rules of scoring read nothing, with a few of them. `how` says what they lack
+    and how they count. Nothing if there are none.
+    """
+    if not unread:
+        return []
+    named = "; ".join(f"question {answer.id!r}: {quote(answer.text)}" for answer in unread[:EXAMPLES])
+    return [f"{len(unread):,} of {total:,} answers {how} ({named})"]
+
+
+def quote(text: str) -> str:
+    """The start of a text in quotation marks, safe to print."""
+    return repr(text if len(text) <= QUOTED else text[: QUOTED - 3] + "...")
+
+
+def is_phrase(text: str, form: str) -> bool:
+    """Whether an answer is a word or a short phrase, the only kind that an exact match finds: one line of a few words
+    with a Latin letter or digit, and no markup in `form`, the answer as it is compared.
+    """
+    return bool(re.search("[a-z0-9]", form)) and "\n" not in text.strip() and len(form.split()) <= LONGEST_PHRASE \
+        and not _MARKUP.search(form)
 
 
 def get(name: str) -> type[Bench]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, find, fits, read_json
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
@@ -48,6 +48,8 @@ class Gqa(QuestionFile):
         """
         truth, notes = self._truth(data), self.size_notes(questions)
         said = {answer.id: prediction(answer.text) for answer in answers}  # of doubled ones the last
+        unread = [answer for answer in answers if not is_phrase(answer.text, prediction(answer.text))]
+        notes += unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")
         if truth is None:
             notes.append(f"no score without {TRUTH}")
             return Scores({}, "", [Item(answer.id, None, read=said[answer.id]) for answer in answers], notes)

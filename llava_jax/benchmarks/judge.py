@@ -24,6 +24,7 @@ from llava_jax.benchmarks.judge_report import Report, write_report
 from llava_jax.benchmarks.llava_bench import Case, LlavaBench
 from llava_jax.benchmarks.questions import read_json
 from llava_jax.benchmarks.reviews import TOO_MANY_FAILED, Unscored, parse_as_published, parse_scores
+from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
@@ -176,7 +177,7 @@ class Judge:
         judge = {"model": self.model.model, "base_url": self.model.base_url, "parameters": self.model.parameters,
                  "prompts": rules.hash}
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "model"}
-        print(write_report(report, self.out, paths, judge, options))
+        print(printable(write_report(report, self.out, paths, judge, options)))
         if len(report.failed) > self.max_failed * len(jobs):
             print(f"more than --max-failed {self.max_failed:g} of the judgements failed", file=sys.stderr)
             return TOO_MANY_FAILED

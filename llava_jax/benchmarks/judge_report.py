@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llava_jax.benchmarks.bench import EXAMPLES, quote
 from llava_jax.benchmarks.reviews import (
     Figure,
     Review,
@@ -114,7 +115,7 @@ def write_report(report: Report, folder: str, paths: Mapping[str, str], judge: M
     }
     with replacing(os.path.join(folder, "judge.json")) as file:
         file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
-    text = _markdown(rows, content)
+    text = _markdown(rows, content, report.failed[:EXAMPLES])
     with replacing(os.path.join(folder, "judge.md")) as file:
         file.write(text.encode() + b"\n")
     return "\n".join(lines) if report.compat else text
@@ -130,7 +131,8 @@ def _means(runs: Sequence[Ratios]) -> tuple[Ratios, Ratios]:
             {category: statistics.stdev(found) for category, found in values.items() if len(found) > 1})
 
 
-def _markdown(rows: Mapping[str, tuple[Ratios, Ratios]], content: Mapping[str, Any]) -> str:
+def _markdown(rows: Mapping[str, tuple[Ratios, Ratios]], content: Mapping[str, Any],
+              examples: Sequence[Mapping[str, Any]]) -> str:
     cells = {name: {category: f"{mean:{'+' * (name == 'difference')}.1f}"
                     + (f" ± {deviations[category]:.1f}" if category in deviations else "")
                     for category, mean in means.items()} for name, (means, deviations) in rows.items()}
@@ -139,10 +141,12 @@ def _markdown(rows: Mapping[str, tuple[Ratios, Ratios]], content: Mapping[str, A
     failed = f"; {content['failed']:,} failed and {counted} ({reasons})" if content["failed"] else ""
     judge = content["judge"]
     replied = ", ".join(judge["replied_as"]) or "nobody"
+    named = "".join(f"- question {failure['question_id']!r}: {failure['reason']}: "
+                    f"{quote(failure.get('content', failure['detail']))}\n" for failure in examples)
     deviations = "; ± is the standard deviation of a run (n - 1)" if rows["reference first"][1] else ""
     return (table(cells, f"{content['bench']}, % of the reference") + "\n"
             f"{content['judgements']:,} judgements by {judge['model']} (replied as {replied}){failed}{deviations}\n"
-            f"prompts {judge['prompts'][:12]}, {content['date']}")
+            f"{named}prompts {judge['prompts'][:12]}, {content['date']}")
 
 
 def _write_lines(path: str, rows: Sequence[Mapping[str, Any]]) -> None:

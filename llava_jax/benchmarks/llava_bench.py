@@ -6,13 +6,23 @@ same way (Visual Instruction Tuning, section 5.1). Here the questions are read, 
 """
 
 import os
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import EMPTY, Answer, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, find, need, read_lines
-from llava_jax.benchmarks.reviews import ORDER, read_reviews, scored, short, summarise, summarise_as_published
+from llava_jax.benchmarks.reviews import (
+    ORDER,
+    failure_notes,
+    read_reviews,
+    scored,
+    short,
+    summarise,
+    summarise_as_published,
+)
 from llava_jax.errors import UserError
 
 
@@ -30,8 +40,8 @@ class Case:
 class LlavaBench(QuestionFile):
     """What both sets share. The score needs reviews, which `evaluate judge` makes."""
 
-    reviews: str = ""
-    """file of a judge's reviews of these answers; without it there is no score"""
+    reviews: tuple[str, ...] = ()
+    """files of a judge's reviews of these answers, of which the mean is taken; without one there is no score"""
     compat: bool = False
     """the arithmetic of LLaVA's summary, where judgements that failed lower both means"""
 
@@ -40,6 +50,10 @@ class LlavaBench(QuestionFile):
     files: ClassVar[Mapping[str, tuple[str, ...]]]  # questions, references, context: names, of which one is there
     context_keys: ClassVar[str]  # what `describe` reads
     max_new_tokens = 1024
+
+    def __post_init__(self):
+        if isinstance(self.reviews, str):
+            object.__setattr__(self, "reviews", (self.reviews,) if self.reviews else ())
 
     def read(self, data: str) -> list[Question]:
         """The questions; UserError for one of another category, or an id that is there twice."""
@@ -87,49 +101,60 @@ class LlavaBench(QuestionFile):
         raise NotImplementedError
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """conv, detail, complex and all, in percent of the reference's scores; no figures without reviews."""
+        """conv, detail, complex and all, in percent of the reference's scores; no figures without reviews.
+
+        Of several files of reviews the figures are the means of theirs, as published.
+        """
         notes = self.size_notes(questions)
         path = find(data, *self.files["references"])
         references = self._references(path) if path else {}
         categories = {question.id: question.row["category"] for question in questions}
         items = {answer.id: Item(answer.id, None, references.get(answer.id, {}).get("text", ""), "",
                                  categories.get(answer.id, "")) for answer in answers}
+        empty = [answer for answer in answers if not answer.text.strip()]
+        notes += unread_notes(empty, len(answers), EMPTY)
         if not self.reviews:
             notes.append(f"scored by a judge: python -m llava_jax.evaluate judge {self.name} --answers FILE --data "
                          f"{data} --out DIR --model NAME; then --reviews DIR/reviews/reviews_1.jsonl here")
             return Scores({}, "", [items[answer.id] for answer in answers], notes)
-        reviews = self._reviews(categories, answers)
-        for review in scored(reviews):
-            reference, candidate = review["tuple"]
-            old = items[review["question_id"]]
-            items[old.id] = Item(old.id, candidate / 10, old.reference, f"{candidate:g}, the reference "
-                                 f"{reference:g}", old.category)
-        lost = len(reviews) - len(scored(reviews))
-        if lost:
-            notes.append(f"{lost:,} of {len(reviews):,} judgements failed, and are "
-                         + ("scores of -1 in both means" if self.compat else "left out"))
-        if len(reviews) < len(answers):
-            notes.append(f"{len(answers) - len(reviews):,} of {len(answers):,} answers have no review and are left out")
-        figures = (summarise_as_published if self.compat else summarise)(reviews)
-        ratios = {short(category): figure.ratio for category, figure in figures.items()}
+        given: dict[str | int, list[Sequence[float]]] = defaultdict(list)
+        ratios: dict[str, list[float]] = defaultdict(list)
+        for path in self.reviews:
+            reviews, name = self._reviews(path, categories, answers), f"{path}: " * (len(self.reviews) > 1)
+            for review in scored(reviews):
+                given[review["question_id"]].append(review["tuple"])
+            notes += [name + note for note in failure_notes(reviews, self.compat)]
+            if len(reviews) < len(answers):
+                lost = len(answers) - len(reviews)
+                notes.append(f"{name}{lost:,} of {len(answers):,} answers have no review and are left out")
+            for category, figure in (summarise_as_published if self.compat else summarise)(reviews).items():
+                ratios[short(category)].append(figure.ratio)
+        for id, pairs in given.items():
+            reference, candidate = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+            items[id] = Item(id, candidate / 10, items[id].reference, f"{candidate:g}, the reference {reference:g}",
+                             items[id].category)
         order = [name for name in (*ORDER, "all") if name in ratios]
-        return Scores({name: ratios[name] for name in order}, "all" if order else "",
+        if len(self.reviews) > 1 and order:
+            runs = " ".join(f"{ratio:.1f}" for ratio in ratios[order[-1]])
+            notes.append(f"the mean of {len(self.reviews)} files of reviews, whose {order[-1]} is {runs}")
+        return Scores({name: statistics.fmean(ratios[name]) for name in order}, "all" if order else "",
                       [items[answer.id] for answer in answers], notes)
 
-    def _reviews(self, categories: Mapping[str | int, str], answers: Sequence[Answer]) -> list[Mapping[str, Any]]:
+    def _reviews(self, path: str, categories: Mapping[str | int, str], answers: Sequence[Answer]
+                 ) -> list[Mapping[str, Any]]:
         """UserError, one line, unless they are of these answers to questions of these categories."""
         given = {answer.id: answer.line.get("answer_id") for answer in answers}
-        reviews, seen = read_reviews(self.reviews), set()
+        reviews, seen = read_reviews(path), set()
         for review in reviews:
             asked = review["question_id"]
             if asked not in given or asked in seen:
-                raise UserError(f"{self.reviews}: question {asked!r} "
+                raise UserError(f"{path}: question {asked!r} "
                                  + ("is reviewed twice" if asked in seen else "has no answer here; of another file?"))
             if given[asked] is not None and review.get("answer2_id", given[asked]) != given[asked]:
-                raise UserError(f"{self.reviews}: the review of question {asked!r} is of answer "
+                raise UserError(f"{path}: the review of question {asked!r} is of answer "
                                  f"{review['answer2_id']!r}, and the answer here is {given[asked]!r}")
             if review.get("category") != self.prefix + categories.get(asked, ""):
-                raise UserError(f"{self.reviews}: the review of question {asked!r} is in category "
+                raise UserError(f"{path}: the review of question {asked!r} is in category "
                                  f"{review.get('category')!r}, and of {self.title} it would be in "
                                  f"{self.prefix + categories.get(asked, '')!r}; it is of another benchmark")
             seen.add(asked)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores
+from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import question_path
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
@@ -83,10 +83,15 @@ class MMBench(Bench):
         notes = []
         if len(rows) != self.published:
             notes.append(f"{len(rows):,} rows; the published table has {self.published:,}")
+        asked = {(question.id, question.fields["round_id"]): question for question in questions}
+        known = ((answer, asked.get((answer.id, answer.line.get("round_id", 0)))) for answer in answers)
+        unread = [answer for answer, question in known
+                  if question and not read_letter(answer.text, question.fields["options"])]
+        notes += unread_notes(unread, len(answers), "name no option by the rules used here; the server asks a language "
+                              "model, and a score made here counts them as wrong")
         if any(no_value(row.get("answer")) for row in rows.values()):
             notes.append("no score: the table has no answers; upload mmbench_upload.xlsx")
             return Scores({}, "", [Item(answer.id, None) for answer in answers], notes)
-        asked = {(question.id, question.fields["round_id"]): question for question in questions}
         right, items = dict.fromkeys(asked, False), []
         for answer in answers:
             key = (answer.id, answer.line.get("round_id", 0))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llava_jax.benchmarks.bench import SHORT, Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import SHORT, Answer, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, need
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
@@ -67,6 +67,9 @@ class Mme(QuestionFile):
                 sums[name] = sum(scores[category] for category in there)
         if not sums:
             raise UserError("MME: there are no answers of its categories to score")
+        unread = [answer for answer in answers if says(answer.text) == "other"]
+        notes += unread_notes(unread, len(answers), "have neither yes nor no in their first four characters, and "
+                              "are wrong")
         unknown = sorted(set(lines) - {*PERCEPTION, *COGNITION})
         if unknown:
             notes.append(f"not counted: {', '.join(unknown)}")

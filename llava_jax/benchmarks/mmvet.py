@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import EMPTY, Answer, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile
 from llava_jax.files import replacing
 
@@ -23,7 +23,9 @@ class MMVet(QuestionFile):
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         """No figures."""
-        notes = [*self.size_notes(questions), "judged by the benchmark's own notebook, from mm-vet.json"]
+        empty = [answer for answer in answers if not answer.text.strip()]
+        notes = [*self.size_notes(questions), *unread_notes(empty, len(answers), EMPTY),
+                 "judged by the benchmark's own notebook, from mm-vet.json"]
         return Scores({}, "", [Item(answer.id, None) for answer in answers], notes)
 
     def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:

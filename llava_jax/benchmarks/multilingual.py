@@ -35,7 +35,7 @@ class Multilingual(Probe):
             rights[question.row["number"]].append(scores.get(question.id, 0.0))
         if whole := [min(right) for right in rights.values() if len(right) == len(self.languages)]:
             figures["both"] = 100 * mean(whole)
-        told = [*notes(questions, items), *_english(questions, answers)]
+        told = [*notes(questions, answers, items), *_english(questions, answers)]
         return Scores(figures | parts, next(reversed(spoken)), items, told)
 
     def _question(self, question: Question, language: str, said: Mapping[str, Any]) -> Question:

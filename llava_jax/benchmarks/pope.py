@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import Answer, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, folder_of, question_path, read_lines
 from llava_jax.errors import UserError
 
 CATEGORIES = ("random", "popular", "adversarial")
+NO = {"No", "not", "no"}
+MEANT = ("; with LLaVA's questions belong the labels of AoiDragon/POPE at commit e3e39262 (output/coco: 2,910 random "
+         "questions, 3,000 popular, 3,000 adversarial)")
 LABELS = "coco_pope_{}.json"
 
 
@@ -41,11 +44,11 @@ class Pope(QuestionFile):
             name = LABELS.format(category)
             if len(labels) != len(mine):
                 raise UserError(f"{name} has {len(labels):,} labels and {path} {len(mine):,} {category} questions; "
-                                 "they are of different versions")
+                                 f"they are of different versions{MEANT}")
             for number, (label, question) in enumerate(zip(labels, mine, strict=True), 1):
                 if label.get("image", question.row["image"]) != question.row["image"]:
                     raise UserError(f"{name}, line {number} is about {label['image']} and question {question.id} "
-                                     f"about {question.row['image']}; they are of different versions")
+                                     f"about {question.row['image']}; they are of different versions{MEANT}")
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -78,6 +81,9 @@ class Pope(QuestionFile):
                              "the original ends with an error")
             figures |= {f"{category} {name}": value for name, value in rates.items()}
             f1.append(rates["F1"])
+        unread = [answer for answer in answers if not words(answer.text) & {"Yes", "yes", *NO}]
+        notes += unread_notes(unread, len(answers), "have neither yes nor no as a word of their first sentence, and "
+                              "count as yes, as in the original")
         if not f1:
             raise UserError("POPE: there are no answers to score")
         return Scores({"F1": sum(f1) / len(f1), **figures}, "F1", [items[n] for n in sorted(items)], notes)
@@ -102,8 +108,12 @@ def says(text: str) -> str:
     Words are what stands between single blanks; commas do not count, other marks are part of a word: "Not really",
     "no!" and "NO" say yes.
     """
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "not", "no"} & set(words) else "yes"
+    return "no" if words(text) & NO else "yes"
+
+
+def words(text: str) -> set[str]:
+    """The words of the first sentence as the original takes them."""
+    return set(text.split(".")[0].replace(",", "").split(" "))
 
 
 def _categories(questions: Sequence[Question]) -> list[str]:

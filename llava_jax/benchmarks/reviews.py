@@ -7,6 +7,7 @@ questions or those of a category (Visual Instruction Tuning, section 5.1).
 import math
 import os
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +17,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from llava_jax.benchmarks.bench import EXAMPLES, quote
 from llava_jax.benchmarks.questions import read_lines
 from llava_jax.benchmarks.tables import markdown
+from llava_jax.cli import printable
 from llava_jax.errors import UserError
 from llava_jax.instruct.wording import find_refusal
 
 ALL = "all"
 ORDER = ("conv", "detail", "complex")  # of the published tables
-LEAST, MOST = 1, 10  # scores
+LEAST, MOST = 1, 10  # scores that a judge is asked for; a review may have 0 as well, for published ones do
 TOO_MANY_FAILED = 4  # exit code
 RULE = "=" * 33  # what the published summary prints after each file
 
@@ -85,7 +88,7 @@ def parse_scores(text: str, finish_reason: str = "stop") -> tuple[float, float]:
         found = next(iter(pairs.values())) if len(pairs) == 1 else None
     if found:
         scores = float(found[1]), float(found[2])
-        if all(map(_is_score, scores)):
+        if all(LEAST <= score <= MOST for score in scores):
             return scores
         raise Unscored("out_of_range", f"{found[1]} and {found[2]}, of {LEAST} to {MOST}")
     if finish_reason == "content_filter":
@@ -111,8 +114,18 @@ class Figure:
 
 
 def scored(reviews: Iterable[Review]) -> list[Review]:
-    """Those with two scores from 1 to 10: no -1, which stands for a judgement that failed."""
-    return [review for review in reviews if all(map(_is_score, _pair(review)))]
+    """Those with two scores from 0 to 10: no -1, which stands for a judgement that failed."""
+    return [review for review in reviews if all(0 <= score <= MOST for score in _pair(review))]
+
+
+def failure_notes(reviews: Sequence[Review], compat: bool) -> list[str]:
+    """A note on reviews without scores, with the first of them; none if all have scores."""
+    there = set(map(id, scored(reviews)))
+    failed = [review for review in reviews if id(review) not in there]
+    named = "; ".join(f"question {review['question_id']!r}: {quote(str(review.get('content', '')))}"
+                      for review in failed[:EXAMPLES])
+    how = "count as they are in both means" if compat else "are left out"
+    return [f"{len(failed):,} of {len(reviews):,} judgements failed, and {how} ({named})"] * bool(failed)
 
 
 def summarise(reviews: Iterable[Review]) -> dict[str, Figure]:
@@ -121,6 +134,8 @@ def summarise(reviews: Iterable[Review]) -> dict[str, Figure]:
     figures = {}
     for category, pairs in _by_category(scored(reviews)).items():
         reference, candidate = (math.fsum(side) / len(pairs) for side in zip(*pairs, strict=True))
+        if reference == 0:
+            raise UserError(_no_ratio(category))
         figures[category] = Figure(100 * candidate / reference, 10 * reference, 10 * candidate, len(pairs))
     return dict(sorted(figures.items(), key=lambda item: _place(item[0])))
 
@@ -132,10 +147,14 @@ def summarise_as_published(reviews: Iterable[Review]) -> dict[str, Figure]:
     for category, pairs in sorted(_by_category(reviews).items()):
         reference, candidate = (round(mean, 3) for mean in np.asarray(pairs).mean(0).tolist())
         if reference == 0:
-            raise UserError(f"the reference's scores of {category!r} have a mean of 0: there is no ratio")
+            raise UserError(_no_ratio(category))
         figures[category] = Figure(
             round(candidate / reference * 100, 1), round(reference * 10, 1), round(candidate * 10, 1), len(pairs))
     return figures
+
+
+def _no_ratio(category: str) -> str:
+    return f"the reference's scores of {category!r} have a mean of 0: there is no ratio"
 
 
 def published_lines(name: str, figures: Mapping[str, Figure]) -> str:
@@ -182,7 +201,8 @@ class Reviews:
     """Summarise files of reviews, those of `judge` or those of LLaVA's scripts.
 
     Reviews whose judgement failed, which LLaVA's scripts mark with scores of -1, are left out and counted; exit code 4
-    says that they are too many. --compat prints what LLaVA's summary prints, where they lower both means."""
+    says that they are too many. --compat prints what LLaVA's summary prints, where they lower both means. Several files
+    of reviews of the same answers get their mean too, which is what LLaVA published."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
     """files of reviews, or folders, of which those files are taken that LLaVA's summary takes"""
@@ -201,21 +221,29 @@ class Reviews:
         paths = [path for path in sorted(self._paths()) if self._wanted(config_name(path))]
         if not paths:
             raise UserError("there are no files of reviews that are wanted; name them, or their folder")
-        code = 0
+        code, runs = 0, []
         for path in paths:
             reviews = [review for review in read_reviews(path) if str(review["question_id"]) not in self.ignore]
+            try:
+                figures = (summarise_as_published if self.compat else summarise)(reviews)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+            runs.append((path, reviews))
+            notes = failure_notes(reviews, self.compat)
             if self.compat:
-                try:
-                    print(published_lines(path, summarise_as_published(reviews)))
-                except ValueError as error:
-                    raise UserError(f"{path}: {error}") from None
+                print(printable(published_lines(path, figures)))
+                print("".join(f"{path}: {note}\n" for note in map(printable, notes)), end="", file=sys.stderr)
                 continue
             failed = len(reviews) - len(scored(reviews))
-            print(f"{path}: {len(reviews):,} reviews" + f", {failed:,} without scores left out" * bool(failed))
-            print(describe(summarise(reviews)))
+            left_out = f", {failed:,} without scores left out" * bool(failed)
+            print(printable(f"{path}: {len(reviews):,} reviews{left_out}"))
+            print(printable("".join(f"- {note}\n" for note in notes) + describe(figures)))
             if failed > self.max_failed * len(reviews):
                 print(f"{path}: more than --max-failed {self.max_failed:g} of the judgements failed", file=sys.stderr)
                 code = TOO_MANY_FAILED
+        for same in _of_the_same_answers(runs):
+            # --compat prints on stdout what LLaVA's summary prints, and nothing else.
+            print(printable(describe_mean(same)), file=sys.stderr if self.compat else sys.stdout)
         return code
 
     def _paths(self) -> Iterable[str]:
@@ -232,6 +260,38 @@ class Reviews:
         if any(part not in name for part in self.select):
             return False
         return self.version in ("", "0613" if "0613" in name else "0314")
+
+
+def describe_mean(files: Mapping[str, Sequence[Review]]) -> str:
+    """A table of the mean score of several files with the deviation of one, and of the mean after LLaVA's rounding."""
+    rows = {}
+    for name, summary in (("score", summarise), ("as published", summarise_as_published)):
+        try:
+            runs = [summary(reviews) for reviews in files.values()]
+        except UserError:  # without a ratio
+            continue
+        rows[name] = {category: _mean([run[category].ratio for run in runs if category in run]) for category in runs[0]}
+    return f"the mean of {len(files)} files: {', '.join(files)}\n" + table(rows, "% of the reference")
+
+
+def _of_the_same_answers(files: Sequence[tuple[str, Sequence[Review]]]) -> list[dict[str, Sequence[Review]]]:
+    """The files by what they review, where several review the same answers; some may lack a failed judgement."""
+    groups: list[tuple[dict, dict[str, Sequence[Review]]]] = []
+    for path, reviews in files:
+        answers = {str(review["question_id"]): review.get("answer2_id") for review in reviews}
+        for known, same in groups:
+            shared = known.keys() & answers.keys()
+            if shared and all(known[id] == answers[id] for id in shared):
+                known.update(answers)
+                same[path] = reviews
+                break
+        else:
+            groups.append((answers, {path: reviews}))
+    return [same for _, same in groups if len(same) > 1]
+
+
+def _mean(ratios: Sequence[float]) -> str:
+    return f"{statistics.fmean(ratios):.1f}" + f" ± {statistics.stdev(ratios):.1f}" * (len(ratios) > 1)
 
 
 def describe(figures: Mapping[str, Figure]) -> str:
@@ -255,10 +315,6 @@ def _by_category(reviews: Iterable[Review]) -> dict[str, list[Sequence[float]]]:
 def _pair(review: Review) -> Sequence[float]:
     """Reviews without a category may have their scores under another name."""
     return review.get("tuple" if "tuple" in review or "category" in review else "score")
-
-
-def _is_score(score: float) -> bool:
-    return LEAST <= score <= MOST
 
 
 def _place(category: str) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, question_path
 from llava_jax.errors import UserError
 
@@ -40,7 +40,9 @@ class Scenes(QuestionFile):
         for id, row in rows.items():
             for kind in ("overall", row["kind"]):
                 kinds[kind].append(right.get(id, False))
-        return Scores({kind: 100 * sum(found) / len(found) for kind, found in kinds.items()}, "overall", items)
+        unread = [answer for answer in answers if not is_phrase(answer.text, normal(answer.text))]
+        notes = unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")
+        return Scores({kind: 100 * sum(found) / len(found) for kind, found in kinds.items()}, "overall", items, notes)
 
 
 def normal(answer: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores
+from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.scienceqa_data import (
     INPUTS,
     LETTERS,
@@ -142,8 +142,8 @@ class ScienceQA(Bench):
             figures["IMG-accuracy"] = len(shown["correct"]) / count * 100
             notes[0] += f", IMG-Accuracy: {figures['IMG-accuracy']:.2f}%"
         notes.append(self._comparable())
-        if unread := sum(chosen == -1 for chosen in result["results"].values()):
-            notes.append(f"{unread:,} answers name none of their question's choices, and count as wrong")
+        unread = [Answer(pid, result["outputs"][pid]) for pid, chosen in result["results"].items() if chosen == -1]
+        notes += unread_notes(unread, len(problems), "name none of their question's choices, and count as wrong")
         if empty := [name for name in GROUPS if name not in figures]:
             notes.append(f"no questions of {', '.join(empty)}")
         if len(questions) != SIZES.get(self.split, len(questions)):

@@ -19,10 +19,12 @@ import tyro
 
 from llava_jax.benchmarks import answers
 from llava_jax.benchmarks.asking import Model, Unfinished
+from llava_jax.benchmarks.bench import Answer, unread_notes
 from llava_jax.benchmarks.questions import fits, read_json
 from llava_jax.benchmarks.scienceqa import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.benchmarks.scienceqa_data import Problem, read_problems
 from llava_jax.benchmarks.scienceqa_teacher import PROMPTS_HASH, Asker
+from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.errors import UserError
@@ -176,6 +178,12 @@ class ScienceQAEnsemble:
                 print(unfinished, file=sys.stderr)
                 return unfinished.code
         self._write(problems, combine(problems, ours, teacher, judge, self.seed if self.unread == "draw" else None))
+        both = [pid for pid in problems if pid in ours and pid in teacher]
+        for name, texts in (("LLaVA", ours), ("the language model", teacher)):
+            unread = [Answer(pid, texts[pid]) for pid in both
+                      if choice(read_statement(texts[pid]), problems[pid]) == -1]
+            for note in unread_notes(unread, len(both), f"of {name} name no choice in the words `The answer is X.`"):
+                print(printable(note))
         return 0
 
     def _ask(self, problems: Mapping[str, Problem], ours: dict[str, str], teacher: dict[str, str] | None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import Answer, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, fits, need, read_json, unanswered
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
@@ -55,6 +55,8 @@ class Seed(QuestionFile):
         items = [Item(answer.id, float(answer.text == row["answer"]), row["answer"], answer.text,
                       names.get(row["question_type_id"], "")) for answer in answers if (row := rows.get(answer.id))]
         notes = [*self.size_notes(questions), *unanswered(questions, answers)]
+        unread = [answer for answer in answers if answer.text not in self.choices]
+        notes += unread_notes(unread, len(answers), "are no letter alone, and are wrong")
         if len(rows) != len(questions):
             notes.append(f"{len(questions):,} of the {len(rows):,} questions of SEED-Bench.json are asked; the others "
                          "are wrong")

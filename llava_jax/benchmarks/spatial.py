@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import Answer, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.probe_words import FORMS, name_choices, understand
 from llava_jax.benchmarks.probes_data import FILE, KINDS
 from llava_jax.benchmarks.questions import QuestionFile, fits
@@ -68,7 +68,7 @@ class Spatial(Probe):
         items = judge(questions, answers)
         figures, chance = by_kind(questions, items), guessing(questions)
         whole = {"all": mean(figures[kind] for kind in chance), "guessing": mean(chance.values())}
-        return Scores(whole | figures, "all", items, notes(questions, items))
+        return Scores(whole | figures, "all", items, notes(questions, answers, items))
 
 
 def judge(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Item]:
@@ -107,11 +107,12 @@ def guessing(questions: Sequence[Question]) -> dict[str, float]:
     return {kind: mean(values) for kind, values in chances.items()}
 
 
-def notes(questions: Sequence[Question], items: Sequence[Item]) -> list[str]:
+def notes(questions: Sequence[Question], answers: Sequence[Answer], items: Sequence[Item]) -> list[str]:
     """What a figure alone would hide."""
-    unread, asked = sum(not item.read for item in items), {question.row["category"] for question in questions}
+    unread = [answer for answer, item in zip(answers, items, strict=True) if not item.read]
+    asked = {question.row["category"] for question in questions}
     missing = ", ".join(kind for kind in KINDS if kind not in asked)
-    return [f"{unread:,} of {len(items):,} answers name none of the possible ones, and are wrong"] * bool(unread) + [
+    return unread_notes(unread, len(items), "name none of the possible ones, and are wrong") + [
         f"there are no questions of some kinds: {missing}"] * bool(missing)
 
 

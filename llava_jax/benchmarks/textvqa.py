@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_jax.benchmarks import evalai
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, fits, need, read_json
 from llava_jax.errors import UserError
 
@@ -45,7 +45,10 @@ class TextVqa(QuestionFile):
         if not items:
             raise UserError("TextVQA: there are no answers to score")
         mean = 100 * (sum(item.score for item in items) / len(items))
-        return Scores({"accuracy": mean}, "accuracy", items, self.size_notes(questions))
+        unread = [answer for answer, item in zip(answers, items, strict=True)
+                  if not item.score and not is_phrase(answer.text, item.read)]
+        notes = [*self.size_notes(questions), *unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")]
+        return Scores({"accuracy": mean}, "accuracy", items, notes)
 
     def _annotations(self, data: str) -> Annotations:
         path = need(data, ANNOTATIONS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava_jax.benchmarks import evalai
-from llava_jax.benchmarks.bench import Answer, Item, Question, Scores
+from llava_jax.benchmarks.bench import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, find, fits, read_json, read_lines, unanswered
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
@@ -30,7 +30,9 @@ class _Uploaded(QuestionFile):
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         notes = self.size_notes(questions)
         texts = {answer.id: evalai.process(answer.text) for answer in answers}  # of doubled ones the last, as uploaded
+        unread = [answer for answer in answers if not is_phrase(answer.text, texts[answer.id])]
         if not self.annotations:
+            notes += unread_notes(unread, len(answers), NO_PHRASE)
             notes.append(f"no score without annotations; upload to {self.server}")
             return Scores({}, "", [Item(answer.id, None, read=texts[answer.id]) for answer in answers], notes)
         known, rows = self._known(), {}
@@ -43,6 +45,8 @@ class _Uploaded(QuestionFile):
         for id, row in rows.items():
             read = evalai.challenge_form(texts.get(id, ""))
             scores[id] = evalai.soft_accuracy(read, self._references(row["references"]))
+        unread = [answer for answer in unread if not scores.get(answer.id)]
+        notes += unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")
         groups = defaultdict(list)
         for id, row in rows.items():
             groups["accuracy"].append(scores[id])

@@ -162,6 +162,7 @@ def test_failed_judgements_are_asked_again_then_left_out_and_counted(bench, caps
     assert [review["question_id"] for review in read(bench / "out/reviews/reviews_1.jsonl")] == sorted(kept)
     printed = capsys.readouterr()
     assert "12 judgements by teacher" in printed.out and "; 4 failed and are left out" in printed.out
+    assert "- question 1: unreadable: '11/10'\n- question 2: unreadable: 'Well, the first" in printed.out
     assert "more than --max-failed 0.05" in printed.err
     assert judge(bench, fake, "--max-failed", "0.34") == 0 and sum(asked.values()) == 22
 

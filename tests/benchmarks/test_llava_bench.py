@@ -153,6 +153,21 @@ def test_scores_from_reviews(wild):
     assert scores.figures == {"conv": 50, "all": 50} and "5 of 6 answers have no review" in scores.notes[-1]
 
 
+def test_the_figures_of_several_files_of_reviews_are_their_means(wild):
+    paths = [write(wild / f"reviews_{run}.jsonl", [review(n, [10, (n + run) % 7 + 1]) for n in range(6)])
+             for run in range(3)]
+    questions = LlavaBenchWild().read(str(wild))
+    single = [LlavaBenchWild(reviews=path).score(str(wild), questions, answers_of()) for path in paths]
+    scores = LlavaBenchWild(reviews=tuple(paths)).score(str(wild), questions, answers_of())
+    for name, value in scores.figures.items():
+        assert value == pytest.approx(sum(one.figures[name] for one in single) / 3)
+    for n, item in enumerate(scores.items):
+        assert item.score == pytest.approx(sum(one.items[n].score for one in single) / 3)
+    assert any("the mean of 3 files of reviews, whose all is " in note for note in scores.notes)
+    write(wild / "reviews_1.jsonl", [review(0, [8, 0])])
+    assert LlavaBenchWild(reviews=paths[1]).score(str(wild), questions, answers_of()).figures == {"conv": 0, "all": 0}
+
+
 @pytest.mark.parametrize("row, message", [
     (review(0, [8, 7], question_id=9), "question 9 has no answer here"),
     (review(1, [8, 7]), "question 1 is reviewed twice"),

@@ -126,13 +126,13 @@ def drop_line(path):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: (f / "coco/coco_pope_random.json").unlink(), "coco_pope_random.json: no such file"),
-    (lambda f: drop_line(f / "coco/coco_pope_popular.json"), "9 labels and .* 10 popular questions"),
+    (lambda f: drop_line(f / "coco/coco_pope_popular.json"), "9 labels and .* 10 popular.*e3e39262.*2,910 random"),
     (lambda f: (f / "llava_pope_test.jsonl").unlink(), "llava_pope_test.jsonl"),
     (lambda f: (f / "llava_pope_test.jsonl").write_text('{"question_id": 1, "image": "x.jpg"}\n'), "line 1.*'text'"),
     (lambda f: (f / "llava_pope_test.jsonl").write_text('{"question_id": 1,\n'), "line 1: broken JSON"),
     (lambda f: (f / "llava_pope_test.jsonl").write_text("\n"), "no questions"),
     (lambda f: (f / "coco/coco_pope_random.json").write_text(
-        (f / "coco/coco_pope_random.json").read_text().replace("1.jpg", "7.jpg")), "about 7.jpg"),
+        (f / "coco/coco_pope_random.json").read_text().replace("1.jpg", "7.jpg")), "about 7.jpg.*commit e3e39262"),
     (lambda f: (f / "coco/coco_pope_random.json").write_text(
         (f / "coco/coco_pope_random.json").read_text().replace('"label"', '"answer"')), "neither yes nor no"),
 ])

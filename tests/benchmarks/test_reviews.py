@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import statistics
 from collections import defaultdict
 from fractions import Fraction
 
@@ -8,7 +9,15 @@ import pytest
 
 from llava_jax import cli
 from llava_jax.benchmarks import reviews
-from llava_jax.benchmarks.reviews import Reviews, Unscored, parse_as_published, parse_scores, summarise
+from llava_jax.benchmarks.reviews import (
+    Reviews,
+    Unscored,
+    parse_as_published,
+    parse_scores,
+    read_reviews,
+    summarise,
+    summarise_as_published,
+)
 from llava_jax.errors import UserError
 
 SEPARATOR = "================================="
@@ -138,6 +147,41 @@ def test_the_score_is_the_ratio_of_means_and_not_the_mean_of_ratios():
     figures = summarise([review([10, 5], "llava_bench_detail"), review([2, 2], "llava_bench_conv")])
     assert list(figures) == ["llava_bench_conv", "llava_bench_detail", "all"]
     assert figures["all"].ratio == pytest.approx(100 * 7 / 12) and figures["llava_bench_detail"].ratio == 50
+
+
+def test_a_score_of_nought_is_a_score(tmp_path, capsys):
+    rows = [review([8, 0]), review([4, 4], question=1), review([0, 2], question=2)]
+    figure = summarise(rows)["all"]
+    assert (figure.ratio, figure.count) == (50, 3) and len(reviews.scored(rows)) == 3
+    assert Reviews((write(tmp_path / "reviews_1.jsonl", rows),)).run() == 0
+    assert "without scores" not in capsys.readouterr().out
+    path = write(tmp_path / "zero.jsonl", [review([0, 8])])
+    with pytest.raises(UserError, match="zero.jsonl: the reference's scores of 'conv' have a mean of 0"):
+        Reviews((path,)).run()
+
+
+def test_several_reviews_of_the_same_answers_get_their_mean(tmp_path, capsys):
+    """As published: the mean of what LLaVA's summary prints of each file, rounded as that is."""
+    def run(name, pairs, answer="a"):
+        return write(tmp_path / name, [review(pair, question=n) | {"answer2_id": f"{answer}{n}"}
+                                       for n, pair in enumerate(pairs)])
+
+    first, second = run("r1.jsonl", [[8, 7], [9, 4], [3, 3]]), run("r2.jsonl", [[7, 7], [9, 5], [-1, -1]])
+    other, part = run("r3.jsonl", [[8, 8]] * 3, "b"), run("r4.jsonl", [[8, 4]])
+    ratios = [100 * 14 / 20, 100 * 12 / 16, 50]
+    assert Reviews((first, other, second, part), max_failed=1).run() == 0
+    printed = capsys.readouterr().out
+    [told] = [text for text in printed.split("\n\n") if "the mean of" in text]
+    mean, deviation = statistics.fmean(ratios), statistics.stdev(ratios)
+    assert f"the mean of 3 files: {first}, {second}, {part}\n" in told
+    assert f"| score              | {mean:.1f} ± {deviation:.1f} |" in told
+    rounded = [summarise_as_published(read_reviews(path))["all"].ratio for path in (first, second, part)]
+    assert f"| as published       | {statistics.fmean(rounded):.1f} ± " in told
+    assert "1 of 3 judgements failed, and are left out (question 2: '')" in printed
+    assert Reviews((first, second), compat=True).run() == 0
+    printed = capsys.readouterr()
+    assert "mean" not in printed.out and f"| as published       | {statistics.fmean(rounded[:2]):.1f} ± " in printed.err
+    assert Reviews((first, other)).run() == 0 and "mean of" not in capsys.readouterr().out
 
 
 def test_which_files_of_a_folder_and_which_questions(tmp_path, capsys):

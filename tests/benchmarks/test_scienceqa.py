@@ -135,7 +135,8 @@ def test_scores_and_files_are_the_originals(folder):
         "IMG-accuracy": 50})
     assert scores.notes == ["Total: 3, Correct: 1, Accuracy: 33.33%, IMG-Accuracy: 50.00%",
                             "asked as LLaVA-1.5's published runs were: IMG-accuracy 71.6 (13B), 66.8 (7B)",
-                            "1 answers name none of their question's choices, and count as wrong",
+                            "1 of 3 answers name none of their question's choices, and count as wrong (question '2': "
+                            "'The answer is E.')",
                             "3 questions; the published split has 4,241"]
     assert [(item.id, item.score, item.reference, item.read) for item in scores.items] == [
         ("3", 1, "D. Answer: y", "D"), ("1", 0, "C. a cow", "B"), ("2", 0, "B. Maine", "E")]
