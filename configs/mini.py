@@ -56,11 +56,11 @@ def prepare(recipe: Recipe) -> None:
     from llava_jax.benchmarks.probes_data import ProbesData
     from llava_jax.data import scenes
     from llava_jax.instruct import rules
+    from llava_jax.training.metrics import read_lines
 
     global BEGAN
-    earlier = Path(recipe.output) / "metrics.jsonl"
-    if earlier.exists():  # a run that was stopped has taken time before
-        BEGAN -= sum(json.loads(line).get("seconds", 0) for line in earlier.read_text().splitlines())
+    # A run that was stopped has taken time before.
+    BEGAN -= sum(line.get("seconds", 0) for line in read_lines(Path(recipe.output) / "metrics.jsonl"))
     folder = Path(recipe.stages["align"].data.path).parent
     if not (folder / "probes.jsonl").exists():
         scenes.write(folder, train=0, test=0, probe=PROBE)

@@ -29,12 +29,14 @@ def main(args: list[str]) -> int:
 
     from llava_jax.processes.group import gather, shared_fate
     from llava_jax.sharding import connect
+    from llava_jax.training import output
+    from llava_jax.training.lock import hold
     from llava_jax.training.loop import Stopped, train
     from llava_jax.training.start import begin
 
     connect()
     first = jax.process_index() == 0
-    with shared_fate():
+    with shared_fate(), hold(output.directory(recipe)):
         begin(recipe)  # finds mistakes before any data is made
         # A recipe may bring its own data and its own evaluation: the miniature does both.
         if hasattr(module, "prepare"):

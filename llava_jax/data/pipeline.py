@@ -30,6 +30,7 @@ from llava_jax.text.tokenizer import Tokenizer
 
 CHUNK = 32  # records per task of a worker that tokenises
 TRIED = 1000  # records of a window of which at least one must be good
+START = {"epoch": 0, "window": 0, "row": 0}  # the state before the first row
 
 
 class Batches(grain.IterDataset):
@@ -46,6 +47,9 @@ class Batches(grain.IterDataset):
     epochs (None: for ever). The rows of all processes together, in the order of the processes, are the same for any
     number of processes and workers. An iterator's state, {"epoch", "window", "row"}, is the same on all of them and
     continues bit for bit with any other number. The last batch is filled up with padding.
+
+    With `keep`, for one epoch that is passed through again and again, workers and packed texts are kept until `close`.
+    Every pass decodes the images anew.
 
     A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. UserError if
     rows do not divide over the processes, and when of the first records every one is bad.
@@ -70,12 +74,14 @@ class Batches(grain.IterDataset):
         workers: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        keep: bool = False,
     ):
         super().__init__()
         if rows % process_count:
             raise UserError(f"{rows} rows do not divide over {process_count} processes")
         self.rows, self.epochs, self.workers = rows, epochs, workers
         self.process_index, self.process_count = process_index, process_count
+        self.keep, self._kept = keep, None
         self.order = _Order(mixture, seed, shuffle)
         self.loader = Loader(
             mixture=mixture,
@@ -91,6 +97,27 @@ class Batches(grain.IterDataset):
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self)
+
+    def open_rows(self, state: dict[str, int]) -> tuple[Pool, Iterator["_Row"]]:
+        """A pool, and the rows of all processes from a state on."""
+        if self._kept is None:
+            if self.loader.bad_rows == "skip":
+                _require_a_good_record(self.loader, self.order.window(0, 0)[:TRIED])
+            pool = Pool(self.loader, self.workers)
+            if not self.keep:
+                return pool, _all_rows(self, state, pool)
+            try:
+                self._kept = pool, list(_all_rows(self, START, pool))
+            except BaseException:
+                pool.close()
+                raise
+        return self._kept[0], iter(self._kept[1])
+
+    def close(self) -> None:
+        """Ends the workers that `keep` has kept."""
+        if self._kept is not None:
+            self._kept[0].close()
+            self._kept = None
 
     def count_rows(self) -> int:
         """How many rows one epoch has in every `process_count`-th window; reads and tokenises these, opens no image."""
@@ -139,7 +166,7 @@ class _BatchIterator(grain.DatasetIterator):
     def __init__(self, batches: Batches):
         super().__init__()
         self._batches = batches
-        self._state = {"epoch": 0, "window": 0, "row": 0}
+        self._state = START
         self._pool: Pool | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -153,10 +180,8 @@ class _BatchIterator(grain.DatasetIterator):
         batches = self._batches
         here = batches.rows // batches.process_count
         if self._pool is None:
-            if batches.loader.bad_rows == "skip":
-                _require_a_good_record(batches.loader, batches.order.window(0, 0)[:TRIED])
-            self._pool = Pool(batches.loader, batches.workers)
-            self._rows, self._pending = _all_rows(batches, self._state, self._pool), deque()
+            self._pool, self._rows = batches.open_rows(self._state)
+            self._pending = deque()
         while len(self._pending) < 2 + 2 * batches.workers // here:
             rows = list(itertools.islice(self._rows, batches.rows))
             if not rows:
@@ -181,7 +206,8 @@ class _BatchIterator(grain.DatasetIterator):
     def close(self) -> None:
         super().close()
         if self._pool is not None and not sys.is_finalizing():  # at exit, Python ends threads and processes itself
-            self._pool.close()
+            if not self._batches.keep:
+                self._pool.close()
             self._pool = None
 
     def _stack(self, rows: Sequence["_Row"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:

@@ -1,22 +1,39 @@
 """Checkpoints of a stage, by Orbax: trainable parameters, optimizer state, and `meta`: the data's position, the
-counters.
+counters, and a digest of every array, which restoring compares.
 
 Frozen parameters are not in them: `meta` names where they came from, with a fingerprint that a restart compares.
 """
 
+import contextlib
 import functools
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters
+from llava_jax.processes.group import gather
+from llava_jax.training.digests import check_finite, digests
 from llava_jax.training.step import TrainState
+
+READ_BYTES = 2**24
+
+
+class DamagedCheckpoint(UserError):
+    """Raised on all processes together if a checkpoint does not hold what was saved."""
+
+    def __init__(self, checkpoints: "Checkpoints", step: int, problem: str):
+        super().__init__(f"{checkpoints.directory / str(step)}: this checkpoint is damaged ({problem}); remove it to "
+                         "go on from the one before")
+        self.checkpoints, self.step, self.problem = checkpoints, step, problem
 
 
 class Checkpoints:
@@ -40,63 +57,125 @@ class Checkpoints:
         return step % self.every == 0
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Starts to write the checkpoint of `step`; `meta` is anything JSON can hold."""
+        """Starts to write the checkpoint of `step`; `meta` is anything JSON can hold.
+
+        Raises UserError, and saves nothing, if parameters or optimizer state are not finite.
+        """
+        items = {"trainable": state.trainable, "optimizer": state.optimizer}
+        found = {name: digests(tree) for name, tree in items.items()}
+        check_finite({f"{name} {path}": pair for name, paths in found.items() for path, pair in paths.items()},
+                     f"stages.{self.directory.name}, after step {step}",
+                     "this state was not saved. Start again in another output directory with lower learning rates, "
+                     "or set optimizer.clip")
+        content = meta | {"stage": self.directory.name, "step": step, "digests": {
+            name: {path: digest for path, (digest, _) in paths.items()} for name, paths in found.items()}}
         self.manager.save(step, force=True, args=ocp.args.Composite(
             trainable=ocp.args.StandardSave(state.trainable),
             optimizer=ocp.args.StandardSave(state.optimizer),
-            meta=ocp.args.JsonSave(meta),
+            meta=ocp.args.JsonSave({"content": content, "sha256": _sha256(content)}),
         ))
 
     def meta(self, step: int) -> dict:
-        """What was saved as `meta`; UserError naming the directory if it cannot be read."""
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        """What was saved as `meta`."""
+        def read() -> dict:
+            stored = ocp.JsonCheckpointHandler().restore(self._folder(step) / "meta")
+            if not isinstance(stored, dict) or stored.keys() != {"content", "sha256"}:
+                raise ValueError("meta: without a checksum: damaged, or saved by an earlier version")
+            if stored["sha256"] != _sha256(stored["content"]):
+                raise ValueError("meta: its checksum is that of another content")
+            content = stored["content"]
+            if (content["stage"], content["step"]) != (self.directory.name, step):
+                raise ValueError(f"it is that of step {content['step']} of stage {content['stage']}")
+            return content
+
+        return self._read(step, ["meta"], read)
 
     def trainable(self, step: int, like: Parameters) -> Parameters:
         """The trainable parameters alone, with the shardings of `like` (arrays or ShapeDtypeStructs)."""
-        return self._restore(step, trainable=ocp.args.StandardRestore(like))["trainable"]
+        return self._restore(step, {"trainable": like})["trainable"]
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """The state at `step`, shaped and sharded as `state`."""
-        items = self._restore(
-            step,
-            trainable=ocp.args.StandardRestore(state.trainable),
-            optimizer=ocp.args.StandardRestore(state.optimizer),
-        )
+        items = self._restore(step, {"trainable": state.trainable, "optimizer": state.optimizer})
         count = jax.device_put(jnp.int32(step), state.step.sharding)
         return replace(state, step=count, trainable=items["trainable"], optimizer=items["optimizer"])
 
-    def _restore(self, step: int, **items) -> ocp.args.Composite:
+    def set_aside(self, step: int, problem: str) -> None:
+        """Moves a damaged checkpoint away, so that the run goes on from the one before; all processes call it.
+
+        Raises DamagedCheckpoint if there is none before, which would lose the stage.
+        """
+        earlier = [other for other in self.manager.all_steps() if other < step]
+        self.close()
+        if not earlier:
+            raise DamagedCheckpoint(self, step, problem)
+        if jax.process_index() == 0:
+            aside = self.directory.with_name(f"{self.directory.name}.damaged")
+            aside.mkdir(parents=True, exist_ok=True)
+            target, number = aside / str(step), 1
+            while target.exists():
+                target, number = aside / f"{step}.{number}", number + 1
+            (self.directory / str(step)).rename(target)
+            print(f"{self.directory / str(step)}: this checkpoint is damaged ({problem}) and is now {target}; going "
+                  f"on from the one before, of step {max(earlier)}", flush=True)
+        gather(f"the damaged checkpoint of step {step} is out of the way", None)
+
+    def _folder(self, step: int) -> epath.Path:
+        return epath.Path(self.directory.resolve()) / str(step)
+
+    def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
+        """Items of a checkpoint, compared with the digests that were saved with them."""
+        expected = self.meta(step)["digests"]
+        # By the handler, not the manager: the manager waits for the other processes, which may have failed.
+        handler = ocp.StandardCheckpointHandler()
+        items = self._read(step, [*likes], lambda: {
+            name: handler.restore(self._folder(step) / name, args=ocp.args.StandardRestore(like))
+            for name, like in likes.items()})
+        for name, item in items.items():
+            found = {path: digest for path, (digest, _) in digests(item).items()}
+            if other := [path for path in found | expected[name] if found.get(path) != expected[name].get(path)]:
+                more = f" and {len(other) - 2} more" if len(other) > 2 else ""
+                raise DamagedCheckpoint(self, step, f"{name}: {', '.join(other[:2])}{more} "
+                                                    f"{'is' if len(other) == 1 else 'are'} not what was saved")
+        return items
+
+    def _read(self, step: int, names: list[str], read: Callable[[], Any]) -> Any:
+        """`read()` of the items `names`; all processes call it.
+
+        Raises DamagedCheckpoint on all of them if it fails on one, unless a file's content cannot be had there.
+        """
+        result = problem = None
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
+            result = read()
         except Exception as error:
-            first = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.directory / str(step)}: this checkpoint cannot be read ({first}); "
-                             "remove it to go on from the one before") from error
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            for name in names:
+                _read_through(self._folder(step) / name)  # raises what the disk or the network is to blame for
+            problem = " ".join(str(error).split())[:300] or type(error).__name__
+        if problems := [problem for problem in gather(f"checkpoint of step {step}", problem) if problem]:
+            raise DamagedCheckpoint(self, step, problems[0])
+        return result
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         if "manager" in self.__dict__:
             self.manager.wait_until_finished()
             self.manager.close()
+            del self.__dict__["manager"]
 
 
-def fingerprint(parameters: Parameters) -> str:
-    """A hash of the parameters' bits, names and shapes, computed where they lie; the same for every sharding."""
-    if not parameters:
-        return "none"
+def _sha256(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
-    @jax.jit
-    def sums(parameters):
-        def one(x):
-            bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
-            # Weighted by position, so that a permutation is seen; uint32 sums wrap and have no order.
-            weights = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(2654435761 + 40503 * axis)
-                          for axis in range(x.ndim))
-            return jnp.sum(bits * (jnp.uint32(2) * weights + jnp.uint32(1)))
-        return {path: one(x) for path, x in parameters.items()}
 
-    digest = hashlib.sha256()
-    for path, total in sorted(sums(parameters).items()):
-        x = parameters[path]
-        digest.update(f"{path} {x.shape} {x.dtype} {int(np.asarray(total))}\n".encode())
-    return digest.hexdigest()[:16]
+def _read_through(folder: epath.Path) -> None:
+    """Reads every file to its end; the error of one that cannot be read is raised. A missing one is none."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if path.is_dir():
+                _read_through(path)
+            else:
+                with path.open("rb") as file:
+                    while file.read(READ_BYTES):
+                        pass

@@ -8,7 +8,6 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,13 +24,16 @@ from llava_jax.models.attention import resolve
 from llava_jax.models.llava import Parameters
 from llava_jax.processes import group as processes
 from llava_jax.processes.group import agree, gather, total
-from llava_jax.training import output
-from llava_jax.training.checkpoint import fingerprint
+from llava_jax.training import output, preflight
+from llava_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from llava_jax.training.digests import check_finite, digests, fingerprint
+from llava_jax.training.inputs import check_inputs, inputs, write_inputs
+from llava_jax.training.lock import hold
 from llava_jax.training.metrics import Log, Progress, model_flops, peak_flops
 from llava_jax.training.optimizer import make_optimizer, schedule, trainable_paths
-from llava_jax.training.samples import Samples
 from llava_jax.training.start import Run, begin, load_parameters
 from llava_jax.training.step import init_state, make_loss, make_train_step
+from llava_jax.training.validation import DIVERGED, Evaluations
 from llava_jax.weights import save_huggingface
 
 AHEAD = 2
@@ -52,28 +54,54 @@ def train(recipe: config.Recipe) -> Path:
     Raises Stopped after SIGTERM or SIGINT, UserError for a recipe or data that cannot be used.
     """
     run = begin(recipe)
+    with hold(run.directory):
+        output.check_recipe(recipe)  # again: nobody changes the directory from here on
+        if gather("the finished model", output.has_model(recipe))[0]:
+            return run.directory / "model"
+        announce(run)
+        with jax.set_mesh(run.mesh), StopSignal() as stop, contextlib.closing(Log(run.directory, recipe)) as log:
+            while True:
+                try:
+                    check_stages(run)
+                    for name in recipe.stages:
+                        train_stage(run, name, log, stop)
+                    return finish(run)
+                except DamagedCheckpoint as damaged:
+                    damaged.checkpoints.set_aside(damaged.step, damaged.problem)
+
+
+def announce(run: Run) -> None:
+    """Prints what trains on what."""
     if jax.process_index() == 0:
+        recipe = run.recipe
         mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
         device = run.mesh.devices.flat[0]
         attention = resolve(recipe.model.attention, device.platform)
         remat = ", ".join(f"{stage.remat} ({name})" for name, stage in recipe.stages.items())
         print(f"training on {run.mesh.size} {device.device_kind}, {mesh}; {run.dtype}, attention {attention}, "
               f"remat {remat}", flush=True)
-    with jax.set_mesh(run.mesh), StopSignal() as stop, contextlib.closing(Log(run.directory, recipe)) as log:
-        for name in recipe.stages:
-            train_stage(run, name, log, stop)
-        return finish(run)
+
+
+def check_stages(run: Run) -> None:
+    """Opens and tries what every stage will need that is not finished yet. Raises UserError for a mistake."""
+    preflight.check_run(run)
+    for name, stage in run.recipe.stages.items():
+        with contextlib.closing(run.checkpoints(name)) as checkpoints:
+            latest = checkpoints.latest()
+            if latest is not None and checkpoints.meta(latest)["total_steps"] == latest:
+                continue
+        preflight.check_image_root(name, stage.data)
+        preflight.check_training_data(read_data(run, stage, stage.data.path))
+        if stage.data.validation and latest is None:
+            preflight.check_validation_data(read_validation(run, stage))
 
 
 def finish(run: Run) -> Path:
-    """Writes the model's directory, unless it is there."""
+    """Writes the model's directory."""
     target = run.directory / "model"
-    # In a bucket a directory cannot appear at once, so the file that is copied last tells.
-    local = isinstance(target, Path)
-    if gather("the finished model", (target if local else target / "config.json").exists())[0]:
-        return target
     parameters = load_parameters(run, lambda path: "float32", before=None)
-    if local:
+    check_finite(digests(parameters), f"{target}: not written", "the checkpoints that the recipe starts from hold them")
+    if isinstance(target, Path):
         save_huggingface(target, run.model, parameters, run.tokenizer_directory)
         return target
     with tempfile.TemporaryDirectory() as folder:
@@ -90,47 +118,47 @@ def finish(run: Run) -> Path:
 def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
     """Trains one stage to its end, from its newest checkpoint if there is one."""
     recipe, stage = run.recipe, run.recipe.stages[name]
-    checkpoints = run.checkpoints(name)
-    latest = checkpoints.latest()
-    meta = checkpoints.meta(latest) if latest is not None else {"skipped": {}}
-    if meta.get("total_steps") == latest and latest is not None:
-        checkpoints.close()
-        return
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(run.checkpoints(name)))
+        latest = checkpoints.latest()
+        meta = checkpoints.meta(latest) if latest is not None else {"skipped": {}}
+        if "total_steps" not in meta:
+            meta["total_steps"] = stage.steps or count_steps(run, stage)
+        steps, start = meta["total_steps"], latest or 0
+        evaluations = stack.enter_context(contextlib.closing(Evaluations(
+            run, name, steps, log, read_validation(run, stage, keep=True) if stage.data.validation else None,
+            lambda batch: on_devices(run, batch, micro_batches=1))))
+        missing = evaluations.missing(start)
+        if start == steps and not missing:
+            return
 
-    rates = trainable_paths(stage, list(run.shardings))
-    parameters = load_parameters(run, lambda path: "float32" if path in rates else run.dtype, before=name)
-    trainable = {path: x for path, x in parameters.items() if path in rates}
-    frozen = {path: x for path, x in parameters.items() if path not in rates}
-    del parameters
-    mark = fingerprint(frozen)
-    if meta.setdefault("frozen", mark) != mark:
-        raise UserError(f"{checkpoints.directory}: made with other frozen parameters than the recipe's checkpoints "
-                         "hold now; give another --output, or bring those checkpoints back")
-    if "total_steps" not in meta:
-        meta["total_steps"] = stage.steps or count_steps(run, stage)
-    steps = meta["total_steps"]
-    tx = make_optimizer(stage, rates, steps)
-    state = init_state(tx, trainable, stage.optimizer.offload)
-    del trainable
-    batches = read_data(run, stage, stage.data.path)
-    agree(f"stages.{name}", {"records": list(batches.order.mixture.counts), "steps": steps, "checkpoint": latest})
-    data = iter(batches)
-    log.rewind(list(recipe.stages), name, latest or 0)
-    if latest is not None:
-        state = checkpoints.restore(latest, state)
-        data.set_state(meta["data"])
-    train_step, loss = make_train_step(run.graphs[name], tx, state), make_loss(run.graphs[name])
-    samples = Samples(run, stage) if recipe.sample_every else None
-    factor = schedule(steps, stage.optimizer.warmup_ratio)
-    peak_rate = max(rates.values())
-    progress = Progress(name, steps, done=latest or 0)
-    window = Window(run, {path.split("/")[0] for path in rates})
-    try:
-        for step in range(latest or 0, steps):
+        rates = trainable_paths(stage, list(run.shardings))
+        trainable, frozen = split_parameters(run, name, rates, meta, checkpoints)
+        tx = make_optimizer(stage, rates, steps)
+        state = init_state(tx, trainable, stage.optimizer.offload)
+        del trainable
+        batches = read_data(run, stage, stage.data.path)
+        found = inputs(run, batches)
+        agree(f"stages.{name}", {"steps": steps, "checkpoint": latest, **found})
+        data = stack.enter_context(contextlib.closing(iter(batches)))
+        if latest is not None:
+            check_inputs(run, name, found)
+            state = checkpoints.restore(latest, state)
+            data.set_state(meta["data"])
+        log.rewind(list(recipe.stages), name, start)
+        train_step, loss = make_train_step(run.graphs[name], tx, state), make_loss(run.graphs[name])
+        factor = schedule(steps, stage.optimizer.warmup_ratio)
+        peak_rate = max(rates.values())
+        progress = stack.enter_context(contextlib.closing(Progress(name, steps, done=start)))
+        window = Window(run, {path.split("/")[0] for path in rates})
+        evaluations.write(missing, start, loss, state.trainable, frozen, progress)
+        for step in range(start, steps):
             batch = next(data)
-            if step == 0:
+            if step == start:
                 output.claim(recipe)
-            state, metrics = train_step(state, frozen, on_devices(run, batch, stage.accumulate))
+                write_inputs(run, name, found)
+            rows = on_devices(run, batch, stage.accumulate)
+            state, metrics = train_step(state, frozen, rows)
             window.add(metrics, batch)
             jax.block_until_ready(window.steps[-1 - AHEAD :][:1])
             done = step + 1
@@ -143,28 +171,43 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 line = window.close() | {"learning_rate": peak_rate * float(factor(step)), "skipped": meta["skipped"]}
                 progress.show(done, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
                               (steps - done) * line["seconds"] / line["steps"])
-                if not math.isfinite(line["loss"]):
-                    raise UserError(f"stages.{name}: the loss is {line['loss']} at step {done}; start again in "
-                                     "another output directory with lower learning rates, or set optimizer.clip")
+                for figure in ("loss", "grad_norm"):
+                    require_finite(name, figure, line[figure], f"at step {done}")
                 log.write({"stage": name, "step": done} | line)
-            if stage.data.validation and (done % recipe.validate_every == 0 or done == steps):
-                mean = validate(run, stage, loss, state.trainable, frozen)
-                log.write({"stage": name, "step": done, "validation_loss": mean})
-                progress.note(f"{name} {done}/{steps}  validation loss {mean:.3f}")
-            if samples and (done % recipe.sample_every == 0 or done == steps):
-                answers = samples.answer(state.trainable | frozen)
-                log.write({"stage": name, "step": done, "samples": answers})
-                progress.note("\n".join(f"  {a['question']!r} -> {a['answer']!r} ({a['expected']!r})" for a in answers))
-            if saves or stopping:
+            if done == steps:  # the loss of a step is that before its update
+                after = loss(state.trainable, frozen, jax.tree.map(lambda x: x[0], rows))[0]
+                require_finite(name, "loss", float(after), f"after the last step, {steps}")
+            if saves or stopping:  # before anything else that may fail
                 meta["data"] = data.get_state()
                 gather(f"stages.{name}, checkpoint of step {done}", None)
                 checkpoints.save(done, state, copy.deepcopy(meta))
-            if stopping and done < steps:
+            if stopping:
                 raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there", stopping)
-    finally:
-        progress.close()
-        data.close()
-        checkpoints.close()
+            evaluations.write(evaluations.due(done), done, loss, state.trainable, frozen, progress)
+
+
+def split_parameters(run: Run, name: str, rates: dict[str, float], meta: dict, checkpoints: Checkpoints
+                     ) -> tuple[Parameters, Parameters]:
+    """The parameters with which a stage starts: those that it trains, and the frozen ones.
+
+    Raises UserError if they are not finite, or if `meta` names other frozen ones.
+    """
+    parameters = load_parameters(run, lambda path: "float32" if path in rates else run.dtype, before=name)
+    trainable = {path: x for path, x in parameters.items() if path in rates}
+    frozen = {path: x for path, x in parameters.items() if path not in rates}
+    found = digests(frozen)
+    check_finite(found | digests(trainable), f"stages.{name}", "the checkpoints that the recipe starts from hold them")
+    mark = fingerprint(found)
+    if meta.setdefault("frozen", mark) != mark:
+        raise UserError(f"{checkpoints.directory}: made with other frozen parameters than the recipe's checkpoints "
+                        "hold now; give another --output, or bring those checkpoints back")
+    return trainable, frozen
+
+
+def require_finite(name: str, figure: str, value: float, when: str) -> None:
+    """Raises UserError for a figure that is not finite."""
+    if not math.isfinite(value):
+        raise UserError(f"stages.{name}: the {figure} is {value} {when}; {DIVERGED}")
 
 
 def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
@@ -177,6 +220,12 @@ def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
         images_per_row=data.images_per_row, bad_rows=data.bad_rows, workers=data.workers, seed=run.recipe.seed,
         process_index=jax.process_index(), process_count=jax.process_count())
     return Batches(**options | changes)
+
+
+def read_validation(run: Run, stage: config.Stage, keep: bool = False) -> Batches:
+    """The validation data of a stage, in batches of the size of a micro-batch."""
+    return read_data(run, stage, stage.data.validation, rows=stage.rows // stage.accumulate, shuffle=False, epochs=1,
+                     keep=keep)
 
 
 def count_steps(run: Run, stage: config.Stage) -> int:
@@ -193,16 +242,6 @@ def on_devices(run: Run, batch: dict[str, np.ndarray], micro_batches: int) -> di
     names = ("tokens", "labels", "positions", "segment_ids", "images")
     return {name: jax.make_array_from_process_local_data(
                 sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])) for name in names}
-
-
-def validate(run: Run, stage: config.Stage, loss: Callable, trainable: Parameters, frozen: Parameters) -> float:
-    """Mean loss over all learned tokens of the stage's validation data."""
-    sums = np.zeros(2)
-    batch_size = stage.rows // stage.accumulate
-    for batch in read_data(run, stage, stage.data.validation, rows=batch_size, shuffle=False, epochs=1):
-        rows = jax.tree.map(lambda x: x[0], on_devices(run, batch, micro_batches=1))
-        sums += [float(value) for value in loss(trainable, frozen, rows)]
-    return float(sums[0] / max(sums[1], 1))
 
 
 class Window:

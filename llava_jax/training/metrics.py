@@ -2,7 +2,9 @@
 
 import json
 import sys
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,9 +12,11 @@ from tqdm import tqdm
 
 from llava_jax import config
 from llava_jax.errors import UserError
+from llava_jax.files import json_type, parse_json, read_json, read_text
 from llava_jax.models import vit
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.projector import depth as projector_depth
+from llava_jax.training import output
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -65,6 +69,10 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     return float(total)
 
 
+LINE_TYPES = {"stage": str, "step": int, "loss": int | float, "validation_loss": int | float, "seconds": int | float}
+"""Types of what is read from a line of `metrics.jsonl` again."""
+
+
 class Log:
     """The run's log: `metrics.jsonl` and its optional copies, written by the first process only."""
 
@@ -85,17 +93,21 @@ class Log:
                 import wandb
             except ImportError:
                 raise UserError("wandb: pip install 'llava_jax[wandb]' first") from None
-            self.wandb = wandb.init(project=recipe.wandb, dir=str(directory), resume="allow")
+            self.wandb = _resume_wandb(wandb, directory, recipe.wandb)
+
+    def has(self, stage: str, step: int, key: str) -> bool:
+        """Whether `key` of a step has been written; False where this process does not write."""
+        return self.active and any((line["stage"], line["step"]) == (stage, step) and key in line
+                                   for line in read_lines(self.path))
 
     def rewind(self, stages: list[str], stage: str, step: int) -> None:
         """Drops what was written after `step` of `stage`: a restart writes it again."""
         if not self.active or not self.path.exists():
             return
         order = {name: i for i, name in enumerate(stages)}
-        # What stands behind the last newline was cut off while it was written.
-        lines = [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
-        kept = [line for line in lines if (order.get(line["stage"], -1), line["step"]) <= (order[stage], step)]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        last = order[stage], step
+        kept = [line for line in read_lines(self.path) if (order.get(line["stage"], -1), line["step"]) <= last]
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         if not isinstance(self.path, Path):  # an object of a bucket is replaced whole
             self.path.write_text(text)
             return
@@ -107,7 +119,7 @@ class Log:
         """One line; `line` has `stage` and `step`."""
         if not self.active:
             return
-        text = json.dumps(line) + "\n"
+        text = json.dumps(line, allow_nan=False) + "\n"
         if isinstance(self.path, Path):
             with self.path.open("a") as file:
                 file.write(text)
@@ -125,6 +137,40 @@ class Log:
         for copy in (self.tensorboard, self.wandb):
             if copy:
                 getattr(copy, "close", getattr(copy, "finish", None))()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of `metrics.jsonl`, none if it is missing. UserError that names file and line if one is damaged.
+
+    What follows the last newline was cut off while it was written, and is left out.
+    """
+    text = read_text(path) if path.exists() else ""
+    lines = []
+    for number, content in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
+        where = f"{path}, line {number}"
+        line = parse_json(content, where)
+        for key, kinds in LINE_TYPES.items():
+            if key not in line and key not in ("stage", "step"):
+                continue
+            value = line.get(key)
+            if not isinstance(value, kinds) or isinstance(value, bool) or value != value or value in (inf, -inf):
+                raise UserError(f"{where}: {key} is {json_type(value)}; the file is damaged: remove this line")
+        lines.append(line)
+    return lines
+
+
+def _resume_wandb(wandb: Any, directory: Path, project: str) -> Any:
+    """The W&B run of this output directory, whose id is kept in it: a continuation goes on in the same run."""
+    path = directory / "wandb.json"
+    stored = read_json(path) if path.exists() else {}
+    known = stored.get("id") if stored.get("project") == project else None
+    if known is not None and not isinstance(known, str):
+        raise UserError(f"{path}: id must be a text; remove the file to report to a new W&B run")
+    # W&B writes its files on this machine only.
+    run = wandb.init(project=project, id=known, dir=str(directory) if isinstance(directory, Path) else None,
+                     resume="allow")
+    output.write_json(path, {"project": project, "id": run.id})
+    return run
 
 
 class Progress:

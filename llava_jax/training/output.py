@@ -12,12 +12,15 @@ from etils import epath
 
 from llava_jax import config
 from llava_jax.errors import UserError
+from llava_jax.files import read_json, replacing
 from llava_jax.processes.group import Everywhere, gather
 
 # What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
 FREE = ("output", "mesh.*", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
         "tensorboard", "wandb", "model.attention", "stages.*.remat", "stages.*.optimizer.offload",
         "stages.*.data.workers", "stages.*.data.validation")
+FREE_WHEN_FINISHED = ("path", "image_root", "bad_rows")
+"""Fields of a stage's data that nothing reads once a later stage has started."""
 
 SEEN_WITHIN = 60.0
 """Seconds after which a new file must be seen by all hosts: as long as NFS may believe that it is not there."""
@@ -53,22 +56,61 @@ def check_shared(recipe: config.Recipe) -> None:
 
 
 def check_recipe(recipe: config.Recipe) -> None:
-    """UserError if the output directory holds the run of another recipe."""
+    """UserError if the output directory holds the run of another recipe.
+
+    Until the model is written, stages that have no checkpoint yet may be changed, added or left out.
+    """
     path = directory(recipe) / "recipe.json"
-    if path.exists():
-        changed = flat(recipe).items() ^ _flat(json.loads(path.read_text())).items()
-        fields = sorted({name for name, _ in changed if not any(fnmatchcase(name, free) for free in FREE)})
-        if fields:
-            raise UserError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
-                             "give another --output, or remove the directory to start again")
+    if not path.exists():
+        return
+    stored = read_json(path)
+    if not isinstance(stored.get("stages"), dict):
+        raise UserError(f"{path}: stages is missing or no object; the file is damaged: remove it if you are sure that "
+                        "this directory holds a run of the same recipe")
+    started = finished = list(stored["stages"])
+    waiting: set[str] = set()
+    if not has_model(recipe):
+        started = [name for name in started if has_started(recipe, name)]
+        finished, waiting = started[:-1], {*stored["stages"], *recipe.stages}.difference(started)
+    free = [*FREE, *(f"stages.{name}.*" for name in waiting),
+            *(f"stages.{name}.data.{field}" for name in finished for field in FREE_WHEN_FINISHED)]
+    changed = flat(recipe).items() ^ _flat(stored).items()
+    fields = sorted({name for name, _ in changed if not any(fnmatchcase(name, pattern) for pattern in free)})
+    if not fields and list(recipe.stages)[: len(started)] != started:
+        fields = ["the order of the stages"]
+    if fields:
+        raise UserError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
+                        "give another --output, or remove the directory to start again")
+
+
+def has_model(recipe: config.Recipe) -> bool:
+    """Whether the finished model is there."""
+    target = directory(recipe) / "model"
+    # In a bucket a directory cannot appear at once, so the file that is copied last tells.
+    return (target if isinstance(target, Path) else target / "config.json").exists()
+
+
+def has_started(recipe: config.Recipe, stage: str) -> bool:
+    """Whether a stage has a checkpoint."""
+    folder = directory(recipe) / "checkpoints" / stage
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def claim(recipe: config.Recipe) -> None:
     """Writes the recipe into its output directory, for `check_recipe` of later runs."""
     if jax.process_index() == 0:
-        folder = directory(recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text(json.dumps(_plain(recipe), indent=1) + "\n")
+        write_json(directory(recipe) / "recipe.json", _plain(recipe))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is there as a whole or not at all, also in a bucket; its folder is made."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        with replacing(path) as file:
+            file.write(text.encode())
+    else:
+        path.write_text(text)
 
 
 def flat(recipe: config.Recipe) -> dict[str, str]:

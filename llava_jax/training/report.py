@@ -2,9 +2,10 @@
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from llava_jax.training.metrics import read_lines
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #2a7d46; --bad: #b3372f; --curve: #2f6fb3; }
@@ -26,9 +27,8 @@ svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12p
 def read_metrics(path: str | Path) -> dict[str, list[dict]]:
     """The lines of `metrics.jsonl` by stage."""
     stages: dict[str, list[dict]] = {}
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
-        stages.setdefault(row["stage"], []).append(row)
+    for line in read_lines(Path(path)):
+        stages.setdefault(line["stage"], []).append(line)
     return stages
 
 
@@ -40,7 +40,8 @@ def write_page(path: str | Path, title: str, summary: str, stages: Mapping[str, 
     `tables`: title -> column -> row -> share of right answers, 0..1. `cards`: a picture's file, and for each question
     about it the question, the expected answer, the given answer, and whether that is right.
     """
-    curves = "".join(_curve(stage, lines) for stage, lines in stages.items())
+    curves = "".join(_curve(stage, lines) for stage, lines in stages.items()
+                     if any("loss" in line or "validation_loss" in line for line in lines))
     shares = "".join(f"<h2>{html.escape(name)}</h2><div class='wide'>{_table(columns)}</div>"
                      for name, columns in tables.items())
     Path(path).write_text(

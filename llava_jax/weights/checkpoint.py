@@ -4,6 +4,7 @@ Our own layout is a directory with config.json ("model_type": "llava_jax"), the 
 in model.safetensors (or numbered files and an index), and the tokenizer's files as they came.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def save_huggingface(
         files.write(target, _hub_entries(parameters, rows, dtype), shard_bytes)
 
     _save(Path(directory), parameters, write)
+
+
+def check_export(config: LlavaConfig, tokenizer_dir: str | Path) -> None:
+    """Raises UserError if `save_huggingface` could not write this model, whatever its parameters are."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = companions.export(Path(tokenizer_dir), Path(folder), config)
+    configs.hub_config(config, tokens, config.text.vocab_size, "float32")
 
 
 def padded_rows(rows: int, largest_id: int) -> int:

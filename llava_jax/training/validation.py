@@ -1,0 +1,83 @@
+"""What is looked at beside the training loss: the loss over validation data, and sample answers."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from llava_jax.data.pipeline import Batches
+from llava_jax.data.records import REASONS
+from llava_jax.errors import UserError
+from llava_jax.models.llava import Parameters
+from llava_jax.processes.group import gather, total
+from llava_jax.training import output
+from llava_jax.training.metrics import Log, Progress
+from llava_jax.training.samples import Samples
+from llava_jax.training.start import Run
+
+DIVERGED = "start again in another output directory with lower learning rates, or set optimizer.clip"
+
+
+class Evaluations:
+    """Validations and sample answers of one stage. All processes call the methods.
+
+    The validation data are opened and tokenised in the first pass and kept for the others. `batches` is None for a
+    stage without validation data; `to_devices` brings a batch to the mesh.
+    """
+
+    def __init__(self, run: Run, name: str, steps: int, log: Log, batches: Batches | None,
+                 to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]):
+        self.run, self.name, self.steps, self.log = run, name, steps, log
+        self.batches, self.to_devices = batches, to_devices
+        self.samples: Samples | None = None
+
+    def due(self, step: int) -> list[str]:
+        """What is to be looked at after a step: "validation_loss", "samples"."""
+        recipe, last = self.run.recipe, step == self.steps
+        kinds = {"validation_loss": recipe.validate_every if self.batches is not None else 0,
+                 "samples": recipe.sample_every}
+        return [kind for kind, every in kinds.items() if step and every and (last or step % every == 0)]
+
+    def missing(self, step: int) -> list[str]:
+        """What was due after a step from which a run goes on, but is not in the log, as a run was stopped before it.
+
+        Nothing is if a later stage has started.
+        """
+        stages = list(self.run.recipe.stages)
+        later = stages[stages.index(self.name) + 1 :]
+        kinds = [] if any(output.has_started(self.run.recipe, stage) for stage in later) else self.due(step)
+        return gather("what is missing in the log", [k for k in kinds if not self.log.has(self.name, step, k)])[0]
+
+    def write(self, kinds: list[str], step: int, loss: Callable, trainable: Parameters, frozen: Parameters,
+              progress: Progress) -> None:
+        """Looks at what `kinds` names, and logs it. Raises UserError for a validation loss that is not finite."""
+        if "validation_loss" in kinds:
+            mean, skipped = self._validate(loss, trainable, frozen)
+            if not math.isfinite(mean):
+                raise UserError(f"stages.{self.name}: the validation loss is {mean} after step {step}; {DIVERGED}")
+            line = {"stage": self.name, "step": step, "validation_loss": mean}
+            self.log.write(line | ({"validation_skipped": skipped} if skipped else {}))
+            told = f", {sum(skipped.values()):,} rows skipped" if skipped else ""
+            progress.note(f"{self.name} {step}/{self.steps}  validation loss {mean:.3f}{told}")
+        if "samples" in kinds:
+            self.samples = self.samples or Samples(self.run, self.run.recipe.stages[self.name])
+            answers = self.samples.answer(trainable | frozen)
+            self.log.write({"stage": self.name, "step": step, "samples": answers})
+            progress.note("\n".join(f"  {a['question']!r} -> {a['answer']!r} ({a['expected']!r})" for a in answers))
+
+    def close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+
+    def _validate(self, loss: Callable, trainable: Parameters, frozen: Parameters) -> tuple[float, dict[str, int]]:
+        """Mean loss over all learned tokens, and how many rows were skipped, by reason."""
+        sums, skipped = np.zeros(2), Counter()
+        for batch in self.batches:
+            rows = jax.tree.map(lambda x: x[0], self.to_devices(batch))
+            sums += [float(value) for value in loss(trainable, frozen, rows)]
+            skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
+        counts = total("skipped validation rows", [skipped[reason] for reason in REASONS])
+        return float(sums[0] / max(sums[1], 1)), {
+            reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count}
