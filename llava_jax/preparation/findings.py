@@ -74,7 +74,7 @@ class Chunk(NamedTuple):
 class Words:
     """Stands in for a tokenizer where none is known: tells what is learned, but not how many tokens that is."""
 
-    adds_bos, bos_id = False, None
+    adds_bos, bos_id, puts_blank = False, None, False
 
     def tokenize(self, text: str) -> Tokens:
         places = [match.span() for match in re.finditer(r"\s+|\S+", text)]

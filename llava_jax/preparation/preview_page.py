@@ -19,8 +19,7 @@ from llava_jax.data.packing import WINDOW, pack
 from llava_jax.data.records import BadRow, Record
 from llava_jax.images import open_image
 from llava_jax.preparation.settings import Settings
-from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example
-from llava_jax.text.templates import IMAGE, render
+from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example, lay_out, place_tokens
 
 THUMBNAIL = 144  # pixels of the longer side of an original
 SMALL = 224  # tiles of fewer pixels are shown enlarged
@@ -72,31 +71,18 @@ class Piece(NamedTuple):
 
 def read_pieces(turns: Sequence[Mapping[str, str]], example: Example, settings: Settings) -> list[Piece]:
     """Cuts a rendered conversation into the texts of the tokens that `encode_conversation` has made of it."""
-    roles = {"human": "user", "gpt": "assistant", "system": "system"}
-    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
-    first = messages[0]["role"] == "system"
-    if messages[first]["role"] == "assistant":
-        del messages[first]  # as encoding does
-    tokenizer, pieces, ids = settings.tokenizer, [], []
-
-    def add(text: str, token: int, count: int = 1) -> None:
-        pieces.append(Piece(text, token, bool(example.labels[len(ids)] != IGNORE)))
-        ids.extend([token] * count)
-
-    if tokenizer.adds_bos:
-        add("", tokenizer.bos_id)
-    for i, text in enumerate(render(messages, settings.template).split(IMAGE)):
-        if i:
-            add(IMAGE, IMAGE_TOKEN_ID, settings.tokens_per_image)
-        at = 0
-        for token, (begin, end) in zip(*tokenizer.tokenize(text), strict=True):
-            if begin > at:
-                pieces.append(Piece(text[at:begin], None, False))
-                at = begin
-            add(text[at:end], token)
-            at = max(at, end)
-        if at < len(text):
-            pieces.append(Piece(text[at:], None, False))
+    laid_out = lay_out(turns, settings.template)
+    text = "".join(span.text for span in laid_out)
+    pieces, ids, at = [], [], 0
+    for token, (begin, end) in zip(*place_tokens(laid_out, settings.tokenizer), strict=True):
+        if begin > at:
+            pieces.append(Piece(text[at:begin], None, False))
+            at = begin
+        pieces.append(Piece(text[at : max(end, 0)], token, bool(example.labels[len(ids)] != IGNORE)))
+        ids += [token] * (settings.tokens_per_image if token == IMAGE_TOKEN_ID else 1)
+        at = max(at, end)
+    if at < len(text):
+        pieces.append(Piece(text[at:], None, False))
     if not np.array_equal(ids, example.tokens):
         raise RuntimeError("the preview tokenizes otherwise than training does: a fault in llava_jax, not in the data")
     return pieces

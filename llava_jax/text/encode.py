@@ -1,5 +1,6 @@
 """Conversations to tokens and labels, for training and for prompts."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from llava_jax.errors import UserError
-from llava_jax.text.templates import IMAGE, Span, Template, get, read_messages, spans
-from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.text.templates import IMAGE, Span, Template, check_text, get, read_messages, spans
+from llava_jax.text.tokenizer import Tokenizer, Tokens
 
 IMAGE_TOKEN_ID = -200  # stands at every visual token's place; never looked up in an embedding table
 IGNORE = -100  # label of what is not learned
@@ -40,7 +41,7 @@ def encode_conversation(
 
     As LLaVA does: a first turn that is not human is dropped; the text is cut at each `<image>` and the pieces are
     tokenized apart. Labels are told from where a token stands in the text, so no answer is lost to a tokenizer that
-    merges differently in another context. A token that reaches into an answer is the answer's.
+    merges differently in another context. The formats of the first LLaVA learn a little more (`Template.signs`).
 
     Args:
       turns: [{"from": "human" | "gpt", "value": str}, ...], alternating. A value with exactly one `<image>` gets it
@@ -52,10 +53,9 @@ def encode_conversation(
 
     Raises NoSupervisedTokens, TooLong, and UserError that names the turn for a conversation that is none.
     """
-    system, read, unlearned = _read_turns(turns)
-    example = _encode(spans(read, get(template), system, unlearned=unlearned), tokenizer, tokens_per_image)
+    example = _encode(lay_out(turns, template), tokenizer, tokens_per_image)
     if not (example.labels != IGNORE).any():
-        left_out = " that is to be learned" if unlearned else ""
+        left_out = " that is to be learned" if any(turn.get("loss") is False for turn in turns) else ""
         raise NoSupervisedTokens(f"nothing to learn: the conversation has no answer with text{left_out}")
     if max_length is not None and len(example.tokens) > max_length:
         over = len(example.tokens) - max_length
@@ -73,9 +73,8 @@ def encode_prompt(
 ) -> Int32[np.ndarray, "T"]:
     """Tokens of a chat that ends with the opening of the assistant's turn, and what is `begun` of the answer.
 
-    They are the first tokens of the same conversation in training, unless a tokenizer merges the end of the opening
-    with the start of the answer. The opening ends without a blank (`ASSISTANT:`); the answer, `begun` or not, brings
-    its own.
+    They are the first tokens of the same conversation in training. The opening ends without a blank (`ASSISTANT:`);
+    the answer, `begun` or not, brings its own.
 
     With `verbatim` the texts are written as they are, as LLaVA's benchmark scripts do (`templates.spans`).
     Messages are as `templates.read_messages` takes them and end with the user's. Raises UserError otherwise.
@@ -85,7 +84,7 @@ def encode_prompt(
         raise UserError("a prompt ends with a user message, for the assistant to answer")
     if IMAGE in begun:
         raise UserError(f"an answer has no images, and what is begun of this one holds {IMAGE}")
-    laid_out = [*spans(turns, get(template), system, True, verbatim), Span(begun, False)]
+    laid_out = [*spans(turns, get(template), system, True, verbatim), Span(check_text(begun, "begun"), False, cut=True)]
     return _encode(laid_out, tokenizer, tokens_per_image).tokens
 
 
@@ -106,7 +105,7 @@ def _read_turns(turns: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tu
             raise UserError(f'turn {i} is not {{"from": "human" or "gpt", "value": text}}: {turn!r:.200}')
         if turn["from"] not in roles or i and turn["from"] == "system":
             raise UserError(f"turn {i} is from {turn['from']!r}; expected 'human' or 'gpt'")
-        read.append((roles[turn["from"]], turn["value"]))
+        read.append((roles[turn["from"]], check_text(turn["value"], f"turn {i}")))
     system = read.pop(0)[1] if read and read[0][0] == "system" else None
     if read and read[0][0] == "assistant":
         read.pop(0)
@@ -119,27 +118,49 @@ def _read_turns(turns: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tu
     return system, read, {i for i, turn in enumerate(turns[dropped:]) if turn.get("loss") is False}
 
 
-def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: int) -> Example:
+def lay_out(turns: Sequence[Mapping[str, Any]], template: str | Template) -> list[Span]:
+    """The spans of a conversation in training. Raises as `encode_conversation` does where it is none."""
+    system, read, unlearned = _read_turns(turns)
+    return spans(read, get(template), system, unlearned=unlearned)
+
+
+def place_tokens(laid_out: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
+    """Tokens of a conversation and their places in its text; of an image one token, of a BOS the place (-1, -1).
+
+    The text is cut at each `<image>`, as in LLaVA, and also where an answer starts: whatever it starts with, no token
+    of the opening changes, so that a prompt is the beginning of what is trained on. LLaMA's tokenizers need no such
+    cut: none of their tokens reaches across that place, and each cut would cost a blank.
+    """
     text = "".join(span.text for span in laid_out)
-    ids = [np.full(int(tokenizer.adds_bos), tokenizer.bos_id or 0)]
-    places = [np.full((len(ids[0]), 2), -1)]  # in the text; BOS and images stand nowhere in it
+    starts = np.cumsum([0, *(len(span.text) for span in laid_out)]).tolist()
+    cuts = [] if tokenizer.puts_blank else [at for at, span in zip(starts, laid_out, strict=False) if span.cut]
+    ids, places = [tokenizer.bos_id] * tokenizer.adds_bos, [(-1, -1)] * tokenizer.adds_bos
     begin = 0
     for i, piece in enumerate(text.split(IMAGE)):
         if i:
-            ids.append(np.full(tokens_per_image, IMAGE_TOKEN_ID))
-            places.append(np.full((tokens_per_image, 2), -1))
-        tokens = tokenizer.tokenize(piece)
-        ids.append(np.array(tokens.ids, np.int64))
-        places.append(np.array(tokens.places, np.int64).reshape(-1, 2) + begin)
-        begin += len(piece) + len(IMAGE)
+            ids.append(IMAGE_TOKEN_ID)
+            places.append((begin - len(IMAGE), begin))
+        end = begin + len(piece)
+        for start, stop in itertools.pairwise([begin, *(cut for cut in cuts if begin < cut < end), end]):
+            tokens = tokenizer.tokenize(text[start:stop])
+            ids += tokens.ids
+            places += [(start + first, start + last) for first, last in tokens.places]
+        begin = end + len(IMAGE)
+    return Tokens(ids, places)
 
+
+def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: int) -> Example:
+    ids, places = place_tokens(laid_out, tokenizer)
+    tokens = np.array(ids, np.int32)
+    first, last = np.array(places, np.int64).reshape(-1, 2).T
     ends = np.cumsum([len(span.text) for span in laid_out])
     stretches = [(end - len(span.text), end) for span, end in zip(laid_out, ends, strict=True) if span.learned]
     edges = np.array(stretches, np.int64).ravel()
-    first, last = np.concatenate(places).T
+    # A token that reaches into what is learned belongs to it.
     learned = _inside(first, edges) | (_inside(last - 1, edges) & (last > first))
-    tokens = np.concatenate(ids).astype(np.int32)
-    return Example(tokens, np.where(learned, tokens, np.int32(IGNORE)))
+    labels = np.where(learned & (tokens != IMAGE_TOKEN_ID), tokens, np.int32(IGNORE))
+    counts = np.where(tokens == IMAGE_TOKEN_ID, tokens_per_image, 1)
+    return Example(np.repeat(tokens, counts), np.repeat(labels, counts))
 
 
 def _inside(positions: np.ndarray, edges: np.ndarray) -> np.ndarray:

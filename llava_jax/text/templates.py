@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from llava_jax.errors import UserError
 
@@ -21,7 +21,8 @@ class Template:
     """The strings of one conversation format.
 
     A question reads `user + gap + text + after_user`, an answer `assistant + gap + text + before_end + end +
-    after_end`. Of these, the answer's `gap + text + before_end + end` is what the model learns to write.
+    after_end`. Of these, the answer's `gap + text + before_end + end` is what the model learns to write. With `signs`,
+    `end` stands before every turn instead, and `end + after_end` behind the last one.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Template:
     end: str  # ends an answer: the text of a special token in most formats
     after_end: str = ""
     between: str = ""  # before every question but the first
+    signs: bool = False  # `end` begins every turn; it and the assistant's role are learned too, as the first LLaVA did
+    empty: Literal["open", "closed", "omitted"] = "open"  # an empty text: its role alone; as any text; not at all
     captions: bool = False  # image-caption pairs: of a question only its images are kept
     image: str = IMAGE  # what an image's place is written as
 
@@ -46,6 +49,7 @@ class Span(NamedTuple):
 
     text: str
     learned: bool
+    cut: bool = False  # no token reaches into it from before: an answer starts
 
 
 CURIOUS_USER = (
@@ -88,16 +92,21 @@ _VICUNA_V1 = Template(
     gap=" ",
     end="</s>",
 )
-# The first LLaVA ended answers with a text, not with a token.
+# The first LLaVA marked turns with a text, not with a token. It was trained on this form; the `###Human:` without
+# blanks and newlines, in which LLaVA's later scripts ask, is none that any training has.
 _LLAVA_V0 = Template(
     name="llava_v0",
     system=CURIOUS_HUMAN,
-    after_system="###",
-    user="Human:",
-    after_user="###",
-    assistant="Assistant:",
+    after_system="\n\n",
+    user=" Human:",
+    after_user="\n",
+    assistant=" Assistant:",
     gap=" ",
+    before_end="\n",
     end="###",
+    after_end=" ",
+    signs=True,
+    empty="closed",
 )
 # The tokenizer puts the first <s>; later rounds carry theirs in the text.
 _LLAVA_LLAMA_2 = Template(
@@ -113,6 +122,7 @@ _LLAVA_LLAMA_2 = Template(
     before_end=" ",
     end="</s>",
     between="<s>",
+    empty="omitted",
 )
 _MPT = Template(
     name="mpt",
@@ -137,13 +147,14 @@ _QWEN_1_5 = Template(
     assistant="<|im_start|>assistant\n",
     end="<|im_end|>",
     after_end="\n",
+    empty="closed",
 )
 
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
         # Stage 1: an image, its caption, a newline. No system text and no end token.
-        Template(name="plain", system=None, user="", assistant="", end="\n", captions=True),
+        Template(name="plain", system=None, user="", assistant="", end="\n", empty="closed", captions=True),
         _VICUNA_V1,
         replace(_VICUNA_V1, name="llava_v1", system=CURIOUS_HUMAN),
         replace(_VICUNA_V1, name="v1_mmtag", system=TAGGED_IMAGES, image="<Image><image></Image>"),
@@ -196,6 +207,7 @@ TEMPLATES: dict[str, Template] = {
             after_user="<|eot_id|>",
             assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
             end="<|eot_id|>",
+            empty="closed",
         ),
     )
 }
@@ -233,8 +245,8 @@ def spans(
         benchmark scripts asked so, unlike its training.
       unlearned: indices of the turns whose answers are only read.
 
-    As in LLaVA, an empty text leaves its turn open: only the role is written, nothing is learned and nothing ends it.
-    Raises UserError where the format has no place for what is given.
+    An empty text is written as the format's `empty` says. Raises UserError where the format has no place for what is
+    given.
     """
     if system and template.system is None:
         raise UserError(f"template {template.name!r} has no place for a system text; leave the system message out")
@@ -243,19 +255,29 @@ def spans(
         system = template.before_system + system + template.after_system
     before, inside = ("", system) if template.system_in_question else (system, "")
 
-    laid_out = []
-    context = before
+    sign = template.end if template.signs else ""
+    learned = [role == "assistant" and i not in unlearned for i, (role, _) in enumerate(turns)]
+    learns = any(learned)  # of a sign: whether the answer before it is learned
+    laid_out = [Span(before, False)]
     for i, (role, text) in enumerate(turns):
         text = text if verbatim else _place_images(text, template)
         if role == "user":
-            context += _question(text, template, first=i == 0, system=inside)
-        elif text or template.captions:
-            answer = template.gap + text + template.before_end + template.end
-            laid_out += [Span(context + template.assistant, False), Span(answer, i not in unlearned)]
-            context = template.after_end
+            laid_out += [Span(sign, learns), Span(_question(text, template, first=i == 0, system=inside), False)]
+            continue
+        learns = learned[i]
+        answer = template.gap + text + template.before_end
+        if not text and template.empty != "closed":
+            laid_out.append(Span(template.assistant if template.empty == "open" else "", False))
+        elif template.signs:
+            laid_out += [Span(sign + template.assistant, learns), Span(answer, learns, cut=True)]
         else:
-            context += template.assistant
-    return [*laid_out, Span(context + template.assistant * open_answer, False)]
+            laid_out += [Span(template.assistant, False), Span(answer + template.end, learns, cut=True),
+                         Span(template.after_end, False)]
+    if open_answer:
+        laid_out.append(Span(sign + template.assistant, False))
+    elif template.signs:
+        laid_out.append(Span(sign + template.after_end, learns))
+    return [span for span in laid_out if span.text]
 
 
 def _question(text: str, template: Template, first: bool, system: str) -> str:
@@ -265,9 +287,11 @@ def _question(text: str, template: Template, first: bool, system: str) -> str:
         if IMAGE not in text:
             raise UserError(f"template {template.name!r} captions an image, but the question has no {IMAGE}")
         return IMAGE * text.count(IMAGE)
-    if not text and template.system_in_question:
-        raise UserError(f"template {template.name!r} cannot write an empty question")
-    if not text:
+    if not text and template.empty == "omitted":
+        if first:
+            raise UserError(f"template {template.name!r} cannot write an empty question as the first")
+        return ""
+    if not text and template.empty == "open":
         return template.user
     opening = template.user + template.gap + system if first else template.between + template.user + template.gap
     return opening + text + template.after_user
@@ -285,7 +309,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
     Args:
       messages: [{"role": "system" | "user" | "assistant", "content": ...}]; at most one system message, in front;
         then user and assistant in turn. A content is a string or a list of {"type": "text", "text": str} and
-        {"type": "image"}; images of a list stand before its texts, each followed by a newline.
+        {"type": "image"}, which are joined by newlines in their order, as those of training data are.
 
     Returns (system text or None, [(role, text), ...]). Raises UserError that names the message.
     """
@@ -298,7 +322,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
         except (KeyError, TypeError):
             expected = '{"role": ..., "content": text, or a list of text and image parts}'
             raise UserError(f"message {i} is not {expected}: {message!r:.200}") from None
-        turns.append((role, text))
+        turns.append((role, check_text(text, f"message {i}")))
     system = turns.pop(0)[1] if turns[0][0] == "system" else None
     offset = len(messages) - len(turns)
     for i, (role, _) in enumerate(turns):
@@ -314,11 +338,19 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
 def _content_text(content: str | Sequence[Mapping[str, str]]) -> str:
     if isinstance(content, str):
         return content
-    texts = [part["text"] for part in content if part["type"] == "text"]
-    images = sum(part["type"] == "image" for part in content)
-    if images + len(texts) < len(content):
+    if any(part["type"] not in ("text", "image") for part in content):
         raise TypeError("a part of another type")
-    return f"{IMAGE}\n" * images + "\n".join(texts)
+    return "\n".join(part["text"] if part["type"] == "text" else IMAGE for part in content)
+
+
+def check_text(text: str, name: str) -> str:
+    """Returns the text itself. Raises UserError if it holds bytes that Python could not read as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = ascii(text[error.start])
+        raise UserError(f"{name} is not UTF-8: its character {error.start + 1} is the lone surrogate {wrong}") from None
+    return text
 
 
 def render(messages: Sequence[Mapping[str, Any]], template: str | Template, open_answer: bool = False) -> str:
@@ -345,8 +377,13 @@ _JINJA = """
   {%- if content is string -%}
     {{- content -}}
   {%- else -%}
-    {%- for part in content if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-    {{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -}}
+    {%- for part in content -%}
+      {%- if part['type'] not in ('text', 'image') -%}
+        {{- raise_exception('this format has no place for a part of type ' ~ part['type']) -}}
+      {%- endif -%}
+      {{- '' if loop.first else '\\n' -}}
+      {{- part['text'] if part['type'] == 'text' else '<image>' -}}
+    {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
 {%- set system = t.system or '' -%}
@@ -359,26 +396,35 @@ _JINJA = """
 {%- endif -%}
 {%- if system -%}{%- set system = t.before_system ~ system ~ t.after_system -%}{%- endif -%}
 {%- if not t.system_in_question -%}{{- system -}}{%- endif -%}
+{%- set sign = t.end if t.signs else '' -%}
 {%- for message in messages -%}
   {%- set text = text_of(message['content']) -%}
   {%- set images = text.split('<image>') | length - 1 -%}
   {%- if images == 1 -%}{%- set text = ('<image>\\n' ~ text.replace('<image>', '').strip()).strip() -%}{%- endif -%}
   {%- set text = text.replace('<image>', t.image) -%}
   {%- if message['role'] != 'user' -%}
-    {{- t.assistant -}}
-    {%- if text or t.captions -%}{{- t.gap ~ text ~ t.before_end ~ t.end ~ t.after_end -}}{%- endif -%}
+    {%- if text or t.empty != 'omitted' -%}{{- sign ~ t.assistant -}}{%- endif -%}
+    {%- if text or t.empty == 'closed' -%}
+      {{- t.gap ~ text ~ t.before_end -}}
+      {%- if not t.signs -%}{{- t.end ~ t.after_end -}}{%- endif -%}
+    {%- endif -%}
   {%- elif t.captions -%}
     {{- '<image>' * images -}}
-  {%- elif text -%}
+  {%- elif text or t.empty == 'closed' -%}
+    {{- sign -}}
     {%- if not loop.first -%}{{- t.between -}}{%- endif -%}
     {{- t.user ~ t.gap -}}
     {%- if loop.first and t.system_in_question -%}{{- system -}}{%- endif -%}
     {{- text ~ t.after_user -}}
-  {%- elif t.system_in_question -%}
-    {{- raise_exception('this format cannot write an empty question') -}}
-  {%- else -%}
+  {%- elif t.empty == 'open' -%}
     {{- t.user -}}
+  {%- elif loop.first -%}
+    {{- raise_exception('this format cannot write an empty question as the first') -}}
   {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- t.assistant -}}{%- endif -%}
+{%- if add_generation_prompt -%}
+  {{- sign ~ t.assistant -}}
+{%- elif t.signs -%}
+  {{- sign ~ t.after_end -}}
+{%- endif -%}
 """

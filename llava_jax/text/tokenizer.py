@@ -39,6 +39,7 @@ class Tokenizer:
       bos_id, eos_id: int, or None where there is no such token.
       pad_id: the padding token's id; without one the unknown token's, as in LLaVA; without that eos_id.
       adds_bos: whether a prompt begins with bos_id.
+      puts_blank: whether a blank is put before a text, as LLaMA's tokenizers do.
       vocab_size: one more than the largest id.
     """
 
@@ -81,6 +82,7 @@ class Tokenizer:
         self.pad_id = next((pad for pad in pads if pad is not None), None)
         adds_bos = declared.config.get("add_bos_token")
         self.adds_bos = self.bos_id is not None and (backend.adds_bos if adds_bos is None else bool(adds_bos))
+        self.puts_blank = backend.prefixes
         self.vocab_size = backend.vocab_size
 
     def tokenize(self, text: str) -> Tokens:
@@ -124,7 +126,7 @@ class StreamDecoder:
         self._bytes = tokenizer._bytes
         self._skipped = tokenizer._special_ids if skip_special_tokens else set()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_blank = tokenizer._backend.prefixes  # the blank that tokenizing put before the text
+        self._drop_blank = tokenizer.puts_blank  # the blank that tokenizing put before the text
 
     def push(self, token: int) -> str:
         """The text that this token completes; "" while a character is unfinished."""

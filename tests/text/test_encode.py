@@ -194,20 +194,26 @@ def test_every_template_with_both_kinds_of_tokenizer(kinds, raw, texts, slow_ids
         runs = learned_runs(example)
         decoded = [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
         answers = [template.gap + answer + template.before_end + template.end for _, answer in rounds]
+        if template.signs:
+            answers = ["###", *(f"### Assistant:{answer}" for answer in answers)]
+            answers[-1] += " "
         assert decoded == [answer if kind == "bytes" else answer.removeprefix(" ") for answer in answers]
 
         prompt = encode_prompt(messages[:-1], template, tokenizer, tokens_per_image=3)
         assert example.tokens[: len(prompt)].tolist() == prompt.tolist()
-        assert example.tokens[len(prompt) :][: len(runs[-1])].tolist() == runs[-1]  # the answer follows at once
+        answer = example.tokens[len(prompt) :].tolist()  # it follows at once
+        assert runs[-1][-len(answer) :] == answer if template.signs else answer[: len(runs[-1])] == runs[-1]
 
 
-def test_a_token_that_reaches_into_the_answer_is_learned(kinds):
-    """Byte-level BPE joins the newline of `assistant\\n` with one that begins the answer."""
+def test_no_token_reaches_from_the_opening_into_the_answer(kinds):
+    """Byte-level BPE would join the newline of `assistant\\n` with one that begins the answer."""
     tokenizer = kinds["bytes"]
-    joined = tokenizer.encode("\n\n")
-    assert len(joined) == 1
-    (run,) = learned_runs(encode_conversation([human("q"), gpt("\nYes.")], "qwen_2", tokenizer))
-    assert run[0] == joined[0] and tokenizer.decode(run, False) == "\n\nYes.<|im_end|>"
+    assert len(tokenizer.encode("\n\n")) == 1
+    example = encode_conversation([human("q"), gpt("\nYes.")], "qwen_2", tokenizer)
+    (run,) = learned_runs(example)
+    assert tokenizer.decode(run, False) == "\nYes.<|im_end|>"
+    prompt = encode_prompt([{"role": "user", "content": "q"}], "qwen_2", tokenizer)
+    assert example.tokens[: len(prompt)].tolist() == prompt.tolist()
 
 
 def test_plain_is_the_caption_and_a_newline(tokenizer):
@@ -265,6 +271,7 @@ def test_a_first_turn_from_gpt_is_dropped(tokenizer):
         ([human("q"), {"from": "bot", "value": "a"}], "turn 1 is from 'bot'; expected 'human' or 'gpt'"),
         ([human("q"), {"value": "a"}], "turn 1 is not"),
         ([human("q"), gpt(None)], "turn 1 is not"),
+        ([human("q"), gpt("\ud83d")], "turn 1 is not UTF-8"),
         (["q"], "turn 0 is not"),
     ],
 )

@@ -17,8 +17,9 @@ RENDERED = {
     "vicuna_v1": "Be kind. USER: <image>\nhi ASSISTANT: yes</s>USER: why? ASSISTANT:",
     "llava_v1": "Be kind. USER: <image>\nhi ASSISTANT: yes</s>USER: why? ASSISTANT:",
     "v1_mmtag": "Be kind. USER: <Image><image></Image>\nhi ASSISTANT: yes</s>USER: why? ASSISTANT:",
-    "llava_v0": "Be kind.###Human: <image>\nhi###Assistant: yes###Human: why?###Assistant:",
-    "v0_mmtag": "Be kind.###Human: <Image><image></Image>\nhi###Assistant: yes###Human: why?###Assistant:",
+    "llava_v0": "Be kind.\n\n### Human: <image>\nhi\n### Assistant: yes\n### Human: why?\n### Assistant:",
+    "v0_mmtag": "Be kind.\n\n### Human: <Image><image></Image>\nhi\n### Assistant: yes\n"
+    "### Human: why?\n### Assistant:",
     "llava_llama_2": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n<image>\nhi [/INST] yes </s><s>[INST] why? [/INST]",
     "llama_2": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n<image>\nhi [/INST] yes </s><s>[INST] why? [/INST]",
     "mistral_instruct": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n<image>\nhi [/INST] yes </s>[INST] why? [/INST]",
@@ -90,29 +91,66 @@ def test_a_single_image_goes_to_the_front(text, placed):
     assert render([{"role": "user", "content": text}], "mistral_instruct") == f"[INST] {placed} [/INST]"
 
 
-def test_an_empty_text_leaves_its_turn_open():
-    turns = [("user", "a"), ("assistant", ""), ("user", ""), ("assistant", "b")]
-    assert "".join(span.text for span in spans(turns, get("vicuna_v1"), "S")) == (
-        "S USER: a ASSISTANT:USER:ASSISTANT: b</s>"
-    )
-    with pytest.raises(UserError, match="empty question"):
-        spans(turns, get("llama_2"))
+SHORT = [("user", "a"), ("assistant", ""), ("user", ""), ("assistant", "b")]
+# LLaVA's conversations leave an empty turn open (its TWO and MPT styles) or out (LLAMA_2); what formatted the data of
+# the first LLaVA and of LLaVA-NeXT's Qwen and Llama 3 writes it as any other. By hand.
+EMPTY = {
+    "vicuna_v1": "S USER: a ASSISTANT:USER:ASSISTANT: b</s>",
+    "mpt": "<|im_start|>system\nS<|im_end|><|im_start|>user\na<|im_end|><|im_start|>assistant\n<|im_start|>user\n"
+    "<|im_start|>assistant\nb<|im_end|>",
+    "llama_2": "[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b </s>",
+    "llava_v0": "S\n\n### Human: a\n### Assistant: \n### Human: \n### Assistant: b\n### ",
+    "qwen_1_5": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n",
+    "mistral_zephyr": "<|system|>\nS</s><|user|>\na</s><|assistant|>\n<|user|>\n<|assistant|>\nb</s>",
+    "llava_llama_3": "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>",
+}
+for name, twins in {"vicuna_v1": ("llava_v1", "v1_mmtag"), "llava_v0": ("v0_mmtag",), "qwen_1_5": ("qwen_2_5",),
+                    "llama_2": ("llava_llama_2", "mistral_instruct"), "mpt": ("chatml_direct", "mistral_orca")}.items():
+    EMPTY |= dict.fromkeys(twins, EMPTY[name])
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_texts_by_hand(name):
+    assert "".join(span.text for span in spans(SHORT, get(name), "S")) == EMPTY[name]
+    assert {*EMPTY, "gemma_instruct", "plain"} == {*TEMPLATES}
+
+
+def test_a_first_question_cannot_be_left_out():
+    """The original asserts so: the system text stands in it."""
+    for name in ("llama_2", "llava_llama_2", "mistral_instruct"):
+        with pytest.raises(UserError, match="empty question as the first"):
+            render([{"role": "user", "content": ""}], name)
 
 
 def test_learned_spans_are_the_answers_and_their_ends():
     turns = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
-    ends = {"vicuna_v1": " {}</s>", "llava_v0": " {}###", "llama_2": " {} </s>", "qwen_2_5": "{}<|im_end|>"}
+    ends = {"vicuna_v1": " {}</s>", "llama_2": " {} </s>", "qwen_2_5": "{}<|im_end|>"}
     ends |= {"gemma_instruct": "{}<end_of_turn>", "llava_llama_3": "{}<|eot_id|>", "mistral_zephyr": "{}</s>"}
     for name, answer in ends.items():
         learned = [span.text for span in spans(turns, get(name)) if span.learned]
         assert learned == [answer.format("one"), answer.format("two")], name
 
 
+def test_the_first_llava_learns_its_signs_and_the_assistants_role():
+    turns = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
+    for name in ("llava_v0", "v0_mmtag"):
+        laid_out = spans(turns, get(name), "S")
+        marked = "".join(f"[{span.text}]" if span.learned else span.text for span in laid_out).replace("][", "")
+        assert marked == (
+            "S\n\n[###] Human: q\n[### Assistant: one\n###] Human: r\n[### Assistant: two\n### ]"
+        )
+
+
 def test_content_in_parts():
     image = {"type": "image"}
-    parts = [{"type": "text", "text": "Compare."}, image, image, {"type": "text", "text": "Why?"}]
-    turns = [("user", "<image>\n<image>\nCompare.\nWhy?")]
+    parts = [{"type": "text", "text": "Before:"}, image, {"type": "text", "text": "After:"}, image]
+    turns = [("user", "Before:\n<image>\nAfter:\n<image>")]
     assert read_messages([{"role": "user", "content": parts}]) == (None, turns)
+    assert render([{"role": "user", "content": parts[:2]}], "mistral_instruct") == "[INST] <image>\nBefore: [/INST]"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +160,8 @@ def test_content_in_parts():
         ([{"role": "user"}], "message 0 is not"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "message 0 is not"),
         ([{"role": "user", "content": None}], "message 0 is not"),
+        ([ROUNDS[1], {"role": "assistant", "content": "caf\udce9"}], r"message 1 is not UTF-8: its character 4 is"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}], r"surrogate '\\ud83d'"),
         ([{"role": "assistant", "content": "hi"}], "message 0 is from 'assistant', not from 'user'"),
         ([*ROUNDS, {"role": "system", "content": "x"}], "message 4 is from 'system', not from 'assistant'"),
         ([*ROUNDS, ROUNDS[1]], "message 4 is from 'user', not from 'assistant'"),
@@ -156,7 +196,8 @@ def test_jinja_renders_the_same(name):
     contents = ["hi", " hi\n", "", "What is this? <image> ", "<image>\n<image> two", "<image>"]
     contents += ['quo"te\\n \u2581 한 {{ x }}', [{"type": "text", "text": "한"}]]
     contents += [[{"type": "text", "text": " look "}, {"type": "image"}, {"type": "text", "text": "why"}]]
-    contents += [[{"type": "image"}, {"type": "image"}], [{"type": "text", "text": "only text"}]]
+    contents += [[{"type": "image"}, {"type": "image"}], [{"type": "text", "text": "only text"}], []]
+    contents += [[{"type": "text", "text": " a\n"}, {"type": "image"}, {"type": "text", "text": ""}, {"type": "image"}]]
     compared = 0
     for _ in range(200):
         system = [{"role": "system", "content": rng.choice(["Be kind.", "", [{"type": "text", "text": "Be."}]])}]
@@ -175,7 +216,7 @@ def test_jinja_renders_the_same(name):
 
 
 def test_jinja_refuses_what_the_format_cannot_write():
-    for name, content in (("gemma_instruct", "x"), ("llama_2", "")):
+    for name, content in (("gemma_instruct", "x"), ("llama_2", ""), ("vicuna_v1", [{"type": "video"}])):
         messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": content}]
         with pytest.raises(Exception, match="this format"):
             render_jinja_template([messages], chat_template=chat_template(name))
