@@ -9,7 +9,8 @@ from pathlib import Path
 
 from llava_jax import cli
 from llava_jax.errors import UserError
-from llava_jax.text import templates
+from llava_jax.text import agreement, templates
+from llava_jax.text.tokenizer import Tokenizer
 
 USAGE = """%(prog)s SRC DST --to {hf,llava_jax}
        %(prog)s --vision CLIP --language LLAMA DST --to {hf,llava_jax}"""
@@ -33,7 +34,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="SRC DST", help="DST alone for a join")
     parser.add_argument("--to", required=True, choices=["hf", "llava_jax"], help="layout of DST")
-    parser.add_argument("--template", help="conversation template (default: SRC's; vicuna_v1 for a join)")
+    parser.add_argument("--template", help="conversation template (default: SRC's; for a join vicuna_v1, llava_llama_3 "
+                        "or qwen_1_5: one whose end of an answer is a token of LLAMA's tokenizer)")
     parser.add_argument("--image-mode", choices=["square", "pad"],
                         help="cut images at the sides, or pad them (default: SRC's; pad for a join)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
@@ -88,10 +90,11 @@ def _open(options: argparse.Namespace) -> tuple:
     from llava_jax.weights import checkpoint
 
     path = Path(options.paths[0])
-    config, parameters = checkpoint.open_checkpoint(path)
+    config, parameters = checkpoint.open_checkpoint(path, options.template)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
-    return dataclasses.replace(config, **_chosen(options, "template", "image_mode")), parameters, path
+    agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True)
+    return dataclasses.replace(config, **_chosen(options, "image_mode")), parameters, path
 
 
 def _join(options: argparse.Namespace) -> tuple:
@@ -106,8 +109,11 @@ def _join(options: argparse.Namespace) -> tuple:
         if not isinstance(parts[-1][0], kind):
             raise UserError(f"--{option} {path}: model_type {_model_type(path)} is not a {option} model")
     (vision, vision_parameters), (text, text_parameters) = parts
-    config = LlavaConfig(vision=vision, text=text,
-                         **_chosen(options, "projector", "feature_layer", "template", "image_mode"))
+    tokenizer = Tokenizer.load(options.language)
+    template = options.template or agreement.template_for_decoder(tokenizer, options.language)
+    agreement.check(template, tokenizer, text.vocab_size, options.language)
+    config = LlavaConfig(vision=vision, text=text, template=template,
+                         **_chosen(options, "projector", "feature_layer", "image_mode"))
     projector = source.new_projector(config, options.seed or 0)
     return config, source.join(vision_parameters, projector, text_parameters), Path(options.language)
 

@@ -51,6 +51,8 @@ class Options:
     """Print the answer while it is written (a chat always does)."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object: text, finish_reason, prompt_tokens, completion_tokens, seconds."""
+    template: str | None = None
+    """Name of the conversation template, where the model's files do not tell the one it was trained with."""
     dtype: str | None = None
     """bfloat16 or float32; by default bfloat16 on TPU and GPU, float32 on CPU."""
 
@@ -70,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
         raise UserError("--json prints the whole answer at once; leave --stream or --json out")
     from llava_jax import load  # after the options are read: --help need not wait for JAX
 
-    llava = load(options.model, options.dtype)
+    llava = load(options.model, options.dtype, template=options.template)
     if options.prompt is None:
         Chat(llava, options).run()
     elif options.stream:

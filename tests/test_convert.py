@@ -73,7 +73,7 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_there_and_back_again_is_the_same(parts, tmp_path, dtype, projector):
     convert.main(["--vision", str(parts[0]), "--language", str(parts[1]), str(tmp_path / "a"), "--to", "hf",
-                  "--dtype", dtype, "--projector", projector, "--template", "mpt", "--image-mode", "square"])
+                  "--dtype", dtype, "--projector", projector, "--template", "llava_llama_2", "--image-mode", "square"])
     convert.main([str(tmp_path / "a"), str(tmp_path / "own"), "--to", "llava_jax", "--shard-size", "20KB"])
     convert.main([str(tmp_path / "own"), str(tmp_path / "b"), "--to", "hf", "--shard-size", "100KB"])
     assert {str(tensor.dtype) for tensor in tensors(tmp_path / "a").values()} == {f"torch.{dtype}"}

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,6 +33,7 @@ class Loader:
     row_length: int
     images_per_row: int
     bad_rows: Literal["error", "skip"]
+    context: int | None = None  # the most tokens of a conversation, where the model's context is shorter than a row
 
     def __call__(self, what: Literal["texts", "images"], numbers: Sequence[int]) -> list:
         """`text` or `pixels` of each record, or its reason."""
@@ -53,13 +55,14 @@ class Loader:
             message = f"{images} images do not fit into the {self.images_per_row} slots of a row (data.images_per_row)"
             raise BadRow("too_long", f"{record.source}: {message}")
         try:
+            most, limit = min((self.row_length, "data.row_length"), (self.context or math.inf, "the model's context"))
             example = encode_conversation(
-                record.turns, self.template, self.tokenizer, self.tokens_per_image, max_length=self.row_length
+                record.turns, self.template, self.tokenizer, self.tokens_per_image, max_length=most
             )
         except NoSupervisedTokens as error:
             raise BadRow("no_supervised_tokens", f"{record.source}: {error}") from None
         except TooLong as error:
-            raise BadRow("too_long", f"{record.source}: {error} (data.row_length)") from None
+            raise BadRow("too_long", f"{record.source}: {error} ({limit})") from None
         except ValueError as error:
             raise BadRow("malformed", f"{record.source}: {error}") from None
         used = np.count_nonzero(example.tokens == IMAGE_TOKEN_ID) // self.tokens_per_image

@@ -51,6 +51,7 @@ class Batches(grain.IterDataset):
     With `keep`, for one epoch that is passed through again and again, workers and packed texts are kept until `close`.
     Every pass decodes the images anew.
 
+    A conversation has at most `row_length` tokens, and at most `context`, the model's, as positions restart with it.
     A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. UserError if
     rows do not divide over the processes, and when of the first records every one is bad.
     """
@@ -71,6 +72,7 @@ class Batches(grain.IterDataset):
         shuffle: bool = True,
         epochs: int | None = None,
         bad_rows: Literal["error", "skip"] = "error",
+        context: int | None = None,
         workers: int = 0,
         process_index: int = 0,
         process_count: int = 1,
@@ -93,6 +95,7 @@ class Batches(grain.IterDataset):
             row_length=row_length,
             images_per_row=images_per_row,
             bad_rows=bad_rows,
+            context=context,
         )
 
     def __iter__(self) -> "_BatchIterator":

@@ -19,7 +19,7 @@ from llava_jax.inference.engine import Engine, Job, shape
 from llava_jax.inference.likelihood import readings
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, merge
 from llava_jax.sharding import parameter_shardings
-from llava_jax.text import templates
+from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, answer_ends, encode_prompt
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llava_jax.weights.checkpoint import load_checkpoint, read_config
@@ -279,27 +279,31 @@ def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict
     return [{"role": role, "content": text} for role, text in (*system, *turns)]
 
 
-def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Llava:
+def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
+         template: str | None = None) -> Llava:
     """Opens a model directory of any supported layout, told from its files.
 
     Args:
       path: a directory as `llava_jax.train`, `llava_jax.convert` or transformers writes it.
       dtype: "bfloat16" or "float32", of parameters and computation; by default bfloat16 on TPU and GPU, else float32.
       mesh: devices that share the parameters and the rows of a batch (`sharding.make_mesh`); None takes one device.
+      template: name of the conversation template, where the model's files do not tell the one it was trained with.
 
-    Raises UserError that names the file for whatever is missing, broken or not supported, and
-    UserError for a parameter that does not divide by the mesh.
+    Raises UserError that names the file for whatever is missing, broken or not supported, for a tokenizer with ids
+    beyond the embedding, and for a parameter that does not divide by the mesh.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype {dtype!r} is neither bfloat16 nor float32")
-    config = read_config(path)
+    config = read_config(path, template)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
     sharding = None
     if mesh is not None:
         shardings = parameter_shardings({path: x.shape for path, x in abstract(config)[1].items()}, mesh)
         sharding = lambda path, shape: shardings[path]  # noqa: E731
-    config, parameters = load_checkpoint(path, dtype=dtype, sharding=sharding)
-    return Llava(config, parameters, Tokenizer.load(path), dtype, mesh)
+    tokenizer = Tokenizer.load(path)
+    agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True)
+    config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding)
+    return Llava(config, parameters, tokenizer, dtype, mesh)

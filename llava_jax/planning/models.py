@@ -44,9 +44,9 @@ def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
     """
     notes = []
 
-    def read(directory: str) -> LlavaConfig | VitConfig | LlamaConfig:
+    def read(directory: str, template: str | None = None) -> LlavaConfig | VitConfig | LlamaConfig:
         if Path(directory).is_dir():
-            return read_config(directory)
+            return read_config(directory, template)
         sizes = known(directory)
         notes.append(f"{directory} is not here: the published sizes of {Path(directory).name} are taken")
         return sizes

@@ -20,6 +20,7 @@ from llava_jax.errors import UserError
 from llava_jax.preparation.audit import audit
 from llava_jax.preparation.findings import KINDS, SUSPECT, Checker, Finding
 from llava_jax.preparation.settings import Settings
+from llava_jax.text import agreement
 
 WIDTH = 100  # columns of the text
 SHOWN = 20  # findings in the text
@@ -90,6 +91,8 @@ class Check:
             settings = dataclasses.replace(settings, tokens_per_image=self.tokens_per_image)
         max_length = self.max_length or Data.row_length
         workers = (os.cpu_count() or 1) if self.workers is None else self.workers
+        if settings.context is not None:
+            agreement.check_length(max_length, settings.context, "--max-length")
         checker = Checker(mixture.sources, settings, max_length, self.images_per_row)
         with _saving(self.bad_rows) as save:
             result = audit(checker, mixture, workers, save)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import stat
@@ -196,9 +197,9 @@ class Checker:
         if settings.tokenizer is not None:
             length = row["tokens"] = len(example.tokens) + used * (settings.tokens_per_image - 1)
             row["learned"] = np.count_nonzero(example.labels != IGNORE)
-            if length > self.max_length:
-                over = f"{length - self.max_length} more than --max-length {self.max_length}"
-                problems.append(("too_long", f"{length} tokens, {over}"))
+            most, limit = min((self.max_length, "--max-length"), (settings.context or math.inf, "the model's context"))
+            if length > most:
+                problems.append(("too_long", f"{length} tokens, {length - most} more than {limit} {most}"))
         return problems
 
     def _check_texts(self, record: Record, learns: bool) -> list[tuple[str, str]]:

@@ -1,14 +1,17 @@
 """What a model asks of its data, as far as it can be told without loading the model."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
 from llava_jax.errors import UserError
-from llava_jax.text import templates
+from llava_jax.files import read_json
+from llava_jax.text import agreement, templates
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
+
+TEXT_MODELS = ("llama", "mistral", "qwen2")
+"""Decoders that can be joined; a directory of another language model gives its tokenizer alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Settings:
     tokens_per_image: int = 576
     image_size: int = 336  # pixels of a tile's side
     image_mode: str = "pad"
+    context: int | None = None  # the most tokens of a conversation that the model takes; None: not known
 
     @classmethod
     def load(cls, model: str = "", template: str = "") -> "Settings":
@@ -34,25 +38,24 @@ class Settings:
         if not os.path.exists(model):
             raise UserError(f"{model}: no such model or tokenizer; to fetch one from the hub: "
                                     "hf download NAME --local-dir DIR")
-        if _is_llava(Path(model) / "config.json"):
-            from llava_jax.weights import read_config  # imports JAX, which takes seconds
+        kind = _model_type(Path(model) / "config.json")
+        if not (kind.startswith("llava") or kind in TEXT_MODELS):
+            return dataclasses.replace(settings, tokenizer=Tokenizer.load(model))
+        from llava_jax.weights import read_config  # imports JAX, which takes seconds
 
-            config = read_config(model)
-            settings = cls(
-                template=settings.template if template else templates.get(config.template),
-                tokens_per_image=config.tokens_per_image,
-                image_size=config.vision.image_size,
-                image_mode=config.image_mode,
-            )
-        return dataclasses.replace(settings, tokenizer=Tokenizer.load(model))
+        config, tokenizer = read_config(model, template or None), Tokenizer.load(model)
+        if kind in TEXT_MODELS:
+            text = config
+            chosen = template or agreement.template_for_decoder(tokenizer, model)
+        else:
+            text, chosen = config.text, config.template
+            settings = cls(tokens_per_image=config.tokens_per_image, image_size=config.vision.image_size,
+                           image_mode=config.image_mode)
+        agreement.check(chosen, tokenizer, text.vocab_size, model, trained=kind not in TEXT_MODELS and not template)
+        return dataclasses.replace(settings, tokenizer=tokenizer, template=templates.get(chosen),
+                                   context=text.max_length)
 
 
-def _is_llava(file: Path) -> bool:
-    """Whether config.json is that of a whole LLaVA, which `read_config` then reads or refuses."""
-    if not file.is_file():
-        return False
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); copy the file again") from None
-    return isinstance(config, dict) and str(config.get("model_type")).startswith("llava")
+def _model_type(file: Path) -> str:
+    """What config.json says that a model is; "" without the file."""
+    return str(read_json(file).get("model_type")) if file.is_file() else ""

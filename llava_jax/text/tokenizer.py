@@ -104,6 +104,10 @@ class Tokenizer:
         """The id of a special or added token such as "</s>" or "<image>", None if there is none of that name."""
         return self._backend.added[token].id if token in self._backend.added else None
 
+    def tokens_from(self, first: int) -> list[tuple[str, int]]:
+        """Tokens whose id is `first` or larger, with their ids, in order."""
+        return sorted(((text, i) for text, i in self._backend.vocabulary() if i >= first), key=lambda pair: pair[1])
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids. Bytes that form no character become U+FFFD; ids that stand for no token become nothing."""
         stream = StreamDecoder(self, skip_special_tokens)
@@ -203,6 +207,10 @@ class _SentencePiece:
             tokens.ids.extend(encoded["ids"])
             tokens.places.extend([(begin + first, begin + last) for first, last in encoded["offsets"]])
 
+    def vocabulary(self) -> Iterator[tuple[str, int]]:
+        known = {self.processor.id_to_piece(i): i for i in range(self.processor.vocab_size())}
+        yield from (known | {text: token.id for text, token in self.added.items()}).items()
+
     def bytes_of_tokens(self) -> Iterator[tuple[int, bytes]]:
         for i in range(self.processor.vocab_size()):
             piece = self.processor.id_to_piece(i)
@@ -254,6 +262,9 @@ class _TokenizerJson:
     def tokenize(self, text: str) -> Tokens:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return Tokens(encoding.ids, encoding.offsets)
+
+    def vocabulary(self) -> Iterable[tuple[str, int]]:
+        return self.tokenizer.get_vocab().items()
 
     def bytes_of_tokens(self) -> Iterator[tuple[int, bytes]]:
         byte_level = "ByteLevel" in self.decoders

@@ -18,6 +18,7 @@ from llava_jax.models.attention import resolve
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, split
 from llava_jax.models.projector import Projector
 from llava_jax.processes.group import agree
+from llava_jax.text import agreement
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.training import output
 from llava_jax.training.checkpoint import Checkpoints
@@ -67,9 +68,29 @@ def begin(recipe: config.Recipe) -> Run:
     if recipe.sample_every and jax.process_count() > 1:
         raise UserError("sample_every: sample answers are made in runs of one process; set it to 0")
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
+    model = agree_on_template(recipe, model, tokenizer)
     output.check_shared(recipe)
     output.check_recipe(recipe)
     return Run(recipe, mesh, model, dtype, graphs, shardings, tokenizer)
+
+
+def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
+    """The model with the template that suits its tokenizer, where parts are joined and the recipe names none.
+
+    UserError if a template, the tokenizer and the decoder do not suit each other.
+    """
+    source = recipe.model.llava or recipe.model.language
+    if not recipe.model.llava and recipe.model.template is None:
+        model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
+    # Only the template that a LLaVA brings itself has been trained with.
+    agreement.check(model.template, tokenizer, model.text.vocab_size, source,
+                    trained=bool(recipe.model.llava and not recipe.model.template))
+    for name, stage in recipe.stages.items():
+        data = stage.data
+        if data.template:
+            agreement.check(data.template, tokenizer, model.text.vocab_size, f"stages.{name}.data.template")
+        agreement.check_length(data.row_length, model.text.max_length, f"stages.{name}.data.row_length")
+    return model
 
 
 def lay_out(
@@ -111,12 +132,15 @@ def code_hash() -> str:
 
 
 def model_config(model: config.Model, read: Callable = read_config) -> LlavaConfig:
-    """The configuration of the model that a recipe describes, read from its source checkpoints by `read(directory)`."""
+    """The configuration of the model that a recipe describes, read from its source checkpoints by `read(directory)`.
+
+    The template of a LLaVA is `read(directory, template)`'s; of parts that are joined, the recipe's or vicuna_v1.
+    """
     if model.llava:
-        found = read(model.llava)
+        found = read(model.llava, model.template)
         if not isinstance(found, LlavaConfig):
             raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
-        return dataclasses.replace(found, template=model.template or found.template)
+        return found
     chosen = {"projector": model.projector, "feature_layer": model.feature_layer, "image_mode": model.image_mode,
               "feature_select": model.feature_select, "template": model.template}
     return LlavaConfig(vision=read(model.vision), text=read(model.language),

@@ -4,6 +4,7 @@ Our own layout is a directory with config.json ("model_type": "llava_jax"), the 
 in model.safetensors (or numbered files and an index), and the tokenizer's files as they came.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,15 +19,29 @@ from llava_jax.weights.files import Entry
 from llava_jax.weights.source import Config, Source
 
 SHARD_BYTES = 5 * 10**9
-EMBEDDING, HEAD = f"{tables.LANGUAGE}embed_tokens.weight", tables.HEAD
 
-read_config = configs.read_config
+
+def read_config(path: str | Path, template: str | None = None) -> Config:
+    """`configs.read_config`, and whether the head is tied as the tensors say, where config.json says otherwise.
+
+    A config may tie a head that the files hold apart (of LLaVA's two flags one is often left at its default). As in
+    transformers, the stored head then counts if it differs from the embedding.
+    """
+    config, directory = configs.read_config(path, template), Path(path)
+    text = getattr(config, "text", config)
+    if not getattr(text, "tied", False) or not files.has_tensors(directory):
+        return config
+    if not source.has_own_head(files.find(directory)):
+        return config
+    text = dataclasses.replace(text, tied=False)
+    return dataclasses.replace(config, text=text) if isinstance(config, LlavaConfig) else text
 
 
 def load_checkpoint(
     path: str | Path,
     *,
     dtype: str | Callable[[str], str] = "float32",
+    template: str | None = None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> tuple[Config, Parameters]:
     """Reads a checkpoint directory of any supported layout onto devices.
@@ -36,20 +51,21 @@ def load_checkpoint(
         LLaMA, Mistral or Qwen2 alone; told from its files. A CLIP's text tower is left out.
       dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them; the files may be
         either, or float16.
+      template: see `read_config`.
       sharding: where the parameter of a path and shape goes; the default device if None.
 
     Returns the configuration (LlavaConfig; VitConfig or LlamaConfig of a part alone) and the parameters by path; those
     of a part begin with `vision/` or `decoder/`. The host holds one stacked parameter at a time.
     UserError with one line if a file is missing or broken or does not fit.
     """
-    config, parameters = open_checkpoint(Path(path))
+    config, parameters = open_checkpoint(Path(path), template)
     dtype_of = dtype if callable(dtype) else lambda path: dtype
     return config, {name: _to_devices(parameters, name, dtype_of(name), sharding) for name in parameters.shapes}
 
 
-def open_checkpoint(directory: Path) -> tuple[Config, Source]:
+def open_checkpoint(directory: Path, template: str | None = None) -> tuple[Config, Source]:
     """The configuration and the parameters of a checkpoint, of which nothing but the headers is read yet."""
-    config = configs.read_config(directory)
+    config = read_config(directory, template)
     own = files.read_json(directory / "config.json")["model_type"] == configs.OWN
     return config, (source.from_own_files if own else source.from_hub_files)(directory, config)
 
@@ -80,7 +96,7 @@ def save_own(
 
     def write(target: Path | None, parameters: Source) -> None:
         if target:
-            companions.copy(Path(tokenizer_dir), target)
+            companions.copy(Path(tokenizer_dir), target, config.template)
             files.write_json(target / "config.json", configs.own_config(config))
         files.write(target, [_own_entry(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
 
@@ -162,7 +178,7 @@ def _hub_entries(parameters: Source, rows: int, dtype: str | None) -> list[Entry
     entries = []
     for name, place in tables.places(parameters.shapes).items():
         shape = place.hub_shape
-        more = rows - shape[0] if name in (EMBEDDING, HEAD) else 0
+        more = rows - shape[0] if name in (tables.EMBEDDING, tables.HEAD) else 0
 
         def blocks(place: tables.Place = place, more: int = more) -> Iterator[np.ndarray]:
             x = place.transform.to_hub(parameters.read(place.path, place.layer))

@@ -18,13 +18,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 IMAGE, PAD = "<image>", "<pad>"
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path, template: str) -> None:
     """What our own layout keeps: the tokenizer's files as they are, and the ids that begin and end a text."""
     tokenizer = Tokenizer.load(source)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
-    write_json(target / "generation_config.json", _generation(source, tokenizer, tokenizer.pad_id))
+    write_json(target / "generation_config.json", _generation(source, tokenizer, tokenizer.pad_id, template))
 
 
 def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
@@ -51,17 +51,22 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
 
     _add_tokens(target, new)
     _write_tokenizer_config(target, tokenizer, pad, config.template)
-    generation = _generation(source, tokenizer, ids[pad])
+    generation = _generation(source, tokenizer, ids[pad], config.template)
     write_json(target / "generation_config.json", generation)
     _write_processor(target, config)
     return {"image": ids[IMAGE], "pad": ids[pad], "bos": generation["bos_token_id"], "eos": generation["eos_token_id"]}
 
 
-def _generation(source: Path, tokenizer: Tokenizer, pad: int | None) -> dict[str, Any]:
+def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: str) -> dict[str, Any]:
+    """Ids that begin, end and fill a text: the source's, and the template's end of an answer, with which all end."""
     file = source / "generation_config.json"
     known = read_json(file) if file.exists() else {}
+    ends = known.get("eos_token_id", tokenizer.eos_id)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    end = tokenizer.special_id(templates.get(template).end)
+    ends += [] if end is None or end in ends else [end]
     return {"bos_token_id": known.get("bos_token_id", tokenizer.bos_id),
-            "eos_token_id": known.get("eos_token_id", tokenizer.eos_id), "pad_token_id": pad}
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
 
 
 def _role(directory: Path, role: str) -> str | None:

@@ -12,6 +12,7 @@ from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ACTIVATIONS, VitConfig
 from llava_jax.text import templates
+from llava_jax.weights.chat_templates import template_name
 from llava_jax.weights.files import read_json
 
 OWN = "llava_jax"
@@ -20,11 +21,12 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
 
 
-def read_config(path: str | Path) -> LlavaConfig | VitConfig | LlamaConfig:
+def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VitConfig | LlamaConfig:
     """The configuration of a checkpoint directory: of LLaVA, or of a vision tower (CLIP) or decoder (LLaMA) alone.
 
-    The layout is told from config.json. UserError with one line that names file and field if
-    there is none, or if it asks for what no model here computes.
+    The layout is told from config.json. `template` replaces a LLaVA's conversation template, which is then not looked
+    for in its files. UserError with one line that names file and field if there is none, or if it asks for what no
+    model here computes.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -34,7 +36,7 @@ def read_config(path: str | Path) -> LlavaConfig | VitConfig | LlamaConfig:
     raw = read_json(file)
     kind = raw.get("model_type")
     if kind == OWN:
-        return _read_own(raw, file)
+        return _read_own(raw | ({"template": template} if template else {}), file)
     if kind not in ("llava", "clip", "clip_vision_model", *TEXT_MODELS):
         raise UserError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
                          f"{', '.join(TEXT_MODELS)} and {OWN} are")
@@ -49,7 +51,8 @@ def read_config(path: str | Path) -> LlavaConfig | VitConfig | LlamaConfig:
         return _vision(file, "", config)
     if kind == "clip":
         return _vision(file, "vision_config.", config.vision_config)
-    return _llava(directory, file, config, raw.get(OWN, {}))
+    own = raw.get(OWN, {})
+    return _llava(directory, file, config, own | ({"template": template} if template else {}))
 
 
 def _parse(directory: Path, file: Path) -> Any:
@@ -90,7 +93,7 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
         feature_select=FEATURE_SELECT[config.vision_feature_select_strategy],
         image_mode=own.get("image_mode") or _image_mode(directory),
         template=_build(file, templates.get,
-                        template=own.get("template") or _template(directory, config.text_config.model_type)).name,
+                        template=own.get("template") or template_name(directory, config.text_config.model_type)).name,
     )
 
 
@@ -150,43 +153,6 @@ def _image_mode(directory: Path) -> str:
             if settings.get("image_processor", settings).get("do_pad"):
                 return "pad"
     return "square"
-
-
-# What marks a format in a chat template that is none of ours, and the format that is closest to it.
-MARKS = (("<|im_start|>", "qwen_1_5"), ("[INST]", "mistral_instruct"), ("<|start_header_id|>", "llava_llama_3"),
-         ("USER", "vicuna_v1"))
-BY_TEXT_MODEL = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
-
-
-def _template(directory: Path, text_model: str) -> str:
-    """The name of a checkpoint's conversation template, as far as its files tell.
-
-    1. The template whose Jinja text is the checkpoint's chat template.
-    2. Else by a mark in the chat template: `<|im_start|>` qwen_1_5, `[INST]` mistral_instruct (llava_llama_2 where
-       it knows `<<SYS>>`), `<|start_header_id|>` llava_llama_3, `USER` vicuna_v1.
-    3. Else by the decoder: Mistral mistral_instruct, Qwen2 qwen_1_5, LLaMA vicuna_v1.
-    """
-    text = chat_template(directory)
-    for name in templates.TEMPLATES:
-        if text and text == templates.chat_template(name):
-            return name
-    if "<<SYS>>" in text:
-        return "llava_llama_2"
-    return next((name for mark, name in MARKS if mark in text), BY_TEXT_MODEL.get(text_model, "vicuna_v1"))
-
-
-def chat_template(directory: Path) -> str:
-    """The Jinja text of a checkpoint's chat template, wherever its transformers kept it; "" if it has none."""
-    jinja = directory / "chat_template.jinja"
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        found = read_json(directory / name).get("chat_template") if (directory / name).exists() else None
-        if isinstance(found, list):  # several, by name
-            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
-        if found:
-            return found
-    return ""
 
 
 def _read_own(raw: dict, file: Path) -> LlavaConfig:

@@ -49,6 +49,21 @@ class Stored:
             file.seek(self.offset + (layer or 0) * count * self.dtype.itemsize)
             return np.fromfile(file, self.dtype, count).reshape(shape)
 
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The elements in their order, in pieces of at most CHUNK bytes."""
+        left = math.prod(self.shape)
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            while left:
+                piece = np.fromfile(file, self.dtype, min(left, CHUNK // self.dtype.itemsize))
+                left -= piece.size
+                yield piece
+
+
+def has_tensors(directory: Path) -> bool:
+    """Whether a directory has files for `find`, which may still be broken."""
+    return any((directory / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+
 
 def find(directory: Path) -> dict[str, Stored]:
     """Every tensor of a directory's `model.safetensors`, or of the files that its index names.

@@ -60,11 +60,15 @@ def from_hub_files(directory: Path, config: Config) -> Source:
     expected |= {name: x.shape for name, x in second_linear(wanted, np.dtype(np.float32)).items()}
     tied = "decoder/embedding" in wanted and "decoder/head/kernel" not in wanted
 
-    stored, unused = {}, []
-    for original, tensor in files.find(directory).items():
-        name = tables.hub_name(original)
-        if tables.IGNORED.fullmatch(name) or (tied and name == tables.HEAD):
+    found, stored, unused = files.find(directory), {}, []
+    names = [tables.hub_name(original) for original in found]
+    for name, (original, tensor) in zip(names, found.items(), strict=True):
+        if tables.IGNORED.fullmatch(name):
             continue
+        if tied and name == tables.HEAD:
+            if tables.EMBEDDING in names:  # `has_own_head` has compared the two
+                continue
+            name = tables.EMBEDDING
         if name in expected and name not in stored:
             stored[name] = tensor
         else:
@@ -86,6 +90,18 @@ def from_hub_files(directory: Path, config: Config) -> Source:
         return places[name].transform.from_hub(stored[name].read(), places[name].shape)
 
     return Source(wanted, {path: _common(found) for path, found in dtypes.items()}, read)
+
+
+def has_own_head(tensors: Mapping[str, files.Stored]) -> bool:
+    """Whether Hugging Face's files hold a head that differs from the embedding."""
+    found = {tables.hub_name(name): tensor for name, tensor in tensors.items()}
+    head, embedding = found.get(tables.HEAD), found.get(tables.EMBEDDING)
+    if head is None or embedding is None:
+        return False
+    if head.shape != embedding.shape:
+        return True
+    pairs = zip(head.pieces(), embedding.pieces(), strict=True)
+    return any(not np.array_equal(one.astype(np.float32), other.astype(np.float32)) for one, other in pairs)
 
 
 def from_memory(parameters: llava.Parameters) -> Source:

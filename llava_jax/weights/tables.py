@@ -73,6 +73,7 @@ MODULES = (
     (f"{LANGUAGE}norm", "decoder/norm/scale", VECTOR),
     ("language_model.lm_head", "decoder/head/kernel", FROM_WIDTH),
 )
+EMBEDDING = f"{LANGUAGE}embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 
 # What a name may begin with, and what that is on the hub; the first that fits holds. Transformers 4.52 moved all but

@@ -134,16 +134,28 @@ def test_image_mode(read, processor, mode):
     (LLAVA_7B, {"chat_template_jinja": templates.chat_template("llava_v1")}, "llava_v1"),
     (LLAVA_7B, {"chat_template_json": {"chat_template": templates.chat_template("mpt")}}, "mpt"),
     (LLAVA_7B, {"tokenizer_config_json": {"chat_template": [
-        {"name": "tool_use", "template": "[INST]"}, {"name": "default", "template": "<|im_start|>"}]}}, "qwen_1_5"),
-    (LLAVA_7B, {"processor_config_json": {"chat_template": "{{ '[INST] ' + message }}"}}, "mistral_instruct"),
-    (LLAVA_7B, {"chat_template_jinja": "{{ '[INST] <<SYS>>' }}"}, "llava_llama_2"),
+        {"name": "tool_use", "template": "[INST]"},
+        {"name": "default", "template": templates.chat_template("qwen_1_5")}]}}, "qwen_1_5"),
+    (LLAVA_7B, {"processor_config_json": {"chat_template": templates.chat_template("llama_2")}}, "llama_2"),
     (with_text(model_type="mistral", sliding_window=None), {}, "mistral_instruct"),
-    (with_text(model_type="mistral", sliding_window=None), {"chat_template_jinja": "USER: "}, "vicuna_v1"),
+    (with_text(model_type="mistral", sliding_window=None),
+     {"chat_template_jinja": templates.chat_template("vicuna_v1")}, "vicuna_v1"),
     (with_text(model_type="qwen2"), {}, "qwen_1_5"),
     (LLAVA_7B | {"llava_jax": {"template": "plain", "image_mode": "pad"}}, {"chat_template_jinja": "[INST]"}, "plain"),
 ])
 def test_template(read, config, chat, template):
     assert read(config, **chat).template == template
+
+
+def test_a_template_that_is_named_replaces_the_files(tmp_path, read):
+    with pytest.raises(UserError, match="chat_template.jinja: this chat template is none .* --template"):
+        read(LLAVA_7B, chat_template_jinja="{{ messages }}")
+    assert read_config(tmp_path, "v1").template == "vicuna_v1"
+    with pytest.raises(UserError, match="unknown template 'v7'"):
+        read_config(tmp_path, "v7")
+    own = LlavaConfig(template="mpt")
+    (tmp_path / "config.json").write_text(json.dumps(configs.own_config(own)))
+    assert read_config(tmp_path) == own and read_config(tmp_path, "llava_v1").template == "llava_v1"
 
 
 FULL = LlavaConfig(

@@ -1,0 +1,96 @@
+"""The conversation template of a checkpoint, told from its files. A chat template's Jinja text is never executed."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from llava_jax.errors import UserError
+from llava_jax.files import json_type, read_json, read_text
+from llava_jax.text import agreement, templates
+from llava_jax.text.tokenizer import Tokenizer
+
+LLAVA_HF = ("['role'].upper() + ': '", "'ASSISTANT:'")
+"""Marks of the chat templates under llava-hf/ on the hub. They leave LLaVA's system text out."""
+
+# What a chat template must contain, besides the default system text, to be taken for a format.
+MARKS = {
+    "vicuna_v1": ("USER:", "ASSISTANT:"),
+    "llava_llama_2": ("[INST]", "[/INST]", "<<SYS>>"),
+    "llama_2": ("[INST]", "[/INST]", "<<SYS>>"),
+    "llava_llama_3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "qwen_2_5": ("<|im_start|>", "<|im_end|>"),  # its system text contains the next one's
+    "qwen_1_5": ("<|im_start|>", "<|im_end|>"),
+}
+BY_TEXT_MODEL = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
+
+
+def template_name(directory: Path, text_model: str) -> str:
+    """The name of a checkpoint's conversation template. What was not certain is told on stderr.
+
+    1. The template that wrote the checkpoint's chat template, or one whose marks and system text it contains.
+    2. Without a chat template one by the decoder's family whose end of an answer the tokenizer knows.
+
+    Raises UserError that asks for a template if a chat template is none that is known here.
+    """
+    file, text = chat_template(directory)
+    if not text:
+        return _by_decoder(directory, text_model)
+    if name := _ours(text):
+        return name
+    known = {name: (*marks, *_lines(templates.get(name).system)) for name, marks in MARKS.items()}
+    for name, marks in (("vicuna_v1", LLAVA_HF), *known.items()):
+        if all(mark in text for mark in marks):
+            agreement.say(f"template {name}: {file} has its marks (--template chooses another)")
+            return name
+    raise UserError(f"{file}: this chat template is none that is known here; name the format that the model was "
+                    f"trained with by --template (template= in Python, model.template in a recipe): "
+                    f"{', '.join(templates.TEMPLATES)}")
+
+
+def _by_decoder(directory: Path, text_model: str) -> str:
+    name = BY_TEXT_MODEL.get(text_model, "vicuna_v1")
+    if any((directory / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
+        tokenizer = Tokenizer.load(directory)
+        if agreement.end_problem(name, tokenizer):
+            return agreement.template_for_decoder(tokenizer, str(directory))
+    agreement.say(f"template {name}: {directory} has no chat template, its decoder is a {text_model} "
+                  "(--template chooses another)")
+    return name
+
+
+def _ours(text: str) -> str | None:
+    """The template that `templates.chat_template` wrote a text of, in this or an earlier version."""
+    if not (header := re.match(r'\{%- set t = \{"name": "(\w+)", .*?\} -%\}', text)):
+        return None
+    if header[1] not in templates.TEMPLATES:
+        return None
+    for field, value in asdict(templates.get(header[1])).items():
+        written = "none" if value is None else json.dumps(value)
+        # An exported template may have a blank after its images; a field may be newer than the text.
+        if field != "image" and f'"{field}": ' in header[0] and f'"{field}": {written}' not in header[0]:
+            return None
+    return header[1]
+
+
+def _lines(text: str | None) -> list[str]:
+    """The lines of a system text, which Jinja may write with newlines or with escapes between them."""
+    return [line for line in (text or "").split("\n") if line]
+
+
+def chat_template(directory: Path) -> tuple[Path, str]:
+    """The file and Jinja text of a checkpoint's chat template, wherever its transformers kept it; "" for none."""
+    jinja = directory / "chat_template.jinja"
+    if jinja.exists():
+        return jinja, read_text(jinja)
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        file = directory / name
+        found = read_json(file).get("chat_template") if file.exists() else None
+        if isinstance(found, list):  # several, by name
+            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+            found = named[0].get("template") if named else None
+        if not isinstance(found, str | None):
+            raise UserError(f"{file}: chat_template is {json_type(found)}; it must be a text")
+        if found:
+            return file, found
+    return jinja, ""
