@@ -197,7 +197,7 @@ class Run:
         from llava_jax.models.llava import LlavaConfig
         from llava_jax.weights.checkpoint import read_config
 
-        read = read_config(self.model)
+        read = read_config(self.model, self.template or None)
         if not isinstance(read, LlavaConfig):
             raise UserError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
         return read
@@ -247,14 +247,11 @@ class Run:
         """Adds the answers that are missing of `mine` to `found` and to the file, one by one."""
         from llava_jax.benchmarks.answering import Progress, choose, generate
         from llava_jax.benchmarks.baselines import shown
-        from llava_jax.inference.llava import Llava, load
+        from llava_jax.inference.llava import load
 
         todo = [n for n in mine if n not in found]
         mesh, template = self._mesh(), settings["model"]["template"]
-        llava = load(self.model, settings["model"]["dtype"], mesh)
-        if template != llava.template:
-            config = dataclasses.replace(llava.config, template=template)
-            llava = Llava(config, llava.parameters, llava.tokenizer, settings["model"]["dtype"], mesh)
+        llava = load(self.model, settings["model"]["dtype"], mesh, template)
         # By their order answers meet labels from the first question on.
         scored = None if self.bench.ordered and mine.start else self.bench
         progress = Progress(scored, self.data, [questions[n] for n in mine], [found.get(n) for n in mine])
@@ -287,7 +284,7 @@ class Run:
         if len(devices) == 1 and mesh == MESH:
             return None
         if mesh == MESH:
-            model = read_config(self.model)
+            model = read_config(self.model, self.template or None)
             tensor = math.gcd(len(devices), *(size for part in (model.text, model.vision)
                                               for size in (part.heads, part.mlp_width)), model.text.kv_heads)
             mesh = config.Mesh(-1, 1, tensor)
