@@ -10,7 +10,7 @@ from llava_jax.text.tokenizer import StreamDecoder
 class Completion:
     """A finished answer."""
 
-    text: str  # without the stop string
+    text: str  # without the stop string and without outer blanks, as LLaVA's scripts keep an answer
     tokens: list[int]  # every id that was written for `text`, the end token or the stop string's included
     finish_reason: str  # "stop": the model ended it, or a stop string came; "length": max_new_tokens were written
     prompt_tokens: list[int]  # IMAGE_TOKEN_ID at the place of every visual token
@@ -20,6 +20,7 @@ class Answer:
     """Ends with a token of `ends`, with one of the strings `stops`, or after `limit` tokens, whichever comes first.
 
     It looks at one token after the other, so where it ends depends on the tokens alone, not on how many came at once.
+    Outer blanks are no part of its text: a template puts some around an answer, and would put them there once more.
     """
 
     def __init__(self, decoder: StreamDecoder, ends: Collection[int], stops: Sequence[str], limit: int):
@@ -31,6 +32,7 @@ class Answer:
         self._stops = stops
         self._limit = limit
         self._held = ""  # decoded, but it may turn out to be the beginning of a stop string
+        self._blanks = ""  # decoded behind `text`, but they may turn out to be the last
 
     def add(self, tokens: Iterable[int]) -> str:
         """Takes further tokens, up to the end, and returns the text that is certain now: the next piece of `text`."""
@@ -56,8 +58,11 @@ class Answer:
             self._held = self._held[: min(found)]
             self.finish_reason = "stop"
         safe = len(self._held) - (0 if self.finish_reason else _beginning(self._held, self._stops))
-        self.text += self._held[:safe]
-        self._held = self._held[safe:]
+        piece, self._held = self._blanks + self._held[:safe], self._held[safe:]
+        if not self.text:
+            piece = piece.lstrip()
+        self.text += piece.rstrip()
+        self._blanks = piece[len(piece.rstrip()) :]
 
 
 def _beginning(text: str, stops: Sequence[str]) -> int:

@@ -45,7 +45,7 @@ class Request:
     """What `Llava.generate` takes, as one value. UserError for a figure out of range.
 
     `begun` is what the answer begins with, from the opening of its turn on (`ASSISTANT:`, so that it brings its own
-    blank). The model goes on from there; the completion is what it adds.
+    blank). The model goes on from there; the completion is what it adds, without outer blanks.
     `verbatim` keeps outer blanks of the texts and writes a bare `<image>`, as LLaVA's benchmark scripts do.
     """
 

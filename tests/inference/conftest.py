@@ -1,5 +1,6 @@
 """Two small models: a random one in Hugging Face's layout, and one that recites a given text."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -13,6 +14,7 @@ import llava_jax
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, abstract
 from llava_jax.models.vit import VitConfig
+from llava_jax.text.encode import encode_conversation, encode_prompt
 from llava_jax.text.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer.model"  # 2000 pieces, with byte fallback
@@ -71,12 +73,12 @@ def llava(model_dir):
 RECITED = "é漢🙂 a b c d e f g h i j k l m n o p"
 
 
-@pytest.fixture(scope="session")
-def reciting(tokenizer):
-    """A model that answers every prompt with RECITED: its layers add nothing, its head knows what follows a token."""
-    chain = [*tokenizer.encode("ASSISTANT:")[-1:], *tokenizer.encode(RECITED), tokenizer.eos_id]
-    assert len(set(chain)) == len(chain) <= CONFIG.text.width, "each token can have one successor only"
-    _, shapes = abstract(CONFIG)
+def make_reciter(tokenizer, config, opening, tokens):
+    """A model that answers with `tokens` after the last token of `opening`: its layers add nothing, its head knows
+    what follows a token."""
+    chain = [opening[-1], *tokens]
+    assert len(set(chain)) == len(chain) <= config.text.width, "each token can have one successor only"
+    _, shapes = abstract(config)
     parameters = {path: np.zeros(shape.shape, np.float32) for path, shape in shapes.items()}
     for path in parameters:
         if path.endswith("norm/scale"):
@@ -84,7 +86,29 @@ def reciting(tokenizer):
     for i, (token, following) in enumerate(itertools.pairwise(chain)):
         parameters["decoder/embedding"][token, i] = 1
         parameters["decoder/head/kernel"][i, following] = 10
-    return llava_jax.Llava(CONFIG, parameters, tokenizer)
+    return llava_jax.Llava(config, parameters, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def reciting(tokenizer):
+    """A model that answers every prompt with RECITED."""
+    return make_reciter(tokenizer, CONFIG, tokenizer.encode("ASSISTANT:"),
+                        [*tokenizer.encode(RECITED), tokenizer.eos_id])
+
+
+@pytest.fixture(scope="session")
+def reciter(tokenizer):
+    """reciter(template, text) -> a model that answers as one trained on `text` in that format, and the text."""
+
+    def make(template, text):
+        messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": text}]
+        prompt = encode_prompt(messages[:1], template, tokenizer)
+        labels = encode_conversation(turns, template, tokenizer).labels[len(prompt) :]
+        answer = labels[: -1 if template == "llava_v0" else None].tolist()  # without the last sign's blank
+        return make_reciter(tokenizer, dataclasses.replace(CONFIG, template=template), prompt, answer), text
+
+    return make
 
 
 CONFIG = LlavaConfig(

@@ -33,9 +33,9 @@ def grow(answer, tokens, rng):
 
 def test_stop_strings_across_tokens_against_brute_force():
     rng = random.Random(0)
-    word = lambda low, high: "".join(rng.choice("ab#") for _ in range(rng.randint(low, high)))  # noqa: E731
+    word = lambda low, high: "".join(rng.choice("ab# \n") for _ in range(rng.randint(low, high)))  # noqa: E731
     reasons = set()
-    for _ in range(2000):
+    for _ in range(4000):
         texts = [word(0, 3) for _ in range(12)]
         stops = [word(1, 5) for _ in range(rng.randint(0, 3))]
         # The first token after which a stop string is complete ends the answer; the first such string cuts it.
@@ -47,7 +47,7 @@ def test_stop_strings_across_tokens_against_brute_force():
                 break
         answer = Answer(Spelling(texts), (END + 100,), stops, limit=12)
         pieces = grow(answer, list(range(12)), rng)
-        assert "".join(pieces) == answer.text == expected
+        assert "".join(pieces) == answer.text == expected.strip()
         assert (answer.tokens, answer.finish_reason) == (list(range(used)), reason)
         reasons.add(reason)
     assert reasons == {"stop", "length"}
@@ -63,6 +63,13 @@ def test_held_back_text_comes_when_the_answer_ends_otherwise():
     answer = Answer(Spelling(["a#", "#"]), (5,), ["###"], limit=9)
     assert [answer.add([0, 1]), answer.add([5])] == ["a", "##"]
     assert answer.finish_reason == "stop" and answer.tokens == [0, 1, 5]
+
+
+def test_outer_blanks_are_no_part_of_the_text():
+    """What the template puts around an answer would stand there twice in the next prompt."""
+    answer = Answer(Spelling([" ", "\n a", " ", "b", "\u3000\n", " ", "#"]), (6,), ["##"], limit=9)
+    assert [answer.add([i]) for i in range(7)] == ["", "a", "", " b", "", "", ""]
+    assert answer.text == "a b" and answer.tokens == list(range(7))
 
 
 def test_what_follows_the_end_is_ignored():
