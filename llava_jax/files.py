@@ -53,12 +53,19 @@ def read_text(path: str | os.PathLike, missing: str = "no such file", encoding: 
         # epath's paths open gs:// as well.
         with path.open("rb") if hasattr(path, "open") else open(path, "rb") as file:
             content = file.read(LARGEST_SMALL_FILE + 1)
+    check_fetched(path, content)
     if len(content) > LARGEST_SMALL_FILE:
         raise UserError(f"{path}: more than {LARGEST_SMALL_FILE:,} bytes; this is another file than is needed here")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start + 1} is no UTF-8: damaged, or no text file") from None
+
+
+def check_fetched(path: str | os.PathLike, content: bytes) -> None:
+    """Raises UserError if a file that begins with `content` is a Git LFS pointer, which stands for the file."""
+    if content.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch that by `git lfs pull` or hf download")
 
 
 def read_json(path: str | os.PathLike, kind: type | tuple[type, ...] = dict, missing: str = "no such file") -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, Parameters
 from llava_jax.weights import companions, configs, files, source, tables
 from llava_jax.weights.files import Entry
@@ -56,11 +57,12 @@ def load_checkpoint(
 
     Returns the configuration (LlavaConfig; VitConfig or LlamaConfig of a part alone) and the parameters by path; those
     of a part begin with `vision/` or `decoder/`. The host holds one stacked parameter at a time.
-    UserError with one line if a file is missing or broken or does not fit.
+    UserError with one line if a file is missing or broken or does not fit, and for a value that is not finite: such a
+    model answers nothing, and to look at its tensors the safetensors library is enough.
     """
     config, parameters = open_checkpoint(Path(path), template)
     dtype_of = dtype if callable(dtype) else lambda path: dtype
-    return config, {name: _to_devices(parameters, name, dtype_of(name), sharding) for name in parameters.shapes}
+    return config, {name: _to_devices(path, parameters, name, dtype_of(name), sharding) for name in parameters.shapes}
 
 
 def open_checkpoint(directory: Path, template: str | None = None) -> tuple[Config, Source]:
@@ -70,14 +72,15 @@ def open_checkpoint(directory: Path, template: str | None = None) -> tuple[Confi
     return config, (source.from_own_files if own else source.from_hub_files)(directory, config)
 
 
-def _to_devices(parameters: Source, path: str, dtype: str, sharding: Callable | None) -> jax.Array:
+def _to_devices(name: str | Path, parameters: Source, path: str, dtype: str, sharding: Callable | None) -> jax.Array:
     shape = parameters.shapes[path]
     host = np.empty(shape, jnp.dtype(dtype))
-    if tables.is_stacked(path):
-        for layer in range(shape[0]):
-            host[layer] = parameters.read(path, layer)
-    else:
-        host[...] = parameters.read(path, None)
+    for layer in range(shape[0]) if tables.is_stacked(path) else [...]:
+        host[layer] = parameters.read(path, None if layer is ... else layer)
+        if not files.is_finite(host[layer]):
+            number = "" if layer is ... else f" of layer {layer}"
+            raise UserError(f"{name}: {path}{number} has values that are not finite (NaN or infinite); the model is "
+                            "damaged, or was written in a dtype of too little range")
     if sharding is None:
         return jnp.asarray(host)
     return jax.make_array_from_callback(shape, sharding(path, shape), lambda index: host[index])
@@ -94,11 +97,11 @@ def save_own(
 ) -> None:
     """Writes our own layout; the arguments are those of `save_huggingface`."""
 
-    def write(target: Path | None, parameters: Source) -> None:
+    def write(target: Path | None, parameters: Source) -> files.NotFinite:
         if target:
             companions.copy(Path(tokenizer_dir), target, config.template)
             files.write_json(target / "config.json", configs.own_config(config))
-        files.write(target, [_own_entry(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
+        return files.write(target, [_own_entry(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
 
     _save(Path(directory), parameters, write)
 
@@ -123,17 +126,18 @@ def save_huggingface(
       dtype: "float32", "bfloat16" or "float16" for all tensors; as they are if None.
       shard_bytes: largest size of a file of tensors.
 
-    UserError if `directory` holds something; UserError if Hugging Face's model cannot compute what ours does.
+    UserError if `directory` holds something, if Hugging Face's model cannot compute what ours does, and for values
+    that are not finite.
     """
 
-    def write(target: Path | None, parameters: Source) -> None:
+    def write(target: Path | None, parameters: Source) -> files.NotFinite:
         rows = config.text.vocab_size
         if target:
             tokens = companions.export(Path(tokenizer_dir), target, config)
             rows = padded_rows(rows, max(tokens["image"], tokens["pad"]))
             widest = max((_dtype(parameters, path, dtype) for path in parameters.shapes), key=lambda d: d.itemsize)
             files.write_json(target / "config.json", configs.hub_config(config, tokens, rows, widest.name))
-        files.write(target, _hub_entries(parameters, rows, dtype), shard_bytes)
+        return files.write(target, _hub_entries(parameters, rows, dtype), shard_bytes)
 
     _save(Path(directory), parameters, write)
 
@@ -150,12 +154,14 @@ def padded_rows(rows: int, largest_id: int) -> int:
     return rows if largest_id < rows else -(-(largest_id + 1) // 64) * 64
 
 
-def _save(directory: Path, parameters: Parameters | Source, write: Callable[[Path | None, Source], None]) -> None:
+def _save(directory: Path, parameters: Parameters | Source,
+          write: Callable[[Path | None, Source], files.NotFinite]) -> None:
     if not isinstance(parameters, Source):
         parameters = source.from_memory(parameters)
     if jax.process_index() == 0:
         with files.new_directory(directory) as target:
-            write(target, parameters)
+            if message := write(target, parameters).message():
+                raise UserError(f"{directory}: not written: {message}")
     else:
         write(None, parameters)
     if jax.process_count() > 1:

@@ -7,11 +7,12 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from llava_jax.files import read_json
 from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
 from llava_jax.text.tokenizer import SPACE, Tokenizer
-from llava_jax.weights.files import read_json, write_json
+from llava_jax.weights.files import write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.errors import UserError
+from llava_jax.files import read_json
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ACTIVATIONS, VitConfig
 from llava_jax.text import templates
 from llava_jax.weights.chat_templates import template_name
-from llava_jax.weights.files import read_json
+from llava_jax.weights.files import has_tensors, other_kind
 
 OWN = "llava_jax"
 VERSION = 1
@@ -30,9 +31,11 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"{path}: no such directory; to fetch a model from the hub: "
-                                "hf download NAME --local-dir DIR")
+        raise UserError(f"{path}: " + ("a file; name its directory" if directory.exists() else "no such directory; to "
+                                       "fetch a model from the hub: hf download NAME --local-dir DIR"))
     file = directory / "config.json"
+    if not file.exists() or (directory / "adapter_config.json").exists() and not has_tensors(directory):
+        raise UserError(other_kind(directory) or f"{file}: no such file, so this is not the directory of a model")
     raw = read_json(file)
     kind = raw.get("model_type")
     if kind == OWN:

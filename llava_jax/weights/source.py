@@ -151,11 +151,8 @@ def _check(directory: Path, found: Mapping[str, Shape], expected: Mapping[str, S
     missing = [name for name in expected if name not in found]
     wrong = [f"{name} {list(found[name])} instead of {list(shape)}" for name, shape in expected.items()
              if name in found and found[name] != shape]
-    problems = [f"{title}: {_some(names)}" for title, names in
+    problems = [f"{title}: {files.some(names)}" for title, names in
                 [("missing", missing), ("of another shape", wrong), ("left over", unused)] if names]
     if problems:
         raise UserError(f"{directory}: the tensors do not fit config.json; {'; '.join(problems)}")
 
-
-def _some(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -310,3 +310,30 @@ def test_parameters_on_several_processes(hub_dir, tmp_path, loaded):
     save_huggingface(tmp_path / "whole", *loaded, hub_dir)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "sharded" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("save", [save_own, save_huggingface])
+def test_what_is_not_finite_is_not_written(hub_dir, tmp_path, loaded, save):
+    config, parameters = loaded
+    wrong = {path: np.array(x) for path, x in parameters.items()}
+    wrong["decoder/layers/mlp/down/kernel"][1, 3, 4] = 1e5
+    save(tmp_path / "wide", config, wrong, hub_dir, dtype="bfloat16")
+    with pytest.raises(UserError, match="half: not written: .*beyond the range .* bfloat16 holds: .*mlp.down[^,;]*$"):
+        save(tmp_path / "half", config, wrong, hub_dir, dtype="float16")
+    wrong["projector/layers_0/bias"][2] = np.nan
+    wrong["vision/layers/mlp/up/kernel"][0, 0, 0] = -np.inf
+    with pytest.raises(UserError, match=r"nan: not written: .*not finite \(NaN or infinite\): .*(up|linear_1|fc1).*, "):
+        save(tmp_path / "nan", config, wrong, hub_dir)
+    assert [path.name for path in tmp_path.iterdir()] == ["wide"]
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("multi_modal_projector.linear_1.bias", np.nan, "copy: projector/layers_0/bias has values that are not finite"),
+    ("language_model.model.layers.1.mlp.down_proj.weight", np.inf, "decoder/layers/mlp/down/kernel of layer 1 has"),
+])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_is_not_finite_is_not_opened(hub_dir, tmp_path, name, value, message, dtype):
+    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+    spoil(copy, lambda t: t[name].view(-1)[3:4].fill_(value))
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(copy, dtype=dtype)

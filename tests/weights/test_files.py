@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from llava_jax.errors import UserError
-from llava_jax.weights import files
+from llava_jax.weights import files, load_checkpoint, read_config
 
 RNG = np.random.default_rng(0)
 
@@ -92,7 +92,7 @@ def cut(file, size):
     (lambda d: cut(first(d), 40), "00001-of-00002.safetensors: truncated or not a safetensors file"),
     (lambda d: cut(first(d), 0), "00001-of-00002.safetensors: truncated or not a safetensors file"),
     (lambda d: first(d).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"),
-     "truncated or not a safetensors file"),
+     "00001-of-00002.safetensors: a Git LFS pointer, not the file itself; fetch that by `git lfs pull`"),
     (lambda d: first(d).write_bytes((2).to_bytes(8, "little") + b"[]" + bytes(64)), "not a safetensors file"),
     (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map"'), "index.json: not JSON"),
     (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json has no weight_map"),
@@ -108,10 +108,151 @@ def test_broken_files_are_one_clear_line(sharded, spoil, message):
     assert "\n" not in str(error.value)
 
 
-def test_torch_pickles_are_not_opened(tmp_path):
-    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
-    with pytest.raises(UserError, match="torch pickle.*save_pretrained"):
-        files.find(tmp_path)
+@pytest.mark.parametrize("name, message", [
+    ("pytorch_model-00001-of-00002.bin", "torch pickle.*save_pretrained"), ("mm_projector.bin", "torch pickle"),
+    ("model-Q4_K.gguf", "a GGUF model, llama.cpp's format, is not read; take the model's safetensors"),
+    ("adapter_config.json", r"a LoRA \(PEFT\) adapter.*merge_and_unload"),
+    ("model/config.json", "no model, but one is in .*/model$"),
+    ("snapshots/4d7a/config.json", "no model, but one is in .*/snapshots/4d7a$"),
+    ("notes.txt", "config.json: no such file, so this is not the directory of a model"),
+])
+def test_what_a_directory_holds_instead_of_a_model(tmp_path, name, message):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{tmp_path}.*{message}"):
+        read_config(tmp_path)
+    if "/" not in name:  # with a config.json beside it
+        (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+        with pytest.raises(UserError, match=f"{tmp_path}.*({message}|nor an index)"):
+            load_checkpoint(tmp_path)
+
+
+def test_a_file_is_not_a_directory(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="model.gguf: a file; name its directory"):
+        read_config(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\0b", 7,
+                                  None, ["model.safetensors"], "..\\other.safetensors"])
+def test_an_index_names_files_of_its_directory_alone(tmp_path, name):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="index.json: weight_map names .* not the name of a file beside it"):
+        files.find(directory)
+
+
+def test_links_lead_into_the_hubs_cache_alone(tmp_path):
+    cache = tmp_path / "models--a--b"
+    for folder in ("snapshots/4d7a", "blobs"):
+        (cache / folder).mkdir(parents=True)
+    snapshot, index = cache / "snapshots/4d7a", cache / "snapshots/4d7a/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, cache / "blobs/8f3c")
+    (snapshot / "model-1.safetensors").symlink_to("../../blobs/8f3c")
+    assert files.find(snapshot).keys() == {"a"}
+    (snapshot / "model-1.safetensors").unlink()
+    (cache / "blobs/8f3c").rename(tmp_path / "elsewhere.safetensors")
+    (snapshot / "model-1.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(UserError, match="model-1.safetensors: a link out of the directory"):
+        files.find(snapshot)
+
+
+def entry(dtype, shape, *offsets):
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+def mutated(header, rng):
+    """A header with one number, type or name changed, or two entries mixed up."""
+    header = json.loads(json.dumps(header))
+    one, other = rng.choice(sorted(header), 2, replace=False)
+    number = int(rng.choice([-1, 0, 1, 3, 4, 8, 60, 2**31, 2**63, 2**64]))
+    place = rng.integers(0, 2)
+    match rng.integers(0, 9):
+        case 0:
+            header[one]["data_offsets"][place] = number
+        case 1:
+            header[one]["data_offsets"][place] += int(rng.choice([-8, -4, -1, 1, 4, 8]))
+        case 2:
+            header[one]["shape"] = [number, *header[one]["shape"][1:]]
+        case 3:
+            header[one]["dtype"] = str(rng.choice(["F64", "BF16", "F16", "I8", "BOOL", "F33", "U32", ""]))
+        case 4:
+            header[one]["data_offsets"], header[other]["data_offsets"] = (
+                header[other]["data_offsets"], header[one]["data_offsets"])
+        case 5:
+            header[one]["data_offsets"] = header[other]["data_offsets"]
+        case 6:
+            del header[one]
+        case 7:
+            header[one][str(rng.choice(["dtype", "shape", "data_offsets"]))] = rng.choice(
+                np.array([None, "x", 1.5, True, {}, [], [[1]], [0, 8, 16], [1.5, 2]], object))
+        case 8:
+            header["new"] = entry("F32", [1], 0, 4)
+    return header
+
+
+def test_damaged_headers_are_refused_as_the_library_refuses_them(tmp_path):
+    """Headers and bytes are changed at random; what is read is what the library reads, or nothing."""
+    arrays = {"a": RNG.normal(size=(2, 3)).astype(np.float32), "b": RNG.normal(size=6).astype(np.float32),
+              "c": RNG.normal(size=(3, 4)).astype(np.float16), "d": np.zeros((0, 2), np.float32)}
+    file = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(arrays, file)
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    rng, refused = np.random.default_rng(1), 0
+    for trial in range(1500):
+        if trial % 3:
+            text = json.dumps(mutated(header, rng)).encode()
+            content = len(text).to_bytes(8, "little") + text + data + bytes(4 * (trial % 11 == 0))
+        else:
+            content = bytearray(whole)
+            content[rng.integers(0, 8 + length)] ^= 1 << rng.integers(0, 8)
+            content = bytes(content[: rng.integers(8, len(content))] if trial % 9 == 0 else content)
+        file.write_bytes(content)
+        try:
+            expected = safetensors.numpy.load_file(file)
+        except Exception:
+            expected = None
+        try:
+            found = {name: tensor.read() for name, tensor in files.find(tmp_path).items()}
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error), content[:300]
+            continue
+        assert expected is not None, content[:300]
+        assert found.keys() == expected.keys(), content[:300]
+        for name, x in found.items():
+            np.testing.assert_array_equal(x, expected[name], err_msg=str(content[:300]))
+    assert refused > 1000
+
+
+@pytest.mark.parametrize("dtype", files.DTYPES.values(), ids=files.DTYPES)
+def test_values_that_are_not_finite_are_found(dtype):
+    largest = ml_dtypes.finfo(dtype).max
+    for shape in ((0,), (3,), (2, 3, 5)):
+        x = np.zeros(shape, dtype)
+        assert files.is_finite(x)
+        for value in (np.nan, -np.nan, np.inf, -np.inf, largest, -largest, ml_dtypes.finfo(dtype).tiny):
+            for i in range(x.size):
+                x.flat[i] = value
+                assert files.is_finite(x) == bool(np.isfinite(x.astype(np.float64)).all()), (value, i)
+                x.flat[i] = 0
+
+
+def test_what_is_not_finite_when_written_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(3, 400)).astype(np.float32) for name in "abcd"}
+    arrays["b"][1, 7] = 1e5
+    arrays["c"][2, 399] = np.nan
+    entries = [files.Entry(name, np.dtype(np.float16), x.shape, lambda x=x: [x[:1], x[1:]])
+               for name, x in arrays.items()]
+    assert files.write(tmp_path, entries, 10**9) == (["c"], ["b"])
+    wide = [files.Entry(name, np.dtype(ml_dtypes.bfloat16), x.shape, lambda x=x: [x.T.T]) for name, x in arrays.items()]
+    assert files.write(tmp_path, wide, 10**9) == (["c"], [])
 
 
 def test_tensors_of_integers(tmp_path):
