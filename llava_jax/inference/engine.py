@@ -66,7 +66,8 @@ class Engine:
         self._mesh, layouts = mesh, {}
         if mesh is not None:
             rows, cache = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, *ROWS, None, "tensor"))
-            layouts["out_shardings"] = State((cache, cache), rows, rows, rows, rows), rows
+            # The host of every process reads what is written.
+            layouts["out_shardings"] = State((cache, cache), rows, rows, rows, rows), NamedSharding(mesh, P())
         self._prefill = jax.jit(prefill_, static_argnames=("size", "read"), **layouts)
         # The cache is by far the largest thing that a step changes: it is given away, and updated in its place.
         self._decode = jax.jit(decode_, donate_argnames="state", **layouts)

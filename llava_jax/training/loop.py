@@ -127,7 +127,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
         steps, start = meta["total_steps"], latest or 0
         evaluations = stack.enter_context(contextlib.closing(Evaluations(
             run, name, steps, log, read_validation(run, stage, keep=True) if stage.data.validation else None,
-            lambda batch: on_devices(run, batch, micro_batches=1))))
+            lambda batch: on_devices(run, batch, 1))))
         missing = evaluations.missing(start)
         if start == steps and not missing:
             return

@@ -5,12 +5,16 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import jax
+
 from llava_jax import config
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
 from llava_jax.images import open_image
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.models.llava import Parameters
+from llava_jax.processes.group import gather
+from llava_jax.text.encode import encode_prompt
 from llava_jax.training.start import Run
 
 SHOWN = 4
@@ -19,32 +23,46 @@ TRIED = 100  # records
 
 
 class Samples:
-    """The first questions of a stage's validation data (of its training data where it has none), with their answers."""
+    """The first questions of a stage's validation data (of its training data where it has none), with their answers.
+
+    All processes call the methods: each reads the questions, and all answer those that every one of them could read.
+    """
 
     def __init__(self, run: Run, stage: config.Stage):
         self.run = run
         self.model = dataclasses.replace(run.model, template=stage.data.template or run.model.template)
         self.llava: Llava | None = None
-        self.requests, self.expected = [], []
         source = open_mixture(stage.data.validation or stage.data.path, stage.data.image_root).sources[0]
+        read: dict[int, tuple[Request, str]] = {}
         for i in range(min(len(source), TRIED)):
-            with contextlib.suppress(ValueError, OSError):  # a bad row, which the training data's policy deals with
+            with contextlib.suppress(UserError):  # a bad row, which the policy of the data deals with
                 record = source[i]
                 question, answer = _first_round(record.turns)
                 images = [open_image(path) for path in record.images[: question.count("<image>")]]
-                self.requests.append(Request(question, images, max_new_tokens=LONGEST))
-                self.expected.append(answer)
-            if len(self.requests) == SHOWN:
+                self._require_room(question)
+                read[i] = Request(question, images, max_new_tokens=LONGEST), answer
+            if len(read) == SHOWN:
                 break
+        everywhere = set.intersection(*map(set, gather("the questions of the samples", list(read))))
+        self.pairs = [read[i] for i in sorted(everywhere)]
 
     def answer(self, parameters: Parameters) -> list[dict[str, str]]:
         """Question, expected and given answer of each record's first round, greedily."""
         if self.llava is None:
-            self.llava = Llava(self.model, parameters, self.run.tokenizer, self.run.dtype)
+            # Alone, the few rows need not be shared out.
+            mesh = self.run.mesh if jax.process_count() > 1 else None
+            self.llava = Llava(self.model, parameters, self.run.tokenizer, self.run.dtype, mesh)
         self.llava.parameters = parameters
-        answers = self.llava.batch(self.requests)
+        answers = self.llava.batch([request for request, _ in self.pairs])
         return [{"question": request.messages, "expected": expected, "answer": answer.text}
-                for request, expected, answer in zip(self.requests, self.expected, answers, strict=True)]
+                for (request, expected), answer in zip(self.pairs, answers, strict=True)]
+
+    def _require_room(self, question: str) -> None:
+        """Raises UserError for a question that leaves no room for an answer."""
+        model, messages = self.model, [{"role": "user", "content": question}]
+        tokens = encode_prompt(messages, model.template, self.run.tokenizer, model.tokens_per_image)
+        if len(tokens) >= model.text.max_length:
+            raise UserError("the question is too long")
 
 
 def _first_round(turns: Sequence[dict[str, str]]) -> tuple[str, str]:

@@ -65,8 +65,6 @@ def begin(recipe: config.Recipe) -> Run:
     mesh = sharding.make_mesh(recipe.mesh)
     model = model_config(recipe.model)
     dtype, graphs, _, shardings = lay_out(recipe, mesh, model)
-    if recipe.sample_every and jax.process_count() > 1:
-        raise UserError("sample_every: sample answers are made in runs of one process; set it to 0")
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
     model = agree_on_template(recipe, model, tokenizer)
     output.check_shared(recipe)

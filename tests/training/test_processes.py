@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,7 +79,8 @@ def lines(recipe: config.Recipe) -> list[dict]:
 
 def assert_same_run(ours: config.Recipe, theirs: config.Recipe) -> None:
     assert [line["step"] for line in lines(ours)] == [line["step"] for line in lines(theirs)]
-    for line, expected in zip(lines(ours), lines(theirs), strict=True):
+    steps = [[line for line in lines(recipe) if "loss" in line] for recipe in (ours, theirs)]
+    for line, expected in zip(*steps, strict=True):
         for name in ("tokens", "supervised_tokens", "images", "row_fill", "slot_fill", "skipped"):
             assert line[name] == expected[name]
         np.testing.assert_allclose(line["loss"], expected["loss"], rtol=2e-5)
@@ -119,6 +121,38 @@ def test_a_killed_process_ends_the_run_and_one_goes_on_from_its_checkpoint(make_
     assert "2" in os.listdir(recipe.output + "/checkpoints/align")
     train_alone(recipe)
     assert_same_run(recipe, whole)
+
+
+def test_two_processes_set_a_damaged_checkpoint_aside_and_answer_samples(make_recipe, train_alone, data):
+    def make(name: str, mesh: config.Mesh) -> config.Recipe:
+        recipe = dataclasses.replace(make_recipe(name, mesh), sample_every=8)
+        stage = recipe.stages["align"]
+        return dataclasses.replace(recipe, stages={"align": dataclasses.replace(
+            stage, data=dataclasses.replace(stage.data, validation=str(data)))})
+
+    def samples(recipe: config.Recipe) -> list[dict]:
+        return next(line["samples"] for line in lines(recipe) if "samples" in line)
+
+    def validated(recipe: config.Recipe) -> float:
+        return next(line["validation_loss"] for line in lines(recipe) if "validation_loss" in line)
+
+    alone, two = make("alone", config.Mesh()), make("two", config.Mesh(replica=2, fsdp=4))
+    train_alone(alone)
+    codes, _, errors = train(two, 2)
+    assert codes == [0, 0], errors
+    assert len(samples(two)) == 4 and samples(two) == samples(alone)
+    np.testing.assert_allclose(validated(two), validated(alone), rtol=2e-5)
+
+    shutil.rmtree(two.output + "/model")
+    newest = Path(two.output, "checkpoints", "align", "8", "trainable")
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    codes, outputs, errors = train(two, 2)
+    assert codes == [0, 0], errors
+    assert "align/8: this checkpoint is damaged" in outputs[0] and "the one before, of step 6" in outputs[0]
+    assert_same_run(two, alone)
 
 
 def test_a_bad_image_on_one_host_is_told_by_all(make_recipe, data, tmp_path):
