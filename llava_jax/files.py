@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from llava_jax.errors import FULL, UserError, user_path
@@ -89,6 +89,25 @@ def parse_json(text: str, name: str, kind: type | tuple[type, ...] = dict) -> An
         names = " or ".join({dict: "an object", list: "a list", str: "a text"}.get(k, k.__name__) for k in kinds)
         raise UserError(f"{name}: must be {names}, and is {json_type(value)}")
     return value
+
+
+def require_fields(row: Any, kinds: Mapping[str, type | tuple[type, ...]], name: str) -> None:
+    """Raises UserError that begins with `name` unless `row` is an object whose fields are of these kinds.
+
+    A number must be below 2**63, and true and false are none. Other fields than those of `kinds` are not looked at.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{name}: must be an object, and is {json_type(row)}")
+    for field, kind in kinds.items():
+        kind = kind if isinstance(kind, tuple) else (kind,)
+        if field not in row and type(None) not in kind:
+            raise UserError(f"{name}: {field!r} is missing")
+        value = row.get(field)
+        fits = isinstance(value, kind) and (not isinstance(value, bool) or bool in kind)
+        absurd = isinstance(value, int | float) and not abs(value) < 2.0**63  # nan too
+        if not fits or absurd:
+            shown = f"{value!r:.60}" if isinstance(value, int | float | str) else json_type(value)
+            raise UserError(f"{name}: {field!r} is {shown}, which it cannot be")
 
 
 def json_type(value: Any) -> str:

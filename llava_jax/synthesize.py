@@ -3,6 +3,7 @@
 import importlib
 
 from llava_jax import cli
+from llava_jax.endpoint.stop import exit_on_sigterm
 from llava_jax.errors import UserError
 
 COMMANDS = {
@@ -24,7 +25,9 @@ def main(args: list[str]) -> int:
         return 0 if args else 2
     if args[0] not in COMMANDS:
         raise UserError(f"synthesize has no command {args[0]!r}; there are {', '.join(COMMANDS)}")
-    return cli.parse(_command(args[0]), args[1:], prog=f"python -m llava_jax.synthesize {args[0]}").run()
+    command = cli.parse(_command(args[0]), args[1:], prog=f"python -m llava_jax.synthesize {args[0]}")
+    with exit_on_sigterm():
+        return command.run()
 
 
 def _command(name: str) -> type:

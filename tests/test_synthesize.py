@@ -277,7 +277,7 @@ def test_what_got_no_answer_is_told_and_asked_again(tmp_path, capsys):
     fake = FakeOpenAI(answer=answer_messages, faults=lambda number: "nonsense" if number == 1 else None)
     with fake.serve() as url:
         options = options_of(tmp_path, url, "--retries", "0", "--concurrency", "1")
-        assert synthesize.main(["run", *options]) == 0
+        assert synthesize.main(["run", *options]) == 1
         told = capsys.readouterr().err
         assert "1 tasks got no answer (no_answer: " in told and "no chat completion" in told
         assert records_of(tmp_path).total() == 6 and (tmp_path / "out" / "rejected.jsonl").read_text()

@@ -1,7 +1,7 @@
 """A language model at a server, as the commands of benchmarks ask it: options, and one call for many questions."""
 
 import asyncio
-import sys
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.run import Ending, Job, Settle, answer_all
-from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of
+from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of, note
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
 
@@ -50,6 +50,8 @@ class Model:
             raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
         if self.max_requests is not None and self.max_requests < 0:
             raise UserError(f"--max-requests is {self.max_requests}: it cannot be negative")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}: it must be a number from 0")
         self.server.check()
 
     @property
@@ -73,11 +75,11 @@ class Model:
                    stop: Stop) -> Ending:
         async with self.server.open(self.model, self.base_url, stop) as endpoint:
             for line in await endpoint.check():
-                print(f"note: {line}", file=sys.stderr)
+                note(line)
             with stop.listen():
                 try:
                     return await answer_all(jobs, endpoint, log, settle, concurrency=self.server.concurrency,
                                             budget=budget, stop=stop, progress=progress)
                 finally:
                     for line in endpoint.notes:
-                        print(f"note: {line}", file=sys.stderr)
+                        note(line)

@@ -30,6 +30,7 @@ from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Message, Reply, Request
+from llava_jax.endpoint.server import UNANSWERED, check_answered, note
 from llava_jax.errors import UserError
 
 LOG = "judged.jsonl"
@@ -126,8 +127,9 @@ class Judge:
     failures, who judged by which prompts), reviews/reviews_N.jsonl (as LLaVA's scripts write them; `evaluate reviews`
     reads them), failed.jsonl, and judged.jsonl, which keeps every reply: the same command asks only what is missing.
 
-    Exit codes: 0; 2, a mistake, in one line; 3, --max-requests; 4, more than --max-failed of the judgements failed;
-    130 after Ctrl-C and 75 after SIGTERM. After 3, 75 and 130 the same command goes on."""
+    Exit codes: 0; 1, some requests got no answer; 2, a mistake, in one line, or no request at all was answered; 3,
+    --max-requests; 4, more than --max-failed of the judgements failed; 130 after Ctrl-C and 75 after SIGTERM. After 1,
+    3, 75 and 130 the same command goes on."""
 
     bench: tyro.conf.Positional[Literal["llava-bench-coco", "llava-bench-wild"]]
     """which set; llava-bench-coco also for what make-bench has made"""
@@ -173,15 +175,20 @@ class Judge:
             except Unfinished as unfinished:
                 print(unfinished, file=sys.stderr)
                 return unfinished.code
+            answered = sum(job.request(0).key(self.model.model) in log for job in jobs)
+            check_answered(answered + len(failures), list(failures.values()))
             report = self._report(jobs, log, failures)
         judge = {"model": self.model.model, "base_url": self.model.base_url, "parameters": self.model.parameters,
                  "prompts": rules.hash}
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "model"}
         print(printable(write_report(report, self.out, paths, judge, options)))
+        if failures:
+            note(f"{len(failures):,} requests got no answer ({next(iter(failures.values()))}); the same command asks "
+                 "them again")
         if len(report.failed) > self.max_failed * len(jobs):
             print(f"more than --max-failed {self.max_failed:g} of the judgements failed", file=sys.stderr)
             return TOO_MANY_FAILED
-        return 0
+        return UNANSWERED if failures else 0
 
     def _check(self) -> None:
         self.model.check()
@@ -204,8 +211,8 @@ class Judge:
             raise UserError(f"{self.answers}: none of its answers is to a question of {paths['questions']}")
         if len(asked) < len(cases):
             notes.append(f"{len(cases) - len(asked):,} of {len(cases):,} questions have no answer, and are left out")
-        for note in [*bench.size_notes(questions), *notes]:
-            print(f"note: {note}", file=sys.stderr)
+        for line in [*bench.size_notes(questions), *notes]:
+            note(line)
         if lost := {case.category for _, case in asked} - set(rules.rules):
             raise UserError(f"{self.rules}: has no rule for {min(lost)!r}; it has {', '.join(rules.rules)}")
         return [Job(number, run, swapped, case, line := given[case.question.id],

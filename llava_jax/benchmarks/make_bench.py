@@ -19,11 +19,13 @@ import tyro
 
 from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.judge import PROMPTS
+from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
+from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
 from llava_jax.instruct import evidence, parse
@@ -54,7 +56,8 @@ class MakeBench:
     need boxes. An image of which not all three questions and answers can be had gives its place to the next one drawn.
     Every reply is kept in OUT/asked.jsonl: the same command asks only what is missing.
 
-    Exit codes: 0; 2, a mistake, in one line; 3, --max-requests; 130 after Ctrl-C and 75 after SIGTERM."""
+    Exit codes: 0; 1, some requests got no answer; 2, a mistake, in one line, or no request at all was answered; 3,
+    --max-requests; 130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command goes on."""
 
     source: Annotated[Source, tyro.conf.arg(name="")]
     model: Annotated[Model, tyro.conf.arg(name="")]
@@ -134,7 +137,7 @@ class Maker:
         self.author = options.model.model or "rules"
         self.by_rules = not options.model.model or options.questions == "rules"
         self.rejects: Counter[str] = Counter()
-        self.tried = 0
+        self.tried = self._answered = 0
         self.prompts_hash = ""
         self._rules = RulesTeacher(seed=options.seed)
         self._pool = read_questions("detail_description")
@@ -233,7 +236,7 @@ class Maker:
         return text
 
     def _ask(self, jobs: Sequence["Job"], accept: Any, unit: str) -> dict[tuple[int, str], Asked]:
-        """What was accepted. Raises UserError where requests failed that may have more luck later: what is made must
+        """What was accepted. Raises Unfinished where requests failed that may have more luck later: what is made must
         not depend on them."""
         found: dict[tuple[int, str], Asked] = {}
         failures: list[str] = []
@@ -243,6 +246,7 @@ class Maker:
                 self.rejects["request_failed"] += 1
                 failures.extend([str(answer)] if answer.reason == "no_answer" else [])
                 return True
+            self._answered += 1
             try:
                 found[job.image, job.kind] = accept(job, answer)
             except parse.Reject as reject:
@@ -254,8 +258,9 @@ class Maker:
             progress = Progress(len(jobs), self.rejects, unit)
             self.options.model.ask(jobs, self.log, settle, self._budget, progress)
         if failures:
-            raise UserError(f"{len(failures):,} requests got no answer, the first by {failures[0]}; the same command "
-                             "asks them again")
+            check_answered(len(failures) + self._answered, failures)
+            raise Unfinished(f"{len(failures):,} requests got no answer, the first by {printable(failures[0])}; the "
+                             "same command asks them again", UNANSWERED)
         return found
 
 

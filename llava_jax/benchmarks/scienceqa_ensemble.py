@@ -135,8 +135,9 @@ class ScienceQAEnsemble:
     """Join a LLaVA's answers to ScienceQA with those of a language model that sees no image, or let it judge.
 
     The language model's answers, and its judgements where the two differ, come from files, or are asked of any server
-    with OpenAI's chat API (--model); what was answered is kept in OUT/asked.jsonl and never asked again. Exit codes: 3
-    when --max-requests stopped it, 130 after Ctrl-C, 75 after SIGTERM; the same command goes on."""
+    with OpenAI's chat API (--model); what was answered is kept in OUT/asked.jsonl and never asked again. Exit codes: 1
+    when requests got no answer, 3 when --max-requests stopped it, 130 after Ctrl-C, 75 after SIGTERM; the same command
+    goes on."""
 
     answers: tyro.conf.Positional[str]
     """LLaVA's answers, JSON lines: those of a model tuned to reason, which say `The answer is X.`"""

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_jax.benchmarks.asking import Model
+from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.scienceqa import FAILED, read_statement
 from llava_jax.benchmarks.scienceqa_data import Problem, compose
+from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
-from llava_jax.errors import UserError
+from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.files import replacing
 
 JUDGEMENTS = 2  # how often the judge is asked, at most, until it names one letter
@@ -56,8 +57,8 @@ def judge_messages(problem: Problem, ours: str, teacher: str) -> Messages:
 class Asker:
     """Asks one language model, and writes its answers to files; what the log holds is not asked again.
 
-    Both methods return texts by problem. They raise Unfinished, and ValueError, one line, where requests failed, unless
-    `partial` goes on without these.
+    Both methods return texts by problem. They raise Unfinished, also where requests failed, unless `partial` goes on
+    without these.
     """
 
     model: Model
@@ -88,9 +89,11 @@ class Asker:
 
         jobs = [_Job(pid, messages, self.model.parameters) for pid, messages in asked.items()]
         self.model.ask(jobs, self.log, settle, self.budget, Progress(len(jobs), unit="questions"))
+        check_answered(len(jobs), failures)
         if failures and not self.partial:
-            raise UserError(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is {failures[0]}; "
-                             "the same command asks them again, --partial goes on without them")
+            raise Unfinished(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is "
+                             f"{printable(failures[0])}; the same command asks them again, --partial goes on without "
+                             "them", UNANSWERED)
         with replacing(path) as file:
             for job in jobs:
                 if job.pid in replies:

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from typing import Any, TypeVar
 
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.client import Endpoint
+from llava_jax.endpoint.client import LIMITS, Endpoint
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.limits import backoff
 from llava_jax.endpoint.log import AnswerLog
@@ -31,7 +31,7 @@ from llava_jax.endpoint.request import Reply, Request, read_reply
 from llava_jax.endpoint.run import Ending, J, Settle
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import read_json, replacing, require_fields
 
 STATE = "batches.json"
 REQUESTS_PER_PART, BYTES_PER_PART = 50_000, 100_000_000  # what all servers with this API take
@@ -39,6 +39,7 @@ FIRST_POLL, LONGEST_POLL = 10.0, 300.0  # seconds between looks at a batch
 EMPTY_ROUNDS = 3  # after which a server that answers nothing is given up
 ENDED = ("completed", "expired", "cancelled", "failed")
 CREATE_TRIES = 5
+PART = re.compile(r"batch-[0-9a-f]{16}\.jsonl")
 LEFT = re.compile(r"batch-[0-9a-f]{16}\.jsonl|\.(batch-[0-9a-f]{16}\.jsonl|batches\.json)\.\d+\.tmp")
 
 T = TypeVar("T")
@@ -137,6 +138,18 @@ class _Part:
     alone: bool = False
     collected: bool = False
 
+    @classmethod
+    def from_json(cls, fields: Any) -> "_Part":
+        """Raises UserError or TypeError for fields that are missing, unknown or of another type."""
+        text, number, maybe = str, (int, float), (str, type(None))
+        require_fields(fields, {
+            "name": text, "requests": int, "worst": number, "fields": list, "file": maybe, "batch": maybe,
+            **{name: kind for name, kind in (("since", number), ("status", text), ("done", int), ("alone", bool),
+                                             ("collected", bool)) if name in fields}}, "a part")
+        if not PART.fullmatch(fields["name"]) or not all(isinstance(name, str) for name in fields["fields"]):
+            raise UserError(f"the part {fields['name']!r:.60} is none of a synthesis")
+        return cls(**fields)
+
 
 class _Batches:
     def __init__(
@@ -214,7 +227,7 @@ class _Batches:
 
             async def upload() -> Any:
                 with open(path, "rb") as file:
-                    return await self._client.files.create(file=(part.name, file), purpose="batch")
+                    return _checked(await self._client.files.create(file=(part.name, file), purpose="batch"))
 
             uploaded = await self._call(upload, f"uploading {path}")
             part.file, part.since = uploaded.id, uploaded.created_at
@@ -236,6 +249,7 @@ class _Batches:
     async def _find(self, part: _Part) -> Any:
         """The server's batch of a part's file, unless it failed (then nothing of it was run), or None."""
         async for batch in self._client.batches.list(limit=100):  # the newest first
+            _checked(batch, status=str)
             if batch.created_at < part.since:
                 return None
             if batch.input_file_id == part.file and batch.status != "failed":
@@ -243,24 +257,31 @@ class _Batches:
         return None
 
     async def _create(self, part: _Part) -> Any:
-        return await self._client.batches.create(
+        batch = await self._client.batches.create(
             input_file_id=part.file, endpoint="/v1/chat/completions", completion_window="24h"
         )
+        return _checked(batch, status=str)
 
     async def _look(self, part: _Part) -> bool:
         """Whether a batch has ended; its answers are in the log then."""
-        batch = await self._call(lambda: self._client.batches.retrieve(part.batch), f"batch {part.batch}")
-        part.status, part.done = batch.status, batch.request_counts.completed if batch.request_counts else 0
+
+        async def retrieve() -> Any:
+            return _checked(await self._client.batches.retrieve(part.batch), status=str)
+
+        batch = await self._call(retrieve, f"batch {part.batch}")
+        done = getattr(batch.request_counts, "completed", 0)
+        part.status, part.done = batch.status, done if isinstance(done, int) else 0
         if batch.status not in ENDED:
             return False
-        errors = (batch.errors.data if batch.errors else None) or []
+        errors = getattr(batch.errors, "data", None)
+        errors = [error for error in errors if hasattr(error, "message")] if isinstance(errors, list) else []
         if batch.status == "failed" and any(error.code == "token_limit_exceeded" for error in errors):
             if not part.alone:  # there is room when another has ended
                 part.batch, part.status = None, "waiting"
                 self._save()
                 return not self._running()
         for file in (batch.output_file_id, batch.error_file_id):
-            if file:
+            if isinstance(file, str) and file:
                 await self._call(lambda file=file: self._collect(part, file), f"reading the answers of {part.batch}")
         if batch.status == "failed":
             words = "; ".join(f"{error.message} ({error.code})" for error in errors[:3]) or "no reason given"
@@ -276,23 +297,50 @@ class _Batches:
 
     async def _collect(self, part: _Part, file: str) -> None:
         """Puts the answers of an output or error file into the log, in whatever order they come."""
+        starts = self._starts(part)
         async with self._client.files.with_streaming_response.content(file) as response:
             async for line in _lines(response.iter_bytes(1 << 16)):
                 try:
-                    row = json.loads(line)
+                    row = json.loads(self._endpoint.secret.hide_body(line))
                     key, response_of = row["custom_id"], row.get("response") or {}
-                    if key in self._log:
+                    if key in self._log or starts and key not in starts:
                         continue
                     if response_of.get("status_code") == 200:
-                        reply = read_reply(response_of["body"], batch=True)
-                        self._log.append(key, reply)
-                        self.budget.add(reply)
+                        self._keep(key, self._request(part, starts.get(key)), response_of["body"])
                     elif response_of:
                         self._refused(part, key, response_of["status_code"], response_of.get("body"))
                 except EndpointStopped as stopped:  # not before this batch is recorded as collected
                     self._fatal.append(stopped)
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # its request is asked again
+
+    def _keep(self, key: str, request: Request | None, body: Any) -> None:
+        """Puts an answer into the log, and counts it, or what came in its place."""
+        try:
+            reply = read_reply(body, batch=True, prompt=request)
+        except UserError:
+            if request is not None:
+                self.budget.lose(request, len(json.dumps(body)))
+            raise
+        self._log.append(key, reply)
+        self.budget.add(reply)
+
+    def _starts(self, part: _Part) -> dict[str, int]:
+        """Where the requests of a part stand in its file, by their keys; {} if it is not there any more."""
+        starts, at = {}, 0
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self._folder, part.name), "rb") as file:
+            for line in file:
+                starts[json.loads(line)["custom_id"]] = at
+                at += len(line)
+        return starts
+
+    def _request(self, part: _Part, start: int | None) -> Request | None:
+        if start is None:
+            return None
+        with open(os.path.join(self._folder, part.name), "rb") as file:
+            file.seek(start)
+            body = json.loads(file.readline())["body"]
+        return Request(tuple(body["messages"]), {name: body[name] for name in LIMITS if name in body})
 
     def _refused(self, part: _Part, key: str, status: int, body: Any) -> None:
         error = body.get("error", body) if isinstance(body, dict) else body
@@ -323,12 +371,13 @@ class _Batches:
             self._said = states
 
     def _load(self) -> list[_Part]:
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                return [_Part(**part) for part in json.load(file)["parts"]]
-        except FileNotFoundError:
+        if not os.path.exists(self.path):
             return []
-        except (ValueError, KeyError, TypeError) as error:
+        try:
+            state = read_json(self.path)
+            require_fields(state, {"parts": list}, self.path)
+            return [_Part.from_json(part) for part in state["parts"]]
+        except (UserError, TypeError) as error:
             what = "it tells which batches are on their way"
             raise UserError(f"{self.path}: cannot be read ({error}); {what}") from None
 
@@ -337,6 +386,14 @@ class _Batches:
             file.write(json.dumps({"parts": [dataclasses.asdict(part) for part in self._parts]}, indent=1).encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _checked(described: T, **kinds: type) -> T:
+    """What a server says of a file or a batch. Raises ValueError if it lacks what is needed of it."""
+    for name, kind in {"id": str, "created_at": int, **kinds}.items():
+        if not isinstance(value := getattr(described, name, None), kind):
+            raise ValueError(f"the server says {value!r:.40} as {name} of a file or batch")
+    return described
 
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from llava_jax.endpoint.errors import EndpointStopped
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.errors import UserError
@@ -15,19 +14,27 @@ class Budget:
     """What may be spent, and what was.
 
     A request starts only if there is room for the worst that it and those in flight can cost: as many prompt tokens
-    per byte as any request so far had, and max_completion_tokens or else the longest answer so far. Tries that end
-    without an answer are not seen here, though a server may bill some.
+    per byte as any request so far had, and max_completion_tokens, or the longest answer so far if that is longer (a
+    server may ignore the limit). Before the first answer one request goes alone.
+
+    What came counts: tokens as the server counts them, and as `Reply` estimates them where it does not. A try that
+    brought no answer counts as its worst, or as what came if that is more, unless the server refused it or was not
+    reached. So the bill is at most `max_cost` and what the requests in flight, when the last was sent, cost beyond
+    their worst: nothing for a server that keeps to max_completion_tokens. Not seen are tokens that a server neither
+    sends nor counts, and requests in flight at a kill.
 
     Args:
       max_cost: USD; needs a price.
       max_requests: requests started.
       price: of the model.
       batch: whether the Batch API's price holds.
-      cost: USD spent before, by an earlier run, which count.
+      cost: USD spent before on answers, by an earlier run, which count.
+      lost: USD that earlier runs' tries without an answer may have cost, likewise.
 
     Attributes:
-      cost, requests: so far; `requests` are those that this run started.
+      cost, lost, requests: so far; `requests` are those that this run started.
       reserved: USD that what is in flight can cost at most.
+      seen: whether an answer has told what the next may cost.
     """
 
     def __init__(
@@ -37,26 +44,27 @@ class Budget:
         price: Price | None = None,
         batch: bool = False,
         cost: float = 0.0,
+        lost: float = 0.0,
     ):
         if max_cost is not None and price is None:
             raise UserError("a limit of cost needs prices: --prices FILE")
         self.max_cost, self.max_requests, self.price, self.cost, self.requests = max_cost, max_requests, price, cost, 0
-        self._batch, self.reserved = batch, 0.0
-        self._per_byte, self._longest = TOKENS_PER_BYTE, FIRST_COMPLETION
-        self._seen = False
+        self.lost, self._batch, self.reserved = lost, batch, 0.0
+        self._per_byte, self._longest, self._beyond = TOKENS_PER_BYTE, FIRST_COMPLETION, 0
+        self.seen = False
 
     def worst(self, request: Request) -> float:
         """USD that a request can cost at most."""
         if self.price is None:
             return 0.0
-        completion = self._longest if request.longest is None else request.longest
+        completion = self._longest if request.longest is None else max(request.longest, self._beyond)
         return self.price.of(request.bytes * self._per_byte, completion, batch=self._batch)
 
     def reserve(self, cost: float) -> Literal["max_cost", "max_requests"] | None:
         """Takes room for a request of that worst cost, or says which limit leaves none."""
         if self.max_requests is not None and self.requests >= self.max_requests:
             return "max_requests"
-        if self.max_cost is not None and self.cost + self.reserved + cost > self.max_cost:
+        if self._spent + cost > self._most:
             return "max_cost"
         self.requests += 1
         self.reserved += cost
@@ -67,17 +75,31 @@ class Budget:
         self.reserved -= cost
         self.requests -= not sent
 
+    def lose(self, request: Request, came: int = 0) -> bool:
+        """Counts a try that was sent and brought no answer, but so many bytes; says whether another has room."""
+        if self.price is None:
+            return True
+        # A token is a byte at least.
+        self.lost += max(self.worst(request), self.price.of(request.bytes * self._per_byte, came, batch=self._batch))
+        return self._spent <= self._most
+
     def add(self, reply: Reply) -> None:
-        """Counts an answer that was paid now. Raises EndpointStopped if its cost cannot be told, but is limited."""
+        """Counts an answer that was paid now."""
         if self.price is not None:
             self.cost += self.price.cost(reply)
-        if self.max_cost is not None and not reply.prompt_tokens:
-            raise EndpointStopped("the server does not say how many tokens an answer took, so that no limit of cost "
-                                  "can be kept; take --max-requests instead of --max-cost")
 
     def learn(self, request: Request, reply: Reply) -> None:
         """Lets an answer, whenever it was paid, say what the next may cost."""
         per_byte = reply.prompt_tokens / max(1, request.bytes)
-        self._per_byte = max(self._per_byte, per_byte) if self._seen else per_byte
-        self._longest = max(self._longest, reply.completion_tokens) if self._seen else reply.completion_tokens
-        self._seen = True
+        self._per_byte = max(self._per_byte, per_byte) if self.seen else per_byte
+        self._longest = max(self._longest, reply.completion_tokens) if self.seen else reply.completion_tokens
+        self._beyond = max(self._beyond, reply.completion_tokens)
+        self.seen = True
+
+    @property
+    def _spent(self) -> float:
+        return self.cost + self.lost + self.reserved
+
+    @property
+    def _most(self) -> float:
+        return float("inf") if self.max_cost is None else self.max_cost

@@ -10,14 +10,16 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from llava_jax.endpoint.errors import EndpointStopped, RequestFailed
+from llava_jax.endpoint.errors import EndpointStopped, NoRoom, RequestFailed
 from llava_jax.endpoint.limits import RateLimit, backoff, retry_after
 from llava_jax.endpoint.request import BYTES_PER_TOKEN, Reply, Request, read_reply
+from llava_jax.endpoint.secret import Secret
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
 
 T = TypeVar("T")
 
+NO_SECRET = Secret(None)
 OPENAI = "api.openai.com"
 CONNECT_SECONDS = 10.0
 LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more ends the run
@@ -32,6 +34,14 @@ REFUSED = re.compile(
     r"|not permitted|not allowed|does not accept",
     re.IGNORECASE,
 )
+
+
+class Nonsense(ValueError):
+    """An answer that is none; `came` is its length in bytes."""
+
+    def __init__(self, message: str, came: int):
+        super().__init__(message)
+        self.came = came
 
 
 class Endpoint:
@@ -51,6 +61,7 @@ class Endpoint:
 
     Attributes:
       notes: what was found out about the server on the way, one line each: parameters that it refuses.
+      secret: hides the API key; all that the server says has gone through it, but the lines of files.
 
     Raises UserError without the openai package, UserError for a missing or odd key and an odd base_url.
     """
@@ -74,13 +85,13 @@ class Endpoint:
             raise UserError("the openai package is missing: pip install 'llava_jax[teacher]'") from None
         if base_url is not None and not re.match(r"https?://[^/]", base_url):
             raise UserError(f"--base-url {base_url}: not the address of an API, such as http://127.0.0.1:8000/v1")
-        self.model, self.stop, self.notes = model, stop or Stop(), list[str]()
+        self.model, self.stop, self.notes, self.secret = model, stop or Stop(), list[str](), Secret(api_key)
         self.client = openai.AsyncOpenAI(
             base_url=base_url,
             api_key=api_key or "none",
             max_retries=0,
             timeout=openai.Timeout(timeout, connect=CONNECT_SECONDS),
-            http_client=openai.DefaultAsyncHttpxClient(transport=transport) if transport else None,
+            http_client=_client_that_hides(self.secret)(**({"transport": transport} if transport else {})),
         )
         if api_key is None and self.client.base_url.host == OPENAI:
             raise UserError("OpenAI wants an API key: set OPENAI_API_KEY, or name its variable by --api-key-env")
@@ -114,12 +125,14 @@ class Endpoint:
         await self._probe()
         return warnings
 
-    async def ask(self, request: Request) -> Reply:
+    async def ask(self, request: Request, lost: Callable[[int], bool] = lambda came: True) -> Reply:
         """The answer to a request, after as many tries as it takes.
 
-        Raises RequestFailed if it gets none, EndpointStopped if no request would, Unsent if the run is
-        asked to stop while this one waits. A parameter that the server refuses is renamed or left out, once for all
-        requests, and told in `notes`; a limit of tokens is never left out.
+        `lost` is told of each try that a server may bill though it brought no answer, but so many bytes, and says
+        whether there may be another. Raises RequestFailed if it gets none, EndpointStopped if no request would, NoRoom
+        if `lost` forbids another try, Unsent if the run is asked to stop while this one waits. A parameter that the
+        server refuses is renamed or left out, once for all requests, and told in `notes`; a limit of tokens is never
+        left out.
         """
         import openai
 
@@ -127,7 +140,7 @@ class Endpoint:
         while True:
             body = self.body(request)
             try:
-                answer = await self.call(lambda body=body: self._complete(body), tokens=expected)
+                answer = await self.call(lambda body=body: self._complete(request, body), expected, lost=lost)
             except openai.APIStatusError as error:
                 if not self.adapt(body, error.status_code, error.body):
                     raise self.failure(error.status_code, error.body) from None
@@ -179,8 +192,14 @@ class Endpoint:
             return RequestFailed("content_filter", words)
         return RequestFailed("bad_request", f"{status}: {words}")
 
-    async def call(self, send: Callable[[], Awaitable[T]], tokens: float = 0, retries: int | None = None) -> T:
-        """What `send()` returns, in its turn and after as many tries as it takes.
+    async def call(
+        self,
+        send: Callable[[], Awaitable[T]],
+        tokens: float = 0,
+        retries: int | None = None,
+        lost: Callable[[int], bool] = lambda came: True,
+    ) -> T:
+        """What `send()` returns, in its turn and after as many tries as it takes; `lost` as in `ask`.
 
         `send` raises the openai client's errors, or ValueError for an answer that makes no sense. Those that may pass
         are waited for; a refusal that stays is raised as openai.APIStatusError, except for those of key and quota
@@ -217,11 +236,15 @@ class Endpoint:
                     crowded += 1
                 else:
                     failures += 1
+                room = error.status_code < 500 or lost(0)
             except (openai.APIConnectionError, TimeoutError, ValueError) as error:
                 failures += 1
                 trouble = self._trouble(error)
+                room = _is_unreached(error) or lost(getattr(error, "came", 0))
             if failures > retries or crowded and clock() - max(begun, self._last_answer) > PATIENCE:
                 raise RequestFailed("no_answer", f"after {failures + crowded} tries: {trouble}")
+            if not room:
+                raise NoRoom
             await self.stop.sleep(backoff(max(failures, crowded), random.random()) if wait is None else wait)
 
     async def close(self) -> None:
@@ -233,17 +256,20 @@ class Endpoint:
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    async def _complete(self, body: dict[str, Any]) -> Reply:
+    async def _complete(self, request: Request, body: dict[str, Any]) -> Reply:
         # All of it goes as extra_body: some fields only this server knows, and of messages the client would look at the
         # type of every field, which takes it longer than all else.
         create = self.client.chat.completions.with_raw_response.create
         raw = await create(model=body["model"], messages=[], extra_body=body)
+        response = raw.http_response
         try:
-            answer = raw.http_response.json()
-        except (ValueError, RecursionError):
-            text = raw.http_response.text[:2000]
-            raise UserError(f"no JSON: {_words(text)}" if text.strip() else "an empty answer") from None
-        return read_reply(answer)
+            return read_reply(response.json(), prompt=request)
+        except (UserError, RecursionError) as error:
+            raise Nonsense(str(error), len(response.content)) from None
+        except ValueError:
+            text = response.text[:2000]
+            words = f"no JSON: {_words(text)}" if text.strip() else "an empty answer"
+            raise Nonsense(words, len(response.content)) from None
 
     async def _models(self) -> list[dict[str, Any]]:
         raw = await self.client.models.with_raw_response.list()
@@ -291,10 +317,11 @@ class Endpoint:
         if isinstance(error, TimeoutError) or type(error).__name__ == "APITimeoutError":
             return f"no answer within {self._timeout:g} s"
         cause = error.__cause__
-        return f"{error}{f' ({cause})' if cause and str(cause) else ''}"
+        return self._say(f"{error}{f' ({cause})' if cause and str(cause) else ''}")
 
     def _say(self, error: object) -> str:
-        words = _words(error)
+        """What a server says, on one line, without the key, however short that is."""
+        words = _words(error, self.secret)
         return words.replace(self._key, "***") if self._key else words
 
     @property
@@ -337,7 +364,32 @@ def _field(error: object, name: str) -> Any:
     return error.get(name) if isinstance(error, dict) else None
 
 
-def _words(error: object) -> str:
+def _words(error: object, secret: Secret = NO_SECRET) -> str:
     """What a server says, on one line: the message of an error object, or the text of a page."""
     message = _field(error, "message") or _field(error, "detail") or error or "no reason given"
-    return " ".join(re.sub(r"<[^>]*>", " ", str(message)).split())[:300]
+    return secret.hide(" ".join(re.sub(r"<[^>]*>", " ", str(message)).split()))[:300]
+
+
+def _is_unreached(error: Exception) -> bool:
+    """Whether a connection failed before anything was sent, so that nobody bills it."""
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
+
+
+def _client_that_hides(secret: Secret) -> type:
+    """The openai package's HTTP client, all of whose answers have the key hidden: text, JSON and headers."""
+    import openai
+
+    class Client(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            response = await super().send(request, stream=stream, **options)
+            if stream:
+                return response
+            headers = [(name, secret.hide(value)) for name, value in response.headers.multi_items()]
+            body = secret.hide_body(response.content)
+            if body == response.content and headers == response.headers.multi_items():
+                return response
+            decoded = ("content-encoding", "content-length", "transfer-encoding")
+            headers = [(name, value) for name, value in headers if name.lower() not in decoded]
+            return type(response)(response.status_code, headers=headers, content=body, request=response.request)
+
+    return Client

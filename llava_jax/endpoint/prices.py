@@ -1,11 +1,10 @@
 """What tokens cost, from a table of the user's: prices change too often to be built in."""
 
 import dataclasses
-import json
-import math
 
 from llava_jax.endpoint.request import Reply
 from llava_jax.errors import UserError
+from llava_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +38,16 @@ def load_price(path: str, model: str) -> Price:
     {"MODEL": {"prompt": 1.25, "completion": 10, "cached": 0.125, "batch": 0.5}, ...}
     Raises UserError with one line that names file, model and field.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            table = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
+    table = read_json(path, object)
     if not isinstance(table, dict) or not isinstance(table.get(model), dict):
         names = ", ".join(table) if isinstance(table, dict) else "no object of models"
         raise UserError(f"{path}: no prices of {model!r}; it has {names or 'none'}")
     row, fields = table[model], [field.name for field in dataclasses.fields(Price)]
     for name, value in row.items():
         if name not in fields:
-            raise UserError(f"{path}: {model}: unknown field {name!r}; there are {', '.join(fields)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise UserError(f"{path}: {model}: {name} is {value!r}, not a price")
+            raise UserError(f"{path}: {model}: unknown field {name!r:.40}; there are {', '.join(fields)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+            raise UserError(f"{path}: {model}: {name} is {value!r:.40}, not a price")
     for name in ("prompt", "completion"):
         if name not in row:
             raise UserError(f"{path}: {model}: {name!r} is missing (USD per million tokens)")

@@ -6,6 +6,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 
 SECONDS_PER_LINE = 60  # of progress, where there is no terminal
@@ -50,11 +51,11 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints a line beside the bar."""
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
 
     def _costs(self, budget: Budget) -> str:
-        cost = [f"${budget.cost:.2f}"] if budget.price is not None else []
+        cost = [f"${budget.cost + budget.lost:.2f}"] if budget.price is not None else []
         return ", ".join(cost + [f"{count} {reason}" for reason, count in self.rejects.most_common()])

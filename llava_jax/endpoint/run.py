@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol, TypeVar
 
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
+from llava_jax.endpoint.errors import EndpointStopped, NoRoom, RequestFailed, Unsent
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
@@ -24,10 +24,12 @@ class Job(Protocol):
 class Teacher(Protocol):
     model: str
 
-    async def ask(self, request: Request) -> Reply: ...
+    async def ask(self, request: Request, lost: "Lost") -> Reply: ...
 
 
 J = TypeVar("J", bound=Job)
+Lost = Callable[[int], bool]
+"""Told of a try that was sent and brought no answer, but so many bytes; says whether there may be another."""
 Settle = Callable[[J, int, Reply | RequestFailed], bool]
 
 
@@ -123,7 +125,7 @@ class _Run:
         landed = self.flying[key] = asyncio.Event()
         try:
             worst = self.budget.worst(request)
-            while not self.over and (limit := self.budget.reserve(worst)) is not None:
+            while not self.over and (limit := self.limit(worst)) is not None:
                 await self.wait_for_room(limit)
                 worst = self.budget.worst(request)
             return None if self.over else await self.send(key, request, worst)
@@ -131,6 +133,13 @@ class _Run:
             del self.flying[key]
             landed.set()
             self.landed.set()
+
+    def limit(self, worst: float) -> Literal["max_cost", "max_requests"] | None:
+        """Takes room in the budget, or says what leaves none. The first answer, which tells what others may cost, comes
+        before a second request is sent."""
+        if self.budget.max_cost is not None and not self.budget.seen and self.sent:
+            return "max_cost"
+        return self.budget.reserve(worst)
 
     async def wait_for_room(self, limit: Literal["max_cost", "max_requests"]) -> None:
         """Until a request in flight has ended, which may cost less than its worst; without one, the run is over."""
@@ -143,9 +152,10 @@ class _Run:
     async def send(self, key: str, request: Request, worst: float) -> Reply | RequestFailed | None:
         self.sent += 1
         try:
-            reply = await self.teacher.ask(request)
+            reply = await self.teacher.ask(request, lambda came: self.budget.lose(request, came))
             self.log.append(key, reply)
             self.budget.add(reply)
+            self.budget.learn(request, reply)  # before another is sent
             self.failures = 0
             return reply
         except RequestFailed as failure:
@@ -157,6 +167,8 @@ class _Run:
             self.give_up(error)
         except Unsent:
             self.budget.release(0.0, sent=False)
+        except NoRoom:
+            self.ending = "max_cost" if self.ending == "done" else self.ending
         finally:
             self.sent -= 1
             self.budget.release(worst)

@@ -4,12 +4,15 @@ import asyncio
 import dataclasses
 import signal
 import sys
+from collections.abc import Sequence
 
+from llava_jax.cli import printable
 from llava_jax.endpoint.client import Endpoint, read_key
-from llava_jax.endpoint.stop import Stop
+from llava_jax.endpoint.errors import EndpointStopped
+from llava_jax.endpoint.stop import TERMINATED, Stop
 from llava_jax.errors import UserError
 
-OVER_BUDGET, INTERRUPTED, TERMINATED = 3, 130, 75  # exit codes; the last as of sysexits.h and of train
+UNANSWERED, OVER_BUDGET, INTERRUPTED = 1, 3, 130  # exit codes beside TERMINATED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,18 @@ class Server:
                 return await endpoint.check()
 
         for warning in asyncio.run(check()):
-            print(f"note: {warning}", file=sys.stderr)
+            note(warning)
+
+
+def note(line: str) -> None:
+    """Tells on stderr what a server, a file or this command has to say beside its work."""
+    print(f"note: {printable(line)}", file=sys.stderr)
+
+
+def check_answered(asked: int, failures: Sequence[str]) -> None:
+    """Raises EndpointStopped if of so many requests none was answered; `failures`: why, the first first."""
+    if failures and len(failures) >= asked:
+        raise EndpointStopped(f"none of {asked:,} requests was answered, the first for {failures[0]}")
 
 
 def code_of(stop: Stop) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from llava_jax.endpoint.errors import Unsent
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TERMINATED = 75  # exit code after SIGTERM, as of sysexits.h and of train
 
 
 class Stop:
@@ -38,29 +39,47 @@ class Stop:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM asks to stop, and the second ends the running task: KeyboardInterrupt.
+        """Inside, the first SIGINT or SIGTERM asks to stop, and the second ends the running task.
 
-        For coroutines of the main thread.
+        It ends with KeyboardInterrupt, or for SIGTERM with SystemExit(TERMINATED). For coroutines of the main thread.
         """
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        twice = False
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        second = None
 
         def hear(number: int) -> None:
-            nonlocal twice
-            twice = self.signal is not None
+            nonlocal second
+            if self.signal is not None:
+                second = number
+                task.cancel()
             self.signal = self.signal or number
             self.ask()
-            if twice:
-                task.cancel()
 
         for number in SIGNALS:
             loop.add_signal_handler(number, hear, number)
         try:
             yield
         except asyncio.CancelledError:
-            if twice:
+            if second == signal.SIGTERM:
+                raise SystemExit(TERMINATED) from None
+            if second is not None:
                 raise KeyboardInterrupt from None
             raise
         finally:
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
+                signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the command with TERMINATED as Ctrl-C does with KeyboardInterrupt: files are closed."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,29 +4,26 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from llava_jax.cli import printable
 from llava_jax.endpoint.log import AnswerLog, is_written
 from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.run import answer_all
-from llava_jax.endpoint.server import Server, code_of
+from llava_jax.endpoint.server import UNANSWERED, Server, check_answered, code_of
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
-from llava_jax.files import check_page, replacing
+from llava_jax.files import check_page, parse_json, replacing, require_fields
 from llava_jax.instruct.estimate import describe, estimate
 from llava_jax.instruct.output import MANIFEST, REJECTED, check_folder
-from llava_jax.instruct.running import STANDING, open_log, open_synthesis
+from llava_jax.instruct.running import open_log, open_synthesis, read_standing
 from llava_jax.instruct.synthesis import COUNTS, Outcome, Settings, Synthesis, Task
 from llava_jax.instruct.viewer import Sample, write_page
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +87,10 @@ class Preview:
         with open_log(self.settings) as log:
             failures = asyncio.run(self._ask(tasks, synthesis, log, stop))
             _print_tasks(tasks, log, failures)
-        return code_of(stop) if stop.asked else 0
+            check_answered(sum(task.key(0) in log for task in tasks) + len(failures), list(failures.values()))
+        if stop.asked:
+            return code_of(stop)
+        return UNANSWERED if failures else 0
 
     async def _ask(
         self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, stop: Stop
@@ -123,32 +123,32 @@ class Status:
     def run(self) -> int:
         settings = Settings.load(self.folder)
         running, standing = _read_standing(settings)
-        print(f"{self.folder}: {settings.teacher}" + (f", {settings.model}" if settings.model else "")
+        _print(f"{self.folder}: {settings.teacher}" + (f", {settings.model}" if settings.model else "")
               + f", language {settings.language}")
         if standing is None:
-            print("nothing has been asked yet")
+            _print("nothing has been asked yet")
             return 0
         if running:
             seconds, asked = standing["seconds"], standing["requests"]
             left = sum(kind["asked"] - kind["accepted"] - kind["rejected"] for kind in standing["kinds"].values())
             left = f", {left * seconds / asked / 60:,.0f} minutes left" if asked else ""
-            print(f"running for {seconds / 60:,.0f} minutes{left}, as of {standing['written']}")
+            _print(f"running for {seconds / 60:,.0f} minutes{left}, as of {standing['written']}")
         else:
             ended = {"done": "done", "running": "killed; the same command goes on"}
             state = ended.get(standing["state"], f"{standing['state'].replace('_', ' ')}; the same command goes on")
-            print(f"{state}, as of {standing['written']}")
-        print(f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'to do':>10}")
+            _print(f"{state}, as of {standing['written']}")
+        _print(f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'to do':>10}")
         for kind, count in standing["kinds"].items():
             left = count["asked"] - count["accepted"] - count["rejected"]
-            print(f"{kind:20}{count['asked']:>10,}{count['accepted']:>10,}{count['rejected']:>10,}{left:>10,}")
+            _print(f"{kind:20}{count['asked']:>10,}{count['accepted']:>10,}{count['rejected']:>10,}{left:>10,}")
         for reason, count in standing["rejected_answers"].items():
-            print(f"rejected answers: {count:,} {reason.replace('_', ' ')}")
+            _print(f"rejected answers: {count:,} {reason.replace('_', ' ')}")
         tokens = standing["tokens"]
         cost = "" if standing["cost_usd"] is None else f", {standing['cost_usd']:,.2f} USD"
-        print(f"{standing['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
+        _print(f"{standing['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
               f"{tokens.get('completion', 0):,} completion tokens in all{cost}")
         if not running and os.path.exists(os.path.join(self.folder, MANIFEST)):
-            print(f"{os.path.join(self.folder, MANIFEST)} has the rest")
+            _print(f"{os.path.join(self.folder, MANIFEST)} has the rest")
         return 0
 
 
@@ -191,7 +191,7 @@ class View:
         title = f"Instruction data of {os.path.basename(os.path.abspath(self.folder))}"
         with replacing(output) as file:
             file.write(write_page(title, about, samples, self.image_root, settings.language).encode())
-        print(f"{output}: {len(samples)} sample{'s' * (len(samples) != 1)}")
+        _print(f"{output}: {len(samples)} sample{'s' * (len(samples) != 1)}")
         return 0
 
     def _wants(self, outcome: Outcome) -> bool:
@@ -247,7 +247,7 @@ def _print_answers(outcome: Outcome, failure: str | None) -> None:
 def _print(text: str) -> None:
     """Prints what others wrote, which may hold characters that the terminal does not take, or obeys."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(CONTROL.sub("\ufffd", text).encode(encoding, "replace").decode(encoding))
+    print(printable(text).encode(encoding, "replace").decode(encoding))
 
 
 @contextlib.contextmanager
@@ -262,10 +262,15 @@ def _read_log(path: str) -> Iterator[AnswerLog | dict]:
 
 def _read_duplicates(folder: str) -> dict[tuple[str, str], str]:
     """By `Task.name`, what the last outputs say of tasks that were rejected because of an earlier one's answer."""
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, REJECTED), "rb") as file:
-        rows = (json.loads(line) for line in file if b'"duplicate"' in line)
-        return {(row["kind"], row["id"]): row["detail"] for row in rows if row["reason"] == "duplicate"}
-    return {}
+    path, found = os.path.join(folder, REJECTED), {}
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if '"duplicate"' in line:
+                row = parse_json(line, f"{path}, line {number}")
+                require_fields(row, dict.fromkeys(("kind", "id", "reason", "detail"), str), f"{path}, line {number}")
+                if row["reason"] == "duplicate":
+                    found[row["kind"], row["id"]] = row["detail"]
+    return found
 
 
 def _final(task: Task, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]) -> Outcome:
@@ -277,15 +282,7 @@ def _final(task: Task, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]
 
 def _read_standing(settings: Settings) -> tuple[bool, dict[str, Any] | None]:
     """Whether a process is at work in the folder, and what was last told of how far it is, if it ever was."""
-    path = os.path.join(settings.out, STANDING)
     while True:
-        running, standing = is_written(settings.log), None
-        try:
-            with open(path, encoding="utf-8") as file:
-                standing = json.load(file)
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            raise UserError(f"{path}: not what a synthesis writes ({error}); run its command again") from None
+        running, standing = is_written(settings.log), read_standing(settings)
         if running == is_written(settings.log):  # it has neither begun nor ended meanwhile
             return running, standing

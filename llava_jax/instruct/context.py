@@ -13,6 +13,8 @@ import numpy as np
 from llava_jax.errors import UserError
 
 DIGITS = 3  # decimals of a box as the teacher reads it
+BEYOND, FAR = 0.05, 0.5  # of the image: how far a box reaches beyond its edge that looks wrong, and that is wrong
+MANY = 0.3  # of a source's boxes; if more look wrong in the same way, they have another format
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class Contexts(Sequence):
         self.categories, self.files = tuple(gathered.categories), tuple(gathered.files)
         self.boxed, self.notes = gathered.boxed, +gathered.notes  # + leaves out what is 0
         self._gathered, self._prefix = gathered, source.prefix
-        self._boxes = _select(gathered.boxes, source, self.notes)
+        self._boxes = _select(gathered, source, self.notes)
         self._starts = np.searchsorted(self._boxes.image, np.arange(len(gathered.ids) + 1))
         counts = np.diff(self._starts)
         kept = counts >= source.min_boxes
@@ -187,16 +189,33 @@ class Gathered:
     boxes: Boxes
     notes: Counter[str]
     where: Callable[[int], str]  # of an image's number
+    where_boxes: Callable[[int], str]
+    format: str = "[x, y, width, height] in pixels"  # of the boxes in the file
 
 
-def _select(boxes: Boxes, source: Source, notes: Counter[str]) -> Boxes:
-    """The boxes that the teacher is told, image by image and within an image as annotated."""
+def _select(gathered: Gathered, source: Source, notes: Counter[str]) -> Boxes:
+    """The boxes that the teacher is told, image by image and within an image as annotated.
+
+    Raises UserError that names file and image if more than MANY of the boxes cannot be meant.
+    """
+    boxes = gathered.boxes
 
     def drop(dropped: np.ndarray, why: str) -> Boxes:
         _note(notes, f"boxes dropped: {why}", dropped.sum())
         return boxes[~dropped]
 
+    def refuse_many(wrong: np.ndarray, what: str) -> None:
+        if wrong.sum() > MANY * len(boxes):
+            first = int(np.argmax(wrong))
+            where = gathered.where_boxes(int(boxes.image[first]))
+            raise UserError(f"{where}: {gathered.categories[boxes.category[first]]} has a box {what}, as have "
+                            f"{wrong.sum():,} of the source's {len(boxes):,}; boxes must be {gathered.format}")
+
     boxes = boxes[np.argsort(boxes.image, kind="stable")]
+    beyond = np.maximum(-boxes.place[:, :2], boxes.place[:, 2:] - 1).max(1, initial=-1)
+    refuse_many((boxes.place[:, 2:] < boxes.place[:, :2]).any(1), "of negative size, or with its corners swapped")
+    refuse_many(beyond > BEYOND, "beyond the image's edge")
+    boxes = drop(beyond > FAR, "far outside the image")
     clipped = np.clip(boxes.place, 0, 1)
     seen = np.abs(clipped - boxes.place).max(1, initial=0) >= 0.5 * 10.0**-DIGITS  # what a teacher can see
     _note(notes, "boxes clipped at the image's edge", seen.sum())

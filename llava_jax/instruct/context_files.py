@@ -6,7 +6,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from llava_jax.data.json_rows import JsonRows, read_members
 from llava_jax.data.records import check_text
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
-from llava_jax.instruct.context import Boxes, Gathered
+from llava_jax.instruct.context import MANY, Boxes, Gathered
 
 
 def read_coco(captions: str, instances: str, names: str) -> Gathered:
@@ -43,6 +43,7 @@ def read_coco(captions: str, instances: str, names: str) -> Gathered:
     boxes = boxes[own]
     boxes.image = np.searchsorted(ids, boxes.image)
     size = np.array([sizes[number] for number in numbers] if instances else [], np.float64).reshape(-1, 2)
+    boxes = _without_fractions(boxes, size, notes, lambda image: f"{instances}, image id {numbers[image]}")
     boxes.place[:, 2:] += boxes.place[:, :2]
     boxes.place /= np.tile(size, 2)[boxes.image]
     return Gathered(
@@ -55,7 +56,20 @@ def read_coco(captions: str, instances: str, names: str) -> Gathered:
         boxes=boxes,
         notes=notes,
         where=lambda image: f"{captions}, image id {numbers[image]}",
+        where_boxes=lambda image: f"{instances}, image id {numbers[image]}",
     )
+
+
+def _without_fractions(boxes: Boxes, sizes: np.ndarray, notes: Counter[str], where: Callable[[int], str]) -> Boxes:
+    """The boxes in pixels, without those that fractions of the image must be. Raises UserError if these are many."""
+    fractions = (boxes.place.max(1, initial=0) <= 1) & (boxes.place[:, 2:] > 0).all(1)
+    fractions &= (sizes[boxes.image] > 2).all(1)
+    if fractions.sum() > MANY * len(boxes):
+        first = int(np.argmax(fractions))
+        raise UserError(f"{where(int(boxes.image[first]))}: bbox {boxes.place[first].tolist()} must be fractions, as "
+                        f"are {fractions.sum():,} of {len(boxes):,} boxes of the file; pixels are needed")
+    notes["boxes dropped: in fractions, not in pixels"] += int(fractions.sum())
+    return boxes[~fractions]
 
 
 def read_data(path: str, names: str) -> Gathered:
@@ -112,6 +126,8 @@ def read_data(path: str, names: str) -> Gathered:
         boxes=boxes.made(),
         notes=notes,
         where=lambda image: rows.where(numbers[image]),
+        where_boxes=lambda image: rows.where(numbers[image]),
+        format="bbox: [x, y, width, height] in pixels, box: [x1, y1, x2, y2] in fractions",
     )
 
 

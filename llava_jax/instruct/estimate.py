@@ -98,7 +98,8 @@ def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, token
     *shared, _ = requests[0].messages  # all but the last, the image, is the same for all
     answered, known = _answered(synthesis, kind, log)
     rejected = 1 - statistics.fmean(task.verdict(reply).accepted for task, reply in known) if known else 0.0
-    counted = [(task.request(0), reply) for task, reply in known if reply.prompt_tokens]  # some servers count nothing
+    counted = [(task.request(0), reply) for task, reply in known
+               if reply.prompt_tokens and not reply.estimated]  # some servers count nothing
     size = 1 / BYTES_PER_TOKEN
     if counted:
         size = sum(reply.prompt_tokens for _, reply in counted) / sum(request.bytes for request, _ in counted)

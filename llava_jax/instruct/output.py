@@ -137,7 +137,7 @@ class _Tally:
         self.rejects = {kind: Counter() for kind in KINDS}
         self.unanswered: Counter[str] = Counter()
         self.flags: Counter[str] = Counter()
-        self.flagged = 0
+        self.flagged = self.estimated = 0
         self.tokens: Counter[str] = Counter()
         self.models: Counter[str] = Counter()
         self.fingerprints: Counter[str] = Counter()
@@ -154,7 +154,10 @@ class _Tally:
 
     def _add(self, reply: Reply) -> None:
         self.answers += 1
-        self.tokens.update(prompt=reply.prompt_tokens, cached=reply.cached_tokens, completion=reply.completion_tokens)
+        self.estimated += reply.estimated
+        told = 0 if reply.estimated else 1  # tokens are those that the server counts
+        self.tokens.update(prompt=told * reply.prompt_tokens, cached=told * reply.cached_tokens,
+                           completion=told * reply.completion_tokens)
         self.models[reply.model] += 1
         self.fingerprints.update([reply.fingerprint] if reply.fingerprint else [])
         self.dates = [min([*self.dates[:1], reply.created]), max([*self.dates[1:], reply.created])]
@@ -232,6 +235,7 @@ def _manifest(synthesis: Synthesis, records: Mapping[str, int], tally: _Tally) -
         "flagged": {"records": tally.flagged, "by_kind": dict(tally.flags.most_common())},
         "answers": tally.answers,
         "tokens": dict(tally.tokens),
+        "estimated_answers": tally.estimated,
         "cost_usd": tally.cost,
         "outputs": {name: _describe(os.path.join(folder, name)) for name in names},
     }

@@ -14,7 +14,9 @@ import json
 import os
 import re
 
-from llava_jax.errors import UserError
+from llava_jax.data.records import check_text
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import read_text
 from llava_jax.instruct.context import Context
 from llava_jax.instruct.language import language_name
 
@@ -107,7 +109,9 @@ def _read_kind(folder: str, demand: str) -> Messages:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; a folder of prompts holds one per kind of data")
     messages = [{"role": "system", "content": _read(os.path.join(folder, "system_message.txt")) + demand}]
-    for example in sorted({match[1] for match in map(EXAMPLE.fullmatch, os.listdir(folder)) if match}):
+    with user_path(folder):
+        names = os.listdir(folder)
+    for example in sorted({match[1] for match in map(EXAMPLE.fullmatch, names) if match}):
         for part, role in (("caps", "user"), ("conv", "assistant")):
             messages.append({"role": role, "content": _read(os.path.join(folder, f"{example}_{part}.txt"))})
     return tuple(messages)
@@ -122,13 +126,7 @@ def _read_pool(path: str) -> tuple[str, ...]:
 
 
 def _read(path: str) -> str:
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read().strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+    text = read_text(path, encoding="utf-8-sig").strip()
     if not text:
         raise UserError(f"{path}: the file is empty")
-    return text
+    return check_text(text, f"{path}: the text")

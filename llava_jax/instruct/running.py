@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
+from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.log import AnswerLog
@@ -20,10 +21,10 @@ from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply
 from llava_jax.endpoint.run import Ending, answer_all
-from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of
+from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import read_json, replacing, require_fields
 from llava_jax.instruct.output import check_folder, date, to_json, write_outputs
 from llava_jax.instruct.synthesis import SETTINGS, Settings, Synthesis, Task
 
@@ -37,21 +38,21 @@ def open_log(settings: Settings) -> Iterator[AnswerLog]:
     os.makedirs(settings.out, exist_ok=True)
     with AnswerLog(settings.log) as log:
         if log.mended:
-            print(f"note: {settings.log}: the last line was broken; its {log.mended:,} bytes were cut off, and that "
-                  "request is asked again", file=sys.stderr)
+            note(f"{settings.log}: the last line was broken; its {log.mended:,} bytes were cut off, and that request "
+                 "is asked again")
         if log.damaged:
-            print(f"note: {settings.log}, line {log.damaged[0]}: cannot be read, and is passed over"
-                  + f" with {len(log.damaged) - 1} others" * (len(log.damaged) > 1), file=sys.stderr)
+            note(f"{settings.log}, line {log.damaged[0]}: cannot be read, and is passed over"
+                 + f" with {len(log.damaged) - 1} others" * (len(log.damaged) > 1))
         yield log
 
 
 def open_synthesis(settings: Settings) -> Synthesis:
     """Reads prompts and images, and tells what was left out of them."""
     synthesis = Synthesis(settings)
-    for note, count in synthesis.contexts.notes.items():
-        print(f"note: {count:,} {note}", file=sys.stderr)
+    for what, count in synthesis.contexts.notes.items():
+        note(f"{count:,} {what}")
     if not synthesis.contexts.boxed and settings.kinds != ("conversation",):
-        print("note: there are no boxes: descriptions and reasoning are made of captions alone", file=sys.stderr)
+        note("there are no boxes: descriptions and reasoning are made of captions alone")
     return synthesis
 
 
@@ -60,6 +61,7 @@ class Standing:
 
     def __init__(self, synthesis: Synthesis, budget: Budget):
         self.failures: dict[tuple[str, str], str] = {}
+        self.answered = 0
         self.rejects: Counter[str] = Counter()  # answers, not tasks
         self._synthesis, self._budget = synthesis, budget
         self._accepted, self._rejected, self._tokens = Counter[str](), Counter[str](), Counter[str]()
@@ -73,7 +75,9 @@ class Standing:
             self.rejects["request_failed"] += 1
             self._rejected[task.kind] += 1
         else:
-            self._tokens.update(prompt=answer.prompt_tokens, completion=answer.completion_tokens)
+            self.answered += 1
+            if not answer.estimated:
+                self._tokens.update(prompt=answer.prompt_tokens, completion=answer.completion_tokens)
             verdict = task.verdict(answer)
             done = verdict.accepted or attempt + 1 >= self._synthesis.attempts
             self.rejects.update({verdict.reason: 1} if verdict.reason else {})
@@ -93,10 +97,35 @@ class Standing:
         about = {"state": state, "model": self._synthesis.teacher.model, "begun": date(self._begun),
                  "written": date(now), "seconds": now - self._begun, "kinds": kinds,
                  "rejected_answers": dict(self.rejects.most_common()), "requests": self._budget.requests,
-                 "tokens": dict(tokens), "cost_usd": self._budget.cost if self._budget.price else None}
+                 "tokens": dict(tokens), "cost_usd": self._budget.cost if self._budget.price else None,
+                 "lost_usd": self._budget.lost}
         with replacing(self._path) as file:
             file.write(to_json(about, indent=1))
         self._written = time.monotonic()
+
+
+NUMBER = (int, float)
+STANDING_FIELDS = {"state": str, "written": str, "seconds": NUMBER, "kinds": dict, "rejected_answers": dict,
+                   "requests": int, "tokens": dict, "cost_usd": (*NUMBER, type(None))}  # fmt: skip
+
+
+def read_standing(settings: Settings) -> dict[str, Any] | None:
+    """What was last told of how far a run is, or None. Raises UserError that names the file if it is damaged."""
+    path = os.path.join(settings.out, STANDING)
+    if not os.path.exists(path):
+        return None
+    try:
+        standing = read_json(path)
+        standing.setdefault("lost_usd", 0.0)  # of an older version
+        require_fields(standing, STANDING_FIELDS | {"lost_usd": NUMBER}, path)
+        for kind, counts in standing["kinds"].items():
+            require_fields(counts, dict.fromkeys(("asked", "accepted", "rejected"), int), f"{path}: {kind}")
+        for group in ("rejected_answers", "tokens"):
+            require_fields(standing[group], dict.fromkeys(standing[group], int), f"{path}: {group}")
+    except UserError as error:
+        what = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: not what a synthesis writes ({what}); run its command again") from None
+    return standing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +139,17 @@ class Run:
     was not taken and why, flagged.jsonl what was taken but contradicts captions or boxes, manifest.json where all of it
     comes from and what it cost.
 
-    Exit codes: 0, every task is accepted or rejected; 2, a mistake, in one line; 3, --max-cost or --max-requests left
-    no room; 130 after Ctrl-C and 75 after SIGTERM, when what was in flight is finished (a second one does not wait).
-    After 3, 75 and 130 the files hold what there is, and the same command goes on.
+    Exit codes: 0, every task is accepted or rejected; 1, some requests got no answer; 2, a mistake, in one line, or no
+    request at all was answered; 3, --max-cost or --max-requests left no room; 130 after Ctrl-C and 75 after SIGTERM,
+    when what was in flight is finished (a second one does not wait). After 1, 3, 75 and 130 the files hold what there
+    is, and the same command goes on.
     """
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     server: Annotated[Server, tyro.conf.arg(name="")]
     max_cost: float | None = None
-    """USD, by --prices, that all answers in OUT may cost together; no request starts that could go beyond"""
+    """USD, by --prices, that all answers in OUT may cost together, with tries that brought none. No request starts that
+    could go beyond; only a server that ignores max_completion_tokens can, by what is in flight then"""
     max_requests: int | None = None
     """requests that this command may start"""
     prices: str = ""
@@ -138,7 +169,8 @@ class Run:
             with replacing(os.path.join(settings.out, SETTINGS)) as file:
                 file.write(to_json(settings.as_json(), indent=1))
             spent = sum(price.cost(reply) for _, reply in log.items()) if price else 0.0
-            budget = Budget(self.max_cost, self.max_requests, price, self.batch, spent)
+            lost = (read_standing(settings) or {}).get("lost_usd", 0.0)
+            budget = Budget(self.max_cost, self.max_requests, price, self.batch, spent, lost)
             stop, standing, fatal = Stop(), Standing(synthesis, budget), None
             standing.write("running")
             try:
@@ -147,14 +179,16 @@ class Run:
                 ending, fatal = "stopped", error
             manifest = write_outputs(synthesis, log, standing.failures, price, _bar(len(synthesis)))
             standing.write(ending, manifest)
-        print(describe(manifest, settings.out))
+        print(printable(describe(manifest, settings.out)))
+        if budget.lost:
+            note(f"tries that brought no answer may have cost up to {budget.lost:,.2f} USD more")
         if standing.failures:
             count, first = len(standing.failures), next(iter(standing.failures.values()))
-            print(f"note: {count:,} tasks got no answer ({first}); the same command asks for them again",
-                  file=sys.stderr)
+            note(f"{count:,} tasks got no answer ({first}); the same command asks for them again")
         if fatal is not None:
             raise fatal
-        return self._explain(ending, stop)
+        check_answered(len(standing.failures) + standing.answered, list(standing.failures.values()))
+        return self._explain(ending, stop, bool(standing.failures))
 
     def _check(self) -> None:
         self.settings.check()
@@ -199,13 +233,13 @@ class Run:
                 os.makedirs(folder, exist_ok=True)
                 return await answer_all_in_batches(synthesis, endpoint, log, standing.settle, folder, **options)
             finally:
-                for note in endpoint.notes:
-                    print(f"note: {note}", file=sys.stderr)
+                for line in endpoint.notes:
+                    note(line)
 
-    def _explain(self, ending: Ending, stop: Stop) -> int:
+    def _explain(self, ending: Ending, stop: Stop, failed: bool) -> int:
         """The exit code, and why it is not 0."""
         if ending == "done":
-            return 0
+            return UNANSWERED if failed else 0
         why = {"max_cost": f"--max-cost {self.max_cost} leaves no room for another request",
                "max_requests": f"--max-requests {self.max_requests} are used up", "interrupted": "stopped"}[ending]
         print(f"{why}; the same command goes on", file=sys.stderr)
@@ -229,6 +263,9 @@ def describe(manifest: dict[str, Any], folder: str) -> str:
         cost = "" if manifest["cost_usd"] is None else f"; {manifest['cost_usd']:,.2f} USD"
         lines.append(f"{manifest['answers']:,} answers: {tokens['prompt']:,} prompt tokens, of them "
                      f"{tokens['cached']:,} cached; {tokens['completion']:,} completion tokens{cost}")
+    if manifest["estimated_answers"] and manifest["cost_usd"] is not None:
+        lines.append(f"the server did not count the tokens of {manifest['estimated_answers']:,} answers; their cost is "
+                     "reckoned with a token for every byte")
     return "\n".join([*lines, f"{folder}: {', '.join(manifest['outputs'])}"])
 
 

@@ -8,16 +8,19 @@ killed goes on, and a better parser or a stricter rule costs nothing.
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
+import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import tyro
 
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.errors import UserError
+from llava_jax.files import parse_json, read_json, require_fields
 from llava_jax.instruct import evidence, parse
 from llava_jax.instruct.context import Context, Source, open_contexts
 from llava_jax.instruct.evidence import Evidence
@@ -25,6 +28,8 @@ from llava_jax.instruct.parse import Turn
 from llava_jax.instruct.prompts import KINDS, Prompts
 from llava_jax.instruct.teachers import Prompted, Rules
 from llava_jax.text.templates import IMAGE
+
+T = TypeVar("T")
 
 COUNTS = {"conversation": "conversation", "detail_description": "detail", "complex_reasoning": "complex"}
 """The option that says how many images each kind is made of."""
@@ -73,21 +78,27 @@ class Settings:
 
     @property
     def request_parameters(self) -> dict[str, Any]:
-        """What goes with the messages. Raises UserError if `parameters` is no JSON object."""
+        """What goes with the messages. Raises UserError if `parameters` is no JSON object, or limits no tokens."""
+        more = parse_json(self.parameters or "{}", f"--parameters {self.parameters}: not a JSON object")
         try:
-            more = json.loads(self.parameters or "{}")
-            if not isinstance(more, dict):
-                raise UserError("it must be an object")
+            json.dumps(more, allow_nan=False)
         except ValueError as error:
-            raise UserError(f"--parameters {self.parameters}: not a JSON object ({error})") from None
+            raise UserError(f"--parameters {self.parameters}: {error}") from None
+        for name in {"max_tokens", "max_completion_tokens"} & set(more):
+            if type(more[name]) is not int or more[name] < 1:
+                raise UserError(f"--parameters: {name} is {more[name]!r:.40}: it must be a whole number above 0")
         if taken := {"model", "messages", "stream", "n"} & set(more):
             raise UserError(f"--parameters: {sorted(taken)[0]} cannot be set")
         heat = {} if self.temperature is None else {"temperature": self.temperature}
         return {"max_completion_tokens": self.max_completion_tokens, **heat, **more}
 
     def check(self) -> None:
-        """Raises UserError, one line, for what cannot be meant, and for prompts that cannot be
-        read."""
+        """Raises UserError, one line, for what cannot be meant, and for prompts that cannot be read."""
+        self.check_values()
+        _open_teacher(self)
+
+    def check_values(self) -> None:
+        """As `check`, without reading any file."""
         least = dict.fromkeys(("seed", *COUNTS.values()), 0) | {"attempts": 1, "max_completion_tokens": 1}
         for name in least:
             value = getattr(self, name)
@@ -101,7 +112,9 @@ class Settings:
             for name in ("model", "base_url", "prompts", "temperature", "parameters"):
                 if getattr(self, name) not in ("", None):
                     raise UserError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
-        _open_teacher(self)
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}: it must be a number from 0")
+        _ = self.request_parameters  # raises UserError
 
     def count(self, kind: str) -> int | None:
         """Images that a kind is made of; None: all."""
@@ -129,14 +142,37 @@ class Settings:
     def load(cls, folder: str) -> "Settings":
         """Those of the run that `folder` is of, wherever it has been moved. Raises UserError."""
         path = os.path.join(folder, SETTINGS)
+        if not os.path.exists(path):
+            raise UserError(f"{folder}: no synthesis has run there (there is no {SETTINGS})")
         try:
-            with open(path, encoding="utf-8") as file:
-                fields = json.load(file)
-            return cls(**{**fields, "source": Source(**fields["source"]), "out": folder})
-        except FileNotFoundError:
-            raise UserError(f"{folder}: no synthesis has run there (there is no {SETTINGS})") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not what a synthesis writes ({error}); run its command again") from None
+            fields = read_json(path)
+            require_fields(fields, {"source": dict, "teacher": str, "model": str, "language": str}, path)
+            source = _read_fields(Source, fields["source"], "source")
+            settings = _read_fields(cls, fields | {"source": source, "out": folder}, path)
+            settings.check_values()
+        except UserError as error:
+            what = str(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path}: not what a synthesis writes ({what}); run its command again") from None
+        return settings
+
+
+def _read_fields(kind: type[T], fields: dict[str, Any], name: str) -> T:
+    """A dataclass of fields that a file holds. Raises UserError that begins with `name` for others, or other types."""
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(fields.keys() - hints.keys()):
+        raise UserError(f"{name}: unknown field {unknown[0]!r:.60}")
+    for field, value in fields.items():
+        choices = typing.get_args(hints[field])
+        if typing.get_origin(hints[field]) is Literal:
+            if value not in choices:
+                raise UserError(f"{name}: {field!r} is {value!r:.60}; it can be {', '.join(choices)}")
+            continue
+        kinds = choices or (hints[field],)
+        require_fields(fields, {field: (*kinds, int) if float in kinds else kinds}, name)
+    try:
+        return kind(**fields)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 class Verdict(NamedTuple):

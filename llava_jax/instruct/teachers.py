@@ -56,7 +56,7 @@ class Rules:
         return Request(({"role": "system", "content": kind}, {"role": "user", "content": image}), self._parameters,
                        attempt)
 
-    async def ask(self, request: Request) -> Reply:
+    async def ask(self, request: Request, lost: object = None) -> Reply:
         kind, image = (message["content"] for message in request.messages)
         fields = json.loads(image)
         boxes = tuple(Box(**box) for box in fields["boxes"])

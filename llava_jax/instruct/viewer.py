@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from llava_jax.errors import UserError
 from llava_jax.images import open_image
 from llava_jax.instruct.context import Box
 from llava_jax.instruct.synthesis import Outcome, Task, Verdict
@@ -108,11 +109,20 @@ def _picture(name: str, boxes: Sequence[Box], colours: Mapping[str, int], image_
     image, note = "<div class='blank'></div>", "boxes in a square: no --image-root was given"
     if image_root:
         try:
-            image, note = _encode(os.path.join(image_root, name)), ""
+            image, note = _encode(_inside(image_root, name)), ""
         except (OSError, ValueError) as error:
             note = f"no picture: {' '.join(str(error).split())}"
     caption = f"{_text(name)}" + (f"<br>{_text(note)}" if note else "")
     return (f"<figure><div class='picture'>{image}{''.join(drawn)}</div><figcaption>{caption}</figcaption></figure>")
+
+
+def _inside(image_root: str, name: str) -> str:
+    """The path of an image. Raises UserError if its name or a link leads out of the folder of images."""
+    path = os.path.realpath(os.path.join(image_root, name))
+    root = os.path.realpath(image_root)
+    if os.path.commonpath([root, path]) != root or not os.path.isfile(path):
+        raise UserError("there is no such file in --image-root")
+    return path
 
 
 def _encode(path: str) -> str:

@@ -124,16 +124,6 @@ def test_lines_that_make_no_sense_are_passed_over(tmp_path):
         assert len(log) == 5 and log.damaged == []
 
 
-def test_answers_without_tokens_end_a_run_with_a_limit_of_cost_once_they_are_kept(tmp_path):
-    fake = FakeOpenAI()
-    fake.complete = lambda *args: FakeOpenAI.complete(fake, *args) | {"usage": None}
-    price = Price(1, 1, 1)
-    with pytest.raises(EndpointStopped, match="no limit of cost can be kept"):
-        batched(fake, tmp_path, 5, budget=Budget(max_cost=9.0, price=price, batch=True))
-    assert len(logged(tmp_path)) == 5 and sum(fake.paid.values()) == 5
-    assert json.loads((tmp_path / "batches.json").read_text())["parts"][0]["collected"]
-
-
 def test_an_expired_batch_gives_what_it_has_and_the_rest_is_asked_again(tmp_path):
     fake = FakeOpenAI(batch_end=lambda number: "expired" if number < 2 else "completed", batch_share=0.6)
     ending, settle, _ = batched(fake, tmp_path, 10)

@@ -197,17 +197,6 @@ def test_max_cost_is_never_passed_and_nearly_reached(log, concurrency):
     assert answered(fake, log, jobs(1000), budget=again)[0] == "max_cost" and sum(fake.paid.values()) == len(log)
 
 
-@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": -3, "completion_tokens": -9}])
-def test_a_limit_of_cost_needs_a_server_that_counts_tokens(log, usage):
-    fake = FakeOpenAI(latency=1)
-    fake.complete = lambda *args: FakeOpenAI.complete(fake, *args) | {"usage": usage}
-    with pytest.raises(EndpointStopped, match="--max-requests instead of --max-cost"):
-        answered(fake, log, jobs(100), budget=Budget(max_cost=9.0, price=Price(1, 1, 1)), concurrency=3)
-    assert len(log) == sum(fake.paid.values()) == 3
-    ending, _ = answered(fake, log, jobs(100), budget=Budget(max_requests=4, price=Price(1, 1, 1)))
-    assert ending == "max_requests" and len(log) == 7
-
-
 def test_a_budget_needs_prices():
     with pytest.raises(UserError, match="--prices"):
         Budget(max_cost=3)
