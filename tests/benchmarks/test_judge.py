@@ -252,6 +252,22 @@ def test_requests_that_fail_are_counted_and_asked_again_next_time(bench):
     assert json.loads((bench / "out/judge.json").read_text())["figures"] == pytest.approx(expected_of(PAIRS))
 
 
+def test_one_request_that_fails_is_no_success(bench, capsys):
+    broken = {"now": True}
+    fake = FakeOpenAI(answer=say, faults=lambda number: "context" if broken["now"] and number == 1 else None)
+    assert judge(bench, fake, "--max-failed", "0.5") == 1
+    assert "1 requests got no answer (context_length" in capsys.readouterr().err
+    broken["now"] = False
+    assert judge(bench, fake, "--max-failed", "0.5") == 0
+
+
+def test_a_judge_that_answers_nothing_is_an_error(bench):
+    fake = FakeOpenAI(answer=say, faults=lambda number: "context")
+    with pytest.raises(UserError, match="none of .* requests was answered, the first for context_length"):
+        judge(bench, fake, "--max-failed", "1")
+    assert not (bench / "out/judge.json").exists()
+
+
 def test_a_limit_of_requests_stops_it_and_leaves_no_figures(bench, capsys):
     fake = FakeOpenAI(answer=say)
     assert judge(bench, fake, "--max-requests", "5") == 3
