@@ -1,11 +1,13 @@
 """The command line of synthesize, as a user has it: against a fake of OpenAI's API with its faults, and with rules."""
 
+import asyncio
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -140,10 +142,23 @@ def test_faults_on_a_fifth_of_the_requests_and_two_kills(tmp_path):
     check_after_faults(tmp_path, fake, 40, in_flight=2 * 20)
 
 
+class Held(FakeOpenAI):
+    """Answers 20 requests, and the others when it is let go on."""
+
+    def __init__(self):
+        super().__init__(answer=answer_messages)
+        self.go = threading.Event()
+
+    async def _chat(self, body):
+        while self.paid.total() >= 20 and not self.go.is_set():
+            await asyncio.sleep(0.01)
+        return await super()._chat(body)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_finishes_what_is_in_flight(tmp_path, sent, code):
     write_images(tmp_path, 40)
-    fake = FakeOpenAI(answer=answer_messages, latency=0.2)
+    fake = Held()
     with fake.serve() as url:
         options = options_of(tmp_path, url, "--concurrency", "10")
         process = start(["run", *options])
@@ -152,14 +167,89 @@ def test_a_signal_finishes_what_is_in_flight(tmp_path, sent, code):
                                 capture_output=True, text=True)
         assert status.returncode == 0 and "running" in status.stdout
         process.send_signal(sent)
+        assert process.stderr.readline() == "finishing what is in flight; once more to leave at once\n"
+        fake.go.set()
         out, err = process.communicate()
-        assert process.returncode == code and err.splitlines() == [
-            "finishing what is in flight; once more to leave at once", "stopped; the same command goes on"]
+        assert process.returncode == code and err == "stopped; the same command goes on\n"
         asked = fake.paid.total()
         written = records_of(tmp_path).total()
         assert 20 <= written == asked < 120  # all that was paid is used
         assert synthesize.main(["run", *options]) == 0
     assert fake.paid.total() == len(fake.paid) == records_of(tmp_path).total() == 120
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_second_signal_leaves_at_once_and_the_lock_with_it(tmp_path, sent, code):
+    fake = Held()
+    with fake.serve() as url:
+        options = options_of(tmp_path, url, "--concurrency", "10")
+        process = start(["run", *options])
+        wait_for_answers(tmp_path, 20, process)
+        process.send_signal(sent)
+        assert process.stderr.readline().startswith("finishing")
+        process.send_signal(sent)
+        _, err = process.communicate()
+        assert process.returncode == code and "Traceback" not in err
+        fake.go.set()
+        assert synthesize.main(["run", *options]) == 0
+    assert records_of(tmp_path).total() == 30
+
+
+def test_sigterm_before_anything_was_asked(tmp_path):
+    """While it looks whether the server is there."""
+    class Silent(FakeOpenAI):
+        async def respond(self, *request):
+            process.send_signal(signal.SIGTERM)
+            return await asyncio.sleep(3600)
+
+    with Silent().serve() as url:
+        process = start(["run", *options_of(tmp_path, url)])
+        _, err = process.communicate()
+    assert process.returncode == 75 and "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    code = ("import sys; from llava_jax import cli, synthesize; from llava_jax.endpoint import run\n"
+            "def bug(*args): raise RuntimeError('a bug')\n"
+            "run._Run.send = bug\ncli.run(synthesize.main)")
+    with FakeOpenAI(answer=answer_messages).serve() as url:
+        done = subprocess.run([sys.executable, "-c", code, "run", *options_of(tmp_path, url)], capture_output=True,
+                              text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "RuntimeError: a bug" in done.stderr
+
+
+def test_nothing_answered_is_an_error_and_something_unanswered_is_no_success(tmp_path, capsys):
+    write_images(tmp_path, 2)
+    broken = {"from": 0}
+    fake = FakeOpenAI(answer=answer_messages, faults=lambda number: "500" if number >= broken["from"] else None)
+    with fake.serve() as url:
+        options = options_of(tmp_path, url, "--retries", "0", "--concurrency", "1")
+        with pytest.raises(UserError, match="none of 6 requests was answered, the first for no_answer"):
+            synthesize.main(["run", *options])
+        with pytest.raises(UserError, match="none of 2 requests was answered"):
+            synthesize.main(["preview", *options, "-n", "2"])
+        broken["from"] = 8 + 2
+        assert synthesize.main(["preview", *options, "-n", "3"]) == 1
+        assert synthesize.main(["run", *options, "--retries", "1"]) == 1
+        broken["from"] = 1e9
+        assert synthesize.main(["run", *options]) == 0
+
+
+def test_what_tries_without_an_answer_may_cost_is_kept(tmp_path, capsys):
+    write_images(tmp_path, 2)
+    (tmp_path / "prices.json").write_text('{"teacher": {"prompt": 100, "completion": 400}}')
+    fake = FakeOpenAI(answer=answer_messages, faults=lambda number: "cut" if number else None)
+    with fake.serve() as url:
+        options = options_of(tmp_path, url, "--prices", str(tmp_path / "prices.json"), "--max-completion-tokens", "200",
+                             "--concurrency", "1", "--retries", "0", "--max-cost", "1")
+        assert synthesize.main(["run", *options]) == 1
+        assert "tries that brought no answer may have cost up to 0." in capsys.readouterr().err
+        lost = json.loads((tmp_path / "out" / "progress.json").read_text())["lost_usd"]
+        assert 5 * 200 * 400 / 1e6 < lost < 0.9
+        asked = fake.paid.total()
+        for _ in range(10):  # none starts anew at nothing
+            synthesize.main(["run", *options])
+    assert asked < fake.paid.total() <= 1 / (200 * 400 / 1e6)
 
 
 def test_limits_of_requests_and_cost(tmp_path, capsys):
