@@ -1,9 +1,11 @@
 """Talks to a model: one answer, or a chat in the terminal."""
 
+import io
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +14,7 @@ import tyro
 
 from llava_jax import cli
 from llava_jax.errors import UserError
+from llava_jax.text.templates import IMAGE, check_text
 
 if TYPE_CHECKING:
     from llava_jax import Llava
@@ -70,6 +73,8 @@ def main(args: Sequence[str] | None = None) -> int:
         raise UserError("--json needs --prompt: a chat is printed as text")
     if options.json and options.stream:
         raise UserError("--json prints the whole answer at once; leave --stream or --json out")
+    for name, text in (("--prompt", options.prompt or ""), *(("--stop", stop) for stop in options.stop)):
+        check_text(text, name)
     from llava_jax import load  # after the options are read: --help need not wait for JAX
 
     llava = load(options.model, options.dtype, template=options.template)
@@ -77,14 +82,19 @@ def main(args: Sequence[str] | None = None) -> int:
         Chat(llava, options).run()
     elif options.stream:
         for piece in llava.stream(options.prompt, options.image, **options.sampling()):
-            print(piece, end="", flush=True)
+            print(_shown(piece), end="", flush=True)
         print()
     else:
         start = time.perf_counter()
         answer = llava.generate(options.prompt, options.image, **options.sampling())
         seconds = time.perf_counter() - start
-        print(_json(answer, seconds) if options.json else answer.text)
+        print(_json(answer, seconds) if options.json else _shown(answer.text))
     return 0
+
+
+def _shown(text: str) -> str:
+    """A model's text as it is printed: on a terminal without what could steer it, elsewhere to the last character."""
+    return cli.printable(text) if sys.stdout.isatty() else text
 
 
 def _json(answer, seconds: float) -> str:
@@ -98,7 +108,7 @@ def _json(answer, seconds: float) -> str:
 
 
 class Chat:
-    """A conversation in the terminal. A mistake is told in one line and leaves the conversation as it was."""
+    """A conversation in the terminal. An error of one line is told and leaves the conversation as it was."""
 
     def __init__(self, llava: "Llava", options: Options):
         self.llava = llava
@@ -115,6 +125,8 @@ class Chat:
             import readline  # noqa: F401  gives input() line editing and a history, where Python has it
         except ImportError:
             pass
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 cost their own line alone
         print("Type a message, or /help.")
         while True:
             try:
@@ -127,8 +139,10 @@ class Chat:
                 return
             except KeyboardInterrupt:
                 print("\n/quit leaves.")
-            except (ValueError, OSError) as error:
-                print(f"error: {error}")
+            except (UserError, OSError) as error:
+                print(f"error: {cli.one_line(error)}")
+            except Exception:  # as when the device has no room for a question that long
+                traceback.print_exc()
 
     def take(self, line: str) -> None:
         """Runs a command or answers a message."""
@@ -140,7 +154,7 @@ class Chat:
         elif command == "/image":
             self.show(rest.strip().strip("'\""))
         elif line.startswith("/"):
-            print(f"error: there is no {command}; /help lists what there is")
+            print(cli.printable(f"error: there is no {command}; /help lists what there is"))
         elif line:
             self.answer(line)
 
@@ -153,16 +167,21 @@ class Chat:
 
     def answer(self, line: str) -> None:
         """Prints the answer while it is written. Interrupted, the conversation goes on with what there is of it."""
-        question = {"role": "user", "content": "<image>\n" * len(self.waiting) + line}
+        check_text(line, "the message")
+        question = {"role": "user", "content": f"{IMAGE}\n" * len(self.waiting) + line}
         messages, images = [*self.messages, question], [*self.images, *self.waiting]
         text = ""
         try:
             for piece in self.llava.stream(messages, images, **self.options.sampling()):
                 text += piece
-                print(piece, end="", flush=True)
+                print(_shown(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass
+        except Exception:
+            print(end="\n" if text else "")  # the error gets a line of its own
+            raise
         print()
+        text = text.replace(IMAGE, "").strip()  # a mark that the model wrote has no image
         if text:  # a turn without text would leave the template's turn open
             self.messages, self.images, self.waiting = [*messages, {"role": "assistant", "content": text}], images, []
 

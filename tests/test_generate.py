@@ -1,5 +1,6 @@
 """The command line against the library that it calls; the chat in a process of its own."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from PIL import Image
 
 import llava_jax
 from llava_jax import cli, generate
+from llava_jax.errors import UserError
+from llava_jax.inference.answer import Completion
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init
 from llava_jax.models.vit import VitConfig
@@ -115,7 +118,7 @@ def test_chat(llava, model_dir, picture):
 
 
 class Scripted:
-    """In a model's place: answers in pieces, and is interrupted where a piece is None."""
+    """In a model's place: answers in pieces, is interrupted where one is None, and raises one that is an error."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -126,6 +129,8 @@ class Scripted:
         for piece in self.answers.pop(0):
             if piece is None:
                 raise KeyboardInterrupt
+            if isinstance(piece, Exception):
+                raise piece
             yield piece
 
 
@@ -138,6 +143,70 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
     # What was said of the first answer stays; the second question, without an answer, does not.
     turns = [message["content"] for message in model.asked[-1][0]]
     assert turns == ["first", "one", "third"] and next(lines) == "never"
+
+
+@pytest.mark.parametrize("error, told", [
+    (UserError("too long"), "error: too long\n"),
+    (OSError(errno.EIO, "Input/output error"), "error: [Errno 5] Input/output error\n"),
+    (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), ""),
+    (MemoryError(), ""),
+], ids=lambda value: type(value).__name__)
+def test_an_error_of_one_line_leaves_the_chat_as_it_was(monkeypatch, capsys, picture, error, told):
+    lines = iter(["first", f"/image {picture}", "second", "second", "caf\udce9", "third", "/\x1b[31m", "/quit", "no"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    model = Scripted(["one"], ["tw", error], ["two"], ["three"])
+    generate.Chat(model, generate.Options(model="DIR")).run()
+    printed = capsys.readouterr()
+    assert printed.out == (f"Type a message, or /help.\none\ntw\n{told}two\n"
+                           "error: the message is not UTF-8: its character 4 is the lone surrogate '\\udce9'\n"
+                           "three\nerror: there is no /\ufffd[31m; /help lists what there is\n")
+    assert told or f"{type(error).__name__}: {error}".rstrip(": ") in printed.err  # a fault keeps its traceback
+    (first, _), lost, (second, images), (third, _) = model.asked
+    assert (second, images) == lost and [turn["content"] for turn in first] == ["first"]
+    assert [turn["content"] for turn in third] == ["first", "one", "<image>\nsecond", "two", "third"]
+    assert next(lines) == "no"
+
+
+def test_a_mark_that_the_model_writes_is_no_image(monkeypatch, capsys):
+    lines = iter(["first", "second"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    model = Scripted(["a ", "<image>"], ["two"])
+    generate.Chat(model, generate.Options(model="DIR")).run()
+    assert capsys.readouterr().out == "Type a message, or /help.\na <image>\ntwo\n"
+    assert [turn["content"] for turn in model.asked[1][0]] == ["first", "a", "second"]
+
+
+@pytest.mark.parametrize("args", [["--prompt", "Hi"], ["--prompt", "Hi", "--stream"], []], ids=str)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_not_steered_by_the_model(monkeypatch, capsys, args, terminal):
+    text = "a\x1b]0;title\x07\u202eb\tc\n한"
+    model = Scripted([text[:4], text[4:]])
+    model.generate = lambda *_, **__: Completion(text, [1], "stop", [1])
+    monkeypatch.setattr(llava_jax, "load", lambda *_, **__: model)
+    monkeypatch.setattr("builtins.input", lambda prompt: "/quit" if model.asked else "Hi")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert generate.main(["--model", "DIR", *args]) == 0
+    shown = "a\ufffd]0;title\ufffd\ufffdb\tc\n한" if terminal else text
+    assert capsys.readouterr().out.endswith(shown + "\n")
+    if args == ["--prompt", "Hi"]:
+        assert generate.main(["--model", "DIR", *args, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "UTF-8 mode"])
+def test_bytes_that_are_no_utf8_cost_their_own_line_alone(llava, model_dir, locale):
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    environment |= {"PYTHONUTF8": "1"} if locale == "UTF-8 mode" else {"LC_ALL": locale}
+    command = [sys.executable, "-m", "llava_jax.generate", "--model", model_dir, "--max-new-tokens", "12"]
+    chat = subprocess.run(command, input=b"caf\xe9?\nHello?\n\xed\xa0\x80\n", stdout=subprocess.PIPE, env=environment)
+    answer = llava.generate("Hello?", max_new_tokens=12).text
+    refused, hello, half, _ = chat.stdout.decode().split("> ")[1:]
+    assert (hello, chat.returncode) == (answer + "\n", 0)
+    assert all(line.startswith("error: the message is not UTF-8") for line in (refused, half))
+    if locale == "C":
+        single = subprocess.run([*command, "--prompt", b"caf\xe9?"], capture_output=True, env=environment)
+        assert single.returncode == 2 and single.stdout == b""
+        assert single.stderr == b"error: --prompt is not UTF-8: its character 4 is the lone surrogate '\\udce9'\n"
 
 
 def test_images_of_the_command_line_go_with_the_first_message(monkeypatch, picture):
