@@ -1,6 +1,10 @@
 """Files of benchmarks with three questions each, which several tests start from."""
 
+import base64
+import io
 import json
+
+from PIL import Image
 
 from llava_jax.benchmarks.bench import SHORT
 
@@ -40,3 +44,35 @@ FILES = {
 def write(path, content):
     rows = path.suffix == ".jsonl" or path.name.startswith("coco_pope")
     path.write_text("".join(json.dumps(row) + "\n" for row in content) if rows else json.dumps(content))
+
+
+def write_all(folder) -> None:
+    """The files of every benchmark, each in a folder of its name."""
+    questions = [row | {"answer": "yes", "kind": "existence"} for row in QUESTIONS]
+    more = {
+        "mme": {"llava_mme.jsonl": [{"question_id": f"existence/{id}.jpg", "image": f"{id}.jpg",
+                                     "text": f"Is {id} there?{SHORT}"} for id in IDS]},
+        "mm-vet": {"llava-mm-vet.jsonl": QUESTIONS}, "scenes": {"questions.jsonl": questions},
+        "llava-bench-coco": {"qa90_questions.jsonl": QUESTIONS,
+                             "qa90_gpt4_answer.jsonl": [{"question_id": id, "text": "It is."} for id in IDS]},
+    }
+    for name, files in (FILES | more).items():
+        (folder / name).mkdir()
+        for file, content in files.items():
+            write(folder / name / file, content)
+    pairs = folder / "mme" / "MME_Benchmark_release_version" / "existence"
+    pairs.mkdir(parents=True)
+    for id in IDS:
+        (pairs / f"{id}.txt").write_text(f"Is {id} there? Please answer yes or no.\tYes\n")
+    for name, file in (("mmbench", "mmbench_dev_20230712.tsv"), ("mmbench-cn", "mmbench_dev_cn_20231003.tsv")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(table())
+
+
+def table() -> str:
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "png")
+    image = base64.b64encode(picture.getvalue()).decode()
+    rows = [["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"],
+            *([id, "Q?", "", "cat", "dog", "", "", "A", "x", image] for id in IDS)]
+    return "".join("\t".join(row) + "\n" for row in rows)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_jax.benchmarks.bench import Answer, Question
 from llava_jax.benchmarks.questions import fits
-from llava_jax.errors import FULL, UserError
+from llava_jax.errors import FULL, UserError, user_path
 from llava_jax.files import replacing
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each
@@ -65,7 +65,7 @@ def scan(path: str) -> tuple[list[Line], int]:
     UserError for another line that is not an answer.
     """
     lines, end = [], 0
-    with open(path, "rb") as file:
+    with user_path(path), open(path, "rb") as file:
         for number, data in enumerate(file, 1):
             if data.strip():
                 try:
@@ -158,7 +158,8 @@ class AnswerFile:
 
     def __init__(self, path: str):
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        with user_path(path, missing="no such folder"):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.lines, end = scan(path)

@@ -5,6 +5,7 @@ was made elsewhere is scored in the same way.
 """
 
 import importlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,9 +116,18 @@ class Bench:
         """
         raise NotImplementedError
 
+    def image_root(self, data: str) -> str:
+        """The folder of the images; a page shows none from outside of it."""
+        return data if os.path.isdir(data) else os.path.dirname(data)
+
     def source(self, data: str) -> str:
         """The file of the questions, as messages name it."""
         return data
+
+    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+        """Raises UserError for a file that the score or upload of `questions` needs and `read` has not opened, so that
+        it is told before hours of answers.
+        """
 
     def follow_up(self, question: Question, texts: Sequence[str]) -> Question | str:
         """What comes after the model has said `texts`, one for each time it was asked, of this `question`.

@@ -1,5 +1,6 @@
 """Two runs of a benchmark side by side: which figures and which questions differ."""
 
+import dataclasses
 import json
 import os
 from collections import Counter, defaultdict, deque
@@ -11,12 +12,13 @@ import tyro
 
 from llava_jax.benchmarks import results_page
 from llava_jax.benchmarks.answers import match
-from llava_jax.benchmarks.bench import get
-from llava_jax.benchmarks.questions import read_json, read_lines
+from llava_jax.benchmarks.bench import BENCHES, get
+from llava_jax.benchmarks.questions import fits, read_lines
 from llava_jax.benchmarks.results_page import Card, Given
 from llava_jax.benchmarks.tables import markdown, number
+from llava_jax.cli import printable
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import json_type, read_json, replacing
 
 Row = Mapping[str, Any]
 
@@ -52,38 +54,51 @@ class Compare:
         elif one["answers"] != other["answers"]:
             notes.append("one run has more answers than the other: the figures are not of the same questions")
         shown = [(a, b) for a, b in pairs if self.all or a["text"] != b["text"]]
-        cards = [card(a, b, names, image) for (a, b), image in zip(shown, images(other, shown), strict=True)]
+        root, pictures = images(other, shown)
+        cards = [card(a, b, names, image) for (a, b), image in zip(shown, pictures, strict=True)]
         page = self.out or os.path.join(self.second, "compare.html")
         facts = {name: f"{run['date'][:16].replace('T', ' ')}, {run['answers']:,} answers"
                  for name, run in zip(names, (one, other), strict=True)}
         with replacing(page) as file:
             file.write(results_page.write(f"{get(one['benchmark']).title}: {names[0]} and {names[1]}", facts, table,
-                                          [], notes, cards, good=(BOTH,)).encode(errors="backslashreplace"))
+                                          [], notes, cards, root, good=(BOTH,)).encode(errors="backslashreplace"))
         print(markdown(table))
-        print("".join(f"- {note}\n" for note in notes) + f"\n{page}")
+        print(printable("".join(f"- {note}\n" for note in notes) + f"\n{page}"))
         return 0
 
 
 BOTH = "both right"
+RUN = {"name": str, "benchmark": str, "figures": dict, "questions_hash": str, "data": str, "options": dict,
+       "answers": int, "date": str}
+ITEM = {"id": int | str, "prompt": str, "text": str, "score": int | float | None, "reference": str, "read": str,
+        "category": str}
+"""What is read of results.json and of a line of items.jsonl."""
 
 
 def read_run(folder: str) -> Row:
     """results.json of a run; UserError if the folder is none."""
     path = os.path.join(folder, "results.json")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; a run is a folder that evaluate has written, such as OUT/pope")
-    run = read_json(path)
-    wanted = ("name", "benchmark", "figures", "questions_hash", "data", "options", "answers", "date")
-    if not isinstance(run, dict) or any(key not in run for key in wanted):
-        raise UserError(f"{path}: not results of evaluate, or of another version")
+    told = "no such file; a run is a folder that evaluate has written, such as OUT/pope"
+    run = read_json(path, (dict, list), missing=told)
+    if isinstance(run, list):
+        raise UserError(f"{path}: not results of evaluate, but a list")
+    if wrong := [key for key, form in RUN.items() if key not in run or not fits(run[key], form)]:
+        raise UserError(f"{path}: not results of evaluate, or of another version: {wrong[0]!r} is "
+                        f"{json_type(run[wrong[0]]) if wrong[0] in run else 'missing'}")
+    if not fits([*run["figures"].values()], [int | float]) or not fits(run.get("main", ""), str):
+        raise UserError(f"{path}: the figures must be numbers, and their main one a name")
+    if run["benchmark"] not in BENCHES:
+        raise UserError(f"{path}: there is no benchmark {run['benchmark']!r}")
     return run
 
 
 def read_items(folder: str) -> list[Row]:
-    path = os.path.join(folder, "items.jsonl")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    return [row for _, row in read_lines(path)]
+    path, rows = os.path.join(folder, "items.jsonl"), []
+    for line, row in read_lines(path):
+        if not fits(row, ITEM):
+            raise UserError(f"{path}, line {line}: not a scored answer with {', '.join(ITEM)}")
+        rows.append(row)
+    return rows
 
 
 def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -112,15 +127,18 @@ def changes(pairs: Sequence[tuple[Row, Row]], names: Sequence[str]) -> list[str]
         f"{state}: {count:,}" for state, count in sorted(counts.items()))]
 
 
-def images(run: Row, pairs: Sequence[tuple[Row, Row]]) -> list[Sequence[str | bytes]]:
-    """The questions' pictures, as far as the run's data are still there."""
-    bench = get(run["benchmark"])(**run["options"])
+def images(run: Row, pairs: Sequence[tuple[Row, Row]]) -> tuple[str, list[Sequence[str | bytes]]]:
+    """The folder of the pictures, and those of each pair's question, as far as the run's data are still there."""
+    kind = get(run["benchmark"])
+    options = {field.name: run["options"][field.name] for field in dataclasses.fields(kind)
+               if type(run["options"].get(field.name)) is type(getattr(kind, field.name))}
     try:
-        questions = bench.read(run["data"])
+        bench = kind(**options)
+        questions, root = bench.read(run["data"]), bench.image_root(run["data"])
     except (OSError, ValueError):
-        return [()] * len(pairs)
+        return "", [()] * len(pairs)
     lines = [{"question_id": b["id"], "prompt": b["prompt"]} for _, b in pairs]
-    return [() if place is None else questions[place].images for place in match(questions, lines)]
+    return root, [() if place is None else questions[place].images for place in match(questions, lines)]
 
 
 def card(a: Row, b: Row, names: Sequence[str], images: Sequence[str | bytes]) -> Card:

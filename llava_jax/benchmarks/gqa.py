@@ -40,6 +40,9 @@ class Gqa(QuestionFile):
                 raise UserError(f"{TRUTH} has no question {question.id!r}; the files are of different versions")
         return questions
 
+    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+        self._choices(data)
+
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         """What the official tool prints, in percent; `distribution` is its chi-square statistic, lower is better.
 

@@ -24,7 +24,7 @@ from llava_jax.benchmarks.judge_report import Report, write_report
 from llava_jax.benchmarks.llava_bench import Case, LlavaBench
 from llava_jax.benchmarks.questions import read_json
 from llava_jax.benchmarks.reviews import TOO_MANY_FAILED, Unscored, parse_as_published, parse_scores
-from llava_jax.cli import printable
+from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
@@ -173,7 +173,7 @@ class Judge:
             try:
                 self._ask(jobs, log, failures)
             except Unfinished as unfinished:
-                print(unfinished, file=sys.stderr)
+                print(one_line(unfinished), file=sys.stderr)
                 return unfinished.code
             answered = sum(job.request(0).key(self.model.model) in log for job in jobs)
             check_answered(answered + len(failures), list(failures.values()))

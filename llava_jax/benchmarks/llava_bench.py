@@ -69,6 +69,10 @@ class LlavaBench(QuestionFile):
             seen.add(question.id)
         return questions
 
+    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+        for path in self.reviews:
+            read_reviews(path)
+
     def paths(self, data: str, reference: str = "", context: str = "") -> dict[str, str]:
         """Questions, references and context: the files. UserError if one is not there."""
         given = {"questions": data if os.path.isfile(data) else "", "references": reference, "context": context}

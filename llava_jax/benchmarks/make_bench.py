@@ -19,7 +19,7 @@ import tyro
 
 from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.judge import PROMPTS
-from llava_jax.cli import printable
+from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
@@ -88,7 +88,7 @@ class MakeBench:
             try:
                 made = maker.make()
             except Unfinished as unfinished:
-                print(unfinished, file=sys.stderr)
+                print(one_line(unfinished), file=sys.stderr)
                 return unfinished.code
         self._write(made, maker, contexts)
         rejects = ", ".join(f"{reason} {number:,}" for reason, number in maker.rejects.most_common())

@@ -17,13 +17,14 @@ from typing import ClassVar
 
 from llava_jax.benchmarks.bench import LETTER, Answer, Bench, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import question_path
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
 from llava_jax.files import replacing
 
 LETTERS = ("A", "B", "C", "D")
 NEEDED = ("index", "question", "hint", *LETTERS, "image")
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")  # not in the upload
 PREDICTION = 6  # the column of the answers in the upload
+LONGEST_INDEX = 18  # digits
 COPY = 1_000_000  # rows whose indices differ by a multiple of this are one question
 # What pandas, with which the original reads the table, takes for no value.
 NO_VALUE = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
@@ -84,7 +85,7 @@ class MMBench(Bench):
         if len(rows) != self.published:
             notes.append(f"{len(rows):,} rows; the published table has {self.published:,}")
         asked = {(question.id, question.fields["round_id"]): question for question in questions}
-        known = ((answer, asked.get((answer.id, answer.line.get("round_id", 0)))) for answer in answers)
+        known = ((answer, asked.get((answer.id, _round(answer)))) for answer in answers)
         unread = [answer for answer, question in known
                   if question and not read_letter(answer.text, question.fields["options"])]
         notes += unread_notes(unread, len(answers), "name no option by the rules used here; the server asks a language "
@@ -94,10 +95,10 @@ class MMBench(Bench):
             return Scores({}, "", [Item(answer.id, None) for answer in answers], notes)
         right, items = dict.fromkeys(asked, False), []
         for answer in answers:
-            key = (answer.id, answer.line.get("round_id", 0))
-            if not isinstance(key[1], int) or key not in asked:
-                raise UserError(f"MMBench: an answer to round {key[1]!r} of question {key[0]}, which was not asked; "
-                                 "are these answers with --all-rounds?")
+            key = answer.id, _round(answer)
+            if key not in asked:
+                raise UserError(f"MMBench: an answer to round {answer.line.get('round_id')!r} of question {key[0]}, "
+                                 "which was not asked; are these answers with --all-rounds?")
             fields, truth = asked[key].fields, rows[answer.id]["answer"]
             letter = read_letter(answer.text, fields["options"])
             read = fields["option_char"][LETTERS.index(letter)] if letter else ""
@@ -199,23 +200,33 @@ def read_letter(text: str, options: Sequence[str]) -> str | None:
 def _rows(path: str) -> list[tuple[str, dict[str, str]]]:
     """Where each row stands, and its cells; those after the end of a short row are None."""
     csv.field_size_limit(sys.maxsize)  # a picture is a cell
-    with open(path, encoding="utf-8", newline="") as file:
+    rows: list[tuple[str, dict[str, str]]] = []
+    with user_path(path), open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
         table = csv.DictReader(file, delimiter="\t")
-        missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
-        if missing:
-            raise UserError(f"{path}: not a table of MMBench, it has no column {', '.join(missing)}")
-        rows = []
-        for row in table:
-            where = f"{path}, line {table.line_num}"
-            if None in row or row["image"] is None:
-                raise UserError(f"{where}: the row has more cells than the first line, or ends before the picture")
-            if not row["index"].isdecimal():
-                raise UserError(f"{where}: the index {row['index']!r} is not a number")
-            rows.append((where, row))
-    doubled = len(rows) - len({row["index"] for _, row in rows})
+        try:
+            missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
+            if missing:
+                raise UserError(f"{path}: not a table of MMBench, it has no column {', '.join(missing)}")
+            rows += ((f"{path}, line {table.line_num}", row) for row in table)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, after line {table.line_num}: no UTF-8") from None
+        except csv.Error as error:
+            raise UserError(f"{path}, after line {table.line_num}: not a table ({error})") from None
+    for where, row in rows:
+        if None in row or row["image"] is None or row["index"] is None:
+            raise UserError(f"{where}: the row has more cells than the first line, or ends before the picture")
+        if not (row["index"].isdecimal() and len(row["index"]) <= LONGEST_INDEX):
+            raise UserError(f"{where}: the index {row['index']!r:.80} is not a number")
+    doubled = len(rows) - len({int(row["index"]) for _, row in rows})
     if doubled:
         raise UserError(f"{path}: {doubled:,} rows have the index of another")
     return rows
+
+
+def _round(answer: Answer) -> int | None:
+    """The round that an answer is to, 0 where its line has none; None for what is no round."""
+    number = answer.line.get("round_id", 0)
+    return number if isinstance(number, int) else None
 
 
 def _plain(text: str) -> str:

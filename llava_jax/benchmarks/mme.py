@@ -1,5 +1,6 @@
 """MME: two yes-or-no questions about a picture, one of either answer, in 14 categories (Fu et al. 2023)."""
 
+import io
 import os
 import re
 from collections import defaultdict
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from llava_jax.benchmarks.bench import SHORT, Answer, Item, Question, Scores, unread_notes
 from llava_jax.benchmarks.questions import QuestionFile, need
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import read_text, replacing
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -99,6 +100,8 @@ class Mme(QuestionFile):
         truth = {}
         for category in sorted({str(question.id).split("/")[0] for question in questions}):
             folder = os.path.join(root, category)
+            if category in ("", ".", ".."):
+                raise UserError(f"MME: {category!r} is no category, and the id of a question begins with it")
             if os.path.isdir(os.path.join(folder, "images")):
                 folder = os.path.join(folder, "questions_answers_YN")
             if not os.path.isdir(folder):
@@ -143,12 +146,11 @@ def _category(lines: Sequence[tuple[str, bool]]) -> tuple[float, dict[str, float
 
 def _read_pairs(path: str) -> list[tuple[str, str]]:
     pairs = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            parts = line.strip().split("\t")
-            if parts == [""]:
-                continue
-            if len(parts) != 2 or parts[1].lower() not in ("yes", "no"):
-                raise UserError(f"{path}, line {number}: not a question, a tab and Yes or No")
-            pairs.append((parts[0], parts[1]))
+    for number, line in enumerate(io.StringIO(read_text(path, encoding="utf-8-sig"), newline=None), 1):
+        parts = line.strip().split("\t")
+        if parts == [""]:
+            continue
+        if len(parts) != 2 or parts[1].lower() not in ("yes", "no"):
+            raise UserError(f"{path}, line {number}: not a question, a tab and Yes or No")
+        pairs.append((parts[0], parts[1]))
     return pairs

@@ -10,10 +10,13 @@ from typing import Any
 
 from llava_jax.benchmarks.bench import SHORT
 from llava_jax.benchmarks.pope import CATEGORIES, LABELS, Pope
-from llava_jax.benchmarks.questions import read_json, read_lines
+from llava_jax.benchmarks.questions import fits, read_json, read_lines
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
 
+ID = int | str
+COCO = {"categories": [{"id": ID, "name": str}], "images": [{"id": ID, "file_name": str}],
+        "annotations": [{"image_id": ID, "category_id": ID}]}
 EACH = 3  # questions of either answer about a picture
 FIRST_ID = 10_000_000  # the categories' ids begin at one, two and three times this
 
@@ -52,21 +55,25 @@ class PopeData:
 def read_things(path: str) -> dict[str, list[str]]:
     """The kinds of things in each picture, in the order in which they first come; UserError for another form."""
     if path.endswith(".jsonl"):
-        try:
-            return {row["image"]: list(dict.fromkeys(row["objects"])) for _, row in read_lines(path)}
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: not lines of {{image, objects}} ({error!r})") from None
+        things = {}
+        for number, row in read_lines(path):
+            if not fits(row, {"image": str, "objects": [str]}) or "" in row["objects"]:
+                raise UserError(f"{path}, line {number}: not {{image, objects: [name, ...]}}")
+            things[row["image"]] = list(dict.fromkeys(row["objects"]))
+        return things
     content = read_json(path)
+    if not fits(content, COCO) or not all(category["name"] for category in content["categories"]):
+        raise UserError(f"{path}: not COCO's instances: images, categories with names, annotations")
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        things: dict[str, list[str]] = {file: [] for file in files.values()}
+        things = {file: [] for file in files.values()}
         for instance in content["annotations"]:
             kinds, name = things[files[instance["image_id"]]], names[instance["category_id"]]
             if name not in kinds:
                 kinds.append(name)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not COCO's instances: images, categories, annotations ({error!r})") from None
+    except KeyError as error:
+        raise UserError(f"{path}: an annotation is of image or category {error}, which the file lacks") from None
     return things
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from llava_jax import files
 from llava_jax.benchmarks.bench import Answer, Bench, Question
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class QuestionFile(Bench):
 
     def read(self, data: str) -> list[Question]:
         """The questions in the order of the file; UserError for a row of another form."""
-        folder = self.images or os.path.join(folder_of(data), self.pictures)
+        folder = self.image_root(data)
         path = question_path(data, self.file)
         questions = []
         for number, row in read_lines(path):
@@ -41,6 +42,9 @@ class QuestionFile(Bench):
         if not questions:
             raise UserError(f"{path}: the file has no questions")
         return questions
+
+    def image_root(self, data: str) -> str:
+        return self.images or os.path.join(folder_of(data), self.pictures)
 
     def source(self, data: str) -> str:
         return question_path(data, self.file)
@@ -84,14 +88,8 @@ def need(data: str, *names: str) -> str:
 
 
 def read_json(path: str) -> Any:
-    """UserError that names the file."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except (ValueError, RecursionError) as error:  # broken UTF-8, or nested without end, as well
-            raise UserError(f"{path}: broken JSON ({error})") from None
+    """An object or a list; UserError that names the file."""
+    return files.read_json(path, (dict, list))
 
 
 def fits(value: Any, form: Any) -> bool:
@@ -106,13 +104,15 @@ def fits(value: Any, form: Any) -> bool:
 
 def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number, from 1, and object of every line that is not blank."""
-    with open(path, "rb") as file:
+    with user_path(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+            except RecursionError:
+                raise UserError(f"{path}, line {number}: broken JSON (nested too deeply)") from None
+            except ValueError as error:  # broken UTF-8 as well
                 raise UserError(f"{path}, line {number}: broken JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: not a JSON object")

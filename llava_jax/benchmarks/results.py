@@ -115,7 +115,8 @@ def write(
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "results.md": _markdown(bench, result, table, figures, sources),
         "results.html": results_page.write(bench.title, about(result), table, figures, [*sources, *scores.notes],
-                                           list(map(results_page.card, rows, images))),
+                                           list(map(results_page.card, rows, images)),
+                                           bench.image_root(settings["data"])),
         "results.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
     }
     paths = [os.path.join(folder, name) for name in contents]

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import io
+import os
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -55,16 +56,18 @@ def card(row: Mapping[str, Any], images: Sequence[str | bytes]) -> Card:
 
 
 def write(title: str, about: Mapping[str, str], table: Sequence[Sequence[str]], figures: Sequence[Sequence[str]],
-          notes: Sequence[str], cards: Sequence[Card], good: Sequence[str] = ("right",)) -> str:
+          notes: Sequence[str], cards: Sequence[Card], root: str, good: Sequence[str] = ("right",)) -> str:
     """The page. It needs nothing besides itself.
 
     Args:
       about: names and values of the run.
       table, figures: tables, the head first; the second is folded.
+      root: the folder of the images; others are not shown, so that a file of questions cannot put any picture of this
+        machine on a page that is passed on.
       good: states of which fewer are shown where there are too many cards.
     """
     shown = choose(cards, good)
-    pictures = _Pictures()
+    pictures = _Pictures(root)
     articles = "\n".join(_article(one, pictures) for one in shown)
     facts = "".join(f"<span>{_text(name)} <b>{_text(value)}</b></span>" for name, value in about.items())
     remarks = "".join(f"<li>{_text(note)}</li>" for note in notes)
@@ -98,7 +101,8 @@ def _evenly(numbers: Sequence[int], count: int) -> list[int]:
 class _Pictures:
     """Pictures as rules of the style sheet: each is in the page once, however many questions are about it."""
 
-    def __init__(self):
+    def __init__(self, root: str):
+        self.root = os.path.realpath(root)
         self.rules: dict[str, str] = {}
 
     def add(self, image: str | bytes) -> str:
@@ -106,6 +110,8 @@ class _Pictures:
         told = image.encode(errors="surrogatepass") if isinstance(image, str) else image
         name = "p" + hashlib.sha256(told).hexdigest()[:12]
         if name not in self.rules:
+            if isinstance(image, str) and not _is_inside(image, self.root):
+                return f"<p class='quiet'>no picture: {_text(image)} is outside of {_text(self.root)}</p>"
             try:
                 picture = open_image(image)
             except (OSError, ValueError) as error:
@@ -123,6 +129,14 @@ class _Pictures:
 
     def style(self) -> str:
         return "\n".join(self.rules.values())
+
+
+def _is_inside(path: str, root: str) -> bool:
+    """Whether a path leads into the folder `root`, which has no symbolic links, after all links are followed."""
+    try:
+        return os.path.commonpath([os.path.realpath(path), root]) == root
+    except ValueError:  # a NUL in the path
+        return False
 
 
 def _article(one: Card, pictures: _Pictures) -> str:

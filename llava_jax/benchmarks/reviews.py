@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from llava_jax.benchmarks.bench import EXAMPLES, quote
-from llava_jax.benchmarks.questions import read_lines
+from llava_jax.benchmarks.questions import fits, read_lines
 from llava_jax.benchmarks.tables import markdown
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
@@ -186,8 +186,8 @@ def read_reviews(path: str) -> list[Review]:
     reviews = []
     for number, row in read_lines(path):
         pair = _pair(row)
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(score, int | float) for score in pair)
-                and "question_id" in row and isinstance(row.get("category", ""), str)):
+        if not (fits(pair, [int | float]) and len(pair) == 2 and fits(row, {"question_id": int | str})
+                and isinstance(row.get("category", ""), str) and all(abs(score) < 1e300 for score in pair)):
             raise UserError(f"{path}, line {number}: not a review, which has question_id, category and tuple, a list "
                              "of two scores")
         reviews.append(row)
@@ -232,14 +232,15 @@ class Reviews:
             notes = failure_notes(reviews, self.compat)
             if self.compat:
                 print(printable(published_lines(path, figures)))
-                print("".join(f"{path}: {note}\n" for note in map(printable, notes)), end="", file=sys.stderr)
+                print(printable("".join(f"{path}: {note}\n" for note in notes)), end="", file=sys.stderr)
                 continue
             failed = len(reviews) - len(scored(reviews))
             left_out = f", {failed:,} without scores left out" * bool(failed)
             print(printable(f"{path}: {len(reviews):,} reviews{left_out}"))
             print(printable("".join(f"- {note}\n" for note in notes) + describe(figures)))
             if failed > self.max_failed * len(reviews):
-                print(f"{path}: more than --max-failed {self.max_failed:g} of the judgements failed", file=sys.stderr)
+                why = f"more than --max-failed {self.max_failed:g} of the judgements failed"
+                print(f"{printable(path)}: {why}", file=sys.stderr)
                 code = TOO_MANY_FAILED
         for same in _of_the_same_answers(runs):
             # --compat prints on stdout what LLaVA's summary prints, and nothing else.

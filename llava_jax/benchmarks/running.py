@@ -19,8 +19,9 @@ from llava_jax.benchmarks.answers import NOT_ASKED, AnswerFile, Line
 from llava_jax.benchmarks.bench import Bench, Question, get
 from llava_jax.benchmarks.published import everything
 from llava_jax.benchmarks.tables import markdown, number
+from llava_jax.cli import printable
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import read_json, replacing
 from llava_jax.text import templates
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -110,7 +111,8 @@ class Run:
         asked = questions[: self.limit]
         lines, notes = answers.read(self.answers, self.partial)
         if not self.partial:
-            answers.check(self.answers, self.bench.title, asked, lines, self.bench.ordered)
+            title = f"{self.bench.title} in {self.bench.source(self.data)}"
+            answers.check(self.answers, title, asked, lines, self.bench.ordered)
         if self.bench.prompted and (without := [line["question_id"] for line in lines if "prompt" not in line]):
             raise UserError(f"{self.answers}: the answer to question {without[0]!r} has no prompt, without which "
                              f"{self.bench.title} cannot be scored")
@@ -130,6 +132,7 @@ class Run:
         from llava_jax.processes.place import find
 
         questions, place = self.bench.read(self.data), find()
+        self.bench.check_truth(self.data, questions)
         asked = questions[: self.limit]
         if self.baseline != "none" and not any(question.images for question in asked):
             raise UserError(f"--baseline {self.baseline}: {self.bench.title} has no pictures here")
@@ -210,11 +213,10 @@ class Run:
         os.makedirs(self.folder, exist_ok=True)
         path = os.path.join(self.folder, RUN)
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                try:
-                    there = _identity(json.load(file))
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f"{path}: broken; --overwrite begins again") from None
+            try:
+                there = _identity(read_json(path))
+            except (KeyError, TypeError, UserError) as error:
+                raise UserError(f"{path}: broken ({error}); --overwrite begins again") from None
             ours = _identity(settings)
             if differ := [key for key in ours if there[key] != ours[key]]:
                 parts = ", ".join(f"{key} ({there[key]}, not {ours[key]})" for key in differ)
@@ -264,8 +266,8 @@ class Run:
                 if why := said.metadata.get(NOT_ASKED):
                     told += 1
                     if told <= EXAMPLES:
-                        print(f"{self.bench.source(self.data)}, question {questions[n].id!r} is not asked: {why}",
-                              file=sys.stderr)
+                        source = printable(self.bench.source(self.data))
+                        print(f"{source}, question {questions[n].id!r} is not asked: {why}", file=sys.stderr)
                 found[n] = answers.make_line(questions[n], said.text, settings["name"], said.metadata)
                 file.add(found[n])
                 progress.add(n - mine.start, found[n])
@@ -294,7 +296,12 @@ class Run:
                 notes: Sequence[str]) -> None:
         """Scores, writes the results, prints the figures."""
         given = [answers.to_answer(line) for line in lines]
-        scores = self.bench.score(self.data, asked, given)
+        try:
+            scores = self.bench.score(self.data, asked, given)
+        except UserError as error:
+            if not self.answers or self.answers in str(error):
+                raise
+            raise UserError(f"{self.answers}: {error}") from error
         if self.limit is not None:
             notes = [*notes, f"--limit: the first {len(asked):,} questions only"]
         scores = dataclasses.replace(scores, notes=[*notes, *self._not_asked(lines), *scores.notes])
@@ -311,9 +318,10 @@ class Run:
             print(markdown([["figure", settings["name"]],
                             *([name, number(value)] for name, value in scores.figures.items())]))
         for note in scores.notes:
-            print(f"- {note}")
+            print(printable(f"- {note}"))
         if self.out:
-            print("\n" + "".join(f"{path}\n" for path in (*uploads, os.path.join(self.folder, "results.html"))), end="")
+            paths = (*uploads, os.path.join(self.folder, "results.html"))
+            print(printable("\n" + "".join(f"{path}\n" for path in paths)), end="")
 
 
     def _not_asked(self, lines: Sequence[Line]) -> list[str]:

@@ -124,6 +124,10 @@ class ScienceQA(Bench):
             ))
         return questions
 
+    def source(self, data: str) -> str:
+        path = os.path.join(data, "problems.json")
+        return path if os.path.exists(path) else data
+
     def follow_up(self, question: Question, texts: Sequence[str]) -> Question | str:
         if self.style != "prompter":
             return texts[-1]

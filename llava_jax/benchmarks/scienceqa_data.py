@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tyro
 
 from llava_jax.benchmarks.questions import fits, read_json
+from llava_jax.cli import printable
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
@@ -114,17 +115,18 @@ def read_problems(data: str, split: str = "test") -> dict[str, Problem]:
     `data` is a folder with problems.json and pid_splits.json, or a folder of Hugging Face's parquet files, or one such
     file; these have no ids, and their rows get test-0, test-1, ... Raises UserError, one line.
     """
-    if os.path.exists(os.path.join(data, "problems.json")):
+    path = os.path.join(data, "problems.json")
+    if os.path.exists(path):
         problems = _read_json_files(data, split)
     elif os.path.isfile(data) or find_parquet(data):
-        problems = _read_rows(data, split)
+        path, problems = data, _read_rows(data, split)
     else:
         raise UserError(f"{data}: has neither problems.json, with pid_splits.json and images, nor Hugging "
                                 f"Face's parquet files of ScienceQA; scienceqa-data {data} --download gets these")
     if not problems:
         raise UserError(f"{data}: the split {split} has no problems")
     for pid, problem in problems.items():
-        _check(problem, f"{data}, problem {pid}")
+        _check(problem, f"{path}, problem {pid}")
     return problems
 
 
@@ -245,8 +247,12 @@ def _check(problem: Any, where: str) -> None:
         "lecture": lambda x: isinstance(x, str),
         "solution": lambda x: isinstance(x, str),
         "image": lambda x: x is None or isinstance(x, str | bytes),
+        "split": lambda x: x is None or isinstance(x, str),
+        "subject": lambda x: x is None or isinstance(x, str),
     }
     for key, good in wanted.items():
+        if key not in problem and key in ("split", "subject"):
+            continue
         if key not in problem:
             raise UserError(f"{where}: has no {key!r}; it has {', '.join(map(str, problem))}")
         if not good(problem[key]):
@@ -299,8 +305,9 @@ class ScienceQAData:
             problems = read_problems(source, split)
             images = [find_image(source, split, pid, problem) for pid, problem in problems.items()]
             missing = [path for path in images if path is not None and not os.path.exists(path)]
-            print(f"{source}, {split}: {len(problems):,} problems, {len(images) - images.count(None):,} with an image"
-                  + (f"; {len(missing):,} images are missing, the first is {missing[0]}" if missing else ""))
+            lost = f"; {len(missing):,} images are missing, the first is {printable(missing[0])}" if missing else ""
+            count = len(images) - images.count(None)
+            print(f"{source}, {split}: {len(problems):,} problems, {count:,} with an image{lost}")
             for prompt_format in self.formats:
                 write_file(problems, paths[split, prompt_format], prompt_format, self.kind)
                 print(f"{paths[split, prompt_format]}: {len(problems):,} records")

@@ -24,7 +24,7 @@ from llava_jax.benchmarks.questions import fits, read_json
 from llava_jax.benchmarks.scienceqa import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.benchmarks.scienceqa_data import Problem, read_problems
 from llava_jax.benchmarks.scienceqa_teacher import PROMPTS_HASH, Asker
-from llava_jax.cli import printable
+from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.errors import UserError
@@ -176,7 +176,7 @@ class ScienceQAEnsemble:
             try:
                 teacher, judge = self._ask(problems, ours, teacher, judge, shots)
             except Unfinished as unfinished:
-                print(unfinished, file=sys.stderr)
+                print(one_line(unfinished), file=sys.stderr)
                 return unfinished.code
         self._write(problems, combine(problems, ours, teacher, judge, self.seed if self.unread == "draw" else None))
         both = [pid for pid in problems if pid in ours and pid in teacher]

@@ -34,21 +34,24 @@ class Probe(QuestionFile):
 
         A question without words in one of the languages is left out.
         """
+        path = self.source(data)
         whole = [(question, {"en": question.row, **question.row}) for question in super().read(data)]
         whole = [(question, said) for question, said in whole if all(language in said for language in self.languages)]
         if not whole:
-            raise UserError(f"{data}: no question is there in all of these languages: {', '.join(self.languages)}")
+            raise UserError(f"{path}: no question is there in all of these languages: {', '.join(self.languages)}")
         for question, said in whole:
             if not fits(question.row, ROW) or not all(fits(said[language], SAID) for language in self.languages):
-                raise UserError(f"{data}: question {question.id!r} is no probe, which has {', '.join([*SAID, *ROW])}")
+                raise UserError(f"{path}: question {question.id!r} is no probe, which has {', '.join([*SAID, *ROW])}")
+            for language in self.languages:
+                answer, choices = said[language]["answer"], said[language]["choices"]
+                if answer not in choices:
+                    raise UserError(f"{path}: question {question.id!r}: {answer!r} is none of its choices")
+                if unknown := set(choices) - set(FORMS[language]):
+                    raise UserError(f"{path}: question {question.id!r}: {unknown.pop()!r} is no answer to a probe")
         return [self._question(question, language, said[language])
                 for question, said in whole for language in self.languages]
 
     def _question(self, question: Question, language: str, said: Mapping[str, Any]) -> Question:
-        if said["answer"] not in said["choices"]:
-            raise UserError(f"question {question.id!r}: {said['answer']!r} is none of its choices")
-        if unknown := set(said["choices"]) - set(FORMS[language]):
-            raise UserError(f"question {question.id!r}: {unknown.pop()!r} is no answer to a probe")
         row = {key: said[key] for key in ("answer", "choices")} | {
             "category": question.row["category"], "set": question.row["set"], "language": language}
         text = said["text"] + (name_choices(language, said["choices"]) if self.name_choices else "")

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from llava_jax.cli import printable
+
 
 def number(value: float | None) -> str:
     """Two digits after the point, as the papers' tables; counts as they are; nothing for None."""
@@ -12,8 +14,7 @@ def number(value: float | None) -> str:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of a head and rows, numbers to the right; it can be printed, whatever is in it."""
-    rows = [[" ".join(cell.replace("|", "\\|").encode(errors="replace").decode().split()) for cell in row]
-            for row in rows]
+    rows = [[printable(" ".join(cell.replace("|", "\\|").split())) for cell in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:

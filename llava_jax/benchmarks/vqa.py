@@ -27,6 +27,10 @@ class _Uploaded(QuestionFile):
     key: ClassVar[str]  # what questions and annotations have in common
     wrapped: ClassVar[bool] = False  # whether the list of annotations is in an object
 
+    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+        if self.annotations:
+            self._rows(questions)
+
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         notes = self.size_notes(questions)
         texts = {answer.id: evalai.process(answer.text) for answer in answers}  # of doubled ones the last, as uploaded
@@ -35,13 +39,7 @@ class _Uploaded(QuestionFile):
             notes += unread_notes(unread, len(answers), NO_PHRASE)
             notes.append(f"no score without annotations; upload to {self.server}")
             return Scores({}, "", [Item(answer.id, None, read=texts[answer.id]) for answer in answers], notes)
-        known, rows = self._known(), {}
-        for question in questions:
-            key = question.row[self.key]
-            if key not in known:
-                raise UserError(f"{self.annotations}: no annotation of {key!r}; it is of another split")
-            rows[question.id] = known[key]
-        scores = {}
+        rows, scores = self._rows(questions), {}
         for id, row in rows.items():
             read = evalai.challenge_form(texts.get(id, ""))
             scores[id] = evalai.soft_accuracy(read, self._references(row["references"]))
@@ -58,6 +56,16 @@ class _Uploaded(QuestionFile):
         names = sorted(groups, key=lambda name: (name.split(":")[0] != "accuracy", name))
         figures = {name: 100 * sum(groups[name]) / len(groups[name]) for name in names}
         return Scores(figures, "accuracy", items, notes)
+
+    def _rows(self, questions: Sequence[Question]) -> dict[int | str, dict[str, Any]]:
+        """Each question's annotation, by the question's id."""
+        known, rows = self._known(), {}
+        for question in questions:
+            key = question.row[self.key]
+            if key not in known:
+                raise UserError(f"{self.annotations}: no annotation of {key!r}; it is of another split")
+            rows[question.id] = known[key]
+        return rows
 
     def _known(self) -> dict[Any, dict[str, Any]]:
         """The annotations by their `key`, each with its human answers as `references`."""
@@ -103,9 +111,22 @@ class VqaV2(_Uploaded):
         everything = find(data, ALL_OF_TEST)
         ids = [question.id for question in questions]
         if everything and not self.annotations:
-            ids = [row.get("question_id") for _, row in read_lines(everything)]
+            ids = self._all_ids(everything)
         rows = [{"question_id": id, "answer": texts.get(id, "")} for id in ids]
         return [_write(os.path.join(folder, "vqav2_upload.json"), rows)]
+
+    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+        super().check_truth(data, questions)
+        if (everything := find(data, ALL_OF_TEST)) and not self.annotations:
+            self._all_ids(everything)
+
+    def _all_ids(self, path: str) -> list[int | str]:
+        ids = []
+        for number, row in read_lines(path):
+            if not fits(row, {"question_id": int | str}):
+                raise UserError(f"{path}, line {number}: 'question_id' is missing, or of another kind")
+            ids.append(row["question_id"])
+        return ids
 
     def _references(self, references: Sequence[str]) -> Sequence[str]:
         # The tool leaves human answers as they are where all are the same, and their articles and numbers always.

@@ -323,7 +323,7 @@ def test_mistakes_are_named_before_anything_is_asked(bench, change, more, messag
 
 
 @pytest.mark.parametrize("rules, message", [
-    ("[]", "not a table of rules"), ("{", "broken JSON"), ('{"a": {"role": "x"}}', "rule of 'a' needs the texts role"),
+    ("[]", "not a table of rules"), ("{", "not JSON"), ('{"a": {"role": "x"}}', "rule of 'a' needs the texts role"),
     ('{"conv": {"role": "A", "prompt": "B"}}', "has no rule for 'llava_bench_complex'; it has conv"),
 ])
 def test_rules_that_do_not_fit_are_named(bench, rules, message):

@@ -170,6 +170,15 @@ def test_broken_tables(tmp_path, rows, message):
         MMBench().read(str(tmp_path))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_table(folder):
+    path, read = folder / "mmbench_dev_20230712.tsv", MMBench().read(str(folder))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert MMBench().read(str(folder)) == read
+    path.write_bytes(path.read_text("utf-8-sig").encode("utf-16"))
+    with pytest.raises(UserError, match=r"mmbench_dev_20230712\.tsv, after line 0: no UTF-8"):
+        MMBench().read(str(folder))
+
+
 def test_table_of_another_benchmark(tmp_path):
     (tmp_path / "mmbench_dev_20230712.tsv").write_text("index\tquestion\tA\tB\n1\tQ\tx\ty\n")
     with pytest.raises(UserError, match="no column hint, C, D, image"):

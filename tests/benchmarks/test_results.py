@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from llava_jax import evaluate
 from llava_jax.benchmarks import compare, published, results, results_page, tables
 from llava_jax.benchmarks.answers import make_line, to_answer
 from llava_jax.benchmarks.bench import BENCHES, Item, Question, Scores
@@ -90,6 +91,53 @@ def test_the_page_shows_every_question_and_runs_nothing_of_it(data):
     assert picture.size == (288, 72) and picture.getpixel((9, 9)) == pytest.approx((200, 30, 30), abs=4)
     assert len([1 for tag, attributes in reader.tags if "picture" in attributes.get("class", "")]) == 4
     assert any("no picture:" in text and "gone.png" in text for _, text in reader.texts)
+
+
+def test_pictures_from_outside_are_never_on_a_page(data):
+    """Neither by a way out, nor by a link; a picture in the folder, and a folder that is a link itself, are fine."""
+    secret = data.parent / f"{data.name}-secret.png"
+    Image.new("RGB", (40, 40), (9, 99, 9)).save(secret)
+    (data / "link.png").symlink_to(secret)
+    (data / "linked").symlink_to(secret.parent)
+    (data / "inside.png").symlink_to(data / "a.png")
+    names = ["a.png", f"../{secret.name}", str(secret), "link.png", f"linked/{secret.name}", "inside.png", "x\0.png"]
+    rows = [{"question_id": i, "image": name, "text": "Q", "answer": "red", "kind": "k"}
+            for i, name in enumerate(names)]
+    (data / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = write(data, "one", ["red"] * len(names))
+    (data / "moved").symlink_to(data)
+    assert Compare(str(one), str(one), all=True).run() == 0
+    for page in ((one / "results.html").read_text(), (one / "compare.html").read_text()):
+        pictures = [Image.open(io.BytesIO(base64.b64decode(url))) for url in re.findall(r"base64,([^)]*)\)", page)]
+        assert [picture.getpixel((5, 5)) == pytest.approx((200, 30, 30), abs=4) for picture in pictures] == [True, True]
+        assert page.count("is outside of") == 5
+    settings = {"name": "m", "benchmark": "scenes", "data": str(data / "moved"), "options": {}, "questions_hash": ""}
+    bench, lines = Scenes(), [{"question_id": 0, "text": "red", "prompt": "Q"}]
+    questions = bench.read(str(data / "moved"))[:1]
+    results.write(str(one), bench, settings, questions, lines, Scores({}, ""), [])
+    assert "base64" in (one / "results.html").read_text()
+
+
+def test_no_text_of_others_steers_the_terminal(tmp_path, capsys):
+    """Neither categories, answers, models and figures, nor reviews, whatever their files hold."""
+    steer = "\x1b[2J\x1b]0;x\x07\u202e\x9b1m"
+    rows = [{"question_id": f"{n}{steer}", "image": "a.png", "text": f"Q{steer}", "answer": "red", "kind": f"k{steer}"}
+            for n in range(3)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [{"question_id": row["question_id"], "text": f"{steer}!", "prompt": row["text"], "model_id": f"m{steer}"}
+             for row in rows]
+    path, out = tmp_path / "answers.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate.main(["scenes", "--data", str(tmp_path), "--answers", str(path), "--out", str(out)]) == 0
+    assert evaluate.main(["compare", str(out / "scenes"), str(out / "scenes")]) == 0
+    reviews = tmp_path / f"reviews{steer}.jsonl"
+    reviews.write_text("".join(json.dumps({"question_id": n, "category": f"c{steer}", "content": steer, "tuple": pair})
+                               + "\n" for n, pair in enumerate(([8, 7], [-1, -1]))))
+    assert evaluate.main(["reviews", str(reviews), "--max-failed", "1"]) == 0
+    assert evaluate.main(["reviews", str(reviews), "--compat"]) == 0
+    printed = capsys.readouterr()
+    assert "3 of 3 answers are no word" in printed.out and "k\ufffd[2J" in printed.out and "c\ufffd[2J" in printed.out
+    assert not set(printed.out + printed.err) & set("\x1b\x07\x9b\u202e")
 
 
 def test_of_many_questions_the_page_shows_some_of_each():

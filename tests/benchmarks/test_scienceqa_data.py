@@ -204,7 +204,7 @@ def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="the split test has no problems"):
         read_problems(str(folder), "test")
     (folder / "problems.json").write_text("[")
-    with pytest.raises(UserError, match="problems.json: broken JSON"):
+    with pytest.raises(UserError, match="problems.json: not JSON"):
         read_problems(str(folder), "train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither problems.json"):

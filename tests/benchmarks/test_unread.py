@@ -1,51 +1,20 @@
 """Every benchmark counts the answers that its rules cannot read, and quotes some; the rules stay as they are."""
 
-import base64
-import io
 import re
 
 import pytest
-from bench_files import FILES, IDS, QUESTIONS, write
-from PIL import Image
+from bench_files import FILES, IDS, write, write_all
 
-from llava_jax.benchmarks.bench import BENCHES, SHORT, Answer, get
+from llava_jax.benchmarks.bench import BENCHES, Answer, get
 from llava_jax.benchmarks.scienceqa_ensemble import ScienceQAEnsemble
 
 ODD = ("", "**No**", "No!", "(Yes)", "Yes\nIt is", "아니요",
        "I cannot see it in this picture, so I would rather not say")
 
 
-def table() -> str:
-    picture = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(picture, "png")
-    image = base64.b64encode(picture.getvalue()).decode()
-    rows = [["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"],
-            *([id, "Q?", "", "cat", "dog", "", "", "A", "x", image] for id in IDS)]
-    return "".join("\t".join(row) + "\n" for row in rows)
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """The files of every benchmark; those with three questions are asked the same in all."""
-    questions = [row | {"answer": "yes", "kind": "existence"} for row in QUESTIONS]
-    more = {
-        "mme": {"llava_mme.jsonl": [{"question_id": f"existence/{id}.jpg", "image": f"{id}.jpg",
-                                     "text": f"Is {id} there?{SHORT}"} for id in IDS]},
-        "mm-vet": {"llava-mm-vet.jsonl": QUESTIONS}, "scenes": {"questions.jsonl": questions},
-        "llava-bench-coco": {"qa90_questions.jsonl": QUESTIONS,
-                             "qa90_gpt4_answer.jsonl": [{"question_id": id, "text": "It is."} for id in IDS]},
-    }
-    for name, files in (FILES | more).items():
-        (tmp_path / name).mkdir()
-        for file, content in files.items():
-            write(tmp_path / name / file, content)
-    pairs = tmp_path / "mme" / "MME_Benchmark_release_version" / "existence"
-    pairs.mkdir(parents=True)
-    for id in IDS:
-        (pairs / f"{id}.txt").write_text(f"Is {id} there? Please answer yes or no.\tYes\n")
-    for name, file in (("mmbench", "mmbench_dev_20230712.tsv"), ("mmbench-cn", "mmbench_dev_cn_20231003.tsv")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text(table())
+    write_all(tmp_path)
     return tmp_path
 
 
