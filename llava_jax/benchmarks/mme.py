@@ -102,8 +102,8 @@ class Mme(QuestionFile):
             folder = os.path.join(root, category)
             if category in ("", ".", ".."):
                 raise UserError(f"MME: {category!r} is no category, and the id of a question begins with it")
-            if os.path.isdir(os.path.join(folder, "images")):
-                folder = os.path.join(folder, "questions_answers_YN")
+            if os.path.isdir(own := os.path.join(folder, "questions_answers_YN")):  # images may be elsewhere
+                folder = own
             if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder, for MME's questions and answers of {category}")
             for name in sorted(os.listdir(folder)):

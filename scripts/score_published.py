@@ -1,0 +1,242 @@
+"""Scores the answers that LLaVA published with these tasks, and compares the prompts: is evaluation the original's?
+
+    python scripts/score_published.py FOLDER
+
+FOLDER has what others published, none of which comes with this package:
+
+- llava/: github haotian-liu/LLaVA with playground/data/eval of commit 32cebc38 (answers, reviews, uploads)
+- pope-e3e39262/: output/coco of github AoiDragon/POPE at that commit
+- derived/: mme (llava_mme.jsonl and the benchmark's release), scienceqa (problems.json, pid_splits.json and
+  answers_13b.jsonl, the answers of the published llava-v1.5-13b_output.jsonl as lines), mmbench (the table),
+  tokenizers/llama_legacy_false, and prompts/ids_legacy_false.jsonl: lines of [benchmark, id, the first 12 hex digits of
+  the sha256 of json.dumps(ids)], the ids by LLaVA's own conversation.py and tokenizer_image_token; judge: answers to
+  LLaVA-Bench (COCO) in candidate.jsonl, and in original_messages_sha256.json the hashes of what LLaVA's script asks
+
+What is not there is left out and told. Prints each figure beside the published one, and for each benchmark how many
+prompts have the original's ids. Exit code 1 if anything differs, 2 if nothing could be compared.
+"""
+
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from llava_jax.benchmarks import answering, answers
+from llava_jax.benchmarks.bench import Bench, Question
+from llava_jax.benchmarks.gqa import Gqa
+from llava_jax.benchmarks.judge import Rules
+from llava_jax.benchmarks.llava_bench import LlavaBenchCoco
+from llava_jax.benchmarks.mmbench import MMBench
+from llava_jax.benchmarks.mme import Mme
+from llava_jax.benchmarks.mmvet import MMVet
+from llava_jax.benchmarks.pope import Pope
+from llava_jax.benchmarks.questions import QuestionFile, read_lines
+from llava_jax.benchmarks.reviews import read_reviews, summarise_as_published
+from llava_jax.benchmarks.scienceqa import ScienceQA
+from llava_jax.benchmarks.textvqa import TextVqa
+from llava_jax.benchmarks.vqa import VizWiz
+from llava_jax.cli import printable
+from llava_jax.inference.llava import Llava
+from llava_jax.text.encode import IMAGE_TOKEN_ID
+from llava_jax.text.tokenizer import Tokenizer
+
+EVAL = "llava/playground/data/eval"
+RESULTS = "llava/llava/eval/table/results"
+
+
+class Row(NamedTuple):
+    """A figure; `published` as it was written, to that many digits."""
+
+    name: str
+    ours: str
+    published: str
+
+
+class Folder:
+    """What others published, and a scratch folder where it is put together as the tasks expect it."""
+
+    def __init__(self, root: Path, scratch: Path):
+        self.root, self.scratch = root, scratch
+
+    def __call__(self, path: str) -> Path:
+        """Raises FileNotFoundError that names what is not there."""
+        if not (self.root / path).exists():
+            raise FileNotFoundError(path)
+        return self.root / path
+
+    def data(self, name: str, **files: str) -> str:
+        """A folder with these files, given as name with `__` for the dot -> path in the root."""
+        folder = self.scratch / name
+        folder.mkdir(exist_ok=True)
+        for file, path in files.items():
+            link = folder / file.replace("__", ".")
+            if not link.is_symlink():
+                link.symlink_to(self(path).resolve())
+        return str(folder)
+
+
+def score(bench: Bench, data: str, path: Path) -> tuple[Any, list[Question], list]:
+    """The scores of a file of answers, which has to be whole and of these very prompts."""
+    questions = bench.read(data)
+    lines, _ = answers.read(str(path))
+    answers.check(str(path), bench.title, questions, lines, bench.ordered)
+    given = [answers.to_answer(line) for line in lines]
+    return bench.score(data, questions, given), questions, given
+
+
+def pope(folder: Folder) -> Iterator[Row]:
+    data = folder.data("pope", llava_pope_test__jsonl=f"{EVAL}/pope/llava_pope_test.jsonl", coco="pope-e3e39262")
+    scores, _, _ = score(Pope(), data, folder(f"{EVAL}/pope/answers/llava-v1.5-13b.jsonl"))
+    yield Row("POPE F1, LLaVA-1.5 13B", f"{scores.figures['F1']:.2f}", "85.95")
+
+
+def mme(folder: Folder) -> Iterator[Row]:
+    scores, _, _ = score(Mme(), str(folder("derived/mme")), folder(f"{EVAL}/MME/answers/llava-v1.5-13b.jsonl"))
+    yield Row("MME perception, LLaVA-1.5 13B", f"{scores.figures['perception']:.2f}", "1531.32")
+
+
+def scienceqa(folder: Folder) -> Iterator[Row]:
+    data = str(folder("derived/scienceqa"))
+    scores, _, _ = score(ScienceQA(), data, folder("derived/scienceqa/answers_13b.jsonl"))
+    result = json.loads(folder(f"{EVAL}/scienceqa/answers/llava-v1.5-13b_result.json").read_text())
+    yield Row("ScienceQA images, LLaVA-1.5 13B", f"{scores.figures['IMG-accuracy']:.2f}", "71.64")
+    yield Row("ScienceQA all, LLaVA-1.5 13B", f"{scores.figures['Avg']:.2f}", f"{result['acc']:.2f}")
+    for name, file in (("13B v0", "test_sqa_llava_13b_v0.json"),
+                       ("13B v1.3", "test_sqa_llava_lcs_558k_sqa_12e_vicuna_v1_3_13b.json")):
+        result = json.loads(folder(f"{RESULTS}/{file}").read_text())
+        bench = ScienceQA(style="reason")
+        questions = bench.read(data)
+        lines = [{"question_id": question.id, "text": result["outputs"][question.id]} for question in questions]
+        scores = bench.score(data, questions, [answers.to_answer(line) for line in lines])
+        yield Row(f"ScienceQA all, LLaVA {name}", f"{scores.figures['Avg']:.2f}", f"{result['acc']:.2f}")
+
+
+def wild(folder: Folder) -> Iterator[Row]:
+    for size, published in (("13b", "72.5"), ("7b", "65.4")):
+        name = f"{EVAL}/llava-bench-in-the-wild/reviews/llava-v1.5-{size}-eval"
+        paths = [folder(f"{name}{run}.jsonl") for run in (1, 2, 3)]
+        ratios = [summarise_as_published(read_reviews(str(path)))["all"].ratio for path in paths]
+        yield Row(f"LLaVA-Bench (In-the-Wild), LLaVA-1.5 {size.upper()}", f"{statistics.fmean(ratios):.1f}", published)
+
+
+def uploads(folder: Folder) -> Iterator[Row]:
+    """How many answers of the files for the servers are those of the published files."""
+    for size in ("7b", "13b"):
+        data = str(folder(f"{EVAL}/mm-vet"))
+        ours = json.loads(_upload(folder, MMVet(), data, f"{EVAL}/mm-vet/answers/llava-v1.5-{size}.jsonl").read_text())
+        theirs = json.loads(folder(f"{EVAL}/mm-vet/results/llava-v1.5-{size}.json").read_text())
+        yield _same(f"MM-Vet's upload, LLaVA-1.5 {size.upper()}", ours, theirs)
+    data, file = str(folder(f"{EVAL}/vizwiz")), "answers{}/llava-v1.5-13b.json{}"
+    ours = json.loads(_upload(folder, VizWiz(), data, f"{EVAL}/vizwiz/{file.format('', 'l')}").read_text())
+    theirs = json.loads(folder(f"{EVAL}/vizwiz/{file.format('_upload', '')}").read_text())
+    yield _same("VizWiz's upload, LLaVA-1.5 13B", dict(map(dict.values, ours)), dict(map(dict.values, theirs)))
+    file = "mmbench_dev_20230712/llava-v1.5-13b"
+    ours = _upload(folder, MMBench(), str(folder("derived/mmbench")), f"{EVAL}/mmbench/answers/{file}.jsonl")
+    theirs = folder(f"{EVAL}/mmbench/answers_upload/{file}.xlsx")
+    yield _same("MMBench's upload, LLaVA-1.5 13B", *map(_predictions, (ours, theirs)))
+
+
+def _upload(folder: Folder, bench: Bench, data: str, path: str) -> Path:
+    _, questions, given = score(bench, data, folder(path))
+    return Path(bench.submission(data, questions, given, str(folder.scratch))[0])
+
+
+def _predictions(path: Path) -> dict[int, Any]:
+    import openpyxl
+
+    head, *rows = openpyxl.load_workbook(path, read_only=True).active.iter_rows(values_only=True)
+    return {row[head.index("index")]: row[head.index("prediction")] for row in rows}
+
+
+def _same(name: str, ours: dict, theirs: dict) -> Row:
+    equal = sum(ours.get(key) == value for key, value in theirs.items())
+    return Row(name, f"{equal:,}", f"{max(len(ours), len(theirs)):,}")
+
+
+def judge(folder: Folder) -> Iterator[Row]:
+    """How many of the judge's requests are those of LLaVA's script."""
+    bench, rules = LlavaBenchCoco(), Rules.load(str(folder("llava/llava/eval/table/rule.json")))
+    cases = bench.cases(bench.paths(str(folder("llava/playground/data/coco2014_val_qa_eval"))))
+    said = {row["question_id"]: row["text"] for _, row in read_lines(str(folder("derived/judge/candidate.jsonl")))}
+    wanted = json.loads(folder("derived/judge/original_messages_sha256.json").read_text())
+    messages = (json.dumps(rules.messages(case, said[case.question.id])) for case in cases)
+    ours = [hashlib.sha256(text.encode()).hexdigest() for text in messages]
+    equal = sum(one == other for one, other in zip(ours, wanted, strict=True))
+    yield Row("the judge's requests, LLaVA-Bench (COCO)", f"{equal:,}", f"{len(wanted):,}")
+
+
+def prompts(folder: Folder) -> Iterator[Row]:
+    """How many prompts have the ids of the original's."""
+    wanted: dict[str, list] = {}
+    for line in folder("derived/prompts/ids_legacy_false.jsonl").read_text().splitlines():
+        name, id, digest = json.loads(line)
+        wanted.setdefault(name, []).append((id, digest))
+    tokenizer = Tokenizer.load(folder("derived/tokenizers/llama_legacy_false"))
+    read: dict[str, Callable[[], Iterable[Question]]] = {
+        "pope": lambda: _read(Pope(), folder(f"{EVAL}/pope")), "mme": lambda: _read(Mme(), folder("derived/mme")),
+        "vizwiz": lambda: _read(VizWiz(), folder(f"{EVAL}/vizwiz")),
+        "gqa": lambda: _read(Gqa(), folder(f"{EVAL}/gqa")),
+        "textvqa": lambda: _read(TextVqa(), folder(f"{EVAL}/textvqa")),
+        "mmvet": lambda: _read(MMVet(), folder(f"{EVAL}/mm-vet")),
+        "coco": lambda: _read(LlavaBenchCoco(), folder("llava/playground/data/coco2014_val_qa_eval")),
+        "wild": lambda: _wild_questions(folder), "mmbench": lambda: MMBench().read(str(folder("derived/mmbench"))),
+        "scienceqa": lambda: ScienceQA().read(str(folder("derived/scienceqa"))),
+    }
+    for name, pairs in wanted.items():
+        try:
+            ours = Counter((question.id, _digest(question, tokenizer)) for question in read[name]())
+        except FileNotFoundError as missing:
+            print(f"prompts of {name} left out: {missing} is not there")
+            continue
+        yield Row(f"prompts of {name}", f"{(Counter(pairs) & ours).total():,}", f"{len(pairs):,}")
+
+
+def _read(bench: QuestionFile, folder: Path) -> list[Question]:
+    """The questions alone, without the labels that a benchmark's own `read` looks for."""
+    return QuestionFile.read(bench, str(folder))
+
+
+def _wild_questions(folder: Folder) -> Iterator[Question]:
+    """As the answers have them: the questions themselves are on the hub."""
+    for size in ("7b", "13b"):
+        path = folder(f"{EVAL}/llava-bench-in-the-wild/answers/llava-v1.5-{size}.jsonl")
+        yield from (Question(row["question_id"], row["prompt"], ("image",)) for _, row in read_lines(str(path)))
+
+
+def _digest(question: Question, tokenizer: Tokenizer) -> str:
+    """Of the prompt that a LLaVA-1.5 gets from `evaluate`, where an image is one token as the original counts it."""
+    llava = SimpleNamespace(template="vicuna_v1", tokenizer=tokenizer, config=SimpleNamespace(
+        tokens_per_image=1, text=SimpleNamespace(max_length=4096)))
+    ids = Llava._prompt(llava, answering._request(question, Bench(), answering.OWN)).tolist()
+    assert ids.count(IMAGE_TOKEN_ID) == len(question.images)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
+
+
+def main(args: Sequence[str]) -> int:
+    if len(args) != 1 or args[0] in ("-h", "--help"):
+        print(__doc__)
+        return 2 * (len(args) != 1)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Folder(Path(args[0]), Path(scratch))
+        for check in (pope, mme, scienceqa, wild, uploads, judge, prompts):
+            try:
+                for row in check(folder):
+                    rows.append(row)
+                    sign = "" if row.ours == row.published else "   DIFFERS"
+                    print(f"{row.name:45} {row.ours:>10} {row.published:>10}{sign}", flush=True)
+            except FileNotFoundError as missing:
+                print(f"{check.__name__}: left out from here, {printable(str(missing))} is not there")
+    differ = sum(row.ours != row.published for row in rows)
+    print(f"{len(rows)} figures, ours beside the published; {differ} differ")
+    return 2 if not rows else int(differ > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
