@@ -49,7 +49,7 @@ class Model:
     image_mode: Literal["square", "pad"] | None = None
     """square crops the centre (the paper), pad fills up to a square (LLaVA-1.5, the default)"""
     template: str | None = None
-    """conversation template of the finished model; default vicuna_v1, or the whole LLaVA's own"""
+    """conversation template of the finished model; by default the last stage's, or the checkpoint's or decoder's own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; auto is bfloat16 on TPU and GPU, float32 on CPU"""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"

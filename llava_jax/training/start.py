@@ -18,7 +18,7 @@ from llava_jax.models.attention import resolve
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, split
 from llava_jax.models.projector import Projector
 from llava_jax.processes.group import agree
-from llava_jax.text import agreement
+from llava_jax.text import agreement, templates
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.training import output
 from llava_jax.training.checkpoint import Checkpoints
@@ -73,13 +73,15 @@ def begin(recipe: config.Recipe) -> Run:
 
 
 def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
-    """The model with the template that suits its tokenizer, where parts are joined and the recipe names none.
+    """The model with the template that it is trained on. Where parts are joined and the recipe names no template, it is
+    one that suits the tokenizer.
 
     UserError if a template, the tokenizer and the decoder do not suit each other.
     """
     source = recipe.model.llava or recipe.model.language
     if not recipe.model.llava and recipe.model.template is None:
         model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
+    model = dataclasses.replace(model, template=finished_template(recipe, model.template))
     # Only the template that a LLaVA brings itself has been trained with.
     agreement.check(model.template, tokenizer, model.text.vocab_size, source,
                     trained=bool(recipe.model.llava and not recipe.model.template))
@@ -89,6 +91,23 @@ def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Toke
             agreement.check(data.template, tokenizer, model.text.vocab_size, f"stages.{name}.data.template")
         agreement.check_length(data.row_length, model.text.max_length, f"stages.{name}.data.row_length")
     return model
+
+
+def finished_template(recipe: config.Recipe, default: str) -> str:
+    """The template of the finished model: that of the last stage with conversations, since so it will be asked.
+
+    A recipe of captions alone leaves the model what `model.template` names, or the captions' template. UserError if
+    the recipe names another template than that stage's.
+    """
+    named = {name: templates.get(stage.data.template or default) for name, stage in recipe.stages.items()}
+    chats = [name for name, template in named.items() if not template.captions]
+    if not chats and recipe.model.template:
+        return templates.get(recipe.model.template).name
+    last = (chats or list(named))[-1]
+    if recipe.model.template and named[last] != templates.get(recipe.model.template):
+        raise UserError(f"stages.{last}.data.template is {named[last].name}, model.template {recipe.model.template}: "
+                        "the model would be asked in another form than trained; give both the same, or leave one out")
+    return named[last].name
 
 
 def lay_out(
