@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from llava_jax.cli import printable
 from llava_jax.data.parallel import Pool
 from llava_jax.errors import UserError
 from llava_jax.instruct.captions import CaptionFile
@@ -157,7 +158,7 @@ class Filter:
         for name, value in counts.items():
             print(f"{name}: {value}")
         for row in list(bad)[:1]:
-            print(f"the first row without a caption is {file.where(row)}: {bad[row]}")
+            print(printable(f"the first row without a caption is {file.where(row)}: {bad[row]}"))
         print(f"{self.out}, {report}")
         return 0
 

@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from llava_jax.data.records import check_text
+from llava_jax.endpoint.server import note
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
 from llava_jax.instruct.captions import CaptionFile
@@ -140,8 +141,8 @@ def _rows(path: str, seed: int) -> Iterator[str]:
             return
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
         contexts = open_contexts(Source(captions=path))
-        for note, count in contexts.notes.items():
-            print(f"note: {count:,} {note}", file=sys.stderr)
+        for what, count in contexts.notes.items():
+            note(f"{count:,} {what}")
         for context in contexts:
             caption = random.Random(f"{seed} caption {context.id}").choice(context.captions)
             file.write(json.dumps({"id": context.id, "image": context.image, "caption": caption}) + "\n")

@@ -147,6 +147,55 @@ def test_boxes_outside_of_zero_size_and_given_twice(tmp_path):
                               "boxes dropped: of zero size or outside the image": 3}
 
 
+GOOD = [(1, 10 * n, 10, 50, 40 + n) for n in range(8)]  # [x, y, width, height] in 200 x 100 pixels
+
+
+@pytest.mark.parametrize(("wrong", "note", "message"), [
+    ((18, 0.1, 0.2, 0.5, 0.5), "boxes dropped: in fractions, not in pixels",
+     r"bbox \[0.1, 0.2, 0.5, 0.5\] must be fractions, as are 8 of 16 boxes of the file; pixels are needed"),
+    ((18, 10, 20, 900, 30), "boxes dropped: far outside the image",
+     "dog has a box beyond the image's edge, as have 8 of the source's 16; boxes must be"),
+    ((18, -150, 20, 160, 30), "boxes dropped: far outside the image", "dog has a box beyond the image's edge"),
+    ((18, 150, 50, 120, 70), "boxes clipped at the image's edge", "dog has a box beyond the image's edge"),  # corners
+    ((18, 90, 60, -30, -20), "boxes dropped: of zero size or outside the image", "dog has a box of negative size"),
+    ((18, 90, 60, -30, 20), "boxes dropped: of zero size or outside the image", "dog has a box of negative size"),
+])
+def test_boxes_that_cannot_be_meant(tmp_path, wrong, note, message):
+    """One is left out, or clipped, and counted; many are another format, which is refused."""
+    contexts = contexts_of(tmp_path, *one_image(*GOOD, wrong))
+    assert contexts.notes == {note: 1} and len(contexts[0].boxes) == 8 + ("clipped" in note)
+    many = [(wrong[0], wrong[1] + n / 100, *wrong[2:]) for n in range(8)]
+    with pytest.raises(UserError, match=f"instances.json, image id 5: {message}"):
+        contexts_of(tmp_path, *one_image(*GOOD, *many))
+
+
+def test_width_and_height_of_images_exchanged(tmp_path):
+    captions, instances = coco(40)
+    for image in instances["images"]:
+        image["width"], image["height"] = 100, 600
+        for box in (item["bbox"] for item in instances["annotations"] if item["image_id"] == image["id"]):
+            box[:] = [box[0] / 700 * 600 + 100, box[1] / 7, box[2], box[3] / 7]
+    with pytest.raises(UserError, match="has a box beyond the image's edge"):
+        contexts_of(tmp_path, captions, instances)
+
+
+@pytest.mark.parametrize(("box", "message"), [
+    ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "are no pixels; fractions are given as box"),
+    ({"bbox": [50, 60, -30, -20]}, "has a box of negative size, or with its corners swapped"),
+    ({"bbox": [50, 60, 500, 20]}, "has a box beyond the image's edge"),
+    ({"box": [0.5, 0.5, 0.2, 0.9]}, "has a box of negative size, or with its corners swapped"),
+    ({"box": [0.5, 0.5, 1.2, 0.9]}, "has a box beyond the image's edge"),
+    ({"box": [-0.5, 0.5, 0.2, 0.9]}, "has a box beyond the image's edge"),
+    ({"box": [50, 50, 90, 90]}, "are no fractions of the image"),
+])
+def test_boxes_of_json_lines_that_cannot_be_meant(tmp_path, box, message):
+    row = {"width": 200, "height": 100, "caption": "A dog.", "boxes": [{"category": "dog"} | box]}
+    good = row | {"boxes": [{"category": "dog", "bbox": [1, 2, 30, 40]}]}
+    path = jsonl(tmp_path, {"image": "1.jpg"} | good, {"image": "2.jpg"} | row)
+    with pytest.raises(UserError, match=re.escape(f"{path}, row 2 (line 2): ") + ".*" + message):
+        open_contexts(Source(data=path))
+
+
 def test_chosen_boxes(tmp_path):
     files = one_image((1, 0, 0, 20, 20), (18, 0, 0, 100, 100), (10, 50, 50, 40, 40), (1, 0, 0, 200, 100, "crowd"))
 

@@ -1,5 +1,6 @@
 """The page of samples: what it says, where boxes are drawn, and that nothing gets out of its place."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -11,6 +12,7 @@ from synthesis_data import fill, good_answer, make_synthesis
 from llava_jax import synthesize
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.errors import UserError
+from llava_jax.instruct.synthesis import Outcome
 from llava_jax.instruct.viewer import Sample, write_page
 
 VOID = {"meta", "img", "br"}
@@ -118,3 +120,21 @@ def test_the_command_draws_and_filters(synthesis, tmp_path, capsys):
     (out / "other.html").write_text("data")
     with pytest.raises(UserError, match="there is something else than a page"):
         synthesize.main(["view", str(out), "--output", str(out / "other.html")])
+
+
+def test_pictures_outside_of_the_image_root_are_not_shown(tmp_path):
+    """By an absolute name, by .., and by a link."""
+    root, secret = tmp_path / "root", tmp_path / "secret.png"
+    root.mkdir()
+    for path in (secret, root / "own.png"):
+        Image.new("RGB", (8, 8), "red").save(path)
+    (root / "link.png").symlink_to(secret)
+    (root / "inner.png").symlink_to(root / "own.png")
+    (root / "folder").mkdir()
+    synthesis = make_synthesis(tmp_path, 1)
+    for name, shown in (("own.png", 1), ("folder/../own.png", 1), ("inner.png", 1), (str(secret), 0), ("link.png", 0),
+                        ("../secret.png", 0), ("folder/../../secret.png", 0), (".", 0), ("", 0), ("\0", 0)):
+        context = dataclasses.replace(synthesis[0].context, image=name)
+        task = dataclasses.replace(synthesis[0], context=context)
+        page = write_page("Title", {}, [Sample(task, Outcome(None, (), False))], str(root), "en")
+        assert page.count("data:image/jpeg") == shown and page.count("no picture: ") == 1 - shown, name
