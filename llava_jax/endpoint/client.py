@@ -7,6 +7,7 @@ import os
 import random
 import re
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -83,8 +84,10 @@ class Endpoint:
             import openai
         except ImportError:
             raise UserError("the openai package is missing: pip install 'llava_jax[teacher]'") from None
-        if base_url is not None and not re.match(r"https?://[^/]", base_url):
-            raise UserError(f"--base-url {base_url}: not the address of an API, such as http://127.0.0.1:8000/v1")
+        address = base_url or os.environ.get("OPENAI_BASE_URL")
+        if address and not _is_address(address):
+            name = "--base-url" if base_url else "OPENAI_BASE_URL"
+            raise UserError(f"{name} {address}: not the address of an API, such as http://127.0.0.1:8000/v1")
         self.model, self.stop, self.notes, self.secret = model, stop or Stop(), list[str](), Secret(api_key)
         self.client = openai.AsyncOpenAI(
             base_url=base_url,
@@ -337,6 +340,14 @@ def read_key(variable: str = "OPENAI_API_KEY", required: bool = False) -> str | 
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(f"the environment variable {variable} holds no API key, but a blank or an odd letter")
     return key or None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
+    except ValueError:  # a port or an IPv6 address that is none
+        return False
 
 
 def _refused_parameter(body: Collection[str], status: int, error: object) -> str | None:

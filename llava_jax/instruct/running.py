@@ -23,7 +23,7 @@ from llava_jax.endpoint.request import Reply
 from llava_jax.endpoint.run import Ending, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
 from llava_jax.endpoint.stop import Stop
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
 from llava_jax.files import read_json, replacing, require_fields
 from llava_jax.instruct.output import check_folder, date, to_json, write_outputs
 from llava_jax.instruct.synthesis import SETTINGS, Settings, Synthesis, Task
@@ -35,7 +35,8 @@ SECONDS = 5.0  # between two writings of it
 @contextlib.contextmanager
 def open_log(settings: Settings) -> Iterator[AnswerLog]:
     """The log of answers in the folder of the run, which is made; tells what was mended. One process at a time."""
-    os.makedirs(settings.out, exist_ok=True)
+    with user_path(settings.out):
+        os.makedirs(settings.out, exist_ok=True)
     with AnswerLog(settings.log) as log:
         if log.mended:
             note(f"{settings.log}: the last line was broken; its {log.mended:,} bytes were cut off, and that request "
