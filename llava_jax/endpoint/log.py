@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llava_jax.endpoint.request import Reply
-from llava_jax.errors import FULL, UserError, user_path
+from llava_jax.errors import FULL, UserError
 
 LOCK_TRIES, LOCK_SECONDS = 10, 0.05  # `is_written` holds the lock for a moment, which must not refuse a writer
 SYNC_SECONDS = 5.0  # between calls of fsync: what a crash of the machine, not of the process, can lose
@@ -33,9 +33,8 @@ class AnswerLog:
     def __init__(self, path: str, read_only: bool = False):
         self.path, self.mended, self.damaged = path, 0, list[int]()
         self._starts: dict[bytes, int] = {}
-        with user_path(path, missing="no such log of answers"):
-            self._file = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            self._reader = open(path, "rb")  # with a place of its own: appending moves the other's
+        self._file = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._reader = open(path, "rb")  # with a place of its own: appending moves the other's
         self._read_only = read_only
         self._synced = time.monotonic()
         try:

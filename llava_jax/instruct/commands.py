@@ -17,7 +17,7 @@ from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.run import answer_all
 from llava_jax.endpoint.server import UNANSWERED, Server, check_answered, code_of
 from llava_jax.endpoint.stop import Stop
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
 from llava_jax.files import check_page, parse_json, replacing, require_fields
 from llava_jax.instruct.estimate import describe, estimate
 from llava_jax.instruct.output import MANIFEST, REJECTED, check_folder
@@ -181,7 +181,9 @@ class View:
         settings = Settings.load(self.folder)
         synthesis = open_synthesis(settings)
         kinds = [kind for kind in settings.kinds if self.kind in ("all", COUNTS[kind])]
-        with AnswerLog(settings.log, read_only=True) as log:
+        with user_path(settings.log):
+            opened = AnswerLog(settings.log, read_only=True)
+        with opened as log:
             duplicates = _read_duplicates(self.folder)
             found = (Sample(task, _final(task, log, duplicates)) for task in synthesis.drawn(self.seed, kinds))
             samples = list(itertools.islice((sample for sample in found if self._wants(sample.outcome)), self.count))

@@ -37,7 +37,8 @@ def open_log(settings: Settings) -> Iterator[AnswerLog]:
     """The log of answers in the folder of the run, which is made; tells what was mended. One process at a time."""
     with user_path(settings.out):
         os.makedirs(settings.out, exist_ok=True)
-    with AnswerLog(settings.log) as log:
+        opened = AnswerLog(settings.log)
+    with opened as log:
         if log.mended:
             note(f"{settings.log}: the last line was broken; its {log.mended:,} bytes were cut off, and that request "
                  "is asked again")

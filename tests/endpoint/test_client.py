@@ -300,7 +300,7 @@ def test_check_of_an_address_where_nothing_is():
 
     with pytest.raises(UserError, match=re.escape(URL) + ": after 3 tries: Connection error. .All connection att"):
         checked(Nothing())
-    for url in ("localhost:8000", "ftp://x", "http://"):
+    for url in ("localhost:8000", "ftp://x", "http://", "http://[::1/v1", "http://a:99999/v1", "http://a:b/v1"):
         with pytest.raises(UserError, match="not the address of an API"):
             Endpoint("teacher", url)
 
