@@ -267,7 +267,7 @@ class Llava:
 def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict[str, str]]:
     """The messages with a mark for each of `count` images: their own, or, if they have none, before the first turn."""
     system, turns = templates.read_messages(messages)
-    marks = sum(text.count(templates.IMAGE) for _, text in turns)
+    marks = sum(text.count(templates.IMAGE) for text in (system or "", *(text for _, text in turns)))
     if not marks and turns:
         role, text = turns[0]
         turns[0] = role, f"{templates.IMAGE}\n" * count + text

@@ -249,6 +249,9 @@ def test_images_are_placed():
     assert marks(user("Hi"), 2) == ["<image>\n<image>\nHi"]
     assert marks(system + user("Hi"), 1) == ["Be brief.", "<image>\nHi"]
     assert marks(user("Hi <image>"), 1) == ["Hi <image>"]
+    assert marks([{"role": "system", "content": "See <image>."}, *user("Hi")], 1) == ["See <image>.", "Hi"]
+    text, image = {"type": "text", "text": "Hi"}, {"type": "image"}
+    assert marks(user([image, text, image]), 2) == ["<image>\nHi\n<image>"]
     for text, count in itertools.product(["<image>", "<image><image>"], [0, 3]):
         with pytest.raises(UserError, match=rf"{count} images were given, .* have {text.count('<')} <image> marks"):
             marks(user(text), count)

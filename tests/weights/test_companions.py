@@ -27,6 +27,14 @@ MESSAGES = [
     {"role": "assistant", "content": "A cat.\n Yes"},
     {"role": "user", "content": "And left of it"},
 ]
+INTERLEAVED = [
+    {"role": "system", "content": [{"type": "text", "text": "Be kind."}]},
+    {"role": "user", "content": [{"type": "text", "text": "Before:"}, {"type": "image"},
+                                 {"type": "text", "text": " After:\n"}, {"type": "image"},
+                                 {"type": "text", "text": "What  changed?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "It is red."}]},
+    {"role": "user", "content": [{"type": "text", "text": "And in"}, {"type": "image"}]},
+]
 
 
 def test_tokenizer_json_gives_sentencepieces_ids():
@@ -59,19 +67,21 @@ def export(source, target, **fields):
     return ids, transformers.AutoProcessor.from_pretrained(target)
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "llava_llama_2", "v1_mmtag", "mpt", "qwen_1_5"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "llava_llama_2", "v1_mmtag", "mpt", "qwen_1_5", "llava_v0"])
 @pytest.mark.parametrize("legacy, only_json", [(None, False), (True, True), (False, False), (False, True)])
 def test_the_processor_makes_the_models_prompts(tmp_path, legacy, only_json, template):
     source = make_source(tmp_path / "source", legacy, only_json)
     ids, processor = export(source, tmp_path / "target", template=template)
     assert ids == {"image": 2000, "pad": 2001, "bos": 1, "eos": 2}
-    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
-    found = processor(text=text, images=[Image.new("RGB", (9, 5))], return_tensors="np")["input_ids"][0]
-    expected = encode_prompt(MESSAGES, template, Tokenizer.load(source), tokens_per_image=4)
-    np.testing.assert_array_equal(np.where(found == 2000, IMAGE_TOKEN_ID, found), expected)
-    # The export tokenizes as the source does here too.
-    again = encode_prompt(MESSAGES, template, Tokenizer.load(tmp_path / "target"), tokens_per_image=4)
-    np.testing.assert_array_equal(again, expected)
+    for messages, images in ((MESSAGES, 1), (INTERLEAVED, 3)):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        pictures = [Image.new("RGB", (9, 5))] * images
+        found = processor(text=text, images=pictures, return_tensors="np")["input_ids"][0]
+        expected = encode_prompt(messages, template, Tokenizer.load(source), tokens_per_image=4)
+        np.testing.assert_array_equal(np.where(found == 2000, IMAGE_TOKEN_ID, found), expected)
+        # The export tokenizes as the source does here too.
+        again = encode_prompt(messages, template, Tokenizer.load(tmp_path / "target"), tokens_per_image=4)
+        np.testing.assert_array_equal(again, expected)
 
 
 @pytest.mark.parametrize("mode", ["pad", "square"])
