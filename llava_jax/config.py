@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from llava_jax.errors import UserError
+from llava_jax.images import LARGEST_LIMIT, MAX_PIXELS
 
 T = TypeVar("T")
 
@@ -102,13 +103,19 @@ class Data:
     """tokens of a packed row, visual ones included"""
     images_per_row: int = 2
     """image slots of a packed row"""
+    exif: bool = False
+    """turn images as their EXIF orientation says; LLaVA did not"""
+    max_pixels: int = MAX_PIXELS
+    """pixels of an image at most; a larger one is a row that cannot be used"""
     bad_rows: Literal["error", "skip"] = "error"
     """stop at a row that cannot be used, or skip and count it"""
     workers: int = 0
     """processes that read, decode and tokenise; 0 does it in the training process"""
 
     def __post_init__(self):
-        for name in ("row_length", "images_per_row"):
+        if self.max_pixels > LARGEST_LIMIT:
+            raise UserError(f"data.max_pixels is {self.max_pixels}: it must be at most {LARGEST_LIMIT}")
+        for name in ("row_length", "images_per_row", "max_pixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
         if self.workers < 0:

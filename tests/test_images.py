@@ -1,32 +1,47 @@
 """Pixels against transformers' processors, bit for bit, and one clear line for every file that is no image."""
 
+import errno
+import hashlib
 import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_jax.errors import UserError
-from llava_jax.images import normalise, open_image, prepare
+from llava_jax.images import normalise, open_image, orientation, prepare
 
 SIZES = [
     (336, 336), (224, 224), (1, 1), (1, 97), (97, 1), (2, 301), (301, 2), (3, 3), (640, 480), (480, 640),
     (337, 336), (336, 337), (335, 336), (500, 375), (101, 57), (333, 500), (1024, 33), (33, 1024),
     (672, 336), (41, 1000), (999, 350), (673, 1009),
 ]  # fmt: skip
-MODES = ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"]
+PIL_MODES = ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"]
+GREYS = ["I;16", "I;16B", "I", "F"]
 
 
 def noise(width: int, height: int, bands: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, bands), dtype=np.uint8)
 
 
+def grey_of_mode(values: np.ndarray, mode: str) -> Image.Image:
+    kinds = {"I;16": "<u2", "I;16B": ">u2", "I": np.int32, "F": np.float32}
+    return Image.fromarray(values.astype(kinds[mode]))
+
+
 def image_of_mode(mode: str, width: int = 61, height: int = 83) -> Image.Image:
-    if mode == "I;16":
-        return Image.fromarray(np.random.default_rng(1).integers(0, 65536, (height, width)).astype(np.uint16))
-    if mode in ("I", "F"):
-        values = np.random.default_rng(1).integers(-50, 400, (height, width))
-        return Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
+    if mode in GREYS:
+        return grey_of_mode(noise(width, height, 1)[..., 0], mode)
+    if mode == "LAB":
+        return Image.fromarray(noise(width, height, 3), "LAB")
     rgba = Image.fromarray(noise(width, height, 4), "RGBA")
     if mode in ("LA", "PA"):
         grey = rgba.convert("L").convert("L" if mode == "LA" else "P")
@@ -58,12 +73,17 @@ def processor(request):
 
 
 def assert_identical(image: Image.Image, processor) -> None:
+    """`prepare` is transformers of what the original makes of an image, which drops transparency."""
     mode, size, expected = processor
     tiles = prepare(image, size, mode)
     assert tiles.shape == (1, size, size, 3) and tiles.dtype == np.uint8
     pixels = normalise(tiles)
     assert pixels.dtype == np.float32
-    np.testing.assert_array_equal(pixels[0], expected(image))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of palettes
+        opaque = image.convert("RGB")
+    opaque.info.clear()  # PIL keeps a transparent colour there, which transformers would make white
+    np.testing.assert_array_equal(pixels[0], expected(opaque))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
@@ -71,10 +91,50 @@ def test_sizes_equal_transformers(size, processor):
     assert_identical(Image.fromarray(noise(*size, 3), "RGB"), processor)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*PIL_MODES, "I", "F"])
 def test_modes_equal_transformers(mode, processor):
     assert image_of_mode(mode).mode == mode
     assert_identical(image_of_mode(mode), processor)
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La"])
+def test_premultiplied_alpha(mode):
+    image = image_of_mode({"RGBa": "RGBA", "La": "LA"}[mode]).convert(mode)
+    expected = image.convert(mode.upper()).convert("RGB")
+    np.testing.assert_array_equal(prepare(image, 30), prepare(expected, 30))
+
+
+def seen(image: Image.Image, file_format: str = "TIFF") -> np.ndarray:
+    """The grey levels of an image once it has been a file."""
+    levels = np.asarray(open_image(_bytes(image, file_format)))
+    assert (levels == levels[..., :1]).all()
+    return levels[..., 0]
+
+
+@pytest.mark.parametrize("mode, file_format", [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I", "TIFF")])
+def test_greys_of_16_bits_are_scaled_by_the_range_of_the_type(mode, file_format):
+    values = np.random.default_rng(1).integers(0, 65536, (83, 61))
+    values[0, :2] = 0, 65535
+    expected = np.rint(values / 257).astype(np.uint8)
+    assert len(np.unique(expected)) > 250
+    np.testing.assert_array_equal(seen(grey_of_mode(values, mode), file_format), expected)
+    eight = noise(61, 83, 1)[..., 0]
+    np.testing.assert_array_equal(seen(grey_of_mode(eight.astype(int) * 257, "I;16"), file_format), eight)
+
+
+@pytest.mark.parametrize("mode, low, high", [("I", -50, 400), ("I", 0, 10**6), ("I", -(2**31), 2**31 - 1),
+                                             ("F", 0, 1), ("F", -1, 1), ("F", 0, 4000.5), ("F", -3e38, 3e38)])
+def test_greys_of_32_bits_keep_their_contents(mode, low, high):
+    values = np.linspace(low, high, 256, dtype=np.float64).reshape(16, 16)
+    levels = seen(grey_of_mode(values, mode))
+    expected = (values - low) / (high - low) * 255
+    assert np.abs(levels - expected).max() < 1.01 and levels.min() == 0 and levels.max() == 255
+
+
+def test_floats_that_are_no_numbers():
+    values = np.array([[0.0, 0.5, 1.0], [np.nan, np.inf, -np.inf]], np.float32)
+    assert seen(Image.fromarray(values)).tolist() == [[0, 128, 255], [0, 255, 0]]
+    assert seen(Image.fromarray(np.full((2, 2), np.nan, np.float32))).tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -88,10 +148,11 @@ def test_transparency_beside_the_pixels_equals_transformers(palette, alpha, proc
     assert_identical(image, processor)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("PA", "HSV")])  # no file holds these
+@pytest.mark.parametrize("mode", [mode for mode in [*PIL_MODES, *GREYS] if mode not in ("PA", "HSV")])  # no file has
 def test_opening_a_file_gives_the_same_pixels(mode, tmp_path):
     path = tmp_path / "image"
-    file_format = {"CMYK": "JPEG", "YCbCr": "JPEG", "I": "TIFF", "F": "TIFF"}.get(mode, "PNG")
+    tiffs = ("I", "F", "I;16B", "LAB", "RGBX")
+    file_format = "JPEG" if mode in ("CMYK", "YCbCr") else "TIFF" if mode in tiffs else "PNG"
     image_of_mode(mode).save(path, file_format)
     opened = open_image(path)
     assert opened.mode == "RGB"
@@ -100,28 +161,80 @@ def test_opening_a_file_gives_the_same_pixels(mode, tmp_path):
     np.testing.assert_array_equal(np.asarray(open_image(path.read_bytes())), np.asarray(opened))
 
 
-def test_transparent_pixels_become_white():
-    assert open_image(_bytes(Image.new("RGBA", (2, 2), (200, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+def test_of_transparent_pixels_the_colour_stays():
+    assert open_image(_bytes(Image.new("RGBA", (2, 2), (200, 0, 0, 0)))).getpixel((0, 0)) == (200, 0, 0)
 
 
-def _bytes(image: Image.Image, file_format: str = "PNG") -> bytes:
+@pytest.mark.parametrize("file_format, mode", [("JPEG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "I;16"),
+                                               ("WEBP", "RGB"), ("AVIF", "RGB")])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_rotation(file_format, mode, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    content = _bytes(image_of_mode(mode), file_format, exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        assert orientation(image) == turn
+        upright = ImageOps.exif_transpose(image)
+    as_stored, turned = open_image(content), open_image(content, exif=True)
+    assert as_stored.size == image_of_mode(mode).size and turned.size == upright.size
+    expected = prepare(upright, 30)
+    np.testing.assert_array_equal(prepare(turned, 30), expected)
+    assert (turn == 1) == np.array_equal(prepare(as_stored, 30), expected)
+
+
+def test_pil_turns_tiffs_itself():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = _bytes(image_of_mode("RGB"), "TIFF", exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        assert orientation(image) == 1
+    assert open_image(content).size == open_image(content, exif=True).size == (83, 61)
+
+
+def test_exif_that_is_damaged_is_none():
+    content = _bytes(image_of_mode("RGB"), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    with Image.open(io.BytesIO(content)) as image:
+        assert orientation(image) == 1
+    assert open_image(content, exif=True).size == (61, 83)
+
+
+@pytest.mark.skipif("LLAVA_PHOTOS" not in os.environ, reason="LLAVA_PHOTOS: photos and original_pixels.json")
+def test_photos_are_the_original_s_to_the_bit():
+    """original_pixels.json: {file: {"SIZE_MODE": first 24 hex digits of the SHA-256 of float32 [3, SIZE, SIZE]}}."""
+    folder = Path(os.environ["LLAVA_PHOTOS"])
+    compared = 0
+    for name, about in json.loads((folder / "original_pixels.json").read_text()).items():
+        for way in (key for key in about if "_" in key):
+            size, mode = way.split("_")
+            pixels = normalise(prepare(open_image(folder / name), int(size), mode))[0].transpose(2, 0, 1)
+            assert hashlib.sha256(pixels.tobytes()).hexdigest()[:24] == about[way], (name, way)
+            compared += 1
+    assert compared > 100
+
+
+def _bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    image.save(file, file_format)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", "not an image"),
+        (b"", "the file is empty|not an image"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "not an image but a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer.*git lfs pull"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "an HEIC image, as iPhones write it"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+        (b"%PDF-1.7", "a PDF"),
         (b"<html>404</html>", "not an image"),
         (_bytes(Image.fromarray(noise(64, 64, 3)), "JPEG")[:-900], "truncated"),
         (_bytes(Image.fromarray(noise(64, 64, 3)), "PNG")[:-900], "truncated"),
         (_bytes(Image.fromarray(noise(64, 64, 3)), "GIF")[:900], "truncated"),
         (b"P6 0 0 255\n", "not an image"),
-        (b"P6 30000 30000 255\n", "cannot be read"),
+        (b"P6 3 3 255\n" + bytes(27), "not an image, or of an unknown format; known are JPEG, PNG, WebP, GIF, BMP"),
     ],
-    ids=["empty", "html", "jpeg", "png", "gif", "no-pixels", "bomb"],
+    ids=["empty", "page", "lfs", "heic", "eps", "pdf", "html", "jpeg", "png", "gif", "no-pixels", "ppm"],
 )
 def test_broken_files_are_one_line_that_names_them(content, says, tmp_path):
     path = tmp_path / "broken.jpg"
@@ -152,7 +265,141 @@ def test_an_image_without_pixels_is_refused():
 
 
 def test_elongated_images_are_refused_before_memory_runs_out():
-    wide, tall = Image.new("RGB", (20_000, 1)), Image.new("RGB", (1, 20_000))
-    for image, mode in [(tall, "square"), (wide, "square"), (tall, "pad"), (wide, "pad")]:
-        with pytest.raises(UserError, match="too large or elongated"):
-            prepare(image, 336, mode)
+    for image in (Image.new("RGB", (20_000, 1)), Image.new("RGB", (1, 20_000))):
+        with pytest.raises(UserError, match="too elongated to resize"):
+            prepare(image, 336, "square")
+
+
+@pytest.mark.parametrize("strip", [1, 5000, 2**22])
+def test_padding_in_strips_is_padding(strip, monkeypatch):
+    monkeypatch.setattr("llava_jax.images.STRIP_PIXELS", strip)
+    for number, (width, height) in enumerate([*SIZES, (2000, 3), (3, 2000)]):
+        image = Image.fromarray(noise(width, height, 3, number))
+        side = max(width, height)
+        padded = Image.new("RGB", (side, side), (122, 116, 104))
+        padded.paste(image, ((side - width) // 2, (side - height) // 2))
+        for size in (336, 61):
+            expected = padded.resize((size, size), Image.Resampling.BICUBIC)
+            np.testing.assert_array_equal(prepare(image, size, "pad")[0], np.asarray(expected))
+
+
+def webp_header(width: int, height: int, kind: str) -> bytes:
+    """A WebP of 34 bytes."""
+    width, height = width - 1, height - 1
+    body = {
+        "VP8L": b"\x2f" + (width | height << 14).to_bytes(4, "little"),
+        "VP8X": bytes(4) + width.to_bytes(3, "little") + height.to_bytes(3, "little"),
+        "VP8 ": b"\x10\0\0\x9d\x01\x2a" + (width + 1).to_bytes(2, "little") + (height + 1).to_bytes(2, "little"),
+    }[kind].ljust(14, b"\0")
+    return b"RIFF" + (26).to_bytes(4, "little") + b"WEBP" + kind.encode() + (14).to_bytes(4, "little") + body
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + b"\x08\x06\0\0\0"
+    packer = zlib.compressobj(9)
+    row = bytes(4 * width + 1)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+BOMBS = {
+    "png": lambda: png_bomb(13_000, 13_000),
+    **{f"webp {kind}": lambda kind=kind: webp_header(16383, 16383, kind) for kind in ("VP8L", "VP8X", "VP8 ")},
+    "gif": lambda: b"GIF89a" + b"\xff\xff\xff\xff" + bytes(3) + b",\0\0\0\0" + b"\xff\xff\xff\xff" + b"\0\x02\x01\0\0;",
+    "bmp": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_are_told_from_their_headers(bomb, tmp_path):
+    """In a process of its own, whose peak of memory is that of Python and its libraries."""
+    (tmp_path / "bomb").write_bytes(BOMBS[bomb]())
+    script = """
+import resource, sys
+import llava_jax.images as images
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    images.open_image(sys.argv[1])
+except images.UserError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    command = [sys.executable, "-W", "error", "-c", script, tmp_path / "bomb"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    says, grown = ran.stdout.splitlines()
+    assert "the image cannot be read (" in says and "pixels" in says and int(grown) < 50, ran
+
+
+def test_the_limit_of_pixels_is_an_option():
+    content = _bytes(Image.new("RGB", (60, 40)))
+    assert open_image(content, max_pixels=2400).size == (60, 40)
+    with pytest.raises(UserError, match=r"60 x 40 pixels, more than the limit of 2,399 \(max_pixels\)"):
+        open_image(content, max_pixels=2399)
+
+
+def test_a_tiff_whose_tiles_are_larger_than_itself():
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30000, 323: 30000, 324: 8, 325: 4}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (16, 16)
+    with pytest.raises(UserError, match="30,000 x 30,000 pixels"):
+        open_image(content)
+
+
+def test_a_jpeg_of_thousands_of_scans():
+    content = _bytes(image_of_mode("RGB"), "JPEG", progressive=True)
+    assert 2 < content.count(b"\xff\xda") < 20 and open_image(content)
+    start = content.rindex(b"\xff\xda")
+    with pytest.raises(UserError, match="a JPEG of 3,0.. scans, more than 100"):
+        open_image(content[:start] + 3000 * content[start:-2] + content[-2:])
+
+
+def test_a_time_limit(monkeypatch):
+    content = _bytes(Image.fromarray(noise(300, 200, 3)), "JPEG")
+    assert open_image(content, seconds=1000)
+    clock = iter(range(1000))
+    monkeypatch.setattr("llava_jax.images.time.monotonic", lambda: next(clock))
+    with pytest.raises(UserError, match=r"decoding takes more than 2 s"):
+        open_image(content, seconds=2)
+
+
+FAULTS = [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "stale"), OSError(errno.ENOMEM, "no memory"),
+          MemoryError()]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+@pytest.mark.parametrize("where", ["builtins.open", "os.stat", "PIL.Image.open", "PIL.Image.Image.load",
+                                   "PIL.Image.Image.convert"])
+def test_a_fault_of_the_machine_is_no_bad_image(where, fault, tmp_path, monkeypatch):
+    path = tmp_path / "good.png"
+    path.write_bytes(_bytes(image_of_mode("L")))
+
+    def fail(*_, **__):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        with pytest.raises(type(fault)) as raised:
+            open_image(path)
+    assert raised.value is fault and open_image(path)
+
+
+def test_a_decoder_without_memory_is_no_bad_image(monkeypatch):
+    content = _bytes(image_of_mode("L"))
+
+    def fail(_):
+        raise OSError("out of memory error when reading image file")  # as PIL writes it, without a code
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(MemoryError, match="image of .* bytes: out of memory"):
+        open_image(content)
+
+
+def test_a_mistake_of_this_code_is_no_bad_image(monkeypatch):
+    monkeypatch.setattr("llava_jax.images.read_image", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_image("any.png")

@@ -10,7 +10,8 @@ import numpy as np
 
 from llava_jax.data.records import BadRow, Record
 from llava_jax.data.sources import Mixture
-from llava_jax.images import MissingImage, open_image, prepare
+from llava_jax.errors import UserError
+from llava_jax.images import MAX_PIXELS, MissingImage, open_image, prepare
 from llava_jax.text.encode import IMAGE_TOKEN_ID, Example, NoSupervisedTokens, TooLong, encode_conversation
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
@@ -34,6 +35,8 @@ class Loader:
     images_per_row: int
     bad_rows: Literal["error", "skip"]
     context: int | None = None  # the most tokens of a conversation, where the model's context is shorter than a row
+    exif: bool = False
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, what: Literal["texts", "images"], numbers: Sequence[int]) -> list:
         """`text` or `pixels` of each record, or its reason."""
@@ -63,7 +66,7 @@ class Loader:
             raise BadRow("no_supervised_tokens", f"{record.source}: {error}") from None
         except TooLong as error:
             raise BadRow("too_long", f"{record.source}: {error} ({limit})") from None
-        except ValueError as error:
+        except UserError as error:
             raise BadRow("malformed", f"{record.source}: {error}") from None
         used = np.count_nonzero(example.tokens == IMAGE_TOKEN_ID) // self.tokens_per_image
         if used != images:  # an <image> stood in a turn that is left out
@@ -76,10 +79,11 @@ class Loader:
         tiles = []
         for image in record.images:
             try:
-                tiles.append(prepare(open_image(image), self.image_size, self.image_mode)[0])
+                opened = open_image(image, self.exif, self.max_pixels)
+                tiles.append(prepare(opened, self.image_size, self.image_mode)[0])
             except MissingImage as error:
                 raise BadRow("missing_image", f"{record.source}: {error}") from None
-            except ValueError as error:
+            except UserError as error:
                 raise BadRow("broken_image", f"{record.source}: {error}") from None
         return np.stack(tiles) if tiles else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
 

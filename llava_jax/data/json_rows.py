@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import re
+import zlib
 from array import array
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -22,10 +23,16 @@ from llava_jax.files import replacing
 PIECE = 1 << 26  # bytes of the file that are looked at together
 SMALL_PIECE = 1 << 20  # the same, where nothing but the item at hand is kept
 CACHED = 1 << 20  # files smaller than this are indexed faster than an index is read
-VERSION = 1  # of the index file
+VERSION = 2  # of the index file
 TRIED = 100  # first lines of which one must be a JSON object
 
-UNREADABLE = ((b"\x1f\x8b", "is packed with gzip; unpack it"), (b"PK\x03\x04", "is a zip archive; unpack it"),
+UNREADABLE = ((b"version https://git-lfs", "is a Git LFS pointer in the place of the data; fetch them: git lfs pull"),
+              (b"BZh", "is packed with bzip2; unpack it"), (b"\xfd7zXZ\0", "is packed with xz; unpack it"),
+              (b"(\xb5/\xfd", "is packed with zstd; unpack it"), (b"7z\xbc\xaf", "is a 7z archive; unpack it"),
+              (b"<!doctype html", "is a web page, so its download failed"),
+              (b"<!DOCTYPE html", "is a web page, so its download failed"),
+              (b"ARROW1", "is Arrow; write it as parquet"), (b"SQLite format", "is a SQLite data base"),
+              (b"\x1f\x8b", "is packed with gzip; unpack it"), (b"PK\x03\x04", "is a zip archive; unpack it"),
               (b"\xff\xfe", "is UTF-16; convert it to UTF-8"), (b"\xfe\xff", "is UTF-16; convert it to UTF-8"))
 
 
@@ -81,19 +88,24 @@ class JsonRows:
         about = os.stat(self.path)
         if about.st_size < CACHED:
             return _find_rows(self._bytes(), self.path)
-        mark = [about.st_size, about.st_mtime_ns, VERSION]
+        mark = [about.st_size, about.st_mtime_ns]
         folder, name = os.path.split(self.path)
         cache = os.path.join(folder, f".{name}.index.npy")
         with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # there is none, or a damaged one
             stored = np.load(cache, mmap_mode="r")
-            if stored.dtype == np.int64 and stored.ndim == 2 and stored[0].tolist() == mark:
+            if stored.dtype == np.int64 and stored.ndim == 2 and stored[0].tolist() == [*mark, _seal(stored[1:])]:
                 return stored[1:]
         found = _find_rows(self._bytes(), self.path)
         with contextlib.suppress(OSError, ValueError):  # a folder that is full or not ours
             with replacing(cache) as file:
-                np.save(file, np.concatenate([np.array([mark], np.int64), found]))
+                np.save(file, np.concatenate([np.array([[*mark, _seal(found)]], np.int64), found]))
             return np.load(cache, mmap_mode="r")[1:]
         return found
+
+
+def _seal(places: np.ndarray) -> int:
+    """The version of an index and its checksum: a flipped bit would move a row's bounds."""
+    return VERSION << 32 | zlib.crc32(np.ascontiguousarray(places))
 
 
 def read_members(path: str) -> Iterator[tuple[str, Any]]:
@@ -154,10 +166,11 @@ class _FileBytes:
 
 def _find_start(content: mmap.mmap | _FileBytes, path: str) -> int:
     """The first byte that is no blank."""
+    bom = 3 if content[:3] == b"\xef\xbb\xbf" else 0
     for magic, what in UNREADABLE:
-        if content[: len(magic)] == magic:
+        if content[bom : bom + len(magic)] == magic:
             raise UserError(f"{path}: the file {what}")
-    start = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
+    start = bom
     while content[start : start + 1] in (b" ", b"\t", b"\r", b"\n"):
         start += 1
     return start

@@ -24,6 +24,7 @@ from llava_jax.data.parallel import Pool
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture
 from llava_jax.errors import UserError
+from llava_jax.images import MAX_PIXELS
 from llava_jax.text import templates
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example
 from llava_jax.text.tokenizer import Tokenizer
@@ -73,6 +74,8 @@ class Batches(grain.IterDataset):
         epochs: int | None = None,
         bad_rows: Literal["error", "skip"] = "error",
         context: int | None = None,
+        exif: bool = False,
+        max_pixels: int = MAX_PIXELS,
         workers: int = 0,
         process_index: int = 0,
         process_count: int = 1,
@@ -96,6 +99,8 @@ class Batches(grain.IterDataset):
             images_per_row=images_per_row,
             bad_rows=bad_rows,
             context=context,
+            exif=exif,
+            max_pixels=max_pixels,
         )
 
     def __iter__(self) -> "_BatchIterator":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from llava_jax.data.json_rows import JsonRows
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_row, turns_key
 from llava_jax.data.tfds_rows import TfdsRows
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import parse_json, read_text
 
 SAMPLED = 100  # first rows that tell a file's format
 NEEDED = {*FORMATS, *fields.READ}  # keys that a record is made of, or that make a row unusable
@@ -112,15 +112,11 @@ def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> 
     folder = path if os.path.isdir(path) else path.rpartition(":")[0]
     if path.startswith("gs://") or os.path.isdir(folder):
         return Source(_open_folder(path, folder), image_root or folder)
-    try:
+    with user_path(path, missing="no such data file"):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path}: is no regular file")
         with open(path, "rb") as file:
             kind = ParquetRows if file.read(4) == b"PAR1" else JsonRows
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such data file") from None
-    except OSError as error:
-        raise UserError(f"{path}: the data file cannot be opened ({error.strerror})") from None
     return Source(kind(path), image_root or os.path.dirname(path))
 
 
@@ -138,12 +134,15 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
         return Mixture((source,), (len(source),))
     base = os.path.dirname(os.fspath(path))
     sources = []
-    for part in parts:
+    for number, part in enumerate(parts, 1):
         where = part["path"] if "://" in part["path"] else os.path.join(base, part["path"])
         if _read_mixture(where) is not None:
             raise UserError(f"{path}: {part['path']} is a mixture itself; name its parts instead")
         root = os.path.join(base, part["image_root"]) if part.get("image_root") else image_root
-        sources.append(open_source(where, root))
+        try:
+            sources.append(open_source(where, root))
+        except UserError as error:
+            raise UserError(f"{path}, part {number}: {error}") from None
     sizes = [len(source) for source in sources]
     if any("weight" in part for part in parts):
         whole = sum(part["weight"] for part in parts)
@@ -197,9 +196,8 @@ def _read_mixture(path: str) -> list[dict[str, Any]] | None:
     if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_MIXTURE:
         return None
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_text(path, encoding="utf-8-sig"), path, (dict, list))
+    except UserError:
         return None  # whatever it is, it is no mixture
     if not isinstance(content, dict) or "mixture" not in content:
         return None

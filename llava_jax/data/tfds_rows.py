@@ -7,6 +7,7 @@ list of bytes, floats or integers.
 
 import bisect
 import dataclasses
+import errno
 import functools
 import itertools
 import os
@@ -19,6 +20,8 @@ from llava_jax.errors import UserError
 
 # Reading ahead is for reading in order; it would read megabytes for every row.
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+# Errors for which the file is not to blame.
+MACHINE = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENODEV)
 BUFFER = 1 << 15  # bytes, as Grain's own reader has it
 
 
@@ -126,7 +129,9 @@ class TfdsRows:
             try:
                 reader = ArrayRecordReader(name, RANDOM_ACCESS, file_reader_buffer_size=BUFFER)
                 found = reader.num_records()
-            except RuntimeError as error:
+            except RuntimeError as error:  # ArrayRecord's only one, without a code
+                if code := next((code for code in MACHINE if os.strerror(code) in str(error)), None):
+                    raise OSError(code, os.strerror(code), name) from error
                 raise UserError(f"{name}: not a readable ArrayRecord file ({_line(error)})") from None
             if found != expected:  # also what a truncated or missing file shows: it reads as empty
                 message = f"holds {found} rows, but dataset_info.json says {expected}; it is truncated, copy it again"

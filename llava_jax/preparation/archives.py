@@ -10,7 +10,7 @@ from collections.abc import Iterable, Set
 
 from tqdm import tqdm
 
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
 from llava_jax.files import replacing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images
@@ -25,13 +25,16 @@ def unpack(archive: str, folder: str, names: Set[str]) -> int:
     has a member that is a link or would leave the folder, or the disk is too small; later if a member is broken.
     """
     try:
-        with zipfile.ZipFile(archive) as zipped:
+        with user_path(archive):
+            zipped = zipfile.ZipFile(archive)
+        with zipped:
             members = _place(archive, zipped.infolist(), names)
-            targets = {os.path.join(folder, name): member for name, member in members.items()}
+            targets = {_inside(folder, name, archive): member for name, member in members.items()}
             absent = {target: member for target, member in targets.items() if not _has_size(target, member.file_size)}
             require_space(folder, sum(member.file_size for member in absent.values()), f"unpacking {archive}")
             for parent in {os.path.dirname(target) for target in absent}:
-                os.makedirs(parent, exist_ok=True)
+                with user_path(parent):
+                    os.makedirs(parent, exist_ok=True)
             for target, member in tqdm(absent.items(), archive, unit="images", disable=not sys.stderr.isatty()):
                 _write(zipped, member, target)
             return len(absent)
@@ -55,7 +58,8 @@ def _place(archive: str, members: Iterable[zipfile.ZipInfo], names: Set[str]) ->
     images = []
     for member in members:
         name = member.filename
-        if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
+        # An empty part would make what follows it an absolute path, once the leading folders are left out.
+        if {"", ".", ".."} & {*name.removesuffix("/").split("/")} or "\\" in name or ":" in name:
             raise UserError(f"{archive}: the name {name!r:.200} would leave the folder; nothing was unpacked")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise UserError(f"{archive}: {name!r:.200} is a link; nothing was unpacked")
@@ -65,6 +69,14 @@ def _place(archive: str, members: Iterable[zipfile.ZipInfo], names: Set[str]) ->
     if lead is None:
         raise UserError(f"{archive}: holds none of the images that are looked for; is it another archive?")
     return {image.filename.removeprefix(lead): image for image in images if image.filename.startswith(lead)}
+
+
+def _inside(folder: str, name: str, archive: str) -> str:
+    """The path of a member, which is checked once more as a path: it must be within the folder, wherever links lead."""
+    target, root = os.path.join(folder, name), os.path.realpath(folder)
+    if os.path.commonpath([os.path.realpath(target), root]) != root:
+        raise UserError(f"{archive}: {name!r:.200} would be written outside of {folder}; nothing was unpacked")
+    return target
 
 
 def _leading_folders(name: str, names: Set[str]) -> str | None:

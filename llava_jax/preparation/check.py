@@ -16,7 +16,8 @@ from llava_jax.cli import printable
 from llava_jax.config import Data, Stage
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import parse_json
 from llava_jax.preparation.audit import audit
 from llava_jax.preparation.findings import KINDS, SUSPECT, Checker, Finding
 from llava_jax.preparation.settings import Settings
@@ -33,8 +34,8 @@ class Check:
     Exits with 0 if nothing was found, or only what --allow names; with 1 if something was; with 2 if the data cannot be
     opened. Rows that cannot be used are malformed, role, turn_order, image_count, outside_root, missing_image,
     broken_image, no_supervised_tokens, too_long, unsupported. Rows that training would take, but that look wrong, are
-    empty_answer, empty_question, wrong_type, animated, separator, media_mark, duplicate_id, duplicate,
-    duplicate_question.
+    empty_answer, empty_question, wrong_type, animated, rotated, transparent, faint, separator, media_mark,
+    duplicate_id, duplicate, duplicate_question.
 
     --json prints one object. ok: whether the exit code is 0. rows, good_rows (training would take them) and
     text_only_rows (good, without image). images: references, distinct, and per_row, how many good rows have how many.
@@ -60,6 +61,10 @@ class Check:
     """image slots of a packed row, data.images_per_row of a recipe; by default as many as some row needs, at least 2"""
     tokens_per_image: int | None = None
     """visual tokens of an image, where the model is no whole LLaVA; 576 by default"""
+    exif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """turn images as their EXIF orientation says, data.exif of a recipe; then none is rotated"""
+    max_pixels: int = Data.max_pixels
+    """pixels of an image at most, data.max_pixels of a recipe"""
     rows: int = Stage.rows
     """packed rows of a training step, to tell how many steps an epoch has"""
     workers: int | None = None
@@ -87,6 +92,7 @@ class Check:
     def run(self) -> int:
         mixture = open_mixture(self.data, self.image_root)
         settings = Settings.load(self.model, self.template)
+        settings = dataclasses.replace(settings, exif=self.exif, max_pixels=self.max_pixels)
         if self.tokens_per_image is not None:
             settings = dataclasses.replace(settings, tokens_per_image=self.tokens_per_image)
         max_length = self.max_length or Data.row_length
@@ -115,10 +121,8 @@ def _saving(path: str) -> Iterator[Callable[[Finding], None] | None]:
         raise UserError(f"--bad-rows {path}: there is something else than findings; name another file")
 
     def attempt(action: Callable, *args: Any) -> Any:
-        try:
+        with user_path(f"--bad-rows {path}", missing="cannot be written, there is no such folder"):
             return action(*args)
-        except OSError as error:
-            raise UserError(f"--bad-rows {path}: cannot be written ({error.strerror})") from None
 
     file = attempt(_temporary_beside, path)
     try:
@@ -138,11 +142,11 @@ def _may_replace(path: str) -> bool:
         return True
     if not os.path.isfile(path):
         return False
+    with user_path(path), open(path, "rb") as file:
+        first = file.readline(1 << 20)
     try:
-        with open(path, encoding="utf-8") as file:
-            first = file.readline(1 << 20)
-        return not first or {"source", "row", "kind", "usable"} <= set(json.loads(first))
-    except (OSError, ValueError, TypeError):
+        return not first or {"source", "row", "kind", "usable"} <= parse_json(first.decode(), path).keys()
+    except (UserError, UnicodeDecodeError):
         return False
 
 

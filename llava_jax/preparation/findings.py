@@ -4,14 +4,11 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import io
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +17,16 @@ from PIL import Image
 from llava_jax.data.fields import ANY_MARK
 from llava_jax.data.records import REASONS, BadRow, Record
 from llava_jax.data.sources import Source
-from llava_jax.images import MAX_PIXELS, open_image, prepare
+from llava_jax.errors import UserError
+from llava_jax.images import (
+    MAX_PIXELS,
+    MissingImage,
+    open_header,
+    open_image,
+    orientation,
+    prepare,
+    read_image,
+)
 from llava_jax.preparation.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, NoSupervisedTokens, encode_conversation
 from llava_jax.text.templates import IMAGE, Template
@@ -32,6 +38,9 @@ SUSPECT = {
     "empty_question": "a question without text and image",
     "wrong_type": "an image of another type than its name says",
     "animated": "an image of several frames; training sees the first",
+    "rotated": "an image that viewers turn, as its EXIF says, and training does not",
+    "transparent": "an image with transparent pixels; training sees the colours beneath",
+    "faint": "a grey image of 16 or 32 bits with hardly a difference left in 8",
     "separator": "text that is a mark of the template or a special token",
     "media_mark": "text that looks like the place of a video, audio or image",
     "duplicate_id": "the id of an earlier row of the same source",
@@ -43,6 +52,9 @@ KINDS = (*REASONS, *SUSPECT)
 # What is kept of every row: 31 bytes. Texts and images are 64-bit hashes, 0 in `question` where there is no record.
 ROW = np.dtype([("id", "u8"), ("question", "u8"), ("answer", "u4"),
                 ("tokens", "i4"), ("learned", "i4"), ("images", "u2"), ("good", "?")])
+
+IMAGE_SECONDS = 30.0  # for decoding one image; training has no such limit, for all hosts must skip the same rows
+FAINT = 16  # of 256 grey levels
 
 _ANGLED = re.compile(r"<+[^<>\s]+>+")  # </s>, <|im_start|>, <<SYS>>: marks of a template that may stand beside words
 _TOKEN = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token can look like
@@ -146,28 +158,26 @@ class Checker:
 
     def _check_image(self, image: str | bytes) -> list[tuple[str, str]]:
         """Opens an image as training does; nothing less than decoding all of it finds one that is cut off."""
+        content, settings = image if isinstance(image, bytes) else b"", self.settings
         try:
-            if not isinstance(image, bytes) and not stat.S_ISREG(os.stat(image).st_mode):
-                return [("broken_image", "is no regular file")]
-            content = image if isinstance(image, bytes) else Path(image).read_bytes()
-        except FileNotFoundError:
+            content = content or read_image(image, settings.max_pixels)
+            opened = open_image(content, settings.exif, settings.max_pixels, IMAGE_SECONDS)
+            if self._tile_pixels(opened) >= MAX_PIXELS:
+                prepare(opened, settings.image_size, settings.image_mode)  # refuses some of these
+        except MissingImage:
             return [("missing_image", "no such image file")]
-        except OSError as error:
-            return [("broken_image", f"cannot be read ({error.strerror})")]
-        if not content:
-            return [("broken_image", "the file is empty (0 bytes)")]
-        try:
-            opened = open_image(content)
-            if max(opened.size) ** 2 >= MAX_PIXELS or self._tile_pixels(opened) >= MAX_PIXELS:
-                prepare(opened, self.settings.image_size, self.settings.image_mode)  # refuses some of these
-        except ValueError as error:
-            reason = str(error).removeprefix(f"image of {len(content)} bytes: ").removeprefix("the image ")
-            return [("broken_image", reason)]
-        with Image.open(io.BytesIO(content)) as header:
+        except UserError as error:
+            name = image if isinstance(image, str) else f"image of {len(content)} bytes"
+            reason = str(error).removeprefix(f"{name}: ").removeprefix(f"image of {len(content)} bytes: ")
+            return [("broken_image", reason.removeprefix("the image "))]
+        with open_header(content, settings.max_pixels) as header:
             # MPO is how cameras add a preview to a JPEG.
             sort = "JPEG" if header.format == "MPO" else header.format
             animated = header.format != "MPO" and _is_animated(header)
-        problems = []
+            turned = orientation(header)
+        problems = _check_pixels(content, opened, settings.max_pixels)
+        if turned != 1 and not settings.exif:
+            problems.append(("rotated", f"EXIF orientation {turned}: viewers turn it, training does not (data.exif)"))
         suffix = "" if isinstance(image, bytes) else os.path.splitext(image)[1].lower()
         named = Image.registered_extensions().get(suffix, sort)
         if named != sort:
@@ -188,7 +198,7 @@ class Checker:
             example = encode_conversation(record.turns, settings.template, settings.tokenizer or Words(), 1)
         except NoSupervisedTokens as error:
             return [("no_supervised_tokens", str(error).removeprefix("nothing to learn: the conversation has "))]
-        except ValueError as error:
+        except UserError as error:
             return [("malformed", str(error))]
         problems = []
         used = np.count_nonzero(example.tokens == IMAGE_TOKEN_ID)
@@ -252,6 +262,21 @@ def read_id(source: Source, index: int) -> str:
 def _without_place(message: str, source: Source, index: int) -> str:
     where, found_id = source.where(index), read_id(source, index)
     return message.removeprefix(where).removeprefix(f", id {found_id:.80}").removeprefix(": ")
+
+
+def _check_pixels(content: bytes, opened: Image.Image, max_pixels: int) -> list[tuple[str, str]]:
+    """What is lost of an image that could be opened on its way to RGB of 8 bits."""
+    with open_header(content, max_pixels) as image:
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image.load()
+            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                return [("transparent", "has transparent pixels; training sees the colours beneath")]
+        elif image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            low, high = opened.getextrema()[0]
+            least, most = image.getextrema()
+            if high - low < FAINT and least < most:
+                return [("faint", f"its values from {least:g} to {most:g} become {low} to {high} of 255")]
+    return []
 
 
 def _is_animated(image: Image.Image) -> bool:

@@ -24,10 +24,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from llava_jax.config import Data
 from llava_jax.data.parallel import Pool
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Source, open_mixture
 from llava_jax.errors import FULL, UserError
+from llava_jax.files import read_json
 from llava_jax.preparation.shards import FEATURES, SHOWN, Encoding, Examples, ShardWriter, write_json
 
 SAMPLED = 100  # rows that are tried to tell how many make a shard
@@ -59,6 +61,10 @@ class Pack:
     """With --image-size: png changes no pixel of what the model sees, but saves little."""
     quality: int = 95
     """With --image-size: JPEG quality, 1 to 100."""
+    exif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Turn images as their EXIF orientation says; these are written anew, as --image-format."""
+    max_pixels: int = Data.max_pixels
+    """Pixels of an image at most; a larger one is a bad row."""
     shard_size: str = "256MB"
     """About how large shards become."""
     shards: int | None = None
@@ -88,7 +94,9 @@ class Pack:
             inside = os.path.realpath(self.out) + os.sep
             if any(os.path.realpath(file).startswith(inside) for file in _files(source)):
                 raise UserError(f"{self.out}: {source.path} lies in this folder; give another one")
-        examples = Examples(mixture, Encoding(self.image_size, self.image_mode, self.image_format, self.quality))
+        encoding = Encoding(self.image_size, self.image_mode, self.image_format, self.quality, self.exif,
+                            self.max_pixels)
+        examples = Examples(mixture, encoding)
         with _lock(self.out), _explained(self.out):
             self._check_folder()  # another pack may have ended in the meantime
             bounds = self._begin(examples, name, version)
@@ -108,7 +116,7 @@ class Pack:
     def _check_options(self) -> None:
         if "://" in self.out:
             raise UserError(f"{self.out}: pack writes to a disk; copy that then: gcloud storage cp -r FOLDER URL")
-        for name, least in (("image_size", 1), ("shards", 1), ("workers", 0)):
+        for name, least in (("image_size", 1), ("shards", 1), ("workers", 0), ("max_pixels", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -137,6 +145,14 @@ class Pack:
         name = re.sub(r"\W+", "_", called, flags=re.ASCII).strip("_").lower()
         return self.name or (name if name[:1].isalpha() else f"data_{name}".rstrip("_")), version or "1.0.0"
 
+    def _images(self) -> dict[str, Any]:
+        """The options that change images; none if they are kept byte for byte."""
+        if not (self.image_size or self.exif):
+            return {}
+        chosen = {"size": self.image_size, "mode": self.image_mode, "format": self.image_format,
+                  "quality": self.quality}
+        return chosen | ({"exif": True} if self.exif else {})
+
     def _begin(self, examples: Examples, name: str, version: str) -> tuple[int, ...]:
         """The bounds of the shards, from the plan of the pack that goes on, or from a new one, which is written.
 
@@ -144,7 +160,7 @@ class Pack:
         """
         plan = {
             "data": [_fingerprint(source) for source in examples.mixture.sources],
-            "images": dataclasses.asdict(examples.encoding) if self.image_size else {},
+            "images": self._images(),
             "shards": self.shards or self.shard_size,
             "name": [name, version, self.split],
             "features": hashlib.sha256(json.dumps(FEATURES).encode()).hexdigest()[:16],
@@ -152,8 +168,7 @@ class Pack:
         path = _inner(self.out, "plan.json")
         begun = {}
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                begun = json.load(file)
+            begun = read_json(path)
         if not begun or self.overwrite and any(now != begun.get(key) for key, now in plan.items()):
             _clear(self.out)
             bounds = _bounds(examples, self.shards, _bytes(self.shard_size))
@@ -168,7 +183,11 @@ class Pack:
                 )
         for file in glob.glob(_inner(glob.escape(self.out), "*.json-*")):  # shards that were being written
             os.unlink(file)
-        return tuple(begun["bounds"])
+        bounds = begun.get("bounds")
+        if not isinstance(bounds, list) or not all(type(bound) is int for bound in bounds) or sorted(bounds) != bounds \
+                or len(bounds) < 2 or (bounds[0], bounds[-1]) != (0, len(examples)):
+            raise UserError(f"{path}: bounds is damaged; give --overwrite to begin anew")
+        return tuple(bounds)
 
     def _write(self, write: ShardWriter) -> list[dict[str, Any]]:
         """Writes the shards that are not yet finished. Returns the notes on all; UserError if rows are bad."""

@@ -75,6 +75,10 @@ class Preview:
     """tokens of a packed row, data.row_length of a recipe"""
     images_per_row: int = Data.images_per_row
     """image slots of a packed row, data.images_per_row of a recipe"""
+    exif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """turn images as their EXIF orientation says, data.exif of a recipe"""
+    max_pixels: int = Data.max_pixels
+    """pixels of an image at most, data.max_pixels of a recipe"""
     seed: int = 0
     """of the draw"""
     first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -90,7 +94,9 @@ class Preview:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         check_page(self.output)
         mixture = open_mixture(self.data, self.image_root)
-        settings = Settings.load(self.model, self.template)
+        settings = dataclasses.replace(
+            Settings.load(self.model, self.template), exif=self.exif, max_pixels=self.max_pixels
+        )
         loader = Loader(mixture=mixture, **vars(settings), row_length=self.max_length,
                         images_per_row=self.images_per_row, bad_rows="error")
         shown = read_rows(self._numbers(mixture), loader)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from llava_jax.data.packing import WINDOW, pack
 from llava_jax.data.records import BadRow, Record
-from llava_jax.images import open_image
+from llava_jax.images import open_header, open_image, read_image
 from llava_jax.preparation.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example, lay_out, place_tokens
 
@@ -118,7 +118,9 @@ def _card(one: Shown, settings: Settings) -> str:
         tokens, learned, images = _counts(one)
         share = f"{learned / tokens:.1%}"
         parts.append(f"<p>{tokens:,} tokens, {learned:,} learned ({share}), {_number(images, 'image')}</p>")
-        figures = "" if one.tiles is None else "".join(map(_picture, one.record.images, one.tiles))
+        figures = "" if one.tiles is None else "".join(
+            _picture(image, tile, settings) for image, tile in zip(one.record.images, one.tiles, strict=True)
+        )
         spans = "".join(_spans(read_pieces(one.record.turns, one.example, settings), settings))
         column = f"<div class='pictures'>{figures}</div>" if figures else ""
         parts.append(f"<div class='body'>{column}<div class='tokens'>{spans}</div></div>")
@@ -133,25 +135,27 @@ def _counts(one: Shown) -> tuple[int, int, int]:
     return len(tokens), np.count_nonzero(labels != IGNORE), len(one.record.images)
 
 
-def _picture(image: str | bytes, tile: np.ndarray) -> str:
+def _picture(image: str | bytes, tile: np.ndarray, settings: Settings) -> str:
     """An original, small, and the tile that was made of it."""
-    original = open_image(image)
+    original = open_image(image, settings.exif, settings.max_pixels)
     width, height = original.size
     original.thumbnail((THUMBNAIL, THUMBNAIL))
     side, times = len(tile), max(1, SMALL // len(tile))
     path = f"embedded, {len(image):,} bytes" if isinstance(image, bytes) else image
     enlarged = f", shown × {times}" if times > 1 else ""
+    kind = _kind(image, settings.max_pixels)
     return (
         "<div><div class='pair'>"
-        f"<figure>{_image(original, 1)}<figcaption>original: {width} × {height}<br>{_kind(image)}</figcaption></figure>"
+        f"<figure>{_image(original, 1)}<figcaption>original: {width} × {height}<br>{kind}</figcaption></figure>"
         f"<figure>{_image(Image.fromarray(tile), times)}"
         f"<figcaption>the model sees {side} × {side}{enlarged}</figcaption></figure>"
         f"</div><p class='quiet'>{_text(path)}</p></div>"
     )
 
 
-def _kind(image: str | bytes) -> str:
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
+def _kind(image: str | bytes, max_pixels: int) -> str:
+    content = image if isinstance(image, bytes) else read_image(image, max_pixels)
+    with open_header(content, max_pixels) as file:
         kind, frames = f"{file.format} {file.mode}", 1
         with contextlib.suppress(Exception):  # a later frame may be damaged; the first is all that is used
             frames = getattr(file, "n_frames", 1)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import tyro
 from tqdm import tqdm
 
+from llava_jax.cli import printable
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError
 from llava_jax.preparation.archives import SUFFIXES, require_space, unpack
@@ -192,7 +193,7 @@ class Copy:
             self.rows = len(source)
             rows = (source.row(i) for i in tqdm(range(self.rows), path, disable=not sys.stderr.isatty()))
             self.named = _group(_named_images(rows), published)
-        except ValueError as error:
+        except UserError as error:
             self.problem = f"{error}; move the file away to fetch it again"
             return
         if self.rows != published.rows and not published.approximate:
@@ -393,6 +394,6 @@ class Fetch:
             copy.fetch()
         if self.rename:
             copy.rename()
-        print(copy.report())
+        print(printable(copy.report()))
         print(f"{self.name} is complete" if copy.complete else f"{self.name} is not complete")
         return 0 if copy.complete else 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
+from llava_jax.images import LARGEST_LIMIT, MAX_PIXELS
 from llava_jax.text import agreement, templates
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
@@ -24,6 +25,12 @@ class Settings:
     image_size: int = 336  # pixels of a tile's side
     image_mode: str = "pad"
     context: int | None = None  # the most tokens of a conversation that the model takes; None: not known
+    exif: bool = False  # whether images are turned as their EXIF orientation says
+    max_pixels: int = MAX_PIXELS  # of an image, at most
+
+    def __post_init__(self):
+        if not 1 <= self.max_pixels <= LARGEST_LIMIT:
+            raise UserError(f"--max-pixels is {self.max_pixels}: it must be from 1 to {LARGEST_LIMIT}")
 
     @classmethod
     def load(cls, model: str = "", template: str = "") -> "Settings":

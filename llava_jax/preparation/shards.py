@@ -14,7 +14,18 @@ from PIL import Image
 from llava_jax.data.records import BadRow, Record
 from llava_jax.data.sources import Mixture
 from llava_jax.data.tfds_rows import example_type
-from llava_jax.images import open_image, prepare
+from llava_jax.errors import UserError
+from llava_jax.files import read_json
+from llava_jax.images import (
+    MAX_PIXELS,
+    MissingImage,
+    decoding,
+    open_header,
+    open_image,
+    orientation,
+    prepare,
+    read_image,
+)
 
 SHOWN = 3  # bad rows of a shard that its note names
 
@@ -27,6 +38,8 @@ class Encoding:
     mode: str = "pad"
     format: str = "jpeg"
     quality: int = 95
+    exif: bool = False
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, content: bytes) -> bytes:
         """The image to store for an encoded image. UserError if it cannot be decoded.
@@ -34,18 +47,24 @@ class Encoding:
         With a size, it is the tile of `images.prepare`, which preparing once more leaves as it is: PNG changes no
         pixel of what the model sees, JPEG what its quality says. (A smaller image without the padding would change
         more: the model's own padding cannot place it by fractions of a pixel.) An image that is not larger, or that
-        would take more bytes, stays as it is.
+        would take more bytes, stays as it is. With `exif`, an image that is not upright is always written anew.
         """
-        if self.size is None:
-            _check_image(content)
+        turned = self.exif and self._is_turned(content)
+        if self.size is None and not turned:
+            _check_image(content, self.max_pixels)
             return content
-        image = open_image(content)
-        if (max(image.size) if self.mode == "pad" else min(image.size)) <= self.size:
+        image = open_image(content, self.exif, self.max_pixels)
+        if self.size is not None and (max if self.mode == "pad" else min)(image.size) > self.size:
+            image = Image.fromarray(prepare(image, self.size, self.mode)[0])
+        elif not turned:
             return content
-        tile, file = Image.fromarray(prepare(image, self.size, self.mode)[0]), io.BytesIO()
-        options = {"quality": self.quality, "subsampling": 0} if self.format == "jpeg" else {}
-        tile.save(file, self.format, **options)
-        return min(content, file.getvalue(), key=len)
+        file, options = io.BytesIO(), {"quality": self.quality, "subsampling": 0} if self.format == "jpeg" else {}
+        image.save(file, self.format, exif=b"", **options)
+        return file.getvalue() if turned else min(content, file.getvalue(), key=len)
+
+    def _is_turned(self, content: bytes) -> bool:
+        with decoding(f"image of {len(content)} bytes", content), open_header(content, self.max_pixels) as image:
+            return orientation(image) != 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +82,7 @@ class Examples:
         starts = self.mixture.starts
         which = bisect.bisect_right(starts, number) - 1
         record = self.mixture.sources[which][number - starts[which]]
-        read = [_read(image, record) for image in record.images]
+        read = [self._read(image, record) for image in record.images]
         kept = [self._encode(content, image, record) for content, image in zip(read, record.images, strict=True)]
         try:
             return _serialise(record, kept), [len(image) for image in read], [len(image) for image in kept]
@@ -73,9 +92,17 @@ class Examples:
     def _encode(self, content: bytes, image: str | bytes, record: Record) -> bytes:
         try:
             return self.encoding(content)
-        except ValueError as error:
+        except UserError as error:
             name = "" if isinstance(image, bytes) else f"{image}: "
             raise BadRow("broken_image", f"{record.source}: {name}{error}") from None
+
+    def _read(self, image: str | bytes, record: Record) -> bytes:
+        try:
+            return image if isinstance(image, bytes) else read_image(image, self.encoding.max_pixels)
+        except MissingImage as error:
+            raise BadRow("missing_image", f"{record.source}: {error}") from None
+        except UserError as error:
+            raise BadRow("broken_image", f"{record.source}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +143,15 @@ class ShardWriter:
                 os.unlink(begun)
 
     def finished(self, shard: int) -> dict[str, Any] | None:
-        """The note on a shard that has been written before and is still whole."""
+        """The note on a shard that has been written before and is still whole; a damaged note is none."""
         try:
-            with open(self.notes[shard], encoding="utf-8") as file:
-                note = json.load(file)
-            return note if os.path.getsize(self.files[shard]) == note["size"] else None
-        except FileNotFoundError:
+            if not os.path.exists(self.notes[shard]):
+                return None
+            note = read_json(self.notes[shard])
+            whole = _is_note(note) and os.path.getsize(self.files[shard]) == note["size"]
+        except (UserError, FileNotFoundError):
             return None
+        return note if whole else None
 
 
 def _feature(kind: str, **content: Any) -> dict[str, Any]:
@@ -165,29 +194,22 @@ def _serialise(record: Record, images: list[bytes]) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def _read(image: str | bytes, record: Record) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if not os.path.isfile(image):
-        raise BadRow("missing_image", f"{record.source}: {image}: no such image file")
-    try:
-        with open(image, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise BadRow("broken_image", f"{record.source}: {image}: cannot be read ({error.strerror})") from None
+def _is_note(note: dict[str, Any]) -> bool:
+    """Whether a note has the fields that `ShardWriter` writes, of their types."""
+    bad, shown = note.get("bad"), note.get("shown")
+    counts = [note.get(name) for name in ("rows", "bytes", "images", "read", "kept", "size")]
+    return (isinstance(bad, dict) and isinstance(shown, list) and all(isinstance(line, str) for line in shown)
+            and all(type(count) is int for count in (*counts, *bad.values())))
 
 
-def _check_image(content: bytes) -> None:
+def _check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """UserError if the image cannot be decoded."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format == "JPEG":
-                image.draft("L", (1, 1))  # an eighth as large: all of the file is read, in a third of the time
-                image.load()
-                return
-    except Exception:  # open_image says what it is
-        pass
-    open_image(content)
+    with decoding(f"image of {len(content)} bytes", content), open_header(content, max_pixels) as image:
+        if image.format == "JPEG":
+            image.draft("L", (1, 1))  # an eighth as large: all of the file is read, in a third of the time
+            image.load()
+            return
+    open_image(content, max_pixels=max_pixels)
 
 
 def write_json(path: str, content: Any) -> None:

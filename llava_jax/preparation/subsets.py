@@ -20,7 +20,8 @@ from tqdm import tqdm
 from llava_jax.data.parallel import Pool
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import parse_json
 from llava_jax.preparation.writing import check_outputs, common_root, is_path, map_images, move_images, write_rows
 
 CHUNK = 256  # rows that a worker reads together
@@ -152,24 +153,31 @@ def _kept(mixture: Mixture, exclude: str, kinds: Sequence[str]) -> np.ndarray:
         raise UserError(f"--exclude-kinds {', '.join(unknown)}: there is no such kind; there are {', '.join(KINDS)}")
     places = [(os.path.abspath(source.path), start, len(source))  # a mixture may read one file twice
               for source, start in zip(mixture.sources, mixture.starts, strict=False)]
-    with open(exclude, encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            try:
-                bad = json.loads(text)
-                path, row, kind = bad["source"], bad["row"], bad.get("kind")
-                own = os.path.abspath(path)
-                if not isinstance(row, int):
-                    raise TypeError
-                found = [start + row - 1 for source, start, size in places if source == own and 1 <= row <= size]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{exclude}, line {line}: not what prepare check --bad-rows writes") from None
-            if not found:
-                raise UserError(f"{exclude}, line {line}: there is no row {row} of {path} in {mixture.name}")
-            keep[found] &= kind is not None and kind not in kinds
+    for line, (path, row, kind) in _read_findings(exclude):
+        own = os.path.abspath(path)
+        found = [start + row - 1 for source, start, size in places if source == own and 1 <= row <= size]
+        if not found:
+            raise UserError(f"{exclude}, line {line}: there is no row {row} of {path} in {mixture.name}")
+        keep[found] &= kind is not None and kind not in kinds
     if not keep.any():
         raise UserError(f"{mixture.name}: {exclude} leaves no row")
     print(f"{exclude}: {np.sum(~keep):,} of {len(keep):,} rows are left out")
     return np.flatnonzero(keep)
+
+
+def _read_findings(path: str) -> Iterator[tuple[int, tuple[str, int, str | None]]]:
+    """The number of each line of a file of findings, with the source, row and kind that it names."""
+    with user_path(path), open(path, "rb") as file:
+        for line, text in enumerate(file, 1):
+            try:
+                found = parse_json(text.decode("utf-8-sig" if line == 1 else "utf-8"), path)
+                source, row, kind = found["source"], found["row"], found.get("kind")
+                fits = isinstance(source, str) and type(row) is int and isinstance(kind, str | None)
+            except (UserError, UnicodeDecodeError, KeyError):
+                fits = False
+            if not fits or "\0" in source:
+                raise UserError(f"{path}, line {line}: not what prepare check --bad-rows writes")
+            yield line, (source, row, kind)
 
 
 def _write(sources: Sequence[Source], numbers: np.ndarray, outputs: Sequence[str], parts: np.ndarray) -> None:

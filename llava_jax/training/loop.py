@@ -217,8 +217,8 @@ def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
         rows=stage.rows, mixture=open_mixture(path, data.image_root), tokenizer=run.tokenizer,
         template=data.template or model.template, tokens_per_image=model.tokens_per_image,
         image_size=model.vision.image_size, image_mode=model.image_mode, row_length=data.row_length,
-        context=model.text.max_length,
-        images_per_row=data.images_per_row, bad_rows=data.bad_rows, workers=data.workers, seed=run.recipe.seed,
+        context=model.text.max_length, images_per_row=data.images_per_row, exif=data.exif, max_pixels=data.max_pixels,
+        bad_rows=data.bad_rows, workers=data.workers, seed=run.recipe.seed,
         process_index=jax.process_index(), process_count=jax.process_count())
     return Batches(**options | changes)
 

@@ -38,7 +38,8 @@ class Samples:
             with contextlib.suppress(UserError):  # a bad row, which the policy of the data deals with
                 record = source[i]
                 question, answer = _first_round(record.turns)
-                images = [open_image(path) for path in record.images[: question.count("<image>")]]
+                images = [open_image(image, stage.data.exif, stage.data.max_pixels)
+                          for image in record.images[: question.count("<image>")]]
                 self._require_room(question)
                 read[i] = Request(question, images, max_new_tokens=LONGEST), answer
             if len(read) == SHOWN:

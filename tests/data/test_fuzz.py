@@ -8,6 +8,7 @@ import pytest
 
 from llava_jax.data.records import REASONS, BadRow, Record, parse_row
 from llava_jax.data.sources import open_mixture
+from llava_jax.errors import UserError
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is this, café?"}, {"from": "gpt", "value": "A \"cat\".\n"}]
 PARTS = [{"type": "text", "text": "And"}, {"type": "image", "index": 0, "text": None},
@@ -89,7 +90,7 @@ def check_file(path):
     """How many rows of the file are records, and how many are not."""
     try:
         source = open_mixture(path).sources[0]
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         assert str(path.parent) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
         return 0, 1
     good = sum(check_row(lambda i=i: source[i]) for i in range(len(source)))
@@ -115,6 +116,48 @@ def test_json_files(tmp_path):
         path.write_bytes(mutate_bytes(rng.choice(files).encode(), rng))
         found = [a + b for a, b in zip(found, check_file(path), strict=True)]
     assert min(found) > 1000
+
+
+MIXTURE = {"mixture": [{"path": "data.json", "image_root": "images", "epochs": 1.5}, {"path": "b.json", "count": 3}]}
+
+
+def test_mixture_files(tmp_path):
+    rng, path, good = random.Random(4), tmp_path / "mixture.json", 0
+    for name in ("data.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps([ROWS[0]] * 4))
+    for number in range(3000):
+        text = json.dumps(mutate_row(MIXTURE, rng), ensure_ascii=False, default=str)
+        content = text.encode(errors="surrogatepass")
+        path.write_bytes(content if number % 2 else mutate_bytes(json.dumps(MIXTURE).encode(), rng))
+        good += check_file(path)[0] > 0
+    assert 100 < good < 2900
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_metadata_of_tfds(name, tmp_path, monkeypatch):
+    pytest.importorskip("array_record")
+    from llava_jax.preparation.pack import Pack
+
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": TURNS[1:] + [TURNS[1] | {"from": "human"}]}] * 3))
+    assert Pack(str(tmp_path / "data.json"), str(tmp_path / "set"), workers=0).run() == 0
+    rng, path, good = random.Random(5), tmp_path / "set" / name, 0
+    whole = path.read_text()
+    for number in range(1500):
+        mutated = json.dumps(mutate_row(json.loads(whole), rng), default=str).encode()
+        path.write_bytes(mutated if number % 2 else mutate_bytes(whole.encode(), rng))
+        good += check_folder(tmp_path / "set")
+    assert 20 < good < 1480
+
+
+def check_folder(folder):
+    """Whether all rows of a data set are records."""
+    try:
+        source = open_mixture(folder).sources[0]
+        records = [check_row(lambda i=i: source[i]) for i in range(len(source))]
+    except UserError as error:
+        assert str(folder) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+        return False
+    return all(records)
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy"])

@@ -38,13 +38,37 @@ def test_images_beside_the_folder_stay_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.jpg", "a/../../evil.jpg", "/tmp/evil.jpg", "a/../../../evil.txt", "..\\evil.jpg", "C:\\evil.jpg"])
+    "name", ["../evil.jpg", "a/../../evil.jpg", "/tmp/evil.jpg", "a/../../../evil.txt", "..\\evil.jpg", "C:\\evil.jpg",
+             "0//tmp/evil.jpg", "images//evil.jpg", "./evil.jpg", "0/./evil.jpg", "//evil.jpg"])
 def test_a_member_that_leaves_the_folder_is_refused(name, tmp_path):
     archive = write(tmp_path / "x.zip", {**IMAGES, name: b"evil"})
     with pytest.raises(UserError, match="would leave the folder; nothing was unpacked") as raised:
         unpack(archive, str(tmp_path / "to"), set(IMAGES))
     assert str(raised.value).startswith(archive) and "evil" in str(raised.value)
     assert tree(tmp_path) == {"x.zip": (tmp_path / "x.zip").read_bytes()}
+
+
+def test_an_absolute_path_behind_the_leading_folder(tmp_path):
+    """Without its leading folder, this name is that of another folder."""
+    archive = write(tmp_path / "x.zip", {"train2017/1.jpg": b"1", f"train2017/{tmp_path}/evil.jpg": b"evil"})
+    with pytest.raises(UserError, match="would leave the folder; nothing was unpacked"):
+        unpack(archive, str(tmp_path / "to"), {"1.jpg"})
+    assert list(tree(tmp_path)) == ["x.zip"]
+
+
+def test_a_link_in_the_folder_is_not_followed_out_of_it(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to/0").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(UserError, match="would be written outside of"):
+        unpack(write(tmp_path / "x.zip", IMAGES), str(tmp_path / "to"), set(IMAGES))
+    assert list(tree(tmp_path)) == ["x.zip"]
+
+
+def test_a_folder_that_is_a_link_itself(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "to").symlink_to(tmp_path / "disk", target_is_directory=True)
+    assert unpack(write(tmp_path / "x.zip", IMAGES), str(tmp_path / "to"), set(IMAGES)) == 7
+    assert tree(tmp_path / "disk") == IMAGES
 
 
 def test_a_link_is_refused(tmp_path):

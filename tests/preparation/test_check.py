@@ -1,5 +1,6 @@
 """Every kind of bad row found with its place, none where there is none, and figures against brute force."""
 
+import errno
 import io
 import json
 import os
@@ -57,6 +58,18 @@ def strip(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
+def saved(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 def frames(kind="GIF") -> bytes:
     file = io.BytesIO()
     pages = [Image.new("L", (8, 8), shade) for shade in (0, 99, 200)]
@@ -70,6 +83,13 @@ IMAGES = {
     "cut.jpg": encoded()[:-200], "cut.png": encoded(kind="PNG")[:-900], "empty.jpg": b"",
     "text.jpg": b"<html>404</html>", "bomb.png": bomb(), "strip.png": strip(1, 3000), "wide.png": strip(17000, 200),
     "png.jpg": encoded(kind="PNG", size=(44, 30)),
+    "bomb.webp": b"RIFF\x1a\0\0\0WEBPVP8L\x0e\0\0\0\x2f\xfe\xbf\xff\x0f" + bytes(9),
+    "scans.jpg": encoded()[:-2] + b"\xff\xda\0\x08" * 2999 + b"\xff\xd9",
+    "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "drawing.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "turned.jpg": encoded(size=(45, 30), exif=turned(6)),
+    "faint.png": saved(Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20))),
+    "glass.png": saved(Image.new("LA", (9, 8), (70, 99))),
     "phone.jpg": encoded(kind="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]),
     "moving.gif": frames(), "moving.jpg": frames(), "pages.tiff": frames("TIFF"),
     "zero.bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 0, 5, 1, 24, 0, 0, 0, 0, 0, 0),
@@ -114,14 +134,19 @@ DEFECTS = {
         [("image_count", "1 images, but 0 in the turns that are used")]),
     "outside": (row(0, image="../secret.jpg"), [("outside_root", "image ../secret.jpg is outside the image root")]),
     "missing": (row(0, image="sub/none.jpg"), [("missing_image", "sub/none.jpg: no such image file")]),
-    "a folder as image": (row(0, image="folder.jpg"), [("broken_image", "folder.jpg: is no regular file")]),
+    "a folder as image": (row(0, image="folder.jpg"), [("broken_image", "folder.jpg: cannot be read (it is no regul")]),
     "truncated JPEG": (row(0, image="cut.jpg"), [("broken_image", "cut.jpg: cannot be read (image file is truncated")]),
     "truncated PNG": (row(0, image="cut.png"), [("broken_image", "cut.png: cannot be read (")]),
     "empty image": (row(0, image="empty.jpg"), [("broken_image", "empty.jpg: the file is empty (0 bytes)")]),
     "HTML as image": (row(0, image="text.jpg"), [("broken_image", "text.jpg: not an image")]),
     "no pixels": (row(0, image="zero.bmp"), [("broken_image", "zero.bmp: not an image")]),
     "bomb": (row(0, image="bomb.png"), [("broken_image", "bomb.png: cannot be read (Image size (900000000 pixels)")]),
-    "too large to pad": (row(0, image="wide.png"), [("broken_image", "17000 x 200 pixels is too large or elongated")]),
+    "long, but not too long to pad": (row(0, image="wide.png"), []),
+    "too many scans": (row(0, image="scans.jpg"), [("broken_image", "cannot be read (a JPEG of 3,000 scans, more")]),
+    "WebP bomb": (row(0, image="bomb.webp"), [("broken_image", "cannot be read (16,383 x 16,383 pixels, more than")]),
+    "Git LFS": (row(0, image="pointer.jpg"), [("broken_image", "not an image but a Git LFS pointer")]),
+    "HEIC": (row(0, image="phone.heic"), [("broken_image", "phone.heic: an HEIC image, as iPhones write it")]),
+    "EPS": (row(0, image="drawing.eps"), [("broken_image", "drawing.eps: not an image but PostScript")]),
     "no answer": (row(0, conversations=turns("Hi r0")), [("no_supervised_tokens", "no answer with text")]),
     "answer without text": (row(0, answer=""), [("no_supervised_tokens", "no answer with text")]),
     "too many tokens": (row(0, answer=LONG), [("too_long", "tokens, {over} more than --max-length 1200")]),
@@ -139,6 +164,9 @@ DEFECTS = {
     "an image is a question": (row(0, image="grey.png", conversations=turns("<image>", "Ho")), []),
     "an empty opening that is left out": (row(0, conversations=turns("", "Hi r0", "Ho", first="gpt")), []),
     "PNG as JPEG": (row(0, image="png.jpg"), [("wrong_type", "png.jpg: holds PNG, but is named .jpg")]),
+    "EXIF rotation": (row(0, image="turned.jpg"), [("rotated", "turned.jpg: EXIF orientation 6: viewers turn it")]),
+    "hardly a difference": (row(0, image="faint.png"), [("faint", "its values from 0 to 299 become 0 to 1 of 255")]),
+    "glass": (row(0, image="glass.png"), [("transparent", "glass.png: has transparent pixels")]),
     "GIF of three frames": (row(0, image="moving.gif"), [("animated", "moving.gif: has several frames")]),
     "TIFF of three pages": (row(0, image="pages.tiff"), [("animated", "pages.tiff: has several frames")]),
     "GIF as JPEG": (row(0, image="moving.jpg"),
@@ -349,11 +377,44 @@ def test_a_tokenizer_s_own_tokens(tmp_path):
     assert [(f.row, f.message) for f in found] == [(2, "turn 2 holds '[PAD]', turn 2 holds '<s>'")]
 
 
-@pytest.mark.parametrize("mode, refused", [("square", "1 x 3000"), ("pad", "17000 x 200")])
+@pytest.mark.parametrize("mode, refused", [("square", 1), ("pad", 0)])
 def test_images_that_grow_too_large_in_one_mode_only(mode, refused, tmp_path):
     path = write(tmp_path, [row(1, image="strip.png"), row(2, image="wide.png")])
-    (finding,), _ = run(path, Settings(image_mode=mode))
-    assert finding.kind == "broken_image" and f"{refused} pixels is too large or elongated" in finding.message
+    found, _ = run(path, Settings(image_mode=mode))
+    assert [finding.kind for finding in found] == ["broken_image"] * refused
+    assert all("1 x 3000 pixels is too elongated to resize" in finding.message for finding in found)
+
+
+def test_an_image_that_decodes_for_ever(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr("llava_jax.images.time.monotonic", lambda: next(clock))
+    (finding,), _ = run(write(tmp_path, [row(1, image="good.jpg")]), Settings())
+    assert finding.kind == "broken_image" and "decoding takes more than 30 s" in finding.message
+
+
+def test_turned_images_are_no_finding_once_training_turns_them(tmp_path):
+    path = write(tmp_path, [row(1, image="turned.jpg"), row(2, image="good.jpg")])
+    for settings, kinds in ((Settings(), ["rotated"]), (Settings(exif=True), [])):
+        found, _ = run(path, settings)
+        assert [finding.kind for finding in found] == kinds
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "I/O"), OSError(errno.ESTALE, "stale"), MemoryError()])
+@pytest.mark.parametrize("where", ["builtins.open", "PIL.Image.open", "PIL.Image.Image.load"])
+def test_a_fault_of_the_machine_is_no_finding(fault, where, tmp_path, monkeypatch):
+    path = write(tmp_path, [row(1, image="good.jpg")])
+    checker = Checker(open_mixture(path).sources, Settings(), 2048, None)
+    real = open
+
+    def fail(*args, **options):
+        if where == "builtins.open" and not str(args[0]).endswith("good.jpg"):
+            return real(*args, **options)
+        raise fault
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(type(fault)) as raised:
+        checker((0, 0, 1))
+    assert raised.value is fault
 
 
 def test_captions(tmp_path):
