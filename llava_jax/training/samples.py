@@ -15,6 +15,7 @@ from llava_jax.inference.llava import Llava, Request
 from llava_jax.models.llava import Parameters
 from llava_jax.processes.group import gather
 from llava_jax.text.encode import encode_prompt
+from llava_jax.text.templates import IMAGE
 from llava_jax.training.start import Run
 
 SHOWN = 4
@@ -37,11 +38,11 @@ class Samples:
         for i in range(min(len(source), TRIED)):
             with contextlib.suppress(UserError):  # a bad row, which the policy of the data deals with
                 record = source[i]
-                question, answer = _first_round(record.turns)
-                images = [open_image(image, stage.data.exif, stage.data.max_pixels)
-                          for image in record.images[: question.count("<image>")]]
-                self._require_room(question)
-                read[i] = Request(question, images, max_new_tokens=LONGEST), answer
+                messages, answer = _first_round(record.turns)
+                marks = sum(message["content"].count(IMAGE) for message in messages)
+                images = [open_image(image, stage.data.exif, stage.data.max_pixels) for image in record.images[:marks]]
+                self._require_room(messages)
+                read[i] = Request(messages, images, max_new_tokens=LONGEST), answer
             if len(read) == SHOWN:
                 break
         everywhere = set.intersection(*map(set, gather("the questions of the samples", list(read))))
@@ -55,20 +56,21 @@ class Samples:
             self.llava = Llava(self.model, parameters, self.run.tokenizer, self.run.dtype, mesh)
         self.llava.parameters = parameters
         answers = self.llava.batch([request for request, _ in self.pairs])
-        return [{"question": request.messages, "expected": expected, "answer": answer.text}
+        return [{"question": request.messages[-1]["content"], "expected": expected, "answer": answer.text}
                 for (request, expected), answer in zip(self.pairs, answers, strict=True)]
 
-    def _require_room(self, question: str) -> None:
+    def _require_room(self, messages: Sequence[dict[str, str]]) -> None:
         """Raises UserError for a question that leaves no room for an answer."""
-        model, messages = self.model, [{"role": "user", "content": question}]
+        model = self.model
         tokens = encode_prompt(messages, model.template, self.run.tokenizer, model.tokens_per_image)
         if len(tokens) >= model.text.max_length:
             raise UserError("the question is too long")
 
 
-def _first_round(turns: Sequence[dict[str, str]]) -> tuple[str, str]:
-    """The first question and its answer; UserError if there is none."""
+def _first_round(turns: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
+    """The messages that ask the first question, with the system text, and its answer. UserError if there is none."""
     for question, answer in itertools.pairwise(turns):
         if question["from"] == "human":
-            return question["value"], answer["value"]
+            system = [{"role": "system", "content": turn["value"]} for turn in turns[:1] if turn["from"] == "system"]
+            return [*system, {"role": "user", "content": question["value"]}], answer["value"]
     raise UserError("no question with an answer")

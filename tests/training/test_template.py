@@ -1,14 +1,22 @@
 """The template that the finished model carries is the one it was trained on."""
 
 import dataclasses
+import json
+import types
+from pathlib import Path
 
 import pytest
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.training import loop
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.text.encode import encode_conversation, encode_prompt
+from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.training import loop, samples
 from llava_jax.training.start import finished_template
 from llava_jax.weights import load_checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -58,3 +66,21 @@ def test_the_exported_model_carries_it(make_recipe):
     again = loop.train(make_recipe(None, "mistral_instruct", llava=str(model)))
     assert load_checkpoint(again)[0].template == "mistral_instruct"
     assert dataclasses.replace(load_checkpoint(again)[0], template="llava_llama_2") == load_checkpoint(model)[0]
+
+
+def test_sample_questions_are_asked_with_their_system_text(make_recipe, tmp_path):
+    rows = [{"system": "Be brief.", "conversations": [{"from": "human", "value": "Colour?"},
+                                                      {"from": "gpt", "value": "red"}]},
+            {"conversations": [{"from": "human", "value": "Shape?"}, {"from": "gpt", "value": "circle"}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    stage = make_recipe(None, "mistral_instruct").stages["stage0"]
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=str(tmp_path / "rows.json")))
+    tokenizer = Tokenizer.load(GOLDEN)
+    made = samples.Samples(types.SimpleNamespace(model=LlavaConfig(), tokenizer=tokenizer), stage)
+    assert len(made.pairs) == 2
+    for (request, _), row in zip(made.pairs, rows, strict=True):
+        system = [{"from": "system", "value": row["system"]}] if "system" in row else []
+        turns = system + row["conversations"]
+        trained = encode_conversation(turns, "mistral_instruct", tokenizer).tokens.tolist()
+        prompt = encode_prompt(request.messages, "mistral_instruct", tokenizer).tolist()
+        assert trained[: len(prompt)] == prompt and request.messages[-1]["content"] == row["conversations"][0]["value"]
