@@ -7,12 +7,13 @@ line by its dotted name, for example `--stages.align.optimizer.warmup_ratio 0.1`
 import dataclasses
 import difflib
 import importlib.util
+import math
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from llava_jax.errors import UserError
 from llava_jax.images import LARGEST_LIMIT, MAX_PIXELS
@@ -217,6 +218,20 @@ class Recipe:
         for name in ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if infinite := [name for name, value in _floats(dataclasses.asdict(self)) if not math.isfinite(value)]:
+            raise UserError(f"{infinite[0]}: it must be finite")
+
+
+def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a tree of dicts and tuples, by their dotted names."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _floats(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from _floats(inner, name)
+    elif isinstance(value, float):
+        yield name, value
 
 
 def lookup(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str, spare: bool = False) -> dict[str, T]:

@@ -26,6 +26,10 @@ from llava_jax.training.step import TrainState
 
 READ_BYTES = 2**24
 
+DIVERGED = ("set lower learning rates, or optimizer.clip (and another --output, if this stage has checkpoints, whose "
+            "recipe cannot change)")
+"""What to do about values that are not finite."""
+
 
 class DamagedCheckpoint(UserError):
     """Raised on all processes together if a checkpoint does not hold what was saved."""
@@ -65,8 +69,7 @@ class Checkpoints:
         found = {name: digests(tree) for name, tree in items.items()}
         check_finite({f"{name} {path}": pair for name, paths in found.items() for path, pair in paths.items()},
                      f"stages.{self.directory.name}, after step {step}",
-                     "this state was not saved. Start again in another output directory with lower learning rates, "
-                     "or set optimizer.clip")
+                     f"this state was not saved; {DIVERGED}")
         content = meta | {"stage": self.directory.name, "step": step, "digests": {
             name: {path: digest for path, (digest, _) in paths.items()} for name, paths in found.items()}}
         self.manager.save(step, force=True, args=ocp.args.Composite(

@@ -25,7 +25,7 @@ from llava_jax.models.llava import Parameters
 from llava_jax.processes import group as processes
 from llava_jax.processes.group import agree, gather, total
 from llava_jax.training import output, preflight
-from llava_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from llava_jax.training.checkpoint import DIVERGED, Checkpoints, DamagedCheckpoint
 from llava_jax.training.digests import check_finite, digests, fingerprint
 from llava_jax.training.inputs import check_inputs, inputs, write_inputs
 from llava_jax.training.lock import hold
@@ -33,7 +33,7 @@ from llava_jax.training.metrics import Log, Progress, model_flops, peak_flops
 from llava_jax.training.optimizer import make_optimizer, schedule, trainable_paths
 from llava_jax.training.start import Run, begin, load_parameters
 from llava_jax.training.step import init_state, make_loss, make_train_step
-from llava_jax.training.validation import DIVERGED, Evaluations
+from llava_jax.training.validation import Evaluations
 from llava_jax.weights import save_huggingface
 
 AHEAD = 2
@@ -90,10 +90,13 @@ def check_stages(run: Run) -> None:
             latest = checkpoints.latest()
             if latest is not None and checkpoints.meta(latest)["total_steps"] == latest:
                 continue
-        preflight.check_image_root(name, stage.data)
-        preflight.check_training_data(read_data(run, stage, stage.data.path))
-        if stage.data.validation and latest is None:
-            preflight.check_validation_data(read_validation(run, stage))
+        try:
+            preflight.check_image_root(stage.data)
+            preflight.check_training_data(read_data(run, stage, stage.data.path))
+            if stage.data.validation and latest is None:
+                preflight.check_validation_data(read_validation(run, stage))
+        except UserError as error:
+            raise UserError(f"stages.{name}: {error}") from error
 
 
 def finish(run: Run) -> Path:
@@ -126,12 +129,13 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
             meta["total_steps"] = stage.steps or count_steps(run, stage)
         steps, start = meta["total_steps"], latest or 0
         evaluations = stack.enter_context(contextlib.closing(Evaluations(
-            run, name, steps, log, read_validation(run, stage, keep=True) if stage.data.validation else None,
-            lambda batch: on_devices(run, batch, 1))))
+            run, name, steps, log, lambda batch: on_devices(run, batch, 1))))
         missing = evaluations.missing(start)
         if start == steps and not missing:
             return
 
+        if stage.data.validation:
+            evaluations.batches = read_validation(run, stage, keep=True)
         rates = trainable_paths(stage, list(run.shardings))
         trainable, frozen = split_parameters(run, name, rates, meta, checkpoints)
         tx = make_optimizer(stage, rates, steps)

@@ -13,30 +13,30 @@ from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters
 from llava_jax.processes.group import gather, total
 from llava_jax.training import output
+from llava_jax.training.checkpoint import DIVERGED
 from llava_jax.training.metrics import Log, Progress
 from llava_jax.training.samples import Samples
 from llava_jax.training.start import Run
-
-DIVERGED = "start again in another output directory with lower learning rates, or set optimizer.clip"
 
 
 class Evaluations:
     """Validations and sample answers of one stage. All processes call the methods.
 
-    The validation data are opened and tokenised in the first pass and kept for the others. `batches` is None for a
-    stage without validation data; `to_devices` brings a batch to the mesh.
+    `to_devices` brings a batch to the mesh. `batches`, the validation data, is set before the first `write` if the
+    stage has some; they are tokenised in the first pass and kept for the others.
     """
 
-    def __init__(self, run: Run, name: str, steps: int, log: Log, batches: Batches | None,
+    def __init__(self, run: Run, name: str, steps: int, log: Log,
                  to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]):
-        self.run, self.name, self.steps, self.log = run, name, steps, log
-        self.batches, self.to_devices = batches, to_devices
+        self.run, self.name, self.steps, self.log, self.to_devices = run, name, steps, log, to_devices
+        self.stage = run.recipe.stages[name]
+        self.batches: Batches | None = None
         self.samples: Samples | None = None
 
     def due(self, step: int) -> list[str]:
         """What is to be looked at after a step: "validation_loss", "samples"."""
         recipe, last = self.run.recipe, step == self.steps
-        kinds = {"validation_loss": recipe.validate_every if self.batches is not None else 0,
+        kinds = {"validation_loss": recipe.validate_every if self.stage.data.validation else 0,
                  "samples": recipe.sample_every}
         return [kind for kind, every in kinds.items() if step and every and (last or step % every == 0)]
 
@@ -62,7 +62,7 @@ class Evaluations:
             told = f", {sum(skipped.values()):,} rows skipped" if skipped else ""
             progress.note(f"{self.name} {step}/{self.steps}  validation loss {mean:.3f}{told}")
         if "samples" in kinds:
-            self.samples = self.samples or Samples(self.run, self.run.recipe.stages[self.name])
+            self.samples = self.samples or Samples(self.run, self.stage)
             answers = self.samples.answer(trainable | frozen)
             self.log.write({"stage": self.name, "step": step, "samples": answers})
             progress.note("\n".join(f"  {a['question']!r} -> {a['answer']!r} ({a['expected']!r})" for a in answers))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.training import loop
+from llava_jax.training import loop, validation
 from llava_jax.weights import load_checkpoint
 
 
@@ -154,6 +155,43 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_recipe):
     recipe = dataclasses.replace(recipe, stages={"instruct": wild})
     with pytest.raises(UserError, match="the loss is (nan|inf) at step"):
         loop.train(recipe)
+
+
+def test_a_model_that_is_not_finite_after_the_last_step_is_not_exported(make_recipe, data):
+    recipe = make_recipe()
+    wild = dataclasses.replace(recipe.stages["instruct"], steps=1, optimizer=config.Optimizer(warmup_ratio=0.0),
+                               learning_rates=(("(projector|decoder)/.*", 1e30), ("vision/.*", None)))
+    for path in ("", str(data)):
+        stage = dataclasses.replace(wild, data=dataclasses.replace(wild.data, validation=path))
+        with pytest.raises(UserError, match="the loss is (nan|inf) after the last step, 1; set lower learning rates"):
+            loop.train(dataclasses.replace(recipe, stages={"instruct": stage}))
+    assert not os.path.exists(recipe.output + "/model")
+    assert not os.path.exists(recipe.output + "/checkpoints")
+    json.loads(open(recipe.output + "/metrics.jsonl").read(), parse_constant=pytest.fail)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_each_time(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    recipe = dataclasses.replace(recipe, stages={"instruct": dataclasses.replace(recipe.stages["instruct"], steps=2)})
+    monkeypatch.setattr(validation.Evaluations, "_validate", lambda *_: (float("nan"), {}))
+    for _ in range(2):  # also when it goes on from the checkpoint before the validation
+        with pytest.raises(UserError, match="stages.instruct: the validation loss is nan after step 2; set lower"):
+            loop.train(recipe)
+    assert not os.path.exists(recipe.output + "/model")
+
+
+def test_a_source_that_is_not_finite_is_named_before_the_first_step(make_recipe, parts, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    vision = shutil.copytree(parts[0], tmp_path / "vision")
+    tensors = load_file(vision / "model.safetensors")
+    next(x for name, x in tensors.items() if name.endswith("pre_layrnorm.bias"))[3] = np.nan
+    save_file(tensors, vision / "model.safetensors", {"format": "pt"})
+    recipe = make_recipe()
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vision=str(vision)))
+    with pytest.raises(UserError, match="not finite"):
+        loop.train(recipe)
+    assert not os.path.exists(recipe.output)
 
 
 def test_text_alone_trains_and_samples_are_answered(make_recipe, data, tmp_path):

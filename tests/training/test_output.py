@@ -1,7 +1,9 @@
 """The output directory in a bucket, for which fsspec's file system in memory stands in."""
 
 import dataclasses
+import itertools
 import json
+import os
 
 import pytest
 from etils import epath
@@ -9,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.training import loop, output
+from llava_jax.training import lock, loop, output
 from llava_jax.training.metrics import Log
 
 
@@ -57,6 +59,44 @@ def test_another_recipe_is_refused(recipe):
     output.check_recipe(dataclasses.replace(recipe, mesh=config.Mesh(fsdp=2), stages=recipe.stages | {"b": elsewhere}))
     with pytest.raises(UserError, match=r"gs://bucket/run: holds a run of another recipe \(different: seed\)"):
         output.check_recipe(dataclasses.replace(recipe, seed=1))
+
+
+@pytest.mark.parametrize("content, problem", [
+    (b"[]", "must be an object, and is a list"), (b"{", "not JSON"), (b"\xff", "byte 1 is no UTF-8"), (b"", "not JSON"),
+    (b"{}", "stages is missing or no object"), (b'{"stages": []}', "stages is missing or no object"),
+])
+def test_a_damaged_recipe_is_named(recipe, tmp_path, content, problem):
+    for folder in ("gs://bucket/run", str(tmp_path)):
+        path = epath.Path(folder) / "recipe.json"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path}: {problem}"):
+            output.check_recipe(dataclasses.replace(recipe, output=folder))
+
+
+@pytest.mark.parametrize("state", ["free", "left behind", "alive", "at once"])
+def test_the_lock_in_a_bucket(recipe, monkeypatch, state):
+    monkeypatch.setattr(lock, "SILENT", 0.05)
+    monkeypatch.setattr(lock, "SETTLE", 0.0)
+    folder = output.directory(recipe)
+    other = {"host": "elsewhere", "pid": 7, "since": "2026-01-01 00:00:00 UTC", "token": "x"}
+    if state in ("left behind", "alive"):
+        (folder / ".lock").write_text(json.dumps(other))
+    if state == "alive":
+        beats = itertools.count()
+        monkeypatch.setattr(lock._BucketLock, "get", lambda self: json.dumps(other | {"beat": next(beats)}).encode())
+    if state == "at once":  # the other's note comes after ours
+        monkeypatch.setattr(lock._BucketLock, "put", lambda self, note: self.path.write_text(json.dumps(other)))
+    if state in ("alive", "at once"):
+        with pytest.raises(UserError, match=r"gs://bucket/run: a run on elsewhere \(process 7, since 2026"), \
+                lock.hold(folder):
+            pass
+    else:
+        with lock.hold(folder):
+            assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
+            with lock.hold(folder):  # within: nothing
+                pass
+            assert (folder / ".lock").exists()
+        assert not (folder / ".lock").exists()
 
 
 def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):

@@ -177,7 +177,7 @@ def test_the_corrected_recipe_of_a_later_stage_goes_on(make_recipe, monkeypatch,
     # The first stage is done: its data are needed no more, once the second has a checkpoint.
     die(monkeypatch, recipe, step=2 + 3)
     os.unlink(tmp_path / "data" / "data.json")
-    loop.train(with_data(recipe, "align", path="gone.json"))
+    loop.train(with_data(recipe, "align", path="gone.json", validation="gone.json"))
     assert_same(recipe, whole)
     # The model is there: nothing may change any more.
     with pytest.raises(UserError, match="different: stages.more"):
