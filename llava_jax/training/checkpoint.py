@@ -6,8 +6,10 @@ Frozen parameters are not in them: `meta` names where they came from, with a fin
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +157,11 @@ class Checkpoints:
                 raise
             for name in names:
                 _read_through(self._folder(step) / name)  # raises what the disk or the network is to blame for
-            problem = " ".join(str(error).split())[:300] or type(error).__name__
+            while error.__cause__ is not None:  # TensorStore's own words are below Orbax's
+                error = error.__cause__
+            problem = " ".join(str(error).split())[:200] or type(error).__name__
+        if problem:
+            _collect_quietly()
         if problems := [problem for problem in gather(f"checkpoint of step {step}", problem) if problem]:
             raise DamagedCheckpoint(self, step, problems[0])
         return result
@@ -166,6 +172,15 @@ class Checkpoints:
             self.manager.wait_until_finished()
             self.manager.close()
             del self.__dict__["manager"]
+
+
+def _collect_quietly() -> None:
+    """Lets go of Orbax's readers of the other arrays, each of which would print its error as Python drops it."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _sha256(content: dict) -> str:
