@@ -149,7 +149,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
             check_inputs(run, name, found)
             state = checkpoints.restore(latest, state)
             data.set_state(meta["data"])
-        log.rewind(list(recipe.stages), name, start)
+        log.rewind(name, start)
         train_step, loss = make_train_step(run.graphs[name], tx, state), make_loss(run.graphs[name])
         factor = schedule(steps, stage.optimizer.warmup_ratio)
         peak_rate = max(rates.values())

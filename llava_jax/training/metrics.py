@@ -77,8 +77,9 @@ class Log:
     """The run's log: `metrics.jsonl` and its optional copies, written by the first process only."""
 
     def __init__(self, directory: Path, recipe: config.Recipe):
-        self.active = jax.process_index() == 0
+        self.active, self.recipe = jax.process_index() == 0, recipe
         self.path = directory / "metrics.jsonl"
+        self.complete: set[str] = set()
         self.tensorboard = self.wandb = None
         if not self.active:
             return
@@ -100,11 +101,15 @@ class Log:
         return self.active and any((line["stage"], line["step"]) == (stage, step) and key in line
                                    for line in read_lines(self.path))
 
-    def rewind(self, stages: list[str], stage: str, step: int) -> None:
-        """Drops what was written after `step` of `stage`: a restart writes it again."""
-        if not self.active or not self.path.exists():
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops what was written after `step` of `stage`: a restart writes it again.
+
+        A stage that is done again, since its checkpoint was damaged, has all its lines if a later one has started.
+        """
+        self.complete = {stage} if output.has_later_started(self.recipe, stage) else set()
+        if not self.active or not self.path.exists() or self.complete:
             return
-        order = {name: i for i, name in enumerate(stages)}
+        order = {name: i for i, name in enumerate(self.recipe.stages)}
         last = order[stage], step
         kept = [line for line in read_lines(self.path) if (order.get(line["stage"], -1), line["step"]) <= last]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
@@ -117,7 +122,7 @@ class Log:
 
     def write(self, line: dict) -> None:
         """One line; `line` has `stage` and `step`."""
-        if not self.active:
+        if not self.active or line["stage"] in self.complete:
             return
         text = json.dumps(line, allow_nan=False) + "\n"
         if isinstance(self.path, Path):

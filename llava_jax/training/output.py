@@ -96,6 +96,12 @@ def has_started(recipe: config.Recipe, stage: str) -> bool:
     return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
+def has_later_started(recipe: config.Recipe, stage: str) -> bool:
+    """Whether a stage after this one has a checkpoint, so that this one was finished once."""
+    stages = list(recipe.stages)
+    return any(has_started(recipe, later) for later in stages[stages.index(stage) + 1 :])
+
+
 def claim(recipe: config.Recipe) -> None:
     """Writes the recipe into its output directory, for `check_recipe` of later runs."""
     if jax.process_index() == 0:

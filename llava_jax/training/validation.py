@@ -45,9 +45,7 @@ class Evaluations:
 
         Nothing is if a later stage has started.
         """
-        stages = list(self.run.recipe.stages)
-        later = stages[stages.index(self.name) + 1 :]
-        kinds = [] if any(output.has_started(self.run.recipe, stage) for stage in later) else self.due(step)
+        kinds = [] if output.has_later_started(self.run.recipe, self.name) else self.due(step)
         return gather("what is missing in the log", [k for k in kinds if not self.log.has(self.name, step, k)])[0]
 
     def write(self, kinds: list[str], step: int, loss: Callable, trainable: Parameters, frozen: Parameters,

@@ -92,7 +92,7 @@ def continued(copy: Path, everything: Path) -> None:
     moved = dataclasses.replace(recipe, output=str(copy))
     output.check_recipe(moved)
     with contextlib.closing(Log(copy, moved)) as log:
-        log.rewind(list(recipe.stages), "instruct", 2)
+        log.rewind("instruct", 2)
 
 
 def reported(copy: Path, everything: Path) -> None:

@@ -34,7 +34,7 @@ def recipe(tmp_path) -> config.Recipe:
 def test_a_damaged_line_is_named(recipe, tmp_path, line, problem):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "a", "step": 1, "loss": 1.5}\n' + line + "\n")
-    for read in (lambda: Log(tmp_path, recipe).rewind(["a"], "a", 2), lambda: report.read_metrics(path)):
+    for read in (lambda: Log(tmp_path, recipe).rewind("a", 2), lambda: report.read_metrics(path)):
         with pytest.raises(UserError) as error:
             read()
         assert str(error.value).startswith(f"{path}, line 2: {problem}")

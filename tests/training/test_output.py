@@ -47,7 +47,7 @@ def test_metrics_are_written_and_rewound(recipe):
     for line in written:
         log.write(line)
     assert lines(recipe) == written
-    Log(output.directory(recipe), recipe).rewind(["a", "b"], "b", 1)
+    Log(output.directory(recipe), recipe).rewind("b", 1)
     assert lines(recipe) == written[:4]
 
 

@@ -108,6 +108,19 @@ def test_the_optimizer_of_a_stage_that_goes_on_is_compared(make_recipe, monkeypa
     assert_same(cut, whole)
 
 
+def test_a_finished_stage_that_is_done_again_keeps_the_lines_of_the_later_ones(make_recipe, monkeypatch):
+    whole, cut = make_recipe("whole"), make_recipe("cut")
+    loop.train(whole)
+    die(monkeypatch, cut, step=STEPS + 4)
+    flip_a_bit(f"{cut.output}/checkpoints/align/{STEPS}", "trainable")
+    loop.train(cut)
+    assert_same(cut, whole)
+    ours, theirs = ([(line["stage"], line["step"]) for line in
+                     map(json.loads, Path(recipe.output, "metrics.jsonl").read_text().splitlines())]
+                    for recipe in (cut, whole))
+    assert ours == theirs
+
+
 def test_without_a_checkpoint_before_it_a_damaged_one_ends_the_run(make_recipe, monkeypatch):
     recipe = first_stage(make_recipe())
     die(monkeypatch, recipe, step=4)
