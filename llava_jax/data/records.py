@@ -68,7 +68,8 @@ def parse_row(row: Any, where: str) -> Record:
     - Images are the row's `image` or `images`: a path, {"bytes", "path"} or a list of these; or the parts' own (`path`,
       `url`, `base64`, `image`). A `data:` URL holds the image itself. Every `<image>` takes the next one, a part with
       an `index` the one of that number.
-    - A system text is a first turn or the row's `system` or `system_prompt`.
+    - A system text is a first turn or the row's `system` or `system_prompt`. An empty first turn leaves the
+      template's own out, as it does when a model is asked; an empty `system` is none.
     - A turn's `weight`, `loss`, `train`, `masked` (fields.py has all) keep an answer from being learned.
 
     ShareGPT rows, which may open with an answer, are read as they are: encoding drops that turn. Raises BadRow, also
@@ -177,7 +178,7 @@ def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], 
         fields.check_turn(turn, name)
         learned = fields.is_learned(turn, name, role == "gpt")
         text, own = _content(turn.get(text), f"{name}'s {text}", role == "gpt")
-        if text or role != "system":  # an empty system text is none, as in the row's `system`
+        if text or role != "system" or not turns:
             turns.append({"from": role, "value": text} | ({"loss": False} if role == "gpt" and not learned else {}))
         slots += own
     _check_order([turn["from"] for turn in turns], len(turns) - len(value))

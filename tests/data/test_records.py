@@ -2,10 +2,13 @@
 
 import base64
 import pickle
+from pathlib import Path
 
 import pytest
 
 from llava_jax.data.records import REASONS, BadRow, Record, parse_row
+from llava_jax.text.encode import encode_conversation, encode_prompt
+from llava_jax.text.tokenizer import Tokenizer
 
 ASK, ANSWER = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
 TEXT_ONLY = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
@@ -107,7 +110,17 @@ def test_empty_cells_are_no_images(cell):
 def test_turns_with_the_keys_of_two_formats():
     turns = [{"from": "human", "value": "Hello", "role": "user"}, {"role": "assistant", "value": "Hi"}]
     assert parse_row({"conversations": turns}, "here").turns == tuple(TEXT_ONLY)
-    assert parse_row({"messages": [turn("system", ""), *TEXT_ONLY], "id": 3.0}, "here").turns == tuple(TEXT_ONLY)
+    assert parse_row({"messages": TEXT_ONLY, "system": "", "id": 3.0}, "here").turns == tuple(TEXT_ONLY)
+
+
+def test_an_empty_system_turn_is_read_as_when_a_model_is_asked():
+    tokenizer = Tokenizer.load(Path(__file__).parents[1] / "golden")
+    for system in ("", "Be brief."):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+        record = parse_row({"messages": [*messages, {"role": "assistant", "content": "Hi"}]}, "here")
+        trained = encode_conversation(record.turns, "vicuna_v1", tokenizer).tokens.tolist()
+        prompt = encode_prompt(messages, "vicuna_v1", tokenizer).tolist()
+        assert trained[: len(prompt)] == prompt
 
 
 def test_images_come_in_the_order_of_their_marks():
