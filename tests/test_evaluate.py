@@ -254,6 +254,8 @@ def test_mistakes_are_told_before_the_model_is_loaded(arguments, data, talker, w
         ([*arguments, *out, "--num-chunks", "2", "--chunk-idx", "2"], "lies in 0..1"),
         ([*arguments, *out, "--num-chunks", "2", "--overwrite"], "one would throw away what another has answered"),
         ([*arguments, *out, "--template", "vicuna"], "unknown template 'vicuna'"),
+        ([*arguments, *out, "--template", "plain"], "'plain' writes an image alone and no question; .* v1_mmtag"),
+        ([*arguments, "--out", str(data / "llava_pope_test.jsonl")], "llava_pope_test.jsonl.*(Not a directory|exists)"),
         (["pope", "--data", str(data), "--answers", "x", "--template", "v1"], "--template is for --model"),
         ([*arguments, *out, "--partial"], "--partial is for --answers"),
         ([*arguments[:3], *arguments[5:], *out], "model"),

@@ -22,7 +22,7 @@ from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.bench import get
 from llava_jax.benchmarks.judge_report import Report, write_report
 from llava_jax.benchmarks.llava_bench import Case, LlavaBench
-from llava_jax.benchmarks.questions import read_json
+from llava_jax.benchmarks.questions import make_folder, read_json
 from llava_jax.benchmarks.reviews import TOO_MANY_FAILED, Unscored, parse_as_published, parse_scores
 from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
@@ -167,7 +167,7 @@ class Judge:
         if self.rules:
             paths["rules"] = self.rules
         jobs = self._jobs(bench, paths, rules)
-        os.makedirs(self.out, exist_ok=True)
+        make_folder(self.out)
         failures: dict[tuple, str] = {}
         with AnswerLog(os.path.join(self.out, LOG)) as log:
             try:

@@ -19,6 +19,7 @@ import tyro
 
 from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.judge import PROMPTS
+from llava_jax.benchmarks.questions import make_folder
 from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
@@ -82,7 +83,7 @@ class MakeBench:
         contexts = open_contexts(self.source)
         if len(contexts) < self.count:
             raise UserError(f"--count {self.count}: there are only {len(contexts):,} images")
-        os.makedirs(self.out, exist_ok=True)
+        make_folder(self.out)
         with AnswerLog(os.path.join(self.out, LOG)) as log:
             maker = Maker(self, contexts, log)
             try:

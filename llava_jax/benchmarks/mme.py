@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_jax.benchmarks.bench import SHORT, Answer, Item, Question, Scores, unread_notes
-from llava_jax.benchmarks.questions import QuestionFile, need
+from llava_jax.benchmarks.questions import QuestionFile, make_folder, need
 from llava_jax.errors import UserError
 from llava_jax.files import read_text, replacing
 
@@ -87,7 +87,7 @@ class Mme(QuestionFile):
             category, *row = lookup(truth, str(answer.id), answer.prompt)
             text = re.sub("[\t\r\n]", " ", answer.text)  # they would be tabs and line ends of the file to the tool
             lines[category].append("\t".join([*row, text]) + "\n")
-        os.makedirs(os.path.join(folder, "mme"), exist_ok=True)
+        make_folder(os.path.join(folder, "mme"))
         paths = []
         for category, rows in lines.items():
             paths.append(os.path.join(folder, "mme", f"{category}.txt"))

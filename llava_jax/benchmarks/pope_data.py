@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_jax.benchmarks.bench import SHORT
 from llava_jax.benchmarks.pope import CATEGORIES, LABELS, Pope
-from llava_jax.benchmarks.questions import fits, read_json, read_lines
+from llava_jax.benchmarks.questions import fits, make_folder, read_json, read_lines
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
 
@@ -44,7 +44,7 @@ class PopeData:
             labels[category] = rows
             questions += [{"question_id": position * FIRST_ID + row["question_id"], "image": row["image"],
                            "text": row["text"] + SHORT, "category": category} for row in rows]
-        os.makedirs(os.path.join(self.out, "coco"), exist_ok=True)
+        make_folder(os.path.join(self.out, "coco"))
         for category, rows in labels.items():
             _write(os.path.join(self.out, "coco", LABELS.format(category)), rows)
         _write(os.path.join(self.out, Pope.file), questions)  # last: a folder with questions has their labels

@@ -15,6 +15,7 @@ from itertools import permutations
 from typing import Any
 
 from llava_jax.benchmarks.probe_words import LANGUAGES, NUMBERS, say
+from llava_jax.benchmarks.questions import make_folder
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
 from llava_jax.instruct.context import Context, Source, open_contexts
@@ -84,7 +85,7 @@ def write(contexts: Iterable[Context], folder: str, each: int, seed: int = 0) ->
                 line = {"question_id": len(lines), "image": ask.image, **said["en"], "category": kind,
                         "set": f"{kind} {number}"}
                 lines.append(line | {language: row for language, row in said.items() if row and language != "en"})
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     with replacing(os.path.join(folder, FILE)) as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return {kind: sum(map(len, found)) for kind, found in sets.items() if found}

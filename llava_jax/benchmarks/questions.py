@@ -87,6 +87,12 @@ def need(data: str, *names: str) -> str:
     return path
 
 
+def make_folder(path: str) -> None:
+    """Makes a folder and those above it; UserError that names it where that is forbidden, or a file is in the way."""
+    with user_path(path):
+        os.makedirs(path, exist_ok=True)
+
+
 def read_json(path: str) -> Any:
     """An object or a list; UserError that names the file."""
     return files.read_json(path, (dict, list))

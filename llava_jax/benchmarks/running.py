@@ -18,6 +18,7 @@ from llava_jax.benchmarks import answers, results
 from llava_jax.benchmarks.answers import NOT_ASKED, AnswerFile, Line
 from llava_jax.benchmarks.bench import Bench, Question, get
 from llava_jax.benchmarks.published import everything
+from llava_jax.benchmarks.questions import make_folder
 from llava_jax.benchmarks.tables import markdown, number
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
@@ -189,10 +190,13 @@ class Run:
 
         read, path = self._config(), os.path.abspath(self.model)
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        template = templates.get(self.template or read.template).name
+        template = templates.get(self.template or read.template)
+        if template.captions:
+            raise UserError(f"template {template.name!r} writes an image alone and no question; ask such a model with "
+                            "--template v1_mmtag, or v0_mmtag for the first LLaVA, as LLaVA's scripts do")
         baseline = "" if self.baseline == "none" else f" ({self.baseline})"
         return {"name": self.name or os.path.basename(path) + baseline,
-                "model": {"path": path, "hash": results.hash_model(path), "template": template, "dtype": dtype,
+                "model": {"path": path, "hash": results.hash_model(path), "template": template.name, "dtype": dtype,
                           "platform": jax.default_backend(), "score_by": self.score_by, "baseline": self.baseline}}
 
     def _config(self):
@@ -210,7 +214,7 @@ class Run:
 
     def _begin(self, settings: Mapping[str, Any], questions: Sequence[Question]) -> dict[int, Line]:
         """The answers that are there. UserError if they are of other questions, another model, or anybody's."""
-        os.makedirs(self.folder, exist_ok=True)
+        make_folder(self.folder)
         path = os.path.join(self.folder, RUN)
         if os.path.exists(path):
             try:
@@ -306,7 +310,7 @@ class Run:
             notes = [*notes, f"--limit: the first {len(asked):,} questions only"]
         scores = dataclasses.replace(scores, notes=[*notes, *self._not_asked(lines), *scores.notes])
         if self.out:
-            os.makedirs(self.folder, exist_ok=True)
+            make_folder(self.folder)
             if self.answers:
                 answers.write(os.path.join(self.folder, WHOLE), lines)
             uploads = self.bench.submission(self.data, asked, given, self.folder)

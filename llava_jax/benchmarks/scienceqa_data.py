@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from llava_jax.benchmarks.questions import fits, read_json
+from llava_jax.benchmarks.questions import fits, make_folder, read_json
 from llava_jax.cli import printable
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.errors import UserError
@@ -173,11 +173,11 @@ def unpack(data: str, out: str, splits: Sequence[str]) -> None:
             image = problem["image"]
             if image is not None:
                 folder = os.path.join(out, "images", split, pid)
-                os.makedirs(folder, exist_ok=True)
+                make_folder(folder)
                 with replacing(os.path.join(folder, "image.png")) as file:
                     file.write(image)
             problems[pid] = {**problem, "image": None if image is None else "image.png", "split": split}
-    os.makedirs(out, exist_ok=True)
+    make_folder(out)
     for name, content in (("pid_splits.json", ids), ("problems.json", problems)):
         with replacing(os.path.join(out, name)) as file:
             file.write(json.dumps(content).encode())
@@ -300,7 +300,7 @@ class ScienceQAData:
             unpack(source, out, self.splits if single else [
                 split for split, start in _HUB_NAMES.items() if any(name.startswith(start) for name in names)])
             source = out
-        os.makedirs(out, exist_ok=True)
+        make_folder(out)
         for split in self.splits:
             problems = read_problems(source, split)
             images = [find_image(source, split, pid, problem) for pid, problem in problems.items()]

@@ -20,7 +20,7 @@ import tyro
 from llava_jax.benchmarks import answers
 from llava_jax.benchmarks.asking import Model, Unfinished
 from llava_jax.benchmarks.bench import Answer, unread_notes
-from llava_jax.benchmarks.questions import fits, read_json
+from llava_jax.benchmarks.questions import fits, make_folder, read_json
 from llava_jax.benchmarks.scienceqa import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.benchmarks.scienceqa_data import Problem, read_problems
 from llava_jax.benchmarks.scienceqa_teacher import PROMPTS_HASH, Asker
@@ -170,7 +170,7 @@ class ScienceQAEnsemble:
         ours = read_texts(self.answers, problems, self.partial)
         teacher = read_texts(self.teacher, problems, self.partial) if self.teacher else None
         judge = read_texts(self.judge, problems, self.partial, whole=False) if self.judge else None
-        os.makedirs(self.out, exist_ok=True)
+        make_folder(self.out)
         if self.model.model and (teacher is None or judge is None):
             shots = self._shots() if teacher is None else []
             try:
