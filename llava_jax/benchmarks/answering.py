@@ -136,9 +136,7 @@ def choose(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size
     def pairs() -> Iterator[tuple[Request, Sequence[str]]]:
         for number, question in enumerate(questions):
             request = _request(question, bench, shown)
-            begun = request.begun or templates.get(llava.template).gap
-            longest = (dataclasses.replace(request, begun=begun + choice) for choice in question.choices)
-            if error := next(filter(None, (too_long(llava, each) for each in longest)), None):
+            if error := too_long(llava, request, question.choices):
                 ready.append(Said(number, "", {NOT_ASKED: error}))
                 continue
             asked.append(number)
@@ -165,10 +163,12 @@ def _request(question: Question, bench: Bench, shown: Shown) -> Request:
                    stop=question.stop, begun=question.begun, verbatim=True)
 
 
-def too_long(llava: Llava, request: Request) -> str:
-    """Why the model's context has no room for the request; "" if it has."""
+def too_long(llava: Llava, request: Request, choices: Sequence[str] = ()) -> str:
+    """Why the model's context has no room for the request, and for each of `choices` behind it; "" if it has."""
+    begun = request.begun or templates.get(llava.template).gap
     try:
-        llava._prompt(request)
+        for each in (request, *(dataclasses.replace(request, begun=begun + choice) for choice in choices)):
+            llava._prompt(each)
     except PromptTooLong as error:
         return f"its prompt has {error.tokens:,} tokens, and the model's context holds {error.limit:,}"
     return ""

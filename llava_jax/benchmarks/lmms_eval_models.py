@@ -1,5 +1,6 @@
 """The classes that lmms-eval makes of a llava_jax model; only lmms-eval imports this file."""
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -59,22 +60,27 @@ class LlavaJax(lmms):
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """For each request minus the log-probability of its answer, for lmms-eval takes the smallest; and whether the
-        model itself would begin with it. In a GenerationResult, for lmms-eval 0.7.3 makes a string of a bare pair."""
+        model itself would begin with it. In a GenerationResult, for lmms-eval 0.7.3 makes a string of a bare pair.
+        Where the context has no room for a question and its answers, none of them is likely at all."""
         together: dict[tuple, list[int]] = {}  # the same question with other answers
         for number, (context, _, _, *place) in enumerate(request.args for request in requests):
             together.setdefault((context, *place), []).append(number)
-        asked, wanted = [], []
+        asked, wanted, groups = [], [], []
         for numbers in together.values():
             context, _, to_images, *place = requests[numbers[0]].args
-            asked.append(self._request(context, {"max_new_tokens": LONGEST_CHOICE}, to_images, *place))
-            answers = (requests[number].args[1] for number in numbers)
-            wanted.append([(answer if isinstance(answer, str) else answer(self._doc(*place))).strip()
-                           for answer in answers])
+            request = self._request(context, {"max_new_tokens": LONGEST_CHOICE}, to_images, *place)
+            answers = [requests[number].args[1] for number in numbers]
+            answers = [(answer if isinstance(answer, str) else answer(self._doc(*place))).strip() for answer in answers]
+            if why := too_long(self.llava, request, answers):
+                print(f"request {numbers[0]} is not asked, none of its answers is likely: {why}", file=sys.stderr)
+                continue
+            asked.append(request)
+            wanted.append(answers)
+            groups.append(numbers)
         said = self.llava.batch(asked, self.batch_size)
-        results: list[GenerationResult] = [GenerationResult("")] * len(requests)
+        results: list[GenerationResult] = [GenerationResult((math.inf, False))] * len(requests)
         for group, scores in self.llava.log_likelihoods(zip(asked, wanted, strict=True), self.batch_size):
-            numbers = list(together.values())[group]
-            for number, answer, score in zip(numbers, wanted[group], scores, strict=True):
+            for number, answer, score in zip(groups[group], wanted[group], scores, strict=True):
                 results[number] = GenerationResult((-score, said[group].text.startswith(answer)))
         return results
 

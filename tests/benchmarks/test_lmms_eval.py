@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import venv
 from pathlib import Path
 
@@ -60,6 +61,33 @@ def test_the_entry_point_imports_neither_torch_nor_lmms_eval():
     assert name == "llava_jax" and callable(getattr(importlib.import_module(module), function))
     code = f"import sys, {module}; assert not {{'torch', 'lmms_eval', 'jax'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_request_beyond_the_context_costs_its_own_answer_alone(talker, monkeypatch, capsys):
+    """With stand-ins for what the classes take from lmms-eval."""
+    result = lambda value, counts=None: value  # noqa: E731
+    base = type("lmms", (), {"rank": 0, "cache_hook": types.SimpleNamespace(add_partial=lambda *_: None)})
+    for name, content in {"lmms_eval": {}, "lmms_eval.api": {}, "lmms_eval.api.model": {"lmms": base},
+                          "lmms_eval.api.instance": {"GenerationResult": result, "Instance": None,
+                                                     "TokenCounts": lambda *counts: None}}.items():
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        vars(sys.modules[name]).update(content)
+    monkeypatch.delitem(sys.modules, "llava_jax.benchmarks.lmms_eval_models", raising=False)
+    models = importlib.import_module("llava_jax.benchmarks.lmms_eval_models")
+    monkeypatch.delitem(sys.modules, "llava_jax.benchmarks.lmms_eval_models")
+    model = models.LlavaJax(str(talker), batch_size=2)
+    texts = ["What is it?", "Why not? " * 400, "Where is it?"]
+    settings = {"max_new_tokens": 8}
+    written = model.generate_until([types.SimpleNamespace(args=(text, settings, None, 0, "task", "test"))
+                                    for text in texts])
+    alone = [model.llava.generate(text, max_new_tokens=8).text for text in (texts[0], texts[2])]
+    assert written == [alone[0], "", alone[1]]
+    scored = model.loglikelihood([types.SimpleNamespace(args=(text, choice, None, n, "task", "test"))
+                                  for n, text in enumerate(texts) for choice in ("yes", "no")])
+    likely = [model.llava.log_likelihood({"messages": text}, ["yes", "no"]) for text in (texts[0], texts[2])]
+    assert [-score for score, _ in scored] == pytest.approx([*likely[0], -np.inf, -np.inf, *likely[1]], abs=1e-3)
+    told = capsys.readouterr().err
+    assert "request 1 is not asked, its answer is empty: " in told and "request 2 is not asked, none of its" in told
 
 
 @pytest.fixture(scope="module")
