@@ -6,11 +6,13 @@ FOLDER has what others published, none of which comes with this package:
 
 - llava/: github haotian-liu/LLaVA with playground/data/eval of commit 32cebc38 (answers, reviews, uploads)
 - pope-e3e39262/: output/coco of github AoiDragon/POPE at that commit
-- derived/: mme (llava_mme.jsonl and the benchmark's release), scienceqa (problems.json, pid_splits.json and
-  answers_13b.jsonl, the answers of the published llava-v1.5-13b_output.jsonl as lines), mmbench (the table),
-  tokenizers/llama_legacy_false, and prompts/ids_legacy_false.jsonl: lines of [benchmark, id, the first 12 hex digits of
-  the sha256 of json.dumps(ids)], the ids by LLaVA's own conversation.py and tokenizer_image_token; judge: answers to
-  LLaVA-Bench (COCO) in candidate.jsonl, and in original_messages_sha256.json the hashes of what LLaVA's script asks
+- derived/mme: llava_mme.jsonl and the benchmark's release; derived/mmbench: the table with the right letters
+- derived/scienceqa: problems.json, pid_splits.json, and answers_13b.jsonl, which has the answers of the published
+  llava-v1.5-13b_output.jsonl as lines
+- derived/judge: answers to LLaVA-Bench (COCO) in candidate.jsonl, and in original_messages_sha256.json the hashes of
+  what LLaVA's script asks about them
+- derived/tokenizers/llama_legacy_false, and derived/prompts/ids_legacy_false.jsonl: lines of [benchmark, id, the first
+  12 hex digits of the sha256 of json.dumps(ids)], the ids by LLaVA's own conversation.py and tokenizer_image_token
 
 What is not there is left out and told. Prints each figure beside the published one, and for each benchmark how many
 prompts have the original's ids. Exit code 1 if anything differs, 2 if nothing could be compared.
@@ -99,6 +101,12 @@ def pope(folder: Folder) -> Iterator[Row]:
 def mme(folder: Folder) -> Iterator[Row]:
     scores, _, _ = score(Mme(), str(folder("derived/mme")), folder(f"{EVAL}/MME/answers/llava-v1.5-13b.jsonl"))
     yield Row("MME perception, LLaVA-1.5 13B", f"{scores.figures['perception']:.2f}", "1531.32")
+
+
+def mmbench(folder: Folder) -> Iterator[Row]:
+    path = folder(f"{EVAL}/mmbench/answers/mmbench_dev_20230712/llava-v1.5-13b.jsonl")
+    scores, _, _ = score(MMBench(), str(folder("derived/mmbench")), path)
+    yield Row("MMBench dev, LLaVA-1.5 13B", f"{scores.figures['circular']:.1f}", "67.7")
 
 
 def scienceqa(folder: Folder) -> Iterator[Row]:
@@ -225,7 +233,7 @@ def main(args: Sequence[str]) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Folder(Path(args[0]), Path(scratch))
-        for check in (pope, mme, scienceqa, wild, uploads, judge, prompts):
+        for check in (pope, mme, mmbench, scienceqa, wild, uploads, judge, prompts):
             try:
                 for row in check(folder):
                     rows.append(row)

@@ -39,7 +39,7 @@ SHORT = "\nAnswer the question using a single word or phrase."
 
 
 EXAMPLES, QUOTED = 3, 60  # answers that a note quotes, and characters of each
-NO_PHRASE = "are no word or short phrase, which is all that an exact match finds,"
+NO_PHRASE = "are no word or short phrase, which is all that an exact match finds"
 EMPTY = "are empty, with nothing to judge"
 LONGEST_PHRASE = 10  # words
 _MARKUP = re.compile(r"\*\*|__|```|^[#(\[<\"']|[!?:]$")

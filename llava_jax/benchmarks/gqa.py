@@ -52,7 +52,7 @@ class Gqa(QuestionFile):
         truth, notes = self._truth(data), self.size_notes(questions)
         said = {answer.id: prediction(answer.text) for answer in answers}  # of doubled ones the last
         unread = [answer for answer in answers if not is_phrase(answer.text, prediction(answer.text))]
-        notes += unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")
+        notes += unread_notes(unread, len(answers), f"{NO_PHRASE}, and are wrong")
         if truth is None:
             notes.append(f"no score without {TRUTH}")
             return Scores({}, "", [Item(answer.id, None, read=said[answer.id]) for answer in answers], notes)

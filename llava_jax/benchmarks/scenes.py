@@ -41,7 +41,7 @@ class Scenes(QuestionFile):
             for kind in ("overall", row["kind"]):
                 kinds[kind].append(right.get(id, False))
         unread = [answer for answer in answers if not is_phrase(answer.text, normal(answer.text))]
-        notes = unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")
+        notes = unread_notes(unread, len(answers), f"{NO_PHRASE}, and are wrong")
         return Scores({kind: 100 * sum(found) / len(found) for kind, found in kinds.items()}, "overall", items, notes)
 
 

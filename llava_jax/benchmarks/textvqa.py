@@ -47,7 +47,7 @@ class TextVqa(QuestionFile):
         mean = 100 * (sum(item.score for item in items) / len(items))
         unread = [answer for answer, item in zip(answers, items, strict=True)
                   if not item.score and not is_phrase(answer.text, item.read)]
-        notes = [*self.size_notes(questions), *unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")]
+        notes = [*self.size_notes(questions), *unread_notes(unread, len(answers), f"{NO_PHRASE}, and are wrong")]
         return Scores({"accuracy": mean}, "accuracy", items, notes)
 
     def _annotations(self, data: str) -> Annotations:

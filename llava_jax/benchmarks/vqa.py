@@ -44,7 +44,7 @@ class _Uploaded(QuestionFile):
             read = evalai.challenge_form(texts.get(id, ""))
             scores[id] = evalai.soft_accuracy(read, self._references(row["references"]))
         unread = [answer for answer in unread if not scores.get(answer.id)]
-        notes += unread_notes(unread, len(answers), f"{NO_PHRASE} and are wrong")
+        notes += unread_notes(unread, len(answers), f"{NO_PHRASE}, and are wrong")
         groups = defaultdict(list)
         for id, row in rows.items():
             groups["accuracy"].append(scores[id])
