@@ -8,7 +8,8 @@ from llava_jax.instruct.evidence.vocabulary import NUMBERS
 _PICTURE = re.compile(
     r"\b(?:picture|image|photo|photograph|scene|frame|view|shot|background|foreground|there (?:is|are)|seen|visible"
     r"|seems?|appears?|shown|shows|depict\w*|present|located|positioned|situated|placed|left|right|top|bottom|middle"
-    r"|upper|lower|above|below|higher|corner|half|colou?r|sees?|finds?|found|look|larger|smaller|nearer|further|same)\b"
+    r"|centre|center|upper|lower|above|below|higher|corner|half|colou?r|shape|size|sees?|finds?|found|look|count|larger"
+    r"|smaller|nearer|further|same|share|agree|both|among|are there|speaks for|better choice)\b"
 )
 _ASKS_IN_GENERAL = re.compile(
     r"\b(?:might|could|would|should|benefits?|purposes?|advice|tips?|titles?|author|explain|explanation|history|rules"
@@ -21,10 +22,10 @@ _GENERAL = re.compile(
 )
 _BEFORE = re.compile(
     r"\b(?:or|each|every|regarding|concerning|about|different from|instead of|as [a-z]+ as|(?:serv|act|function)\w* as"
-    r"|(?:drawing|painting|statue|sculpture|print|motif|pattern|logo|cartoon|illustration|figurine|silhouette|shape|form"
+    r"|(?:drawing|painting|statue|sculpture|print|motif|pattern|logo|cartoon|illustration|figurine|silhouette"
     r"|style|sound|smell|taste|idea|world|age|treatment|type|kind)s? of),? $"
 )
-_COMPARED = re.compile(r"\b(?:unlike|compared (?:to|with)|than|(?:similar|akin) to) $")
+_COMPARED = re.compile(r"\b(?:unlike|compared (?:to|with)|than|(?:similar|akin) to|(?:shape|form) of) $")
 _AFTER = re.compile(r" ?,? or §|'s?\b")
 _MANY_OF = re.compile(
     r"\b(?:numerous|many|multiple|various|few|of|with|more|fewer|most|some|other|including|includes?|features?|contains?"

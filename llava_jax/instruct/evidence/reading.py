@@ -26,7 +26,7 @@ _AFTER_NOUN = _BEFORE_NO_NOUN | frozenset("""
     far close next inside outside atop against past toward towards within without during after before until like full
     visible present available ready alone together either both all each himself herself itself themselves seem appear
     am 's made seen shown worn taken caught thrown hit built drawn hidden because since though although whereas whose
-    two three""".split())
+    belong now again today still share away""".split()) | frozenset(NUMBERS)
 """Words that may follow a noun in the singular, beside those that end like a verb or an adverb."""
 _ADJECTIVES = frozenset("individual human adult".split())
 """Names of a person that are adjectives as well: "individual pieces"."""
