@@ -14,14 +14,14 @@ class Budget:
     """What may be spent, and what was.
 
     A request starts only if there is room for the worst that it and those in flight can cost: as many prompt tokens
-    per byte as any request so far had, and max_completion_tokens, or the longest answer so far if that is longer (a
-    server may ignore the limit). Before the first answer one request goes alone.
+    per byte as any request so far had, and max_completion_tokens, or the longest answer so far if that is longer.
+    Before the first answer, which tells both, one request goes alone (but not in batches).
 
-    What came counts: tokens as the server counts them, and as `Reply` estimates them where it does not. A try that
+    What came counts: tokens as the server counts them, or as `Reply` estimates them where it does not. A try that
     brought no answer counts as its worst, or as what came if that is more, unless the server refused it or was not
-    reached. So the bill is at most `max_cost` and what the requests in flight, when the last was sent, cost beyond
-    their worst: nothing for a server that keeps to max_completion_tokens. Not seen are tokens that a server neither
-    sends nor counts, and requests in flight at a kill.
+    reached. The bill is so at most `max_cost`, and what the requests in flight when the last was sent cost beyond
+    their worst: more prompt tokens per byte than any before, or more than max_completion_tokens. Not seen are tokens
+    that a server neither sends nor counts, and requests in flight at a kill.
 
     Args:
       max_cost: USD; needs a price.

@@ -239,7 +239,7 @@ class Endpoint:
                     crowded += 1
                 else:
                     failures += 1
-                room = error.status_code < 500 or lost(0)
+                room = error.status_code != 408 and error.status_code < 500 or lost(0)
             except (openai.APIConnectionError, TimeoutError, ValueError) as error:
                 failures += 1
                 trouble = self._trouble(error)

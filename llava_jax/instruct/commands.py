@@ -22,7 +22,7 @@ from llava_jax.files import check_page, parse_json, replacing, require_fields
 from llava_jax.instruct.estimate import describe, estimate
 from llava_jax.instruct.output import MANIFEST, REJECTED, check_folder
 from llava_jax.instruct.running import open_log, open_synthesis, read_standing
-from llava_jax.instruct.synthesis import COUNTS, Outcome, Settings, Synthesis, Task
+from llava_jax.instruct.synthesis import COUNTS, SETTINGS, Outcome, Settings, Synthesis, Task
 from llava_jax.instruct.viewer import Sample, write_page
 
 
@@ -179,7 +179,10 @@ class View:
         output = self.output or os.path.join(self.folder, "view.html")
         check_page(output)
         settings = Settings.load(self.folder)
-        synthesis = open_synthesis(settings)
+        try:
+            synthesis = open_synthesis(settings)
+        except UserError as error:  # of a path that stands there, and may have moved since
+            raise UserError(f"{os.path.join(self.folder, SETTINGS)}: {error}") from None
         kinds = [kind for kind in settings.kinds if self.kind in ("all", COUNTS[kind])]
         with user_path(settings.log):
             opened = AnswerLog(settings.log, read_only=True)
