@@ -109,12 +109,12 @@ def training() -> Iterator[Target]:
 def data() -> Iterator[Target]:
     for name in ("mixture.json", "data.json", "data.jsonl", "data.parquet"):
         check = cli(prepare.main, "check", f"{{}}/{name}", "--workers", "0", "--model", "{world}/hf")
-        sample = cli(prepare.main, "sample", f"{{}}/{name}", "{}/../sample.jsonl", "--count", "3")
+        sample = cli(prepare.main, "sample", f"{{}}/{name}", "{}/../sample.jsonl", "--count", "3", "--workers", "0")
         pack = cli(prepare.main, "pack", f"{{}}/{name}", "{}/../set", "--workers", "0", "--bad-rows", "skip")
         # A mixture that takes rows more than once is not packed.
         yield Target("data", name, (check, sample) if name == "mixture.json" else (check, sample, pack))
     exclude = cli(prepare.main, "sample", "{world}/data/data.json", "{}/../sample.jsonl", "--count", "3",
-                  "--exclude", "{}/findings.jsonl")
+                  "--workers", "0", "--exclude", "{}/findings.jsonl")
     yield Target("data", "findings.jsonl", (exclude,))
     check = cli(prepare.main, "check", "{}/set", "--workers", "0")
     for path in sorted((everything() / "packed" / "set").iterdir()):
@@ -142,8 +142,8 @@ def synthesis() -> Iterator[Target]:
     yield Target("synthesis", "images.jsonl", (estimate, preview, run))
     for name in ("system_message.txt", "000_caps.txt", "000_conv.txt", "questions.txt"):
         yield Target("synthesis", f"prompts/detail_description/{name}", (estimate, preview))
-    yield Target("synthesis", "out/instruct.json", (cli(prepare.main, "filter", "{}/out/instruct.json",
-                                                        "{}/../filtered.json", "--data", "{}/images.jsonl"),))
+    check = cli(prepare.main, "check", "{}/out/instruct.json", "--workers", "0")
+    yield Target("synthesis", "out/instruct.json", (check,))
     coco = ("--captions", "{}/captions.json", "--instances", "{}/instances.json", "--out", "{}/new")
     for name in ("captions.json", "instances.json"):
         yield Target("coco", name, (cli(synthesize.main, "run", "--teacher", "rules", *coco),

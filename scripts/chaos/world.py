@@ -58,7 +58,8 @@ def make_records(folder: Path) -> None:
     (data / "mixture.json").write_text(json.dumps({"mixture": parts}))
     findings = [{"source": str(data / "data.json"), "row": 3, "kind": "broken_image", "usable": False}]
     write_lines(data / "findings.jsonl", findings)
-    run_quietly(prepare.main, "sample", data / "data.json", data / "data.parquet", "--count", "12")
+    run_quietly(prepare.main, "sample", data / "data.json", data / "data.parquet", "--count", "12",
+                "--workers", "0")
     pack = ("pack", data / "data.json", "--workers", "0", "--shards", "2")
     run_quietly(prepare.main, *pack[:2], folder / "packed" / "set", *pack[2:])
     finish, Pack._finish = Pack._finish, _stop
@@ -120,8 +121,8 @@ def make_synthesis(folder: Path) -> None:
 
 def make_benchmarks(folder: Path) -> None:
     """`benchmarks/NAME`: questions, ground truth and `answers.jsonl`; `judged`; `evaluated`: runs of two models."""
+    from bench_files import FILES, QUESTIONS, write
     from test_llava_bench import answers_of, questions_of, review
-    from test_wrong_files import FILES, QUESTIONS, write
 
     from llava_jax.benchmarks.answers import make_line
     from llava_jax.benchmarks.bench import get
