@@ -28,8 +28,7 @@ def run(folder: Path, count: int, seed: int, only: str, number: int | None, jobs
     warm_up()
     if not chosen:
         raise SystemExit(f"no file has {only!r} in its name")
-    if number is None:
-        check_undamaged(folder, made, chosen)
+    broken = check_undamaged(folder, made, chosen) if number is None else 0
     numbers = range(-(-count // len(chosen))) if number is None else [number]
     tries = [(target, n) for n in numbers for target in chosen]
     done, wrong = defaultdict(Counter), []
@@ -52,22 +51,22 @@ def run(folder: Path, count: int, seed: int, only: str, number: int | None, jobs
             wrong.append((kind, target, n, what, result))
             print(describe(*wrong[-1]), flush=True)
         shutil.rmtree(place)
-    return report(done, wrong, seed)
+    return report(done, wrong, seed) or int(broken > 0)
 
 
-def check_undamaged(folder: Path, made: Path, chosen: list[Target]) -> None:
-    """Runs every command on files that are right; RuntimeError if one fails, for then the tries say nothing."""
+def check_undamaged(folder: Path, made: Path, chosen: list[Target]) -> int:
+    """Runs every command on files that are right; counts those that fail, whose tries say little."""
     commands = {(target.template, id(command)): (target, command) for target in chosen for command in target.commands}
-    failed = []
+    failed = 0
     for target, command in commands.values():
         copy = folder / "right" / target.template
         shutil.copytree(made / target.template, copy)
         result = forks.attempt(lambda copy=copy, command=command: command(copy, made), folder / "right", SECONDS)
         if result.kind != "ok" or judge(target, result, copy) == "raw":
-            failed.append(f"{target.name}: {result}")
+            print(f"{target.name} is right, and yet: {result}", flush=True)
+            failed += 1
         shutil.rmtree(folder / "right")
-    if failed:
-        raise RuntimeError("\n".join(failed))
+    return failed
 
 
 def warm_up() -> None:

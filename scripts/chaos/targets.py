@@ -184,11 +184,13 @@ def benchmarks() -> Iterator[Target]:
 
 
 def judged(copy: Path, everything: Path) -> object:
-    """The judge's inputs; nobody is asked."""
-    from llava_jax.benchmarks import judge
+    """The judge's inputs, with a judge that says the same to every question."""
+    from llava_jax.benchmarks.judge import Judge
+    from llava_jax.endpoint.request import Reply
 
-    judge.Judge._ask = lambda self, jobs, log, failures: failures.update(
-        {judge._name(job): "nobody was asked" for job in jobs})
+    reply = Reply("8 7", "stop", 10, 0, 2, "judge", None, 0)
+    Judge._ask = lambda self, jobs, log, failures: [
+        log.append(key, reply) for key in dict.fromkeys(job.request(0).key(self.model.model) for job in jobs)]
     return evaluate.main(["judge", "llava-bench-wild", "--data", str(copy), "--answers", str(copy / "answers.jsonl"),
                           "--rules", str(copy / "rule.json"), "--model", "judge", "--out", str(copy / "out")])
 
@@ -205,7 +207,8 @@ def find(folder: Path) -> list[Target]:
     """All targets of the world in `folder`."""
     _EVERYTHING[:] = [folder]
     (folder / "batches").mkdir(exist_ok=True)
-    part = {"name": "part-0", "requests": 1, "worst": 0.1, "fields": ["a"], "since": 1.0, "alone": True}
+    part = {"name": "batch-0123456789abcdef.jsonl", "requests": 1, "worst": 0.1, "fields": ["a"], "since": 1.0,
+            "alone": True}
     (folder / "batches" / "batches.json").write_text(json.dumps({"parts": [part]}))
     found = [target for group in (models, training, data, synthesis, benchmarks) for target in group()]
     return [target for target in found if os.path.isfile(folder / target.name)]
