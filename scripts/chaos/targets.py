@@ -85,7 +85,7 @@ def joined_recipe(copy: Path, everything: Path) -> None:
 
 def continued(copy: Path, everything: Path) -> None:
     """What a continuation reads of the run's small files."""
-    from llava_jax.training import output
+    from llava_jax.training import inputs, output
     from llava_jax.training.metrics import Log
 
     recipe = world.make_recipe(everything, everything / "run")
@@ -93,6 +93,19 @@ def continued(copy: Path, everything: Path) -> None:
     output.check_recipe(moved)
     with contextlib.closing(Log(copy, moved)) as log:
         log.rewind("instruct", 2)
+
+
+    # What this hash is of matters not: that it is as before, or not, does.
+    inputs.check_inputs(types.SimpleNamespace(directory=copy), "align", {"data 1: data.json": "0123456789abcdef"})
+
+
+def locked(copy: Path, everything: Path) -> None:
+    """The note of a run that was killed."""
+    from llava_jax.training import lock
+
+    lock.SILENT = 0.1
+    with lock.hold(copy):
+        pass
 
 
 def reported(copy: Path, everything: Path) -> None:
@@ -104,6 +117,8 @@ def reported(copy: Path, everything: Path) -> None:
 def training() -> Iterator[Target]:
     yield Target("run", "recipe.json", (continued,))
     yield Target("run", "metrics.jsonl", (continued, reported))
+    yield Target("run", "inputs.json", (continued,))
+    yield Target("run", ".lock", (locked,))
 
 
 def data() -> Iterator[Target]:

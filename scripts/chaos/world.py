@@ -93,6 +93,8 @@ def make_run(folder: Path) -> None:
 
     recipe = make_recipe(folder, folder / "run")
     output.claim(recipe)
+    (folder / "run" / "inputs.json").write_text(json.dumps({"align": {"data 1: data.json": "0123456789abcdef"}}))
+    (folder / "run" / ".lock").write_text(json.dumps({"host": "other", "pid": 1, "since": "2026-01-01 00:00:00"}))
     with contextlib.closing(Log(folder / "run", recipe)) as log:
         for stage, steps in (("align", 4), ("instruct", 3)):
             for step in range(1, steps + 1):
