@@ -73,7 +73,8 @@ def check_questions(questions: Iterable[Question], source: str, config: LlavaCon
         return None
 
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
-        faults = [(image, error) for image, error in zip(asked, pool.map(fault, asked), strict=True) if error]
+        found = tqdm(pool.map(fault, asked), "images", len(asked), leave=False, disable=not sys.stderr.isatty())
+        faults = [(image, error) for image, error in zip(asked, found, strict=True) if error]
     if faults:
         image, error = faults[0]
         raise UserError(f"{source}, question {asked[image]!r}: {error}; {len(faults):,} of {len(asked):,} images "

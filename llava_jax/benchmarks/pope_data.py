@@ -40,7 +40,11 @@ class PopeData:
     def run(self) -> int:
         things = read_things(self.instances)
         questions, labels = [], {}
-        for position, (category, rows) in enumerate(make(things, self.pictures, self.seed).items(), 1):
+        try:
+            made = make(things, self.pictures, self.seed)
+        except UserError as error:
+            raise UserError(f"{self.instances}: {error}") from None
+        for position, (category, rows) in enumerate(made.items(), 1):
             labels[category] = rows
             questions += [{"question_id": position * FIRST_ID + row["question_id"], "image": row["image"],
                            "text": row["text"] + SHORT, "category": category} for row in rows]
