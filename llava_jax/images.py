@@ -85,7 +85,7 @@ def open_image(
     content = source if isinstance(source, bytes) else read_image(source, max_pixels)
     with decoding(name, content), open_header(content, max_pixels, seconds) as image:
         image.load()
-        return _rgb(ImageOps.exif_transpose(image) if exif else image)
+        return _rgb(turn_upright(image) if exif else image)
 
 
 def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -117,6 +117,11 @@ def open_header(content: bytes, max_pixels: int = MAX_PIXELS, seconds: float | N
         raise ValueError(f"a JPEG of {scans:,} scans, more than {MAX_SCANS}")
     image.decodermaxblock = 2**14  # with 64 KB at once, _Timed would be asked too seldom
     return image
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF orientation says. Damaged EXIF says nothing."""
+    return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
 
 
 def orientation(image: Image.Image) -> int:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from llava_jax.errors import UserError
-from llava_jax.images import normalise, open_image, orientation, prepare
+from llava_jax.images import normalise, open_image, orientation, prepare, turn_upright
 
 SIZES = [
     (336, 336), (224, 224), (1, 1), (1, 97), (97, 1), (2, 301), (301, 2), (3, 3), (640, 480), (480, 640),
@@ -403,3 +403,14 @@ def test_a_mistake_of_this_code_is_no_bad_image(monkeypatch):
     monkeypatch.setattr("llava_jax.images.read_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         open_image("any.png")
+
+
+def test_an_image_is_turned_once():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = _bytes(image_of_mode("RGB"), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        once = turn_upright(image)
+    assert once.size == (83, 61) and turn_upright(once) is once
+    assert turn_upright(open_image(content, exif=True)).size == (83, 61)
+    assert turn_upright(open_image(content)).size == (83, 61)

@@ -67,7 +67,7 @@ def check_questions(questions: Iterable[Question], source: str, config: LlavaCon
 
     def fault(image: str | bytes) -> UserError | None:
         try:
-            prepare(open_image(image), config.vision.image_size, config.image_mode)
+            prepare(open_image(image, config.exif), config.vision.image_size, config.image_mode)
         except UserError as error:
             return error
         return None

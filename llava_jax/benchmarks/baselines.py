@@ -55,5 +55,5 @@ def shuffle(tile: UInt8[np.ndarray, "side side 3"], patch: int) -> UInt8[np.ndar
 
 def _shuffled(image: str | bytes, config: LlavaConfig) -> Image.Image:
     """`prepare` leaves this picture as it is, for it has the tower's size."""
-    [tile] = prepare(open_image(image), config.vision.image_size, config.image_mode)
+    [tile] = prepare(open_image(image, config.exif), config.vision.image_size, config.image_mode)
     return Image.fromarray(shuffle(tile, config.vision.patch_size))

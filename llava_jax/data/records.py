@@ -99,7 +99,7 @@ def parse_row(row: Any, where: str) -> Record:
         raise BadRow(bad.reason, f"{where}: {bad}") from None
     except fields.Unsupported as error:
         raise BadRow("unsupported", f"{where}: {error}") from None
-    except ValueError as error:
+    except UserError as error:
         raise BadRow("malformed", f"{where}: {error}") from None
     return Record(str(record_id), images, turns, where, unknown)
 

@@ -171,7 +171,7 @@ def _find_format(rows: Any) -> str:
         except BadRow as bad:
             problem = problem or str(bad)
             continue
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{rows.where(i)}: {error}") from None
         if key is not None:
             found.setdefault(key, i + 1)
@@ -226,7 +226,7 @@ def _problem_of(part: dict[str, Any]) -> str | None:
         return "image_root must be text"
     try:
         check_text(part["path"] + part.get("image_root", ""), "a path")
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     if unknown := set(part) - {"path", "image_root", *shares}:
         return f"{', '.join(sorted(unknown))} is unknown; there are path, image_root, {', '.join(shares)}"

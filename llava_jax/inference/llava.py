@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 from llava_jax.errors import UserError
-from llava_jax.images import open_image, prepare
+from llava_jax.images import open_image, prepare, turn_upright
 from llava_jax.inference.answer import Answer, Completion
 from llava_jax.inference.batches import batches, opener
 from llava_jax.inference.engine import Engine, Job, shape
@@ -241,7 +241,9 @@ class Llava:
 
     def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:
         side = self.config.vision.image_size
-        opened = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
+        exif = self.config.exif
+        opened = [turn_upright(image) if exif and isinstance(image, Image.Image) else image for image in images]
+        opened = [image if isinstance(image, Image.Image) else open_image(image, exif) for image in opened]
         tiles = [prepare(image, side, self.config.image_mode) for image in opened]
         return np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles])
 

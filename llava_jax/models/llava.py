@@ -27,6 +27,7 @@ class LlavaConfig:
     feature_select: str = "patch"
     image_mode: str = "pad"
     template: str = "vicuna_v1"
+    exif: bool = False  # whether it was trained on images turned as their EXIF orientation says
 
     def __post_init__(self):
         if self.feature_select not in ("patch", "cls_patch"):

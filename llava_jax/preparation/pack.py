@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from llava_jax.cli import printable
 from llava_jax.config import Data
 from llava_jax.data.parallel import Pool
 from llava_jax.data.records import BadRow
@@ -110,7 +111,7 @@ class Pack:
             )
             notes = self._write(write)
             self._finish(notes, name, version)
-        print(self._summary(notes))
+        print(printable(self._summary(notes)))
         return 0
 
     def _check_options(self) -> None:
@@ -166,10 +167,13 @@ class Pack:
             "features": hashlib.sha256(json.dumps(FEATURES).encode()).hexdigest()[:16],
         }
         path = _inner(self.out, "plan.json")
-        begun = {}
-        if os.path.exists(path):
-            begun = read_json(path)
-        if not begun or self.overwrite and any(now != begun.get(key) for key, now in plan.items()):
+        begun, damage = self._read_plan(path)
+        same = all(now == begun.get(key) for key, now in plan.items())
+        if same and not _are_bounds(begun.get("bounds"), len(examples)):
+            damage = f"{path}: bounds is damaged"
+        if damage and not self.overwrite:
+            raise UserError(f"{damage}; give --overwrite to begin anew")
+        if not begun or self.overwrite and (damage or not same):
             _clear(self.out)
             bounds = _bounds(examples, self.shards, _bytes(self.shard_size))
             write_json(path, plan | {"bounds": bounds})
@@ -183,11 +187,16 @@ class Pack:
                 )
         for file in glob.glob(_inner(glob.escape(self.out), "*.json-*")):  # shards that were being written
             os.unlink(file)
-        bounds = begun.get("bounds")
-        if not isinstance(bounds, list) or not all(type(bound) is int for bound in bounds) or sorted(bounds) != bounds \
-                or len(bounds) < 2 or (bounds[0], bounds[-1]) != (0, len(examples)):
-            raise UserError(f"{path}: bounds is damaged; give --overwrite to begin anew")
-        return tuple(bounds)
+        return tuple(begun["bounds"])
+
+    def _read_plan(self, path: str) -> tuple[dict[str, Any], str]:
+        """The plan of the pack that was begun, {} if there is none, and what is wrong with its file."""
+        if not os.path.exists(path):
+            return {}, ""
+        try:
+            return read_json(path), ""
+        except UserError as error:
+            return {}, str(error)
 
     def _write(self, write: ShardWriter) -> list[dict[str, Any]]:
         """Writes the shards that are not yet finished. Returns the notes on all; UserError if rows are bad."""
@@ -295,6 +304,13 @@ def _bounds(examples: Examples, shards: int | None, size: int) -> tuple[int, ...
         shards = -(-rows * sum(sizes) // (max(len(sizes), 1) * size))
     shards = min(max(shards, 1), rows)
     return tuple(rows * k // shards for k in range(shards + 1))
+
+
+def _are_bounds(bounds: Any, rows: int) -> bool:
+    """Whether a value of a plan can be the bounds of shards of so many rows."""
+    if not isinstance(bounds, list) or len(bounds) < 2 or not all(type(bound) is int for bound in bounds):
+        return False
+    return sorted(bounds) == bounds and (bounds[0], bounds[-1]) == (0, rows)
 
 
 def _clear(out: str) -> None:

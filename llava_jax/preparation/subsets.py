@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from llava_jax.cli import printable
 from llava_jax.data.parallel import Pool
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
@@ -196,7 +197,7 @@ def _write(sources: Sequence[Source], numbers: np.ndarray, outputs: Sequence[str
     for which, output in enumerate(outputs):
         print(f"{output}: {np.sum(parts == which):,} rows")
     if root:
-        print(f"to be read with --image-root {root}")
+        print(printable(f"to be read with --image-root {root}"))
 
 
 def _images(row: Any, source: Source, root: str) -> list[str | bytes]:
@@ -369,13 +370,13 @@ class Mix:
             check_outputs([self.out], _inputs([], mixture), self.overwrite)
             if not self.materialise:
                 os.replace(temporary, self.out)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(str(error).replace(temporary, self.out)) from None
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
         for source, count in zip(mixture.sources, mixture.counts, strict=True):
-            print(f"{os.path.relpath(source.path)}: {count:,} rows of {len(source):,} in an epoch")
+            print(printable(f"{os.path.relpath(source.path)}: {count:,} rows of {len(source):,} in an epoch"))
         if self.materialise:
             self._materialise(mixture)
         else:

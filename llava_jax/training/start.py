@@ -81,7 +81,8 @@ def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Toke
     source = recipe.model.llava or recipe.model.language
     if not recipe.model.llava and recipe.model.template is None:
         model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
-    model = dataclasses.replace(model, template=finished_template(recipe, model.template))
+    last = list(recipe.stages.values())[-1]
+    model = dataclasses.replace(model, template=finished_template(recipe, model.template), exif=last.data.exif)
     # Only the template that a LLaVA brings itself has been trained with.
     agreement.check(model.template, tokenizer, model.text.vocab_size, source,
                     trained=bool(recipe.model.llava and not recipe.model.template))

@@ -95,6 +95,7 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
         feature_layer=config.vision_feature_layer,
         feature_select=FEATURE_SELECT[config.vision_feature_select_strategy],
         image_mode=own.get("image_mode") or _image_mode(directory),
+        exif=own.get("exif") is True,
         template=_build(file, templates.get,
                         template=own.get("template") or template_name(directory, config.text_config.model_type)).name,
     )
@@ -201,7 +202,7 @@ def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dty
         **ids,
         "vision_config": hub_vision(config.vision),
         "text_config": hub_text(config.text, vocab_size) | ids,
-        OWN: {"template": config.template, "image_mode": config.image_mode},
+        OWN: {"template": config.template, "image_mode": config.image_mode, "exif": config.exif},
     }
 
 

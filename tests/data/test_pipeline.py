@@ -373,6 +373,30 @@ def test_a_negative_seed_is_a_seed(source):
     assert len(list(Batches(2, **settings(source, seed=-1, epochs=1)))) > 3
 
 
+def test_images_are_turned_and_limited_as_the_options_say(tmp_path):
+    rows = write_rows(tmp_path, 1, images=[1])
+    [name] = rows[0]["image"]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    source = write_file(tmp_path, rows)
+    for turns, expected in ((False, pixels), (True, np.rot90(pixels, -1))):
+        [row] = packed_rows(**settings(source, epochs=1, exif=turns))
+        np.testing.assert_array_equal(row["images"][0], prepare(Image.fromarray(expected), SIZE, "pad")[0])
+    assert list(packed_rows(**settings(source, epochs=1, max_pixels=180)))
+    with pytest.raises(BadRow, match=r"20 x 9 pixels, more than the limit of 179 \(max_pixels\)") as raised:
+        list(packed_rows(**settings(source, epochs=1, max_pixels=179)))
+    assert raised.value.reason == "broken_image"
+
+
+def test_answers_that_are_not_learned_have_no_labels(tmp_path):
+    turns = [{"from": "human", "value": "Colour?"}, {"from": "gpt", "value": "purple", "loss": False},
+             {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "green"}]
+    [row] = packed_rows(**settings(write_file(tmp_path, [{"conversations": turns}]), epochs=1))
+    assert Tokenizer.load(TOKENIZER).decode(row["labels"][row["labels"] != IGNORE].tolist(), True) == "green"
+
+
 def test_too_many_images_for_a_row(tmp_path):
     source = write_file(tmp_path, write_rows(tmp_path, 3, images=[SLOTS + 1]))
     with pytest.raises(BadRow, match=r"4 images do not fit into the 3 slots of a row") as raised:

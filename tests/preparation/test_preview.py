@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -417,3 +418,19 @@ def test_an_earlier_page_stays_whole_when_the_disk_is_full(data, tmp_path, monke
     assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == [link, output]
     assert run(data, "--model", GOLDEN, "-n", 2, "--output", link) == 0
     assert output.read_bytes() != before and link.is_symlink()
+
+
+def test_a_turned_image_and_an_answer_that_is_not_learned(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 20), "red").save(tmp_path / "a.jpg", exif=exif)
+    rows = [{"image": "a.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "purple", "loss": False},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "red"}]}]
+    path = write_rows(tmp_path, rows)
+    for options, size in (((), "50 × 20"), (("--exif",), "20 × 50")):
+        assert run(path, "--model", GOLDEN, "--output", tmp_path / "page.html", *options) == 0
+        page = (tmp_path / "page.html").read_text()
+        assert f"original: {size}" in page
+    learned = re.findall(r"<span class='t l[^']*'[^>]*>([^<]*)", page)
+    assert "red" in "".join(learned) and "purple" not in "".join(learned) and "purple" in page

@@ -162,7 +162,7 @@ FULL = LlavaConfig(
     vision=VitConfig(70, 7, 32, 48, 4, 2, "gelu", 1e-6),
     text=LlamaConfig(256, 64, 96, 3, 8, 2, 16, 1e-4, 5e5, RopeScaling("llama3", 4.0, 2.0, 8.0, 64), True, True, True,
                      True, 512),
-    projector="linear", feature_layer=-3, feature_select="cls_patch", image_mode="square", template="mpt",
+    projector="linear", feature_layer=-3, feature_select="cls_patch", image_mode="square", template="mpt", exif=True,
 )
 TOKENS = {"image": 7, "pad": 8, "bos": 1, "eos": [2, 3]}
 
