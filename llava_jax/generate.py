@@ -163,7 +163,7 @@ class Chat:
 
         if not path:
             raise UserError("which one? Write /image PATH")
-        self.waiting.append(open_image(os.path.expanduser(path), self.llava.config.exif))
+        self.waiting.append(open_image(os.path.expanduser(path)))
 
     def answer(self, line: str) -> None:
         """Prints the answer while it is written. Interrupted, the conversation goes on with what there is of it."""

@@ -120,7 +120,7 @@ def open_header(content: bytes, max_pixels: int = MAX_PIXELS, seconds: float | N
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turns an image as its EXIF orientation says. Damaged EXIF says nothing."""
+    """Turns an image as its EXIF orientation says, which `open_image` keeps. Damaged EXIF says nothing."""
     return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
 
 
