@@ -72,9 +72,12 @@ def check_questions(questions: Iterable[Question], source: str, config: LlavaCon
             return error
         return None
 
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+    try:
         found = tqdm(pool.map(fault, asked), "images", len(asked), leave=False, disable=not sys.stderr.isatty())
         faults = [(image, error) for image, error in zip(asked, found, strict=True) if error]
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the images in hand alone
     if faults:
         image, error = faults[0]
         raise UserError(f"{source}, question {asked[image]!r}: {error}; {len(faults):,} of {len(asked):,} images "
