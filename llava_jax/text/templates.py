@@ -308,8 +308,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
 
     Args:
       messages: [{"role": "system" | "user" | "assistant", "content": ...}]; at most one system message, in front;
-        then user and assistant in turn. A content is a string or a list of {"type": "text", "text": str} and
-        {"type": "image"}, which are joined by newlines in their order, as those of training data are.
+        then user and assistant in turn. A content is a string or a list of {"type": "text", "text": str} (or strings)
+        and {"type": "image"} (or "image_url"), which are joined by newlines in their order, as training data are.
 
     Returns (system text or None, [(role, text), ...]). Raises UserError that names the message.
     """
@@ -335,12 +335,20 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
     return system, turns
 
 
-def _content_text(content: str | Sequence[Mapping[str, str]]) -> str:
+def _content_text(content: str | Sequence[str | Mapping[str, str]]) -> str:
     if isinstance(content, str):
         return content
-    if any(part["type"] not in ("text", "image") for part in content):
+    return "\n".join(map(_part_text, content))
+
+
+def _part_text(part: str | Mapping[str, str]) -> str:
+    if isinstance(part, str):
+        return part
+    if part["type"] in ("image", "image_url"):
+        return IMAGE
+    if part["type"] != "text":
         raise TypeError("a part of another type")
-    return "\n".join(part["text"] if part["type"] == "text" else IMAGE for part in content)
+    return part["text"]
 
 
 def check_text(text: str, name: str) -> str:
@@ -378,11 +386,16 @@ _JINJA = """
     {{- content -}}
   {%- else -%}
     {%- for part in content -%}
-      {%- if part['type'] not in ('text', 'image') -%}
+      {{- '' if loop.first else '\\n' -}}
+      {%- if part is string -%}
+        {{- part -}}
+      {%- elif part['type'] in ('image', 'image_url') -%}
+        {{- '<image>' -}}
+      {%- elif part['type'] == 'text' -%}
+        {{- part['text'] -}}
+      {%- else -%}
         {{- raise_exception('this format has no place for a part of type ' ~ part['type']) -}}
       {%- endif -%}
-      {{- '' if loop.first else '\\n' -}}
-      {{- part['text'] if part['type'] == 'text' else '<image>' -}}
     {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}

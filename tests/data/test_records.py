@@ -1,6 +1,7 @@
 """Rows as LLaVA writes them and as people break them."""
 
 import base64
+import itertools
 import pickle
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from llava_jax.data.records import REASONS, BadRow, Record, parse_row
 from llava_jax.text.encode import encode_conversation, encode_prompt
+from llava_jax.text.templates import read_messages
 from llava_jax.text.tokenizer import Tokenizer
 
 ASK, ANSWER = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
@@ -111,6 +113,16 @@ def test_turns_with_the_keys_of_two_formats():
     turns = [{"from": "human", "value": "Hello", "role": "user"}, {"role": "assistant", "value": "Hi"}]
     assert parse_row({"conversations": turns}, "here").turns == tuple(TEXT_ONLY)
     assert parse_row({"messages": TEXT_ONLY, "system": "", "id": 3.0}, "here").turns == tuple(TEXT_ONLY)
+
+
+def test_parts_are_read_as_when_a_model_is_asked():
+    kinds = ["words", {"type": "text", "text": " a\n"}, {"type": "text", "text": ""}, {"type": "image", "path": "x"},
+             {"type": "image_url", "image_url": {"url": "y"}}, {"type": "text", "text": "a <image> b"}]
+    for parts in itertools.product(kinds, repeat=3):
+        images = ["z"] * sum("<image>" in part.get("text", "") for part in parts if isinstance(part, dict))
+        messages = [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": ["yes", "no"]}]
+        record = parse_row({"messages": messages, "images": images}, "here")
+        assert [turn["value"] for turn in record.turns] == [text for _, text in read_messages(messages)[1]]
 
 
 def test_an_empty_system_turn_is_read_as_when_a_model_is_asked():

@@ -197,6 +197,7 @@ def test_jinja_renders_the_same(name):
     contents += ['quo"te\\n \u2581 한 {{ x }}', [{"type": "text", "text": "한"}]]
     contents += [[{"type": "text", "text": " look "}, {"type": "image"}, {"type": "text", "text": "why"}]]
     contents += [[{"type": "image"}, {"type": "image"}], [{"type": "text", "text": "only text"}], []]
+    contents += [["hm", {"type": "image_url", "image_url": {"url": "a.png"}}, "", {"type": "image"}]]
     contents += [[{"type": "text", "text": " a\n"}, {"type": "image"}, {"type": "text", "text": ""}, {"type": "image"}]]
     compared = 0
     for _ in range(200):
