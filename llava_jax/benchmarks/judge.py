@@ -26,6 +26,7 @@ from llava_jax.benchmarks.questions import make_folder, read_json
 from llava_jax.benchmarks.reviews import TOO_MANY_FAILED, Unscored, parse_as_published, parse_scores
 from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.client import without_password
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.progress import Progress
@@ -178,8 +179,8 @@ class Judge:
             answered = sum(job.request(0).key(self.model.model) in log for job in jobs)
             check_answered(answered + len(failures), list(failures.values()))
             report = self._report(jobs, log, failures)
-        judge = {"model": self.model.model, "base_url": self.model.base_url, "parameters": self.model.parameters,
-                 "prompts": rules.hash}
+        judge = {"model": self.model.model, "base_url": without_password(self.model.base_url),
+                 "parameters": self.model.parameters, "prompts": rules.hash}
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "model"}
         print(printable(write_report(report, self.out, paths, judge, options)))
         if failures:

@@ -87,7 +87,7 @@ class Endpoint:
         address = base_url or os.environ.get("OPENAI_BASE_URL")
         if address and not _is_address(address):
             name = "--base-url" if base_url else "OPENAI_BASE_URL"
-            raise UserError(f"{name} {address}: not the address of an API, such as http://127.0.0.1:8000/v1")
+            raise UserError(f"{name} {without_password(address)}: not the address of an API, such as http://127.0.0.1:8000/v1")
         self.model, self.stop, self.notes, self.secret = model, stop or Stop(), list[str](), Secret(api_key)
         self.client = openai.AsyncOpenAI(
             base_url=base_url,
@@ -329,7 +329,7 @@ class Endpoint:
 
     @property
     def _address(self) -> str:
-        return str(self.client.base_url).rstrip("/")
+        return without_password(str(self.client.base_url)).rstrip("/")
 
 
 def read_key(variable: str = "OPENAI_API_KEY", required: bool = False) -> str | None:
@@ -340,6 +340,11 @@ def read_key(variable: str = "OPENAI_API_KEY", required: bool = False) -> str | 
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(f"the environment variable {variable} holds no API key, but a blank or an odd letter")
     return key or None
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown: http://user:password@host without what is before the host."""
+    return re.sub(r"(?<=//)[^/@]*@", "", address)
 
 
 def _is_address(text: str) -> bool:

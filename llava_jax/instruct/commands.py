@@ -145,6 +145,8 @@ class Status:
             _print(f"rejected answers: {count:,} {reason.replace('_', ' ')}")
         tokens = standing["tokens"]
         cost = "" if standing["cost_usd"] is None else f", {standing['cost_usd']:,.2f} USD"
+        if standing["lost_usd"]:
+            cost += f", and up to {standing['lost_usd']:,.2f} USD for tries without an answer"
         _print(f"{standing['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
               f"{tokens.get('completion', 0):,} completion tokens in all{cost}")
         if not running and os.path.exists(os.path.join(self.folder, MANIFEST)):

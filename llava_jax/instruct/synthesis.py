@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import tyro
 
+from llava_jax.endpoint.client import without_password
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.errors import UserError
 from llava_jax.files import parse_json, read_json, require_fields
@@ -129,8 +130,9 @@ class Settings:
         return os.path.join(self.out, LOG)
 
     def as_json(self) -> dict[str, Any]:
-        """Paths are absolute, so that they hold from any folder."""
+        """Paths are absolute, so that they hold from any folder; a password in the server's address is left out."""
         fields = dataclasses.asdict(self)
+        fields["base_url"] = without_password(self.base_url)
         for name in ("out", "prompts", "questions"):
             fields[name] = fields[name] and os.path.abspath(fields[name])
         for name in ("captions", "instances", "data"):

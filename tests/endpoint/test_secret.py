@@ -166,3 +166,11 @@ def test_errors_that_repeat_the_key(tmp_path, run):
         error, told = run(url, "--retries", "0")
     assert "requests in a row failed" in error and HIDDEN in error + told
     check_hidden(tmp_path, f"{error}\n{told}")
+
+
+def test_a_password_in_the_address_is_not_written(tmp_path, run):
+    with FakeOpenAI(answer=answer_messages).serve() as url:
+        code, told = run(url.replace("//", f"//user:{KEY[:8]}@"))
+    assert code == 0 and not any(KEY[:8] in text for text in [told, *written(tmp_path).values()])
+    error, told = run(f"http://user:{KEY[:8]}@127.0.0.1:9/v1")
+    assert "Connection error" in error and KEY[:8] not in error + told

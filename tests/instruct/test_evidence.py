@@ -163,6 +163,9 @@ MEAL = Context(
         "One can use the bowl to feed a cat.",
         "Bowls are used by people around the world.",
         "The owner's dog is not visible.",
+        "This highlights the importance of keeping food away from cats and dogs.",
+        "The bowl is crucial for all hungry skiers, and serves its passengers.",
+        "In some countries cats eat at the table.",
         "The soup is popular among tourists and locals alike.",
     ],
 )

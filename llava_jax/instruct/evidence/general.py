@@ -18,7 +18,9 @@ _ASKS_IN_GENERAL = re.compile(
 )
 _GENERAL = re.compile(
     r"\b(?:popular|commonly|traditional\w*|historical\w*|worldwide|around the world|known (?:as|for|to)"
-    r"|used (?:to|for|as)|in (?:the past|general|nature)|tends? to|for (?:[a-z§0-9]+ ){1,4}to [a-z]+ (?:[a-z]+ )?§)"
+    r"|used (?:to|for|as)|in (?:the past|general|nature)|tends? to|importance of|in order to|essential (?:for|to)"
+    r"|crucial|in (?:some|many) (?:countries|cultures|places|cases|destinations)|concerns? (?:about|regarding)"
+    r"|for (?:[a-z§0-9]+ ){1,4}to [a-z]+ (?:[a-z]+ )?§)"
 )
 _BEFORE = re.compile(
     r"\b(?:or|each|every|regarding|concerning|about|different from|instead of|as [a-z]+ as|(?:serv|act|function)\w* as"
@@ -43,7 +45,7 @@ _ANYONE = frozenset("person people human humans individual individuals adult adu
 
 def is_general(asked: Sentence, sentence: Sentence) -> bool:
     """Whether a sentence tells of the world and not of the picture: it says so, or its question asks for that."""
-    if _GENERAL.search(sentence.marked):
+    if _GENERAL.search(sentence.marked) or _GENERAL.search(sentence.text.lower()):
         return True
     if sentence.marked.startswith("§0") and _is_bare(sentence.mentions[0]) and not is_claimed(sentence, 0):
         return True  # "dogs need exercise and balls"
@@ -58,6 +60,8 @@ def is_claimed(sentence: Sentence, index: int) -> bool:
     if _BEFORE.search(before) or _AFTER.match(after):
         return False
     bare, one = _is_bare(mention), first in ("a", "an")
+    if first in ("its", "any") or re.match("all (?!the|these|those|of)", mention.text) and mention.number is None:
+        return False
     if (bare or one) and _COMPARED.search(before):
         return False
     if last in _ANYONE and mention.number is None and not mention.colours:  # "the person cares about health"
