@@ -110,6 +110,15 @@ def require_fields(row: Any, kinds: Mapping[str, type | tuple[type, ...]], name:
             raise UserError(f"{name}: {field!r} is {shown}, which it cannot be")
 
 
+def show_json(value: Any, most: int = 60) -> str:
+    """A JSON value for a message: as it would be written, safe for a terminal and cut where it is long."""
+    try:
+        text = json.dumps(value)
+    except (RecursionError, ValueError):  # nested without end; a number of too many digits
+        return json_type(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def json_type(value: Any) -> str:
     """The name of a JSON value's type, for messages: "an object", "a list", "a text", "a number", ..."""
     if value is None or isinstance(value, bool):

@@ -32,6 +32,9 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in ("linear", "llama3"):
             raise UserError(f"rope scaling {self.kind!r} is not supported; linear and llama3 are")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise UserError(f"rope scaling: low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
+                            f"{self.high_freq_factor}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def depth(kind: str) -> int:
     """Number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N; UserError for any other name."""
     if kind in ("identity", "linear"):
         return ("identity", "linear").index(kind)
-    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
+    if match := re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind):
         return int(match[1])
     raise UserError(f"projector {kind!r} is not one of identity, linear, mlp2x_gelu (or any mlpNx_gelu)")
 

@@ -13,6 +13,7 @@ from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ACTIVATIONS, VitConfig
 from llava_jax.text import templates
+from llava_jax.weights import fields
 from llava_jax.weights.chat_templates import template_name
 from llava_jax.weights.files import has_tensors, other_kind
 
@@ -40,32 +41,46 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     kind = raw.get("model_type")
     if kind == OWN:
         return _read_own(raw | ({"template": template} if template else {}), file)
-    if kind not in ("llava", "clip", "clip_vision_model", *TEXT_MODELS):
-        raise UserError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
-                         f"{', '.join(TEXT_MODELS)} and {OWN} are")
     if "mm_vision_tower" in raw:
         raise UserError(f"{file}: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
                          "take the checkpoint of the same name under llava-hf/ on the hub")
-    config = _parse(directory, file)
-    _expect(file, config, quantization_config=None)
+    if kind not in ("llava", "clip", "clip_vision_model", *TEXT_MODELS):
+        raise UserError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
+                         f"{', '.join(TEXT_MODELS)} and {OWN} are")
+    for name in ("quantization_config", "text_config.quantization_config"):
+        part = raw.get("text_config") if "." in name else raw
+        if isinstance(part, dict) and part.get("quantization_config") is not None:
+            raise UserError(f"{file}: {name}: quantised models are not read; take the model it was made of")
     if kind in TEXT_MODELS:
-        return _text(file, "", config)
+        return _text(file, "", _parse(file, kind, fields.decoder(file, raw)))
     if kind == "clip_vision_model":
-        return _vision(file, "", config)
+        return _vision(file, "", _parse(file, kind, fields.tower(file, raw)))
     if kind == "clip":
-        return _vision(file, "vision_config.", config.vision_config)
-    own = raw.get(OWN, {})
-    return _llava(directory, file, config, own | ({"template": template} if template else {}))
+        return _vision(file, "vision_config.", _parse(file, kind, fields.clip(file, raw)).vision_config)
+    own = fields.known(file, raw, {OWN: fields.Field(dict)}).get(OWN, {})
+    own = fields.known(file, own, {"template": fields.TEXT, "image_mode": fields.TEXT}, f"{OWN}.")
+    return _llava(directory, file, _parse_llava(file, raw), own | ({"template": template} if template else {}))
 
 
-def _parse(directory: Path, file: Path) -> Any:
-    """Hugging Face's own reader fills in what a config.json leaves out."""
+def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:
+    found = fields.llava(file, raw)
+    for name, kinds in (("vision_config", ("clip_vision_model",)), ("text_config", TEXT_MODELS)):
+        kind = found.get(name, {}).get("model_type", kinds[0])
+        if kind not in kinds:
+            raise UserError(f"{file}: {name}.model_type is {kind!r}; supported: {' and '.join(kinds)}")
+    return _parse(file, "llava", found)
+
+
+def _parse(file: Path, kind: str, found: dict[str, Any]) -> Any:
+    """Hugging Face's own classes fill in what a config.json leaves out."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     from transformers import AutoConfig, logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return AutoConfig.for_model(kind, **{name: value for name, value in found.items() if name != "model_type"})
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # their validators raise many types
         raise UserError(f"{file}: {' '.join(str(error).split())}") from None
     finally:
@@ -82,12 +97,8 @@ def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
 
 
 def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
-    _expect(file, config.vision_config, "vision_config.", model_type="clip_vision_model")
-    _expect(file, config.text_config, "text_config.", model_type=TEXT_MODELS)
     _expect(file, config, multimodal_projector_bias=True, projector_hidden_act=("gelu", "linear"),
             vision_feature_select_strategy=tuple(FEATURE_SELECT))
-    if not isinstance(config.vision_feature_layer, int):
-        raise UserError(f"{file}: vision_feature_layer is {config.vision_feature_layer}; supported: one layer")
     text = dataclasses.replace(_text(file, "text_config.", config.text_config), tied=config.tie_word_embeddings)
     return _build(
         file, LlavaConfig, vision=_vision(file, "vision_config.", config.vision_config), text=text,
@@ -103,9 +114,6 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
 
 def _vision(file: Path, prefix: str, config: Any) -> VitConfig:
     _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
-    for field in ("image_size", "patch_size"):
-        if not isinstance(getattr(config, field), int):
-            raise UserError(f"{file}: {prefix}{field} is {getattr(config, field)!r}; supported: one whole number")
     return _build(
         file, VitConfig, image_size=config.image_size, patch_size=config.patch_size, width=config.hidden_size,
         mlp_width=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
@@ -118,6 +126,11 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{file}: {prefix}rope_scaling {rope} is not supported; rope_type linear and llama3 are")
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                "original_max_position_embeddings")}
+    for name in needed.get(rope["rope_type"], ()):
+        if rope.get(name) is None:
+            raise UserError(f"{file}: {prefix}rope_scaling lacks {name}, which rope_type {rope['rope_type']} needs")
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise UserError(f"{file}: {prefix}sliding_window is {window}, shorter than max_position_embeddings "
@@ -141,7 +154,7 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     )
 
 
-def _build(file: Path, kind: Callable, **fields: Any) -> Any:
+def _build(file: Path, kind: Callable, /, **fields: Any) -> Any:
     try:
         return kind(**fields)
     except ValueError as error:
@@ -154,7 +167,9 @@ def _image_mode(directory: Path) -> str:
         file = directory / name
         if file.exists():
             settings = read_json(file)
-            if settings.get("image_processor", settings).get("do_pad"):
+            if "image_processor" in settings:
+                settings = fields.known(file, settings, {"image_processor": fields.Field(dict)})["image_processor"]
+            if fields.known(file, settings, {"do_pad": fields.Field(bool, null=True)}).get("do_pad"):
                 return "pad"
     return "square"
 
@@ -162,14 +177,13 @@ def _image_mode(directory: Path) -> str:
 def _read_own(raw: dict, file: Path) -> LlavaConfig:
     if raw.get("version") != VERSION:
         raise UserError(f"{file}: version {raw.get('version')!r} of the {OWN} layout is not known here; {VERSION} is")
-    fields = {key: value for key, value in raw.items() if key not in ("model_type", "version")}
-    try:
-        text = dict(fields.pop("text"))
-        scaling = text.pop("rope_scaling")
-        text["rope_scaling"] = RopeScaling(**scaling) if scaling else None
-        return LlavaConfig(vision=VitConfig(**fields.pop("vision")), text=LlamaConfig(**text), **fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not a configuration of the {OWN} layout ({error})") from None
+    found = fields.native(file, {key: value for key, value in raw.items() if key not in ("model_type", "version")})
+    scaling = found["text"]["rope_scaling"]
+    text = found["text"] | {"rope_scaling": scaling and _build(file, RopeScaling, **scaling)}
+    parts = {"vision": _build(file, VitConfig, **found["vision"]), "text": _build(file, LlamaConfig, **text)}
+    config = _build(file, LlavaConfig, **found | parts)
+    _build(file, projector.depth, kind=config.projector)
+    return dataclasses.replace(config, template=_build(file, templates.get, template=config.template).name)
 
 
 def own_config(config: LlavaConfig) -> dict:

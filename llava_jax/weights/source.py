@@ -57,7 +57,7 @@ def from_hub_files(directory: Path, config: Config) -> Source:
     wanted = shapes(config)
     places = tables.places(wanted)
     expected = {name: place.hub_shape for name, place in places.items()}
-    expected |= {name: x.shape for name, x in second_linear(wanted, np.dtype(np.float32)).items()}
+    expected |= _second_linear_shapes(wanted)
     tied = "decoder/embedding" in wanted and "decoder/head/kernel" not in wanted
 
     found, stored, unused = files.find(directory), {}, []
@@ -134,11 +134,15 @@ def join(*sources: Source) -> Source:
 
 def second_linear(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, np.ndarray]:
     """The second layer of a one-layer projector in Hugging Face's layout, which always has two: it changes nothing."""
+    return {name: np.eye(*shape, dtype=dtype) if len(shape) == 2 else np.zeros(shape, dtype)
+            for name, shape in _second_linear_shapes(shapes).items()}
+
+
+def _second_linear_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     if "projector/layers_0/kernel" not in shapes or "projector/layers_1/kernel" in shapes:
         return {}
     width = shapes["projector/layers_0/kernel"][1]
-    return {f"{tables.PROJECTOR}linear_2.weight": np.eye(width, dtype=dtype),
-            f"{tables.PROJECTOR}linear_2.bias": np.zeros(width, dtype)}
+    return {f"{tables.PROJECTOR}linear_2.weight": (width, width), f"{tables.PROJECTOR}linear_2.bias": (width,)}
 
 
 def _common(dtypes: set[np.dtype]) -> np.dtype:

@@ -1,0 +1,139 @@
+"""Fields of a config.json: what types and sizes they may have. Checked before anything is built of them.
+
+A size is refused where no model has it, as it would fill the memory or run for ever: a billion layers, for example.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_jax.errors import UserError
+from llava_jax.files import show_json
+
+
+@dataclass(frozen=True)
+class Field:
+    """A JSON type (int, float, bool, str, dict), the range of a number, and whether null stands for a default."""
+
+    kind: type
+    low: float = 1
+    high: float = math.inf
+    null: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.null
+        if self.kind is float:
+            return type(value) in (int, float) and self.low <= value <= self.high
+        return type(value) is self.kind and (self.kind is not int or self.low <= value <= self.high)
+
+    def __str__(self) -> str:
+        names = {bool: "true or false", str: "a text", dict: "an object"}
+        if self.kind in names:
+            return names[self.kind]
+        kind = "whole number" if self.kind is int else "number"
+        return f"a {kind} from {self.low:,} to {self.high:,}"
+
+
+EPS, FACTOR = Field(float, 1e-30, 1), Field(float, 1e-6, 1e6)
+FLAG, TEXT = Field(bool), Field(str)
+SIZES = {
+    "hidden_size": Field(int, 1, 2**17), "intermediate_size": Field(int, 1, 2**20),
+    "num_hidden_layers": Field(int, 1, 1000), "num_attention_heads": Field(int, 1, 2**12),
+}
+ROPE = {"rope_type": TEXT, "type": TEXT, "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
+        "original_max_position_embeddings": Field(int, 1, 2**30), "rope_theta": Field(float, 1, 1e15),
+        "partial_rotary_factor": Field(float, 0, 1)}
+DECODER = SIZES | {
+    "model_type": TEXT, "vocab_size": Field(int, 1, 2**24), "num_key_value_heads": Field(int, 1, 2**12, null=True),
+    "head_dim": Field(int, 1, 2**12, null=True), "hidden_act": TEXT, "rms_norm_eps": EPS,
+    "max_position_embeddings": Field(int, 1, 2**30), "rope_theta": ROPE["rope_theta"],
+    "rope_scaling": Field(dict, null=True), "rope_parameters": Field(dict, null=True), "attention_bias": FLAG,
+    "mlp_bias": FLAG, "tie_word_embeddings": FLAG, "sliding_window": Field(int, 0, 2**30, null=True),
+    "use_sliding_window": FLAG, "max_window_layers": Field(int, 0, 1000), "partial_rotary_factor": Field(float, 0, 1),
+}
+TOWER = SIZES | {
+    "model_type": TEXT, "image_size": Field(int, 1, 2**13), "patch_size": Field(int, 1, 2**13),
+    "num_channels": Field(int, 1, 2**10), "hidden_act": TEXT, "layer_norm_eps": EPS,
+}
+LLAVA = {
+    "model_type": TEXT, "vision_config": Field(dict), "text_config": Field(dict), "multimodal_projector_bias": FLAG,
+    "projector_hidden_act": TEXT, "vision_feature_select_strategy": TEXT, "tie_word_embeddings": FLAG,
+    "vision_feature_layer": Field(int, -1001, 1000),
+}
+NATIVE_PARTS = {  # of our own layout, whose fields are the dataclasses'
+    "vision": {"image_size": TOWER["image_size"], "patch_size": TOWER["patch_size"], "width": SIZES["hidden_size"],
+               "mlp_width": SIZES["intermediate_size"], "layers": SIZES["num_hidden_layers"],
+               "heads": SIZES["num_attention_heads"], "activation": TEXT, "norm_eps": EPS},
+    "text": {"vocab_size": DECODER["vocab_size"], "width": SIZES["hidden_size"],
+             "mlp_width": SIZES["intermediate_size"], "layers": SIZES["num_hidden_layers"],
+             "heads": SIZES["num_attention_heads"], "kv_heads": SIZES["num_attention_heads"],
+             "head_width": Field(int, 1, 2**12), "norm_eps": EPS, "rope_theta": ROPE["rope_theta"],
+             "rope_scaling": Field(dict, null=True), "qkv_bias": FLAG, "out_bias": FLAG, "mlp_bias": FLAG,
+             "tied": FLAG, "max_length": DECODER["max_position_embeddings"]},
+    "rope_scaling": {"kind": TEXT, "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
+                     "original_length": ROPE["original_max_position_embeddings"]},
+}
+NATIVE = {
+    "vision": Field(dict), "text": Field(dict), "projector": TEXT, "feature_layer": LLAVA["vision_feature_layer"],
+    "feature_select": TEXT, "image_mode": TEXT, "template": TEXT,
+}
+
+
+def known(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
+    """The fields of `raw` that are known. Raises UserError with file and field if one has a wrong type or size."""
+    for name, field in fields.items():
+        if name in raw and not field.accepts(raw[name]):
+            raise UserError(f"{file}: {prefix}{name} is {show_json(raw[name])}; it must be {field}")
+    return {name: raw[name] for name in fields if name in raw}
+
+
+def decoder(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`known` fields of a LLaMA, Mistral or Qwen2, and of its rotary embedding."""
+    found = known(file, raw, DECODER, prefix)
+    for name in ("rope_scaling", "rope_parameters"):
+        if found.get(name):
+            found[name] = known(file, found[name], ROPE, f"{prefix}{name}.")
+    return found
+
+
+def llava(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`known` fields of a LLaVA and its parts."""
+    found = known(file, raw, LLAVA)
+    for name, part in (("vision_config", tower), ("text_config", decoder)):
+        if name in found:
+            found[name] = part(file, found[name], f"{name}.")
+    return found
+
+
+def tower(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`known` fields of a CLIP vision tower."""
+    return known(file, raw, TOWER, prefix)
+
+
+def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`known` fields of a whole CLIP: those of its vision tower, which old files have twice."""
+    names = ("vision_config", "vision_config_dict")
+    found = known(file, raw, {name: Field(dict, null=True) for name in names})
+    return {name: tower(file, part, f"{name}.") for name, part in found.items() if part}
+
+
+def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of our own layout. Raises UserError for one that is missing or not known."""
+    found = _exactly(file, raw, NATIVE, "")
+    for name in ("vision", "text"):
+        found[name] = _exactly(file, found[name], NATIVE_PARTS[name], f"{name}.")
+    if found["text"]["rope_scaling"] is not None:
+        found["text"]["rope_scaling"] = _exactly(
+            file, found["text"]["rope_scaling"], NATIVE_PARTS["rope_scaling"], "text.rope_scaling.")
+    return found
+
+
+def _exactly(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str) -> dict[str, Any]:
+    for what, names in (("lacks", fields.keys() - raw.keys()), ("has an unknown field,", raw.keys() - fields.keys())):
+        if names:
+            named = ", ".join(show_json(prefix + name) for name in sorted(names)[:5])
+            raise UserError(f"{file}: not a configuration of the llava_jax layout: it {what} {named}")
+    return known(file, raw, fields, prefix)
