@@ -16,9 +16,13 @@ from typing import Any, NamedTuple
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import LARGEST_SMALL_FILE, check_fetched, parse_json, read_json, read_text, show_json
 
+BYTE = "<0x[0-9A-F]{2}>"  # what SentencePiece writes for a byte
 SPACE = "\u2581"  # what SentencePiece writes for a blank
+MOST_IDS = 2**24
+"""No tokenizer has as many; a larger id comes from a damaged file, and would fill the memory with empty tokens."""
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -69,6 +73,8 @@ class Tokenizer:
         return cls(read(file, legacy, declared.added), declared, path)
 
     def __init__(self, backend: "_SentencePiece | _TokenizerJson", declared: "_Declared", path: Path):
+        if backend.vocab_size > MOST_IDS:
+            raise UserError(f"{path}: the tokenizer has ids up to {backend.vocab_size - 1:,}; a file of it is damaged")
         ids = {}
         for role in ROLES:
             name = declared.names.get(role, backend.names.get(role))
@@ -160,14 +166,14 @@ class _SentencePiece:
     adds_bos = True
 
     def __init__(self, file: Path, legacy: bool | None, added: Mapping[str, _Added]):
-        model = file.read_bytes()
+        model = _read_bytes(file)
         try:
             self.processor = processor = SentencePieceProcessor()
             processor.LoadFromSerializedProto(model)
         except Exception as error:  # RuntimeError or OSError, by release
             reason = str(error).replace("\n", " ") or "empty"
             raise UserError(f"{file}: not a SentencePiece model ({reason}); copy the file again") from None
-        self.prefixes = processor.encode("a", out_type=str)[0].startswith(SPACE)
+        self.prefixes = "".join(processor.encode("a", out_type=str)).startswith(SPACE)
         self.prefix_once = self.prefixes and legacy is False
         if self.prefix_once:
             # A protobuf message takes the last value of a field: this appends normalizer_spec.add_dummy_prefix = 0.
@@ -214,32 +220,31 @@ class _SentencePiece:
     def bytes_of_tokens(self) -> Iterator[tuple[int, bytes]]:
         for i in range(self.processor.vocab_size()):
             piece = self.processor.id_to_piece(i)
-            yield i, bytes([int(piece[3:5], 16)]) if self.processor.is_byte(i) else _metaspace_bytes(piece)
+            is_byte = self.processor.is_byte(i) and re.fullmatch(BYTE, piece)
+            yield i, bytes([int(piece[3:5], 16)]) if is_byte else _metaspace_bytes(piece)
 
 
 class _TokenizerJson:
     """A tokenizer.json, run by the tokenizers library."""
 
     def __init__(self, file: Path, legacy: bool | None, added: Mapping[str, _Added]):
-        spec, text = _read_json(file), None
+        text = read_text(file)
+        spec = parse_json(text, str(file))
+        self.tokenizer = _from_str(text, file)  # checks the types of what is read below
         self.prefixes = _puts_prefix(spec)
         self.prefix_once = self.prefixes and legacy is False
         if self.prefixes and legacy is not None:
-            text = json.dumps(_with_prefix(spec, always=legacy))
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(text or file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{file}: tokenizers {tokenizers.__version__} cannot read it ({error})") from None
+            self.tokenizer = _from_str(json.dumps(_with_prefix(spec, always=legacy)), file)
         self.decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
         if not self.decoders & {"ByteLevel", "Metaspace", "Replace"}:
             kinds = ", ".join(sorted(self.decoders)) or "none"
             raise UserError(f"{file}: its decoder is {kinds}; only byte-level BPE and SentencePiece's kind are read")
 
+        self.tokenizer.no_truncation()  # a file can carry both from the run that wrote it
+        self.tokenizer.no_padding()
         leading = self.tokenizer.encode("").ids[:1]  # what the post-processor puts before every text
         self.adds_bos = bool(leading)
         self.tokenizer.post_processor = None  # some trim the blank off a token's place
-        self.tokenizer.no_truncation()  # a file can carry both from the run that wrote it
-        self.tokenizer.no_padding()
 
         self.added = {t.content: _Added(i, t.special) for i, t in self.tokenizer.get_added_tokens_decoder().items()}
         declared = _resolve(added, self.id_of, file)
@@ -271,10 +276,19 @@ class _TokenizerJson:
         for piece, i in self.tokenizer.get_vocab().items():
             if byte_level:
                 yield i, bytes(_BYTE_OF[char] for char in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
-            elif "ByteFallback" in self.decoders and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            elif "ByteFallback" in self.decoders and re.fullmatch(BYTE, piece):
                 yield i, bytes([int(piece[3:5], 16)])
             else:
                 yield i, _metaspace_bytes(piece)
+
+
+def _from_str(text: str, file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:  # the library raises bare Exceptions, and Rust's panics, which are none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{file}: tokenizers {tokenizers.__version__} cannot read it ({error})") from None
 
 
 def _metaspace_bytes(piece: str) -> bytes:
@@ -327,22 +341,36 @@ class _Declared(NamedTuple):
 def _read_declared(file: Path) -> _Declared:
     """Reads what stands beside the tokenizer `file`; of a tokenizer.json that is not `file`, its added tokens."""
 
-    def read(name: str) -> dict[str, Any]:
+    def read(name: str, **kinds: type) -> dict[str, Any]:
         beside = file.parent / name
-        return _read_json(beside) if beside != file and beside.is_file() else {}
+        found = read_json(beside) if beside != file and beside.is_file() else {}
+        for field, kind in kinds.items():
+            if found.get(field) is not None and not isinstance(found[field], kind):
+                raise UserError(f"{beside}: {field} is {show_json(found[field])}, which it cannot be")
+        return {field: value for field, value in found.items() if value is not None}
 
-    config, special_map = read("tokenizer_config.json"), read("special_tokens_map.json")
-    names = {role: _content(config.get(role) or special_map.get(role)) for role in ROLES}
-    names = {role: name for role, name in names.items() if name}
-    special = {*names.values(), *map(_content, special_map.get("additional_special_tokens", ()))}
+    config = read("tokenizer_config.json", legacy=bool, add_bos_token=bool, added_tokens_decoder=dict,
+                  tokenizer_class=str)
+    special_map = read("special_tokens_map.json", additional_special_tokens=list)
+    names = {}
+    for role in ROLES:
+        for found, source in ((special_map, "special_tokens_map.json"), (config, "tokenizer_config.json")):
+            if name := _content(found.get(role), f"{file.parent / source}: {role}"):
+                names[role] = name
+    map_file = file.parent / "special_tokens_map.json"
+    special = {*names.values(), *(_content(token, f"{map_file}: additional_special_tokens")
+                                  for token in special_map.get("additional_special_tokens", ()))}
 
-    listed = [("tokenizer_config.json", int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()]
+    listed = [("tokenizer_config.json", i, token) for i, token in config.get("added_tokens_decoder", {}).items()]
     listed += [("added_tokens.json", i, {"content": text}) for text, i in read("added_tokens.json").items()]
-    listed += [("tokenizer.json", token["id"], token) for token in read("tokenizer.json").get("added_tokens", ())]
+    for token in read("tokenizer.json", added_tokens=list).get("added_tokens", ()):
+        listed.append(("tokenizer.json", token.get("id") if isinstance(token, Mapping) else None, token))
     added: dict[str, _Added] = {}
     sources: dict[str | int, tuple[str, str, int]] = {}  # by text and by id: where it was first read, text, id
     for name, i, token in listed:
-        text = token["content"]
+        i, text = _id(i, file.parent / name), _content(token, f"{file.parent / name}: an added token")
+        if not text or not isinstance(token, Mapping):
+            raise UserError(f"{file.parent / name}: the added token {i} has no content")
         for key in (text, i):
             first, other, j = sources.setdefault(key, (name, text, i))
             if (other, j) != (text, i):
@@ -368,15 +396,24 @@ def _resolve(added: Mapping[str, _Added], id_of: Callable[[str], int | None], fi
     return resolved
 
 
-def _content(token: str | Mapping[str, Any] | None) -> str:
-    return token["content"] if isinstance(token, Mapping) else token or ""
+def _content(token: Any, where: str) -> str:
+    """A token's text, which files write alone or as an object's content; "" for none."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where} is {show_json(token)}, which is no token")
+    return text or ""
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); copy the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found a {type(value).__name__}")
-    return value
+def _id(value: Any, file: Path) -> int:
+    """A token's id, which tokenizer_config.json writes as a text."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value) else value
+    if type(number) is not int or not 0 <= number < MOST_IDS:
+        raise UserError(f"{file}: {show_json(value)} is no token id; ids are whole numbers below {MOST_IDS:,}")
+    return number
+
+
+def _read_bytes(file: Path) -> bytes:
+    with user_path(file), open(file, "rb") as opened:
+        content = opened.read(LARGEST_SMALL_FILE)
+    check_fetched(file, content)
+    return content

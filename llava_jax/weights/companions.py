@@ -7,11 +7,12 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from llava_jax.files import read_json
+from llava_jax.errors import UserError
+from llava_jax.files import read_json, show_json
 from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
-from llava_jax.text.tokenizer import SPACE, Tokenizer
+from llava_jax.text.tokenizer import MOST_IDS, SPACE, Tokenizer
 from llava_jax.weights.files import write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -39,7 +40,9 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     file = target / "tokenizer.json"
-    if not file.exists():
+    if file.exists():
+        Tokenizer.load(source / "tokenizer.json")  # it is read below, and perhaps not by the first call
+    else:
         settings = target / "tokenizer_config.json"
         legacy = read_json(settings).get("legacy") if settings.exists() else None
         write_json(file, tokenizer_json(target / "tokenizer.model", legacy=legacy is not False))
@@ -62,8 +65,13 @@ def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: s
     """Ids that begin, end and fill a text: the source's, and the template's end of an answer, with which all end."""
     file = source / "generation_config.json"
     known = read_json(file) if file.exists() else {}
+    for role in ("bos_token_id", "eos_token_id"):
+        value = known.get(role, [])
+        ids = value if isinstance(value, list) and role == "eos_token_id" else [] if value in (None, []) else [value]
+        if any(type(i) is not int or not 0 <= i < MOST_IDS for i in ids):
+            raise UserError(f"{file}: {role} is {show_json(value)}, which is no token id")
     ends = known.get("eos_token_id", tokenizer.eos_id)
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
     end = tokenizer.special_id(templates.get(template).end)
     ends += [] if end is None or end in ends else [end]
     return {"bos_token_id": known.get("bos_token_id", tokenizer.bos_id),
@@ -116,7 +124,7 @@ def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, tem
         settings[role] = settings.get(role) or name
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in spec["added_tokens"]
-    } | settings.get("added_tokens_decoder", {})
+    } | (settings.get("added_tokens_decoder") or {})
     settings |= {"pad_token": pad, "image_token": IMAGE, "extra_special_tokens": {"image_token": IMAGE},
                  "processor_class": "LlavaProcessor", "chat_template": chat_template}
     write_json(file, settings)

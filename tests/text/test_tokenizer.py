@@ -238,12 +238,12 @@ def test_disagreeing_files(golden, raw, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1", "not a SentencePiece model"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the file"),
         ("tokenizer.model", b"", "not a SentencePiece model"),
         ("tokenizer.json", b'{"model": {"type": "BP', "not JSON"),
         ("tokenizer.json", b'{"model": {"type": "BPX"}}', f"tokenizers {tokenizers.__version__} cannot read it"),
-        ("tokenizer.json", b"[]", "expected a JSON object, found a list"),
-        ("tokenizer.json", b"\xff\xfe", "not JSON"),
+        ("tokenizer.json", b"[]", "must be an object, and is a list"),
+        ("tokenizer.json", b"\xff\xfe", "byte 1 is no UTF-8"),
     ],
 )
 def test_broken_files(tmp_path, name, content, line):
