@@ -75,7 +75,7 @@ def main(args: list[str]) -> int:
 
 def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: topologies.Slice, model: "LlavaConfig",
                 notes: list[str]) -> int:
-    from llava_jax.models.attention import resolve
+    from llava_jax.models.llava import choose_attention
     from llava_jax.planning import show
     from llava_jax.planning.data import length
     from llava_jax.planning.meshes import plan_mesh, with_slices
@@ -84,7 +84,8 @@ def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: topol
 
     recipe, more = with_slices(recipe, where)
     remat = ", ".join(f"{stage.remat} ({name})" for name, stage in recipe.stages.items())
-    notes = [*notes, *more, f"attention {resolve(recipe.model.attention, 'tpu')}, remat {remat}"]
+    dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
+    notes = [*notes, *more, f"attention {choose_attention(recipe.model.attention, 'tpu', model, dtype)}, remat {remat}"]
     mesh = plan_mesh(recipe, where, model)
     plans = []
     if not options.json:
@@ -124,8 +125,10 @@ def plan_search(options: argparse.Namespace, recipe: config.Recipe, overrides: l
 
 def plan_inference(options: argparse.Namespace, where: topologies.Slice, model: "LlavaConfig", notes: list[str]
                    ) -> int:
+    from llava_jax.models.llava import choose_attention
     from llava_jax.planning import inference, show
 
+    notes = [*notes, f"attention {choose_attention('auto', 'tpu', model, 'bfloat16')}"]
     phases = inference.plan_inference(model, where, options.batch, options.context)
     if options.json:
         report(options, where, notes, batch=options.batch, context=options.context,

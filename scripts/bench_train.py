@@ -28,8 +28,7 @@ from bench_packing import grouped_batches, made_up
 
 from llava_jax.config import Data, Mesh, Optimizer, Stage
 from llava_jax.data.packing import pack
-from llava_jax.models.attention import resolve
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract, init
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, init
 from llava_jax.sharding import make_mesh, parameter_shardings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 from llava_jax.training.metrics import model_flops, peak_flops
@@ -128,7 +127,7 @@ def ours(config: LlavaConfig, stage: int, dtype: str, parameters: Parameters | N
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     platform = mesh.devices.flat[0].platform
     remat = "none" if platform == "cpu" else "full"
-    graph, shapes = abstract(config, dtype, resolve("auto", platform), remat)
+    graph, shapes = abstract(config, dtype, choose_attention("auto", platform, config, dtype), remat)
     shardings = parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     recipe = stage_of(stage)
     rates = trainable_paths(recipe, list(shapes))

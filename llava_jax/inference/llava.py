@@ -17,7 +17,7 @@ from llava_jax.inference.answer import Answer, Completion
 from llava_jax.inference.batches import batches, opener
 from llava_jax.inference.engine import Engine, Job, shape
 from llava_jax.inference.likelihood import readings
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract, merge
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, merge
 from llava_jax.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, answer_ends, encode_prompt
@@ -82,15 +82,18 @@ class Llava:
       config: the model's `LlavaConfig`.
       tokenizer: its `Tokenizer`.
       template: the name of its conversation format, one of `text/templates.py`.
+      attention: the implementations that its decoder and vision tower compute with (models/attention.py).
       parameters: its arrays by path; others of the same shapes can be put in their place.
     """
 
     def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32",
-                 mesh: jax.sharding.Mesh | None = None):
+                 mesh: jax.sharding.Mesh | None = None, attention: str = "auto"):
         self.config = config
         self.tokenizer = tokenizer
         self.template = config.template
-        graph, _ = abstract(config, dtype)
+        platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+        self.attention = choose_attention(attention, platform, config, dtype)
+        graph, _ = abstract(config, dtype, self.attention)
         self._logits = jax.jit(lambda parameters, *inputs: merge(graph, parameters)(*inputs))
         ends, self._stops = answer_ends(config.template, tokenizer)
         self._engine = Engine(graph, parameters, ends, mesh)
@@ -282,13 +285,14 @@ def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict
 
 
 def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
-         template: str | None = None) -> Llava:
+         template: str | None = None, attention: str = "auto") -> Llava:
     """Opens a model directory of any supported layout, told from its files.
 
     Args:
       path: a directory as `llava_jax.train`, `llava_jax.convert` or transformers writes it.
       dtype: "bfloat16" or "float32", of parameters and computation; by default bfloat16 on TPU and GPU, else float32.
       mesh: devices that share the parameters and the rows of a batch (`sharding.make_mesh`); None takes one device.
+      attention: xla, splash (TPU) or cudnn (GPU), as in training; auto takes the platform's and says which.
       template: name of the conversation template, where the model's files do not tell the one it was trained with.
 
     Raises UserError that names the file for whatever is missing, broken or not supported, for a tokenizer with ids
@@ -308,4 +312,7 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
     tokenizer = Tokenizer.load(path)
     agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True)
     config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding)
-    return Llava(config, parameters, tokenizer, dtype, mesh)
+    llava = Llava(config, parameters, tokenizer, dtype, mesh, attention)
+    if jax.default_backend() != "cpu":  # where there is a choice
+        agreement.say(f"attention {llava.attention}, {dtype}")
+    return llava

@@ -29,6 +29,11 @@ def resolve(name: str, platform: str) -> str:
     return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla") if name == "auto" else name
 
 
+def fills_lanes(width: int, heads: int) -> bool:
+    """Whether the heads of a vision tower fill a TPU's vectors, which the tower's splash kernel needs."""
+    return LANES % (width // heads) == 0 and width % LANES == 0
+
+
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -157,13 +162,19 @@ def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None)
 def full(name: str, heads: int) -> Callable[[Array], Array]:
     """Attention in which all tokens see all, of queries, keys, values side by side: `[B, T, 3 N H] -> [B, T, N, H]`.
 
-    For `splash` it is a kernel that takes heads which fill vectors of 128, as CLIP's do; others go through XLA.
+    For `splash` it is a kernel that takes heads which fill vectors of 128, as CLIP's do; UserError for others, and for
+    a name that is none of xla, splash and cudnn.
     """
+    if name not in ("xla", "splash", "cudnn"):
+        raise UserError(f"attention {name!r} is not one of xla, splash, cudnn")
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn") if name == "cudnn" else attention
 
     def run(joined: Float[Array, "B T 3NH"]) -> Float[Array, "B T N H"]:
         width = joined.shape[2] // 3
-        if name == "splash" and LANES % (width // heads) == 0 and width % LANES == 0:
+        if name == "splash":
+            if not fills_lanes(width, heads):
+                raise UserError(f"attention splash: a vision tower of width {width} with {heads} heads does not fill "
+                                f"vectors of {LANES}; choose xla or auto")
             return _whole(joined, heads)
         return attend(*_parts(joined, heads))
 

@@ -1,6 +1,7 @@
 """LLaVA: visual features, projected, take the places of a prompt's image tokens (Visual Instruction Tuning, 4.1)."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from llava_jax.errors import UserError
 from llava_jax.images import CLIP_MEAN, CLIP_STD, MODES
 from llava_jax.models import vit
+from llava_jax.models.attention import fills_lanes, resolve
 from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.projector import Projector
 from llava_jax.models.vit import Vit, VitConfig
@@ -41,16 +43,44 @@ class LlavaConfig:
         return self.vision.patches + (self.feature_select == "cls_patch")
 
 
+class Attention(NamedTuple):
+    """The implementations (models/attention.py) in the decoder and in the vision tower."""
+
+    decoder: str
+    vision: str
+
+    def __str__(self) -> str:
+        return self.decoder if self.decoder == self.vision else f"{self.decoder} (vision tower {self.vision})"
+
+
+def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) -> Attention:
+    """What an implementation's name stands for in a model on a platform.
+
+    `auto` is the platform's, in each part whose sizes and dtype that one takes, and else xla. Any other name is itself
+    in both parts, and raises where it cannot run.
+    """
+    chosen = resolve(name, platform)
+    if name != "auto" or chosen == "xla":
+        return Attention(chosen, chosen)
+    tower = config.vision.width // config.vision.heads
+    if chosen == "splash":
+        return Attention(chosen, chosen if fills_lanes(config.vision.width, config.vision.heads) else "xla")
+    # cuDNN's flash attention has no float32, and wants heads of at most 128 in eights (256 from Hopper on).
+    fits = [dtype != "float32" and size <= 128 and size % 8 == 0 for size in (config.text.head_width, tower)]
+    return Attention(*(chosen if fit else "xla" for fit in fits))
+
+
 class Llava(nnx.Module):
     """The whole model; `dtype` is the compute dtype, parameters are cast to it where they are used."""
 
-    def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str = "xla", remat: str = "none",
-                 rngs: nnx.Rngs):
+    def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str | Attention = "xla",
+                 remat: str = "none", rngs: nnx.Rngs):
+        attention = attention if isinstance(attention, Attention) else Attention(attention, attention)
         self.config = config
         self.dtype = dtype
-        self.vision = Vit(config.vision, attention=attention, remat=remat, rngs=rngs)
+        self.vision = Vit(config.vision, attention=attention.vision, remat=remat, rngs=rngs)
         self.projector = Projector(config.projector, config.vision.width, config.text.width, rngs=rngs)
-        self.decoder = Llama(config.text, attention=attention, remat=remat, rngs=rngs)
+        self.decoder = Llama(config.text, attention=attention.decoder, remat=remat, rngs=rngs)
 
     def __call__(
         self,
@@ -119,7 +149,7 @@ def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def abstract(config: LlavaConfig, dtype: str = "float32", attention: str = "xla",
+def abstract(config: LlavaConfig, dtype: str = "float32", attention: str | Attention = "xla",
              remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
     """`split` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
     return split(nnx.eval_shape(lambda: Llava(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))

@@ -12,7 +12,7 @@ from llava_jax import config, sharding
 from llava_jax.errors import UserError
 from llava_jax.inference.decode import decode, prefill
 from llava_jax.inference.sampling import Sampling
-from llava_jax.models.llava import LlavaConfig, abstract, merge
+from llava_jax.models.llava import LlavaConfig, abstract, choose_attention, merge
 from llava_jax.planning.cycles import Profile, profile
 from llava_jax.planning.predict import Times, times
 from llava_jax.planning.step import Memory, Program, compile_program, device_bytes
@@ -66,7 +66,7 @@ def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -
     if context < model.tokens_per_image:
         raise UserError(f"--context {context}: one image takes {model.tokens_per_image} tokens")
     mesh = sharding.make_mesh(config.Mesh(1, 1, where.devices), where.jax_devices())
-    graph, shapes = abstract(model, "bfloat16")
+    graph, shapes = abstract(model, "bfloat16", choose_attention("auto", "tpu", model, "bfloat16"))
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     parameters = {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=shardings[path])
                   for path, x in shapes.items()}

@@ -170,6 +170,8 @@ class _SentencePiece:
         try:
             self.processor = processor = SentencePieceProcessor()
             processor.LoadFromSerializedProto(model)
+            for i in range(processor.vocab_size()):
+                processor.id_to_piece(i)  # UnicodeDecodeError in a damaged file
         except Exception as error:  # RuntimeError or OSError, by release
             reason = str(error).replace("\n", " ") or "empty"
             raise UserError(f"{file}: not a SentencePiece model ({reason}); copy the file again") from None
@@ -302,16 +304,15 @@ _BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(0x10
 
 
 def _steps(component: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    if component is None:
-        return []
-    return component[key] if component["type"] == "Sequence" else [component]
+    steps = (component or {}).get(key) or [component]
+    return [step for step in steps if isinstance(step, Mapping) and "type" in step]
 
 
 def _puts_prefix(spec: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json puts a blank before a text, as LLaMA's do in one of two ways."""
     prepends = any(step["type"] == "Prepend" for step in _steps(spec.get("normalizer"), "normalizers"))
-    metaspace = spec.get("pre_tokenizer") or {"type": None}
-    return prepends or (metaspace["type"] == "Metaspace" and metaspace.get("prepend_scheme", "always") != "never")
+    metaspace = spec.get("pre_tokenizer") or {}
+    return prepends or (metaspace.get("type") == "Metaspace" and metaspace.get("prepend_scheme", "always") != "never")
 
 
 def _with_prefix(spec: Mapping[str, Any], always: bool) -> dict[str, Any]:
@@ -324,7 +325,7 @@ def _with_prefix(spec: Mapping[str, Any], always: bool) -> dict[str, Any]:
     prepend = [{"type": "Prepend", "prepend": SPACE}] * always
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     pre_tokenizer = spec.get("pre_tokenizer")
-    if pre_tokenizer and pre_tokenizer["type"] == "Metaspace":
+    if pre_tokenizer and pre_tokenizer.get("type") == "Metaspace":
         pre_tokenizer = {**pre_tokenizer, "prepend_scheme": "never"}
     normalizer = {"type": "Sequence", "normalizers": [*kept, *prepend, replace]}
     return {**spec, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}

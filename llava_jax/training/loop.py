@@ -20,8 +20,7 @@ from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
-from llava_jax.models.attention import resolve
-from llava_jax.models.llava import Parameters
+from llava_jax.models.llava import Parameters, choose_attention
 from llava_jax.processes import group as processes
 from llava_jax.processes.group import agree, gather, total
 from llava_jax.training import output, preflight
@@ -76,7 +75,7 @@ def announce(run: Run) -> None:
         recipe = run.recipe
         mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
         device = run.mesh.devices.flat[0]
-        attention = resolve(recipe.model.attention, device.platform)
+        attention = choose_attention(recipe.model.attention, device.platform, run.model, run.dtype)
         remat = ", ".join(f"{stage.remat} ({name})" for name, stage in recipe.stages.items())
         print(f"training on {run.mesh.size} {device.device_kind}, {mesh}; {run.dtype}, attention {attention}, "
               f"remat {remat}", flush=True)

@@ -53,7 +53,9 @@ class Samples:
         if self.llava is None:
             # Alone, the few rows need not be shared out.
             mesh = self.run.mesh if jax.process_count() > 1 else None
-            self.llava = Llava(self.model, parameters, self.run.tokenizer, self.run.dtype, mesh)
+            # Without a mesh XLA would have to divide a kernel over the devices of the parameters, which it cannot.
+            attention = self.run.recipe.model.attention if mesh or self.run.mesh.size == 1 else "xla"
+            self.llava = Llava(self.model, parameters, self.run.tokenizer, self.run.dtype, mesh, attention)
         self.llava.parameters = parameters
         answers = self.llava.batch([request for request, _ in self.pairs])
         return [{"question": request.messages[-1]["content"], "expected": expected, "answer": answer.text}

@@ -14,8 +14,7 @@ from jax.sharding import NamedSharding
 
 from llava_jax import config, sharding
 from llava_jax.errors import UserError
-from llava_jax.models.attention import resolve
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract, split
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, split
 from llava_jax.models.projector import Projector
 from llava_jax.processes.group import agree
 from llava_jax.text import agreement, templates
@@ -122,7 +121,7 @@ def lay_out(
     dtype = recipe.model.dtype
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    attention = resolve(recipe.model.attention, mesh.devices.flat[0].platform)
+    attention = choose_attention(recipe.model.attention, mesh.devices.flat[0].platform, model, dtype)
     graphs = {}
     for name, stage in recipe.stages.items():
         graphs[name], shapes = abstract(model, dtype, attention, stage.remat)

@@ -105,7 +105,7 @@ def _is_inside(directory: Path, name: Any, index: Path) -> bool:
 
     Links are followed only into the `blobs` of Hugging Face's cache, where its snapshots are made of links.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w .+=-]{1,200}", name, re.ASCII) or not name.strip("."):
         raise UserError(f"{index}: weight_map names {name!r}, which is not the name of a file beside it")
     real, cache = (directory / name).resolve(), directory.resolve().parent.parent
     if real.parent not in (directory.resolve(), cache / "blobs"):
@@ -198,7 +198,8 @@ def some(names: Sequence[str], most: int = 10) -> str:
 
 
 def write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_bytes(text.encode(errors="backslashreplace"))  # half a surrogate pair stays the escape that it was
 
 
 @dataclass(frozen=True)

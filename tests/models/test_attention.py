@@ -1,12 +1,19 @@
 """The Pallas kernels, interpreted on this machine, against plain attention; and the choice between them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.models import attention
+from llava_jax.inference.decode import prefill
+from llava_jax.inference.sampling import Sampling
+from llava_jax.models import attention, llava
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import VitConfig
 
 
 def inputs(length: int, heads: int, kv_heads: int, width: int) -> list[jax.Array]:
@@ -77,3 +84,43 @@ def test_what_cannot_run_raises():
         jax.block_until_ready(attention.causal("cudnn", 16)(q, k, v))
     with pytest.raises(ValueError):
         jax.block_until_ready(attention.causal("splash", 16)(q, k, v))
+
+
+BASE = LlavaConfig()
+NARROW = dataclasses.replace(BASE, vision=VitConfig(width=96, heads=3))
+ODD = dataclasses.replace(BASE, text=LlamaConfig(head_width=100))
+
+
+@pytest.mark.parametrize("name, platform, config, dtype, expected", [
+    ("auto", "cpu", BASE, "float32", ("xla", "xla")), ("auto", "tpu", BASE, "bfloat16", ("splash", "splash")),
+    ("auto", "tpu", NARROW, "bfloat16", ("splash", "xla")), ("splash", "tpu", NARROW, "bfloat16", ("splash", "splash")),
+    ("auto", "gpu", BASE, "bfloat16", ("cudnn", "cudnn")), ("auto", "gpu", BASE, "float32", ("xla", "xla")),
+    ("auto", "gpu", ODD, "bfloat16", ("xla", "cudnn")), ("cudnn", "gpu", ODD, "float32", ("cudnn", "cudnn")),
+    ("xla", "tpu", BASE, "bfloat16", ("xla", "xla")),
+])
+def test_each_part_of_a_model_gets_what_it_can_run(name, platform, config, dtype, expected):
+    assert llava.choose_attention(name, platform, config, dtype) == expected
+
+
+def test_a_tower_never_changes_its_attention_quietly():
+    with pytest.raises(UserError, match="attention splash: a vision tower of width 96 with 3 heads does not fill"):
+        attention.full("splash", 3)(jnp.zeros((1, 4, 3 * 96)))
+    with pytest.raises(UserError, match="'flash' is not one of xla, splash, cudnn"):
+        attention.full("flash", 3)
+    assert str(llava.Attention("splash", "xla")) == "splash (vision tower xla)"
+
+
+@pytest.mark.parametrize("name, kernels", [("auto", {"whole_attention", "splash"}), ("xla", set())])
+def test_prefill_on_a_tpu_has_the_kernels(name, kernels):
+    """The program of inference, traced for a TPU that is not there."""
+    config = LlavaConfig(vision=VitConfig(28, 14, 128, 128, 2, 2), text=LlamaConfig(64, 128, 128, 1, 1, 1, 128),
+                         feature_layer=-1)
+    chosen = llava.choose_attention(name, "tpu", config, "bfloat16")
+    graph, shapes = llava.abstract(config, "bfloat16", chosen)
+    array = jax.ShapeDtypeStruct
+    sampling = Sampling(array((2, 2), "uint32"), array((2,), "float32"), array((2,), "float32"))
+    inputs = (array((2, 128), "int32"), array((2,), "int32"), array((2, 1, 28, 28, 3), "uint8"), array((2,), "int32"))
+    read = jax.jit(lambda parameters, *inputs: prefill(llava.merge(graph, parameters), *inputs, (2,), 192))
+    text = str(read.trace(shapes, *inputs, sampling).jaxpr)
+    assert {kernel for kernel in ("whole_attention", "splash") if kernel in text} == kernels
+    assert ("pallas_call" in text) == bool(kernels)

@@ -1,11 +1,13 @@
 """Opens, converts and re-reads damaged model folders; prints each error that is not one line naming the file.
 
-    python mutations.py FOLDER FILE FIRST COUNT
+    python mutations.py FOLDER FIRST COUNT FILE ...
 
-FOLDER is a sound model; the mutations FIRST to FIRST + COUNT - 1 of its FILE are tried. A process of its own, whose
+FOLDER is a sound model; the mutations FIRST to FIRST + COUNT - 1 of each FILE are tried. A process of its own, whose
 memory is limited: what a mutation makes too large, or lets a library crash on, is seen from outside.
 """
 
+import contextlib
+import io
 import json
 import random
 import resource
@@ -61,42 +63,51 @@ def mutate(content: bytes, number: int) -> bytes:
     return json.dumps(value).encode(errors="surrogatepass")
 
 
-def main(folder: str, name: str, first: int, count: int) -> None:
-    import jax  # noqa: F401  before the limit, which leaves 1 GB for what a file makes
-
+def main(folder: str, first: int, count: int, names: list[str]) -> None:
     from llava_jax import convert
-    from llava_jax.errors import UserError
-    from llava_jax.preparation.settings import Settings
-    from llava_jax.text import agreement
-    from llava_jax.text.tokenizer import Tokenizer
 
     convert.main([folder, tempfile.mkdtemp() + "/warm", "--to", "hf"])
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
-    content, wrong = (Path(folder) / name).read_bytes(), 0
-    for number in range(first, first + count):
-        with tempfile.TemporaryDirectory() as directory:
-            model = Path(directory) / "model"
-            shutil.copytree(folder, model)
-            (model / name).write_bytes(mutate(content, number))
-            for action in (
-                lambda model=model, out=f"{directory}/hf": convert.main([str(model), out, "--to", "hf"]),
-                lambda model=model, out=f"{directory}/own": convert.main([str(model), out, "--to", "llava_jax"]),
-                lambda model=model: Settings.load(str(model)),
-                lambda model=model: Tokenizer.load(model).decode([0, 5, 10**6, -1]),
-            ):
-                agreement.say.cache_clear()
-                try:
-                    action()
-                except UserError as error:
-                    if "\n" in str(error) or str(model) not in str(error) or len(str(error)) > 2000:
-                        wrong += 1
-                        print(f"mutation {number}: {error!r:.600}", flush=True)
-                except BaseException:
-                    wrong += 1
-                    print(f"mutation {number}: {traceback.format_exc()[-1500:]}", flush=True)
-    print(f"{count} mutations of {name}: {wrong} wrong", flush=True)
+    wrong = 0
+    for name in names:
+        content = (Path(folder) / name).read_bytes()
+        for number in range(first, first + count):
+            with tempfile.TemporaryDirectory() as directory:
+                model = Path(directory) / "model"
+                shutil.copytree(folder, model)
+                (model / name).write_bytes(mutate(content, number))
+                wrong += sum(not is_told(action, f"{name}, mutation {number}", model) for action in actions(model))
+    print(f"{count} mutations of {', '.join(names)}: {wrong} wrong", flush=True)
+
+
+def actions(model: Path) -> list:
+    from llava_jax import convert
+    from llava_jax.preparation.settings import Settings
+    from llava_jax.text.tokenizer import Tokenizer
+
+    return [lambda: convert.main([str(model), f"{model}_hf", "--to", "hf"]),
+            lambda: convert.main([str(model), f"{model}_own", "--to", "llava_jax"]),
+            lambda: Settings.load(str(model)),
+            lambda: Tokenizer.load(model).decode([0, 5, 10**6, -1])]
+
+
+def is_told(action, what: str, model: Path) -> bool:
+    """Whether an action succeeds, or ends in one line that names a file of the model."""
+    from llava_jax.errors import UserError
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            action()
+    except UserError as error:
+        if "\n" in str(error) or str(model) not in str(error) or len(str(error)) > 2000:
+            print(f"{what}: {error!r:.600}", flush=True)
+            return False
+    except BaseException:
+        print(f"{what}: {traceback.format_exc()[-1500:]}", flush=True)
+        return False
+    return True
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
