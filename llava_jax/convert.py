@@ -93,7 +93,8 @@ def _open(options: argparse.Namespace) -> tuple:
     config, parameters = checkpoint.open_checkpoint(path, options.template)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
-    agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True)
+    agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True,
+                    visual_tokens=config.tokens_per_image, context=config.text.max_length)
     return dataclasses.replace(config, **_chosen(options, "image_mode")), parameters, path
 
 
@@ -111,9 +112,10 @@ def _join(options: argparse.Namespace) -> tuple:
     (vision, vision_parameters), (text, text_parameters) = parts
     tokenizer = Tokenizer.load(options.language)
     template = options.template or agreement.template_for_decoder(tokenizer, options.language)
-    agreement.check(template, tokenizer, text.vocab_size, options.language)
     config = LlavaConfig(vision=vision, text=text, template=template,
                          **_chosen(options, "projector", "feature_layer", "image_mode"))
+    agreement.check(template, tokenizer, text.vocab_size, options.language, visual_tokens=config.tokens_per_image,
+                    context=text.max_length)
     projector = source.new_projector(config, options.seed or 0)
     return config, source.join(vision_parameters, projector, text_parameters), Path(options.language)
 

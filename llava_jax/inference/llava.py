@@ -310,7 +310,8 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
         shardings = parameter_shardings({path: x.shape for path, x in abstract(config)[1].items()}, mesh)
         sharding = lambda path, shape: shardings[path]  # noqa: E731
     tokenizer = Tokenizer.load(path)
-    agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True)
+    agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True,
+                    visual_tokens=config.tokens_per_image, context=config.text.max_length)
     config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding)
     llava = Llava(config, parameters, tokenizer, dtype, mesh, attention)
     if jax.default_backend() != "cpu":  # where there is a choice

@@ -16,14 +16,19 @@ CANDIDATES = ("vicuna_v1", "llava_llama_3", "qwen_1_5", "gemma_instruct")
 """Templates of different families, in the order in which a tokenizer is searched for their ends of an answer."""
 
 
-def check(template: str | Template, tokenizer: Tokenizer, vocab_size: int, where: str, trained: bool = False) -> None:
+def check(template: str | Template, tokenizer: Tokenizer, vocab_size: int, where: str, trained: bool = False,
+          visual_tokens: int = 0, context: int | None = None) -> None:
     """Raises UserError, one line that begins with `where`, if the three do not suit each other.
 
     Args:
       vocab_size: rows of the model's embedding.
       trained: whether the model has learned this template already. An end that is no token is then told on stderr
         only: such a model answers well here, where its text is looked for.
+      visual_tokens, context: tokens of an image, and of the longest conversation that the model takes.
     """
+    if context is not None and visual_tokens >= context:
+        raise UserError(f"{where}: an image takes {visual_tokens:,} tokens, and the model's context is {context:,} "
+                        "(max_position_embeddings); no conversation about it fits")
     if beyond := tokens_beyond(tokenizer, vocab_size):
         named = ", ".join(f"{text!r} = {i}" for text, i in beyond[:4]) + (", ..." if len(beyond) > 4 else "")
         raise UserError(f"{where}: the tokenizer has ids up to {beyond[-1][1]}, the embedding has {vocab_size} rows; "

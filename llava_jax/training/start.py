@@ -84,7 +84,8 @@ def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Toke
     model = dataclasses.replace(model, template=finished_template(recipe, model.template), exif=last.data.exif)
     # Only the template that a LLaVA brings itself has been trained with.
     agreement.check(model.template, tokenizer, model.text.vocab_size, source,
-                    trained=bool(recipe.model.llava and not recipe.model.template))
+                    trained=bool(recipe.model.llava and not recipe.model.template),
+                    visual_tokens=model.tokens_per_image, context=model.text.max_length)
     for name, stage in recipe.stages.items():
         data = stage.data
         if data.template:

@@ -139,8 +139,9 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     if rope["rope_type"] == "linear":
         scaling = RopeScaling("linear", rope["factor"])
     elif rope["rope_type"] == "llama3":
-        scaling = RopeScaling("llama3", rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
-                              rope["original_max_position_embeddings"])
+        scaling = _build(file, RopeScaling, kind="llama3", factor=rope["factor"],
+                         low_freq_factor=rope["low_freq_factor"], high_freq_factor=rope["high_freq_factor"],
+                         original_length=rope["original_max_position_embeddings"])
     qwen2 = config.model_type == "qwen2"
     return _build(
         file, LlamaConfig, vocab_size=config.vocab_size, width=config.hidden_size,
@@ -154,9 +155,9 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     )
 
 
-def _build(file: Path, kind: Callable, /, **fields: Any) -> Any:
+def _build(file: Path, make: Callable, /, **values: Any) -> Any:
     try:
-        return kind(**fields)
+        return make(**values)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
 

@@ -100,6 +100,13 @@ def test_every_token_of_every_kind_is_listed(kinds):
         assert {i for _, i in listed} == set(range(tokenizer.vocab_size)), name
 
 
+def test_an_image_must_fit_into_the_context(golden, tmp_path):
+    tokenizer = special(golden, tmp_path)
+    agreement.check("vicuna_v1", tokenizer, 2000, "DIR", visual_tokens=576, context=577)
+    with pytest.raises(UserError, match="DIR: an image takes 576 tokens, and the model's context is 576"):
+        agreement.check("vicuna_v1", tokenizer, 2000, "DIR", visual_tokens=576, context=576)
+
+
 def test_lengths_beyond_the_context(capsys):
     assert agreement.check_length(512, 512, "data.row_length") == 512 and capsys.readouterr().err == ""
     assert agreement.check_length(1024, 512, "data.row_length") == 512

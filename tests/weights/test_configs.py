@@ -202,3 +202,48 @@ def test_an_unknown_field_of_our_own_layout(read):
     del raw["text"]["heads"], raw["text"]["rope_scaling"]
     with pytest.raises(UserError, match="config.json: not a configuration.*rope_scaling"):
         read(raw)
+
+
+NATIVE = configs.own_config(FULL)
+
+
+@pytest.mark.parametrize("config, field", [
+    (with_text(num_hidden_layers=10**9), "text_config.num_hidden_layers is 1000000000; it must be a whole number"),
+    (with_vision(num_hidden_layers=10**9), "vision_config.num_hidden_layers is 1000000000"),
+    (with_text(vocab_size=2**40), "text_config.vocab_size is 1099511627776"),
+    (with_text(vocab_size=-1), "text_config.vocab_size is -1"),
+    (with_text(hidden_size=0), "text_config.hidden_size is 0"),
+    (with_text(num_attention_heads=True), "text_config.num_attention_heads is true"),
+    (with_text(head_dim=1.5), "text_config.head_dim is 1.5"),
+    (with_text(rms_norm_eps="small"), "rms_norm_eps is .small."),
+    (with_text(rms_norm_eps=float("nan")), "text_config.rms_norm_eps is NaN; it must be a number from"),
+    (with_text(max_position_embeddings=[4096]), r"text_config.max_position_embeddings is \[4096\]"),
+    (with_text(rope_scaling="linear"), "text_config.rope_scaling is .linear.; it must be an object"),
+    (with_text(rope_scaling={"type": "linear", "factor": "2"}), "text_config.rope_scaling.factor is .2."),
+    (with_text(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "low_freq_factor"),
+    (with_text(rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}), "high_freq_factor"),
+    (with_text(tie_word_embeddings="no"), "text_config.tie_word_embeddings is .no.; it must be true or false"),
+    (with_vision(image_size=10**6), "vision_config.image_size is 1000000"),
+    (with_vision(hidden_size=None), "vision_config.hidden_size is null"),
+    (LLAVA_7B | {"text_config": []}, r"text_config is \[\]; it must be an object"),
+    (LLAVA_7B | {"llava_jax": 3}, "llava_jax is 3"),
+    (LLAVA_7B | {"llava_jax": {"template": 3}}, "llava_jax.template is 3"),
+    (with_text(quantization_config={"bits": 4}), "text_config.quantization_config: quantised models are not read"),
+    (NATIVE | {"text": NATIVE["text"] | {"layers": 10**9}}, "text.layers is 1000000000"),
+    (NATIVE | {"vision": NATIVE["vision"] | {"heads": "2"}}, "vision.heads is .2."),
+    (NATIVE | {"projector": "mlp1000000x_gelu"}, "projector 'mlp1000000x_gelu' is not one of"),
+    (NATIVE | {"projector": 1}, "projector is 1; it must be a text"), (NATIVE | {"template": "v9"}, "template 'v9'"),
+    (NATIVE | {"feature_layer": None}, "feature_layer is null"),
+    ({"model_type": "clip", "vision_config": 7}, "vision_config is 7"),
+    ({"model_type": ["llava"]}, "model_type .* is not supported"),
+])
+def test_types_and_sizes_are_checked_before_anything_is_built(read, config, field):
+    with pytest.raises(UserError, match=f"config.json: .*{field}") as error:
+        read(config)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_a_size_is_never_built(read):
+    """transformers makes a name of each of 10**9 labels, and a type of each of 10**9 layers."""
+    assert read(LLAVA_7B | {"num_labels": 10**9}) == read(LLAVA_7B)
+    assert read(with_text(num_labels=10**9, layer_types=["full_attention"] * 3)) == read(LLAVA_7B)
