@@ -112,7 +112,7 @@ class Log:
         order = {name: i for i, name in enumerate(self.recipe.stages)}
         last = order[stage], step
         kept = [line for line in read_lines(self.path) if (order.get(line["stage"], -1), line["step"]) <= last]
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
         if not isinstance(self.path, Path):  # an object of a bucket is replaced whole
             self.path.write_text(text)
             return

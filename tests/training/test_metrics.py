@@ -40,6 +40,13 @@ def test_a_damaged_line_is_named(recipe, tmp_path, line, problem):
         assert str(error.value).startswith(f"{path}, line 2: {problem}")
 
 
+def test_a_field_of_another_version_is_kept_as_it_was(recipe, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "a", "step": 1, "other": NaN}\n')
+    Log(tmp_path, recipe).rewind("a", 2)
+    assert path.read_text() == '{"stage": "a", "step": 1, "other": NaN}\n'
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_lines(path) == []
