@@ -70,7 +70,7 @@ def kill_and_continue(folder: Path, output: Path, rng: random.Random, duration: 
     planned = rng.randint(2, 4)
     while True:
         process = start(folder, output)
-        kind = rng.choice(("time", "saving", "saving", "exporting", "step"))
+        kind = rng.choice(("time", "saving", "step", "exporting", "exporting")[: 5 if moments else 3])
         moment = wait_for(kind, process, output, rng, duration) if len(moments) < planned else None
         if moment is None:
             code, said = finish(process)
