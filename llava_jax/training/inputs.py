@@ -1,6 +1,7 @@
 """What the steps of a stage depend on beside the recipe: a continuation must find the same.
 
-`inputs.json` in the output directory holds a hash of each, by stage.
+`inputs.json` in the output directory holds a hash of each, by stage. Image files beside the data are not looked at, and
+of very large sources only samples are.
 """
 
 import dataclasses

@@ -137,7 +137,8 @@ class _FileLock(_Lock):
             os.close(self.file)  # the run before has removed this file, as it ended
         if not (locked and self.read().get("host") == self.note["host"]):
             self.wait_for_silence()
-        self.write()
+        with user_path(self.path):  # the disk may be full
+            self.write()
 
     def get(self) -> bytes:
         return self.path.read_bytes()

@@ -58,12 +58,13 @@ def train(recipe: config.Recipe) -> Path:
         if gather("the finished model", output.has_model(recipe))[0]:
             return run.directory / "model"
         announce(run)
-        with jax.set_mesh(run.mesh), StopSignal() as stop, contextlib.closing(Log(run.directory, recipe)) as log:
+        with jax.set_mesh(run.mesh), StopSignal() as stop:
             while True:
                 try:
                     check_stages(run)
-                    for name in recipe.stages:
-                        train_stage(run, name, log, stop)
+                    with contextlib.closing(Log(run.directory, recipe)) as log:
+                        for name in recipe.stages:
+                            train_stage(run, name, log, stop)
                     return finish(run)
                 except DamagedCheckpoint as damaged:
                     damaged.checkpoints.set_aside(damaged.step, damaged.problem)
