@@ -90,13 +90,10 @@ def check_stages(run: Run) -> None:
             latest = checkpoints.latest()
             if latest is not None and checkpoints.meta(latest)["total_steps"] == latest:
                 continue
-        try:
-            preflight.check_image_root(stage.data)
-            preflight.check_training_data(read_data(run, stage, stage.data.path))
-            if stage.data.validation and latest is None:
-                preflight.check_validation_data(read_validation(run, stage))
-        except UserError as error:
-            raise UserError(f"stages.{name}: {error}") from error
+        preflight.check_image_root(name, stage.data)
+        preflight.check_training_data(read_data(run, stage, stage.data.path))
+        if stage.data.validation and latest is None:
+            preflight.check_validation_data(read_validation(run, stage))
 
 
 def finish(run: Run) -> Path:

@@ -26,10 +26,10 @@ def check_run(run: Run) -> None:
             raise UserError(f"stages.{name}.{error}") from None
 
 
-def check_image_root(data: config.Data) -> None:
+def check_image_root(name: str, data: config.Data) -> None:
     """Raises UserError if the folder of the images is missing."""
     if data.image_root and "://" not in data.image_root and not os.path.isdir(data.image_root):
-        raise UserError(f"data.image_root: {data.image_root}: no such folder")
+        raise UserError(f"stages.{name}.data.image_root: {data.image_root}: no such folder")
 
 
 def check_training_data(batches: Batches) -> None:

@@ -1,7 +1,9 @@
 """Where the parameters of a run come from: its source checkpoints, then what its earlier stages have trained."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -65,7 +67,9 @@ def begin(recipe: config.Recipe) -> Run:
     model = model_config(recipe.model)
     dtype, graphs, _, shardings = lay_out(recipe, mesh, model)
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
-    model = agree_on_template(recipe, model, tokenizer)
+    # What is chosen is said by the first process alone.
+    with contextlib.redirect_stderr(io.StringIO()) if jax.process_index() else contextlib.nullcontext():
+        model = agree_on_template(recipe, model, tokenizer)
     output.check_shared(recipe)
     output.check_recipe(recipe)
     return Run(recipe, mesh, model, dtype, graphs, shardings, tokenizer)
