@@ -52,7 +52,7 @@ def write_page(path: str | Path, title: str, summary: str, stages: Mapping[str, 
         f"{shares}"
         f"<h2>Loss</h2><div class='curves'>{curves}</div>"
         f"<h2>Held-out pictures</h2><div class='cards'>{''.join(_card(*card) for card in cards)}</div>"
-        "</body></html>\n")
+        "</body></html>\n", encoding="utf-8", errors="replace")
 
 
 def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
@@ -72,7 +72,7 @@ def _curve(stage: str, lines: Sequence[dict]) -> str:
     width, height, left, bottom = 460, 240, 44, 30
     points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     dots = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
-    last, top = max(x for x, _ in points + dots), max(y for _, y in points + dots)
+    last, top = max(x for x, _ in points + dots), max(y for _, y in points + dots) or 1
 
     def place(x: float, y: float) -> tuple[str, str]:
         return (f"{left + x / last * (width - left - 12):.1f}",

@@ -25,6 +25,8 @@ def recipe(tmp_path) -> config.Recipe:
     ('{"stage": "a", "step": true}', "step is true"),
     ('{"stage": "a", "step": 1.5}', "step is a number"),
     ('{"stage": "a", "step": 1, "loss": NaN}', "loss is a number"),
+    ('{"stage": "a", "step": 0}', "step is a number"),
+    ('{"stage": "a", "step": 1, "loss": 1' + 400 * "0" + "}", "loss is a number"),
     ('{"stage": "a", "step": 1, "seconds": "1"}', "seconds is a text"),
     ('["stage"]', "must be an object, and is a list"),
     ('{"stage": "a", "st', "not JSON"),
@@ -45,6 +47,13 @@ def test_a_field_of_another_version_is_kept_as_it_was(recipe, tmp_path):
     path.write_text('{"stage": "a", "step": 1, "other": NaN}\n')
     Log(tmp_path, recipe).rewind("a", 2)
     assert path.read_text() == '{"stage": "a", "step": 1, "other": NaN}\n'
+
+
+def test_a_page_of_odd_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "\\ud800", "step": 1, "loss": 0}\n{"stage": "b", "step": 1, "samples": []}\n')
+    report.write_page(tmp_path / "page.html", "title", "about", report.read_metrics(path), {}, [])
+    assert "?: training loss" in (tmp_path / "page.html").read_text()
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
