@@ -58,7 +58,7 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     if kind == "clip":
         return _vision(file, "vision_config.", _parse(file, kind, fields.clip(file, raw)).vision_config)
     own = fields.known(file, raw, {OWN: fields.Field(dict)}).get(OWN, {})
-    own = fields.known(file, own, {"template": fields.TEXT, "image_mode": fields.TEXT}, f"{OWN}.")
+    own = fields.known(file, own, fields.HUB, f"{OWN}.")
     return _llava(directory, file, _parse_llava(file, raw), own | ({"template": template} if template else {}))
 
 
@@ -106,7 +106,7 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
         feature_layer=config.vision_feature_layer,
         feature_select=FEATURE_SELECT[config.vision_feature_select_strategy],
         image_mode=own.get("image_mode") or _image_mode(directory),
-        exif=own.get("exif") is True,
+        exif=own.get("exif", False),
         template=_build(file, templates.get,
                         template=own.get("template") or template_name(directory, config.text_config.model_type)).name,
     )

@@ -78,8 +78,12 @@ NATIVE_PARTS = {  # of our own layout, whose fields are the dataclasses'
 }
 NATIVE = {
     "vision": Field(dict), "text": Field(dict), "projector": TEXT, "feature_layer": LLAVA["vision_feature_layer"],
-    "feature_select": TEXT, "image_mode": TEXT, "template": TEXT,
+    "feature_select": TEXT, "image_mode": TEXT, "template": TEXT, "exif": FLAG,
 }
+HUB = {name: NATIVE[name] for name in ("template", "image_mode", "exif")}
+"""Fields of `llava_jax` in a config.json of Hugging Face's layout."""
+LATER = {"exif"}
+"""Fields that the first files of our own layout lack."""
 
 
 def known(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
@@ -121,7 +125,7 @@ def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of our own layout. Raises UserError for one that is missing or not known."""
+    """All fields of our own layout. Raises UserError for one that is missing (but for LATER) or not known."""
     found = _exactly(file, raw, NATIVE, "")
     for name in ("vision", "text"):
         found[name] = _exactly(file, found[name], NATIVE_PARTS[name], f"{name}.")
@@ -132,7 +136,8 @@ def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _exactly(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str) -> dict[str, Any]:
-    for what, names in (("lacks", fields.keys() - raw.keys()), ("has an unknown field,", raw.keys() - fields.keys())):
+    problems = {"lacks": fields.keys() - raw.keys() - LATER, "has an unknown field,": raw.keys() - fields.keys()}
+    for what, names in problems.items():
         if names:
             named = ", ".join(show_json(prefix + name) for name in sorted(names)[:5])
             raise UserError(f"{file}: not a configuration of the llava_jax layout: it {what} {named}")

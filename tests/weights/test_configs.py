@@ -173,7 +173,7 @@ def changed(config, **fields):
 
 @pytest.mark.parametrize("config", [
     LlavaConfig(), FULL, changed(FULL, rope_scaling=RopeScaling("linear", 2.0), tied=False),
-    changed(FULL, out_bias=False, mlp_bias=False)])
+    changed(FULL, out_bias=False, mlp_bias=False), dataclasses.replace(FULL, exif=True)])
 def test_both_layouts_keep_every_field(read, config):
     assert read(configs.own_config(config)) == config
     hub = configs.hub_config(config, TOKENS, config.text.vocab_size, "float32")
@@ -197,6 +197,7 @@ def test_what_hugging_face_cannot_compute(config, message):
 
 def test_an_unknown_field_of_our_own_layout(read):
     raw = configs.own_config(FULL)
+    assert read({name: value for name, value in raw.items() if name != "exif"}) == FULL  # an older file
     with pytest.raises(UserError, match="config.json: not a configuration.*colour"):
         read(raw | {"colour": 1})
     del raw["text"]["heads"], raw["text"]["rope_scaling"]
@@ -233,7 +234,8 @@ NATIVE = configs.own_config(FULL)
     (NATIVE | {"vision": NATIVE["vision"] | {"heads": "2"}}, "vision.heads is .2."),
     (NATIVE | {"projector": "mlp1000000x_gelu"}, "projector 'mlp1000000x_gelu' is not one of"),
     (NATIVE | {"projector": 1}, "projector is 1; it must be a text"), (NATIVE | {"template": "v9"}, "template 'v9'"),
-    (NATIVE | {"feature_layer": None}, "feature_layer is null"),
+    (NATIVE | {"feature_layer": None}, "feature_layer is null"), (NATIVE | {"exif": 1}, "exif is 1"),
+    (LLAVA_7B | {"llava_jax": {"exif": "yes"}}, "llava_jax.exif is"),
     ({"model_type": "clip", "vision_config": 7}, "vision_config is 7"),
     ({"model_type": ["llava"]}, "model_type .* is not supported"),
 ])
