@@ -7,16 +7,23 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import tyro
 
 from llava_jax.errors import UserError
 
 T = TypeVar("T")
+
+STOPPED = 75
+"""Exit code of a command that was asked to stop: EX_TEMPFAIL of sysexits.h, the same command goes on."""
+
+LINGER = 5.0
+"""Seconds that a command which has failed waits for threads that libraries have left behind."""
 
 
 def parse(
@@ -50,21 +57,26 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a verb's `main(args)` and exits with its code.
 
     UserError is one line on stderr and code 2, Ctrl-C code 130. Every other error keeps its traceback and exits with
-    1, which the launchers retry. `--debug` anywhere among the arguments shows the traceback of a UserError too.
+    1, which the launchers retry. SIGTERM ends a command as an error would, so that nothing half made stays, with code
+    75, unless the command does better. `--debug` anywhere among the arguments shows the traceback of a UserError too.
     """
     args = sys.argv[1:]
     debug = "--debug" in args
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is no UTF-8 shows ? for what it cannot
     try:
         code = main([arg for arg in args if arg != "--debug"])
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the work is done, and has its exit code
         sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end
         sys.exit(code)
     except UserError as error:
         if debug:
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
+        _end_within(LINGER, 2)
         sys.exit(2)
     except BrokenPipeError:
         if not _is_closed(sys.stdout):
@@ -72,7 +84,32 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
+        _end_within(LINGER, 130)
         sys.exit(130)
+    except Exception:
+        _end_within(LINGER, 1)
+        raise
+
+
+def _stop(number: int, _: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one has nothing to add
+    print("stopped by SIGTERM; the same command goes on, or starts again", file=sys.stderr, flush=True)
+    _end_within(LINGER, STOPPED)
+    raise SystemExit(STOPPED)
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """Ends the process after so many seconds if Python does not: it waits for threads, and a library's may wait too."""
+
+    def end() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def one_line(error: BaseException | str) -> str:

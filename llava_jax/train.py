@@ -14,9 +14,6 @@ import sys
 from llava_jax import cli, config
 from llava_jax.data.parallel import keep_freed_memory
 
-STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h, as `processes.coordinator.LOST`."""
-
 
 def main(args: list[str]) -> int:
     name = args.pop(0) if args and not args[0].startswith("-") else "mini"
@@ -27,7 +24,7 @@ def main(args: list[str]) -> int:
     # Imported here, so that --help and mistakes in the options answer without waiting for JAX.
     import jax
 
-    from llava_jax.processes.group import gather, shared_fate
+    from llava_jax.processes.group import LONG, gather, shared_fate
     from llava_jax.sharding import connect
     from llava_jax.training import output
     from llava_jax.training.lock import hold
@@ -42,13 +39,13 @@ def main(args: list[str]) -> int:
         if hasattr(module, "prepare"):
             if first:
                 module.prepare(recipe)
-            gather("the recipe's data", None, seconds=None)
+            gather("the recipe's data", None, LONG)
         try:
             model = train(recipe)
         except Stopped as stopped:
             if first:
                 print(stopped, file=sys.stderr)
-            return 130 if stopped.signal == signal.SIGINT else STOPPED
+            return 130 if stopped.signal == signal.SIGINT else cli.STOPPED
         if hasattr(module, "finish") and first:
             module.finish(recipe, model)
     return 0

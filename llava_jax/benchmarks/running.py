@@ -129,7 +129,7 @@ class Run:
         """Asks what this process has to ask; the first process, or whichever ends last, scores."""
         from llava_jax.benchmarks.answering import OWN, check_questions
         from llava_jax.benchmarks.baselines import shown
-        from llava_jax.processes.group import agree, gather
+        from llava_jax.processes.group import LONG, agree, gather
         from llava_jax.processes.place import find
 
         questions, place = self.bench.read(self.data), find()
@@ -177,7 +177,7 @@ class Run:
             answers.write(os.path.join(self.folder, WHOLE), [found[n] for n in sorted(found)])
             answers.remove(set(self._files()) - {os.path.join(self.folder, WHOLE)})
             self._finish(settings, asked, [found[n] for n in range(len(asked))], [])
-        gather("the results", None, seconds=None)
+        gather("the results", None, LONG)
         if place and index:  # process 0 has all, and on its own disk
             answers.remove([own])
 
@@ -362,9 +362,9 @@ def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exchange(value: Any) -> list[Any]:
     """Every process's value, of any size, by its index."""
-    from llava_jax.processes.group import gather
+    from llava_jax.processes.group import LONG, gather
 
     text = json.dumps(value)
-    rounds = max(gather("sizes of the answers", -(-len(text) // PIECE), seconds=None))
+    rounds = max(gather("sizes of the answers", -(-len(text) // PIECE), LONG))
     pieces = [gather("the answers", text[i * PIECE : (i + 1) * PIECE]) for i in range(rounds)]
     return [json.loads("".join(parts)) for parts in zip(*pieces, strict=True)]

@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import select
 import socket
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava_jax.cli import printable
 from llava_jax.errors import UserError
-from llava_jax.processes.coordinator import LOST
+from llava_jax.processes.coordinator import FAULT, INTERRUPTED, LOST, MISTAKE, proof
 from llava_jax.processes.place import Place
 
 MEETING = 300.0
@@ -27,8 +30,21 @@ MEETING = 300.0
 ROUND = 600.0
 """Seconds that processes wait for the last of them, where they have done the same work."""
 
+LOADING = 1800.0
+"""Seconds that processes wait for the last of them to have read a model's files."""
+
+LONG = 24 * 3600.0
+"""Seconds that processes wait where one alone has work, or each as much as it got: data made, questions answered."""
+
+ANSWER = 2**12
+"""Characters of the coordinator's answer to a greeting at most."""
+
 SILENCE = 60.0
 """Seconds after which a process that is not heard of counts as lost."""
+
+
+LINE = 2000
+"""Characters of an error that the other processes print; the process that failed prints all of it."""
 
 
 class Everywhere(UserError):
@@ -57,7 +73,7 @@ class Group:
         with self.sending, contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def gather(self, name: str, value: Any, seconds: float | None) -> list:
+    def gather(self, name: str, value: Any, seconds: float) -> list:
         """The values of all processes, by their index."""
         with self.changed:
             number, self.rounds = self.rounds, self.rounds + 1
@@ -76,10 +92,10 @@ class Group:
             return self.signal if self.stop_at is not None and self.calls >= self.stop_at else 0
 
     def fail(self, line: str, code: int) -> None:
-        """Ends the run for all processes; returns if this one's failure is what ended it, else does not."""
+        """Ends the run for all processes; returns if this one has an error of its own to show, else does not."""
         with self.changed:
             self.code = code
-            self.send(kind="failed", line=line)
+            self.send(kind="failed", line=line, code=code)
             self.changed.wait_for(lambda: self.verdict is not None, timeout=10)
         late = threading.Timer(10, os._exit, (code,))  # should a thread wait for the others, which are gone
         late.daemon = True
@@ -91,16 +107,18 @@ class Group:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.code)
-        self.gather("the end of the program", None, seconds=None)
+        self.gather("the end of the program", None, seconds=LONG)
         self.send(kind="bye")
 
     def _read(self) -> None:
+        handle = {"alive": self._on_alive, "round": self._on_round, "where": self._on_where, "stop": self._on_stop,
+                  "end": self._on_end}
         with contextlib.suppress(OSError, ValueError):
             for line in self.lines:
                 self.heard = time.monotonic()
                 message = json.loads(line)
                 with self.changed:
-                    getattr(self, f"_on_{message.pop('kind')}")(**message)
+                    handle[message.pop("kind")](**message)
                     self.changed.notify_all()
         self._abandon("has ended: it was killed, or its host is gone")
 
@@ -119,8 +137,12 @@ class Group:
 
     def _on_end(self, process: int | None, line: str, code: int) -> None:
         self.verdict = line
-        if process != self.place.index:
+        if process == self.place.index:
+            return
+        if not self.code or code == LOST:  # an error after a loss comes from it
             _exit(line, code)
+        self.code = code  # this process failed too: it shows its own error, and ends as all do
+        print(f"error: {printable(line)}", file=sys.stderr, flush=True)
 
     def _show_life(self) -> None:
         while True:
@@ -141,9 +163,9 @@ _group: Group | None = None
 def join(place: Place) -> None:
     """Meets the other processes and makes JAX one program of them; before anything else of JAX. Once is enough.
 
-    UserError and OSError with one line if that fails. From then on a process that fails ends all of them: the others
-    print one line that names it, and exit with code 2; or with 75 if it was killed, lost, late or never started, so
-    that the same command may do. `shared_fate` tells the others of an error.
+    Raises UserError or OSError if that fails. From then on a process that fails ends all of them. The others print one
+    line that names it, and all exit with one code: 2 for a UserError, 130 for Ctrl-C, 1 for every other error; 75 if it
+    was stopped, killed, lost, late or never started, so that the same command may do. `shared_fate` tells of an error.
     """
     global _group
     if _group is not None:
@@ -174,10 +196,10 @@ def join(place: Place) -> None:
     state.client.connect()
 
 
-def gather(name: str, value: Any, seconds: float | None = ROUND) -> list:
+def gather(name: str, value: Any, seconds: float = ROUND) -> list:
     """Every process's `value` (anything JSON can hold), by its index; all must call it in the same order.
 
-    The run ends with a line that names who is missing `seconds` after the first was there (None: never).
+    The run ends with a line that names who is missing `seconds` after the first was there.
     """
     return [value] if _group is None else _group.gather(name, value, seconds)
 
@@ -220,12 +242,21 @@ def shared_fate() -> Iterator[None]:
 
 
 def report(error: BaseException) -> None:
-    """Ends all processes for an error of this one; here it then takes its usual way, if it was the first."""
-    if _group is not None and not _group.code and not isinstance(error, Everywhere):
-        # A KeyError prints its message in quotes; its argument does not.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        kind = "" if isinstance(error, ValueError | OSError | KeyError | ImportError) else type(error).__name__ + ": "
-        _group.fail(" ".join((kind + str(message)).split()), 130 if isinstance(error, KeyboardInterrupt) else 2)
+    """Ends all processes for an error of this one; here it then takes its usual way."""
+    if _group is None or _group.code or isinstance(error, Everywhere):
+        return
+    if isinstance(error, SystemExit):
+        if not error.code:
+            return
+        code = error.code if error.code in (MISTAKE, LOST, INTERRUPTED) else FAULT
+        line = "was stopped" if code == LOST else f"has ended with exit code {error.code}"
+    elif isinstance(error, KeyboardInterrupt):
+        line, code = "was interrupted", INTERRUPTED
+    elif isinstance(error, UserError):
+        line, code = str(error), MISTAKE
+    else:
+        line, code = f"{type(error).__name__}: {error}"[:LINE], FAULT
+    _group.fail(" ".join(line.split()), code)
 
 
 def _report_then(hook: Callable) -> Callable:
@@ -237,7 +268,7 @@ def _report_then(hook: Callable) -> Callable:
 
 def _exit(line: str, code: int) -> None:
     """Ends this process now: its main thread may wait, in C++, for a process that is no more."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"error: {printable(line)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 
@@ -249,7 +280,8 @@ def _start_coordinator(place: Place) -> None:
     # -P: this folder's modules are not for import by their bare names. A session of its own: no terminal's signals.
     process = subprocess.Popen([sys.executable, "-P", str(script), json.dumps(settings)], stdout=subprocess.PIPE,
                                stdin=subprocess.DEVNULL, text=True, start_new_session=True)
-    answer = process.stdout.readline().strip()
+    there = select.select([process.stdout], [], [], MEETING)[0]
+    answer = process.stdout.readline().strip() if there else ""
     if answer != "ready":
         raise OSError(f"{place.address}: {answer or 'the coordinator did not start'}")
 
@@ -257,7 +289,9 @@ def _start_coordinator(place: Place) -> None:
 def _meet(place: Place) -> tuple[socket.socket, TextIO, int]:
     """A connection to the coordinator, its lines, and the port of JAX's service; waits until it is there."""
     host, _, port = place.address.rpartition(":")
-    hello = json.dumps({"process": place.index, "count": place.count, "host": socket.gethostname()}) + "\n"
+    secret = proof(os.environ.get("LLAVA_JAX_SECRET", ""))
+    name = re.sub(r"[^\w.-]", "_", socket.gethostname())[:255] or "unknown"
+    hello = json.dumps({"process": place.index, "count": place.count, "host": name, "secret": secret}) + "\n"
     until = time.monotonic() + MEETING
     while True:
         try:
@@ -265,14 +299,17 @@ def _meet(place: Place) -> tuple[socket.socket, TextIO, int]:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.sendall(hello.encode())
             lines = connection.makefile("r", encoding="utf-8")
-            welcome = json.loads(lines.readline() or "null")
-            if welcome and welcome["kind"] == "refused":
-                raise UserError(welcome["line"])
-            if welcome:
-                connection.settimeout(None)
-                return connection, lines, welcome["port"]
-            problem = "connection closed"
-        except (OSError, json.JSONDecodeError) as error:
+            welcome = json.loads(lines.readline(ANSWER) or "null")
+            match welcome:
+                case {"kind": "refused", "line": str(line)}:
+                    raise UserError(line)
+                case {"kind": "welcome", "port": int(port_of_service)}:
+                    connection.settimeout(None)
+                    return connection, lines, port_of_service
+            problem = "connection closed" if welcome is None else "another program answers there"
+        except UserError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             problem = error
         if time.monotonic() > until:
             raise TimeoutError(f"process 0 at {place.address} has not answered for {MEETING:.0f} s ({problem}): is it "

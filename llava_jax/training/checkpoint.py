@@ -10,7 +10,9 @@ import gc
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,24 @@ class Checkpoints:
 
     def __init__(self, directory: Path, every: int, keep: int):
         self.directory, self.every, self.keep = directory, every, keep
+        self.saving, self.error = False, None
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         # Made when it is needed: it makes its directory, which a run that fails at its start should not leave.
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep)
+        # Directories are made before `save` returns: in the background, threads wait 300 s for one that cannot be made.
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, async_options=ocp.AsyncOptions(
+            create_directories_asynchronously=False, barrier_sync_fn=self._meet if jax.process_count() > 1 else None))
         return ocp.CheckpointManager(self.directory.resolve(), options=options)
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier, for those that have not failed: the others would wait for a process with an error, and it
+        for them, for 20 minutes. `check` raises the error instead."""
+        error = sys.exc_info()[1]
+        if error is not None and threading.current_thread() is not threading.main_thread():
+            self.error = error
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; a checkpoint whose writing was cut off does not count."""
@@ -74,11 +88,38 @@ class Checkpoints:
                      f"this state was not saved; {DIVERGED}")
         content = meta | {"stage": self.directory.name, "step": step, "digests": {
             name: {path: digest for path, (digest, _) in paths.items()} for name, paths in found.items()}}
-        self.manager.save(step, force=True, args=ocp.args.Composite(
-            trainable=ocp.args.StandardSave(state.trainable),
-            optimizer=ocp.args.StandardSave(state.optimizer),
-            meta=ocp.args.JsonSave({"content": content, "sha256": _sha256(content)}),
-        ))
+        self.wait()
+        with self._noting():
+            self.manager.save(step, force=True, args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(state.trainable),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                meta=ocp.args.JsonSave({"content": content, "sha256": _sha256(content)}),
+            ))
+        self.saving = True
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Notes that saving has failed if the block does: `close` waits no more."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background; the next save alone would tell."""
+        if self.error is not None:
+            raise self.error
+        if self.saving and not self.manager.is_saving_in_progress():
+            self.saving = False
+            with self._noting():
+                self.manager.wait_until_finished()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk, or raises the error of a save that has failed."""
+        while self.saving:
+            self.check()
+            time.sleep(0.005)
 
     def meta(self, step: int) -> dict:
         """What was saved as `meta`."""
@@ -167,9 +208,9 @@ class Checkpoints:
         return result
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        if "manager" in self.__dict__:
-            self.manager.wait_until_finished()
+        """Waits until everything is on disk; not after a failed save, whose threads may wait for each other."""
+        if "manager" in self.__dict__ and self.error is None:
+            self.wait()
             self.manager.close()
             del self.__dict__["manager"]
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,13 +17,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
+from llava_jax.cli import STOPPED
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters, choose_attention
 from llava_jax.processes import group as processes
-from llava_jax.processes.group import agree, gather, total
+from llava_jax.processes.group import LOADING, LONG, agree, gather, total
 from llava_jax.training import output, preflight
 from llava_jax.training.checkpoint import DIVERGED, Checkpoints, DamagedCheckpoint
 from llava_jax.training.digests import check_finite, digests, fingerprint
@@ -100,6 +102,7 @@ def finish(run: Run) -> Path:
     """Writes the model's directory."""
     target = run.directory / "model"
     parameters = load_parameters(run, lambda path: "float32", before=None)
+    gather("the trained parameters are loaded", None, LOADING)
     check_finite(digests(parameters), f"{target}: not written", "the checkpoints that the recipe starts from hold them")
     if isinstance(target, Path):
         save_huggingface(target, run.model, parameters, run.tokenizer_directory)
@@ -111,7 +114,7 @@ def finish(run: Run) -> Path:
             for path in sorted((Path(folder) / "model").iterdir(), key=lambda path: path.name == "config.json"):
                 with path.open("rb") as file, (target / path.name).open("wb") as there:
                     shutil.copyfileobj(file, there, 2**22)
-    gather("the model is in the bucket", None, seconds=None)
+    gather("the model is in the bucket", None, LONG)
     return target
 
 
@@ -155,6 +158,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
         evaluations.write(missing, start, loss, state.trainable, frozen, progress)
         for step in range(start, steps):
             batch = next(data)
+            stop.holding = True
             if step == start:
                 output.claim(recipe)
                 write_inputs(run, name, found)
@@ -164,6 +168,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
             jax.block_until_ready(window.steps[-1 - AHEAD :][:1])
             done = step + 1
             progress.step()
+            checkpoints.check()
             logs, saves = done % recipe.log_every == 0 or done == steps, checkpoints.due(done) or done == steps
             stopping = processes.stopping(stop.asked)
             if logs or saves or stopping:
@@ -185,6 +190,10 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
             if stopping:
                 raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there", stopping)
             evaluations.write(evaluations.due(done), done, loss, state.trainable, frozen, progress)
+        checkpoints.wait()
+        stop.holding = False
+        if asked := max(gather(f"stages.{name} is trained", stop.asked)):
+            raise Stopped(f"stopped at the end of stage {name}; the same command goes on from there", asked)
 
 
 def split_parameters(run: Run, name: str, rates: dict[str, float], meta: dict, checkpoints: Checkpoints
@@ -194,6 +203,7 @@ def split_parameters(run: Run, name: str, rates: dict[str, float], meta: dict, c
     Raises UserError if they are not finite, or if `meta` names other frozen ones.
     """
     parameters = load_parameters(run, lambda path: "float32" if path in rates else run.dtype, before=name)
+    gather(f"stages.{name}: the parameters are loaded", None, LOADING)  # what follows waits for all, without a name
     trainable = {path: x for path, x in parameters.items() if path in rates}
     frozen = {path: x for path, x in parameters.items() if path not in rates}
     found = digests(frozen)
@@ -305,13 +315,17 @@ class Window:
 
 
 class StopSignal:
-    """Within it, SIGTERM and SIGINT ask for a stop after the current step; a second one stops at once.
+    """Within it, SIGTERM and SIGINT ask for a stop after the current step; without one they act as they would outside.
 
-    `asked` is the signal's number, or 0.
+    A further SIGTERM asks for nothing new. Ctrl-C after that stops at once, and the last checkpoint stands.
+
+    Attributes:
+      asked: the number of the signal, or 0.
+      holding: whether there are steps to be saved before a stop.
     """
 
     def __enter__(self) -> "StopSignal":
-        self.asked = 0
+        self.asked, self.holding = 0, False
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -319,7 +333,11 @@ class StopSignal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _) -> None:
-        if self.asked:
+    def _ask(self, number: int, frame: Any) -> None:
+        if not self.holding:
+            if callable(self.before[number]):
+                self.before[number](number, frame)
+            raise SystemExit(STOPPED)
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = number
+        self.asked = self.asked or number

@@ -166,7 +166,10 @@ def _save(directory: Path, parameters: Parameters | Source,
         write(None, parameters)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
-        multihost_utils.sync_global_devices(f"{directory} is complete")
+
+        from llava_jax.processes.group import LONG, gather
+        gather(f"{directory} is complete", None, LONG)
+        multihost_utils.sync_global_devices(f"{directory} is complete")  # for processes that JAX joined without a group
 
 
 def _own_entry(parameters: Source, path: str, dtype: str | None) -> Entry:

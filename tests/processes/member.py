@@ -1,8 +1,10 @@
 """Run by test_group.py in several processes: one member of a group, in which something happens.
 
-member.py SCENARIO [MEETING SILENCE]; SCENARIO: agree, late, missing, or NAME:PROCESS with NAME kill, stall or fail.
+member.py SCENARIO [MEETING SILENCE]; SCENARIO: agree, late, missing, or NAME:PROCESSES with NAME kill, stall, or one of
+ERRORS.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -11,7 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llava_jax import config, sharding
+from llava_jax import cli, config, sharding
+from llava_jax.errors import UserError
 from llava_jax.processes import group
 from llava_jax.training import output
 
@@ -45,20 +48,36 @@ def late() -> None:
     group.gather("checkpoint 5", None, seconds=1)
 
 
-def steps(event: str, process: int) -> None:
-    """Steps on the devices of all; in the fifth something happens to one process."""
+ERRORS = {
+    "UserError": UserError("data.json row 7: the image is broken"),
+    "RuntimeError": RuntimeError("no room\nfor it"),
+    "MemoryError": MemoryError(),
+    "KeyError": KeyError("width"),
+    "OSError": OSError(errno.EIO, "Input/output error", "/mnt/data.json"),
+    "JaxRuntimeError": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    "KeyboardInterrupt": KeyboardInterrupt(),
+    "SystemExit": SystemExit(75),
+}
+
+
+def steps(event: str, processes: str) -> None:
+    """Steps on the devices of all; in the fifth something happens to these processes."""
     for step in range(STEPS):
         multihost_utils.process_allgather(np.float64(step))
-        if step == 5 and jax.process_index() == process:
-            if event == "fail":
-                raise KeyError("data.json row 7: the image is broken")
+        if step == 5 and str(jax.process_index()) in processes:
+            if event in ERRORS:
+                raise ERRORS[event]
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stall": signal.SIGSTOP}[event])
 
 
-if __name__ == "__main__":
-    group.MEETING, group.SILENCE = float(sys.argv[2]), float(sys.argv[3])
+def main(args: list[str]) -> None:
+    group.MEETING, group.SILENCE = float(args[1]), float(args[2])
     output.SEEN_WITHIN = 0.0
-    scenario, _, process = sys.argv[1].partition(":")
+    scenario, _, processes = args[0].partition(":")
     sharding.connect()
     with group.shared_fate():
-        steps(scenario, int(process)) if process else {"agree": agree, "late": late}[scenario]()
+        steps(scenario, processes) if processes else {"agree": agree, "late": late}[scenario]()
+
+
+if __name__ == "__main__":
+    cli.run(main)

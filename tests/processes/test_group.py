@@ -2,47 +2,15 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
+from starting import finish, start
 
 from llava_jax.processes import coordinator, group
-
-SCRIPT = Path(__file__).with_name("member.py")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start(scenario: str, count: int, present: range | None = None, meeting: float = 60, silence: float = 60,
-          folder: str = "") -> list[subprocess.Popen]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": str(count),
-                                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
-    command = [sys.executable, str(SCRIPT), scenario, str(meeting), str(silence), str(folder)]
-    return [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in present or range(count)]
-
-
-def finish(processes: list[subprocess.Popen]) -> tuple[list[int], list[list[str]], list[str]]:
-    """Exit codes, the lines of output that are ours, and everything on stderr."""
-    try:
-        both = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    outputs = [[line for line in out.splitlines() if "[Gloo]" not in line and "is connected to" not in line]
-               for out, _ in both]
-    return [process.returncode for process in processes], outputs, [err for _, err in both]
 
 
 def test_all_hear_all_and_stop_after_the_same_step(tmp_path):
@@ -85,7 +53,7 @@ def test_a_death_goes_before_the_errors_that_it_causes(monkeypatch):
 
     async def meet() -> str:
         told = coordinator.Coordinator(2, ["a", "b"], 60, 1, close=lambda: None)
-        told.on_failed(0, "Gloo: connection reset by peer")
+        told.on_failed(0, "Gloo: connection reset by peer", coordinator.FAULT)
         told.lose(1, "has ended")
         await asyncio.sleep(0.02)
         return told.verdict
@@ -103,12 +71,32 @@ def test_a_killed_process_is_named_by_the_others(process):
     assert re.match(rf"error: process {process} \(\S+\): has ended without a word", line)
 
 
-def test_an_error_of_one_process_is_told_by_all():
-    codes, _, errors = finish(start("fail:1", 3))
-    assert codes == [2, 2, 2]
-    for error in errors[::2]:
-        assert re.fullmatch(r"error: process 1 \(\S+\): data.json row 7: the image is broken\n", error)
-    assert errors[1].splitlines()[-1] == "KeyError: 'data.json row 7: the image is broken'"
+@pytest.mark.parametrize("error, code, line", [
+    ("UserError", 2, "data.json row 7: the image is broken"),
+    ("RuntimeError", 1, "RuntimeError: no room for it"),
+    ("MemoryError", 1, "MemoryError:"),
+    ("KeyError", 1, "KeyError: 'width'"),
+    ("OSError", 1, "OSError: [Errno 5] Input/output error: '/mnt/data.json'"),
+    ("JaxRuntimeError", 1, "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
+    ("KeyboardInterrupt", 130, "was interrupted"),
+    ("SystemExit", 75, "was stopped"),
+])
+def test_an_error_of_one_process_ends_all_with_one_code(error, code, line):
+    codes, _, errors = finish(start(f"{error}:1", 2))
+    assert codes == [code] * 2, errors
+    assert re.fullmatch(rf"error: process 1 \(\S+\): {re.escape(line)}\n", errors[0])
+    assert ("Traceback" in errors[1]) == (code == 1)
+    if code == 1:
+        assert re.search(rf"^(jax.errors.)?{error}\b", errors[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("error, code", [("OSError", 1), ("UserError", 2)])
+def test_each_of_several_processes_that_fail_shows_its_error(error, code):
+    codes, _, errors = finish(start(f"{error}:02", 3))
+    assert codes == [code] * 3, errors
+    for told in errors[::2]:
+        assert ("Traceback" in told) == (code == 1) and (code == 1 or "error: data.json row 7" in told)
+    assert len(errors[1].splitlines()) == 1 and re.match(r"error: process [02] \(", errors[1])
 
 
 def test_a_silent_process_is_given_up():

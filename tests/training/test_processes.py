@@ -52,7 +52,7 @@ def whole(make_recipe, train_alone) -> config.Recipe:
     return recipe
 
 
-def train(recipe: config.Recipe, count: int, event: str = "none", process: int = 0, step: int = 0
+def train(recipe: config.Recipe, count: int, event: str = "none", process: int | str = 0, step: int = 9
           ) -> tuple[list[int], list[str], list[str]]:
     """Exit codes, and what each process wrote on stdout and stderr; `count` of them have eight devices in all."""
     file = Path(recipe.output + ".py")
@@ -71,7 +71,8 @@ def train(recipe: config.Recipe, count: int, event: str = "none", process: int =
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], [out for out, _ in both], [err for _, err in both]
+    errors = [re.sub(r"^template .*\n", "", err, flags=re.MULTILINE) for _, err in both]  # which it took, each says
+    return [process.returncode for process in processes], [out for out, _ in both], errors
 
 
 def lines(recipe: config.Recipe) -> list[dict]:
@@ -154,6 +155,33 @@ def test_two_processes_set_a_damaged_checkpoint_aside_and_answer_samples(make_re
     assert codes == [0, 0], errors
     assert "align/8: this checkpoint is damaged" in outputs[0] and "the one before, of step 6" in outputs[0]
     assert_same_run(two, alone)
+
+
+@pytest.mark.parametrize("error, count, processes", [
+    ("JaxRuntimeError", 1, "0"), ("OSError", 1, "0"), ("JaxRuntimeError", 2, "1"), ("MemoryError", 2, "01")])
+def test_an_error_that_no_user_can_mend_ends_with_1(make_recipe, error, count, processes):
+    codes, _, errors = train(make_recipe("failed", config.Mesh()), count, error, processes, step=3)
+    assert codes == [1] * count, errors
+    for process, told in enumerate(errors):
+        assert ("Traceback" in told) == (str(process) in processes)
+        assert str(process) in processes or re.match(rf"error: process 1 \(\S+\): {error}: RESOURCE_EXHAUSTED", told)
+
+
+@pytest.mark.parametrize("event, count", [("folder", 1), ("folder", 2), ("rename", 1), ("rename", 2)])
+def test_an_output_that_breaks_in_mid_run_ends_it(make_recipe, event, count):
+    """And soon: Orbax's threads would wait for each other, 5 to 20 minutes, while `train` gives up after 5."""
+    recipe = dataclasses.replace(make_recipe("broken", config.Mesh()), log_every=100)
+    codes, _, errors = train(recipe, count, event, process=0, step=3)
+    assert codes == [1] * count, errors
+    assert re.search(r"^(OSError|NotADirectoryError|FileExistsError)", errors[0], re.MULTILINE)
+    assert "Traceback" in errors[0] and len(errors) == 1 or errors[1].startswith("error: process 0 (")
+
+
+def test_a_process_that_does_not_load_its_parameters_is_named(make_recipe):
+    codes, _, errors = train(make_recipe("loading", config.Mesh()), 2, "loading", process=1, step=0)
+    assert codes == [75, 75]
+    for told in errors:
+        assert re.fullmatch(r"error: stages.align: the parameters are loaded: waited 1 s for process 1 \(\S+\)\n", told)
 
 
 def test_a_bad_image_on_one_host_is_told_by_all(make_recipe, data, tmp_path):

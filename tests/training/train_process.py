@@ -1,23 +1,57 @@
 """Run by test_processes.py: `llava_jax.train` as it is, but for what happens to one process as a step begins.
 
-train_process.py EVENT PROCESS STEP RECIPE [options]; EVENT: none, or a signal that PROCESS then sends to itself.
+train_process.py EVENT PROCESSES STEP RECIPE [options]; EVENT: none; a signal that these processes then send to
+themselves (SIGTERM+SIGTERM: one after the other); the name of an error that they raise; `rename`: from then on no file
+gets its name there (EIO); `folder`: the checkpoints' folder has become a file; `loading`: they never load parameters.
 """
 
+import builtins
+import errno
 import os
+import shutil
 import signal
+from pathlib import Path
 
-from llava_jax import cli, train
+import jax
+
+from llava_jax import cli, config, train
 from llava_jax.training import loop
 
 
+def broken(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def happen(event: str, recipe: str) -> None:
+    if event == "rename":
+        os.rename = os.replace = broken
+    elif event == "folder":
+        folder = Path(config.load_recipe_module(recipe).recipe().output) / "checkpoints" / "align"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.touch()
+    elif event == "OSError":
+        broken()
+    elif not event.startswith("SIG"):
+        raise getattr(builtins, event, getattr(jax.errors, event, None))("RESOURCE_EXHAUSTED: out of memory")
+    else:
+        for name in event.split("+"):
+            os.kill(os.getpid(), signal.Signals[name])
+
+
 def main(args: list[str]) -> int:
-    event, process, step, *args = args
-    original, count = loop.on_devices, [0]
+    event, processes, step, *args = args
+    original, count, recipe = loop.on_devices, [0], args[0]
+    if os.environ.get("JAX_PROCESS_ID", "0") not in processes:
+        event = "none"
+    if event == "loading":
+        loop.load_parameters = lambda *_, **__: signal.pause()
+    loop.LOADING = 1.0 if step == "0" else loop.LOADING
 
     def on_devices(*arguments):
         count[0] += 1
-        if event != "none" and os.environ.get("JAX_PROCESS_ID", "0") == process and count[0] == int(step):
-            os.kill(os.getpid(), signal.Signals[event])
+        if event != "none" and count[0] == int(step):
+            happen(event, recipe)
         return original(*arguments)
 
     loop.on_devices = on_devices
