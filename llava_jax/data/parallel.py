@@ -14,6 +14,9 @@ from typing import Any
 
 from llava_jax.errors import UserError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that are for the main process, which then stops the workers. A terminal or scheduler sends them to all."""
+
 PIPE = 1 << 20  # bytes; the most that Linux grants without privileges
 
 
@@ -21,13 +24,14 @@ class Pool:
     """`workers` processes that call `function`; with 0 workers, a thread of this process does.
 
     `function` is pickled, once for each process, so what it holds should be small. Use it in a `with` statement, or
-    call `close`. A process imports what `function` imports and nothing more.
+    call `close`, which kills the processes, or waits for calls that have begun if `function` `writes`. A process
+    imports what `function` imports and nothing more.
     """
 
-    def __init__(self, function: Callable[..., Any], workers: int):
+    def __init__(self, function: Callable[..., Any], workers: int, writes: bool = False):
         if workers < 0:
             raise UserError(f"workers is {workers}: it must be 0 or more")
-        self.workers = workers
+        self.workers, self.writes = workers, writes
         if workers == 0:
             self._executor = ThreadPoolExecutor(1, "pool", initializer=_set_function, initargs=(function,))
         else:
@@ -44,7 +48,11 @@ class Pool:
 
     def submit(self, *arguments: Any) -> Future:
         """`function(*arguments)`, some time later."""
-        return self._executor.submit(_call, *arguments)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a process that starts here inherits this
+        try:
+            return self._executor.submit(_call, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """`function(task)` for every task, in their order; as many are under way as keep the processes busy."""
@@ -57,9 +65,14 @@ class Pool:
             yield pending.popleft().result()
 
     def close(self) -> None:
-        """Drops what has not begun and waits for the rest."""
+        """Ends the processes, and drops what has not begun."""
         inside = hasattr(_worker, "function")  # garbage may be collected in the pool's own thread, which cannot wait
-        self._executor.shutdown(wait=not inside, cancel_futures=True)
+        processes = list((getattr(self._executor, "_processes", None) or {}).values()) if not self.writes else []
+        self._executor.shutdown(wait=not inside and not processes, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        if processes:
+            self._executor.shutdown(wait=not inside)
 
     def __enter__(self) -> "Pool":
         return self
@@ -95,7 +108,9 @@ def _set_function(function: Callable[..., Any]) -> None:
 def _start_process(function: Callable[..., Any]) -> None:
     _set_function(function)
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then stops the workers
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -206,7 +206,7 @@ class Pack:
         missing = [shard for shard, note in enumerate(notes) if note is None or (note["bad"] and not skip)]
         total = write.bounds[-1]
         done = total - sum(write.bounds[shard + 1] - write.bounds[shard] for shard in missing)
-        with Pool(write, min(self.workers, len(missing))) as pool:
+        with Pool(write, min(self.workers, len(missing)), writes=True) as pool:
             bar = tqdm(total=total, initial=done, unit=" rows", disable=not sys.stderr.isatty())
             with bar, _stopping_at_once():
                 for shard, note in zip(missing, pool.map(missing), strict=True):

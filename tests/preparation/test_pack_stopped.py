@@ -251,7 +251,7 @@ class TestDisk:
         assert "0 shards are finished, and the same command goes on from there" in done.stderr
 
     def test_a_worker_that_dies(self, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(pack, "Pool", lambda write, workers: Pool(Dies(), 1))
+        monkeypatch.setattr(pack, "Pool", lambda write, workers, writes: Pool(Dies(), 1, writes))
         with pytest.raises(RuntimeError, match="a worker process died .*; 0 shards are finished, and the same command"):
             run(data, tmp_path / "set")
 
