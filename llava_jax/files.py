@@ -1,8 +1,15 @@
 """Files that are complete or absent, and small files of a user, read with errors that name them."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -14,24 +21,118 @@ LARGEST_SMALL_FILE = 2**28
 """Bytes of a small file (a configuration, an index, a table of prices) at most; a larger one is a wrong file."""
 
 
+HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+"""Part of the names of temporary files: whose they are."""
+
+ABANDONED = 24 * 3600.0
+"""Seconds after which what another host was writing, and has not touched, is a leftover: its locks are unseen here."""
+
+_cleaned: set[str] = set()
+
+
+@contextlib.contextmanager
+def making(path: str, folder: bool = False) -> Iterator[str]:
+    """Makes a hidden file or folder beside `path`, for the caller to rename; what is still there at the end is removed.
+
+    What killed processes have left of `path` goes first, never that of a process which lives.
+    """
+    remove_leftovers(path)
+    place, name = os.path.split(os.path.realpath(path))
+    lock = None
+    while lock is None:
+        temporary = os.path.join(place, f".{_short(name)}.{HOST}.{secrets.token_hex(4)}.tmp")
+        if folder:
+            os.mkdir(temporary)
+        else:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        lock = _lock(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        os.close(lock)
+
+
+def remove_leftovers(path: str) -> None:
+    """Removes what killed processes have left of a file or folder that they were making at `path`.
+
+    It looks once for each path, since some folders are large.
+    """
+    place, name = os.path.split(os.path.realpath(path))
+    if os.path.join(place, name) in _cleaned:
+        return
+    _cleaned.add(os.path.join(place, name))
+    pattern = re.compile(re.escape(f".{_short(name)}.") + r"([0-9a-f]{6})\.[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(place):
+            if match := pattern.fullmatch(entry):
+                _remove_if_left(os.path.join(place, entry), match[1])
+
+
+def _remove_if_left(temporary: str, host: str) -> None:
+    with contextlib.suppress(OSError):
+        if host != HOST and time.time() - _newest(temporary) < ABANDONED:
+            return
+        held = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where its process lives
+            _remove(temporary)
+        finally:
+            os.close(held)
+
+
+def _lock(temporary: str) -> int | None:
+    """Locks a temporary file or folder as long as the number that is returned is open; the kernel drops the lock of a
+    process that is killed. None if another process has taken it for a leftover just before."""
+    held = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    if os.path.exists(temporary) and os.path.samestat(os.stat(temporary), os.fstat(held)):
+        return held
+    os.close(held)
+    return None
+
+
+def _remove(temporary: str) -> None:
+    if os.path.isdir(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _newest(temporary: str) -> float:
+    """The time of the last change of a file, or of any in a folder."""
+    entries = [os.path.join(temporary, name) for name in os.listdir(temporary)] if os.path.isdir(temporary) else []
+    return max(os.stat(path).st_mtime for path in (temporary, *entries))
+
+
+def _short(name: str) -> str:
+    """The beginning of a name, which leaves room for what is put around it."""
+    return name.encode()[:200].decode(errors="ignore")
+
+
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
     """Opens a file to write that appears at `path` when it is complete; after an error nothing is left of it.
 
     Raises UserError that names `path` if its folder is missing or may not be written, or if the disk is full.
     """
-    folder, name = os.path.split(os.path.realpath(path))
-    part = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
-        with user_path(path, missing="no such folder"):
-            file = open(part, "wb")  # noqa: SIM115
-        with file:
-            yield file
-        os.replace(part, os.path.join(folder, name))
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(part)
-        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+        with contextlib.ExitStack() as stack:
+            with user_path(path, missing="no such folder"):
+                part = stack.enter_context(making(path))
+                file = open(part, "wb")  # noqa: SIM115
+            with file:
+                yield file
+            os.replace(part, os.path.realpath(path))
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
             raise UserError(f"{path}: {error.strerror}; make room") from error
         raise
 

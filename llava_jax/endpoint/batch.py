@@ -40,7 +40,8 @@ EMPTY_ROUNDS = 3  # after which a server that answers nothing is given up
 ENDED = ("completed", "expired", "cancelled", "failed")
 CREATE_TRIES = 5
 PART = re.compile(r"batch-[0-9a-f]{16}\.jsonl")
-LEFT = re.compile(r"batch-[0-9a-f]{16}\.jsonl|\.(batch-[0-9a-f]{16}\.jsonl|batches\.json)\.\d+\.tmp")
+LEFT = re.compile(
+    r"batch-[0-9a-f]{16}\.jsonl|\.(batch-[0-9a-f]{16}\.jsonl|batches\.json)(\.[0-9a-f]{6})?\.[0-9a-f]+\.tmp")
 
 T = TypeVar("T")
 

@@ -102,7 +102,7 @@ def to_json(row: dict[str, Any], indent: int | None = None) -> bytes:
 def _sweep(folder: str) -> None:
     """Removes what a process that was killed while it wrote has left."""
     for name in os.listdir(folder):
-        if re.fullmatch(r"\..+\.jsonl?\.\d+\.tmp", name):
+        if re.fullmatch(r"\..+\.jsonl?(\.[0-9a-f]{6})?\.[0-9a-f]+\.tmp", name):
             os.unlink(os.path.join(folder, name))
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from llava_jax.config import Data, Stage
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import parse_json
+from llava_jax.files import making, parse_json
 from llava_jax.preparation.audit import audit
 from llava_jax.preparation.findings import KINDS, SUSPECT, Checker, Finding
 from llava_jax.preparation.settings import Settings
@@ -124,16 +123,12 @@ def _saving(path: str) -> Iterator[Callable[[Finding], None] | None]:
         with user_path(f"--bad-rows {path}", missing="cannot be written, there is no such folder"):
             return action(*args)
 
-    file = attempt(_temporary_beside, path)
-    try:
+    with contextlib.ExitStack() as stack:
+        temporary = attempt(stack.enter_context, making(path))
+        file = stack.enter_context(open(temporary, "w"))
         yield lambda finding: attempt(file.write, json.dumps(finding.as_json()) + "\n")
         attempt(file.close)
-        attempt(os.replace, file.name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            file.close()
-        os.unlink(file.name)
-        raise
+        attempt(os.replace, temporary, path)
 
 
 def _may_replace(path: str) -> bool:
@@ -148,13 +143,6 @@ def _may_replace(path: str) -> bool:
         return not first or {"source", "row", "kind", "usable"} <= parse_json(first.decode(), path).keys()
     except (UserError, UnicodeDecodeError):
         return False
-
-
-def _temporary_beside(path: str) -> Any:
-    folder, name = os.path.split(path)
-    file = tempfile.NamedTemporaryFile("w", dir=folder or ".", prefix=f".{name}.", suffix=".tmp", delete=False)
-    os.chmod(file.name, 0o644)
-    return file
 
 
 def describe(report: dict[str, Any], shown: Sequence[Finding]) -> str:

@@ -22,7 +22,7 @@ from llava_jax.data.parallel import Pool
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import parse_json
+from llava_jax.files import making, parse_json
 from llava_jax.preparation.writing import check_outputs, common_root, is_path, map_images, move_images, write_rows
 
 CHUNK = 256  # rows that a worker reads together
@@ -361,20 +361,17 @@ class Mix:
         if not parts:
             raise UserError("mix needs at least one part")
         os.makedirs(base, exist_ok=True)
-        temporary = os.path.join(base, f".{os.path.basename(self.out)}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"mixture": parts}, file, indent=2, ensure_ascii=False)
-                file.write("\n")
-            mixture = open_mixture(temporary)  # checks parts and settings
-            check_outputs([self.out], _inputs([], mixture), self.overwrite)
-            if not self.materialise:
-                os.replace(temporary, self.out)
-        except UserError as error:
-            raise UserError(str(error).replace(temporary, self.out)) from None
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        with making(self.out) as temporary:
+            try:
+                with open(temporary, "w", encoding="utf-8") as file:
+                    json.dump({"mixture": parts}, file, indent=2, ensure_ascii=False)
+                    file.write("\n")
+                mixture = open_mixture(temporary)  # checks parts and settings
+                check_outputs([self.out], _inputs([], mixture), self.overwrite)
+                if not self.materialise:
+                    os.replace(temporary, self.out)
+            except UserError as error:
+                raise UserError(str(error).replace(temporary, self.out)) from None
         for source, count in zip(mixture.sources, mixture.counts, strict=True):
             print(printable(f"{os.path.relpath(source.path)}: {count:,} rows of {len(source):,} in an epoch"))
         if self.materialise:

@@ -12,6 +12,7 @@ from llava_jax.data.parquet_rows import ParquetRows
 from llava_jax.data.sources import Source
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
+from llava_jax.files import making
 
 FORMATS = ("json", "jsonl", "parquet")
 ROW_GROUP = 100  # rows of parquet that are read together: as few as Hugging Face has for rows with images
@@ -42,13 +43,12 @@ def write_rows(rows: Rows, outputs: Sequence[str], sources: Sequence[Source]) ->
     For parquet the rows are gone through once before, to find the types of the columns, unless the `sources` that they
     come from are all parquet. Raises UserError, one line, for rows that the format cannot hold.
     """
-    made, writers = [], []
+    made, writers, stack = [], [], contextlib.ExitStack()
     try:
         schema = _schema(sources, rows) if any(_suffix(output) == "parquet" for output in outputs) else None
         for output in outputs:
-            folder, name = os.path.split(output)
-            os.makedirs(folder or ".", exist_ok=True)
-            made.append(os.path.join(folder, f".{name}.{os.getpid()}.tmp"))
+            os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+            made.append(stack.enter_context(making(output)))
             writers.append(_WRITERS[_suffix(output)](made[-1], schema))
         for which, row in rows():
             writers[which].write(row)
@@ -60,10 +60,9 @@ def write_rows(rows: Rows, outputs: Sequence[str], sources: Sequence[Source]) ->
         for writer in writers:
             with contextlib.suppress(Exception):
                 writer.close()
-        for temporary in made:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
         raise
+    finally:
+        stack.close()
 
 
 def common_root(sources: Sequence[Source]) -> str:

@@ -56,6 +56,7 @@ def train(recipe: config.Recipe) -> Path:
     """
     run = begin(recipe)
     with hold(run.directory):
+        output.remove_leftovers(run.directory)
         output.check_recipe(recipe)  # again: nobody changes the directory from here on
         if gather("the finished model", output.has_model(recipe))[0]:
             return run.directory / "model"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import secrets
+import shutil
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from llava_jax import config
+from llava_jax import config, files
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, replacing
 from llava_jax.processes.group import Everywhere, gather
@@ -53,6 +54,16 @@ def check_shared(recipe: config.Recipe) -> None:
     if blind:
         raise Everywhere(f"{recipe.output}: what process 0 writes there is not seen by process {', '.join(blind[:8])}; "
                          "give an --output that all hosts share, gs://BUCKET/... or on a network file system")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs have left in an output directory that this run holds."""
+    if jax.process_index() == 0 and isinstance(folder, Path):
+        files.remove_leftovers(str(folder / "model"))
+        for pattern in (".shared-*", ".model.????????", "checkpoints/*/*.orbax-checkpoint-tmp"):
+            for left in folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    gather("the leftovers are gone", None)
 
 
 def check_recipe(recipe: config.Recipe) -> None:

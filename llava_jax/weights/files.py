@@ -10,8 +10,6 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import check_fetched, parse_json, read_json
+from llava_jax.files import check_fetched, making, parse_json, read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -295,11 +293,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; choose another place or remove it")
     target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with making(str(target), folder=True) as temporary:
+        yield Path(temporary)
+        os.rename(temporary, target)
