@@ -1,20 +1,18 @@
 """Run by test_processes.py: `llava_jax.train` as it is, but for what happens to one process as a step begins.
 
 train_process.py EVENT PROCESSES STEP RECIPE [options]; EVENT: none; a signal that these processes then send to
-themselves (SIGTERM+SIGTERM: one after the other); the name of an error that they raise; `rename`: from then on no file
-gets its name there (EIO); `folder`: the checkpoints' folder has become a file; `loading`: they never load parameters.
+themselves (SIGTERM+SIGTERM: one after the other); the name of an error that they raise; `rename` or `folder`: from then
+on nothing can be renamed, no folder made (EIO); `loading`: they never load parameters.
 """
 
 import builtins
 import errno
 import os
-import shutil
 import signal
-from pathlib import Path
 
 import jax
 
-from llava_jax import cli, config, train
+from llava_jax import cli, train
 from llava_jax.training import loop
 
 
@@ -22,14 +20,11 @@ def broken(*_, **__):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def happen(event: str, recipe: str) -> None:
+def happen(event: str) -> None:
     if event == "rename":
         os.rename = os.replace = broken
     elif event == "folder":
-        folder = Path(config.load_recipe_module(recipe).recipe().output) / "checkpoints" / "align"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.touch()
+        os.mkdir = os.makedirs = broken
     elif event == "OSError":
         broken()
     elif not event.startswith("SIG"):
@@ -41,7 +36,7 @@ def happen(event: str, recipe: str) -> None:
 
 def main(args: list[str]) -> int:
     event, processes, step, *args = args
-    original, count, recipe = loop.on_devices, [0], args[0]
+    original, count = loop.on_devices, [0]
     if os.environ.get("JAX_PROCESS_ID", "0") not in processes:
         event = "none"
     if event == "loading":
@@ -51,7 +46,7 @@ def main(args: list[str]) -> int:
     def on_devices(*arguments):
         count[0] += 1
         if event != "none" and count[0] == int(step):
-            happen(event, recipe)
+            happen(event)
         return original(*arguments)
 
     loop.on_devices = on_devices
