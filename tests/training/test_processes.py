@@ -157,6 +157,28 @@ def test_two_processes_set_a_damaged_checkpoint_aside_and_answer_samples(make_re
     assert_same_run(two, alone)
 
 
+@pytest.mark.parametrize("signals, code", [
+    ("SIGTERM+SIGTERM", 75), ("SIGINT", 130), ("SIGTERM+SIGTERM+SIGTERM", 75), ("SIGINT+SIGTERM", 130)])
+def test_a_signal_to_a_process_and_its_workers_saves_everything(make_recipe, signals, code):
+    """As `timeout` and schedulers send SIGTERM, twice and to all, and a terminal Ctrl-C."""
+    recipe = make_recipe("stopped", config.Mesh())
+    stage = recipe.stages["align"]
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, workers=2))
+    recipe = dataclasses.replace(recipe, stages={"align": stage}, checkpoint_every=100)
+    codes, _, errors = train(recipe, 1, signals, step=4)
+    assert codes == [code], errors
+    assert errors == ["stopped at step 4 of stage align; the same command goes on from there\n"]
+    assert [line["step"] for line in lines(recipe)] == [1, 2, 3, 4]
+    assert [path.name for path in Path(recipe.output, "checkpoints", "align").iterdir()] == ["4"]
+
+
+def test_a_signal_before_the_first_step_ends_all(make_recipe):
+    codes, _, errors = train(make_recipe("early", config.Mesh()), 2, "early", process=1)
+    assert codes == [75, 75], errors
+    assert re.fullmatch(r"error: process 1 \(\S+\): was stopped\n", errors[0])
+    assert "stopped by SIGTERM" in errors[1] and "Traceback" not in errors[1]
+
+
 @pytest.mark.parametrize("error, count, processes", [
     ("JaxRuntimeError", 1, "0"), ("OSError", 1, "0"), ("JaxRuntimeError", 2, "1"), ("MemoryError", 2, "01")])
 def test_an_error_that_no_user_can_mend_ends_with_1(make_recipe, error, count, processes):

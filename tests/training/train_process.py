@@ -1,12 +1,14 @@
 """Run by test_processes.py: `llava_jax.train` as it is, but for what happens to one process as a step begins.
 
 train_process.py EVENT PROCESSES STEP RECIPE [options]; EVENT: none; a signal that these processes then send to
-themselves (SIGTERM+SIGTERM: one after the other); the name of an error that they raise; `rename` or `folder`: from then
-on nothing can be renamed, no folder made (EIO); `loading`: they never load parameters.
+themselves and their workers (SIGTERM+SIGTERM: one after the other); the name of an error that they raise; `rename` or
+`folder`: from then on nothing can be renamed, no folder made (EIO); `loading`: they never load parameters; `early`:
+SIGTERM as they load them.
 """
 
 import builtins
 import errno
+import multiprocessing
 import os
 import signal
 
@@ -31,7 +33,8 @@ def happen(event: str) -> None:
         raise getattr(builtins, event, getattr(jax.errors, event, None))("RESOURCE_EXHAUSTED: out of memory")
     else:
         for name in event.split("+"):
-            os.kill(os.getpid(), signal.Signals[name])
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, signal.Signals[name])
 
 
 def main(args: list[str]) -> int:
@@ -41,6 +44,8 @@ def main(args: list[str]) -> int:
         event = "none"
     if event == "loading":
         loop.load_parameters = lambda *_, **__: signal.pause()
+    if event == "early":
+        loop.load_parameters = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
     loop.LOADING = 1.0 if step == "0" else loop.LOADING
 
     def on_devices(*arguments):
