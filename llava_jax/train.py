@@ -4,8 +4,9 @@ RECIPE is a file, or the name of one in configs/; without it, `mini`: the paper 
 The same command goes on where a stopped run was. `--help` after a recipe lists every field and its value there.
 
 Exit codes: 0, the model is written; 75, the same command goes on: SIGTERM stopped the run and everything is saved (130
-for Ctrl-C), or one of several processes was killed or lost, and the last checkpoint stands; 2, an error, in one line.
-Several processes end together, and the one that failed is named.
+for Ctrl-C), or one of several processes was killed or lost, and the last checkpoint stands; 2, a mistake that must be
+mended first, in one line; 1, any other error, with its traceback, after which the same command may go on. Several
+processes end together with one code, and the one that failed is named.
 """
 
 import signal

@@ -83,6 +83,7 @@ render() {
   fill TOPOLOGY "$GKE_TOPOLOGY"
   fill IMAGE "$image"
   fill INPUTS "$inputs"
+  fill SECRET "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
   fill COMMAND "$arguments" # the last: what it holds is not filled in again
   echo "$manifest"
 }

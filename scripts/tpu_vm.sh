@@ -25,7 +25,9 @@ Settings, from the environment:
   TPU_PREEMPTIONS=50   runs stopped and TPUs lost after which it does
   TPU_CREATE_FLAGS, TPU_SSH_FLAGS   more flags for gcloud, such as --reserved or --internal-ip
 
-Exit codes: 0 done, 2 a mistake of the user or in COMMAND, 1 anything else."
+Exit codes of COMMAND: 0 ends a loop; so does 2, a mistake that must be mended first; 75 (stopped, or a worker lost) is
+tried again TPU_PREEMPTIONS times, any other TPU_RETRIES times, after 1, 2, 4, 8, 8 ... minutes.
+Exit codes of this script: 0 done, 2 a mistake of the user or in COMMAND, 1 anything else."
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CLOUDSDK_CORE_DISABLE_PROMPTS=1
@@ -185,7 +187,8 @@ install() {
 run() {
   [ $# -gt 0 ] || fail "no command to run, such as: python -m llava_jax.train llava_1_5_7b"
   note "starting on every worker: $*"
-  workers start "$@"
+  # By which the processes of this run know each other.
+  workers start env "LLAVA_JAX_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')" "$@"
 }
 
 status() {

@@ -22,6 +22,7 @@ start() {
     echo "$(hostname): a run is going on here; stop it first" >&2
     exit 1
   fi
+  (umask 077 && : >llava_run) # the command's secret is nobody else's
   {
     echo "source ~/llava_venv/bin/activate"
     echo "export PYTHONUNBUFFERED=1"

@@ -132,7 +132,8 @@ def sudo() -> int:
 def python() -> int:
     """The training: leaves its arguments in `trained`; every start takes the next exit code of `exits.json`."""
     home = Path.home()
-    told = {"args": ARGS, "folder": os.getcwd(), "pid": os.getpid(), "worker": home.name}
+    told = {"args": ARGS, "folder": os.getcwd(), "pid": os.getpid(), "worker": home.name,
+            "secret": os.environ.get("LLAVA_JAX_SECRET")}
     with open(ROOT / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(ROOT / "trained", "a") as file:

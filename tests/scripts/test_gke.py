@@ -53,6 +53,12 @@ def test_one_pod_for_each_machine(play, tpu, topology, slices, accelerator, host
     assert mounts == {volume["name"] for volume in pod["volumes"]}
 
 
+def test_each_run_has_a_secret_of_its_own(play):
+    secrets = [entry["value"] for _ in range(2) for entry in parts(rendered(play))[2]["env"]
+               if entry["name"] == "LLAVA_JAX_SECRET"]
+    assert len(set(secrets)) == 2 and all(re.fullmatch("[0-9a-f]{32}", secret) for secret in secrets)
+
+
 def test_exit_codes_decide_what_happens(play):
     """0 ends it; 2 fails all at once; 75 and a lost node restart for nothing; any other code counts as a restart."""
     spec = rendered(play, GKE_RETRIES="7")["spec"]
@@ -136,7 +142,10 @@ def test_a_wrong_command_line_starts_nothing(play, args, words):
 def test_start_sends_what_render_prints(play):
     assert play.run("gke.sh", "start", *TRAIN, **SETTINGS).returncode == 0
     assert play.calls("kubectl") == [HAS_JOBSET, ["create", "-f", "-"]]
-    assert yaml.safe_load((play.folder / "created.yaml").read_text()) == rendered(play)
+    created, shown = yaml.safe_load((play.folder / "created.yaml").read_text()), rendered(play)
+    for manifest in (created, shown):
+        assert parts(manifest)[2]["env"].pop()["name"] == "LLAVA_JAX_SECRET"  # new each time
+    assert created == shown
 
 
 def test_start_where_jobset_is_missing(play):

@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -203,6 +204,14 @@ def test_run_starts_the_command_with_its_arguments_intact(ready):
         assert str(line["pid"]) == (ready.home(line["worker"]) / "main_pid").read_text()
 
 
+def test_each_run_has_a_secret_of_its_own(ready):
+    for _ in range(2):
+        assert ready.run("tpu_vm.sh", "run", *TRAIN).returncode == 0
+    secrets = [line["secret"] for line in ready.lines("trained")]
+    assert len(secrets) == 4 and len(set(secrets)) == 2 and all(re.fullmatch("[0-9a-f]{32}", one) for one in secrets)
+    assert (ready.home("llava-0") / "llava_run").stat().st_mode & 0o77 == 0
+
+
 def test_the_service(ready):
     assert ready.run("tpu_vm.sh", "run", *TRAIN).returncode == 0
     path = ready.home("llava-0") / "llava.service"
@@ -361,6 +370,18 @@ def test_loop_does_not_try_a_mistake_again(play):
     assert play.verbs().count("start") == 1
     assert sorted(play.lines("stopped")) == ["llava-0", "llava-1"]
     assert "mistake" in result.stderr and "costs money" in result.stderr
+
+
+@pytest.mark.parametrize("code", [1, 130, 134, 137, 139])
+def test_loop_tries_a_crash_again_but_not_for_ever(play, code):
+    """Whatever the error: out of memory, a lost mount, a bug. The TPU is kept meanwhile, and given back at the end."""
+    play.exits(all=[code, code, 0])
+    assert play.run("tpu_vm.sh", "loop", *TRAIN).returncode == 0
+    assert play.verbs().count("start") == 3 and "delete" not in play.verbs()
+    play.exits(all=[code])
+    result = play.run("tpu_vm.sh", "--yes", "loop", *TRAIN, TPU_RETRIES="1")
+    assert result.returncode == 1 and "giving up" in result.stderr and not play.left
+    assert play.verbs().count("start") == 3 + 2
 
 
 def test_loop_gives_up_after_crashes(play):
