@@ -117,11 +117,8 @@ class _FileLock(_Lock):
             self.directory.mkdir(parents=True, exist_ok=True)
         until = time.monotonic() + PATIENCE
         while True:
-            with user_path(self.path):
-                self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
+                locked = self.lock()
             except BlockingIOError:
                 if time.monotonic() > until:
                     os.close(self.file)
@@ -129,8 +126,6 @@ class _FileLock(_Lock):
                 os.close(self.file)
                 time.sleep(0.2)
                 continue
-            except OSError:
-                locked = False  # a file system without locks
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self.file), os.stat(self.path)):
                     break
@@ -140,11 +135,32 @@ class _FileLock(_Lock):
         with user_path(self.path):  # the disk may be full
             self.write()
 
+    def lock(self) -> bool:
+        """Opens and locks the file; False on a file system without locks. Raises BlockingIOError if it is taken."""
+        # Opened for reading: a file that is open for writing keeps its file system from becoming read-only. NFS asks
+        # for more.
+        for access in (os.O_RDONLY, os.O_RDWR):
+            with user_path(self.path):
+                self.file = os.open(self.path, access | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                raise
+            except OSError:
+                if access == os.O_RDONLY:
+                    os.close(self.file)
+        return False
+
     def get(self) -> bytes:
         return self.path.read_bytes()
 
     def put(self, note: bytes) -> None:
-        os.pwrite(self.file, note, 0)
+        file = os.open(self.path, os.O_WRONLY)
+        try:
+            os.pwrite(file, note, 0)
+        finally:
+            os.close(file)
 
     def release(self) -> None:
         self.ended.set()
