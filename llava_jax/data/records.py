@@ -68,8 +68,8 @@ def parse_row(row: Any, where: str) -> Record:
     - Images are the row's `image` or `images`: a path, {"bytes", "path"} or a list of these; or the parts' own (`path`,
       `url`, `base64`, `image`). A `data:` URL holds the image itself. Every `<image>` takes the next one, a part with
       an `index` the one of that number.
-    - A system text is a first turn or the row's `system` or `system_prompt`. An empty first turn leaves the
-      template's own out, as it does when a model is asked; an empty `system` is none.
+    - A system text is a first turn or the row's `system`, `system_prompt` or `system_message`. An empty first turn
+      leaves the template's own out, as it does when a model is asked; an empty `system` is none.
     - A turn's `weight`, `loss`, `train`, `masked` (fields.py has all) keep an answer from being learned.
 
     ShareGPT rows, which may open with an answer, are read as they are: encoding drops that turn. Raises BadRow, also
@@ -163,6 +163,11 @@ def _system(row: Mapping[str, Any]) -> str | None:
 def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], ...], list[_Slot]]:
     """The turns in LLaVA's form, and a slot for every `<image>` in them."""
     turns, slots = [], []
+    first = value[0] if isinstance(value[0], Mapping) else {}
+    if system is not None and "system" in (first.get("role"), first.get("from")):
+        if system not in (first.get("value"), first.get("content")):
+            raise UserError("the row is ambiguous: its system text and that of its first turn differ; leave one")
+        system = None
     if system is not None:
         text, slots = _content(system, "system", False)
         turns.append({"from": "system", "value": text})
@@ -204,9 +209,13 @@ def _content(content: Any, name: str, is_answer: bool) -> tuple[str, list[_Slot]
         raise UserError(f"{name} must be text or a list of parts, not {kind(content)}")
     texts, slots = [], []
     for number, part in enumerate(content, 1):
+        if isinstance(part, Mapping):
+            fields.check_part(part, f"{name}, part {number}")
         sort = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
         if sort == "text":
             text = part if isinstance(part, str) else part.get("text")
+            if not isinstance(text, str):  # a list in it would be parts of parts, without end
+                raise UserError(f"{name}, part {number} must be text, not {kind(text)}")
             text, own = _content(text, f"{name}, part {number}", is_answer)
         elif sort in ("image", "image_url"):
             text, own = "<image>", [_own_image(part, f"{name}, part {number}")]
@@ -222,7 +231,7 @@ def _own_image(part: Mapping[str, Any], name: str) -> _Slot:
     if isinstance(part.get("base64"), str):
         return _decoded(part["base64"], name)
     for key in ("image_url", "url", "path", "image"):
-        if part.get(key) is not None:
+        if not _is_empty(part.get(key)):
             return _image(part[key], f"{name}'s {key}")
     index = part.get("index")
     return index if isinstance(index, int) and not isinstance(index, bool) else None
@@ -242,7 +251,7 @@ def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
 def _is_empty(cell: Any) -> bool:
     """Whether a cell holds no image: nothing, or as Hugging Face writes it, {"bytes": None, "path": None}."""
     if isinstance(cell, Mapping):
-        return cell.keys() <= {"bytes", "path"} and not any(cell.values())
+        return cell.keys() <= {"bytes", "path", "url", "detail"} and not any(map(cell.get, ("bytes", "path", "url")))
     return cell is None or cell == ""
 
 

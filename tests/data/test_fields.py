@@ -135,6 +135,51 @@ def test_a_system_text_under_its_other_name():
         parse_row(row | {"system": "Answer in German."}, "here")
 
 
+def test_a_system_text_beside_the_turns_and_in_them():
+    turns = [{"from": "system", "value": "Answer in French."}, *PLAIN["conversations"]]
+    row = PLAIN | {"conversations": turns}
+    for key in ("system", "system_prompt", "system_message"):
+        assert parse_row(row | {key: "Answer in French."}, "here").turns == parse_row(row, "here").turns
+        with pytest.raises(BadRow, match="its system text and that of its first turn differ"):
+            parse_row(row | {key: "Answer in German."}, "here")
+
+
+@pytest.mark.parametrize("mark", ["Picture 1: <img>a.png</img>", "See <|vision_start|><|image_pad|><|vision_end|>",
+                                  "<|image_1|>", "<|image|>", "<image 1>", "<image_2>"])
+def test_marks_of_images_in_other_models_data(mark):
+    with pytest.raises(BadRow, match="of marks, only <image> can be read") as error:
+        parse_row(asked(f"{mark} What is it?"), "here")
+    assert error.value.reason == "unsupported"
+    assert parse_row(asked("How is an image written?", f"So: {mark}"), "here").turns
+
+
+@pytest.mark.parametrize("key", ["chosen", "rejected"])
+def test_preferences_are_refused(key):
+    with pytest.raises(BadRow, match=f"the row has {key}: preferences") as error:
+        parse_row(PLAIN | {key: {"from": "gpt", "value": "Red."}}, "here")
+    assert error.value.reason == "unsupported"
+
+
+def test_parts_of_a_turn():
+    image = {"type": "image", "text": None, "image": {"bytes": None, "path": None}, "image_url": {"url": None}}
+    text = {"type": "text", "text": "purple"}
+    row = chat({"content": [text]}, content=[image, {"type": "text", "text": "Colour?"}]) | {"images": ["a.png"]}
+    assert parse_row(row, "here").images == ("a.png",) and parse_row(row, "here").unknown == ()
+    assert parse_row(chat({"content": [text | {"style": "bold"}]}), "here").unknown == ("part.style",)
+    for more, reason in [({"weight": 0}, "unsupported"), ({"video": "a"}, "unsupported"), ({"text": 1}, "malformed")]:
+        with pytest.raises(BadRow, match="turn 2's content, part 1") as error:
+            parse_row(chat({"content": [text | more]}), "here")
+        assert error.value.reason == reason
+
+
+def test_parts_of_parts_are_refused_however_deep():
+    deep = "x"
+    for _ in range(3000):
+        deep = [{"type": "text", "text": deep}]
+    with pytest.raises(BadRow, match="part 1 must be text, not a list"):
+        parse_row(chat({"content": deep}), "here")
+
+
 def test_unknown_fields_are_named(tmp_path):
     row = chat({"name": "bob"}) | {"source": "web", "score": 3, "image_sizes": None, "response": "x", "id": 1}
     assert parse_row(row, "here").unknown == ("response", "score", "source", "turn.name")
