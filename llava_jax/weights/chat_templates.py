@@ -22,6 +22,10 @@ MARKS = {
     "qwen_2_5": ("<|im_start|>", "<|im_end|>"),  # its system text contains the next one's
     "qwen_1_5": ("<|im_start|>", "<|im_end|>"),
 }
+# What must not stand in it then: the same marks with other blanks, newlines or signs around them.
+_NOT_VICUNA = r"(USER|ASSISTANT):\s*\n(?!\Z)|###"
+_NOT_CHATML = r"<\|im_end\|>(?!\n)|<\|im_start\|>\w+(?![\w\n'\"])|role(['\"]\])?\s*[+~]\s*['\"][^\n]"
+OTHERS = {"vicuna_v1": _NOT_VICUNA, "qwen_2_5": _NOT_CHATML, "qwen_1_5": _NOT_CHATML}
 BY_TEXT_MODEL = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
 
 
@@ -38,9 +42,10 @@ def template_name(directory: Path, text_model: str) -> str:
         return _by_decoder(directory, text_model)
     if name := _ours(text):
         return name
-    known = {name: (*marks, *_lines(templates.get(name).system)) for name, marks in MARKS.items()}
-    for name, marks in (("vicuna_v1", LLAVA_HF), *known.items()):
-        if all(mark in text for mark in marks):
+    joined = _joined(text)
+    for name, marks in (("vicuna_v1", LLAVA_HF), *MARKS.items()):
+        if (all(mark in text for mark in marks) and not re.search(OTHERS.get(name, "(?!)"), joined)
+                and (marks is LLAVA_HF or _has_system(joined, templates.get(name).system))):
             agreement.say(f"template {name}: {file} has its marks (--template chooses another)")
             return name
     raise UserError(f"{file}: this chat template is none that is known here; name the format that the model was "
@@ -73,9 +78,15 @@ def _ours(text: str) -> str | None:
     return header[1]
 
 
-def _lines(text: str | None) -> list[str]:
-    """The lines of a system text, which Jinja may write with newlines or with escapes between them."""
-    return [line for line in (text or "").split("\n") if line]
+def _joined(text: str) -> str:
+    """A Jinja text with the newlines and quotes that it escapes, and with strings that follow each other as one."""
+    text = re.sub(r"(?<!\\)(['\"])\s*(?:[+~]|-?\}\}\s*\{\{-?)\s*\1", "", text.replace("\\n", "\n"))
+    return re.sub(r"\\(['\"])", r"\1", text)
+
+
+def _has_system(joined: str, system: str | None) -> bool:
+    """Whether a text holds this system text as a whole: before and behind it a string or a mark begins or ends."""
+    return re.search(rf"(?:^|['\"}}>]|system)\s*{re.escape(system or '')}\s*(?:['\"{{<]|USER:|$)", joined) is not None
 
 
 def chat_template(directory: Path) -> tuple[Path, str]:

@@ -44,11 +44,40 @@ def jinja_of(name, opening, end):
     return f"{{{{ {system} }}}}" + LOOP.replace("[M]", opening).replace("[E]", end)
 
 
+CHATML = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{
+'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+VICUNA = jinja_of("vicuna_v1", "USER: ", " ASSISTANT: ")
+
+
+@pytest.mark.parametrize("text, old, new", [
+    (CHATML, "assistant.<", "assistant. Answer in French.<"), (CHATML, "You are", "Good day. You are"),
+    (CHATML, "'<|im_end|>' + '\\n'", "'<|im_end|>'"), (CHATML, "m['role'] + '\\n'", "m['role'] + ' '"),
+    (CHATML, "<|im_start|>assistant\\n", "<|im_start|>assistant "), (CHATML, "assistant\\n'", "assistant:\\n'"),
+    (VICUNA, "questions.", "questions. Be brief."), (VICUNA, "USER: ", "USER:\\n"),
+    (VICUNA, " ASSISTANT", "### ASSISTANT"),
+    (LLAVA_HF, "'ASSISTANT:' }}", "'ASSISTANT:' }}{{ '\\n' }}"),
+])
+def test_small_changes_are_not_taken_for_the_format(tmp_path, text, old, new):
+    assert template_name(chat(tmp_path, text), "llama") in ("qwen_1_5", "vicuna_v1")
+    assert template_name(chat(tmp_path, text.replace("\\n", "\n")), "llama") in ("qwen_1_5", "vicuna_v1")
+    assert old in text
+    with pytest.raises(UserError, match="by --template"):
+        template_name(chat(tmp_path, text.replace(old, new)), "llama")
+
+
+def test_a_system_text_with_escaped_quotes(tmp_path):
+    system = templates.get("vicuna_v1").system.replace("'", "\\'")
+    text = f"{{% set s = '{system}' %}}{{{{ s + ' ' }}}}{{{{ 'USER: ' + q + ' ' }}}}{{{{ 'ASSISTANT:' }}}}"
+    assert template_name(chat(tmp_path, text), "llama") == "vicuna_v1"
+
+
 @pytest.mark.parametrize("text, expected", [
     (LLAVA_HF, "vicuna_v1"),
     (jinja_of("vicuna_v1", "USER: ", "ASSISTANT: "), "vicuna_v1"),
-    (jinja_of("qwen_1_5", "<|im_start|>", "<|im_end|>"), "qwen_1_5"),
-    (jinja_of("qwen_2_5", "<|im_start|>", "<|im_end|>"), "qwen_2_5"),
+    (jinja_of("qwen_1_5", "<|im_start|>user\\n", "<|im_end|>\\n"), "qwen_1_5"),
+    (jinja_of("qwen_2_5", "<|im_start|>user\\n", "<|im_end|>\\n"), "qwen_2_5"),
     (jinja_of("llava_llama_2", "[INST] <<SYS>>", "[/INST]"), "llava_llama_2"),
     (jinja_of("llama_2", "[INST] <<SYS>>", "[/INST]"), "llama_2"),
     (jinja_of("llava_llama_3", "<|start_header_id|><|end_header_id|>", "<|eot_id|>"), "llava_llama_3"),
