@@ -130,7 +130,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
                 file = open(part, "wb")  # noqa: SIM115
             with file:
                 yield file
-            os.replace(part, os.path.realpath(path))
+            with user_path(path):  # a folder of that name
+                os.replace(part, os.path.realpath(path))
     except OSError as error:
         if error.errno in FULL and error.filename is None:
             raise UserError(f"{path}: {error.strerror}; make room") from error

@@ -42,6 +42,13 @@ def test_a_full_disk_is_told_with_the_name(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_folder_where_a_file_is_meant_is_told(tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(UserError, match=r"page\.html: Is a directory$"), replacing(str(tmp_path / "page.html")) as file:
+        file.write(b"x")
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
 def test_a_page_takes_only_a_pages_place(tmp_path):
     path = tmp_path / "page.html"
     check_page(str(path))

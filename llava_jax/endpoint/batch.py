@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from typing import Any, TypeVar
 
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.client import LIMITS, Endpoint
+from llava_jax.endpoint.client import LIMITS, Endpoint, check_length
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.limits import backoff
 from llava_jax.endpoint.log import AnswerLog
@@ -402,6 +402,7 @@ async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     rest = b""
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
+        check_length(rest)
         for line in lines:
             yield line
     yield rest

@@ -23,6 +23,7 @@ T = TypeVar("T")
 NO_SECRET = Secret(None)
 OPENAI = "api.openai.com"
 CONNECT_SECONDS = 10.0
+MOST_ANSWERED = 2**24  # bytes, decompressed, of one answer or one line of a file of them; no answer is as long
 LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more ends the run
 PATIENCE = 900.0  # seconds of "too many requests" without one answer to anybody, after which a request gives up
 FIRST_COMPLETION = 500  # tokens that an answer is taken to have before there is one
@@ -278,7 +279,7 @@ class Endpoint:
         raw = await self.client.models.with_raw_response.list()
         try:
             return [model for model in raw.http_response.json()["data"] if isinstance(model, dict)]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []
 
     async def _probe(self) -> None:
@@ -289,7 +290,7 @@ class Endpoint:
             raw = await self.client.chat.completions.with_raw_response.create(model=self.model, messages=[])
             try:
                 return isinstance(raw.http_response.json(), dict)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return False
 
         hint = "" if self._address.endswith("/v1") else " (do its addresses begin with /v1?)"
@@ -391,21 +392,32 @@ def _is_unreached(error: Exception) -> bool:
     return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
 
 
+def check_length(body: bytes) -> None:
+    """Raises Nonsense for more bytes than an answer can have: a server may send without end, or compressed blanks."""
+    if len(body) > MOST_ANSWERED:
+        raise Nonsense(f"an answer of more than {MOST_ANSWERED:,} bytes", len(body))
+
+
 def _client_that_hides(secret: Secret) -> type:
     """The openai package's HTTP client, all of whose answers have the key hidden: text, JSON and headers."""
     import openai
 
     class Client(openai.DefaultAsyncHttpxClient):
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-            response = await super().send(request, stream=stream, **options)
+            response = await super().send(request, stream=True, **options)
             if stream:
                 return response
-            headers = [(name, secret.hide(value)) for name, value in response.headers.multi_items()]
-            body = secret.hide_body(response.content)
-            if body == response.content and headers == response.headers.multi_items():
-                return response
+            body = b""
+            try:
+                async for piece in response.aiter_bytes():
+                    body += piece
+                    check_length(body)
+            finally:
+                await response.aclose()
+            body = secret.hide_body(body)
             decoded = ("content-encoding", "content-length", "transfer-encoding")
-            headers = [(name, value) for name, value in headers if name.lower() not in decoded]
+            headers = [(name, secret.hide(value)) for name, value in response.headers.multi_items()
+                       if name.lower() not in decoded]
             return type(response)(response.status_code, headers=headers, content=body, request=response.request)
 
     return Client

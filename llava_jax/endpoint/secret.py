@@ -84,6 +84,11 @@ def _forms(key: str) -> list[tuple[str, int]]:
         raw.hex(): 2 * plain,
         "".join(f"%{byte:02x}" for byte in raw): 3 * plain,
         "".join(f"\\u{byte:04x}" for byte in raw): 6 * plain,
+        "".join(f"\\x{byte:02x}" for byte in raw): 4 * plain,
+        "".join(f"&#{byte};" for byte in raw): 5 * plain,
+        "".join(f"&#x{byte:x};" for byte in raw): 6 * plain,
+        raw.hex(":"): 3 * plain - 1,
+        raw.hex(" "): 3 * plain - 1,
     }
     for before in range(3):  # base64 of the key behind so many other bytes, such as those of "user:"
         for encode in (base64.b64encode, base64.urlsafe_b64encode):

@@ -1,5 +1,7 @@
 """Zip files of images, unpacked so that it can be stopped and goes on, and so that nothing lands outside the folder."""
 
+import errno
+import lzma
 import os
 import shutil
 import stat
@@ -38,8 +40,17 @@ def unpack(archive: str, folder: str, names: Set[str]) -> int:
             for target, member in tqdm(absent.items(), archive, unit="images", disable=not sys.stderr.isatty()):
                 _write(zipped, member, target)
             return len(absent)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive}: a broken zip file ({error}); delete it and download it again") from None
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _broken(archive, error) from None
+    except OSError as error:
+        # bz2 has no class of its own for damaged data, and a damaged offset lets a seek fail.
+        if error.errno is None or error.errno == errno.EINVAL and error.filename is None:
+            raise _broken(archive, error) from None
+        raise
+
+
+def _broken(archive: str, error: Exception) -> UserError:
+    return UserError(f"{archive}: a broken zip file ({error}); delete it and download it again")
 
 
 def require_space(folder: str, size: float, what: str) -> None:
@@ -91,7 +102,4 @@ def _write(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, target: str) -> Non
 
 
 def _has_size(path: str, size: int) -> bool:
-    try:
-        return os.stat(path).st_size == size
-    except FileNotFoundError:
-        return False
+    return os.path.exists(path) and os.path.getsize(path) == size

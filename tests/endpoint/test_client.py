@@ -1,11 +1,12 @@
 import asyncio
+import gzip
 import re
 
 import pytest
 from fake_openai import FakeOpenAI, Response, error
 from virtual_time import run
 
-from llava_jax.endpoint.client import PATIENCE, Endpoint, read_key
+from llava_jax.endpoint.client import MOST_ANSWERED, PATIENCE, Endpoint, read_key
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.request import Request
 from llava_jax.endpoint.stop import Stop
@@ -321,3 +322,32 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(UserError, match=re.escape("pip install 'llava_jax[teacher]'")):
         Endpoint("teacher", URL)
+
+
+class Always(FakeOpenAI):
+    """Answers everything with the same."""
+
+    def __init__(self, response: Response):
+        super().__init__()
+        self.response = response
+
+    async def respond(self, *request) -> Response:
+        return self.response
+
+
+def test_compressed_blanks_without_end_are_no_answer_and_counted():
+    bomb = Response(200, gzip.compress(b" " * (MOST_ANSWERED + 1)), headers={"content-encoding": "gzip"})
+    lost = []
+
+    async def main():
+        async with Endpoint("teacher", URL, transport=Always(bomb).transport(), retries=0) as endpoint:
+            with pytest.raises(RequestFailed, match="more than 16,777,216 bytes"):
+                await endpoint.ask(request(), lambda came: lost.append(came) or True)
+
+    run(main())
+    assert lost == [MOST_ANSWERED + 1]
+
+
+def test_json_without_end_is_no_chat_api():
+    with pytest.raises(UserError, match="no chat API answers there"):
+        checked(Always(Response(200, b"[" * 200_000)))

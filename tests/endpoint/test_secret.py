@@ -1,7 +1,9 @@
 """The API key is hidden wherever a server repeats it."""
 
 import base64
+import html
 import json
+import re
 import urllib.parse
 from pathlib import Path
 
@@ -38,6 +40,11 @@ FORMS = {
     "Basic without a name": base64_of(f":{KEY}"),
     "Basic as the name": base64_of(f"{KEY}:"),
     "hexadecimal": KEY.encode().hex(),
+    "hexadecimal with colons": KEY.encode().hex(":").upper(),
+    "a dump": KEY.encode().hex(" "),
+    "all of Python's escapes": "".join(f"\\x{byte:02x}" for byte in KEY.encode()),
+    "all HTML": "".join(f"&#{byte};" for byte in KEY.encode()),
+    "all HTML in hexadecimal": "".join(f"&#x{byte:X};" for byte in KEY.encode()),
     "twice": KEY + KEY,
 }
 
@@ -45,7 +52,9 @@ FORMS = {
 def gives_away(text: str) -> bool:
     """Whether a reader finds twelve characters of the key in a row, however they are written."""
     texts = [text, urllib.parse.unquote(text), text.replace("\\u00", "%")]
-    texts.append(urllib.parse.unquote(texts[-1]))
+    texts += [urllib.parse.unquote(texts[-1]), urllib.parse.unquote(text.replace("\\x", "%")), html.unescape(text)]
+    dumps = re.findall("(?:[0-9a-fA-F]{2} )+", f"{text} ".replace(":", " "))
+    texts += [bytes.fromhex(dump).decode("latin-1") for dump in dumps]
     for words in list(texts):
         for word in words.replace('"', " ").replace("=", " ").replace(",", " ").split():
             for start in range(4):

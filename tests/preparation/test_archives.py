@@ -105,6 +105,29 @@ def test_a_damaged_member_leaves_whole_images_only(tmp_path):
     assert there == {name: IMAGES[name] for name in list(IMAGES)[:4]}
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_anywhere_is_one_line(method, tmp_path):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", method) as zipped:
+        zipped.writestr("1.jpg", bytes(range(256)) * 4)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            unpack(str(path), str(tmp_path / f"to {place}"), {"1.jpg"})
+        except UserError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    assert refused > len(whole) / 20
+
+
+@pytest.mark.parametrize("name", ["1.jpg/2.jpg", "n" * 300 + ".jpg"])
+def test_a_name_that_no_file_can_have_is_one_line(name, tmp_path):
+    archive = write(tmp_path / "x.zip", {"1.jpg": b"1", name: b"2"})
+    with pytest.raises(UserError, match=r"(Is a directory|File name too long)$"):
+        unpack(archive, str(tmp_path / "to"), {"1.jpg"})
+
+
 def test_a_second_run_writes_only_what_is_missing_or_cut_off(tmp_path):
     archive, folder = write(tmp_path / "x.zip", IMAGES), tmp_path / "to"
     unpack(archive, str(folder), set(IMAGES))
