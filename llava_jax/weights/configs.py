@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.errors import UserError
-from llava_jax.files import read_json
+from llava_jax.files import read_json, show_json
+from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
@@ -21,6 +22,9 @@ OWN = "llava_jax"
 VERSION = 1
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
+PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+               "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+"""What `images` does to every image, in the words of Hugging Face's image processors."""
 
 
 def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VitConfig | LlamaConfig:
@@ -163,16 +167,27 @@ def _build(file: Path, make: Callable, /, **values: Any) -> Any:
 
 
 def _image_mode(directory: Path) -> str:
-    """`pad` if the image processor pads to a square, else `square`: it crops the centre."""
+    """`pad` if the image processor pads to a square, else `square`: it crops the centre. UserError if it prepares
+    images otherwise, as those of SigLIP do."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = directory / name
         if file.exists():
             settings = read_json(file)
             if "image_processor" in settings:
                 settings = fields.known(file, settings, {"image_processor": fields.Field(dict)})["image_processor"]
+            for name, value in PREPARATION.items():
+                if settings.get(name) is not None and not _is_close(settings[name], value):
+                    raise UserError(f"{file}: {name} is {show_json(settings[name])}; images are prepared with "
+                                    f"{show_json(value)} here")
             if fields.known(file, settings, {"do_pad": fields.Field(bool, null=True)}).get("do_pad"):
                 return "pad"
     return "square"
+
+
+def _is_close(given: Any, value: Any) -> bool:
+    if isinstance(value, tuple):
+        return isinstance(given, list) and len(given) == len(value) and all(map(_is_close, given, value))
+    return isinstance(given, bool | int | float) and 0.999 * value <= given <= 1.001 * value
 
 
 def _read_own(raw: dict, file: Path) -> LlavaConfig:

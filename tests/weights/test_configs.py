@@ -249,3 +249,26 @@ def test_what_is_not_a_size_is_never_built(read):
     """transformers makes a name of each of 10**9 labels, and a type of each of 10**9 layers."""
     assert read(LLAVA_7B | {"num_labels": 10**9}) == read(LLAVA_7B)
     assert read(with_text(num_labels=10**9, layer_types=["full_attention"] * 3)) == read(LLAVA_7B)
+
+
+CLIP_PREPARATION = {
+    "do_resize": True, "size": {"shortest_edge": 336}, "resample": 3, "do_center_crop": True, "do_rescale": True,
+    "rescale_factor": 0.00392156862745098, "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711], "do_convert_rgb": None}
+
+
+@pytest.mark.parametrize("name, value", [
+    ("image_mean", [0.5, 0.5, 0.5]), ("image_std", [0.5, 0.5, 0.5]), ("image_mean", 0.5), ("image_mean", [0.48] * 4),
+    ("image_mean", [None, "x", {}]), ("rescale_factor", 1 / 256), ("rescale_factor", 10**400), ("resample", 2),
+    ("do_normalize", False), ("do_rescale", False), ("do_resize", False)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_images_prepared_otherwise_are_refused(tmp_path, name, value, nested):
+    def write(settings):
+        file = tmp_path / ("processor_config.json" if nested else "preprocessor_config.json")
+        file.write_text(json.dumps({"image_processor": settings} if nested else settings))
+
+    write(CLIP_PREPARATION | {"do_pad": True})
+    assert configs._image_mode(tmp_path) == "pad"
+    write(CLIP_PREPARATION | {name: value})
+    with pytest.raises(UserError, match=f"processor_config.json: {name} is .*; images are prepared with"):
+        configs._image_mode(tmp_path)
