@@ -37,3 +37,15 @@ def user_path(path: str | os.PathLike, missing: str = "no such file") -> Iterato
         if error.errno in MISTAKES:
             raise UserError(f"{path}: {error.strerror}") from error
         raise
+    except ValueError as error:
+        if isinstance(error, UserError) or _is_possible(str(path)):
+            raise
+        raise UserError(f"{str(path)!r}: no file can have this name") from error
+
+
+def _is_possible(path: str) -> bool:
+    """Whether a file can have this path: it has no NUL and no half of a surrogate pair, which JSON can write."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False

@@ -1,5 +1,6 @@
 """How commands end: one line and code 2 for what a user can mend; a traceback and code 1 for everything else."""
 
+import math
 import subprocess
 import sys
 
@@ -56,6 +57,15 @@ def test_a_wrong_path_is_a_mistake_and_a_broken_disk_is_not(tmp_path):
             open(path, "rb")
     with pytest.raises(OSError, match="Input/output"), user_path(tmp_path):
         raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_name_that_no_file_can_have_is_a_mistake_and_another_value_error_is_not(tmp_path, name):
+    with pytest.raises(UserError, match=r"'a\\.*b': no file can have this name"), user_path(name):
+        open(name, "rb")
+    with pytest.raises(ValueError, match="math domain") as raised, user_path(tmp_path):
+        math.sqrt(-1)
+    assert not isinstance(raised.value, UserError)
 
 
 @pytest.mark.parametrize(("content", "message"), [
