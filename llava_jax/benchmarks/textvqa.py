@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_jax.benchmarks import evalai
 from llava_jax.benchmarks.bench import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
-from llava_jax.benchmarks.questions import QuestionFile, fits, need, read_json
+from llava_jax.benchmarks.questions import QuestionFile, fits, need, question_path, read_json
 from llava_jax.errors import UserError
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
@@ -31,14 +31,21 @@ class TextVqa(QuestionFile):
         """UserError as well for a question that the annotations do not have."""
         questions, annotations = super().read(data), self._annotations(data)
         for question in questions:
-            _annotation(annotations, question.id, question.text)
+            try:
+                _annotation(annotations, question.id, question.text)
+            except UserError as error:
+                path = question_path(data, self.file)
+                raise UserError(f"{path}, question {question.id!r}: {error}") from None
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         """The mean over the answers that there are, each matched by image and question as its line gives them."""
         annotations, items = self._annotations(data), []
         for answer in answers:
-            references = _annotation(annotations, answer.id, answer.prompt)["answers"]
+            try:
+                references = _annotation(annotations, answer.id, answer.prompt)["answers"]
+            except UserError as error:
+                raise UserError(f"{data}: the answer to question {answer.id!r}: {error}") from None
             read = evalai.process(answer.text)
             score = evalai.soft_accuracy(read, [evalai.process(reference) for reference in references])
             items.append(Item(answer.id, score, " | ".join(references), read))

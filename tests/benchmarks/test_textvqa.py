@@ -71,6 +71,17 @@ def test_accuracy(folder, seed):
     assert part.figures["accuracy"] == pytest.approx(100 * sum(expected[:3]) / 3)
 
 
+def test_a_question_that_does_not_fit_is_named_with_its_file(folder):
+    path, _ = folder
+    file = path / "llava_textvqa_val_v051_ocr.jsonl"
+    questions = TextVqa().read(str(path))
+    with pytest.raises(UserError, match=f"{path}: the answer to question 'image0': TextVQA: a prompt of none"):
+        TextVqa().score(str(path), questions, [Answer("image0", "yes", "one line")])
+    file.write_text(file.read_text().replace('"question_id": "image3"', '"question_id": "other"'))
+    with pytest.raises(UserError, match=f"{file}, question 'other': TextVQA: TextVQA_0.5.1_val.json has no question"):
+        TextVqa().read(str(path))
+
+
 def test_all_right(folder):
     path, rows = folder
     questions = TextVqa().read(str(path))
