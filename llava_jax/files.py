@@ -138,15 +138,15 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         raise
 
 
-def check_page(path: str) -> None:
-    """Raises UserError, one line, if an HTML page at `path` would take the place of something else."""
+def check_page(path: str, option: str = "--output") -> None:
+    """Raises UserError, one line, if an HTML page at `path`, given by `option`, would replace something else."""
     if not os.path.exists(path):
         return
     if os.path.isfile(path):
         with user_path(path), open(path, "rb") as file:
             if file.read(len(DOCTYPE)).lower() in (b"", DOCTYPE):
                 return
-    raise UserError(f"{path}: there is something else than a page; give --output another name")
+    raise UserError(f"{path}: there is something else than a page; give {option} another name")
 
 
 def read_text(path: str | os.PathLike, missing: str = "no such file", encoding: str = "utf-8") -> str:

@@ -18,7 +18,7 @@ from llava_jax.benchmarks.results_page import Card, Given
 from llava_jax.benchmarks.tables import markdown, number
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
-from llava_jax.files import json_type, read_json, replacing
+from llava_jax.files import check_page, json_type, read_json, replacing
 
 Row = Mapping[str, Any]
 
@@ -39,6 +39,8 @@ class Compare:
     """show the questions that both answer in the same words as well"""
 
     def run(self) -> int:
+        page = self.out or os.path.join(self.second, "compare.html")
+        check_page(page, "--out")
         one, other = read_run(self.first), read_run(self.second)
         if one["benchmark"] != other["benchmark"]:
             raise UserError(f"{self.first} is a run of {one['benchmark']}, and {self.second} of {other['benchmark']}")
@@ -56,7 +58,6 @@ class Compare:
         shown = [(a, b) for a, b in pairs if self.all or a["text"] != b["text"]]
         root, pictures = images(other, shown)
         cards = [card(a, b, names, image) for (a, b), image in zip(shown, pictures, strict=True)]
-        page = self.out or os.path.join(self.second, "compare.html")
         facts = {name: f"{run['date'][:16].replace('T', ' ')}, {run['answers']:,} answers"
                  for name, run in zip(names, (one, other), strict=True)}
         with replacing(page) as file:

@@ -4,7 +4,9 @@ import dataclasses
 
 from llava_jax.endpoint.request import Reply
 from llava_jax.errors import UserError
-from llava_jax.files import read_json
+from llava_jax.files import json_type, read_json
+
+NAMED = 10  # models of a table that a message names, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,13 @@ def load_price(path: str, model: str) -> Price:
     {"MODEL": {"prompt": 1.25, "completion": 10, "cached": 0.125, "batch": 0.5}, ...}
     Raises UserError with one line that names file, model and field.
     """
-    table = read_json(path, object)
-    if not isinstance(table, dict) or not isinstance(table.get(model), dict):
-        names = ", ".join(table) if isinstance(table, dict) else "no object of models"
-        raise UserError(f"{path}: no prices of {model!r}; it has {names or 'none'}")
+    table = read_json(path)
+    if model not in table:
+        names = [f"{name:.80}" for name in table][:NAMED]
+        raise UserError(f"{path}: no prices of {model!r}; it has {', '.join(names) or 'none'}"
+                        + f" and {len(table) - NAMED:,} more" * (len(table) > NAMED))
+    if not isinstance(table[model], dict):
+        raise UserError(f"{path}: {model}: must be an object of prices, and is {json_type(table[model])}")
     row, fields = table[model], [field.name for field in dataclasses.fields(Price)]
     for name, value in row.items():
         if name not in fields:

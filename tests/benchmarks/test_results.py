@@ -220,6 +220,9 @@ def test_what_cannot_be_compared_is_told(data):
     (other / "results.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="no question in common"):
         Compare(str(one), str(other)).run()
+    with pytest.raises(UserError, match=r"results\.json: there is something else than a page; give --out another"):
+        Compare(str(one), str(one), out=str(one / "results.json")).run()
+    assert json.loads((one / "results.json").read_text()) == result
     assert compare.pair([], []) == []
 
 

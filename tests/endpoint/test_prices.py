@@ -29,9 +29,11 @@ def test_load(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "not JSON"), ("[]", "no prices of 'a'; it has no object"), ('{"b": {}}', "no prices of 'a'; it has b"),
+    ("{", "not JSON"), ("[]", "must be an object, and is a list"), ('{"b": {}}', "no prices of 'a'; it has b"),
     ('{"a": {"prompt": 1}}', "'completion' is missing"), ('{"a": {"prompt": -1, "completion": 1}}', "prompt is -1"),
     ('{"a": {"prompt": "1", "completion": 1}}', "prompt is '1'"), ('{"a": {"input": 1}}', "unknown field 'input'"),
+    ('{"a": 3}', "a: must be an object of prices, and is a number"), ("{}", "no prices of 'a'; it has none"),
+    (json.dumps({f"b{i}": {} for i in range(1010)}), "it has b0, b1, b2, b3, b4, b5, b6, b7, b8, b9 and 1,000 more"),
     ('{"a": {"prompt": NaN, "completion": 1}}', "prompt is nan"), ('{"a": {"prompt": true}}', "prompt is True"),
 ])
 def test_mistakes_name_file_model_and_field(tmp_path, text, message):
