@@ -187,7 +187,8 @@ class _Batches:
                 if limit is None:
                     body = self._endpoint.body(request)
                     line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-                    yield json.dumps(line, ensure_ascii=False).encode() + b"\n", worst, list(body)
+                    text = json.dumps(line, ensure_ascii=False)
+                    yield text.encode(errors="backslashreplace") + b"\n", worst, list(body)
 
         rest = lines()
         line = next(rest, None)

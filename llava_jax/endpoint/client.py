@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import difflib
+import json
 import os
 import random
 import re
@@ -141,6 +142,10 @@ class Endpoint:
         import openai
 
         expected = self._expected(request)
+        try:
+            json.dumps(self.body(request), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RequestFailed("bad_request", "its text has half of a surrogate pair, which is no character") from None
         while True:
             body = self.body(request)
             try:

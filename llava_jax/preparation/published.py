@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llava_jax.cli import printable
 from llava_jax.data.sources import open_source
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, user_path
 from llava_jax.preparation.archives import SUFFIXES, require_space, unpack
 
 SHOWN = 3  # missing images of a folder that are named
@@ -288,12 +288,13 @@ def download(file: File, to: str) -> None:
     try:
         url = hf_hub_url(file.repo, os.path.basename(target), repo_type="dataset")
         about = get_hf_file_metadata(url)
-        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         etag = about.etag or ""
         part = f"{target}.{etag[:8]}.part"
         # hf_hub_download would begin anew: it throws away what a stopped process has downloaded.
-        with open(part, "ab") as local:
-            http_get(url, local, resume_size=local.tell(), expected_size=about.size, headers=build_hf_headers())
+        with user_path(target):
+            os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+            with open(part, "ab") as local:
+                http_get(url, local, resume_size=local.tell(), expected_size=about.size, headers=build_hf_headers())
         if len(etag) == 64 and _sha256(part) != etag:
             os.unlink(part)
             raise UserError(f"{target}: the download was damaged on the way; run this again")
@@ -344,10 +345,11 @@ def _not_in(folder: str, names: set[str]) -> set[str]:
 
 
 def _list(folder: str) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+    with user_path(folder):  # a data file may name what no folder can be called
+        try:
+            return set(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
 
 
 def _count_images(folder: str) -> int:

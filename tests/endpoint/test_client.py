@@ -348,6 +348,18 @@ def test_compressed_blanks_without_end_are_no_answer_and_counted():
     assert lost == [MOST_ANSWERED + 1]
 
 
+def test_what_cannot_be_sent_is_not_tried():
+    lost = []
+
+    async def main():
+        async with Endpoint("teacher", URL, transport=FakeOpenAI().transport()) as endpoint:
+            with pytest.raises(RequestFailed, match="bad_request: .*half of a surrogate pair"):
+                await endpoint.ask(Request(({"role": "user", "content": "a\ud800b"},)), lost.append)
+
+    run(main())
+    assert not lost
+
+
 def test_json_without_end_is_no_chat_api():
     with pytest.raises(UserError, match="no chat API answers there"):
         checked(Always(Response(200, b"[" * 200_000)))

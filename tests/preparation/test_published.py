@@ -362,3 +362,11 @@ def test_an_image_outside_is_refused_and_never_renamed(image, mix, capsys):
     (mix / "mix.json").write_text(json.dumps(rows))
     assert Fetch(name="mix", to=str(mix / "."), check=True, rename=True).run() == 1
     assert "the data file names" in capsys.readouterr().out and (mix / "outside/1.png").exists()
+
+
+def test_a_folder_that_cannot_be_is_one_line(mix):
+    rows = json.loads((mix / "mix.json").read_text())
+    rows[0]["image"] = "a\0b/1.jpg"
+    (mix / "mix.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="no file can have this name"):
+        Fetch(name="mix", to=str(mix), check=True).run()
