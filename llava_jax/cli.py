@@ -25,6 +25,9 @@ STOPPED = 75
 LINGER = 5.0
 """Seconds that a command which has failed waits for threads that libraries have left behind."""
 
+LONGEST_LINE = 8000
+"""Characters of an error's message that are printed, about; paths have up to 4,096."""
+
 
 def parse(
     kind: type[T], args: Sequence[str], default: T | None = None, prog: str = "", description: str | None = None
@@ -74,7 +77,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(code)
     except UserError as error:
         if debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
         print(f"error: {one_line(error)}", file=sys.stderr)
         _end_within(LINGER, 2)
         sys.exit(2)
@@ -113,8 +116,11 @@ def _end_within(seconds: float, code: int) -> None:
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error on one line, safe for a terminal."""
-    return printable(" ".join(str(error).split()))
+    """The message of an error on one line, safe for a terminal; of a very long one the start and the end."""
+    line = " ".join(str(error).split())
+    if len(line) > LONGEST_LINE:  # it quotes a value of a file: the file's name is at the start, the advice at the end
+        line = f"{line[: LONGEST_LINE * 3 // 4]} ... {line[-LONGEST_LINE // 4 :]}"
+    return printable(line)
 
 
 def printable(text: str) -> str:

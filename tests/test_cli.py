@@ -51,6 +51,19 @@ def test_text_of_others_moves_no_cursor():
     assert cli.printable(plain) == plain
 
 
+def test_a_mistake_and_its_traceback_move_no_cursor():
+    raised = "from llava_jax.errors import UserError; raise UserError('row \\x1b[2J\\u202e')"
+    done = ended(raised, "--debug")
+    assert done.returncode == 2 and done.stderr.count("row \N{REPLACEMENT CHARACTER}[2J") == 2
+    assert not {"\x1b", "\u202e"} & set(done.stderr.replace(raised, ""))
+
+
+def test_a_value_without_end_does_not_fill_the_terminal():
+    line = cli.one_line(UserError(f"answers.jsonl, line 3: {'9' * 10**6}; --partial leaves it out"))
+    assert line.startswith("answers.jsonl, line 3: 999") and line.endswith("999; --partial leaves it out")
+    assert len(line) < 8010 and cli.one_line("x " * 3000) == "x " * 2999 + "x"
+
+
 def test_a_wrong_path_is_a_mistake_and_a_broken_disk_is_not(tmp_path):
     for path in (tmp_path / "none", tmp_path, tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match=str(path)), user_path(path):
