@@ -53,7 +53,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of
 _NO_IMAGES = ((b"version https://git-lfs", "a Git LFS pointer in the place of the file; fetch it: git lfs pull"),
               (b"%!PS", "PostScript; convert it to PNG"), (b"\xc5\xd0\xd3\xc6", "EPS; convert it to PNG"),
               (b"%PDF", "a PDF; convert its pages to PNG"), (b"<!doctype html", "a web page, so its download failed"),
-              (b"<html", "a web page, so its download failed"), (b"<svg", "SVG; convert it to PNG"))
+              (b"<html", "a web page, so its download failed"), (b"<svg", "SVG; convert it to PNG"),
+              (b"<?xml", "XML, such as SVG; convert it to PNG"),
+              (b"\0\0\0\x0cjxl ", "JPEG XL; convert it to PNG"), (b"\0\0\0\x0cjp  ", "JPEG 2000; convert it to PNG"))
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
@@ -187,6 +189,8 @@ def _describe(content: bytes) -> str:
             return f"not an image but {what}"
     if content[4:8] == b"ftyp" and content[8:12] in _HEIC:
         return "an HEIC image, as iPhones write it, which cannot be read; convert it to JPEG"
+    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
+        return "not an image but a video, or of another format in its container (ISO)"
     known = ", ".join("WebP" if name == "WEBP" else name for name in FORMATS)
     return f"not an image, or of an unknown format; known are {known}"
 

@@ -225,6 +225,10 @@ def _bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
         (b"\xef\xbb\xbf<!DOCTYPE html>", "not an image but a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer.*git lfs pull"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "an HEIC image, as iPhones write it"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "a video"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "XML, such as SVG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
         (b"%PDF-1.7", "a PDF"),
         (b"<html>404</html>", "not an image"),
@@ -234,7 +238,8 @@ def _bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
         (b"P6 0 0 255\n", "not an image"),
         (b"P6 3 3 255\n" + bytes(27), "not an image, or of an unknown format; known are JPEG, PNG, WebP, GIF, BMP"),
     ],
-    ids=["empty", "page", "lfs", "heic", "eps", "pdf", "html", "jpeg", "png", "gif", "no-pixels", "ppm"],
+    ids=["empty", "page", "lfs", "heic", "mp4", "svg", "jxl", "jp2", "eps", "pdf", "html", "jpeg", "png", "gif",
+         "no-pixels", "ppm"],
 )
 def test_broken_files_are_one_line_that_names_them(content, says, tmp_path):
     path = tmp_path / "broken.jpg"
