@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,15 @@ def make_data(folder: Path, records: int = 24, seed: int = 0) -> Path:
         rows.append({"id": i, "conversations": turns} | ({"image": images} if images else {}))
     (folder / "data.json").write_text(json.dumps(rows))
     return folder / "data.json"
+
+
+@pytest.fixture(autouse=True)
+def commands_end_no_test(monkeypatch):
+    """A command that runs within a test (`cli.run`) neither ends the process later nor keeps its SIGTERM handler."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("llava_jax.cli._end_within", lambda seconds, code: None)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")
