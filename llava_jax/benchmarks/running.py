@@ -154,7 +154,7 @@ class Run:
             check_questions((asked[n] for n in mine), source, config, images)  # before anything is made or thrown away
         if self.overwrite and index == 0:
             answers.remove([os.path.join(self.folder, RUN), *self._files()])
-        gather("the folder", None, seconds=None)  # parts take unlike times to check
+        gather("the folder", None, LONG)  # parts take unlike times to check
         found = self._begin(settings, questions)
         todo = [n for n in mine if n not in found]
         own = os.path.join(self.folder, WHOLE if chunks == 1 else f"answers-{index}-of-{chunks}.jsonl")

@@ -14,7 +14,7 @@ from llava_jax.images import prepare
 
 
 def config(size: int = 28, patch: int = 7, mode: str = "square"):
-    return SimpleNamespace(vision=SimpleNamespace(image_size=size, patch_size=patch), image_mode=mode)
+    return SimpleNamespace(vision=SimpleNamespace(image_size=size, patch_size=patch), image_mode=mode, exif=False)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
