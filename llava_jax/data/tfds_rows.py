@@ -69,7 +69,7 @@ class TfdsRows:
                 raise ValueError("the splits' names or shard lengths")
         except UserError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{self._folder}: its metadata are not what TFDS writes ({error!r:.200})") from None
         if not isinstance(self._features, dict):
             raise UserError(f"{path}: features.json names no text, image or number")

@@ -255,6 +255,13 @@ def test_no_name_leads_outside(copied, key):
         TfdsRows(copied)
 
 
+@pytest.mark.parametrize("length", [float("inf"), float("-inf"), float("nan"), -1, 2**60, "x", None, [1]])
+def test_a_length_that_is_none_is_told(copied, length):
+    edit(copied, "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=[length]))
+    with pytest.raises(UserError, match="not what TFDS writes"):
+        TfdsRows(copied)
+
+
 @pytest.mark.parametrize("template", ["{DATASET:>9999999999}", "{DATASET.__class__}", "{0}", "{", 7, ["x"]])
 def test_a_template_is_no_program(copied, template):
     edit(copied, "dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate=template))
