@@ -18,6 +18,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import re
 import resource
@@ -321,6 +322,8 @@ if __name__ == "__main__":
     # A signal is for the processes of the run; this one ends after them.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # asyncio prints a traceback where a flood of strangers takes the last file descriptor, and then goes on.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         asyncio.run(coordinate(**json.loads(sys.argv[1])))
     except OSError as error:

@@ -3,9 +3,10 @@
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -280,43 +281,34 @@ def test_a_mixture_and_a_packed_set_are_compared_part_by_part(make_recipe, monke
         loop.train(recipe)
 
 
-def hold(directory: str, held, end) -> None:
-    with lock.hold(Path(directory)):
-        held.set()
-        end.wait()
-
-
 @pytest.fixture
 def other_process(tmp_path):
-    """A process that holds the lock of the test's output directory."""
-    spawn = multiprocessing.get_context("spawn")
-    held, end = spawn.Event(), spawn.Event()
-    process = spawn.Process(target=hold, args=(str(tmp_path / "run"), held, end))
-    process.start()
-    held.wait()
-    yield process, end
-    process.kill()
-    process.join()
+    """A process that holds the lock of the test's output directory until its input ends."""
+    code = ("import sys; from pathlib import Path; from llava_jax.training.lock import hold\n"
+            "with hold(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def test_two_runs_in_one_output_directory_are_refused(make_recipe, monkeypatch, other_process):
     monkeypatch.setattr(lock, "PATIENCE", 0.0)
-    process, end = other_process
     recipe = first_stage(make_recipe())
-    with pytest.raises(UserError, match=rf"/run: a run on \S+ \(process {process.pid}, since 2\S+ \S+ UTC\) is using"):
+    who = rf"/run: a run on \S+ \(process {other_process.pid}, since 2\S+ \S+ UTC\) is using"
+    with pytest.raises(UserError, match=who):
         loop.train(recipe)
-    process.kill()  # leaves the file, but not the lock
-    process.join()
+    other_process.kill()  # leaves the file, but not the lock
+    other_process.wait()
     assert os.path.exists(recipe.output + "/.lock")
     loop.train(recipe)
     assert not os.path.exists(recipe.output + "/.lock")
 
 
 def test_a_run_that_ends_leaves_no_lock_and_no_empty_directory(tmp_path, other_process):
-    process, end = other_process
-    end.set()
-    process.join()
-    assert not (tmp_path / "run").exists() and process.exitcode == 0
+    other_process.communicate()
+    assert not (tmp_path / "run").exists() and other_process.returncode == 0
 
 
 @pytest.mark.parametrize("alive", [True, False])
