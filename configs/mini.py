@@ -13,8 +13,8 @@ import llava_jax
 from llava_jax.config import Data, Model, Optimizer, Recipe, Stage
 
 if TYPE_CHECKING:
-    from llava_jax.benchmarks.baselines import Baseline
-    from llava_jax.benchmarks.bench import Bench
+    from llava_jax.evaluate.runner.baselines import Baseline
+    from llava_jax.evaluate.tasks.base import Bench
     from llava_jax.inference.llava import Llava
 
 BEGAN = time.perf_counter()
@@ -53,10 +53,10 @@ def recipe() -> Recipe:
 
 def prepare(recipe: Recipe) -> None:
     """Draws the pictures and writes the data of both stages, the same for every seed, unless they are there."""
-    from llava_jax.benchmarks.probes_data import ProbesData
-    from llava_jax.data import scenes
-    from llava_jax.instruct import rules
-    from llava_jax.training.metrics import read_lines
+    from llava_jax.annotations import drawn_scenes as scenes
+    from llava_jax.evaluate.probes.data import ProbesData
+    from llava_jax.synthesize import rules
+    from llava_jax.train.metrics import read_lines
 
     global BEGAN
     # A run that was stopped has taken time before.
@@ -86,12 +86,12 @@ def finish(recipe: Recipe, model: Path) -> None:
     """Puts the held-out questions to the model, to it with the wrong picture, and to the model of stage 1 alone."""
     import jax
 
-    from llava_jax.benchmarks.answering import ask
-    from llava_jax.benchmarks.baselines import shown
-    from llava_jax.benchmarks.scenes import Scenes
+    from llava_jax.evaluate.runner.answering import ask
+    from llava_jax.evaluate.runner.baselines import shown
+    from llava_jax.evaluate.tasks.scenes import Scenes
     from llava_jax.inference.llava import Llava
-    from llava_jax.training import report
-    from llava_jax.training.start import begin, load_parameters
+    from llava_jax.train import report
+    from llava_jax.train.start import begin, load_parameters
 
     folder, output = Path(recipe.stages["align"].data.path).parent, Path(recipe.output)
     llava = llava_jax.load(model)
@@ -149,11 +149,11 @@ def finish(recipe: Recipe, model: Path) -> None:
 
 def probe(llava: "Llava", folder: str) -> dict[str, dict[str, float]]:
     """Right answers to the probes by kind, 0..1, in English, in Korean, and of the baselines."""
-    from llava_jax.benchmarks.answering import choose
-    from llava_jax.benchmarks.baselines import shown
-    from llava_jax.benchmarks.bench import Answer
-    from llava_jax.benchmarks.multilingual import Multilingual
-    from llava_jax.benchmarks.spatial import Spatial, guessing
+    from llava_jax.evaluate.probes.multilingual import Multilingual
+    from llava_jax.evaluate.probes.spatial import Spatial, guessing
+    from llava_jax.evaluate.runner.answering import choose
+    from llava_jax.evaluate.runner.baselines import shown
+    from llava_jax.evaluate.tasks.base import Answer
 
     def figures(bench: "Bench", baseline: "Baseline") -> dict[str, float]:
         questions = bench.read(folder)

@@ -257,8 +257,8 @@ def lookup(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str, spar
 
 
 def load_recipe_module(name: str) -> types.ModuleType:
-    """The Python module of a recipe: `name` is a file, or the name of one in ./configs or the repository's configs."""
-    folders = [Path("configs"), Path(__file__).resolve().parent.parent / "configs"]
+    """The Python module of a recipe: `name` is a file, or the name of one in ./configs or in the package's own."""
+    folders = [Path("configs"), Path(__file__).parent / "configs"]
     candidates = [Path(name)] if name.endswith(".py") else [folder / f"{name}.py" for folder in folders]
     for path in candidates:
         if path.is_file():

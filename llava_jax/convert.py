@@ -68,7 +68,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 def main(args: Sequence[str] | None = None) -> int:
     """`python -m llava_jax.convert`; see HELP. A mistake raises UserError, KeyError or OSError with one line."""
     options = parse(args)
-    from llava_jax.weights import checkpoint  # after the options: --help and their mistakes need no JAX
+    from llava_jax.weights import checkpoint
 
     start = time.monotonic()
     target = Path(options.paths[-1])

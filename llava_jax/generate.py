@@ -75,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
         raise UserError("--json prints the whole answer at once; leave --stream or --json out")
     for name, text in (("--prompt", options.prompt or ""), *(("--stop", stop) for stop in options.stop)):
         check_text(text, name)
-    from llava_jax import load  # after the options are read: --help need not wait for JAX
+    from llava_jax import load
 
     llava = load(options.model, options.dtype, template=options.template)
     if options.prompt is None:

@@ -27,17 +27,17 @@ from pathlib import Path
 from statistics import fmean
 
 from llava_jax import load
+from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.context import Context, Source, open_contexts
+from llava_jax.annotations.vocabulary import Vocabulary
 from llava_jax.config import Data, Model, Recipe, load_recipe_module
-from llava_jax.data import scenes
 from llava_jax.inference.llava import Request
-from llava_jax.instruct.context import Context, Source, open_contexts
-from llava_jax.instruct.evidence.claims import all_claims
-from llava_jax.instruct.evidence.judge import Judge
-from llava_jax.instruct.evidence.vocabulary import Vocabulary
-from llava_jax.instruct.parse import Reject, parse
-from llava_jax.instruct.prompts import KINDS, read_questions
-from llava_jax.instruct.rules import RulesTeacher
-from llava_jax.training.loop import train
+from llava_jax.synthesize.evidence.claims import all_claims
+from llava_jax.synthesize.evidence.judge import Judge
+from llava_jax.synthesize.parse import Reject, parse
+from llava_jax.synthesize.prompts import KINDS, read_questions
+from llava_jax.synthesize.rules import RulesTeacher
+from llava_jax.train.loop import train
 
 SHARES = {"conversation": 58 / 158, "detail_description": 23 / 158, "complex_reasoning": 77 / 158}
 OPTIONS = dict(zip(KINDS, ("conversation", "detail", "complex"), strict=True))

@@ -15,8 +15,8 @@ import numpy as np
 from bench_models import machine
 
 import llava_jax
-from llava_jax.benchmarks.answering import ask
-from llava_jax.benchmarks.scenes import Scenes
+from llava_jax.evaluate.runner.answering import ask
+from llava_jax.evaluate.tasks.scenes import Scenes
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 is wrong it flags.
 
     python scripts/bench_evidence.py [--scenes 1000] [--show 5]
-    python scripts/bench_evidence.py --labelled tests/instruct/labelled_answers.json
+    python scripts/bench_evidence.py --labelled tests/synthesize/labelled_answers.json
 
 The first lets the rules teacher answer about scenes and about pictures of COCO's categories with made-up boxes, checks
 each answer as it is and once more with one thing in it made wrong: a number, left and right (or above and below)
@@ -17,10 +17,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llava_jax.data import scenes
-from llava_jax.instruct import evidence, parse
-from llava_jax.instruct.context import Box, Context
-from llava_jax.instruct.rules import RulesTeacher
+from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.context import Box, Context
+from llava_jax.synthesize import evidence, parse
+from llava_jax.synthesize.rules import RulesTeacher
 
 KINDS = ("conversation", "detail_description", "complex_reasoning")
 SHAPES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)

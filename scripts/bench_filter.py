@@ -1,7 +1,7 @@
 """The concept-balanced filter measured: its speed and memory, and how well the light chunker finds noun phrases.
 
     python scripts/bench_filter.py [--captions 3000000] [--workers 2] [--folder DIR]
-    python scripts/bench_filter.py --labelled tests/instruct/labelled_captions.tsv
+    python scripts/bench_filter.py --labelled tests/annotations/labelled_captions.tsv
     python scripts/bench_filter.py --agreement CAPTIONS --spacy-model DIR [--limit 10000]
 
 The first makes captions like CC3M's (about ten words; common words as common as in English, by Zipf's law), runs
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax.instruct.captions import CaptionFile
-from llava_jax.instruct.lexicon import WORDS
-from llava_jax.instruct.phrases import SpacyChunker, light_chunker
+from llava_jax.annotations.captions import CaptionFile
+from llava_jax.annotations.lexicon import WORDS
+from llava_jax.annotations.noun_phrases import SpacyChunker, light_chunker
 
 # What captions are made of: J an adjective, N a noun, Z a verb in -s, G one in -ing, D one in -ed; | separates them.
 SHAPES = """a J N Z on the N|N of a J N in the N|person Z the N of N|the J N of the N at N|J N N G in a J N

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from llava_jax.data.sources import open_source
 from llava_jax.images import open_image, prepare
-from llava_jax.preparation.pack import Pack
+from llava_jax.prepare.pack import Pack
 
 SIZE = 336
 

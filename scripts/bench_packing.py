@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 
 from llava_jax.data.packing import WINDOW, pack
-from llava_jax.planning.data import MIX_665K, SYSTEM, draw
+from llava_jax.plan.data import MIX_665K, SYSTEM, draw
 
 WORLD, BATCH = 8, 16
 PER_IMAGE, LONGEST = 576, 2048
@@ -54,7 +54,7 @@ def made_up(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndar
 def read(data: str, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same of a data set's rows that can be used."""
     from llava_jax.data.sources import open_mixture
-    from llava_jax.preparation.settings import Settings
+    from llava_jax.prepare.settings import Settings
     from llava_jax.text.encode import encode_conversation
 
     settings, found, bad = Settings.load(model, ""), [], 0

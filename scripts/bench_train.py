@@ -29,14 +29,14 @@ from bench_packing import grouped_batches, made_up
 from llava_jax.config import Data, Mesh, Optimizer, Stage
 from llava_jax.data.packing import pack
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, init
-from llava_jax.sharding import make_mesh, parameter_shardings
+from llava_jax.parallel.sharding import make_mesh, parameter_shardings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
-from llava_jax.training.metrics import model_flops, peak_flops
-from llava_jax.training.optimizer import make_optimizer, trainable_paths
-from llava_jax.training.step import init_state, make_train_step
+from llava_jax.train.metrics import model_flops, peak_flops
+from llava_jax.train.optimizer import make_optimizer, trainable_paths
+from llava_jax.train.step import init_state, make_train_step
 
 Batch = dict[str, np.ndarray]
-"""Rows as training/step.py takes them, without the axis of micro-batches."""
+"""Rows as train/step.py takes them, without the axis of micro-batches."""
 
 Run = Callable[[Batch], float]
 """One step on a batch; returns its loss."""

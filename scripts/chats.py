@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import llava_jax
-from llava_jax.instruct.rules.short import conversation, read_coco, reasoning
+from llava_jax.synthesize.rules.short import conversation, read_coco, reasoning
 
 TURNS = 4  # of short answers; then comes one that takes a comparison
 SIZES = (2, 3, 4)  # objects of the three scenes

@@ -29,21 +29,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from llava_jax.benchmarks import answering, answers
-from llava_jax.benchmarks.bench import Bench, Question
-from llava_jax.benchmarks.gqa import Gqa
-from llava_jax.benchmarks.judge import Rules
-from llava_jax.benchmarks.llava_bench import LlavaBenchCoco
-from llava_jax.benchmarks.mmbench import MMBench
-from llava_jax.benchmarks.mme import Mme
-from llava_jax.benchmarks.mmvet import MMVet
-from llava_jax.benchmarks.pope import Pope
-from llava_jax.benchmarks.questions import QuestionFile, read_lines
-from llava_jax.benchmarks.reviews import read_reviews, summarise_as_published
-from llava_jax.benchmarks.scienceqa import ScienceQA
-from llava_jax.benchmarks.textvqa import TextVqa
-from llava_jax.benchmarks.vqa import VizWiz
 from llava_jax.cli import printable
+from llava_jax.evaluate.judge.judging import Rules
+from llava_jax.evaluate.judge.reviews import read_reviews, summarise_as_published
+from llava_jax.evaluate.runner import answering, answers
+from llava_jax.evaluate.scienceqa.task import ScienceQA
+from llava_jax.evaluate.tasks.base import Bench, Question
+from llava_jax.evaluate.tasks.gqa import Gqa
+from llava_jax.evaluate.tasks.llava_bench import LlavaBenchCoco
+from llava_jax.evaluate.tasks.mmbench import MMBench
+from llava_jax.evaluate.tasks.mme import Mme
+from llava_jax.evaluate.tasks.mmvet import MMVet
+from llava_jax.evaluate.tasks.pope import Pope
+from llava_jax.evaluate.tasks.questions import QuestionFile, read_lines
+from llava_jax.evaluate.tasks.textvqa import TextVqa
+from llava_jax.evaluate.tasks.vqa import VizWiz
 from llava_jax.inference.llava import Llava
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 from llava_jax.text.tokenizer import Tokenizer

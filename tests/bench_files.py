@@ -6,7 +6,7 @@ import json
 
 from PIL import Image
 
-from llava_jax.benchmarks.bench import SHORT
+from llava_jax.evaluate.tasks.base import SHORT
 
 IDS = ("0", "1", "2")
 QUESTIONS = [{"question_id": id, "image": f"{id}.jpg", "text": f"What is {id}?{SHORT}", "category": "conv"}

@@ -20,9 +20,9 @@ import numpy as np
 
 from llava_jax.data.examples import Loader
 from llava_jax.data.packing import WINDOW, pack
-from llava_jax.data.parallel import Pool
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture
+from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
 from llava_jax.images import MAX_PIXELS
 from llava_jax.text import templates

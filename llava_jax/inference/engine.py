@@ -17,7 +17,7 @@ from llava_jax.inference.decode import CHUNK, NOTHING, State, decode, prefill, p
 from llava_jax.inference.likelihood import Reading, log_probabilities, places_of
 from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.models.llava import Parameters, merge
-from llava_jax.sharding import ROWS
+from llava_jax.parallel.sharding import ROWS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llava_jax.inference.batches import batches, opener
 from llava_jax.inference.engine import Engine, Job, shape
 from llava_jax.inference.likelihood import readings
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, merge
-from llava_jax.sharding import parameter_shardings
+from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, answer_ends, encode_prompt
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer

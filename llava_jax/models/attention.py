@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax.errors import UserError
-from llava_jax.sharding import row_axes
+from llava_jax.parallel.sharding import row_axes
 
 LANES = 128
 """Width of a TPU's vector registers: splash's blocks are multiples of it, and rows are padded to one."""

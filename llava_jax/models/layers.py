@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from llava_jax.errors import UserError
-from llava_jax.sharding import ROWS, constrain
+from llava_jax.parallel.sharding import ROWS, constrain
 
 T = TypeVar("T")
 

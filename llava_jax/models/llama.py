@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from llava_jax.errors import UserError
 from llava_jax.models.attention import Attend, attention, attention_heads_first, causal
 from llava_jax.models.layers import Linear, RMSNorm, materialise, normal, scan, stack
-from llava_jax.sharding import ROWS, constrain
+from llava_jax.parallel.sharding import ROWS, constrain
 
 
 @dataclass(frozen=True)

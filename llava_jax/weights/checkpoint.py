@@ -167,7 +167,7 @@ def _save(directory: Path, parameters: Parameters | Source,
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        from llava_jax.processes.group import LONG, gather
+        from llava_jax.parallel.processes import LONG, gather
         gather(f"{directory} is complete", None, LONG)
         multihost_utils.sync_global_devices(f"{directory} is complete")  # for processes that JAX joined without a group
 

@@ -15,7 +15,8 @@ import forks
 import numpy as np
 import world
 
-from llava_jax import config, prepare
+from llava_jax import config
+from llava_jax.prepare import __main__ as prepare
 
 FORMATS = {"json": "data.json", "jsonl": "data.jsonl", "parquet": "data.parquet", "mixture": "mixture.json",
            "packed": "set"}
@@ -129,7 +130,7 @@ def run(folder: Path, count: int, seed: int) -> int:
 def work(folder: Path, made: Path, rng: random.Random, count: int) -> list[tuple[str, str, str]]:
     from conftest import make_data
 
-    from llava_jax.training import loop
+    from llava_jax.train import loop
 
     results = []
     for number in range(count):

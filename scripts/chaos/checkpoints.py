@@ -73,7 +73,7 @@ def work(folder: Path, made: Path, log: Path, seed: int, numbers: list[int]) -> 
     output = os.open(folder / "output.txt", os.O_CREAT | os.O_RDWR | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     try:
-        from llava_jax.training import loop
+        from llava_jax.train import loop
 
         # One compilation serves all continuations: their recipes differ in the output directory alone.
         compiled = {}

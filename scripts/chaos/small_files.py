@@ -73,15 +73,15 @@ def warm_up() -> None:
     """Imports what the commands import, once for all forks; starts no thread and no device."""
     import transformers  # noqa: F401
 
-    import llava_jax.benchmarks.answering
-    import llava_jax.benchmarks.compare
-    import llava_jax.benchmarks.judge
     import llava_jax.data.pipeline
+    import llava_jax.evaluate.judge.judging
+    import llava_jax.evaluate.runner.answering
+    import llava_jax.evaluate.runner.compare
     import llava_jax.inference.llava
-    import llava_jax.instruct.running
-    import llava_jax.preparation.check
-    import llava_jax.training.loop
-    import llava_jax.training.report  # noqa: F401
+    import llava_jax.prepare.check
+    import llava_jax.synthesize.running
+    import llava_jax.train.loop
+    import llava_jax.train.report  # noqa: F401
 
 
 def judge(target: Target, result: Result, place: Path) -> str:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import world
 
-from llava_jax import convert, evaluate, prepare, synthesize
+from llava_jax import convert
+from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.prepare import __main__ as prepare
+from llava_jax.synthesize import __main__ as synthesize
 
 Command = Callable[[Path, Path], object]
 """Called with the copy of the template (where the damaged file is) and the folder of everything else."""
@@ -75,7 +78,7 @@ def models() -> Iterator[Target]:
 
 def joined_recipe(copy: Path, everything: Path) -> None:
     """What training reads of the parts before its first step."""
-    from llava_jax.training.start import begin, load_parameters
+    from llava_jax.train.start import begin, load_parameters
 
     recipe = world.make_recipe(everything, copy.parent / "run")
     model = dataclasses.replace(recipe.model, vision=str(copy / "vision"), language=str(copy / "language"))
@@ -85,8 +88,8 @@ def joined_recipe(copy: Path, everything: Path) -> None:
 
 def continued(copy: Path, everything: Path) -> None:
     """What a continuation reads of the run's small files."""
-    from llava_jax.training import inputs, output
-    from llava_jax.training.metrics import Log
+    from llava_jax.train import inputs, output
+    from llava_jax.train.metrics import Log
 
     recipe = world.make_recipe(everything, everything / "run")
     moved = dataclasses.replace(recipe, output=str(copy))
@@ -101,7 +104,7 @@ def continued(copy: Path, everything: Path) -> None:
 
 def locked(copy: Path, everything: Path) -> None:
     """The note of a run that was killed."""
-    from llava_jax.training import lock
+    from llava_jax.train import lock
 
     lock.SILENT = 0.1
     with lock.hold(copy):
@@ -109,7 +112,7 @@ def locked(copy: Path, everything: Path) -> None:
 
 
 def reported(copy: Path, everything: Path) -> None:
-    from llava_jax.training import report
+    from llava_jax.train import report
 
     report.write_page(copy / "report.html", "title", "about", report.read_metrics(copy / "metrics.jsonl"), {}, [])
 
@@ -200,8 +203,8 @@ def benchmarks() -> Iterator[Target]:
 
 def judged(copy: Path, everything: Path) -> object:
     """The judge's inputs, with a judge that says the same to every question."""
-    from llava_jax.benchmarks.judge import Judge
     from llava_jax.endpoint.request import Reply
+    from llava_jax.evaluate.judge.judging import Judge
 
     reply = Reply("8 7", "stop", 10, 0, 2, "judge", None, 0)
     Judge._ask = lambda self, jobs, log, failures: [

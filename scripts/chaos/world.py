@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "instruct"), str(ROOT / "tests" / "benchmarks"),
                 str(ROOT / "tests" / "preparation")]
 
-from llava_jax import config, convert, evaluate, prepare, synthesize  # noqa: E402
+from llava_jax import config, convert  # noqa: E402
+from llava_jax.evaluate import __main__ as evaluate  # noqa: E402
+from llava_jax.prepare import __main__ as prepare  # noqa: E402
+from llava_jax.synthesize import __main__ as synthesize  # noqa: E402
 
 ANNOTATED = ("vqav2", "vizwiz")
 """Benchmarks whose ground truth is named by an option."""
@@ -48,7 +51,7 @@ def make_records(folder: Path) -> None:
     """`data`: rows with pictures in several formats, and a mixture of them; `packed`, and `unfinished` of a pack."""
     from conftest import make_data
 
-    from llava_jax.preparation.pack import Pack
+    from llava_jax.prepare.pack import Pack
 
     data = folder / "data"
     data.mkdir()
@@ -88,8 +91,8 @@ def make_recipe(folder: Path, output: Path | str, **changes) -> config.Recipe:
 
 def make_run(folder: Path) -> None:
     """`run`: the small files of a run that was stopped in its second stage."""
-    from llava_jax.training import output
-    from llava_jax.training.metrics import Log
+    from llava_jax.train import output
+    from llava_jax.train.metrics import Log
 
     recipe = make_recipe(folder, folder / "run")
     output.claim(recipe)
@@ -126,8 +129,8 @@ def make_benchmarks(folder: Path) -> None:
     from bench_files import FILES, QUESTIONS, write
     from test_llava_bench import answers_of, questions_of, review
 
-    from llava_jax.benchmarks.answers import make_line
-    from llava_jax.benchmarks.bench import get
+    from llava_jax.evaluate.runner.answers import make_line
+    from llava_jax.evaluate.tasks.base import get
 
     scenes = [row | {"answer": "red", "kind": "colour", "image": "0_0.png"} for row in QUESTIONS]
     files = FILES | {"scenes": {"questions.jsonl": scenes}, "mm-vet": {"llava-mm-vet.jsonl": QUESTIONS}}

@@ -12,11 +12,11 @@ import optax
 import tokenizers
 from safetensors.numpy import save_file
 
-from llava_jax.data import scenes
-from llava_jax.instruct import rules
+from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import Parameters
 from llava_jax.models.vit import VitConfig
+from llava_jax.synthesize import rules
 from llava_jax.weights import tables
 
 CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)

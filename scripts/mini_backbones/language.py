@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from llava_jax.data import scenes
-from llava_jax.instruct import rules
+from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import Parameters, merge, split
+from llava_jax.synthesize import rules
 from llava_jax.weights import configs
 from mini_backbones.common import (
     BOS,

@@ -7,8 +7,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llava_jax.data import scenes
-from llava_jax.instruct import rules
+from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.synthesize import rules
 from mini_backbones.common import BOS, CATEGORIES, LANGUAGE, annotate, write_json
 
 

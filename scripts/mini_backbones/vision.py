@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llava_jax.data import scenes
+from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.layers import scan
 from llava_jax.models.llama import Llama, LlamaConfig

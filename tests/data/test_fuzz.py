@@ -136,7 +136,7 @@ def test_mixture_files(tmp_path):
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 def test_metadata_of_tfds(name, tmp_path, monkeypatch):
     pytest.importorskip("array_record")
-    from llava_jax.preparation.pack import Pack
+    from llava_jax.prepare.pack import Pack
 
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": TURNS[1:] + [TURNS[1] | {"from": "human"}]}] * 3))
     assert Pack(str(tmp_path / "data.json"), str(tmp_path / "set"), workers=0).run() == 0

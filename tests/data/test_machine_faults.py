@@ -14,7 +14,7 @@ from llava_jax.data.examples import Loader
 from llava_jax.data.json_rows import JsonRows
 from llava_jax.data.sources import open_mixture, open_source
 from llava_jax.errors import UserError
-from llava_jax.preparation.shards import Encoding, Examples
+from llava_jax.prepare.shards import Encoding, Examples
 from llava_jax.text.templates import TEMPLATES
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def test_parquet(fault, tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_shards_of_tfds(code, data, tmp_path, monkeypatch):
     module = pytest.importorskip("array_record.python.array_record_module")
-    from llava_jax.preparation.pack import Pack
+    from llava_jax.prepare.pack import Pack
 
     assert Pack(str(data), str(tmp_path / "set"), workers=0, bad_rows="skip").run() == 0
     monkeypatch.setattr(module, "ArrayRecordReader", failing(RuntimeError(f"UNKNOWN: {os.strerror(code)}; reading x")))

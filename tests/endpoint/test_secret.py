@@ -11,10 +11,10 @@ import pytest
 from fake_openai import FakeOpenAI, Response, error
 from synthesis_data import answer_messages, write_images, write_prompts
 
-from llava_jax import synthesize
 from llava_jax.endpoint import batch
 from llava_jax.endpoint.secret import HIDDEN, Secret
 from llava_jax.errors import UserError
+from llava_jax.synthesize import __main__ as synthesize
 
 KEY = "sk-proj-Zq7_hT2-wLm9XcV4+bN/8=kRj0"
 ESCAPED = "".join(f"\\u{ord(character):04x}" for character in KEY)

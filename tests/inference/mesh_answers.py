@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image
 
 import llava_jax
-from llava_jax import config, sharding
+from llava_jax import config
 from llava_jax.inference.llava import Request
+from llava_jax.parallel import sharding
 
 
 def main(out: str, model: str, *meshes: str) -> None:

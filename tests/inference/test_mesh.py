@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_jax import config, sharding
+from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.inference.llava import load
+from llava_jax.parallel import sharding
 
 SCRIPT = Path(__file__).with_name("mesh_answers.py")
 

@@ -83,7 +83,7 @@ def main(folder: str, first: int, count: int, names: list[str]) -> None:
 
 def actions(model: Path) -> list:
     from llava_jax import convert
-    from llava_jax.preparation.settings import Settings
+    from llava_jax.prepare.settings import Settings
     from llava_jax.text.tokenizer import Tokenizer
 
     return [lambda: convert.main([str(model), f"{model}_hf", "--to", "hf"]),

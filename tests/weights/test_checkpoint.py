@@ -275,7 +275,8 @@ SHARDED = """
     source, target, address, process = sys.argv[1:]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=int(process))
-    from llava_jax import config, sharding
+    from llava_jax import config
+    from llava_jax.parallel import sharding
     from llava_jax.weights import load_checkpoint, read_config, save_huggingface
     from llava_jax.weights.source import shapes
 

@@ -9,11 +9,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llava_jax import convert
 from llava_jax.errors import UserError
-from llava_jax.preparation.settings import Settings
+from llava_jax.prepare.settings import Settings
 from llava_jax.text import agreement
 from llava_jax.text.encode import IGNORE, encode_conversation
 from llava_jax.text.tokenizer import Tokenizer
-from llava_jax.training.start import model_config
+from llava_jax.train.start import model_config
 from llava_jax.weights import read_config
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "two"}]
@@ -80,7 +80,7 @@ def test_another_template_is_refused(parts, decoders_dirs, tmp_path, kind):
 
 def test_training_takes_it_too(parts, decoders_dirs):
     from llava_jax import config
-    from llava_jax.training.start import agree_on_template
+    from llava_jax.train.start import agree_on_template
 
     source = str(decoders_dirs["qwen2"])
     tokenizer = Tokenizer.load(source)

@@ -1,0 +1,51 @@
+"""Puts benchmarks to a model and scores the answers: `python -m llava_jax.evaluate BENCH --data DIR ...`.
+
+With --model DIR --out DIR every question is answered; the same command goes on where a stopped run was. With --answers
+FILE, a file of answers is scored as it is. BENCH is one of these:
+"""
+
+import importlib
+
+from llava_jax import cli
+from llava_jax.errors import UserError
+from llava_jax.evaluate.runner import running
+from llava_jax.evaluate.tasks.base import BENCHES, get
+
+COMMANDS = {
+    "scienceqa-data": "llava_jax.evaluate.scienceqa.data:ScienceQAData",
+    "scienceqa-ensemble": "llava_jax.evaluate.scienceqa.ensemble:ScienceQAEnsemble",
+    "pope-data": "llava_jax.evaluate.tasks.pope_data:PopeData",
+    "probes-data": "llava_jax.evaluate.probes.data:ProbesData",
+    "make-bench": "llava_jax.evaluate.judge.make_bench:MakeBench",
+    "judge": "llava_jax.evaluate.judge.judging:Judge",
+    "reviews": "llava_jax.evaluate.judge.reviews:Reviews",
+    "compare": "llava_jax.evaluate.runner.compare:Compare",
+    "published": "llava_jax.evaluate.runner.published:Show",
+}
+"""Name -> "module:class", as BENCHES."""
+
+
+def main(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "list"):
+        print(__doc__)
+        for name in BENCHES:
+            print(f"  {name:18} {get(name).title}: {get(name).needs}")
+        print("\nOther commands:\n")
+        for name in COMMANDS:
+            print(f"  {name:18} {(_command(name).__doc__ or '').splitlines()[0]}")
+        print("\nEach explains itself: python -m llava_jax.evaluate NAME --help")
+        return 0 if args else 2
+    name = args[0]
+    if name not in BENCHES and name not in COMMANDS:
+        raise UserError(f"evaluate knows no {name!r}; there are {', '.join([*BENCHES, *COMMANDS])}")
+    kind = _command(name) if name in COMMANDS else running.command(name)
+    return cli.parse(kind, args[1:], prog=f"python -m llava_jax.evaluate {name}").run()
+
+
+def _command(name: str) -> type:
+    module, kind = COMMANDS[name].split(":")
+    return getattr(importlib.import_module(module), kind)
+
+
+if __name__ == "__main__":
+    cli.run(main)

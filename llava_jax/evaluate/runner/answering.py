@@ -1,0 +1,236 @@
+"""Puts the questions of a benchmark to a model, many at once, and says how far it is."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from llava_jax.errors import UserError
+from llava_jax.evaluate.runner.answers import NOT_ASKED, Line, to_answer
+from llava_jax.evaluate.tasks.base import Answer, Bench, Question
+from llava_jax.images import open_image, prepare
+from llava_jax.inference.llava import ImageSource, Llava, PromptTooLong, Request
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.text import templates
+
+READERS = 16  # threads that check images
+SECONDS_PER_LINE = 60.0  # of progress, where there is no terminal
+SCORE_AFTER, SCORING_SHARE = 5.0, 0.02  # seconds between two running scores, and the most of the time they may take
+
+
+Shown = Callable[[Question], Sequence[ImageSource]]
+"""What the model sees with a question: its images, or those of a baseline."""
+
+OWN: Shown = attrgetter("images")
+
+
+class Said(NamedTuple):
+    """The answer to a question, by its number in the list; `metadata` is for the answer's line.
+
+    A question that is longer than the model's context has an empty answer, and the reason under NOT_ASKED.
+    """
+
+    number: int
+    text: str
+    metadata: Mapping[str, Any]
+
+
+def check_questions(questions: Iterable[Question], source: str, config: LlavaConfig, shown: Shown = OWN) -> None:
+    """Raises UserError that names the first question that cannot be put to a model with this `config`, and `source`.
+
+    Every image is read once, so that a damaged one is known before the first answer, not after hours.
+    """
+    asked: dict[str | bytes, Any] = {}
+    for question in questions:
+        images, marks = shown(question), question.text.count(templates.IMAGE)
+        if marks not in (0, len(images)):
+            raise UserError(f"{source}, question {question.id!r}: its text has {marks} {templates.IMAGE} marks for "
+                            f"{len(images)} images")
+        try:
+            question.text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{source}, question {question.id!r}: its text has half a surrogate pair, which is no "
+                            "character") from None
+        for image in images:
+            asked.setdefault(image, question.id)
+    missing = [image for image in asked if isinstance(image, str) and not os.path.isfile(image)]
+    if missing:
+        raise UserError(f"{source}, question {asked[missing[0]]!r}: {missing[0]}: no such image; {len(missing):,} of "
+                        f"{len(asked):,} images are missing")
+
+    def fault(image: str | bytes) -> UserError | None:
+        try:
+            prepare(open_image(image, config.exif), config.vision.image_size, config.image_mode)
+        except UserError as error:
+            return error
+        return None
+
+    pool = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+    try:
+        found = tqdm(pool.map(fault, asked), "images", len(asked), leave=False, disable=not sys.stderr.isatty())
+        faults = [(image, error) for image, error in zip(asked, found, strict=True) if error]
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the images in hand alone
+    if faults:
+        image, error = faults[0]
+        raise UserError(f"{source}, question {asked[image]!r}: {error}; {len(faults):,} of {len(asked):,} images "
+                        "cannot be used") from error
+
+
+def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
+             shown: Shown = OWN) -> Iterator[Said]:
+    """Every question's answer, written greedily, in the order in which they are ready."""
+    why: dict[int, Mapping[str, Any]] = {}
+    ready: deque[Said] = deque()
+    fresh = iter(range(len(questions)))
+    texts: list[list[str]] = [[] for _ in questions]
+    again: deque[tuple[int, Question]] = deque()
+    asked: list[int] = []
+
+    def take(number: int, text: str) -> None:
+        texts[number].append(text)
+        result = bench.follow_up(questions[number], texts[number])
+        if isinstance(result, Question):
+            again.append((number, result))
+        else:
+            ready.append(Said(number, result, why.get(number, {})))
+
+    def requests() -> Iterator[Request]:
+        asked.clear()
+        while True:
+            # What an answer leads to goes first, so that little is lost when a run is killed.
+            number, question = again.popleft() if again else (next(fresh, None), None)
+            if number is None:
+                return
+            request = _request(question or questions[number], bench, shown)
+            if error := too_long(llava, request):
+                why[number] = {NOT_ASKED: error}
+                if question:  # what was said before it stays
+                    take(number, "")
+                else:
+                    ready.append(Said(number, "", why[number]))
+                continue
+            asked.append(number)
+            yield request
+
+    while True:
+        for place, completion in llava.each(requests(), batch_size):
+            take(asked[place], completion.text.strip())
+            while ready:
+                yield ready.popleft()
+        while ready:
+            yield ready.popleft()
+        if not again:
+            return
+
+
+def choose(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
+           shown: Shown = OWN) -> Iterator[Said]:
+    """Of every question's choices the likeliest, by the sum of its tokens' log-probabilities."""
+    asked: list[int] = []
+    ready: deque[Said] = deque()
+
+    def pairs() -> Iterator[tuple[Request, Sequence[str]]]:
+        for number, question in enumerate(questions):
+            request = _request(question, bench, shown)
+            if error := too_long(llava, request, question.choices):
+                ready.append(Said(number, "", {NOT_ASKED: error}))
+                continue
+            asked.append(number)
+            yield request, question.choices
+
+    for place, scores in llava.log_likelihoods(pairs(), batch_size):
+        best = max(range(len(scores)), key=scores.__getitem__)
+        choices = questions[asked[place]].choices
+        yield Said(asked[place], choices[best], {"log_likelihoods": dict(zip(choices, scores, strict=True))})
+        while ready:
+            yield ready.popleft()
+    yield from ready
+
+
+def ask(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
+        shown: Shown = OWN) -> list[Answer]:
+    """The answers of `generate` in the order of the questions, without a file of them."""
+    found = {said.number: said.text for said in generate(llava, bench, questions, batch_size, shown)}
+    return [Answer(question.id, found[number], question.text) for number, question in enumerate(questions)]
+
+
+def _request(question: Question, bench: Bench, shown: Shown) -> Request:
+    return Request(question.text, shown(question), question.max_new_tokens or bench.max_new_tokens,
+                   stop=question.stop, begun=question.begun, verbatim=True)
+
+
+def too_long(llava: Llava, request: Request, choices: Sequence[str] = ()) -> str:
+    """Why the model's context has no room for the request, and for each of `choices` behind it; "" if it has."""
+    begun = request.begun or templates.get(llava.template).gap
+    try:
+        for each in (request, *(dataclasses.replace(request, begun=begun + choice) for choice in choices)):
+            llava._prompt(each)
+    except PromptTooLong as error:
+        return f"its prompt has {error.tokens:,} tokens, and the model's context holds {error.limit:,}"
+    return ""
+
+
+class Progress:
+    """A bar on a terminal, else a line a minute: how many are answered, how long it still takes, how many are right.
+
+    Args:
+      bench, data: what scores the answers; `bench` None leaves the score out.
+      questions: all of this process.
+      lines: for each question the line of its answer, or None; of those that are there now, and take no time.
+    """
+
+    def __init__(self, bench: Bench | None, data: str, questions: Sequence[Question], lines: Sequence[Line | None]):
+        self.bench, self.data, self.questions, self.lines = bench, data, questions, list(lines)
+        self.done = self.found = sum(line is not None for line in lines)
+        self.right, self.begun = "", time.monotonic()
+        self.told, self.scored, self.first = self.begun, self.begun + SCORE_AFTER, 0
+        self.bar = tqdm(total=len(questions), initial=self.found, unit=" answers", smoothing=0.05,
+                        disable=not sys.stderr.isatty())
+
+    def add(self, number: int, line: Line) -> None:
+        """Another answer is written."""
+        self.lines[number] = line
+        self.done += 1
+        now = time.monotonic()
+        if self.bench and (now >= self.scored or self.done == len(self.lines)):
+            self._score(now)
+        self.bar.update()
+        if self.bar.disable and now > self.told + SECONDS_PER_LINE:
+            self.told = now
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """All of it in one line."""
+        seconds, fresh = time.monotonic() - self.begun, self.done - self.found
+        rate = fresh / seconds if seconds else 0.0
+        parts = [f"{self.done:,} of {len(self.lines):,} answers", f"{rate:.1f} a second"]
+        if rate:
+            minutes, rest = divmod(round((len(self.lines) - self.done) / rate), 60)
+            parts.append(f"{minutes // 60}:{minutes % 60:02}:{rest:02} left")
+        return ", ".join([*parts, *filter(None, [self.right])])
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _score(self, now: float) -> None:
+        """The mean score of the questions up to the first that has no answer: some benchmarks go by the order."""
+        while self.first < len(self.lines) and self.lines[self.first] is not None:
+            self.first += 1
+        answers = [to_answer(line) for line in self.lines[: self.first]]
+        try:
+            items = self.bench.score(self.data, self.questions[: self.first], answers).items if answers else ()
+        except ValueError:  # these alone have no score
+            items = ()
+        scores = [item.score for item in items if item.score is not None]
+        if scores:
+            self.right = f"{100 * sum(scores) / len(scores):.1f} % right so far"
+            self.bar.set_postfix_str(self.right, refresh=False)
+        self.scored = now + max(SCORE_AFTER, (time.monotonic() - now) / SCORING_SHARE)

@@ -1,0 +1,129 @@
+"""The classes that lmms-eval makes of a llava_jax model; only lmms-eval imports this file."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from PIL import Image
+from tqdm import tqdm
+
+from llava_jax.errors import UserError
+from llava_jax.evaluate.runner.answering import too_long
+from llava_jax.inference.llava import Request, load
+from llava_jax.text.templates import IMAGE
+
+MAX_NEW_TOKENS = 1024  # where a task names none, as lmms-eval's own LLaVA
+LONGEST_CHOICE = 32  # tokens that are written to see whether a given answer is the model's own
+
+
+class LlavaJax(lmms):
+    """A model whose tasks give a text and a list of images.
+
+    Args:
+      pretrained: any model directory that `llava_jax.load` opens.
+      dtype: "bfloat16" or "float32"; by default bfloat16 on TPU and GPU.
+      batch_size: requests at a time. lmms-eval's --device and --max_batch_size say nothing to JAX and are not used.
+    """
+
+    is_simple = True
+
+    def __init__(self, pretrained: str, dtype: str | None = None, batch_size: int | str = 1,
+                 device: str | None = None, max_batch_size: int | None = None):
+        super().__init__()
+        self.llava, self.batch_size = load(pretrained, dtype), int(batch_size)
+        self.device = "cpu"  # where lmms-eval keeps what its own processes tell each other
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """The answers in the order of the requests; an empty one to a request that is longer than the context."""
+        results: list[GenerationResult] = [GenerationResult("")] * len(requests)
+        numbers: list[int] = []
+
+        def asked() -> Iterator[Request]:
+            for number, instance in enumerate(requests):
+                request = self._request(*instance.args)
+                if why := too_long(self.llava, request):
+                    print(f"request {number} is not asked, its answer is empty: {why}", file=sys.stderr)
+                    continue
+                numbers.append(number)
+                yield request
+
+        answered = self.llava.each(asked(), self.batch_size)
+        for place, answer in tqdm(answered, "llava_jax", len(requests), disable=self.rank != 0):
+            number = numbers[place]
+            counts = TokenCounts(len(answer.prompt_tokens), len(answer.tokens))
+            results[number] = GenerationResult(answer.text, counts)
+            self.cache_hook.add_partial("generate_until", requests[number].args[:2], answer.text)
+        return results
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """For each request minus the log-probability of its answer, for lmms-eval takes the smallest; and whether the
+        model itself would begin with it. In a GenerationResult, for lmms-eval 0.7.3 makes a string of a bare pair.
+        Where the context has no room for a question and its answers, none of them is likely at all."""
+        together: dict[tuple, list[int]] = {}  # the same question with other answers
+        for number, (context, _, _, *place) in enumerate(request.args for request in requests):
+            together.setdefault((context, *place), []).append(number)
+        asked, wanted, groups = [], [], []
+        for numbers in together.values():
+            context, _, to_images, *place = requests[numbers[0]].args
+            request = self._request(context, {"max_new_tokens": LONGEST_CHOICE}, to_images, *place)
+            answers = [requests[number].args[1] for number in numbers]
+            answers = [(answer if isinstance(answer, str) else answer(self._doc(*place))).strip() for answer in answers]
+            if why := too_long(self.llava, request, answers):
+                print(f"request {numbers[0]} is not asked, none of its answers is likely: {why}", file=sys.stderr)
+                continue
+            asked.append(request)
+            wanted.append(answers)
+            groups.append(numbers)
+        said = self.llava.batch(asked, self.batch_size)
+        results: list[GenerationResult] = [GenerationResult((math.inf, False))] * len(requests)
+        for group, scores in self.llava.log_likelihoods(zip(asked, wanted, strict=True), self.batch_size):
+            for number, answer, score in zip(groups[group], wanted[group], scores, strict=True):
+                results[number] = GenerationResult((-score, said[group].text.startswith(answer)))
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        raise NotImplementedError("llava_jax answers tasks of one round; this one has several")
+
+    def _request(self, context: str, settings: Mapping[str, Any], to_images: Any, *place: Any) -> Request:
+        images = to_images(self._doc(*place)) or [] if to_images else []
+        return _make(context, images, settings)
+
+    def _doc(self, id: int, task: str, split: str) -> Any:
+        return self.task_dict[task][split][id]
+
+
+class LlavaJaxChat(LlavaJax):
+    """A model whose tasks give messages, with images among the texts. Multiple choice wants --force_simple."""
+
+    is_simple = False
+
+    def _request(self, context: str, to_messages: Any, settings: Mapping[str, Any], *place: Any) -> Request:
+        messages, images = [], []
+        for message in to_messages(self._doc(*place)):
+            text = ""
+            for part in message["content"]:
+                if part["type"] == "text":
+                    text += part["text"]
+                else:
+                    text += f"{IMAGE}\n"
+                    images.append(part["url"])
+            messages.append({"role": message["role"], "content": text})
+        return _make(messages, images, settings)
+
+
+def _make(messages: Any, images: Sequence[Any], settings: Mapping[str, Any]) -> Request:
+    if other := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
+        raise UserError(f"llava_jax sees pictures only; this task shows it something else ({other[0]})")
+    stop = settings.get("until") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    return Request(
+        messages, images,
+        max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
+        temperature=(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0,
+        top_p=settings.get("top_p") or 1.0,
+        # lmms-eval puts a blank line here where a task names nothing, which would end every longer answer.
+        stop=[text for text in stop if text.strip()],
+    )

@@ -1,0 +1,57 @@
+"""Figures that others have published, kept as data (published.json), each with its source."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from llava_jax.errors import UserError
+from llava_jax.evaluate.runner.tables import markdown
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model's figures under the names that the benchmark's own Scores have, in their units, and the source."""
+
+    model: str
+    figures: Mapping[str, float]
+    source: str
+    deviations: Mapping[str, float] = field(default_factory=dict)  # of several runs of the judge
+
+    def cell(self, figure: str) -> str:
+        """The figure, with its deviation; nothing if there is none."""
+        if figure not in self.figures:
+            return ""
+        return f"{self.figures[figure]}" + (f" ± {self.deviations[figure]}" if figure in self.deviations else "")
+
+
+@functools.cache
+def everything() -> Mapping[str, Sequence[Published]]:
+    """All of published.json, by benchmark."""
+    content = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    sources = content["sources"]
+    return {bench: [Published(**row | {"source": sources[row["source"]]}) for row in rows]
+            for bench, rows in content["benchmarks"].items()}
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print what was published for a benchmark, or for all, with the sources."""
+
+    bench: tyro.conf.Positional[str] = ""
+    """benchmark; all of them without it"""
+
+    def run(self) -> int:
+        found = everything()
+        if self.bench and self.bench not in found:
+            raise UserError(f"nothing published is known of {self.bench!r}; there is {', '.join(found)}")
+        for bench in [self.bench] if self.bench else found:
+            rows = found[bench]
+            columns = list(dict.fromkeys(figure for row in rows for figure in row.figures))
+            table = [["", *columns], *([row.model, *map(row.cell, columns)] for row in rows)]
+            print(f"{bench}\n\n{markdown(table)}")
+            print("\n".join(dict.fromkeys(f"  {row.source}" for row in rows)) + "\n")
+        return 0

@@ -1,0 +1,1 @@
+"""ScienceQA: its problems, the task, and the ensemble with a language model."""

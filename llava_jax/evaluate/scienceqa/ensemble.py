@@ -1,0 +1,241 @@
+"""A LLaVA and a language model that sees no image, together on ScienceQA (Visual Instruction Tuning, section 5.2).
+
+Complement: the language model's answer, and LLaVA's where that has none. Judge: where the two differ, the language
+model is asked once more, with both answers before it. The arithmetic is that of LLaVA's scripts, which draw a choice
+where an answer names none.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from llava_jax.cli import one_line, printable
+from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.log import AnswerLog
+from llava_jax.errors import UserError
+from llava_jax.evaluate.judge.asking import Model, Unfinished
+from llava_jax.evaluate.runner import answers
+from llava_jax.evaluate.scienceqa.data import Problem, read_problems
+from llava_jax.evaluate.scienceqa.task import FAILED, GROUPS, choice, read_statement, table
+from llava_jax.evaluate.scienceqa.teacher import PROMPTS_HASH, Asker
+from llava_jax.evaluate.tasks.base import Answer, unread_notes
+from llava_jax.evaluate.tasks.questions import fits, make_folder, read_json
+from llava_jax.files import replacing
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """`choices`: method -> problem's id -> index of the choice, -1 for none; `counts`: what the scripts print.
+
+    The methods are ours, teacher (the language model), complement and, if it was asked again, judge. Counts are of
+    right answers by method, `upper` (either is right), `no_answer` (the teacher names no letter), `drawn` (choices that
+    are luck) and `total`.
+    """
+
+    choices: Mapping[str, Mapping[str, int]]
+    counts: Mapping[str, int]
+
+
+def combine(
+    problems: Mapping[str, Problem],
+    ours: Mapping[str, str],
+    teacher: Mapping[str, str],
+    judge: Mapping[str, str] | None = None,
+    seed: int | None = 0,
+) -> Ensemble:
+    """Puts the texts of two models' answers together, by the problems' ids, for the problems that both answered.
+
+    judge: its texts, where it was asked; None leaves it out. A letter is read where a text says exactly once `The
+    answer is X.` Where it does not, or no choice has that letter, a choice is drawn: `random.Random(seed)` gives those
+    that the original gives after `random.seed(seed)`. With None such an answer is wrong instead.
+    """
+    rng = random.Random(seed)
+    methods = ("ours", "teacher", "complement") if judge is None else ("ours", "teacher", "complement", "judge")
+    choices: dict[str, dict[str, int]] = {method: {} for method in methods}
+    counts = {method: 0 for method in (*methods, "upper", "no_answer", "drawn", "total")}
+    for pid, problem in problems.items():
+        if pid not in ours or pid not in teacher:
+            continue
+        texts = {"ours": ours[pid], "teacher": teacher[pid]}
+        if judge is not None:
+            texts["judge"] = judge.get(pid, "")
+        letters = {method: read_statement(text) for method, text in texts.items()}
+        chosen = {}
+        for method, letter in letters.items():  # in this order, which is that of the original's draws
+            chosen[method] = choice(letter, problem)
+            if chosen[method] == -1 and seed is not None:
+                chosen[method] = rng.choice(range(len(problem["choices"])))
+                # Of a judge who names no letter, nothing counts.
+                counts["drawn"] += method != "judge" or letter != FAILED
+        chosen["complement"] = chosen["ours" if letters["teacher"] == FAILED else "teacher"]
+        if letters.get("judge") == FAILED:
+            chosen["judge"] = chosen["ours"]
+        right = {method: chosen[method] == problem["answer"] for method in methods}
+        for method in methods:
+            choices[method][pid] = chosen[method]
+            counts[method] += right[method]
+        # The script with a judge counts the teacher's lucky draws, the one without does not.
+        counts["upper"] += right["ours"] or right["complement" if judge is None else "teacher"]
+        counts["no_answer"] += letters["teacher"] == FAILED
+        counts["total"] += 1
+    return Ensemble(choices, counts)
+
+
+def disagreements(problems: Mapping[str, Problem], ours: Mapping[str, str], teacher: Mapping[str, str]) -> list[str]:
+    """The ids of the problems on which the two name different letters, or only one names any."""
+    both = (pid for pid in problems if pid in ours and pid in teacher)
+    return [pid for pid in both if read_statement(ours[pid]) != read_statement(teacher[pid])]
+
+
+def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, whole: bool = True) -> dict[str, str]:
+    """Texts by question id, from JSON lines with question_id and text, or from a result file (JSON with outputs).
+
+    Unless `partial`, an id that is none of the problems', or stands there twice, or is missing (from a `whole` file),
+    is a UserError of one line. UserError if there is no file.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file of answers")
+    pairs = _read_pairs(path)
+    texts = dict(pairs)
+    if not partial:
+        for pid in texts:
+            if pid not in problems:
+                raise UserError(f"{path}: has an answer to {pid!r}, which is no question of this split of ScienceQA")
+        if len(texts) < len(pairs):
+            raise UserError(f"{path}: answers {len(pairs) - len(texts):,} questions more than once")
+        if missing := [pid for pid in problems if whole and pid not in texts]:
+            raise UserError(f"{path}: {len(missing):,} of {len(problems):,} questions have no answer, the first is "
+                             f"{missing[0]!r}; --partial counts those that all files answer")
+    return texts
+
+
+def _read_pairs(path: str) -> list[tuple[str | int, str]]:
+    try:
+        result = read_json(path)
+    except ValueError:
+        result = None
+    if not fits(result, {"outputs": dict}):
+        return [(line["question_id"], line["text"]) for line in answers.read(path)[0]]
+    for pid, text in result["outputs"].items():
+        if not isinstance(text, str):
+            raise UserError(f"{path}: the output of {pid!r} is no text")
+    return list(result["outputs"].items())
+
+
+@dataclass(frozen=True)
+class ScienceQAEnsemble:
+    """Join a LLaVA's answers to ScienceQA with those of a language model that sees no image, or let it judge.
+
+    The language model's answers, and its judgements where the two differ, come from files, or are asked of any server
+    with OpenAI's chat API (--model); what was answered is kept in OUT/asked.jsonl and never asked again. Exit codes: 1
+    when requests got no answer, 3 when --max-requests stopped it, 130 after Ctrl-C, 75 after SIGTERM; the same command
+    goes on."""
+
+    answers: tyro.conf.Positional[str]
+    """LLaVA's answers, JSON lines: those of a model tuned to reason, which say `The answer is X.`"""
+    data: str
+    """ScienceQA's folder, as for evaluate scienceqa"""
+    out: str
+    """folder for the results"""
+    split: str = "test"
+    """test, val, minitest, ..."""
+    teacher: str = ""
+    """the language model's answers: a result file (JSON with outputs) or JSON lines; without it, --model is asked"""
+    judge: str = ""
+    """its judgements, JSON lines; without it, --model is asked, or there is no judge"""
+    unread: Literal["draw", "wrong"] = "draw"
+    """an answer without a letter: draw a choice, as LLaVA's scripts do, or count it as wrong"""
+    seed: int = 0
+    """of these draws, and of the examples that the language model is shown"""
+    partial: bool = False
+    """count the questions that both have answered, instead of refusing files that miss some"""
+    model: Annotated[Model, tyro.conf.arg(name="")] = field(default_factory=Model)
+    shots: int = 2
+    """solved questions of the train split that the language model is shown first"""
+
+    def run(self) -> int:
+        if not self.teacher and not self.model.model:
+            raise UserError("give the language model's answers (--teacher FILE) or its name (--model NAME)")
+        if self.model.model:
+            self.model.check()
+        problems = read_problems(self.data, self.split)
+        ours = read_texts(self.answers, problems, self.partial)
+        teacher = read_texts(self.teacher, problems, self.partial) if self.teacher else None
+        judge = read_texts(self.judge, problems, self.partial, whole=False) if self.judge else None
+        make_folder(self.out)
+        if self.model.model and (teacher is None or judge is None):
+            shots = self._shots() if teacher is None else []
+            try:
+                teacher, judge = self._ask(problems, ours, teacher, judge, shots)
+            except Unfinished as unfinished:
+                print(one_line(unfinished), file=sys.stderr)
+                return unfinished.code
+        self._write(problems, combine(problems, ours, teacher, judge, self.seed if self.unread == "draw" else None))
+        both = [pid for pid in problems if pid in ours and pid in teacher]
+        for name, texts in (("LLaVA", ours), ("the language model", teacher)):
+            unread = [Answer(pid, texts[pid]) for pid in both
+                      if choice(read_statement(texts[pid]), problems[pid]) == -1]
+            for note in unread_notes(unread, len(both), f"of {name} name no choice in the words `The answer is X.`"):
+                print(printable(note))
+        return 0
+
+    def _ask(self, problems: Mapping[str, Problem], ours: dict[str, str], teacher: dict[str, str] | None,
+             judge: dict[str, str] | None, shots: Sequence[Problem]) -> tuple[dict[str, str], dict[str, str]]:
+        with AnswerLog(os.path.join(self.out, "asked.jsonl")) as log:
+            asker = Asker(self.model, log, Budget(max_requests=self.model.max_requests), self.partial)
+            if teacher is None:
+                asked = {pid: problem for pid, problem in problems.items() if pid in ours}
+                teacher = asker.solve(asked, shots, os.path.join(self.out, "teacher.jsonl"))
+            if judge is None:
+                asked = {pid: problems[pid] for pid in disagreements(problems, ours, teacher)}
+                judge = asker.judge(asked, ours, teacher, os.path.join(self.out, "judge.jsonl"))
+        return teacher, judge
+
+    def _shots(self) -> list[Problem]:
+        if not self.shots:
+            return []
+        train = [problem for problem in read_problems(self.data, "train").values() if problem["image"] is None]
+        if len(train) < self.shots:
+            raise UserError(f"{self.data}: --shots {self.shots}, but {len(train)} problems of train have no image")
+        return random.Random(self.seed).sample(train, self.shots)
+
+    def _write(self, problems: Mapping[str, Problem], ensemble: Ensemble) -> None:
+        counts, total = ensemble.counts, ensemble.counts["total"]
+        if not total:
+            raise UserError(f"{self.answers} and {self.teacher or self.model.model} have no question in common")
+        tables = {method: table(problems, chosen) for method, chosen in ensemble.choices.items()}
+        for method in ("complement", "judge"):
+            if method in ensemble.choices:
+                result = {"acc": counts[method] / total * 100, "correct": counts[method], "count": total,
+                          "results": ensemble.choices[method], "outputs": {}}
+                self._write_json(f"{method}.json", result)
+        self._write_json("results.json", {
+            "counts": dict(counts),
+            "table": tables,
+            "settings": dataclasses.asdict(self),
+            "prompts": PROMPTS_HASH,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        })
+        columns = [*GROUPS, "Avg"]
+        print("| % | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+        for method, figures in tables.items():
+            cells = (f"{figures[column]:.2f}" if column in figures else "" for column in columns)
+            print(f"| {method} | " + " | ".join(cells) + " |")
+        share = {name: f"{counts[name]:,} ({counts[name] / total * 100:.2f} %)" for name in ("upper", "no_answer")}
+        print(f"\n{total:,} questions; either is right: {share['upper']}; the language model names no letter: "
+              f"{share['no_answer']}")
+        if counts["drawn"]:
+            print(f"{counts['drawn']:,} answers name no choice in the words `The answer is X.`, and one was drawn "
+                  f"(seed {self.seed}); --unread wrong counts them as wrong")
+
+    def _write_json(self, name: str, content: dict) -> None:
+        with replacing(os.path.join(self.out, name)) as file:
+            file.write(json.dumps(content, indent=2).encode())

@@ -1,0 +1,1 @@
+"""One benchmark a file: its questions, how it is scored, and its upload."""

@@ -1,0 +1,156 @@
+"""MME: two yes-or-no questions about a picture, one of either answer, in 14 categories (Fu et al. 2023)."""
+
+import io
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llava_jax.errors import UserError
+from llava_jax.evaluate.tasks.base import SHORT, Answer, Item, Question, Scores, unread_notes
+from llava_jax.evaluate.tasks.questions import QuestionFile, make_folder, need
+from llava_jax.files import read_text, replacing
+
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+TASK = "Please answer yes or no."  # what MME's own questions end with
+
+Truth = Mapping[tuple[str, str, str], str]
+"""(category, file, question) -> "Yes" or "No"."""
+
+
+@dataclass(frozen=True)
+class Mme(QuestionFile):
+    """MME: for each category the percentage of questions right plus that of pictures with both right; their sums."""
+
+    title = "MME"
+    needs = "llava_mme.jsonl, MME_Benchmark_release_version/ (pictures and questions_answers_YN)"
+    file = "llava_mme.jsonl"
+    pictures = "MME_Benchmark_release_version"
+    published = 2374
+    choices = ("Yes", "No")
+    ordered = prompted = True
+
+    def read(self, data: str) -> list[Question]:
+        """UserError as well for a question that MME's own files do not have."""
+        questions = super().read(data)
+        truth = self._truth(data, questions)
+        for question in questions:
+            lookup(truth, str(question.id), question.text)
+        return questions
+
+    def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
+        """As the official tool: an answer is "other", and wrong, if its first four characters have no yes or no; two
+        answers of a category that follow each other are a pair.
+
+        A category is worth 200. Figures: perception and cognition, then the categories' scores, then for each
+        category accuracy and accuracy+ (percent) and how many answers are "other".
+        """
+        truth = self._truth(data, questions)
+        lines, items = defaultdict(list), []
+        for answer in answers:
+            category, _, _, label = lookup(truth, str(answer.id), answer.prompt)
+            word = says(answer.text)
+            lines[category].append((word, word == label.lower()))
+            items.append(Item(answer.id, float(word == label.lower()), label, word, category))
+        notes, sums, scores, parts = self.size_notes(questions), {}, {}, {}
+        for name, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
+            there = [category for category in categories if category in lines]
+            if len(there) < len(categories):
+                notes.append(f"{name} without {', '.join(c for c in categories if c not in lines)}")
+            for category in there:
+                scores[category], rates = _category(lines[category])
+                parts |= {f"{category} {rate}": value for rate, value in rates.items()}
+                if len(lines[category]) % 2:
+                    notes.append(f"{category}: an odd number of answers; the official tool ends with an error")
+            if there:
+                sums[name] = sum(scores[category] for category in there)
+        if not sums:
+            raise UserError("MME: there are no answers of its categories to score")
+        unread = [answer for answer in answers if says(answer.text) == "other"]
+        notes += unread_notes(unread, len(answers), "have neither yes nor no in their first four characters, and "
+                              "are wrong")
+        unknown = sorted(set(lines) - {*PERCEPTION, *COGNITION})
+        if unknown:
+            notes.append(f"not counted: {', '.join(unknown)}")
+        order = [(question.id, question.text) for question in questions]
+        if [(answer.id, answer.prompt) for answer in answers] != order:
+            notes.append("the answers are in another order than the questions, or some are missing; pairs are made by "
+                         "their order, as in the official tool")
+        return Scores({**sums, **scores, **parts}, "perception" if "perception" in sums else "cognition", items, notes)
+
+    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+        """What the official tool reads: for each category lines of picture, question, truth and answer."""
+        truth, lines = self._truth(data, questions), defaultdict(list)
+        for answer in answers:
+            category, *row = lookup(truth, str(answer.id), answer.prompt)
+            text = re.sub("[\t\r\n]", " ", answer.text)  # they would be tabs and line ends of the file to the tool
+            lines[category].append("\t".join([*row, text]) + "\n")
+        make_folder(os.path.join(folder, "mme"))
+        paths = []
+        for category, rows in lines.items():
+            paths.append(os.path.join(folder, "mme", f"{category}.txt"))
+            with replacing(paths[-1]) as file:
+                file.write("".join(rows).encode(errors="replace"))  # an answer may have half a surrogate pair
+        return paths
+
+    def _truth(self, data: str, questions: Sequence[Question]) -> Truth:
+        root = self.images or need(data, self.pictures)
+        truth = {}
+        for category in sorted({str(question.id).split("/")[0] for question in questions}):
+            folder = os.path.join(root, category)
+            if category in ("", ".", ".."):
+                raise UserError(f"MME: {category!r} is no category, and the id of a question begins with it")
+            if os.path.isdir(own := os.path.join(folder, "questions_answers_YN")):  # images may be elsewhere
+                folder = own
+            if not os.path.isdir(folder):
+                raise UserError(f"{folder}: no such folder, for MME's questions and answers of {category}")
+            for name in sorted(os.listdir(folder)):
+                if name.endswith(".txt"):
+                    for question, label in _read_pairs(os.path.join(folder, name)):
+                        truth[category, name, question] = label
+        return truth
+
+
+def says(text: str) -> str:
+    """ "yes" or "no", whichever stands in the first four characters, in any case; else "other"."""
+    start = text.lower()[:4]
+    return next((word for word in ("yes", "no") if word in start), "other")
+
+
+def lookup(truth: Truth, id: str, prompt: str) -> tuple[str, str, str, str]:
+    """Category, file, question and label of an answer's id and prompt. UserError if MME has no such question.
+
+    In place of LLaVA's instruction comes MME's, after one blank or, as some of its files have it, two.
+    """
+    parts = id.split("/")
+    category, name = parts[0], parts[-1].split(".")[0] + ".txt"
+    question = prompt.replace(SHORT[1:], "").strip() if SHORT[1:] in prompt else prompt
+    if TASK not in question:
+        question += f" {TASK}"
+        if (category, name, question) not in truth:
+            question = question.replace(f" {TASK}", f"  {TASK}")
+    if (category, name, question) not in truth:
+        raise UserError(f"MME: {category}/{name} has no question {question!r}; the files are of different versions")
+    return category, name, question, truth[category, name, question]
+
+
+def _category(lines: Sequence[tuple[str, bool]]) -> tuple[float, dict[str, float]]:
+    pairs = [lines[n : n + 2] for n in range(0, len(lines), 2)]
+    right = sum(right for _, right in lines) / len(lines)
+    both = sum(len(pair) == 2 and all(right for _, right in pair) for pair in pairs) / len(pairs)
+    others = sum(word == "other" for word, _ in lines)
+    return 100 * right + 100 * both, {"accuracy": 100 * right, "accuracy+": 100 * both, "other": others}
+
+
+def _read_pairs(path: str) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(io.StringIO(read_text(path, encoding="utf-8-sig"), newline=None), 1):
+        parts = line.strip().split("\t")
+        if parts == [""]:
+            continue
+        if len(parts) != 2 or parts[1].lower() not in ("yes", "no"):
+            raise UserError(f"{path}, line {number}: not a question, a tab and Yes or No")
+        pairs.append((parts[0], parts[1]))
+    return pairs

@@ -1,0 +1,109 @@
+"""The mesh of devices, and one table that says how every parameter lies on it."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax import config
+from llava_jax.errors import UserError
+
+AXES = ("replica", "fsdp", "tensor")
+ROWS = P(("replica", "fsdp"))
+"""Rows of a batch: every device of the data axes has its own."""
+
+# Hidden dimensions are sharded, never the vocabulary: 32,000 and 32,064 do not divide by 256.
+# A leading None is the layer axis of the stacked parameters.
+TABLE = (
+    (r"vision/patch/kernel", P(None, None, None, "fsdp")),
+    (r"vision/(class|position)_embedding", P()),
+    (r"(vision|decoder)/layers/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor", None)),
+    (r"(vision|decoder)/layers/attention/(query|key|value)/bias", P(None, "tensor", None)),
+    (r"(vision|decoder)/layers/attention/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"(vision|decoder)/layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"(vision|decoder)/layers/mlp/(gate|up)/bias", P(None, "tensor")),
+    (r"(vision|decoder)/layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"(vision|decoder)/layers/(attention/out|mlp/down)/bias", P()),
+    (r"(vision|decoder)/.*norm/(scale|bias)", P()),
+    # In turn, so that what one makes by columns the next takes by rows. With all of them alike and three axes in use,
+    # XLA's partitioner returns wrong gradients of the first (jaxlib 0.10.2, on CPU).
+    (r"projector/layers_\d*[02468]/kernel", P("fsdp", "tensor")),
+    (r"projector/layers_\d*[13579]/kernel", P("tensor", "fsdp")),
+    (r"projector/layers_\d+/bias", P()),
+    (r"decoder/embedding", P(None, ("fsdp", "tensor"))),
+    (r"decoder/head/kernel", P(("fsdp", "tensor"), None)),
+)
+
+
+def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The devices (all of them by default) on the axes of a recipe; UserError if their numbers do not match."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [mesh.replica, mesh.fsdp, mesh.tensor]
+    asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if -1 in sizes:
+        rest, left = divmod(len(devices), math.prod(size for size in sizes if size != -1))
+        if left or not rest:
+            raise UserError(f"mesh: {asked} does not divide {len(devices)} devices")
+        sizes[sizes.index(-1)] = rest
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"mesh: {asked} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
+                         "set one axis to -1 to take what there is")
+    if devices[0].platform != "tpu":
+        grid = np.asarray(devices).reshape(sizes)
+    else:
+        from jax.experimental import mesh_utils
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if sizes[0] % slices:
+            raise UserError(f"mesh.replica: {sizes[0]} on {slices} slices: only copies of the model lie on different "
+                             f"slices, so that these exchange gradients alone; set mesh.replica {slices}")
+        within = [sizes[0] // slices, *sizes[1:]]
+        make = mesh_utils.create_device_mesh
+        if slices > 1:
+            make = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=[slices, 1, 1])
+        try:
+            grid = make(within, devices=devices)
+        except NotImplementedError:  # an axis is only a part of one of the torus
+            grid = make(within, devices=devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
+    """Every path's sharding; UserError naming parameter, dimension and axis where one does not divide."""
+    specs = config.lookup(TABLE, list(shapes), "sharding", spare=True)
+    for path, spec in specs.items():
+        for size, axes in zip(shapes[path], spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
+                raise UserError(f"mesh: {path} {list(shapes[path])}: dimension {size} does not divide by "
+                                 f"{' x '.join(axes)} = {parts}")
+    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+
+
+def check_rows(mesh: jax.sharding.Mesh) -> None:
+    """UserError if devices of two processes share rows: every process reads rows of its own."""
+    for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        if len({device.process_index for device in group}) > 1:
+            raise UserError(f"mesh.tensor: {len(group)} devices that share rows lie on several hosts; choose a "
+                             "smaller number, which fits one host")
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Lays `x` out as `spec` says where a mesh is set (`jax.set_mesh`); without one it does nothing.
+
+    Nor with fewer rows than the data axes share out: sample answers in training come a few at a time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or spec == ROWS and row_axes(x.shape[0]) is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def row_axes(count: int) -> tuple[str, ...] | None:
+    """The axes of the mesh that share out `count` rows; None if these do not divide, so every device has them all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if count % (mesh.shape["replica"] * mesh.shape["fsdp"]) else ("replica", "fsdp")

@@ -1,0 +1,109 @@
+"""How long a stage is: from its recipe, from its data file, or estimated for the published sets."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from llava_jax import config
+from llava_jax.data.packing import WINDOW, pack
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.text.tokenizer import Tokenizer
+
+COUNTED = 4
+"""windows of a data file that are tokenised to tell how many rows all give"""
+
+DRAWN = 4 * WINDOW
+"""records of a published set that are drawn"""
+
+SYSTEM = 36
+"""tokens of a conversation beside its turns and images: the system text and the roles"""
+
+# Parts of the published sets: records, images of each, and mean and standard deviation of the tokens of their turns.
+# The counts are the published ones; the lengths are estimates from the kind of text, drawn log-normally.
+INSTRUCT_150K = (("conversations", 56_681, 1, 280, 90), ("descriptions", 23_240, 1, 150, 40),
+                 ("reasoning", 76_643, 1, 240, 60))
+MIX_665K = (
+    ("conversations", 57_000, 1, 280, 90), ("descriptions", 23_000, 1, 150, 40), ("reasoning", 77_712, 1, 240, 60),
+    ("VQAv2", 82_783, 1, 100, 35), ("GQA", 72_140, 1, 220, 100), ("OKVQA", 8_998, 1, 45, 10),
+    ("OCR-VQA", 80_000, 1, 110, 25), ("A-OKVQA", 66_160, 1, 65, 12), ("TextCaps", 21_953, 1, 120, 60),
+    ("RefCOCO", 48_447, 1, 350, 200), ("VG", 86_417, 1, 550, 250), ("ShareGPT", 40_688, 0, 1000, 800),
+)
+SCIENCEQA = (("with an image", 6_218, 1, 280, 120), ("text alone", 6_508, 0, 280, 120))
+# How a data file's path ends -> its parts, and whether its conversations have a system text and roles.
+PUBLISHED = {
+    "llava_v1_5_mix665k.json": (MIX_665K, True),
+    "llava_instruct_150k.json": (INSTRUCT_150K, True),
+    "blip_laion_cc_sbu_558k.json": ((("captions", 558_128, 1, 18, 8),), False),
+    "scienceqa/llava_train_QCM-LEA.json": (SCIENCEQA, True),
+    "cc3m_595k/chat.json": ((("captions", 595_375, 1, 16, 6),), False),
+}
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of a stage, and where the number is from."""
+
+    steps: int
+    source: str
+    rows: int | None = None
+    """packed rows of one epoch; None where the recipe gives the steps"""
+
+
+def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | None = None) -> Length | None:
+    """The length of the stage `name`; None if nothing tells it. `rows` of an epoch overrule the data.
+
+    The stage's own steps; else its data file, of which a part is tokenised, if it and the tokenizer are there; else
+    the file's name, if it is that of a published set.
+    """
+    stage = recipe.stages[name]
+    if stage.steps is not None and rows is None:
+        return Length(stage.steps, "the recipe's steps")
+    path = Path(stage.data.path)
+    tokenizer = Path(recipe.model.llava or recipe.model.language)
+    if rows is not None:
+        source = "the rows per epoch given"
+    elif path.exists() and tokenizer.is_dir():
+        rows, source = _counted(recipe, stage, model, tokenizer)
+    elif parts := next((parts for end, parts in PUBLISHED.items() if str(path).endswith(end)), None):
+        rows = _estimated(stage.data, model, *parts)
+        source = f"an estimate for {path.name} (published counts, typical lengths)"
+    else:
+        return None
+    return Length(max(1, math.floor(stage.epochs * rows / stage.rows)), source, rows)
+
+
+def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tokenizer: Path) -> tuple[int, str]:
+    from llava_jax.train.loop import read_data
+    run = SimpleNamespace(recipe=recipe, model=model, tokenizer=Tokenizer.load(tokenizer))
+    whole = read_data(run, stage, stage.data.path)
+    every = max(1, whole.order.windows // COUNTED)
+    if every == 1:
+        return whole.count_rows(), f"counted in {stage.data.path}"
+    part = read_data(run, stage, stage.data.path, rows=every, process_count=every)
+    share = math.ceil(whole.order.windows / every) / whole.order.windows
+    return round(part.count_rows() / share), f"estimated from a part of {stage.data.path}"
+
+
+def _estimated(data: config.Data, model: LlavaConfig, parts: tuple, talks: bool) -> int:
+    records = sum(part[1] for part in parts)
+    turns, images = draw(parts, DRAWN / records, np.random.default_rng(0))
+    tokens = turns + model.tokens_per_image * images + (SYSTEM if talks else 0)
+    tokens = np.minimum(tokens, data.row_length).astype(int)
+    images = np.minimum(images, data.images_per_row)
+    order = np.random.default_rng(1).permutation(len(tokens))
+    windows = [order[at : at + WINDOW] for at in range(0, len(order), WINDOW)]
+    rows = sum(len(pack(tokens[each], images[each], data.row_length, data.images_per_row)) for each in windows)
+    return round(rows * records / len(tokens))
+
+
+def draw(parts: tuple, scale: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the turns, and images, of `scale` times as many records as the parts have."""
+    turns, images = [], []
+    for _, records, each, mean, sd in parts:
+        count, spread = round(records * scale), np.log(1 + (sd / mean) ** 2)
+        turns.append(rng.lognormal(np.log(mean) - spread / 2, np.sqrt(spread), count))
+        images.append(np.full(count, each))
+    return np.concatenate(turns), np.concatenate(images)

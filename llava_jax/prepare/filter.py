@@ -1,0 +1,94 @@
+"""`prepare filter`: captions kept by the concept-balanced filter of annotations/concept_filter.py."""
+
+import dataclasses
+import os
+from typing import Literal
+
+import tyro
+
+from llava_jax.annotations.captions import CaptionFile
+from llava_jax.annotations.concept_filter import find_phrases, select
+from llava_jax.annotations.noun_phrases import open_chunker
+from llava_jax.cli import printable
+from llava_jax.errors import UserError
+from llava_jax.prepare.filter_report import write_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Keep captions so that rare concepts are covered and common ones do not prevail (the paper's CC3M -> 595K rule).
+
+    DATA holds one caption a row: a JSON list or JSON lines of rows with a `caption` (metadata.json) or a conversation
+    of one answer (chat.json), or lines of caption, tab, URL, as CC3M is published. OUT gets the chosen rows as they
+    are.
+    """
+
+    data: tyro.conf.Positional[str]
+    """file to filter"""
+    out: tyro.conf.Positional[str]
+    """file to write, in the form of DATA"""
+    report: str = ""
+    """page to write on the frequencies of phrases before and after; OUT with .html for its ending if empty"""
+    min_frequency: int = 3
+    """phrases that fewer captions have are forgotten"""
+    max_per_phrase: int = 100
+    """captions that are taken for a phrase, if it has more"""
+    seed: int = 0
+    """of the choice among the captions of a phrase"""
+    chunker: Literal["light", "spacy"] = "light"
+    """what finds the noun phrases: word lists and patterns, or a spaCy pipeline, which is much slower"""
+    spacy_model: str = ""
+    """for --chunker spacy: an installed pipeline (en_core_web_sm), or a folder with one, such as an unpacked wheel"""
+    bad_rows: Literal["error", "skip"] = "error"
+    """what to do about a row that has no caption: stop, or leave it out"""
+    overwrite: bool = False
+    """replace files that exist"""
+    workers: int | None = None
+    """processes that look for phrases; by default one for each core, 0 for none besides this one"""
+
+    def run(self) -> int:
+        report = self.report or os.path.splitext(self.out)[0] + ".html"
+        self._check(report)
+        file = CaptionFile(self.data)
+        chunker = open_chunker(self.chunker, self.spacy_model)
+        phrases, bad = find_phrases(file, chunker, self.workers, self.bad_rows == "skip")
+        kept = select(phrases, self.min_frequency, self.max_per_phrase, self.seed)
+        if not kept.any():
+            raise UserError(
+                f"{self.data}: nothing is left of {len(kept):,} captions, for no phrase is in {self.min_frequency} of "
+                "them; lower --min-frequency"
+            )
+        before, after = phrases.frequencies(), phrases.frequencies(kept)
+        rare = int((before < self.min_frequency).sum())
+        counts = {
+            "captions": f"{len(kept) - len(bad):,}",
+            **({"rows without a caption, left out": f"{len(bad):,}"} if bad else {}),
+            "distinct noun phrases": f"{len(before):,}",
+            f"of these in fewer than {self.min_frequency} captions, forgotten": f"{rare:,}",
+            f"of these in more than {self.max_per_phrase} captions": f"{int((before > self.max_per_phrase).sum()):,}",
+            "captions kept": f"{int(kept.sum()):,} ({kept.sum() / (len(kept) - len(bad)):.1%})",
+        }
+        file.write(self.out, kept)
+        write_report(
+            report, os.path.basename(self.data), counts, phrases.texts, before, after,
+            self.min_frequency, self.max_per_phrase,
+        )  # fmt: skip
+        for name, value in counts.items():
+            print(f"{name}: {value}")
+        for row in list(bad)[:1]:
+            print(printable(f"the first row without a caption is {file.where(row)}: {bad[row]}"))
+        print(f"{self.out}, {report}")
+        return 0
+
+    def _check(self, report: str) -> None:
+        for name, least in (("min_frequency", 1), ("max_per_phrase", 1), ("seed", 0), ("workers", 0)):
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {given}")
+        if len({os.path.realpath(path) for path in (self.data, self.out, report)}) < 3:
+            raise UserError(f"DATA, OUT and --report must be three files, not {self.data}, {self.out} and {report}")
+        for path in (self.out, report):
+            if os.path.isdir(path):
+                raise UserError(f"{path}: is a folder; name a file")
+            if os.path.lexists(path) and not self.overwrite:
+                raise UserError(f"{path}: exists already; add --overwrite to replace it")

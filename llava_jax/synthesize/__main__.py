@@ -1,0 +1,39 @@
+"""Makes instruction data from captions and boxes by a language model: `python -m llava_jax.synthesize COMMAND ...`."""
+
+import importlib
+
+from llava_jax import cli
+from llava_jax.endpoint.stop import exit_on_sigterm
+from llava_jax.errors import UserError
+
+COMMANDS = {
+    "run": ("llava_jax.synthesize.running", "Run"),
+    "estimate": ("llava_jax.synthesize.commands", "Estimate"),
+    "preview": ("llava_jax.synthesize.commands", "Preview"),
+    "status": ("llava_jax.synthesize.commands", "Status"),
+    "view": ("llava_jax.synthesize.commands", "View"),
+    "pairs": ("llava_jax.synthesize.pairs", "Pairs"),
+}
+
+
+def main(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(f"{__doc__}\n")
+        for name in COMMANDS:
+            print(f"  {name:8} {(_command(name).__doc__ or '').splitlines()[0]}")
+        print("\nEach command explains itself: python -m llava_jax.synthesize COMMAND --help")
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        raise UserError(f"synthesize has no command {args[0]!r}; there are {', '.join(COMMANDS)}")
+    command = cli.parse(_command(args[0]), args[1:], prog=f"python -m llava_jax.synthesize {args[0]}")
+    with exit_on_sigterm():
+        return command.run()
+
+
+def _command(name: str) -> type:
+    module, kind = COMMANDS[name]
+    return getattr(importlib.import_module(module), kind)
+
+
+if __name__ == "__main__":
+    cli.run(main)

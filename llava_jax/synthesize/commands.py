@@ -1,0 +1,295 @@
+"""The commands of `synthesize` around `run`: what it would ask and cost, some of it tried, and what has come of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from llava_jax.cli import printable
+from llava_jax.endpoint.log import AnswerLog, is_written
+from llava_jax.endpoint.prices import load_price
+from llava_jax.endpoint.run import answer_all
+from llava_jax.endpoint.server import UNANSWERED, Server, check_answered, code_of
+from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import check_page, parse_json, replacing, require_fields
+from llava_jax.synthesize.estimate import describe, estimate
+from llava_jax.synthesize.output import MANIFEST, REJECTED, check_folder
+from llava_jax.synthesize.running import open_log, open_synthesis, read_standing
+from llava_jax.synthesize.synthesis import COUNTS, SETTINGS, Outcome, Settings, Synthesis, Task
+from llava_jax.synthesize.viewer import Sample, write_page
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Says how many requests and tokens a run takes, and what they cost; asks nobody.
+
+    Prompt tokens are counted on 1,000 tasks of each kind. Where the log of OUT has answers (of `preview`, or of a run
+    that was stopped) their tokens say how long the others will be, and only what remains is counted.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    prices: str = ""
+    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
+    tokenizer: str = ""
+    """file or folder of the teacher's tokenizer, to count with; else 4.3 bytes are taken for a token"""
+
+    def run(self) -> int:
+        self.settings.check()
+        price = load_price(self.prices, self.settings.model) if self.prices else None
+        tokenizer = None
+        if self.tokenizer:
+            from llava_jax.text.tokenizer import Tokenizer
+
+            tokenizer = Tokenizer.load(self.tokenizer)
+        synthesis = open_synthesis(self.settings)
+        if self.settings.teacher == "rules":
+            print(f"{len(synthesis):,} tasks; rules ask nobody and cost nothing")
+            return 0
+        with _read_log(self.settings.log) as log:
+            print(describe(estimate(synthesis, log, tokenizer), price, synthesis.attempts))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """Prints some prompts in full, and what the teacher answers.
+
+    The answers are kept in OUT, where `run` finds them: nothing is paid for twice.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    server: Annotated[Server, tyro.conf.arg(name="")]
+    count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 5
+    """tasks, drawn by seed, the kinds by turns"""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print the prompts and ask nobody"""
+
+    def run(self) -> int:
+        self.settings.check()
+        self.server.check()
+        if self.count < 1:
+            raise UserError(f"--count is {self.count}: it must be at least 1")
+        check_folder(self.settings.out)
+        if self.settings.teacher == "openai" and not self.dry_run:
+            self.server.look(self.settings.model, self.settings.base_url)
+        synthesis, stop = open_synthesis(self.settings), Stop()
+        tasks = list(itertools.islice(synthesis.drawn(self.settings.seed, self.settings.kinds), self.count))
+        if self.dry_run:
+            _print_tasks(tasks)
+            return 0
+        with open_log(self.settings) as log:
+            failures = asyncio.run(self._ask(tasks, synthesis, log, stop))
+            _print_tasks(tasks, log, failures)
+            check_answered(sum(task.key(0) in log for task in tasks) + len(failures), list(failures.values()))
+        if stop.asked:
+            return code_of(stop)
+        return UNANSWERED if failures else 0
+
+    async def _ask(
+        self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, stop: Stop
+    ) -> dict[tuple[str, str], str]:
+        """The first answer of each task goes to the log; returns why others have none."""
+        failures = {}
+
+        def settle(task: Task, attempt: int, answer: Any) -> bool:
+            if isinstance(answer, Exception):
+                failures[task.name] = str(answer)
+            return True
+
+        with stop.listen():
+            if self.settings.teacher == "rules":
+                await answer_all(tasks, synthesis.teacher, log, settle, stop=stop)
+            else:
+                settings = self.settings
+                async with self.server.open(settings.model, settings.base_url, stop) as endpoint:
+                    await answer_all(tasks, endpoint, log, settle, stop=stop, concurrency=self.server.concurrency)
+        return failures
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Says how far a run is, or how it ended; also while it goes on."""
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """folder of the run"""
+
+    def run(self) -> int:
+        settings = Settings.load(self.folder)
+        running, standing = _read_standing(settings)
+        _print(f"{self.folder}: {settings.teacher}" + (f", {settings.model}" if settings.model else "")
+              + f", language {settings.language}")
+        if standing is None:
+            _print("nothing has been asked yet")
+            return 0
+        if running:
+            seconds, asked = standing["seconds"], standing["requests"]
+            left = sum(kind["asked"] - kind["accepted"] - kind["rejected"] for kind in standing["kinds"].values())
+            left = f", {left * seconds / asked / 60:,.0f} minutes left" if asked else ""
+            _print(f"running for {seconds / 60:,.0f} minutes{left}, as of {standing['written']}")
+        else:
+            ended = {"done": "done", "running": "killed; the same command goes on"}
+            state = ended.get(standing["state"], f"{standing['state'].replace('_', ' ')}; the same command goes on")
+            _print(f"{state}, as of {standing['written']}")
+        _print(f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'to do':>10}")
+        for kind, count in standing["kinds"].items():
+            left = count["asked"] - count["accepted"] - count["rejected"]
+            _print(f"{kind:20}{count['asked']:>10,}{count['accepted']:>10,}{count['rejected']:>10,}{left:>10,}")
+        for reason, count in standing["rejected_answers"].items():
+            _print(f"rejected answers: {count:,} {reason.replace('_', ' ')}")
+        tokens = standing["tokens"]
+        cost = "" if standing["cost_usd"] is None else f", {standing['cost_usd']:,.2f} USD"
+        if standing["lost_usd"]:
+            cost += f", and up to {standing['lost_usd']:,.2f} USD for tries without an answer"
+        _print(f"{standing['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
+              f"{tokens.get('completion', 0):,} completion tokens in all{cost}")
+        if not running and os.path.exists(os.path.join(self.folder, MANIFEST)):
+            _print(f"{os.path.join(self.folder, MANIFEST)} has the rest")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Makes an HTML page of some samples: image, boxes, captions, answer and verdict; also while the run goes on."""
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """folder of the run"""
+    image_root: str = ""
+    """folder to which image paths are relative; without it boxes are drawn in a blank square"""
+    output: str = ""
+    """the page; FOLDER/view.html if empty"""
+    count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 24
+    """samples, drawn by seed, the kinds by turns"""
+    only: Literal["all", "accepted", "flagged", "rejected"] = "all"
+    """which: flagged are accepted ones that contradict captions or boxes"""
+    kind: Literal["all", "conversation", "detail", "complex"] = "all"
+    """of one kind alone"""
+    seed: int = 0
+    """of the draw"""
+
+    def run(self) -> int:
+        if self.count < 1:
+            raise UserError(f"--count is {self.count}: it must be at least 1")
+        if self.image_root and not os.path.isdir(self.image_root):
+            raise UserError(f"--image-root {self.image_root}: no such folder")
+        output = self.output or os.path.join(self.folder, "view.html")
+        check_page(output)
+        settings = Settings.load(self.folder)
+        try:
+            synthesis = open_synthesis(settings)
+        except UserError as error:  # of a path that stands there, and may have moved since
+            raise UserError(f"{os.path.join(self.folder, SETTINGS)}: {error}") from None
+        kinds = [kind for kind in settings.kinds if self.kind in ("all", COUNTS[kind])]
+        with user_path(settings.log):
+            opened = AnswerLog(settings.log, read_only=True)
+        with opened as log:
+            duplicates = _read_duplicates(self.folder)
+            found = (Sample(task, _final(task, log, duplicates)) for task in synthesis.drawn(self.seed, kinds))
+            samples = list(itertools.islice((sample for sample in found if self._wants(sample.outcome)), self.count))
+        about = {"teacher": synthesis.teacher.model, "language": settings.language, "tasks": f"{len(synthesis):,}",
+                 "answers in the log": f"{len(log):,}",
+                 "shown": f"{len(samples)}, {self.only}, drawn with seed {self.seed}"}
+        title = f"Instruction data of {os.path.basename(os.path.abspath(self.folder))}"
+        with replacing(output) as file:
+            file.write(write_page(title, about, samples, self.image_root, settings.language).encode())
+        _print(f"{output}: {len(samples)} sample{'s' * (len(samples) != 1)}")
+        return 0
+
+    def _wants(self, outcome: Outcome) -> bool:
+        verdict = outcome.verdict
+        if verdict is None:
+            return False
+        flagged = verdict.accepted and verdict.evidence is not None and bool(verdict.evidence.findings)
+        return {"all": True, "accepted": verdict.accepted, "flagged": flagged,
+                "rejected": not verdict.accepted}[self.only]
+
+
+def _print_tasks(
+    tasks: Sequence[Task], log: AnswerLog | None = None, failures: Mapping[tuple[str, str], str] | None = None
+) -> None:
+    shown: set[str] = set()
+    for number, task in enumerate(tasks, 1):
+        title = f" {number} of {len(tasks)}: {task.kind}, id {task.context.id} "
+        _print(f"{title:=^100}")
+        _print_prompt(task, whole=task.kind not in shown)
+        shown.add(task.kind)
+        if log is not None:
+            _print_answers(task.outcome(log), failures.get(task.name))
+
+
+def _print_prompt(task: Task, whole: bool) -> None:
+    messages = task.request(0).messages
+    if not whole:
+        _print("(system message and examples as above)\n")
+        messages = messages[-1:]
+    for message in messages:
+        title = f" {message['role']} "
+        _print(f"{title:-^100}\n{message['content']}\n")
+    if task.question:
+        _print(f"(the record's question: {task.question})\n")
+
+
+def _print_answers(outcome: Outcome, failure: str | None) -> None:
+    for _, reply in outcome.answers:
+        _print(f"{' answer ':-^100}\n{reply.text}\n")
+        _print(f"({reply.model}: {reply.prompt_tokens:,} prompt tokens, {reply.completion_tokens:,} completion tokens)")
+    verdict = outcome.verdict
+    if verdict is None:
+        _print(f"no answer: {failure or 'stopped before'}\n")
+    elif not verdict.accepted:
+        _print(f"rejected: {verdict.reason}: {verdict.detail}\n")
+    else:
+        _print("accepted")
+        for finding in verdict.evidence.findings if verdict.evidence else ():
+            _print(f"  {finding.kind}: {finding.claim}, but {finding.against}")
+        _print("")
+
+
+def _print(text: str) -> None:
+    """Prints what others wrote, which may hold characters that the terminal does not take, or obeys."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(printable(text).encode(encoding, "replace").decode(encoding))
+
+
+@contextlib.contextmanager
+def _read_log(path: str) -> Iterator[AnswerLog | dict]:
+    """The log to read, also while another process writes it; {} if there is none yet."""
+    if not os.path.exists(path):
+        yield {}
+        return
+    with AnswerLog(path, read_only=True) as log:
+        yield log
+
+
+def _read_duplicates(folder: str) -> dict[tuple[str, str], str]:
+    """By `Task.name`, what the last outputs say of tasks that were rejected because of an earlier one's answer."""
+    path, found = os.path.join(folder, REJECTED), {}
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if '"duplicate"' in line:
+                row = parse_json(line, f"{path}, line {number}")
+                require_fields(row, dict.fromkeys(("kind", "id", "reason", "detail"), str), f"{path}, line {number}")
+                if row["reason"] == "duplicate":
+                    found[row["kind"], row["id"]] = row["detail"]
+    return found
+
+
+def _final(task: Task, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]) -> Outcome:
+    outcome = task.outcome(log)
+    if task.name not in duplicates or outcome.verdict is None:
+        return outcome
+    return outcome._replace(verdict=outcome.verdict._replace(reason="duplicate", detail=duplicates[task.name]))
+
+
+def _read_standing(settings: Settings) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a process is at work in the folder, and what was last told of how far it is, if it ever was."""
+    while True:
+        running, standing = is_written(settings.log), read_standing(settings)
+        if running == is_written(settings.log):  # it has neither begun nor ended meanwhile
+            return running, standing

@@ -1,0 +1,135 @@
+"""What a run will ask and cost, before anything is spent."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llava_jax.endpoint.log import AnswerLog
+from llava_jax.endpoint.prices import Price
+from llava_jax.endpoint.request import Message, Reply
+from llava_jax.synthesize.synthesis import Synthesis, Task
+from llava_jax.text.tokenizer import Tokenizer
+
+SAMPLE = 1000  # tasks of each kind that are measured; the others are taken to be like them
+BYTES_PER_TOKEN = 4.3
+"""Of English; other languages have fewer. What the paper's prompts have with LLaMA's and OpenAI's tokenizers."""
+COMPLETION = 300  # tokens of an answer, where the prompts have no examples and the log no answers
+PER_MESSAGE = 4  # tokens that a chat format puts around a message
+
+
+@dataclasses.dataclass(frozen=True)
+class KindEstimate:
+    """Of one kind of record.
+
+    Attributes:
+      tasks, answered: in all, and how many of them the log has done with.
+      requests: what remains, with those that are asked again.
+      shared, own: prompt tokens of a request; system message and examples, which all requests share, and the image.
+      completion: tokens of an answer.
+      measured: answers of the log that `completion` and the size of a token come from; 0: the examples' answers, and
+        a tokenizer or BYTES_PER_TOKEN.
+      rejected: share of the log's answers that were rejected, so that their tasks are asked again.
+    """
+
+    kind: str
+    tasks: int
+    answered: int
+    requests: int
+    shared: float
+    own: float
+    completion: float
+    measured: int
+    rejected: float
+
+    @property
+    def prompt(self) -> float:
+        return self.shared + self.own
+
+
+class Cost(NamedTuple):
+    """USD, without and with what a server caches of the shared part, and by the Batch API (without caching)."""
+
+    full: float
+    cached: float
+    batch: float
+
+
+def estimate(synthesis: Synthesis, log: AnswerLog | dict, tokenizer: Tokenizer | None = None) -> list[KindEstimate]:
+    """By kind. `log` maps keys to replies, {} where nothing was ever asked."""
+    return [_estimate_kind(synthesis, kind, log, tokenizer) for kind in synthesis.settings.kinds]
+
+
+def cost(kinds: Sequence[KindEstimate], price: Price) -> Cost:
+    """Of the requests that remain."""
+    full = sum(price.of(k.requests * k.prompt, k.requests * k.completion) for k in kinds)
+    cached = sum(price.of(k.requests * k.prompt, k.requests * k.completion, k.requests * k.shared) for k in kinds)
+    batch = sum(price.of(k.requests * k.prompt, k.requests * k.completion, batch=True) for k in kinds)
+    return Cost(full, cached, batch)
+
+
+def describe(kinds: Sequence[KindEstimate], price: Price | None, attempts: int) -> str:
+    """As text: requests, tokens, cost, and where the figures come from."""
+    lines = [f"{'kind':20}{'tasks':>10}{'requests':>10}{'prompt tokens':>16}{'of it shared':>14}{'completion':>12}"]
+    for k in kinds:
+        figures = (k.tasks, k.requests, round(k.requests * k.prompt), round(k.requests * k.shared),
+                   round(k.requests * k.completion))
+        widths = (10, 10, 16, 14, 12)
+        lines.append(f"{k.kind:20}" + "".join(f"{n:>{width},}" for n, width in zip(figures, widths, strict=True)))
+    for k in kinds:
+        done = f"; {k.answered:,} of {k.tasks:,} are answered" if k.answered else ""
+        source = "by the examples' answers, and no rejects"
+        if k.measured:
+            source = f"measured on {k.measured:,} answers of the log, {k.rejected:.1%} of them rejected"
+        lines.append(f"{k.kind}: {k.shared:,.0f} + {k.own:,.0f} prompt tokens a request, "
+                     f"{k.completion:,.0f} completion tokens ({source}){done}")
+    lines.append(f"A rejected answer is asked again, {attempts} times in all. A reasoning model's hidden tokens are in "
+                 "these figures only once the log has answers: preview -n 5 first.")
+    if price is not None:
+        usd = cost(kinds, price)
+        lines.append(f"cost      {usd.full:,.2f} USD; {usd.cached:,.2f} if the server caches what requests share; "
+                     f"{usd.batch:,.2f} by the Batch API")
+    return "\n".join(lines)
+
+
+def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, tokenizer: Tokenizer | None) -> KindEstimate:
+    requests = [task.request(0) for task in itertools.islice(synthesis.drawn(0, (kind,)), SAMPLE)]
+    *shared, _ = requests[0].messages  # all but the last, the image, is the same for all
+    answered, known = _answered(synthesis, kind, log)
+    rejected = 1 - statistics.fmean(task.verdict(reply).accepted for task, reply in known) if known else 0.0
+    counted = [(task.request(0), reply) for task, reply in known
+               if reply.prompt_tokens and not reply.estimated]  # some servers count nothing
+    size = 1 / BYTES_PER_TOKEN
+    if counted:
+        size = sum(reply.prompt_tokens for _, reply in counted) / sum(request.bytes for request, _ in counted)
+
+    def tokens(messages: Sequence[Message]) -> float:
+        texts = [message["content"] for message in messages]
+        if tokenizer is not None and not counted:
+            return sum(len(tokenizer.encode(text)) + PER_MESSAGE for text in texts)
+        return sum(len(text.encode()) for text in texts) * size
+
+    if counted:
+        completion = statistics.fmean(reply.completion_tokens for _, reply in counted)
+    else:
+        examples = [message for message in shared if message["role"] == "assistant"]
+        completion = tokens(examples) / len(examples) if examples else COMPLETION
+    # A task is asked once, and with every reject once more, as long as it may be.
+    times = sum(rejected**attempt for attempt in range(synthesis.attempts))
+    tasks = synthesis.count(kind)
+    return KindEstimate(
+        kind, tasks, answered, round((tasks - answered) * times), tokens(shared),
+        statistics.fmean(tokens(request.messages[-1:]) for request in requests), completion, len(counted), rejected,
+    )
+
+
+def _answered(synthesis: Synthesis, kind: str, log: AnswerLog | dict) -> tuple[int, list[tuple[Task, Reply]]]:
+    """How many tasks the log has an answer to, and SAMPLE of them with their first answers."""
+    count, some = 0, []
+    for task in synthesis if len(log) else ():
+        if task.kind == kind and (key := task.key(0)) in log:
+            count += 1
+            if len(some) < SAMPLE:
+                some.append((task, log[key]))
+    return count, some

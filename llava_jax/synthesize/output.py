@@ -1,0 +1,249 @@
+"""What a run leaves: LLaVA's JSON by kind and merged, what was rejected or looks wrong, and a manifest of it all."""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import random
+import re
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from llava_jax.endpoint.log import AnswerLog
+from llava_jax.endpoint.prices import Price
+from llava_jax.endpoint.request import Reply
+from llava_jax.errors import UserError
+from llava_jax.files import replacing
+from llava_jax.synthesize.parse import Reject, Seen
+from llava_jax.synthesize.prompts import KINDS
+from llava_jax.synthesize.synthesis import LOG, SETTINGS, Outcome, Synthesis, Task, Verdict
+
+FILES = {kind: f"{kind}.json" for kind in KINDS}
+MERGED, REJECTED, FLAGGED, MANIFEST = "instruct.json", "rejected.jsonl", "flagged.jsonl", "manifest.json"
+
+
+def check_folder(folder: str) -> None:
+    """Raises UserError, one line, if outputs in `folder` would take the place of files that no run has made."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--out {folder}: is a file; name a folder")
+    if os.path.exists(os.path.join(folder, SETTINGS)) or os.path.exists(os.path.join(folder, LOG)):
+        return
+    for name in (*FILES.values(), MERGED, REJECTED, FLAGGED, MANIFEST):
+        if os.path.lexists(os.path.join(folder, name)):
+            raise UserError(f"--out {folder}: it has a file {name} that synthesize has not made; take another")
+
+
+def write_outputs(
+    synthesis: Synthesis,
+    log: AnswerLog,
+    failures: Mapping[tuple[str, str], str],
+    price: Price | None = None,
+    progress: Callable[[Iterator[Task]], Iterator[Task]] = iter,
+) -> dict[str, Any]:
+    """Writes everything from the log, in the order of the tasks, and returns the manifest.
+
+    Every task that is done ends up once in the file of its kind and in the merged one, or once in rejected.jsonl;
+    `failures` holds, by `Task.name`, those that are done because no answer could be had, and why. A task whose turns
+    are those of an earlier one is rejected as a duplicate. Each file appears when it is whole. What stays in memory of
+    a record is where it is, some 200 bytes.
+    """
+    folder, tally = synthesis.settings.out, _Tally(price)
+    _sweep(folder)
+    with contextlib.ExitStack() as files:
+        def output(name: str) -> BinaryIO:
+            return files.enter_context(replacing(os.path.join(folder, name)))
+
+        lists = {kind: JsonList(output(FILES[kind])) for kind in synthesis.settings.kinds}
+        rejected, flagged = output(REJECTED), output(FLAGGED)
+        seen = Seen()
+        for task in progress(iter(synthesis)):
+            outcome = task.outcome(log)
+            tally.add_answers(outcome)
+            verdict = _final(task, outcome, failures.get(task.name), seen)
+            if verdict is None:
+                tally.unanswered[task.kind] += 1
+            elif verdict.accepted:
+                lists[task.kind].write(task.record(verdict.turns))
+                if verdict.evidence is not None and verdict.evidence.findings:
+                    flagged.write(to_json(_flag(task, verdict)))
+                    tally.flag(verdict)
+            else:
+                rejected.write(to_json(_rejection(task, outcome, verdict)))
+                tally.rejects[task.kind][verdict.reason] += 1
+        for made in lists.values():
+            made.close()
+        _merge(list(lists.values()), JsonList(output(MERGED)), synthesis.settings.seed)
+        records = {kind: len(made) for kind, made in lists.items()}
+    for kind in set(KINDS) - set(lists):  # of an earlier run that had this kind too; the log still has it
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, FILES[kind]))
+    manifest = _manifest(synthesis, records, tally)
+    with replacing(os.path.join(folder, MANIFEST)) as file:
+        file.write(to_json(manifest, indent=1))
+    return manifest
+
+
+def date(seconds: float) -> str:
+    """A time since 1970, in UTC."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+def to_json(row: dict[str, Any], indent: int | None = None) -> bytes:
+    """With its newline. What a server says, or a file is called, may hold half of a UTF-16 pair, which JSON can only
+    escape."""
+    return json.dumps(row, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
+
+
+def _sweep(folder: str) -> None:
+    """Removes what a process that was killed while it wrote has left."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"\..+\.jsonl?(\.[0-9a-f]{6})?\.[0-9a-f]+\.tmp", name):
+            os.unlink(os.path.join(folder, name))
+
+
+def _final(task: Task, outcome: Outcome, failure: str | None, seen: Seen) -> Verdict | None:
+    """The verdict that a record stands or falls with; None if the task is still to be asked."""
+    if not outcome.done:
+        return None if failure is None else Verdict((), "request_failed", failure, None)
+    if outcome.verdict.accepted:
+        try:
+            seen.add(task.kind, outcome.verdict.turns)
+        except Reject as reject:
+            return outcome.verdict._replace(reason=reject.reason, detail=reject.detail)
+    return outcome.verdict
+
+
+def _rejection(task: Task, outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
+    answer = outcome.answers[-1][1].text if outcome.answers else None
+    return {"id": task.context.id, "image": task.context.image, "kind": task.kind, "reason": verdict.reason,
+            "detail": verdict.detail, "attempts": len(outcome.answers), "answer": answer}
+
+
+def _flag(task: Task, verdict: Verdict) -> dict[str, Any]:
+    findings = [finding._asdict() for finding in verdict.evidence.findings]
+    return {"id": task.context.id, "image": task.context.image, "kind": task.kind, "score": verdict.evidence.score,
+            "findings": findings}
+
+
+class _Tally:
+    """What the manifest counts. An answer that several tasks share counts once, as it was paid."""
+
+    def __init__(self, price: Price | None):
+        self.rejects = {kind: Counter() for kind in KINDS}
+        self.unanswered: Counter[str] = Counter()
+        self.flags: Counter[str] = Counter()
+        self.flagged = self.estimated = 0
+        self.tokens: Counter[str] = Counter()
+        self.models: Counter[str] = Counter()
+        self.fingerprints: Counter[str] = Counter()
+        self.dates: list[int] = []
+        self.answers, self.cost, self._price = 0, None if price is None else 0.0, price
+        self._counted: set[int] = set()
+
+    def add_answers(self, outcome: Outcome) -> None:
+        for key, reply in outcome.answers:
+            short = int(key[:15], 16)
+            if short not in self._counted:
+                self._counted.add(short)
+                self._add(reply)
+
+    def _add(self, reply: Reply) -> None:
+        self.answers += 1
+        self.estimated += reply.estimated
+        told = 0 if reply.estimated else 1  # tokens are those that the server counts
+        self.tokens.update(prompt=told * reply.prompt_tokens, cached=told * reply.cached_tokens,
+                           completion=told * reply.completion_tokens)
+        self.models[reply.model] += 1
+        self.fingerprints.update([reply.fingerprint] if reply.fingerprint else [])
+        self.dates = [min([*self.dates[:1], reply.created]), max([*self.dates[1:], reply.created])]
+        if self._price is not None:
+            self.cost += self._price.cost(reply)
+
+    def flag(self, verdict: Verdict) -> None:
+        self.flagged += 1
+        self.flags.update({finding.kind for finding in verdict.evidence.findings})
+
+
+class JsonList:
+    """A JSON list, row by row, that knows where its rows are."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.places = file, array("q")
+        self._at = self._put(b"[\n")
+
+    def __len__(self) -> int:
+        return len(self.places) // 2
+
+    def write(self, row: dict[str, Any] | bytes) -> None:
+        content = row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode()
+        start = self._at + self._put(b",\n" if self.places else b"")
+        self._at = start + self._put(content)
+        self.places.extend((start, self._at))
+
+    def close(self) -> None:
+        self._put(b"\n]\n")
+        self.file.flush()
+
+    def _put(self, content: bytes) -> int:
+        self.file.write(content)
+        return len(content)
+
+
+def _merge(lists: list[JsonList], merged: JsonList, seed: int) -> None:
+    """The rows of all lists, shuffled; they are read again from the files."""
+    order = [(which, row) for which, made in enumerate(lists) for row in range(len(made))]
+    random.Random(f"{seed} merged").shuffle(order)
+    with contextlib.ExitStack() as files:
+        sources = [files.enter_context(open(made.file.name, "rb")) for made in lists]
+        for which, row in order:
+            start, stop = lists[which].places[2 * row : 2 * row + 2]
+            sources[which].seek(start)
+            merged.write(sources[which].read(stop - start))
+    merged.close()
+
+
+def _manifest(synthesis: Synthesis, records: Mapping[str, int], tally: _Tally) -> dict[str, Any]:
+    settings, folder = synthesis.settings, synthesis.settings.out
+    counts = {
+        kind: {"asked": synthesis.count(kind), "accepted": accepted, "rejected": tally.rejects[kind].total(),
+               "unanswered": tally.unanswered[kind], "rejects": dict(tally.rejects[kind].most_common())}
+        for kind, accepted in records.items()
+    }
+    names = [*(FILES[kind] for kind in records), MERGED, REJECTED, FLAGGED]
+    return {
+        "complete": not tally.unanswered.total(),
+        "written": date(time.time()),
+        "llava_jax": importlib.metadata.version("llava_jax"),
+        "teacher": {
+            "kind": settings.teacher,
+            "model": synthesis.teacher.model,
+            "answered_by": dict(tally.models.most_common()),
+            "fingerprints": dict(tally.fingerprints.most_common()),
+            "first_answer": date(tally.dates[0]) if tally.dates else None,
+            "last_answer": date(tally.dates[1]) if tally.dates else None,
+        },
+        "prompts_sha256": synthesis.teacher.prompts_hash,
+        "settings": settings.as_json(),
+        "inputs": [_describe(path) for path in synthesis.contexts.files],
+        "notes": dict(synthesis.contexts.notes),
+        "counts": counts,
+        "flagged": {"records": tally.flagged, "by_kind": dict(tally.flags.most_common())},
+        "answers": tally.answers,
+        "tokens": dict(tally.tokens),
+        "estimated_answers": tally.estimated,
+        "cost_usd": tally.cost,
+        "outputs": {name: _describe(os.path.join(folder, name)) for name in names},
+    }
+
+
+def _describe(path: str) -> dict[str, Any]:
+    if "://" in path:
+        return {"path": path}
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": os.path.abspath(path), "bytes": os.path.getsize(path), "sha256": digest}

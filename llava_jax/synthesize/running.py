@@ -1,0 +1,284 @@
+"""`synthesize run`: asks for every task what the log does not hold, and writes what has come of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from llava_jax.cli import printable
+from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
+from llava_jax.endpoint.log import AnswerLog
+from llava_jax.endpoint.prices import load_price
+from llava_jax.endpoint.progress import Progress
+from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.run import Ending, answer_all
+from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
+from llava_jax.endpoint.stop import Stop
+from llava_jax.errors import UserError, user_path
+from llava_jax.files import read_json, replacing, require_fields
+from llava_jax.synthesize.output import check_folder, date, to_json, write_outputs
+from llava_jax.synthesize.synthesis import SETTINGS, Settings, Synthesis, Task
+
+STANDING, BATCHES = "progress.json", "batches"
+SECONDS = 5.0  # between two writings of it
+
+
+@contextlib.contextmanager
+def open_log(settings: Settings) -> Iterator[AnswerLog]:
+    """The log of answers in the folder of the run, which is made; tells what was mended. One process at a time."""
+    with user_path(settings.out):
+        os.makedirs(settings.out, exist_ok=True)
+        opened = AnswerLog(settings.log)
+    with opened as log:
+        if log.mended:
+            note(f"{settings.log}: the last line was broken; its {log.mended:,} bytes were cut off, and that request "
+                 "is asked again")
+        if log.damaged:
+            note(f"{settings.log}, line {log.damaged[0]}: cannot be read, and is passed over"
+                 + f" with {len(log.damaged) - 1} others" * (len(log.damaged) > 1))
+        yield log
+
+
+def open_synthesis(settings: Settings) -> Synthesis:
+    """Reads prompts and images, and tells what was left out of them."""
+    synthesis = Synthesis(settings)
+    for what, count in synthesis.contexts.notes.items():
+        note(f"{count:,} {what}")
+    if not synthesis.contexts.boxed and settings.kinds != ("conversation",):
+        note("there are no boxes: descriptions and reasoning are made of captions alone")
+    return synthesis
+
+
+class Standing:
+    """Settles answers, and keeps in a file how far the run is, for `status`."""
+
+    def __init__(self, synthesis: Synthesis, budget: Budget):
+        self.failures: dict[tuple[str, str], str] = {}
+        self.answered = 0
+        self.rejects: Counter[str] = Counter()  # answers, not tasks
+        self._synthesis, self._budget = synthesis, budget
+        self._accepted, self._rejected, self._tokens = Counter[str](), Counter[str](), Counter[str]()
+        self._path, self._begun, self._written = os.path.join(synthesis.settings.out, STANDING), time.time(), 0.0
+
+    def settle(self, task: Task, attempt: int, answer: Reply | RequestFailed) -> bool:
+        """Whether the task is done."""
+        done = True
+        if isinstance(answer, RequestFailed):
+            self.failures[task.name] = str(answer)
+            self.rejects["request_failed"] += 1
+            self._rejected[task.kind] += 1
+        else:
+            self.answered += 1
+            if not answer.estimated:
+                self._tokens.update(prompt=answer.prompt_tokens, completion=answer.completion_tokens)
+            verdict = task.verdict(answer)
+            done = verdict.accepted or attempt + 1 >= self._synthesis.attempts
+            self.rejects.update({verdict.reason: 1} if verdict.reason else {})
+            (self._accepted if verdict.accepted else self._rejected)[task.kind] += done
+        if time.monotonic() - self._written > SECONDS:
+            self.write("running")
+        return done
+
+    def write(self, state: str, manifest: dict[str, Any] | None = None) -> None:
+        """`manifest`: of the outputs, which know more: duplicates are found when they are written."""
+        kinds = {kind: {"asked": self._synthesis.count(kind), "accepted": self._accepted[kind],
+                        "rejected": self._rejected[kind]} for kind in self._synthesis.settings.kinds}
+        tokens = self._tokens
+        if manifest:
+            kinds, tokens = manifest["counts"], manifest["tokens"]
+        now = time.time()
+        about = {"state": state, "model": self._synthesis.teacher.model, "begun": date(self._begun),
+                 "written": date(now), "seconds": now - self._begun, "kinds": kinds,
+                 "rejected_answers": dict(self.rejects.most_common()), "requests": self._budget.requests,
+                 "tokens": dict(tokens), "cost_usd": self._budget.cost if self._budget.price else None,
+                 "lost_usd": self._budget.lost}
+        with replacing(self._path) as file:
+            file.write(to_json(about, indent=1))
+        self._written = time.monotonic()
+
+
+NUMBER = (int, float)
+STANDING_FIELDS = {"state": str, "written": str, "seconds": NUMBER, "kinds": dict, "rejected_answers": dict,
+                   "requests": int, "tokens": dict, "cost_usd": (*NUMBER, type(None))}  # fmt: skip
+
+
+def read_standing(settings: Settings) -> dict[str, Any] | None:
+    """What was last told of how far a run is, or None. Raises UserError that names the file if it is damaged."""
+    path = os.path.join(settings.out, STANDING)
+    if not os.path.exists(path):
+        return None
+    try:
+        standing = read_json(path)
+        standing.setdefault("lost_usd", 0.0)  # of an older version
+        require_fields(standing, STANDING_FIELDS | {"lost_usd": NUMBER}, path)
+        for kind, counts in standing["kinds"].items():
+            require_fields(counts, dict.fromkeys(("asked", "accepted", "rejected"), int), f"{path}: {kind}")
+        for group in ("rejected_answers", "tokens"):
+            require_fields(standing[group], dict.fromkeys(standing[group], int), f"{path}: {group}")
+    except UserError as error:
+        what = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: not what a synthesis writes ({what}); run its command again") from None
+    return standing
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Asks the teacher, and writes LLaVA's JSON.
+
+    OUT gets conversation.json, detail_description.json, complex_reasoning.json, and instruct.json: all, shuffled.
+
+    Every answer is kept in OUT/answers.jsonl before anything is done with it, under a hash of what was asked: after
+    Ctrl-C, kill -9 or with other options the same command asks only what was never answered. rejected.jsonl says what
+    was not taken and why, flagged.jsonl what was taken but contradicts captions or boxes, manifest.json where all of it
+    comes from and what it cost.
+
+    Exit codes: 0, every task is accepted or rejected; 1, some requests got no answer; 2, a mistake, in one line, or no
+    request at all was answered; 3, --max-cost or --max-requests left no room; 130 after Ctrl-C and 75 after SIGTERM,
+    when what was in flight is finished (a second one does not wait). After 1, 3, 75 and 130 the files hold what there
+    is, and the same command goes on.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    server: Annotated[Server, tyro.conf.arg(name="")]
+    max_cost: float | None = None
+    """USD, by --prices, that all answers in OUT may cost together, with tries that brought none. No request starts that
+    could go beyond; only a server that ignores max_completion_tokens can, by what is in flight then"""
+    max_requests: int | None = None
+    """requests that this command may start"""
+    prices: str = ""
+    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
+    batch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """ask by the Batch API, which is cheaper and takes up to a day; the command may be stopped and goes on waiting"""
+
+    def run(self) -> int:
+        settings = self.settings
+        self._check()
+        check_folder(settings.out)
+        price = load_price(self.prices, settings.model) if self.prices else None
+        if settings.teacher == "openai":
+            self.server.look(settings.model, settings.base_url)
+        synthesis = open_synthesis(settings)
+        with open_log(settings) as log:
+            with replacing(os.path.join(settings.out, SETTINGS)) as file:
+                file.write(to_json(settings.as_json(), indent=1))
+            spent = sum(price.cost(reply) for _, reply in log.items()) if price else 0.0
+            lost = (read_standing(settings) or {}).get("lost_usd", 0.0)
+            budget = Budget(self.max_cost, self.max_requests, price, self.batch, spent, lost)
+            stop, standing, fatal = Stop(), Standing(synthesis, budget), None
+            standing.write("running")
+            try:
+                ending = asyncio.run(self._ask(synthesis, log, standing, budget, stop))
+            except EndpointStopped as error:
+                ending, fatal = "stopped", error
+            manifest = write_outputs(synthesis, log, standing.failures, price, _bar(len(synthesis)))
+            standing.write(ending, manifest)
+        print(printable(describe(manifest, settings.out)))
+        if budget.lost:
+            note(f"tries that brought no answer may have cost up to {budget.lost:,.2f} USD more")
+        if standing.failures:
+            count, first = len(standing.failures), next(iter(standing.failures.values()))
+            note(f"{count:,} tasks got no answer ({first}); the same command asks for them again")
+        if fatal is not None:
+            raise fatal
+        check_answered(len(standing.failures) + standing.answered, list(standing.failures.values()))
+        return self._explain(ending, stop, bool(standing.failures))
+
+    def _check(self) -> None:
+        self.settings.check()
+        self.server.check()
+        for name in ("max_cost", "max_requests"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # nan
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
+        if self.max_cost is not None and not self.prices:
+            raise UserError("--max-cost needs --prices FILE, by which cost is reckoned")
+        if self.settings.teacher == "rules":
+            for name in ("max_cost", "prices", "batch"):
+                if getattr(self, name):
+                    raise UserError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
+
+    async def _ask(
+        self, synthesis: Synthesis, log: AnswerLog, standing: Standing, budget: Budget, stop: Stop
+    ) -> Ending:
+        progress = Progress(len(synthesis), standing.rejects, "tasks")
+        options = {"budget": budget, "stop": stop, "progress": progress}
+        with contextlib.closing(progress), stop.listen():
+            telling = asyncio.create_task(_tell(stop))
+            try:
+                if self.settings.teacher == "rules":
+                    return await answer_all(
+                        synthesis, synthesis.teacher, log, standing.settle, concurrency=1, **options)
+                return await self._ask_server(synthesis, log, standing, options)
+            finally:
+                telling.cancel()
+
+    async def _ask_server(
+        self, synthesis: Synthesis, log: AnswerLog, standing: Standing, options: dict[str, Any]
+    ) -> Ending:
+        async with self.server.open(self.settings.model, self.settings.base_url, options["stop"]) as endpoint:
+            try:
+                if not self.batch:
+                    return await answer_all(
+                        synthesis, endpoint, log, standing.settle, concurrency=self.server.concurrency, **options)
+                from llava_jax.endpoint.batch import answer_all_in_batches
+
+                folder = os.path.join(self.settings.out, BATCHES)
+                os.makedirs(folder, exist_ok=True)
+                return await answer_all_in_batches(synthesis, endpoint, log, standing.settle, folder, **options)
+            finally:
+                for line in endpoint.notes:
+                    note(line)
+
+    def _explain(self, ending: Ending, stop: Stop, failed: bool) -> int:
+        """The exit code, and why it is not 0."""
+        if ending == "done":
+            return UNANSWERED if failed else 0
+        why = {"max_cost": f"--max-cost {self.max_cost} leaves no room for another request",
+               "max_requests": f"--max-requests {self.max_requests} are used up", "interrupted": "stopped"}[ending]
+        print(f"{why}; the same command goes on", file=sys.stderr)
+        if ending != "interrupted":
+            return OVER_BUDGET
+        return code_of(stop)
+
+
+def describe(manifest: dict[str, Any], folder: str) -> str:
+    """What has come of a run, as text."""
+    lines = [f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'unanswered':>12}  rejected for"]
+    for kind, count in manifest["counts"].items():
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in count["rejects"].items())
+        lines.append(f"{kind:20}{count['asked']:>10,}{count['accepted']:>10,}{count['rejected']:>10,}"
+                     f"{count['unanswered']:>12,}  {reasons}".rstrip())
+    flagged, tokens = manifest["flagged"], manifest["tokens"]
+    if flagged["records"]:
+        kinds = ", ".join(f"{kind} {number:,}" for kind, number in flagged["by_kind"].items())
+        lines.append(f"{flagged['records']:,} accepted records contradict captions or boxes ({kinds})")
+    if tokens.get("prompt"):
+        cost = "" if manifest["cost_usd"] is None else f"; {manifest['cost_usd']:,.2f} USD"
+        lines.append(f"{manifest['answers']:,} answers: {tokens['prompt']:,} prompt tokens, of them "
+                     f"{tokens['cached']:,} cached; {tokens['completion']:,} completion tokens{cost}")
+    if manifest["estimated_answers"] and manifest["cost_usd"] is not None:
+        lines.append(f"the server did not count the tokens of {manifest['estimated_answers']:,} answers; their cost is "
+                     "reckoned with a token for every byte")
+    return "\n".join([*lines, f"{folder}: {', '.join(manifest['outputs'])}"])
+
+
+async def _tell(stop: Stop) -> None:
+    """Says that a signal was heard: what is in flight may take minutes."""
+    try:
+        await stop.sleep(365 * 86400)
+    except Unsent:
+        if stop.signal is not None:
+            print("finishing what is in flight; once more to leave at once", file=sys.stderr)
+
+
+def _bar(total: int) -> Callable[[Iterator[Task]], Iterator[Task]]:
+    return lambda tasks: tqdm(tasks, total=total, desc="writing", unit=" tasks", disable=not sys.stderr.isatty())

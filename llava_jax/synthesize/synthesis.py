@@ -1,0 +1,317 @@
+"""What is asked of a teacher about which images, and what becomes of its answers.
+
+A task is an image and a kind of record. Its requests follow from the settings and the inputs alone, and so does the
+verdict on an answer. What a run makes is therefore made from its log of answers, at any time and again: a run that was
+killed goes on, and a better parser or a stricter rule costs nothing.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import tyro
+
+from llava_jax.annotations.context import Context, Source, open_contexts
+from llava_jax.endpoint.client import without_password
+from llava_jax.endpoint.request import Reply, Request
+from llava_jax.errors import UserError
+from llava_jax.files import parse_json, read_json, require_fields
+from llava_jax.synthesize import evidence, parse
+from llava_jax.synthesize.evidence import Evidence
+from llava_jax.synthesize.parse import Turn
+from llava_jax.synthesize.prompts import KINDS, Prompts
+from llava_jax.synthesize.teachers import Prompted, Rules
+from llava_jax.text.templates import IMAGE
+
+T = TypeVar("T")
+
+COUNTS = {"conversation": "conversation", "detail_description": "detail", "complex_reasoning": "complex"}
+"""The option that says how many images each kind is made of."""
+LOG, SETTINGS = "answers.jsonl", "settings.json"
+"""Files of a run's folder: every answer that was ever given, and what was asked last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to ask, of which teacher, about which images. `check` before use."""
+
+    source: Annotated[Source, tyro.conf.arg(name="")]
+    """images: captions and boxes"""
+    out: str = "data/instruct"
+    """folder for the answers and for what is made of them; the same command goes on where it stopped"""
+    teacher: Literal["openai", "rules"] = "openai"
+    """any server that speaks OpenAI's chat API, or rules without a model, which need boxes and ask nothing of anyone"""
+    model: str = ""
+    """name of the model, as the server knows it; there is no default, for models come and go"""
+    base_url: str = ""
+    """address of the server's API, such as http://127.0.0.1:8000/v1; OPENAI_BASE_URL or OpenAI's own if empty"""
+    language: str = "en"
+    """of the records: a code such as en, ko, fr"""
+    prompts: str = ""
+    """folder with prompts of yours, KIND/system_message.txt, KIND/NNN_caps.txt and KIND/NNN_conv.txt"""
+    questions: str = ""
+    """file with ways to ask for a detailed description, one a line"""
+    conversation: int | None = None
+    """images, drawn by seed, to make conversations of; all by default, 0 for none"""
+    detail: int | None = None
+    """images to make detailed descriptions of"""
+    complex: int | None = None
+    """images to make complex reasoning of"""
+    seed: int = 0
+    """of the draw, of the questions that ask for descriptions, of the place of <image>, and of the merged order"""
+    attempts: int = 3
+    """how often a task is asked, at most, when the answers are rejected for their content"""
+    drop_contradictions: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """reject answers that contradict captions or boxes (English); else they are kept, and listed in flagged.jsonl"""
+    max_completion_tokens: int = 2048
+    """of an answer, hidden reasoning included"""
+    temperature: float | None = None
+    """sent only if given: many models refuse it"""
+    parameters: str = ""
+    """more parameters of the request as a JSON object, such as '{"reasoning_effort": "low"}'"""
+
+    @property
+    def request_parameters(self) -> dict[str, Any]:
+        """What goes with the messages. Raises UserError if `parameters` is no JSON object, or limits no tokens."""
+        more = parse_json(self.parameters or "{}", f"--parameters {self.parameters}: not a JSON object")
+        try:
+            json.dumps(more, allow_nan=False)
+        except ValueError as error:
+            raise UserError(f"--parameters {self.parameters}: {error}") from None
+        for name in {"max_tokens", "max_completion_tokens"} & set(more):
+            if type(more[name]) is not int or more[name] < 1:
+                raise UserError(f"--parameters: {name} is {more[name]!r:.40}: it must be a whole number above 0")
+        if taken := {"model", "messages", "stream", "n"} & set(more):
+            raise UserError(f"--parameters: {sorted(taken)[0]} cannot be set")
+        heat = {} if self.temperature is None else {"temperature": self.temperature}
+        return {"max_completion_tokens": self.max_completion_tokens, **heat, **more}
+
+    def check(self) -> None:
+        """Raises UserError, one line, for what cannot be meant, and for prompts that cannot be read."""
+        self.check_values()
+        _open_teacher(self)
+
+    def check_values(self) -> None:
+        """As `check`, without reading any file."""
+        least = dict.fromkeys(("seed", *COUNTS.values()), 0) | {"attempts": 1, "max_completion_tokens": 1}
+        for name in least:
+            value = getattr(self, name)
+            if value is not None and value < least[name]:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least[name]}")
+        if not any(self.count(kind) != 0 for kind in KINDS):
+            raise UserError("--conversation, --detail and --complex are all 0: there is nothing to make")
+        if self.teacher == "openai" and not self.model:
+            raise UserError("name the teacher with --model NAME, or take --teacher rules, which needs none")
+        if self.teacher == "rules":
+            for name in ("model", "base_url", "prompts", "temperature", "parameters"):
+                if getattr(self, name) not in ("", None):
+                    raise UserError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}: it must be a number from 0")
+        _ = self.request_parameters  # raises UserError
+
+    def count(self, kind: str) -> int | None:
+        """Images that a kind is made of; None: all."""
+        return getattr(self, COUNTS[kind])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind in KINDS if self.count(kind) != 0)
+
+    @property
+    def log(self) -> str:
+        return os.path.join(self.out, LOG)
+
+    def as_json(self) -> dict[str, Any]:
+        """Paths are absolute, so that they hold from any folder; a password in the server's address is left out."""
+        fields = dataclasses.asdict(self)
+        fields["base_url"] = without_password(self.base_url)
+        for name in ("out", "prompts", "questions"):
+            fields[name] = fields[name] and os.path.abspath(fields[name])
+        for name in ("captions", "instances", "data"):
+            path = fields["source"][name]
+            fields["source"][name] = os.path.abspath(path) if path and "://" not in path else path
+        return fields
+
+    @classmethod
+    def load(cls, folder: str) -> "Settings":
+        """Those of the run that `folder` is of, wherever it has been moved. Raises UserError."""
+        path = os.path.join(folder, SETTINGS)
+        if not os.path.exists(path):
+            raise UserError(f"{folder}: no synthesis has run there (there is no {SETTINGS})")
+        try:
+            fields = read_json(path)
+            require_fields(fields, {"source": dict, "teacher": str, "model": str, "language": str}, path)
+            source = _read_fields(Source, fields["source"], "source")
+            settings = _read_fields(cls, fields | {"source": source, "out": folder}, path)
+            settings.check_values()
+        except UserError as error:
+            what = str(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path}: not what a synthesis writes ({what}); run its command again") from None
+        return settings
+
+
+def _read_fields(kind: type[T], fields: dict[str, Any], name: str) -> T:
+    """A dataclass of fields that a file holds. Raises UserError that begins with `name` for others, or other types."""
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(fields.keys() - hints.keys()):
+        raise UserError(f"{name}: unknown field {unknown[0]!r:.60}")
+    for field, value in fields.items():
+        choices = typing.get_args(hints[field])
+        if typing.get_origin(hints[field]) is Literal:
+            if value not in choices:
+                raise UserError(f"{name}: {field!r} is {value!r:.60}; it can be {', '.join(choices)}")
+            continue
+        kinds = choices or (hints[field],)
+        require_fields(fields, {field: (*kinds, int) if float in kinds else kinds}, name)
+    try:
+        return kind(**fields)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+class Verdict(NamedTuple):
+    """What becomes of an answer: accepted if there is no reason against it."""
+
+    turns: tuple[Turn, ...]  # without <image>; () if they could not be read
+    reason: str  # one of parse.REASONS, "contradiction" or "request_failed", or ""
+    detail: str
+    evidence: Evidence | None
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reason
+
+
+class Outcome(NamedTuple):
+    """Where a task stands."""
+
+    verdict: Verdict | None  # on the accepted answer, or else on the last one; None before the first
+    answers: tuple[tuple[str, Reply], ...]  # so far, with their keys; the accepted one is the last
+    done: bool  # accepted, or asked as often as allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An image, and the kind of record to be made of it."""
+
+    kind: str
+    context: Context
+    question: str | None  # that a description answers; the other kinds bring their own
+    synthesis: "Synthesis" = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.kind, self.context.id
+
+    def request(self, attempt: int) -> Request:
+        return self.synthesis.teacher.request(self.kind, self.context, attempt)
+
+    def key(self, attempt: int) -> str:
+        """Under which the log holds the answer."""
+        return self.request(attempt).key(self.synthesis.teacher.model)
+
+    def verdict(self, reply: Reply) -> Verdict:
+        """Depends on the task and the answer alone."""
+        settings, turns, found = self.synthesis.settings, (), None
+        try:
+            turns = parse.parse(self.kind, reply.text, reply.finish_reason, self.question, settings.language)
+            found = evidence.check(self.kind, turns, self.context, self.synthesis.contexts.categories,
+                                   settings.language)
+            if found.findings and settings.drop_contradictions:
+                first = found.findings[0]
+                raise parse.Reject("contradiction", f"{first.kind}: {first.claim!r}, but {first.against}")
+        except parse.Reject as reject:
+            return Verdict(turns, reject.reason, reject.detail, found)
+        return Verdict(turns, "", "", found)
+
+    def outcome(self, log: Mapping[str, Reply]) -> Outcome:
+        """By the answers that the log holds."""
+        verdict, answers = None, ()
+        for attempt in range(self.synthesis.attempts):
+            key = self.key(attempt)
+            if key not in log:
+                return Outcome(verdict, answers, False)
+            answers = (*answers, (key, log[key]))
+            verdict = self.verdict(answers[-1][1])
+            if verdict.accepted:
+                break
+        return Outcome(verdict, answers, True)
+
+    def record(self, turns: tuple[Turn, ...]) -> dict[str, Any]:
+        """A record of LLaVA's JSON. `<image>` stands before or after the first question, by the seed."""
+        first, *rest = turns
+        before = random.Random(f"{self.synthesis.settings.seed} place {self.kind} {self.context.id}").random() < 0.5
+        value = f"{IMAGE}\n{first['value']}" if before else f"{first['value']}\n{IMAGE}"
+        conversation = [{"from": "human", "value": value}, *rest]
+        return {"id": self.context.id, "image": self.context.image, "conversations": conversation}
+
+
+class Synthesis(Sequence[Task]):
+    """The tasks of a run, image by image in the order of the source; each is made when asked for.
+
+    Raises UserError, one line, where prompts or images cannot be read, or there are too few.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.teacher = _open_teacher(settings)
+        # A rule answers the same however often it is asked.
+        self.attempts = 1 if settings.teacher == "rules" else settings.attempts
+        self.contexts = open_contexts(settings.source)
+        if isinstance(self.teacher, Rules):
+            self.teacher.check(self.contexts.categories)
+        # int64 [tasks, 2]: image, and number of the kind
+        self._places = np.argwhere(np.stack([self._draw(kind) for kind in KINDS], axis=1))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Task:
+        image, number = self._places[index].tolist()
+        kind, context, question = KINDS[number], self.contexts[image], None
+        if kind == "detail_description":
+            draw = random.Random(f"{self.settings.seed} question {context.id}")
+            question = draw.choice(self.teacher.questions)
+        return Task(kind, context, question, self)
+
+    def count(self, kind: str) -> int:
+        """Tasks of a kind."""
+        return len(self._of(kind))
+
+    def drawn(self, seed: int, kinds: Sequence[str] = KINDS) -> Iterator[Task]:
+        """All tasks of these kinds in a random order, the kinds by turns as long as each has some."""
+        orders = [self._of(kind).tolist() for kind in kinds]
+        for kind, order in zip(kinds, orders, strict=True):
+            random.Random(f"{seed} drawn {kind}").shuffle(order)
+        for turn in itertools.zip_longest(*orders):
+            yield from (self[index] for index in turn if index is not None)
+
+    def _of(self, kind: str) -> np.ndarray:
+        """Indices of the tasks of a kind."""
+        return np.flatnonzero(self._places[:, 1] == KINDS.index(kind))
+
+    def _draw(self, kind: str) -> np.ndarray:
+        """bool [images]: whether the kind is made of each."""
+        wanted, there = self.settings.count(kind), len(self.contexts)
+        if wanted is None:
+            return np.ones(there, bool)
+        if wanted > there:
+            raise UserError(f"--{COUNTS[kind]} {wanted}: there are only {there:,} images")
+        chosen = np.zeros(there, bool)
+        chosen[random.Random(f"{self.settings.seed} {kind}").sample(range(there), wanted)] = True
+        return chosen
+
+
+def _open_teacher(settings: Settings) -> Prompted | Rules:
+    if settings.teacher == "rules":
+        return Rules(settings.language, settings.seed, settings.questions)
+    prompts = Prompts.load(settings.prompts, settings.language, settings.kinds, settings.questions)
+    return Prompted(settings.model, prompts, settings.request_parameters)

@@ -1,0 +1,240 @@
+"""Checkpoints of a stage, by Orbax: trainable parameters, optimizer state, and `meta`: the data's position, the
+counters, and a digest of every array, which restoring compares.
+
+Frozen parameters are not in them: `meta` names where they came from, with a fingerprint that a restart compares.
+"""
+
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llava_jax.errors import UserError
+from llava_jax.models.llava import Parameters
+from llava_jax.parallel.processes import gather
+from llava_jax.train.digests import check_finite, digests
+from llava_jax.train.step import TrainState
+
+READ_BYTES = 2**24
+
+DIVERGED = ("set lower learning rates, or optimizer.clip (and another --output, if this stage has checkpoints, whose "
+            "recipe cannot change)")
+"""What to do about values that are not finite."""
+
+
+class DamagedCheckpoint(UserError):
+    """Raised on all processes together if a checkpoint does not hold what was saved."""
+
+    def __init__(self, checkpoints: "Checkpoints", step: int, problem: str):
+        super().__init__(f"{checkpoints.directory / str(step)}: this checkpoint is damaged ({problem}); remove it to "
+                         "go on from the one before")
+        self.checkpoints, self.step, self.problem = checkpoints, step, problem
+
+
+class Checkpoints:
+    """The checkpoints of one stage in one directory, named by their step. Saving goes on while training does."""
+
+    def __init__(self, directory: Path, every: int, keep: int):
+        self.directory, self.every, self.keep = directory, every, keep
+        self.saving, self.error = False, None
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        # Made when it is needed: it makes its directory, which a run that fails at its start should not leave.
+        # Directories are made before `save` returns: in the background, threads wait 300 s for one that cannot be made.
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, async_options=ocp.AsyncOptions(
+            create_directories_asynchronously=False, barrier_sync_fn=self._meet if jax.process_count() > 1 else None))
+        return ocp.CheckpointManager(self.directory.resolve(), options=options)
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier, for those that have not failed: the others would wait for a process with an error, and it
+        for them, for 20 minutes. `check` raises the error instead."""
+        error = sys.exc_info()[1]
+        if error is not None and threading.current_thread() is not threading.main_thread():
+            self.error = error
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step; a checkpoint whose writing was cut off does not count."""
+        return self.manager.latest_step() if self.directory.exists() else None
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is one of those that are saved regularly."""
+        return step % self.every == 0
+
+    def save(self, step: int, state: TrainState, meta: dict) -> None:
+        """Starts to write the checkpoint of `step`; `meta` is anything JSON can hold.
+
+        Raises UserError, and saves nothing, if parameters or optimizer state are not finite.
+        """
+        items = {"trainable": state.trainable, "optimizer": state.optimizer}
+        found = {name: digests(tree) for name, tree in items.items()}
+        check_finite({f"{name} {path}": pair for name, paths in found.items() for path, pair in paths.items()},
+                     f"stages.{self.directory.name}, after step {step}",
+                     f"this state was not saved; {DIVERGED}")
+        content = meta | {"stage": self.directory.name, "step": step, "digests": {
+            name: {path: digest for path, (digest, _) in paths.items()} for name, paths in found.items()}}
+        self.wait()
+        with self._noting():
+            self.manager.save(step, force=True, args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(state.trainable),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                meta=ocp.args.JsonSave({"content": content, "sha256": _sha256(content)}),
+            ))
+        self.saving = True
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Notes that saving has failed if the block does: `close` waits no more."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background; the next save alone would tell."""
+        if self.error is not None:
+            raise self.error
+        if self.saving and not self.manager.is_saving_in_progress():
+            self.saving = False
+            with self._noting():
+                self.manager.wait_until_finished()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk, or raises the error of a save that has failed."""
+        while self.saving:
+            self.check()
+            time.sleep(0.005)
+
+    def meta(self, step: int) -> dict:
+        """What was saved as `meta`."""
+        def read() -> dict:
+            stored = ocp.JsonCheckpointHandler().restore(self._folder(step) / "meta")
+            if not isinstance(stored, dict) or stored.keys() != {"content", "sha256"}:
+                raise ValueError("meta: without a checksum: damaged, or saved by an earlier version")
+            if stored["sha256"] != _sha256(stored["content"]):
+                raise ValueError("meta: its checksum is that of another content")
+            content = stored["content"]
+            if (content["stage"], content["step"]) != (self.directory.name, step):
+                raise ValueError(f"it is that of step {content['step']} of stage {content['stage']}")
+            return content
+
+        return self._read(step, ["meta"], read)
+
+    def trainable(self, step: int, like: Parameters) -> Parameters:
+        """The trainable parameters alone, with the shardings of `like` (arrays or ShapeDtypeStructs)."""
+        return self._restore(step, {"trainable": like})["trainable"]
+
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """The state at `step`, shaped and sharded as `state`."""
+        items = self._restore(step, {"trainable": state.trainable, "optimizer": state.optimizer})
+        count = jax.device_put(jnp.int32(step), state.step.sharding)
+        return replace(state, step=count, trainable=items["trainable"], optimizer=items["optimizer"])
+
+    def set_aside(self, step: int, problem: str) -> None:
+        """Moves a damaged checkpoint away, so that the run goes on from the one before; all processes call it.
+
+        Raises DamagedCheckpoint if there is none before, which would lose the stage.
+        """
+        earlier = [other for other in self.manager.all_steps() if other < step]
+        self.close()
+        if not earlier:
+            raise DamagedCheckpoint(self, step, problem)
+        if jax.process_index() == 0:
+            aside = self.directory.with_name(f"{self.directory.name}.damaged")
+            aside.mkdir(parents=True, exist_ok=True)
+            target, number = aside / str(step), 1
+            while target.exists():
+                target, number = aside / f"{step}.{number}", number + 1
+            (self.directory / str(step)).rename(target)
+            print(f"{self.directory / str(step)}: this checkpoint is damaged ({problem}) and is now {target}; going "
+                  f"on from the one before, of step {max(earlier)}", flush=True)
+        gather(f"the damaged checkpoint of step {step} is out of the way", None)
+
+    def _folder(self, step: int) -> epath.Path:
+        return epath.Path(self.directory.resolve()) / str(step)
+
+    def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
+        """Items of a checkpoint, compared with the digests that were saved with them."""
+        expected = self.meta(step)["digests"]
+        # By the handler, not the manager: the manager waits for the other processes, which may have failed.
+        handler = ocp.StandardCheckpointHandler()
+        items = self._read(step, [*likes], lambda: {
+            name: handler.restore(self._folder(step) / name, args=ocp.args.StandardRestore(like))
+            for name, like in likes.items()})
+        for name, item in items.items():
+            found = {path: digest for path, (digest, _) in digests(item).items()}
+            if other := [path for path in found | expected[name] if found.get(path) != expected[name].get(path)]:
+                more = f" and {len(other) - 2} more" if len(other) > 2 else ""
+                raise DamagedCheckpoint(self, step, f"{name}: {', '.join(other[:2])}{more} "
+                                                    f"{'is' if len(other) == 1 else 'are'} not what was saved")
+        return items
+
+    def _read(self, step: int, names: list[str], read: Callable[[], Any]) -> Any:
+        """`read()` of the items `names`; all processes call it.
+
+        Raises DamagedCheckpoint on all of them if it fails on one, unless a file's content cannot be had there.
+        """
+        result = problem = None
+        try:
+            result = read()
+        except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            for name in names:
+                _read_through(self._folder(step) / name)  # raises what the disk or the network is to blame for
+            while error.__cause__ is not None:  # TensorStore's own words are below Orbax's
+                error = error.__cause__
+            problem = " ".join(str(error).split())[:200] or type(error).__name__
+        if problem:
+            _collect_quietly()
+        if problems := [problem for problem in gather(f"checkpoint of step {step}", problem) if problem]:
+            raise DamagedCheckpoint(self, step, problems[0])
+        return result
+
+    def close(self) -> None:
+        """Waits until everything is on disk; not after a failed save, whose threads may wait for each other."""
+        if "manager" in self.__dict__ and self.error is None:
+            self.wait()
+            self.manager.close()
+            del self.__dict__["manager"]
+
+
+def _collect_quietly() -> None:
+    """Lets go of Orbax's readers of the other arrays, each of which would print its error as Python drops it."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+def _sha256(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _read_through(folder: epath.Path) -> None:
+    """Reads every file to its end; the error of one that cannot be read is raised. A missing one is none."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if path.is_dir():
+                _read_through(path)
+            else:
+                with path.open("rb") as file:
+                    while file.read(READ_BYTES):
+                        pass

@@ -1,0 +1,100 @@
+"""What the steps of a stage depend on beside the recipe: a continuation must find the same.
+
+`inputs.json` in the output directory holds a hash of each, by stage. Image files beside the data are not looked at, and
+of very large sources only samples are.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+from etils import epath
+
+from llava_jax.data.pipeline import Batches
+from llava_jax.data.sources import Source
+from llava_jax.data.tfds_rows import TfdsRows
+from llava_jax.errors import UserError
+from llava_jax.files import read_json
+from llava_jax.train import output
+from llava_jax.train.start import Run
+from llava_jax.weights.companions import TOKENIZER_FILES
+
+HASHED_WHOLE = 2**32
+"""Largest size in bytes of a source that is hashed as a whole. Of a larger one, or one in a bucket, samples are."""
+
+SAMPLES, SAMPLE_BYTES = 256, 2**16
+"""Number of samples of a source, and their size."""
+
+
+def inputs(run: Run, batches: Batches) -> dict[str, str]:
+    """A hash of each source of the data, of the tokenizer, the template and the model's configuration, by name."""
+    loader, mixture = batches.loader, batches.order.mixture
+    found = {}
+    for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1):
+        found[f"data {number}: {source.path}"] = f"{_hash_source(source)} {len(source)} rows, {count} in an epoch"
+    folder = Path(run.tokenizer_directory)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    found[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], whole=True)
+    found[f"template: {loader.template.name}"] = _hash_json(dataclasses.asdict(loader.template))
+    # The template of the finished model is a field of the recipe.
+    found["model: the settings in its config.json"] = _hash_json(dataclasses.asdict(run.model) | {"template": None})
+    return found
+
+
+def check_inputs(run: Run, stage: str, found: dict[str, str]) -> None:
+    """Raises UserError that names what is not as it was when the stage was trained so far."""
+    path = run.directory / "inputs.json"
+    before = (read_json(path) if path.exists() else {}).get(stage, found)
+    if not isinstance(before, dict):
+        raise UserError(f"{path}: {stage} must be an object; remove the file if the data are as they were")
+    if changed := [name for name in found | before if found.get(name) != before.get(name)]:
+        raise UserError(f"stages.{stage} was trained so far with other inputs than there are now: "
+                        f"{'; '.join(changed[:3])}. Bring them back, give another --output, or remove {path} to go on "
+                        "with what is there")
+
+
+def write_inputs(run: Run, stage: str, found: dict[str, str]) -> None:
+    """Writes what a stage is trained on, for `check_inputs` of later runs."""
+    if jax.process_index() == 0:
+        path = run.directory / "inputs.json"
+        output.write_json(path, (read_json(path) if path.exists() else {}) | {stage: found})
+
+
+def _hash_source(source: Source) -> str:
+    files = list(source.files)
+    whole = all("://" not in file for file in files) and sum(map(os.path.getsize, files)) <= HASHED_WHOLE
+    if isinstance(source.rows, TfdsRows):
+        files += [f"{os.path.dirname(files[0])}/{name}" for name in ("dataset_info.json", "features.json")]
+    return _hash_files(files, whole)
+
+
+def _hash_files(files: list[str], whole: bool) -> str:
+    """A hash of names, sizes and contents. Times are left out: a machine that starts again copies its inputs anew."""
+    digest = hashlib.sha256()
+    for file in files:
+        path = epath.Path(file)
+        size = path.stat().length
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as opened:
+            if whole:
+                while piece := opened.read(2**24):
+                    digest.update(piece)
+            else:
+                _hash_samples(opened, size, max(2, SAMPLES // len(files)), digest)
+    return digest.hexdigest()[:16]
+
+
+def _hash_samples(file: BinaryIO, size: int, count: int, digest: Any) -> None:
+    """Pieces from the first to the last, where parquet and ArrayRecord keep the positions of all others."""
+    last = max(0, size - SAMPLE_BYTES)
+    for number in range(count):
+        file.seek(last * number // (count - 1))
+        digest.update(file.read(SAMPLE_BYTES))
+
+
+def _hash_json(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""One run at a time in an output directory.
+
+On a local disk, and on NFS with working locks, the kernel keeps the lock (flock) and drops it when the process ends,
+however it ends. The note in the file says whose it is. A note of another host, a file system without locks, and a
+bucket are watched: a run writes its note anew every BEAT seconds, and one that does not for SILENT seconds is gone.
+There, two runs that start within the same second or two may both go on.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from llava_jax.cli import printable
+from llava_jax.errors import UserError, user_path
+from llava_jax.parallel.processes import gather
+
+NAME = ".lock"
+BEAT, SILENT = 10.0, 45.0
+PATIENCE = 10.0
+"""Seconds that a process which was killed may need to end: the kernel keeps its lock until then."""
+SETTLE = 2.0
+"""Seconds after which of two runs that wrote their notes at once the second one's stands in a bucket."""
+NOTE_BYTES = 512
+
+_held: set[str] = set()
+
+
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of an output directory; all processes of a run call it. Within another `hold` it does
+    nothing.
+
+    Raises UserError that names the run which is using the directory.
+    """
+    lock = None
+    if jax.process_index() == 0 and str(directory) not in _held:
+        lock = (_FileLock if isinstance(directory, Path) else _BucketLock)(directory)
+        _held.add(str(directory))
+    try:
+        gather("the lock of the output directory", None)
+        yield
+    finally:
+        if lock is not None:
+            _held.discard(str(directory))
+            lock.release()
+
+
+class _Lock:
+    """The note and its heartbeat; where the note is kept, the subclasses say."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.path = directory, directory / NAME
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        self.note = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "token": secrets.token_hex(8)}
+        self.beats, self.ended = 0, threading.Event()
+        self.acquire()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
+
+    def write(self) -> None:
+        self.beats += 1
+        self.put(json.dumps(self.note | {"beat": self.beats}).ljust(NOTE_BYTES).encode())
+
+    def refuse(self) -> None:
+        note = self.read()
+        who = f"a run on {note.get('host')} (process {note.get('pid')}, since {note.get('since')})"
+        raise UserError(f"{self.directory}: {printable(who) if note else 'another run'} is using this output "
+                        "directory; end it, or give another --output")
+
+    def read(self) -> dict:
+        """The note that is there, empty if it is none."""
+        try:
+            note = json.loads(self.get())
+            return note if isinstance(note, dict) else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
+
+    def wait_for_silence(self) -> None:
+        """Returns when the run whose note is there has not written it for SILENT seconds; UserError if it does."""
+        before = self.read()
+        if not before:
+            return
+        print(printable(f"{self.directory}: waiting {SILENT:.0f} s to see whether the run on {before.get('host')} "
+                        f"(process {before.get('pid')}, since {before.get('since')}) has ended"), flush=True)
+        until = time.monotonic() + SILENT
+        while time.monotonic() < until:
+            time.sleep(min(1.0, SILENT))
+            if self.read() != before:
+                self.refuse()
+
+    def _beat(self) -> None:
+        while not self.ended.wait(BEAT):
+            note = self.read()
+            if note and note.get("token") != self.note["token"]:
+                print(f"error: {self.directory}: the run on {printable(str(note.get('host')))} (process "
+                      f"{note.get('pid')}) has taken this output directory; this one ends", file=sys.stderr, flush=True)
+                os._exit(1)
+            with contextlib.suppress(OSError):  # a full disk or a network that is down for a while
+                self.write()
+
+
+class _FileLock(_Lock):
+    def acquire(self) -> None:
+        self.made = not self.directory.exists()
+        with user_path(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                locked = self.lock()
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    os.close(self.file)
+                    self.refuse()
+                os.close(self.file)
+                time.sleep(0.2)
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.file), os.stat(self.path)):
+                    break
+            os.close(self.file)  # the run before has removed this file, as it ended
+        if not (locked and self.read().get("host") == self.note["host"]):
+            self.wait_for_silence()
+        with user_path(self.path):  # the disk may be full
+            self.write()
+
+    def lock(self) -> bool:
+        """Opens and locks the file; False on a file system without locks. Raises BlockingIOError if it is taken."""
+        # Opened for reading: a file that is open for writing keeps its file system from becoming read-only. NFS asks
+        # for more.
+        for access in (os.O_RDONLY, os.O_RDWR):
+            with user_path(self.path):
+                self.file = os.open(self.path, access | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                raise
+            except OSError:
+                if access == os.O_RDONLY:
+                    os.close(self.file)
+        return False
+
+    def get(self) -> bytes:
+        return self.path.read_bytes()
+
+    def put(self, note: bytes) -> None:
+        file = os.open(self.path, os.O_WRONLY)
+        try:
+            os.pwrite(file, note, 0)
+        finally:
+            os.close(file)
+
+    def release(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        os.close(self.file)
+        if self.made:  # a run that fails at its start should leave nothing
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+
+
+class _BucketLock(_Lock):
+    def acquire(self) -> None:
+        self.wait_for_silence()
+        self.write()
+        time.sleep(SETTLE)
+        if self.read().get("token") != self.note["token"]:
+            self.refuse()
+
+    def get(self) -> bytes:
+        return self.path.read_bytes()
+
+    def put(self, note: bytes) -> None:
+        self.path.write_bytes(note)
+
+    def release(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        with contextlib.suppress(OSError):
+            self.path.unlink()

@@ -1,0 +1,146 @@
+"""The output directory of a run: local, shared by the hosts, or in a bucket; whose run it holds."""
+
+import dataclasses
+import json
+import secrets
+import shutil
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from llava_jax import config, files
+from llava_jax.errors import UserError
+from llava_jax.files import read_json, replacing
+from llava_jax.parallel.processes import Everywhere, gather
+
+# What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
+FREE = ("output", "mesh.*", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
+        "tensorboard", "wandb", "model.attention", "stages.*.remat", "stages.*.optimizer.offload",
+        "stages.*.data.workers", "stages.*.data.validation")
+FREE_WHEN_FINISHED = ("path", "image_root", "bad_rows")
+"""Fields of a stage's data that nothing reads once a later stage has started."""
+
+SEEN_WITHIN = 60.0
+"""Seconds after which a new file must be seen by all hosts: as long as NFS may believe that it is not there."""
+
+
+def directory(recipe: config.Recipe) -> Path:
+    """The output directory: a local path, or the path-like of a bucket (gs://...)."""
+    return epath.Path(recipe.output) if "://" in recipe.output else Path(recipe.output)
+
+
+def check_shared(recipe: config.Recipe) -> None:
+    """Everywhere, naming the processes that do not see the directory in which process 0 writes."""
+    if jax.process_count() == 1:
+        return
+    folder, first = directory(recipe), jax.process_index() == 0
+    name = gather("the name of a file", f".shared-{secrets.token_hex(8)}")[0]
+    new = first and not folder.exists()
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    gather("the file is there", None)
+    until = time.monotonic() + SEEN_WITHIN
+    while not (seen := (folder / name).exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    blind = [str(i) for i, seen in enumerate(gather("the file is seen", seen)) if not seen]
+    if first:
+        (folder / name).unlink()
+        if new:  # a run that fails at its start should leave nothing
+            folder.rmdir()
+    if blind:
+        raise Everywhere(f"{recipe.output}: what process 0 writes there is not seen by process {', '.join(blind[:8])}; "
+                         "give an --output that all hosts share, gs://BUCKET/... or on a network file system")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs have left in an output directory that this run holds."""
+    if jax.process_index() == 0 and isinstance(folder, Path):
+        files.remove_leftovers(str(folder / "model"))
+        for pattern in (".shared-*", ".model.????????", "checkpoints/*/*.orbax-checkpoint-tmp"):
+            for left in folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    gather("the leftovers are gone", None)
+
+
+def check_recipe(recipe: config.Recipe) -> None:
+    """UserError if the output directory holds the run of another recipe.
+
+    Until the model is written, stages that have no checkpoint yet may be changed, added or left out.
+    """
+    path = directory(recipe) / "recipe.json"
+    if not path.exists():
+        return
+    stored = read_json(path)
+    if not isinstance(stored.get("stages"), dict):
+        raise UserError(f"{path}: stages is missing or no object; the file is damaged: remove it if you are sure that "
+                        "this directory holds a run of the same recipe")
+    started = finished = list(stored["stages"])
+    waiting: set[str] = set()
+    if not has_model(recipe):
+        started = [name for name in started if has_started(recipe, name)]
+        finished, waiting = started[:-1], {*stored["stages"], *recipe.stages}.difference(started)
+    free = [*FREE, *(f"stages.{name}.*" for name in waiting),
+            *(f"stages.{name}.data.{field}" for name in finished for field in FREE_WHEN_FINISHED)]
+    changed = flat(recipe).items() ^ _flat(stored).items()
+    fields = sorted({name for name, _ in changed if not any(fnmatchcase(name, pattern) for pattern in free)})
+    if not fields and list(recipe.stages)[: len(started)] != started:
+        fields = ["the order of the stages"]
+    if fields:
+        raise UserError(f"{recipe.output}: holds a run of another recipe (different: {', '.join(fields[:6])}); "
+                        "give another --output, or remove the directory to start again")
+
+
+def has_model(recipe: config.Recipe) -> bool:
+    """Whether the finished model is there."""
+    target = directory(recipe) / "model"
+    # In a bucket a directory cannot appear at once, so the file that is copied last tells.
+    return (target if isinstance(target, Path) else target / "config.json").exists()
+
+
+def has_started(recipe: config.Recipe, stage: str) -> bool:
+    """Whether a stage has a checkpoint."""
+    folder = directory(recipe) / "checkpoints" / stage
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def has_later_started(recipe: config.Recipe, stage: str) -> bool:
+    """Whether a stage after this one has a checkpoint, so that this one was finished once."""
+    stages = list(recipe.stages)
+    return any(has_started(recipe, later) for later in stages[stages.index(stage) + 1 :])
+
+
+def claim(recipe: config.Recipe) -> None:
+    """Writes the recipe into its output directory, for `check_recipe` of later runs."""
+    if jax.process_index() == 0:
+        write_json(directory(recipe) / "recipe.json", _plain(recipe))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is there as a whole or not at all, also in a bucket; its folder is made."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        with replacing(path) as file:
+            file.write(text.encode())
+    else:
+        path.write_text(text)
+
+
+def flat(recipe: config.Recipe) -> dict[str, str]:
+    """Every field by its dotted name, its value as JSON."""
+    return _flat(_plain(recipe))
+
+
+def _plain(recipe: config.Recipe) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
+    return flat

@@ -1,0 +1,204 @@
+"""Where the parameters of a run come from: its source checkpoints, then what its earlier stages have trained."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from llava_jax import config
+from llava_jax.errors import UserError
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, split
+from llava_jax.models.projector import Projector
+from llava_jax.parallel import sharding
+from llava_jax.parallel.processes import agree
+from llava_jax.text import agreement, templates
+from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.train import output
+from llava_jax.train.checkpoint import Checkpoints
+from llava_jax.train.optimizer import trainable_paths
+from llava_jax.weights import load_checkpoint, read_config
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+"""Those whose versions must be the same on all hosts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe, with what follows from it and from the devices."""
+
+    recipe: config.Recipe
+    mesh: jax.sharding.Mesh
+    model: LlavaConfig
+    dtype: str
+    graphs: dict[str, nnx.GraphDef]
+    """the model's structure in each stage"""
+    shardings: dict[str, NamedSharding]
+    tokenizer: Tokenizer
+
+    @property
+    def directory(self) -> Path:
+        return output.directory(self.recipe)
+
+    @property
+    def tokenizer_directory(self) -> str:
+        return self.recipe.model.llava or self.recipe.model.language
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        recipe = self.recipe
+        return Checkpoints(self.directory / "checkpoints" / stage, recipe.checkpoint_every, recipe.keep_checkpoints)
+
+
+def begin(recipe: config.Recipe) -> Run:
+    """Checks all of a recipe that can be checked before training, its output directory included.
+
+    UserError with one line, also where processes differ in recipe, code or packages.
+    """
+    agree("the recipe", output.flat(recipe))
+    agree("the installation", {"llava_jax": code_hash()} | {name: version(name) for name in PACKAGES})
+    mesh = sharding.make_mesh(recipe.mesh)
+    model = model_config(recipe.model)
+    dtype, graphs, _, shardings = lay_out(recipe, mesh, model)
+    tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
+    # What is chosen is said by the first process alone.
+    with contextlib.redirect_stderr(io.StringIO()) if jax.process_index() else contextlib.nullcontext():
+        model = agree_on_template(recipe, model, tokenizer)
+    output.check_shared(recipe)
+    output.check_recipe(recipe)
+    return Run(recipe, mesh, model, dtype, graphs, shardings, tokenizer)
+
+
+def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
+    """The model with the template that it is trained on. Where parts are joined and the recipe names no template, it is
+    one that suits the tokenizer.
+
+    UserError if a template, the tokenizer and the decoder do not suit each other.
+    """
+    source = recipe.model.llava or recipe.model.language
+    if not recipe.model.llava and recipe.model.template is None:
+        model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
+    last = list(recipe.stages.values())[-1]
+    model = dataclasses.replace(model, template=finished_template(recipe, model.template), exif=last.data.exif)
+    # Only the template that a LLaVA brings itself has been trained with.
+    agreement.check(model.template, tokenizer, model.text.vocab_size, source,
+                    trained=bool(recipe.model.llava and not recipe.model.template),
+                    visual_tokens=model.tokens_per_image, context=model.text.max_length)
+    for name, stage in recipe.stages.items():
+        data = stage.data
+        if data.template:
+            agreement.check(data.template, tokenizer, model.text.vocab_size, f"stages.{name}.data.template")
+        agreement.check_length(data.row_length, model.text.max_length, f"stages.{name}.data.row_length")
+    return model
+
+
+def finished_template(recipe: config.Recipe, default: str) -> str:
+    """The template of the finished model: that of the last stage with conversations, since so it will be asked.
+
+    A recipe of captions alone leaves the model what `model.template` names, or the captions' template. UserError if
+    the recipe names another template than that stage's.
+    """
+    named = {name: templates.get(stage.data.template or default) for name, stage in recipe.stages.items()}
+    chats = [name for name, template in named.items() if not template.captions]
+    if not chats and recipe.model.template:
+        return templates.get(recipe.model.template).name
+    last = (chats or list(named))[-1]
+    if recipe.model.template and named[last] != templates.get(recipe.model.template):
+        raise UserError(f"stages.{last}.data.template is {named[last].name}, model.template {recipe.model.template}: "
+                        "the model would be asked in another form than trained; give both the same, or leave one out")
+    return named[last].name
+
+
+def lay_out(
+    recipe: config.Recipe, mesh: jax.sharding.Mesh, model: LlavaConfig
+) -> tuple[str, dict[str, nnx.GraphDef], dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
+    """The compute dtype, the model's graph by stage, every parameter's shape and sharding; touches no device, no file.
+
+    UserError naming the field where the recipe does not fit the mesh (which may be one of a topology's devices), or
+    its tables do not fit the parameters.
+    """
+    dtype = recipe.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    attention = choose_attention(recipe.model.attention, mesh.devices.flat[0].platform, model, dtype)
+    graphs = {}
+    for name, stage in recipe.stages.items():
+        graphs[name], shapes = abstract(model, dtype, attention, stage.remat)
+    shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
+    sharding.check_rows(mesh)
+    groups = mesh.shape["replica"] * mesh.shape["fsdp"]
+    for name, stage in recipe.stages.items():
+        try:
+            trainable_paths(stage, list(shapes))
+        except ValueError as error:
+            raise UserError(f"stages.{name}.{error}") from None
+        if stage.rows // stage.accumulate % groups:
+            raise UserError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
+                             f"divide over replica x fsdp = {groups} devices")
+    return dtype, graphs, shapes, shardings
+
+
+def code_hash() -> str:
+    """A hash of this package's code."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def model_config(model: config.Model, read: Callable = read_config) -> LlavaConfig:
+    """The configuration of the model that a recipe describes, read from its source checkpoints by `read(directory)`.
+
+    The template of a LLaVA is `read(directory, template)`'s; of parts that are joined, the recipe's or vicuna_v1.
+    """
+    if model.llava:
+        found = read(model.llava, model.template)
+        if not isinstance(found, LlavaConfig):
+            raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
+        return found
+    chosen = {"projector": model.projector, "feature_layer": model.feature_layer, "image_mode": model.image_mode,
+              "feature_select": model.feature_select, "template": model.template}
+    return LlavaConfig(vision=read(model.vision), text=read(model.language),
+                       **{name: value for name, value in chosen.items() if value is not None})
+
+
+def load_parameters(run: Run, dtype: Callable[[str], str], before: str | None) -> Parameters:
+    """All parameters as they are before the stage `before` (None: after the last), each in the dtype of its path."""
+    source = run.recipe.model
+    if source.llava:
+        parameters = load_checkpoint(source.llava, dtype=dtype, sharding=lambda path, shape: run.shardings[path])[1]
+    else:
+        parameters = init_projector(run, dtype)
+        for part in (source.vision, source.language):
+            parameters |= load_checkpoint(part, dtype=dtype, sharding=lambda path, shape: run.shardings[path])[1]
+    for stage in run.recipe.stages:
+        if stage == before:
+            break
+        checkpoints = run.checkpoints(stage)
+        rates = trainable_paths(run.recipe.stages[stage], list(run.shardings))
+        like = {path: jax.ShapeDtypeStruct(parameters[path].shape, jnp.float32, sharding=run.shardings[path])
+                for path in rates}
+        trained = checkpoints.trainable(checkpoints.latest(), like)
+        parameters |= {path: x.astype(dtype(path)) for path, x in trained.items()}
+        checkpoints.close()
+    return parameters
+
+
+def init_projector(run: Run, dtype: Callable[[str], str]) -> Parameters:
+    """A new projector by the recipe's seed, made where it lies."""
+    def make():
+        model = Projector(run.model.projector, run.model.vision.width, run.model.text.width,
+                          rngs=nnx.Rngs(run.recipe.seed))
+        named = {f"projector/{path}": x for path, x in split(model)[1].items()}
+        return {path: x.astype(dtype(path)) for path, x in named.items()}
+
+    shardings = {path: s for path, s in run.shardings.items() if path.startswith("projector/")}
+    return jax.jit(make, out_shardings=shardings)()

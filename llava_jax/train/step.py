@@ -1,0 +1,115 @@
+"""One optimizer step: loss, gradients of the trainable subtree, update. Compiled once for each stage."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from llava_jax.models.llava import Parameters, merge
+from llava_jax.text.encode import IGNORE
+from llava_jax.train.loss import cross_entropy
+
+Batch = dict[str, Array]
+"""Packed rows: tokens, labels, positions, segment_ids [B, T], images [B, I, H, W, 3], image_segment_ids [B, I]."""
+
+COMPILER_OPTIONS = {"tpu": {
+    # Products in rounds, each with a piece of gathered weights, take several times as long on a v6e.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+}}
+"""What the compiler is told by platform, beside its defaults."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes: the number of steps done, the trainable subtree in float32, and the optimizer's state."""
+
+    step: Int[Array, ""]
+    trainable: Parameters
+    optimizer: optax.OptState
+
+
+def init_state(tx: optax.GradientTransformation, trainable: Parameters, offload: bool = False) -> TrainState:
+    """Step 0. The moments lie as their parameters do from the start: on the devices, or offloaded to their hosts."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(tx, trainable, offload))
+    make = lambda trainable: TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))  # noqa: E731
+    return jax.jit(make, out_shardings=shardings)(trainable)
+
+
+def abstract_state(tx: optax.GradientTransformation, trainable: Parameters, offload: bool = False) -> TrainState:
+    """`init_state` without memory: ShapeDtypeStructs, laid out as the parameter whose path is part of a leaf's own."""
+    mesh = next(iter(trainable.values())).sharding.mesh
+
+    def lay_out(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in trainable]
+        sharding = trainable[names[-1]].sharding if names and leaf.ndim else NamedSharding(mesh, P())
+        if offload and names and leaf.ndim and path[0].name == "optimizer":
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.eval_shape(lambda x: TrainState(jnp.zeros((), jnp.int32), x, tx.init(x)), trainable)
+    return jax.tree_util.tree_map_with_path(lay_out, state)
+
+
+def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, ""]:
+    """Summed loss of a batch; dividing by `supervised(batch)` gives the mean over all learned tokens."""
+    model = merge(graph, trainable | frozen)
+    hidden = model.hidden(batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"])
+    with jax.named_scope("loss"):
+        return cross_entropy(hidden, model.decoder.output_kernel(), batch["labels"])
+
+
+def supervised(batch: Batch) -> Int[Array, ""]:
+    """Learned tokens of a batch: those that a position before them predicts."""
+    return (batch["labels"][..., 1:] != IGNORE).sum()
+
+
+def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState) -> Callable:
+    """`(state, frozen, batch) -> (state, metrics)`, jitted; the state's memory is reused, laid out as `state` is.
+
+    `batch` has the micro-batches on a leading axis [A, B, ...]. Their losses and gradients are summed, and divided
+    once by the step's learned tokens, so the cut into micro-batches and devices does not change the result.
+    Only `state.trainable` is differentiated, clipped and normed (`grad_norm`, before clipping).
+    """
+
+    def train_step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        def add(sums, batch):
+            sums_of_batch = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
+            return jax.tree.map(jnp.add, sums, sums_of_batch), None
+
+        count = supervised(batch)
+        if batch["tokens"].shape[0] == 1:
+            batch = jax.tree.map(lambda x: x[0], batch)
+            sums = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
+        else:
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trainable))
+            sums, _ = jax.lax.scan(add, zeros, batch)
+        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
+        with jax.named_scope("optimizer"):
+            moments = jax.tree.map(to_device, state.optimizer, shardings.optimizer)
+            updates, optimizer = tx.update(grads, moments, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "supervised_tokens": count}
+        return TrainState(state.step + 1, trainable, optimizer), metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    platform = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform
+    # Without fixed shardings the first step's result may be laid out otherwise, and the second step compiled again.
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None),
+                   compiler_options=COMPILER_OPTIONS.get(platform))
+
+
+def to_device(x: Array, sharding: NamedSharding) -> Array:
+    """`x`, brought from the host's memory if that is where `sharding` keeps it."""
+    return jax.device_put(x, sharding.with_memory_kind("device")) if sharding.memory_kind == "pinned_host" else x
+
+
+def make_loss(graph: nnx.GraphDef) -> Callable:
+    """`(trainable, frozen, batch) -> (summed loss, learned tokens)`, jitted, for validation."""
+    return jax.jit(lambda trainable, frozen, batch: (loss_sum(graph, trainable, frozen, batch), supervised(batch)))

@@ -1,0 +1,70 @@
+"""How long stages are: the recipe's steps, the data file's rows, estimates for published sets."""
+
+import numpy as np
+import pytest
+
+from llava_jax import config
+from llava_jax.data.pipeline import Batches
+from llava_jax.data.sources import open_mixture
+from llava_jax.plan.data import MIX_665K, PUBLISHED, draw, length
+from llava_jax.plan.models import planned_config
+from llava_jax.text.tokenizer import Tokenizer
+
+
+def recipe(model: config.Model, path: str, **stage) -> config.Recipe:
+    data = config.Data(path=path, row_length=96, images_per_row=2)
+    return config.Recipe(model=model, output="nowhere", stages={
+        "instruct": config.Stage((("projector/.*", 1e-3), ("(vision|decoder)/.*", None)), data, rows=2, **stage)})
+
+
+def test_a_data_file_that_is_there_is_counted(parts, data):
+    described = recipe(config.Model(vision=str(parts[0]), language=str(parts[1])), str(data), epochs=3)
+    model, _ = planned_config(described.model)
+    rows = list(Batches(1, open_mixture(str(data)), tokenizer=Tokenizer.load(parts[1]), template=model.template,
+                        tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad", row_length=96,
+                        images_per_row=2, epochs=1))
+    found = length(described, "instruct", model)
+    assert found.rows == len(rows) and found.steps == 3 * len(rows) // 2 and "counted" in found.source
+    assert length(described, "instruct", model, rows=100).steps == 150
+
+
+def test_of_a_long_file_a_part_is_counted(parts, data, monkeypatch):
+    from llava_jax.data import pipeline
+
+    described = recipe(config.Model(vision=str(parts[0]), language=str(parts[1])), str(data))
+    model, _ = planned_config(described.model)
+    monkeypatch.setattr(pipeline, "WINDOW", 2)  # 12 windows, of which every third is counted
+    whole = pipeline.Batches(1, open_mixture(str(data)), tokenizer=Tokenizer.load(parts[1]), template=model.template,
+                             tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad", row_length=96,
+                             images_per_row=2).count_rows()
+    found = length(described, "instruct", model)
+    assert "a part of" in found.source and abs(found.rows - whole) <= 0.4 * whole
+
+
+def test_steps_of_the_recipe_come_first_and_unknown_data_has_no_length(tiny):
+    model, _ = planned_config(tiny.model)
+    assert length(recipe(tiny.model, "x.json", steps=7), "instruct", model).steps == 7
+    assert length(recipe(tiny.model, "x.json"), "instruct", model) is None
+
+
+def test_the_published_mix_is_estimated_from_its_counts():
+    records = {end: sum(part[1] for part in parts) for end, (parts, _) in PUBLISHED.items()}
+    assert records == {"llava_v1_5_mix665k.json": 665_298, "llava_instruct_150k.json": 156_564,
+                       "blip_laion_cc_sbu_558k.json": 558_128, "cc3m_595k/chat.json": 595_375,
+                       "scienceqa/llava_train_QCM-LEA.json": 12_726}
+    turns, images = draw(MIX_665K, 0.05, np.random.default_rng(0))
+    assert len(turns) == pytest.approx(665_298 * 0.05, abs=12)
+    assert (images == 0).mean() == pytest.approx(40_688 / 665_298, abs=1e-3)
+    described = config.load_recipe_module("llava_1_5_7b").recipe()
+    model, _ = planned_config(described.model)
+    found = length(described, "instruct", model)
+    data = described.stages["instruct"].data
+    # No row can hold more images than its slots, nor more tokens than its length.
+    assert found.rows > (665_298 - 40_688) / data.images_per_row and "estimate" in found.source
+    captions = length(described, "align", model)
+    assert captions.rows == pytest.approx(558_128 / described.stages["align"].data.images_per_row, rel=0.01)
+
+
+def test_a_published_set_under_another_name_is_not_taken_for_it(tiny):
+    model, _ = planned_config(tiny.model)
+    assert length(recipe(tiny.model, "data/chat.json"), "instruct", model) is None

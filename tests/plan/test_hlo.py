@@ -1,0 +1,205 @@
+"""HLO text written by hand, with known answers: nested loops, lines that break, steps of two, kernels, collectives."""
+
+import numpy as np
+import pytest
+
+from llava_jax.errors import UserError
+from llava_jax.plan import costs
+from llava_jax.plan.cycles import profile
+from llava_jax.plan.hlo import parse
+from llava_jax.plan.loops import trips
+
+CYCLES = 'backend_config={"estimated_cycles":"%d"}'
+KERNEL = '''custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 64, \\"block_kv\\": 64}"
+}}, metadata={op_name="jit(step)/transpose(jvp(decoder))/while/body/splash_mha_fwd"}, backend_config={"body":"A(
+}B"}'''
+KERNEL_SHAPE = "(bf16[2,128,64]{2,1,0:T(8,128)(2,1)}, /*index=1*/f32[2,128]{1,0})"
+
+
+def op(name: str, cycles: int, scope: str = "", root: bool = False, call: str = "add(%x, %x)") -> str:
+    metadata = f', metadata={{op_name="jit(step)/{scope}"}}' if scope else ""
+    return f"  {'ROOT ' * root}%{name} = f32[8,128]{{1,0:T(8,128)}} {call}{metadata}, {CYCLES % cycles}"
+
+
+MODULE = f"""HloModule jit_step, is_scheduled=true
+
+%inner_condition (p: (s32[], f32[8,128])) -> pred[] {{
+  %p.1 = (s32[]{{:T(128)}}, f32[8,128]{{1,0}}) parameter(0)
+  %bound.1 = s32[]{{:T(128)}} constant(5)
+  %i.1 = s32[]{{:T(128)}} get-tuple-element(%p.1), index=0
+  ROOT %less.1 = pred[] compare(%i.1, %bound.1), direction=LT
+}}
+
+%inner (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{
+  %p.2 = (s32[]{{:T(128)}}, f32[8,128]{{1,0}}) parameter(0)
+  %i.2 = s32[]{{:T(128)}} get-tuple-element(%p.2), index=0
+  %x = f32[8,128]{{1,0:T(8,128)}} get-tuple-element(%p.2), index=1
+  %one.2 = s32[]{{:T(128)}} constant(1)
+  %next.2 = s32[]{{:T(128)}} add(%i.2, %one.2)
+{op("work.2", 100, "jvp(decoder)/while/body/dot")}
+{op("bare.2", 10)}
+  %kernel.2 = {KERNEL_SHAPE} custom-call(%t, %q, %k, /*index=3*/%k), {KERNEL}
+  %t = s8[1,2,2]{{2,1,0}} constant({{...}})
+  %q = bf16[2,128,64]{{2,1,0:T(8,128)(2,1)S(1)}} constant({{...}})
+  %k = bf16[2,128,64]{{2,1,0:T(8,128)(2,1)}} constant({{...}})
+  ROOT %out.2 = (s32[]{{:T(128)}}, f32[8,128]{{1,0}}) tuple(%next.2, %work.2)
+}}
+
+%outer_condition (p: (s32[], f32[8,128], s32[], s32[])) -> pred[] {{
+  %p.3 = (s32[], f32[8,128], s32[], s32[]) parameter(0)
+  %i.3 = s32[] get-tuple-element(%p.3), index=0
+  %bound.3 = s32[] get-tuple-element(%p.3), index=2
+  ROOT %less.3 = pred[] fusion(%i.3, %bound.3), kind=kLoop, calls=%compare
+}}
+
+%compare (a: s32[], b: s32[]) -> pred[] {{
+  %a.4 = s32[] parameter(0)
+  %b.4 = s32[] parameter(1)
+  ROOT %less.4 = pred[] compare(%a.4, %b.4), direction=LT
+}}
+
+%outer (p: (s32[], f32[8,128], s32[], s32[])) -> (s32[], f32[8,128], s32[], s32[]) {{
+  %p.5 = (s32[], f32[8,128], s32[], s32[]) parameter(0)
+  %i.5 = s32[] get-tuple-element(%p.5), index=0
+  %x = f32[8,128]{{1,0:T(8,128)}} get-tuple-element(%p.5), index=1
+  %bound.5 = s32[] get-tuple-element(%p.5), index=2
+  %two.5 = s32[] get-tuple-element(%p.5), index=3
+  %next.5 = s32[] add(%i.5, %two.5)
+  %zero.5 = s32[] constant(0)
+  %start.5 = (s32[], f32[8,128]) tuple(%zero.5, %x)
+  %loop.5 = (s32[], f32[8,128]) while(%start.5), condition=%inner_condition, body=%inner
+{op("backward.5", 7, "transpose(jvp(vision))/checkpoint/rematted_computation/dot")}
+  ROOT %out.5 = (s32[], f32[8,128], s32[], s32[]) tuple(%next.5, %x, %bound.5, %two.5)
+}}, execution_thread="main"
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
+  %x = f32[8,128]{{1,0:T(8,128)}} parameter(0)
+  %zero = s32[] constant(0)
+  %six = s32[] constant(6)
+  %two = s32[] constant(2)
+  %start = (s32[], f32[8,128], s32[], s32[]) tuple(%zero, %x, %six, %two)
+  %loop = (s32[], f32[8,128], s32[], s32[]) while(%start), condition=%outer_condition, body=%outer
+{op("update", 1000, "optimizer/mul")}
+{op("argument", 3, "state.trainable['decoder/head']", call="copy(%x)").replace("jit(step)/", "")}
+  %ready = f32[64,128]{{1,0:T(8,128)}} all-gather(%x), channel_id=1, replica_groups=[2,8]<=[16], dimensions={{0}}
+  %sum = f32[8,128]{{1,0:T(8,128)}} all-reduce(%x), channel_id=2, replica_groups=[8,2]<=[2,8]T(1,0), to_apply=%compare
+{op("last", 1, "transpose(jvp(loss))/add", root=True)}
+}}
+"""
+
+
+def test_cycles_are_summed_over_nested_loops_of_any_step():
+    found = profile(MODULE, [0] * 16)
+    # 0, 2, 4 of the outer loop (its bound and step are carried along), 5 rounds of the inner one in each.
+    assert found.cycles == 3 * (5 * (100 + 10) + 7) + 1000 + 3 + 1
+    assert found.by_part() == {("decoder", "forward"): 3 * 5 * 110, ("vision", "recompute"): 21,
+                               ("optimizer", ""): 1000, ("other", "forward"): 3, ("loss", "backward"): 1}
+
+
+def test_a_kernel_whose_text_spans_lines_has_no_cycles_and_gets_its_blocks_flops():
+    kernel, = profile(MODULE, [0] * 16).kernels
+    assert kernel.times == 15 and kernel.cycles == 0
+    # Two products over the 3 of 4 blocks of 64 x 64 on and below the diagonal, for 2 heads of width 64.
+    assert kernel.flops == 2 * 2 * 2 * 3 * 64 * 64 * 64
+    # q lies in VMEM; k is read twice, the table once; both results are written.
+    assert kernel.bytes == 2 * (2 * 128 * 64 * 2) + 4 + 2 * 128 * 64 * 2 + 2 * 128 * 4
+
+
+def test_what_collectives_send_within_a_slice_and_between():
+    found = profile(MODULE, [0] * 8 + [1] * 8)
+    gather, reduce = [each for op in found.ops for each in op.collectives]
+    size = 8 * 128 * 4
+    assert (gather.group, gather.slices) == (8, 1) and gather.ici_bytes == 7 * size and gather.dcn_bytes == 0
+    assert (reduce.group, reduce.slices) == (2, 2) and reduce.ici_bytes == 0 and reduce.dcn_bytes == 2 * size / 2
+    assert len(found.exposed) == 2
+
+
+def test_pieces_of_a_collective_spread_over_a_loop_count_once():
+    gather = "all-gather(%p), channel_id=9, replica_groups={{0,1}}, dimensions={0}"
+    text = f"""HloModule m
+%piece (p: bf16[8]) -> bf16[16] {{
+  %p = bf16[8]{{0}} parameter(0)
+  ROOT %g = bf16[16]{{0}} {gather}
+}}
+%condition (p: (s32[])) -> pred[] {{
+  %p = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(23)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+%body (p: (s32[])) -> (s32[]) {{
+  %p = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[8]{{0}} constant({{...}})
+  %step = bf16[16]{{0}} fusion(%x), kind=kCustom, calls=%piece, {CYCLES % 50}
+  ROOT %out = (s32[]) tuple(%i)
+}}
+ENTRY %main (x: bf16[8]) -> bf16[16] {{
+  %x = bf16[8]{{0}} parameter(0)
+  %zero = s32[] constant(0)
+  %async-collective-start = bf16[16]{{0}} fusion(%x), kind=kCustom, calls=%piece
+  %start = (s32[]) tuple(%zero)
+  %loop = (s32[]) while(%start), condition=%condition, body=%body
+  ROOT %async-collective-done = bf16[16]{{0}} fusion(%x), kind=kCustom, calls=%piece
+}}
+"""
+    found = profile(text, [0, 0])
+    assert found.ici_bytes == 16 * 2 / 2
+    assert not found.exposed and found.cycles == 23 * 50
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("replica_groups={}", [[0, 1, 2, 3]]),
+    ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ("replica_groups=mesh['axis_0'=4] {'axis_0'}", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['axis_0'=4] {'axis_0':(1)2}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['axis_0'=4] {'axis_0':(2)2}", [[0, 1], [2, 3]]),
+])
+def test_replica_groups_in_all_the_ways_of_writing_them(text, expected):
+    module = parse(f"ENTRY %e (p: f32[]) -> f32[] {{\n  ROOT %r = f32[] all-reduce(%p), {text}, to_apply=%a\n}}\n")
+    np.testing.assert_array_equal(costs.replica_groups(module.entry.root, 4), expected)
+
+
+def test_bytes_of_fusions_that_slice_and_update():
+    text = """HloModule m
+%fused (a: f32[32,64], b: f32[1,64], c: f32[64], i: s32[]) -> f32[32,64] {
+  %a = f32[32,64]{1,0} parameter(0)
+  %b = f32[32,64]{1,0} parameter(1)
+  %c = f32[64]{0:S(1)} parameter(2)
+  %i = s32[] parameter(3)
+  %slice = f32[1,64]{1,0} dynamic-slice(%b, %i, %i), dynamic_slice_sizes={1,64}
+  %sum = f32[1,64]{1,0} add(%slice, %slice)
+  ROOT %update = f32[32,64]{1,0} dynamic-update-slice(%a, %sum, %i, %i)
+}
+ENTRY %main (a: f32[32,64], b: f32[32,64], c: f32[64], i: s32[]) -> f32[32,64] {
+  %a = f32[32,64]{1,0} parameter(0)
+  %b = f32[32,64]{1,0} parameter(1)
+  %c = f32[64]{0:S(1)} parameter(2)
+  %i = s32[]{:S(6)} parameter(3)
+  %start = (f32[64]{0:S(1)}, f32[64]{0}, u32[]) copy-start(%c)
+  %done = f32[64]{0:S(1)} copy-done(%start)
+  ROOT %f = f32[32,64]{1,0} fusion(%a, %b, %c, %i), kind=kLoop, calls=%fused
+}
+"""
+    module = parse(text)
+    fusion = module.entry.root
+    assert costs.hbm_bytes(fusion, module.entry, module) == 2 * 64 * 4  # one row in, one row out
+    assert costs.hbm_bytes(module.entry.instructions["start"], module.entry, module) == 64 * 4
+    assert costs.hbm_bytes(module.entry.instructions["done"], module.entry, module) == 0
+
+
+def test_a_loop_whose_length_is_found_while_running_has_no_count():
+    module = parse(MODULE.replace("direction=LT", "direction=GT"))
+    loop = module.entry.instructions["loop"]
+    assert trips(module, module.entry, loop, {})[0] is None
+
+
+def test_a_text_without_entry_is_an_error():
+    with pytest.raises(UserError, match="no HLO module"):
+        parse("HloModule m\n")

@@ -1,0 +1,226 @@
+"""The planned step: what train runs, compiled for TPUs; its figures against closed forms and JAX's own."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax import config
+from llava_jax.errors import UserError
+from llava_jax.models.llava import abstract
+from llava_jax.parallel import sharding
+from llava_jax.plan import costs, show
+from llava_jax.plan.cycles import profile
+from llava_jax.plan.data import Length
+from llava_jax.plan.hlo import parse
+from llava_jax.plan.meshes import plan_mesh, with_slices
+from llava_jax.plan.models import known, planned_config
+from llava_jax.plan.predict import predict
+from llava_jax.plan.step import abstract_batch, compile_program, compile_step
+from llava_jax.plan.topologies import parse as parse_slice
+
+WHERE = parse_slice("v5e-4")
+
+
+@pytest.fixture(scope="module")
+def planned(needs_libtpu, tiny):
+    model, _ = planned_config(tiny.model)
+    mesh = plan_mesh(tiny, WHERE, model)
+    return model, mesh, compile_step(tiny, "instruct", WHERE, mesh, model)
+
+
+def test_memory_is_the_compilers_and_its_parts_are_the_arrays(planned, tiny):
+    model, mesh, program = planned
+    _, shapes = abstract(model)
+    sizes = {"trained": 0, "frozen": 0}
+    for path, x in shapes.items():
+        spec = sharding.parameter_shardings({path: x.shape}, mesh)[path].spec
+        axes = [axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)]
+        share = math.prod(mesh.shape[axis] for axis in axes)
+        trained = not path.startswith("vision/")
+        sizes["trained" if trained else "frozen"] += x.size // share * (4 if trained else 2)
+    memory, data = program.memory, tiny.stages["instruct"].data
+    assert (memory.trained, memory.frozen) == (sizes["trained"], sizes["frozen"])
+    assert memory.optimizer == pytest.approx(2 * sizes["trained"], abs=16)  # two moments and counters
+    assert memory.batch == 2 * (4 * 4 * data.row_length + 2 * 28 * 28 * 3)  # two rows on each device
+    assert 0 < memory.temporaries and memory.fits and memory.limit == WHERE.chip.memory
+
+
+def test_a_prediction_adds_up(planned, tiny):
+    model, _, program = planned
+    plan = predict(tiny, "instruct", WHERE, model, program, None)
+    chip, times = WHERE.chip, plan.times
+    assert plan.profile.cycles == pytest.approx(times.cycles * 1.503e9, rel=1e-3)
+    assert times.step == times.cycles + times.kernels + times.exposed
+    assert plan.mfu == plan.model_flops / times.step / 4 / chip.flops
+    assert plan.per_chip(plan.tokens) * 4 * times.step == pytest.approx(8 * 128)
+    parts = plan.profile.by_part()
+    assert sum(parts.values()) == plan.profile.cycles == sum(plan.profile.by_kind().values())
+    # Every scope of the model is found, and the frozen vision tower has no backward pass.
+    assert {part for part, _ in parts} >= {"vision", "projector", "decoder", "loss", "optimizer"}
+    assert ("vision", "backward") not in parts and parts["decoder", "backward"] > parts["decoder", "forward"]
+    # Products that are made again are not in the formula, and the program's padding and blocks add to them.
+    assert plan.profile.flops * 4 > plan.model_flops
+
+
+def test_a_plan_as_text_is_narrow_and_says_where_figures_are_from(planned, tiny):
+    model, mesh, program = planned
+    plan = predict(tiny, "instruct", WHERE, model, program, Length(5000, "the recipe's steps"))
+    text = show.header("tiny", WHERE, dict(mesh.shape), []) + show.text(plan, price=1.5)
+    for word in ("v5e-4: 2x2, 4 chips", "fits", "temporaries", "exposed collectives", "MFU", "recompute", "chip-hours",
+                 "the compiler", "arithmetic", "formula", "predicted", "Nothing here was measured on a TPU."):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_stage_one_has_no_optimizer_state_of_the_decoder(planned, tiny):
+    model, mesh, program = planned
+    first = compile_step(tiny, "align", WHERE, mesh, model)
+    assert first.memory.optimizer < program.memory.optimizer / 5
+    assert first.memory.trained < program.memory.trained / 5 < first.memory.frozen
+    assert profile(first.hlo, first.slices).flops < profile(program.hlo, program.slices).flops
+
+
+def test_each_stage_computes_again_what_it_says(planned, tiny):
+    model, mesh, program = planned
+    align = dataclasses.replace(tiny.stages["align"], remat="none")
+    first = compile_step(dataclasses.replace(tiny, stages=tiny.stages | {"align": align}), "align", WHERE, mesh, model)
+    assert tiny.stages["instruct"].remat == "full"
+    assert ("decoder", "recompute") in profile(program.hlo, program.slices).by_part()
+    assert ("decoder", "recompute") not in profile(first.hlo, first.slices).by_part()
+
+
+def lower(function, *shapes):
+    mesh = sharding.make_mesh(config.Mesh(1, 1, 1), parse_slice("v5e-1").jax_devices())
+    arrays = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=NamedSharding(mesh, P())) for shape in shapes]
+    return jax.jit(function).lower(*arrays), mesh
+
+
+def compiled(function, *shapes):
+    lowered, mesh = lower(function, *shapes)
+    parts = dict.fromkeys(("trained", "frozen", "optimizer", "batch"), 0)
+    return compile_program(lowered, parts, parse_slice("v5e-1"), mesh)
+
+
+def test_temporaries_are_what_the_compiler_says_without_a_dump(needs_libtpu):
+    def function(x, y):
+        return jnp.tanh(x @ y) @ jnp.tanh(y @ x)
+
+    shapes = (8192, 8192), (8192, 8192)
+    found = lower(function, *shapes)[0].compile().memory_analysis()
+    assert found.temp_size_in_bytes > 2**24
+    assert compiled(function, *shapes).memory.temporaries == found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+@pytest.mark.parametrize("equation,shapes", [
+    ("MK,KN->MN", [(256, 512), (512, 384)]),
+    ("BMK,BKN->BMN", [(4, 128, 256), (4, 256, 384)]),
+    ("BTNH,BSNH->BNTS", [(2, 128, 4, 64), (2, 192, 4, 64)]),
+    ("BNTS,BSNH->BTNH", [(2, 4, 128, 192), (2, 192, 4, 64)]),
+])
+def test_products_have_the_flops_of_their_equation(needs_libtpu, equation, shapes):
+    text = compiled(lambda a, b: jnp.einsum(equation, a, b), *shapes).hlo
+    sizes = {letter: size for term, shape in zip(equation.split("->")[0].split(","), shapes, strict=True)
+             for letter, size in zip(term, shape, strict=True)}
+    assert profile(text, [0]).flops == 2 * math.prod(sizes.values())
+
+
+def test_a_scan_counts_all_its_rounds(needs_libtpu):
+    def scan(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    found = profile(compiled(scan, (256, 512), (7, 512, 512)).hlo, [0])
+    assert found.flops == 7 * 2 * 256 * 512 * 512
+
+
+def test_what_does_not_fit_says_by_how_much(needs_libtpu):
+    program = compiled(lambda x: (x + 1).sum(), (1024, 1024, 1024, 10))
+    assert not program.hlo and not program.memory.fits
+    assert program.memory.peak == pytest.approx(20 * 2**30, rel=0.01)
+    assert program.memory.limit == pytest.approx(parse_slice("v5e-1").chip.memory, rel=1e-3)
+
+
+def test_two_slices_exchange_their_gradients_once(needs_libtpu, tiny):
+    where = parse_slice("v5e-4x2")
+    model, _ = planned_config(tiny.model)
+    recipe, notes = with_slices(tiny, where)
+    assert recipe.mesh.replica == 2 and "--mesh.replica 2" in notes[0]
+    program = compile_step(recipe, "instruct", where, plan_mesh(recipe, where, model), model)
+    assert set(program.slices) == {0, 1}
+    found = profile(program.hlo, program.slices)
+    # Gradients travel in bfloat16 or float32; small ones are padded to whole tiles, replicated norms come on top.
+    gradients = program.memory.trained // 4
+    assert 2 * gradients * 0.95 <= found.dcn_bytes <= 4 * gradients * 1.15
+
+
+def test_the_planned_batch_is_what_the_loop_puts_on_the_devices(tiny, parts, data):
+    from llava_jax.train.loop import on_devices, read_data
+    from llava_jax.train.start import begin
+
+    stage = dataclasses.replace(tiny.stages["instruct"], accumulate=2, rows=4,
+                                data=config.Data(path=str(data), row_length=96, images_per_row=2))
+    recipe = dataclasses.replace(tiny, model=config.Model(vision=str(parts[0]), language=str(parts[1])),
+                                 stages={"instruct": stage})
+    run = begin(recipe)
+    batch = on_devices(run, next(iter(read_data(run, stage, stage.data.path))), stage.accumulate)
+    planned = abstract_batch(stage, run.mesh, run.model)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        name: (x.shape, x.dtype) for name, x in planned.items()}
+    assert all(batch[name].sharding.is_equivalent_to(x.sharding, x.ndim) for name, x in planned.items())
+
+
+def test_published_sizes_stand_in_for_checkpoints_that_are_not_here():
+    model = config.Model(vision="checkpoints/clip-vit-large-patch14-336", language="x/Vicuna-13B-v1.5")
+    found, notes = planned_config(model)
+    count = sum(x.size for x in abstract(found)[1].values())
+    assert 13.2e9 < count < 13.5e9 and len(notes) == 2  # LLaVA-1.5 13B
+    assert sum(x.size for path, x in abstract(found)[1].items() if path.startswith("vision/")) == pytest.approx(
+        303.5e6, rel=0.01)
+    with pytest.raises(UserError, match="my-model.*config.json"):
+        known("checkpoints/my-model")
+
+
+@pytest.mark.parametrize("name,count", [
+    ("vicuna-7b-v1.5", 6.738e9), ("Llama-2-13b-hf", 13.016e9), ("Meta-Llama-3-8B-Instruct", 8.030e9),
+    ("Mistral-7B-Instruct-v0.2", 7.242e9), ("Qwen2-7B-Instruct", 7.616e9), ("Qwen2.5-3B", 3.086e9),
+    ("Qwen2-1.5B", 1.544e9), ("Qwen2.5-0.5B-Instruct", 0.494e9),
+])
+def test_published_sizes_give_the_published_numbers_of_parameters(name, count):
+    text = known(name)
+    layer = text.width * text.head_width * 2 * (text.heads + text.kv_heads) + 3 * text.width * text.mlp_width
+    layer += 2 * text.width + (text.qkv_bias and text.head_width * (text.heads + 2 * text.kv_heads))
+    total = text.layers * layer + text.width + text.width * text.vocab_size * (1 if text.tied else 2)
+    assert total == pytest.approx(count, rel=5e-4)
+
+
+@pytest.mark.parametrize("mesh,rows,expected", [
+    (config.Mesh(fsdp=3), 8, "fsdp 3 .* needs 3 devices, and there are 4.*these would: --mesh.replica 1 --mesh.fsdp 4"),
+    (config.Mesh(), 6, "6 rows .* do not divide .* = 4 .*these would: .*--mesh.fsdp 2 --mesh.tensor 2"),
+    (config.Mesh(), 5, "5 rows .*multiple of 4"),
+])
+def test_what_does_not_divide_says_what_would(needs_libtpu, tiny, mesh, rows, expected):
+    model, _ = planned_config(tiny.model)
+    stages = {"instruct": dataclasses.replace(tiny.stages["instruct"], rows=rows)}
+    with pytest.raises(UserError, match=expected):
+        plan_mesh(dataclasses.replace(tiny, mesh=mesh, stages=stages), WHERE, model)
+
+
+def test_convolutions_with_holes_count_what_meets_an_element():
+    """Against a convolution made by brute force: each product of two elements that are there counts 2."""
+    for length, size, stride, pad, dilate, spread in ((5, 3, 1, 1, 1, 1), (4, 4, 3, 0, 4, 1), (6, 2, 2, 1, 2, 3)):
+        holes = np.zeros((length - 1) * dilate + 1 + 2 * pad)
+        holes[pad : len(holes) - pad : dilate] = 1
+        reach = (size - 1) * spread + 1
+        results = (len(holes) - reach) // stride + 1
+        count = sum(holes[i * stride : i * stride + reach : spread].sum() for i in range(results))
+        text = (f"ENTRY %e (a: f32[2,{length},8], b: f32[{size},8,3]) -> f32[] {{\n"
+                f"  %a = f32[2,{length},8]{{2,1,0}} parameter(0)\n  %b = f32[{size},8,3]{{2,1,0}} parameter(1)\n"
+                f"  ROOT %c = f32[2,{results},3]{{2,1,0}} convolution(%a, %b), window={{size={size} stride={stride} "
+                f"pad={pad}_{pad} lhs_dilate={dilate} rhs_dilate={spread}}}, dim_labels=b0f_0io->b0f\n}}\n")
+        module = parse(text)
+        assert costs.flops(module.entry.root, module.entry) == 2 * 2 * 8 * 3 * count

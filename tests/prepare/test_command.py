@@ -1,0 +1,45 @@
+"""The command line of prepare, and that what it packs trains as what it was made of."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from llava_jax.data.pipeline import Batches
+from llava_jax.data.sources import open_mixture
+from llava_jax.errors import UserError
+from llava_jax.prepare import __main__ as prepare
+from llava_jax.prepare.settings import Settings
+
+
+@pytest.mark.parametrize("name", prepare.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        prepare.main([name, "--help"])
+    assert ended.value.code == 0 and f"llava_jax.prepare {name}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_those_there_are():
+    with pytest.raises(UserError, match="no command 'chek'; there are check, preview"):
+        prepare.main(["chek", "data.json"])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    for arguments in (["check", str(tmp_path / "none.json")], ["check", "--bad"], ["sample", "a"], []):
+        ended = subprocess.run([sys.executable, "-m", "llava_jax.prepare", *arguments], capture_output=True, text=True)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr
+        assert len(ended.stderr.splitlines()) == bool(arguments), ended.stderr
+
+
+def test_a_packed_data_set_gives_the_same_batches(data, parts, tmp_path):
+    assert prepare.main(["check", str(data), "--model", str(parts[1]), "--tokens-per-image", "4"]) == 0
+    assert prepare.main(["pack", str(data), str(tmp_path / "packed"), "--workers", "0", "--shards", "3"]) == 0
+    options = vars(Settings.load(str(parts[1]))) | {"tokens_per_image": 4, "image_size": 28}
+    here, there = (Batches(2, open_mixture(path), **options, row_length=256, images_per_row=4, epochs=2)
+                   for path in (data, tmp_path / "packed"))
+    count = 0
+    for one, other in zip(here, there, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+        count += 1
+    assert count > 4

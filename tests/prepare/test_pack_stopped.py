@@ -1,0 +1,263 @@
+"""A pack that is killed, interrupted, out of space or not alone: nothing is lost, and it goes on to the same bytes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+from pack_data import Stopped, contents, encoded, run, stop, with_tfds, write_data
+
+from llava_jax.data.sources import open_source
+from llava_jax.data.workers import Pool
+from llava_jax.errors import UserError
+from llava_jax.prepare import pack
+from llava_jax.prepare.pack import Pack
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+# Kills itself at the N-th event: a row read, or a file given its name (before and after that).
+KILLED = """
+import os, signal, sys
+from llava_jax.prepare import shards
+from llava_jax.prepare.pack import Pack
+left = int(sys.argv[3])
+def event():
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+load, replace = shards.Examples.load, os.replace
+def loads(*args):
+    event()
+    return load(*args)
+def replaces(*args):
+    event()
+    replace(*args)
+    event()
+shards.Examples.load, os.replace = loads, replaces
+Pack(data=sys.argv[1], out=sys.argv[2], shards=4, workers=0).run()
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(data, tmp_path):
+    whole, out = contents(run(data, tmp_path / "whole" / "set")), tmp_path / "killed" / "set"
+    # Each goes on from where the one before was killed: before and after the plan got its name; in the first shard;
+    # before and after that and its note got theirs; in the third shard; before features.json got its name, and after;
+    # before dataset_info.json got its.
+    for left in (0, 1, 4, 6, 7, 8, 9, 15, 20, 1, 2):
+        killed = subprocess.run([sys.executable, "-c", KILLED, data, out, str(left)], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        with pytest.raises(UserError, match="a pack into it has begun but not ended"):
+            open_source(str(out))
+        with pytest.raises(Exception, match="Could not read dataset info"):
+            tfds.builder_from_directory(out)
+    assert {"features.json", ".pack/00003.json", "dataset_info.json.part"} < set(contents(out))
+    run(data, out)
+    assert contents(out) == whole
+
+
+def test_finished_shards_are_kept(data, tmp_path, monkeypatch):
+    out, write, called = tmp_path / "set", pack.ShardWriter.__call__, []
+
+    def write_two(self, shard):
+        return write(self, shard) if shard < 2 else stop()
+
+    def write_and_say(self, shard):
+        called.append(shard)
+        assert not os.path.exists(out / ".pack" / "00002.json-1")
+        return write(self, shard)
+
+    monkeypatch.setattr(pack.ShardWriter, "__call__", write_two)
+    with pytest.raises(Stopped):
+        run(data, out)
+    shards = [f"set-train.array_record-0000{k}-of-00004" for k in range(4)]
+    assert sorted(os.listdir(out)) == [".pack", *shards[:2]]
+    os.truncate(out / shards[1], 100)  # is not what its note says
+    (out / ".pack" / "00002.json-1").write_bytes(b"part of a shard")
+    monkeypatch.setattr(pack.ShardWriter, "__call__", write_and_say)
+    run(data, out)
+    assert called == [1, 2, 3]
+    assert contents(out) == contents(run(data, tmp_path / "whole" / "set"))
+
+
+@pytest.fixture
+def begun(data, tmp_path, monkeypatch) -> Path:
+    """A folder with part of a pack."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Pack, "_finish", stop)
+        with pytest.raises(Stopped):
+            run(data, tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shards": 5}, "other shards: 4 before, 5 now"),
+        ({"image_size": 56}, "other images: as in the files before, size 56 mode pad format jpeg quality 95 now"),
+        ({"split": "val"}, "other name: set 1.0.0 train before, set 1.0.0 val now"),
+        ({"image_root": "/"}, "other data or image root; give the same to go on, another folder, or --overwrite"),
+    ],
+)
+def test_another_pack_is_not_mixed_with_the_one_that_was_begun(data, begun, options, message):
+    with pytest.raises(UserError, match=message):
+        run(data, begun, **options)
+    changed = options if "image_root" not in options else {"bad_rows": "skip"}
+    run(data, begun, overwrite=True, **changed)
+    assert len(with_tfds(begun, options.get("split", "train"))) == 24
+    shards = options.get("shards", 4)
+    assert sum(name.endswith(f"-of-{shards:05}") for name in os.listdir(begun)) == shards
+
+
+def test_a_pack_that_overwrites_goes_on_too(data, begun, monkeypatch):
+    """Its shards are all finished: none is written again."""
+    monkeypatch.setattr(pack.ShardWriter, "__call__", stop)
+    run(data, begun, overwrite=True)
+    assert len(with_tfds(begun)) == 24
+
+
+def test_data_that_has_changed_since_is_not_mixed_in(begun, tmp_path):
+    path = write_data(tmp_path / "data")
+    run(path, tmp_path / "other")
+    with pytest.raises(UserError, match="other data"):
+        run(path, begun)
+
+
+def test_a_finished_set_is_not_overwritten_unasked(data, tmp_path):
+    out = run(data, tmp_path / "set")
+    before = contents(out)
+    with pytest.raises(UserError, match="holds a data set already; give another folder, or --overwrite"):
+        run(data, out)
+    assert contents(out) == before
+    run(data, out, overwrite=True, shards=2)
+    assert len(with_tfds(out)) == 24 and len(contents(out)) == 4
+
+
+def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds other things .thesis.tex.; give an empty folder or a new one"):
+        run(data, tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="thesis.tex: is a file; give a folder"):
+        run(data, tmp_path / "thesis.tex")
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+# Says that it has begun, and goes on when it is told to.
+HELD = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have a test in the background ignore it
+from llava_jax.prepare import shards
+from llava_jax.prepare.pack import Pack
+load = shards.Examples.load
+def loads(*args):
+    shards.Examples.load = load
+    print("begun", flush=True)
+    sys.stdin.readline()
+    return load(*args)
+shards.Examples.load = loads
+Pack(data=sys.argv[1], out=sys.argv[2], shards=4, workers=0).run()
+"""
+
+
+def test_two_packs_into_one_folder(data, tmp_path):
+    out = tmp_path / "one" / "set"
+    command = [sys.executable, "-c", HELD, data, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "begun\n"
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(UserError, match="another pack is writing to this folder; wait for it"):
+                run(data, out, **options)
+        first.communicate("go on\n")
+    assert first.returncode == 0
+    assert contents(out) == contents(run(data, tmp_path / "two" / "set"))
+
+
+def test_ctrl_c_stops_at_once(data, tmp_path):
+    command = [sys.executable, "-c", HELD, data, str(tmp_path / "set")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as held:
+        assert held.stdout.readline() == b"begun\n"
+        held.send_signal(signal.SIGINT)
+        assert held.wait(20) == 130  # though its row is still held
+        assert held.stderr.read().strip() == b"stopped; the same command goes on from here"
+    assert len(with_tfds(run(data, tmp_path / "set"))) == 24
+
+
+def test_a_set_is_not_packed_onto_itself(data, tmp_path):
+    out = run(data, tmp_path / "set")
+    before = contents(out)
+    with pytest.raises(UserError, match="lies in this folder; give another one"):
+        run(out, out, overwrite=True)
+    assert contents(out) == before
+
+
+class TestDisk:
+    @pytest.fixture
+    def disk(self, tmp_path):
+        """A file system of its own, of 1 MB."""
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        yield folder
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+    @pytest.fixture
+    def large(self, tmp_path) -> str:
+        (tmp_path / "large").mkdir()
+        for i in range(16):
+            (tmp_path / "large" / f"{i}.png").write_bytes(encoded(i, 300, 250, "PNG"))
+        rows = [{"image": f"{i}.png", "conversations": [{"from": "human", "value": "<image>"}]} for i in range(16)]
+        (tmp_path / "large" / "data.json").write_text(json.dumps(rows))
+        return str(tmp_path / "large" / "data.json")
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_full_disk(self, disk, large, tmp_path, workers):
+        out = disk / "set"
+        with pytest.raises(UserError, match="set: No space left .*; make room; . shards are finished, and") as error:
+            run(large, out, workers=workers)
+        done = int(re.search(r"(\d+) shards", str(error.value))[1])
+        assert 0 < done < 4 and "\n" not in str(error.value)
+        assert sum(name.startswith("set-train") for name in os.listdir(out)) == done
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        run(large, out, workers=workers)
+        assert contents(out) == contents(run(large, tmp_path / "whole" / "set"))
+
+    def test_a_disk_that_is_full_from_the_start(self, disk, large):
+        (disk / "other").write_bytes(bytes(1 << 20)[: 252 * 4096])
+        with pytest.raises(UserError, match="No space left .*; make room; 0 shards are finished"):
+            run(large, disk / "set")
+        os.unlink(disk / "other")
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        assert len(with_tfds(run(large, disk / "set"))) == 16
+
+    def test_files_that_may_not_grow(self, large, tmp_path):
+        code = (
+            "import resource, sys; from llava_jax import cli; from llava_jax.prepare.pack import Pack; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+            "cli.run(lambda args: Pack(data=args[0], out=args[1], workers=0).run())"
+        )
+        command = [sys.executable, "-c", code, large, str(tmp_path / "set")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
+        assert "0 shards are finished, and the same command goes on from there" in done.stderr
+
+    def test_a_worker_that_dies(self, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(pack, "Pool", lambda write, workers, writes: Pool(Dies(), 1, writes))
+        with pytest.raises(RuntimeError, match="a worker process died .*; 0 shards are finished, and the same command"):
+            run(data, tmp_path / "set")
+
+
+class Dies:
+    """What a worker does that the system kills. (Found by the worker under the name of this file.)"""
+
+    def __reduce__(self):
+        return os._exit, (1,)

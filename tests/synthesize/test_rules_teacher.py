@@ -1,0 +1,146 @@
+"""The rules teacher against a reader of its English that knows nothing of how it writes: every sentence must be
+understood, and hold of the boxes."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+from drawn_scenes import shapes
+from rules_reader import CAPTIONS, COLOURS, NAME, NUM, PLACE, SHAPES, SIDE, THINGS, Scene, evaluate
+
+from llava_jax.annotations.context import Box, Context
+from llava_jax.errors import UserError
+from llava_jax.synthesize.parse import Reject, parse
+from llava_jax.synthesize.rules import RulesTeacher
+
+KINDS = ("conversation", "detail_description", "complex_reasoning")
+
+
+def things(number, rng):
+    boxes = []
+    for _ in range(rng.randint(1, 8)):
+        width, height = rng.uniform(0.03, 0.7), rng.uniform(0.03, 0.7)
+        x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+        boxes.append(Box(rng.choice(THINGS), x, y, x + width, y + height, rng.random() < 0.05))
+    return Context(f"t{number}", "", CAPTIONS, tuple(boxes))
+
+
+def replies(make, number, **options):
+    rng, teacher = random.Random(0), RulesTeacher(**options)
+    for index in range(number):
+        context = make(index, rng)
+        for kind in KINDS:
+            yield kind, teacher.reply(kind, context), context
+
+
+def form(sentence):
+    """A sentence with numbers, names and places replaced by marks, lists of any length by one."""
+    text = sentence.lower()
+    for pattern, mark in ((SIDE, "~"), (PLACE, "@"), (NAME, "N"), (rf"\b(?:both|{NUM})\b", "#"),
+                          (rf"\b(?:{COLOURS}|{SHAPES})\b", "C"), (r"\b(?:left|right|upper|lower)\b", "S"),
+                          (r"\ban?\b|\bthe\b", "a"), (r"\b(?:is|are)\b", "is")):  # fmt: skip
+        text = re.sub(pattern, mark, text)
+    text = re.sub(r"(?:# N|a N|one @|@)(?:(?:, | and | or )(?:# N|a N|one @|@))+", "L", text)
+    return re.sub(r"(?:higher up|lower down|upwards|downwards|up|down)(?: and)?(?: to a S)?|to a S", "W", text)
+
+
+@pytest.mark.parametrize("make", [shapes, things])
+def test_every_sentence_is_understood_and_holds(make):
+    said = Counter()
+    for kind, text, context in replies(make, 500):
+        if text:
+            evaluate(kind, text, Scene(context))
+            said[kind] += 1
+    assert min(said.values()) > 450
+
+
+def test_the_reader_notices_what_is_false():
+    """Of replies with one word changed, nearly all fail; those that pass are about what the word leaves true."""
+    noticed, rng = Counter(), random.Random(3)
+    swaps = {"left": "right", "right": "left", "above": "below", "below": "above", "upper": "lower", "two": "three",
+             "three": "two", "yes": "no"}  # fmt: skip
+    for make in (shapes, things):
+        for kind, text, context in replies(make, 300):
+            parts = re.split(r"(?<=[.?!])([ \n]+)", text)
+            places = [(i, word) for i, part in enumerate(parts) for word in swaps
+                      if re.search(rf"\b{word}\b(?! more| on)", part, re.I)
+                      and not re.search(r"nothing|empty|no object|\?|would|ing ", part, re.I)]  # fmt: skip
+            if places:
+                index, word = rng.choice(places)
+                parts[index] = re.sub(rf"\b{word}\b", swaps[word], parts[index], count=1, flags=re.I)
+                try:
+                    evaluate(kind, "".join(parts), Scene(context))
+                    noticed[False] += 1
+                except (AssertionError, ValueError, TypeError, IndexError, StopIteration):
+                    noticed[True] += 1
+    assert noticed[True] > 0.95 * noticed.total() > 1000, noticed
+
+
+def test_more_than_two_hundred_forms_of_each_kind():
+    """The forms of a reasoned answer are those of its own sentences, not of what it first tells of the picture."""
+    forms = {kind: Counter() for kind in KINDS}
+    for kind, text, _ in replies(shapes, 1200):
+        sentences = re.split(r"(?<=[.?!])\s+", re.sub(r"(?:\n|^)(?:===|Question:|Answer:)(?=\n)", "", text))
+        forms[kind].update(map(form, filter(None, sentences)))
+    told = set(forms["detail_description"])
+    own = [found for found in forms["complex_reasoning"] if found not in told]
+    sizes = len(forms["conversation"]), len(told), len(own)
+    assert min(sizes) >= 200, sizes
+    for counts in forms.values():
+        assert counts.most_common(1)[0][1] < 0.1 * counts.total()
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_replies_are_what_the_parser_accepts(language):
+    """All of the shapes'; of other things those that give enough to say."""
+    reasons = Counter()
+    for make in (shapes, things):
+        for kind, text, _ in replies(make, 400, language=language):
+            try:
+                parse(kind, text, question="What do you see?", language=language)
+                reasons[make, "accepted"] += 1
+            except Reject as reject:
+                reasons[make, reject.reason] += 1
+                assert reject.reason in ("empty", "too_short"), (reject, text)
+    assert reasons[shapes, "accepted"] > 0.995 * 1200 and reasons[things, "accepted"] > 0.8 * 1200, reasons
+
+
+def test_the_same_seed_says_the_same():
+    one, same, other = (list(replies(shapes, 30, seed=seed)) for seed in (0, 0, 1))
+    assert one == same
+    assert sum(a[1] == b[1] for a, b in zip(one, other, strict=True)) < 5
+
+
+def test_what_has_no_boxes_is_told_by_its_captions():
+    teacher = RulesTeacher()
+    bare = Context("1", "", ("A dog on a beach", "Two people watch a dog."))
+    assert set(re.split(r"(?<=\.) ", teacher.reply("detail_description", bare))) <= {
+        "A dog on a beach.", "Two people watch a dog."}  # fmt: skip
+    assert teacher.reply("conversation", bare).count("Question:") == 1
+    assert teacher.reply("complex_reasoning", bare) == ""
+    assert RulesTeacher("ko").reply("conversation", bare) == ""
+
+
+def test_a_crowd_is_not_counted():
+    boxes = tuple(Box("person", x / 20, 0.4, x / 20 + 0.03, 0.5) for x in range(12))
+    teacher = RulesTeacher()
+    for crowd in (boxes, (*boxes[:2], Box("person", 0, 0, 1, 0.3, crowd=True))):
+        for seed in range(40):
+            context = Context(str(seed), "", ("A place.",), (*crowd, Box("dog", 0.7, 0.7, 0.9, 0.9)))
+            for kind in KINDS:
+                text = teacher.reply(kind, context)
+                assert not re.search(rf"\b(?:{NUM}|both|person) (?:people|person)", text), text
+
+
+def test_only_english_and_korean():
+    with pytest.raises(UserError, match="writes en and ko, not 'fr'"):
+        RulesTeacher("fr")
+    with pytest.raises(KeyError):
+        RulesTeacher().reply("poem", Context("1", "", ("A dog.",)))
+
+
+def test_brackets_of_a_category_stay():
+    context = Context("1", "", ("A picture",), (Box("dog [big]", 0.1, 0.1, 0.2, 0.2), Box("{n}", 0.7, 0.1, 0.9, 0.3)))
+    text = " ".join(RulesTeacher(seed=seed).reply("detail_description", context) for seed in range(5))
+    assert "dog [big]" in text and "{n}" in text and "dog big" not in text

@@ -1,0 +1,71 @@
+"""Run by test_gradients.py in a process of eight devices: gradients on meshes beside those of one device.
+
+python sharded_gradients.py CASE [CASE ...]. A CASE is MODEL:TRAINED:REMAT:REPLICA,FSDP,TENSOR, where TRAINED is a
+regular expression over parameter paths. Writes a JSON line for each case: by parameter, its largest gradient and the
+largest difference between the mesh and one device.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from sharded_steps import make_batch
+
+from llava_jax import config
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llava import LlavaConfig, abstract, init
+from llava_jax.models.vit import VitConfig
+from llava_jax.parallel import sharding
+from llava_jax.train.step import loss_sum
+
+# Every sharded dimension divides by eight.
+BASE = LlavaConfig(
+    vision=VitConfig(image_size=28, patch_size=14, width=64, mlp_width=64, layers=2, heads=8),
+    text=LlamaConfig(vocab_size=101, width=64, mlp_width=128, layers=2, heads=16, kv_heads=8, head_width=8),
+    feature_layer=-1)
+BIASED = dataclasses.replace(BASE.text, qkv_bias=True, out_bias=True, mlp_bias=True)
+MODELS = {kind: dataclasses.replace(BASE, projector=kind)
+          for kind in ("identity", "linear", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu")}
+MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu"),
+           "tied": dataclasses.replace(BASE, text=dataclasses.replace(BASE.text, tied=True))}
+"""One model for every kind of layer: each row of the sharding table must match a parameter of one of them."""
+
+
+@functools.cache
+def parameters(model: str) -> dict[str, np.ndarray]:
+    """The same on every mesh; no bias is 0 and no scale 1, so that each has its own gradient."""
+    rng = np.random.default_rng(0)
+    return {path: np.asarray(x) + 0.02 * rng.standard_normal(x.shape).astype(np.float32)
+            for path, x in init(MODELS[model]).items()}
+
+
+@functools.cache
+def gradients(model: str, trained: str, remat: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """The loss, and its gradient by every parameter whose path matches `trained`."""
+    mesh = sharding.make_mesh(config.Mesh(*sizes), jax.devices()[: np.prod(sizes)])
+    graph, shapes = abstract(MODELS[model], remat=remat)
+    layout = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
+    rows = NamedSharding(mesh, sharding.ROWS)
+    with jax.set_mesh(mesh):
+        placed = {path: jax.device_put(x, layout[path]) for path, x in parameters(model).items()}
+        batch = {name: jax.device_put(x[0], rows) for name, x in make_batch().items()}
+        learned = {path: x for path, x in placed.items() if re.fullmatch(trained, path)}
+        frozen = {path: x for path, x in placed.items() if path not in learned}
+        differentiate = jax.jit(functools.partial(jax.value_and_grad(loss_sum, argnums=1), graph),
+                                out_shardings=(None, {path: layout[path] for path in learned}))
+        loss, found = differentiate(learned, frozen, batch)
+        return {"loss": np.asarray(loss)} | {path: np.asarray(x) for path, x in found.items()}
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        model, trained, remat, sizes = case.split(":")
+        expected = gradients(model, trained, "none", (1, 1, 1))
+        found = gradients(model, trained, remat, tuple(map(int, sizes.split(","))))
+        print(json.dumps({"case": case, "differences": {
+            path: [float(np.abs(x).max()), float(np.abs(found[path] - x).max())] for path, x in expected.items()}}))
