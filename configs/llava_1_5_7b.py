@@ -16,14 +16,14 @@ def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/lla
             "align": Stage(
                 learning_rates=(("projector/.*", 1e-3), ("(vision|decoder)/.*", None)),
                 data=Data(path="data/blip_laion_cc_sbu_558k.json", image_root="data/blip_laion_cc_sbu_558k",
-                          template="plain", row_length=2560, images_per_row=4, workers=16),
+                          template="plain", sequence_length=2560, tiles_per_sequence=4, workers=16),
                 # No moments and masters of the decoder fill the memory here.
                 rows=64, remat="qkv",
             ),
             "instruct": Stage(
                 learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),
                 data=Data(path="data/llava_v1_5_mix665k.json", image_root="data",
-                          row_length=2560, images_per_row=3, bad_rows="skip", workers=16),
+                          sequence_length=2560, tiles_per_sequence=3, bad_rows="skip", workers=16),
                 rows=64,
             ),
         },

@@ -33,7 +33,7 @@ def recipe() -> Recipe:
             "align": Stage(
                 learning_rates=(("projector/.*", 5e-3), ("(vision|decoder)/.*", None)),
                 data=Data(path=f"{data}/captions.json", validation=f"{data}/captions_validation.json",
-                          template="plain", row_length=256, images_per_row=4),
+                          template="plain", sequence_length=256, tiles_per_sequence=4),
                 optimizer=Optimizer(b2=0.98),
                 rows=8, steps=300, remat="none",
             ),
@@ -41,7 +41,7 @@ def recipe() -> Recipe:
                 # A gentler decoder keeps more of what it knew about colour-shape pairs that no picture shows.
                 learning_rates=(("projector/.*", 1e-3), ("decoder/.*", 4e-4), ("vision/.*", None)),
                 data=Data(path=f"{data}/instructions.json", validation=f"{data}/instructions_validation.json",
-                          row_length=192, images_per_row=1),
+                          sequence_length=192, tiles_per_sequence=1),
                 optimizer=Optimizer(b2=0.98, clip=1.0),
                 rows=24, steps=150, remat="none",
             ),

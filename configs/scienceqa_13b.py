@@ -17,7 +17,7 @@ def recipe() -> Recipe:
     tune = Stage(
         learning_rates=base.stages["instruct"].learning_rates,
         data=Data(path="data/scienceqa/llava_train_QCM-LEA.json", image_root="data/scienceqa/images/train",
-                  row_length=2048, images_per_row=4, workers=16),
+                  sequence_length=2048, tiles_per_sequence=4, workers=16),
         optimizer=Optimizer(clip=1.0),
         rows=8, epochs=12,
     )

@@ -100,9 +100,9 @@ class Data:
     """conversation template; the model's if empty"""
     validation: str = ""
     """a file of the same kind whose loss is reported; none if empty"""
-    row_length: int = 2048
+    sequence_length: int = 2048
     """tokens of a packed row, visual ones included"""
-    images_per_row: int = 2
+    tiles_per_sequence: int = 2
     """image slots of a packed row"""
     exif: bool = False
     """turn images as their EXIF orientation says; LLaVA did not"""
@@ -116,7 +116,7 @@ class Data:
     def __post_init__(self):
         if self.max_pixels > LARGEST_LIMIT:
             raise UserError(f"data.max_pixels is {self.max_pixels}: it must be at most {LARGEST_LIMIT}")
-        for name in ("row_length", "images_per_row", "max_pixels"):
+        for name in ("sequence_length", "tiles_per_sequence", "max_pixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
         if self.workers < 0:
@@ -160,7 +160,7 @@ class Stage:
     optimizer: Optimizer = Optimizer()
     rows: int = 128
     """packed rows in each step, over all devices and micro-batches"""
-    accumulate: int = 1
+    gradient_accumulation: int = 1
     """micro-batches that a step is cut into to save memory"""
     remat: Literal["none", "minimal", "attention", "qkv", "full", "offload"] = "full"
     """what the backward pass computes again instead of keeping it (models/layers.py)"""
@@ -173,11 +173,12 @@ class Stage:
         _check_table("learning_rates", self.learning_rates)
         if all(rate is None for _, rate in self.learning_rates):
             raise UserError("learning_rates: every row is None, so the stage would train nothing")
-        for name in ("rows", "accumulate"):
+        for name in ("rows", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.rows % self.accumulate:
-            raise UserError(f"rows {self.rows} do not divide into accumulate {self.accumulate} micro-batches")
+        if self.rows % self.gradient_accumulation:
+            raise UserError(f"rows {self.rows} do not divide into gradient_accumulation {self.gradient_accumulation} "
+                            "micro-batches")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}: it must be at least 1, or None to count epochs")
         if self.epochs <= 0:

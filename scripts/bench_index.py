@@ -29,7 +29,7 @@ PACK = OPEN + """
 from llava_jax.data.pipeline import Batches
 from llava_jax.text.tokenizer import Tokenizer
 next(iter(Batches(8, mixture, tokenizer=Tokenizer.load(sys.argv[2]), template="vicuna_v1", tokens_per_image=576,
-                  image_size=336, image_mode="pad", row_length=2048, images_per_row=3)))"""
+                  image_size=336, image_mode="pad", sequence_length=2048, tiles_per_sequence=3)))"""
 TOKENIZER = Path(__file__).parent.parent / "tests" / "golden" / "tokenizer.model"
 
 

@@ -14,14 +14,17 @@ from llava_jax.weights.configs import hub_config
 SIZES = {
     # That of configs/mini.py.
     "mini": LlavaConfig(
-        VitConfig(image_size=60, patch_size=10, width=128, mlp_width=384, layers=4, heads=4),
-        LlamaConfig(vocab_size=512, width=128, mlp_width=384, layers=4, heads=4, kv_heads=4, head_width=32, tied=True)),
+        VitConfig(image_size=60, patch_size=10, width=128, intermediate_size=384, layers=4, heads=4),
+        LlamaConfig(vocab_size=512, width=128, intermediate_size=384, layers=4, heads=4, num_kv_heads=4, head_dim=32,
+                    tied=True)),
     "30m": LlavaConfig(
-        VitConfig(image_size=168, patch_size=14, width=192, mlp_width=768, layers=6, heads=3),
-        LlamaConfig(vocab_size=4096, width=512, mlp_width=1376, layers=7, heads=8, kv_heads=8, head_width=64)),
+        VitConfig(image_size=168, patch_size=14, width=192, intermediate_size=768, layers=6, heads=3),
+        LlamaConfig(vocab_size=4096, width=512, intermediate_size=1376, layers=7, heads=8, num_kv_heads=8,
+                    head_dim=64)),
     "100m": LlavaConfig(
-        VitConfig(image_size=168, patch_size=14, width=256, mlp_width=1024, layers=8, heads=4),
-        LlamaConfig(vocab_size=4096, width=768, mlp_width=2048, layers=12, heads=12, kv_heads=12, head_width=64)),
+        VitConfig(image_size=168, patch_size=14, width=256, intermediate_size=1024, layers=8, heads=4),
+        LlamaConfig(vocab_size=4096, width=768, intermediate_size=2048, layers=12, heads=12, num_kv_heads=12,
+                    head_dim=64)),
     # LLaVA-1.5's.
     "7b": LlavaConfig(VitConfig(), LlamaConfig()),
 }

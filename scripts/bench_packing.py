@@ -31,7 +31,8 @@ def main() -> None:
     print(f"{len(tokens):,} records, {(images == 0).sum():,} without an image; {tokens.mean():.0f} tokens on average")
     padded = sum(BATCH * tokens[batch].max() for batch in grouped_batches(words, images > 0, rng))
     print(f"\ngrouped by modality and length, padded: {padded:,} places, {tokens.sum() / padded:.1%} tokens")
-    print("\n| row_length | images_per_row | token fill | image slots | places, grouped / packed | padding, the same |")
+    print("\n| sequence_length | tiles_per_sequence | token fill | image slots | places, grouped / packed | "
+          "padding, the same |")
     print("|---|---|---|---|---|---|")
     order = rng.permutation(len(tokens))
     windows = [order[at : at + WINDOW] for at in range(0, len(order), WINDOW)]

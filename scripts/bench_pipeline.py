@@ -87,8 +87,8 @@ def write(folder: str, records: int) -> tuple[list[str], str]:
 def measure(data: str, workers: int) -> tuple[float, float]:
     """Images per second once the pipeline is running, and images of a row."""
     batches = iter(Batches(ROWS, open_mixture(data), tokenizer=Tokenizer.load(TOKENIZER), template="vicuna_v1",
-                           tokens_per_image=576, image_size=SIZE, image_mode="pad", row_length=ROW_LENGTH,
-                           images_per_row=SLOTS, workers=workers))
+                           tokens_per_image=576, image_size=SIZE, image_mode="pad", sequence_length=ROW_LENGTH,
+                           tiles_per_sequence=SLOTS, workers=workers))
     for _ in range(20):
         next(batches)
     count, places, start = 0, 0, time.perf_counter()

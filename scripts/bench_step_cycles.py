@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 GIB = 2**30
-ROW = ("--stages.{}.data.row_length", "2048", "--stages.{}.data.images_per_row", "2")
+ROW = ("--stages.{}.data.sequence_length", "2048", "--stages.{}.data.tiles_per_sequence", "2")
 
 # Stage, rows of each chip, policy; MaxText's (e591f30, jax 0.10.2, libtpu 0.0.52) million cycles a row and GiB.
 SETTINGS = (

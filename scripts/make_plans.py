@@ -21,7 +21,7 @@ MINIMAL = "--stages.align.remat minimal --stages.instruct.remat minimal"
 # Recipe, topology, and the flags with which it runs there.
 PLANS = (
     ("mini", "v5e-4", ""),
-    ("llava_1_5_7b", "v5e-16", "--stages.align.remat minimal --stages.align.accumulate 4"),
+    ("llava_1_5_7b", "v5e-16", "--stages.align.remat minimal --stages.align.gradient_accumulation 4"),
     ("llava_1_5_7b", "v5e-64", MINIMAL),
     ("llava_1_5_7b", "v5e-256x2", "--stages.align.rows 512 --stages.instruct.rows 512"),
     ("llava_1_5_7b", "v6e-32", MINIMAL),

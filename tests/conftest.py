@@ -81,9 +81,9 @@ def talker(tmp_path_factory) -> Path:
     from llava_jax.weights.checkpoint import save_own
 
     config = LlavaConfig(
-        vision=VitConfig(image_size=14, patch_size=7, width=16, mlp_width=16, layers=1, heads=2),
-        text=LlamaConfig(vocab_size=2000, width=32, mlp_width=32, layers=1, heads=2, kv_heads=2, head_width=16,
-                         max_length=384),
+        vision=VitConfig(image_size=14, patch_size=7, width=16, intermediate_size=16, layers=1, heads=2),
+        text=LlamaConfig(vocab_size=2000, width=32, intermediate_size=32, layers=1, heads=2, num_kv_heads=2,
+                         head_dim=16, max_length=384),
         feature_layer=-1)
     parameters = {path: value if path.endswith("norm/scale") else 20 * value
                   for path, value in init(config, seed=1).items()}

@@ -21,9 +21,9 @@ from llava_jax.models.vit import VitConfig
 from llava_jax.weights.checkpoint import save_own
 
 CONFIG = LlavaConfig(
-    vision=VitConfig(image_size=14, patch_size=7, width=16, mlp_width=16, layers=1, heads=1),
+    vision=VitConfig(image_size=14, patch_size=7, width=16, intermediate_size=16, layers=1, heads=1),
     text=LlamaConfig(
-        vocab_size=2000, width=32, mlp_width=32, layers=1, heads=2, kv_heads=1, head_width=16, max_length=384
+        vocab_size=2000, width=32, intermediate_size=32, layers=1, heads=2, num_kv_heads=1, head_dim=16, max_length=384
     ),
     feature_layer=-1,
 )

@@ -31,8 +31,8 @@ class Loader:
     tokens_per_image: int
     image_size: int
     image_mode: str
-    row_length: int
-    images_per_row: int
+    sequence_length: int
+    tiles_per_sequence: int
     bad_rows: Literal["error", "skip"]
     context: int | None = None  # the most tokens of a conversation, where the model's context is shorter than a row
     exif: bool = False
@@ -54,11 +54,13 @@ class Loader:
         """Tokens and labels, int32 [T]."""
         record = self._record(number)
         images = len(record.images)
-        if images > self.images_per_row:
-            message = f"{images} images do not fit into the {self.images_per_row} slots of a row (data.images_per_row)"
+        if images > self.tiles_per_sequence:
+            message = (f"{images} images do not fit into the {self.tiles_per_sequence} slots of a row "
+                       "(data.tiles_per_sequence)")
             raise BadRow("too_long", f"{record.source}: {message}")
         try:
-            most, limit = min((self.row_length, "data.row_length"), (self.context or math.inf, "the model's context"))
+            most, limit = min((self.sequence_length, "data.sequence_length"),
+                              (self.context or math.inf, "the model's context"))
             example = encode_conversation(
                 record.turns, self.template, self.tokenizer, self.tokens_per_image, max_length=most
             )

@@ -9,8 +9,9 @@ from llava_jax.errors import UserError
 WINDOW = 8192  # records packed together: more fill rows better, but all are tokenised before the first row is ready
 
 
-def pack(tokens: Sequence[int], images: Sequence[int], row_length: int, images_per_row: int) -> list[list[int]]:
-    """Groups records into rows of at most `row_length` tokens and `images_per_row` images.
+def pack(tokens: Sequence[int], images: Sequence[int], sequence_length: int, tiles_per_sequence: int
+         ) -> list[list[int]]:
+    """Groups records into rows of at most `sequence_length` tokens and `tiles_per_sequence` images.
 
     `tokens[i]` and `images[i]` are the record's. A row begins with the longest record that is left. As many records
     with images follow as slots and tokens allow, each the longest up to its share of the tokens that are free, the last
@@ -22,14 +23,14 @@ def pack(tokens: Sequence[int], images: Sequence[int], row_length: int, images_p
     fits into no row.
     """
     tokens, images = np.asarray(tokens, np.int64), np.asarray(images, np.int64)
-    for number in np.flatnonzero((tokens > row_length) | (images > images_per_row))[:1]:
+    for number in np.flatnonzero((tokens > sequence_length) | (images > tiles_per_sequence))[:1]:
         raise UserError(f"record {number} has {tokens[number]} tokens and {images[number]} images: more than a row's "
-                         f"{row_length} and {images_per_row}")
-    left = _Left(tokens.tolist(), images.tolist(), images_per_row)
+                         f"{sequence_length} and {tiles_per_sequence}")
+    left = _Left(tokens.tolist(), images.tolist(), tiles_per_sequence)
     rows = []
     while left.number:
-        count, length = left.longest(row_length, images_per_row, 0)
-        row, space, slots = [left.take(count, length)], row_length - length, images_per_row - count
+        count, length = left.longest(sequence_length, tiles_per_sequence, 0)
+        row, space, slots = [left.take(count, length)], sequence_length - length, tiles_per_sequence - count
         while shortest := left.shortest(slots):
             several = min(slots, space // shortest)
             if not several:
@@ -53,10 +54,10 @@ class _Left:
     answers which length is nearest to another in a microsecond.
     """
 
-    def __init__(self, tokens: list[int], images: list[int], images_per_row: int):
+    def __init__(self, tokens: list[int], images: list[int], tiles_per_sequence: int):
         self.number = len(tokens)
         self.records: dict[tuple[int, int], list[int]] = {}
-        self.lengths = [0] * (images_per_row + 1)
+        self.lengths = [0] * (tiles_per_sequence + 1)
         for i in reversed(range(len(tokens))):
             self.records.setdefault((images[i], tokens[i]), []).append(i)
             self.lengths[images[i]] |= 1 << tokens[i]

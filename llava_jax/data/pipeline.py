@@ -44,17 +44,17 @@ class Batches(grain.IterDataset):
     images uint8 [B, I, image_size, image_size, 3], image_segment_ids int32 [B, I]: 0 for an empty slot
     skipped int32 [len(REASONS)]: how many rows of the data were skipped on the way, by reason
 
-    T is `row_length` and I `images_per_row`. The mixture is shuffled anew in every epoch with `seed`, for `epochs`
-    epochs (None: for ever). The rows of all processes together, in the order of the processes, are the same for any
-    number of processes and workers. An iterator's state, {"epoch", "window", "row"}, is the same on all of them and
+    T is `sequence_length` and I `tiles_per_sequence`. The mixture is shuffled anew in every epoch with `seed`, for
+    `epochs` epochs (None: for ever). The rows of all processes together, in the order of the processes, are the same
+    for any number of processes and workers. An iterator's state, {"epoch", "window", "row"}, is the same on all of them and
     continues bit for bit with any other number. The last batch is filled up with padding.
 
     With `keep`, for one epoch that is passed through again and again, workers and packed texts are kept until `close`.
     Every pass decodes the images anew.
 
-    A conversation has at most `row_length` tokens, and at most `context`, the model's, as positions restart with it.
-    A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. UserError if
-    rows do not divide over the processes, and when of the first records every one is bad.
+    A conversation has at most `sequence_length` tokens, and at most `context`, the model's, as positions restart with
+    it. A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. UserError
+    if rows do not divide over the processes, and when of the first records every one is bad.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Batches(grain.IterDataset):
         tokens_per_image: int,
         image_size: int,
         image_mode: str,
-        row_length: int,
-        images_per_row: int,
+        sequence_length: int,
+        tiles_per_sequence: int,
         seed: int = 0,
         shuffle: bool = True,
         epochs: int | None = None,
@@ -95,8 +95,8 @@ class Batches(grain.IterDataset):
             tokens_per_image=tokens_per_image,
             image_size=image_size,
             image_mode=image_mode,
-            row_length=row_length,
-            images_per_row=images_per_row,
+            sequence_length=sequence_length,
+            tiles_per_sequence=tiles_per_sequence,
             bad_rows=bad_rows,
             context=context,
             exif=exif,
@@ -220,8 +220,8 @@ class _BatchIterator(grain.DatasetIterator):
 
     def _stack(self, rows: Sequence["_Row"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:
         loader = self._batches.loader
-        shape = (self._batches.rows // self._batches.process_count, loader.row_length)
-        slots = (shape[0], loader.images_per_row)
+        shape = (self._batches.rows // self._batches.process_count, loader.sequence_length)
+        slots = (shape[0], loader.tiles_per_sequence)
         batch = {
             "tokens": np.zeros(shape, np.int32),
             "labels": np.full(shape, IGNORE, np.int32),
@@ -308,7 +308,7 @@ def _pack(loader: Loader, texts: Sequence[Example | str]) -> tuple[list[list[int
     """The rows of a window's good texts, as places in `texts`, and the reasons of the bad ones."""
     good = [i for i, text in enumerate(texts) if not isinstance(text, str)]
     images = [np.count_nonzero(texts[i].tokens == IMAGE_TOKEN_ID) // loader.tokens_per_image for i in good]
-    rows = pack([len(texts[i].tokens) for i in good], images, loader.row_length, loader.images_per_row)
+    rows = pack([len(texts[i].tokens) for i in good], images, loader.sequence_length, loader.tiles_per_sequence)
     return [[good[i] for i in row] for row in rows], Counter(text for text in texts if isinstance(text, str))
 
 

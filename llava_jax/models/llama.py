@@ -43,11 +43,11 @@ class LlamaConfig:
 
     vocab_size: int = 32000
     width: int = 4096
-    mlp_width: int = 11008
+    intermediate_size: int = 11008
     layers: int = 32
     heads: int = 32
-    kv_heads: int = 32
-    head_width: int = 128
+    num_kv_heads: int = 32
+    head_dim: int = 128
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -58,15 +58,15 @@ class LlamaConfig:
     max_length: int = 4096
 
     def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise UserError(f"decoder heads {self.heads} are not a multiple of kv_heads {self.kv_heads}")
-        if self.head_width % 2:
-            raise UserError(f"decoder head_width {self.head_width} is odd; rotary embedding needs pairs")
+        if self.heads % self.num_kv_heads:
+            raise UserError(f"decoder heads {self.heads} are not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"decoder head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
 
 def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:
     """Radians per position of each rotated pair, float32."""
-    frequencies = config.rope_theta ** -(jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
+    frequencies = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
@@ -95,7 +95,7 @@ def rotate(x: Float[Array, "B T N H"], turn: Turn) -> Float[Array, "B T N H"]:
 
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        query, key = (config.heads, config.head_width), (config.kv_heads, config.head_width)
+        query, key = (config.heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         self.query = Linear([config.width], query, bias=config.qkv_bias, rngs=rngs)
         self.key = Linear([config.width], key, bias=config.qkv_bias, rngs=rngs)
         self.value = Linear([config.width], key, bias=config.qkv_bias, rngs=rngs)
@@ -104,9 +104,9 @@ class Attention(nnx.Module):
 
 class Mlp(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate = Linear([config.width], [config.mlp_width], bias=config.mlp_bias, rngs=rngs)
-        self.up = Linear([config.width], [config.mlp_width], bias=config.mlp_bias, rngs=rngs)
-        self.down = Linear([config.mlp_width], [config.width], bias=config.mlp_bias, rngs=rngs)
+        self.gate = Linear([config.width], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
+        self.up = Linear([config.width], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
+        self.down = Linear([config.intermediate_size], [config.width], bias=config.mlp_bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up = materialise((name(self.gate(x), "gate"), name(self.up(x), "up")))

@@ -66,7 +66,7 @@ def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) 
     if chosen == "splash":
         return Attention(chosen, chosen if fills_lanes(config.vision.width, config.vision.heads) else "xla")
     # cuDNN's flash attention has no float32, and wants heads of at most 128 in eights (256 from Hopper on).
-    fits = [dtype != "float32" and size <= 128 and size % 8 == 0 for size in (config.text.head_width, tower)]
+    fits = [dtype != "float32" and size <= 128 and size % 8 == 0 for size in (config.text.head_dim, tower)]
     return Attention(*(chosen if fit else "xla" for fit in fits))
 
 

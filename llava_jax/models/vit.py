@@ -26,7 +26,7 @@ class VitConfig:
     image_size: int = 336
     patch_size: int = 14
     width: int = 1024
-    mlp_width: int = 4096
+    intermediate_size: int = 4096
     layers: int = 24
     heads: int = 16
     activation: str = "quick_gelu"
@@ -83,8 +83,8 @@ def _side_by_side(arrays: list[nnx.Param]) -> nnx.Param:
 class Mlp(nnx.Module):
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.up = Linear([config.width], [config.mlp_width], bias=True, rngs=rngs)
-        self.down = Linear([config.mlp_width], [config.width], bias=True, rngs=rngs)
+        self.up = Linear([config.width], [config.intermediate_size], bias=True, rngs=rngs)
+        self.down = Linear([config.intermediate_size], [config.width], bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))

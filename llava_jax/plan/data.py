@@ -91,11 +91,11 @@ def _estimated(data: config.Data, model: LlavaConfig, parts: tuple, talks: bool)
     records = sum(part[1] for part in parts)
     turns, images = draw(parts, DRAWN / records, np.random.default_rng(0))
     tokens = turns + model.tokens_per_image * images + (SYSTEM if talks else 0)
-    tokens = np.minimum(tokens, data.row_length).astype(int)
-    images = np.minimum(images, data.images_per_row)
+    tokens = np.minimum(tokens, data.sequence_length).astype(int)
+    images = np.minimum(images, data.tiles_per_sequence)
     order = np.random.default_rng(1).permutation(len(tokens))
     windows = [order[at : at + WINDOW] for at in range(0, len(order), WINDOW)]
-    rows = sum(len(pack(tokens[each], images[each], data.row_length, data.images_per_row)) for each in windows)
+    rows = sum(len(pack(tokens[each], images[each], data.sequence_length, data.tiles_per_sequence)) for each in windows)
     return round(rows * records / len(tokens))
 
 

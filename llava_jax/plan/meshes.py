@@ -32,7 +32,8 @@ def plan_mesh(recipe: config.Recipe, where: Slice, model: LlavaConfig) -> jax.sh
         flags = ", or ".join(f"--mesh.replica {mesh.replica} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}"
                              for mesh in others[:3])
         hint = f"on {where.name} these would: {flags}" if others else (
-            f"no mesh of {where.name} would; rows that are a multiple of {where.devices} x accumulate suit most")
+            f"no mesh of {where.name} would; rows that are a multiple of {where.devices} x gradient_accumulation suit "
+            "most")
         raise UserError(f"{error}; {hint}") from None
     return mesh
 

@@ -11,9 +11,9 @@ from llava_jax.models.vit import VitConfig
 from llava_jax.train.start import model_config
 from llava_jax.weights import read_config
 
-_LLAMA_13B = {"width": 5120, "mlp_width": 13824, "layers": 40, "heads": 40, "kv_heads": 40}
-_LLAMA_3 = {"vocab_size": 128256, "mlp_width": 14336, "kv_heads": 8, "max_length": 8192}
-_MISTRAL = {"mlp_width": 14336, "kv_heads": 8, "max_length": 32768}
+_LLAMA_13B = {"width": 5120, "intermediate_size": 13824, "layers": 40, "heads": 40, "num_kv_heads": 40}
+_LLAMA_3 = {"vocab_size": 128256, "intermediate_size": 14336, "num_kv_heads": 8, "max_length": 8192}
+_MISTRAL = {"intermediate_size": 14336, "num_kv_heads": 8, "max_length": 32768}
 _QWEN2 = {"qkv_bias": True, "max_length": 32768}
 _HUB_VOCABULARY = 32064
 

@@ -78,16 +78,16 @@ def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, 
     stage = recipe.stages[name]
     rows, data = stage.rows, stage.data
     found = profile(program.hlo, program.slices) if program.hlo else None
-    return Prediction(name, where, program.memory, rows, rows * data.row_length, rows * data.images_per_row,
+    return Prediction(name, where, program.memory, rows, rows * data.sequence_length, rows * data.tiles_per_sequence,
                       stage_flops(stage, model), program.seconds, found, times(found, where) if found else None, length)
 
 
 def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
     """Model FLOPs of a step by formula, each row one conversation as long as it and all image slots taken."""
     data = stage.data
-    positions = np.broadcast_to(np.arange(data.row_length), (stage.rows, data.row_length))
+    positions = np.broadcast_to(np.arange(data.sequence_length), (stage.rows, data.sequence_length))
     trained = {path.split("/")[0] for path in trainable_paths(stage, list(abstract(model)[1]))}
-    return model_flops(model, trained, positions, np.ones_like(positions), stage.rows * data.images_per_row)
+    return model_flops(model, trained, positions, np.ones_like(positions), stage.rows * data.tiles_per_sequence)
 
 
 def times(found: Profile, where: Slice) -> Times:

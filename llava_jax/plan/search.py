@@ -38,7 +38,7 @@ class Candidate:
     """One way to run a stage, and what formulas say of it."""
 
     mesh: config.Mesh
-    accumulate: int
+    gradient_accumulation: int
     remat: str
     attention: str
     offload: bool
@@ -52,7 +52,8 @@ class Candidate:
         """What to write on train's command line."""
         axes = dataclasses.asdict(self.mesh)
         return [*(part for axis, size in axes.items() for part in (f"--mesh.{axis}", str(size))),
-                f"--stages.{stage}.accumulate", str(self.accumulate), f"--stages.{stage}.remat", self.remat,
+                f"--stages.{stage}.gradient_accumulation", str(self.gradient_accumulation),
+                f"--stages.{stage}.remat", self.remat,
                 "--model.attention", self.attention, *[f"--stages.{stage}.optimizer.offload"] * self.offload]
 
 
@@ -85,16 +86,18 @@ def candidates(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfi
         _, (state, frozen, batch) = abstract_step(laid, name, make_mesh(axes, devices), model)
         fixed, gradients = device_bytes((state.step, state.trainable, frozen, batch)), device_bytes(state.trainable)
         moments = device_bytes(state.optimizer) + device_bytes(state.optimizer, "pinned_host")
-        for accumulate in (each for each in range(1, stage.rows // groups + 1) if stage.rows // groups % each == 0):
+        rows = stage.rows // groups
+        for gradient_accumulation in (count for count in range(1, rows + 1) if rows % count == 0):
             for remat in policies():
                 # Sums over micro-batches are a whole copy; without them gradients can be as short-lived as layers.
-                needed = fixed + saved_bytes(model, stage, axes, accumulate, remat) + gradients * (accumulate > 1)
+                needed = (fixed + saved_bytes(model, stage, axes, gradient_accumulation, remat)
+                          + gradients * (gradient_accumulation > 1))
                 for offload in (False, True):
                     memory = needed + moments * (not offload)
-                    seconds = _seconds(stage, work, where, model, axes, accumulate, remat)
+                    seconds = _seconds(stage, work, where, model, axes, gradient_accumulation, remat)
                     seconds += 2 * moments / HOST_LINK * offload
                     if memory <= where.chip.memory:
-                        found += [Candidate(axes, accumulate, remat, attention, offload, memory, seconds)
+                        found += [Candidate(axes, gradient_accumulation, remat, attention, offload, memory, seconds)
                                   for attention in attentions(recipe, stage)]
     return sorted(found, key=lambda candidate: (candidate.seconds, candidate.memory))
 
@@ -139,37 +142,38 @@ def policies() -> tuple[str, ...]:
 
 def attentions(recipe: config.Recipe, stage: config.Stage) -> tuple[str, ...]:
     """On short rows plain XLA may beat the kernel, whose blocks are mostly padding then; on long ones it fills HBM."""
-    if recipe.model.attention == "auto" and stage.data.row_length <= 1024:
+    if recipe.model.attention == "auto" and stage.data.sequence_length <= 1024:
         return "splash", "xla"
     return (recipe.model.attention,)
 
 
-def saved_bytes(model: LlavaConfig, stage: config.Stage, mesh: config.Mesh, accumulate: int, remat: str) -> int:
+def saved_bytes(model: LlavaConfig, stage: config.Stage, mesh: config.Mesh, gradient_accumulation: int,
+                remat: str) -> int:
     """Bytes of activations that one device keeps in HBM at least for the backward pass, in bfloat16.
 
     Every layer's input, and by policy the results of its products. The scores over the vocabulary and everything that
     lives shortly come on top.
     """
     text = model.text
-    tokens = stage.rows // accumulate // (mesh.replica * mesh.fsdp) * stage.data.row_length
-    heads = text.head_width * (text.heads + 2 * text.kv_heads) / mesh.tensor
-    hidden = text.mlp_width / mesh.tensor
-    mixed = text.heads * text.head_width / mesh.tensor
+    tokens = stage.rows // gradient_accumulation // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
+    heads = text.head_dim * (text.heads + 2 * text.num_kv_heads) / mesh.tensor
+    hidden = text.intermediate_size / mesh.tensor
+    mixed = text.heads * text.head_dim / mesh.tensor
     minimal = 2 * text.width + heads + 2 * hidden
     kept = {"full": text.width, "offload": 0, "qkv": text.width + heads, "attention": text.width + heads + mixed,
             "minimal": minimal, "none": minimal + text.width + mixed + hidden}
     return max(0, int(2 * tokens * text.layers * kept[remat]) - ON_CHIP)
 
 
-def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig, mesh: config.Mesh, accumulate: int,
-             remat: str) -> float:
+def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig, mesh: config.Mesh,
+             gradient_accumulation: int, remat: str) -> float:
     """Products at 60 % of the peak, or bytes over the links, whichever takes longer, and a little of the other."""
     chip, text = where.chip, model.text
     flops = work * (1 + RECOMPUTED[remat] / 3) / where.chips
-    layer = text.width * text.head_width * 2 * (text.heads + text.kv_heads) + 3 * text.width * text.mlp_width
+    layer = text.width * text.head_dim * 2 * (text.heads + text.num_kv_heads) + 3 * text.width * text.intermediate_size
     weights = 2 * (text.layers * layer + 2 * text.width * text.vocab_size) / mesh.tensor
-    tokens = stage.rows // (mesh.replica * mesh.fsdp) * stage.data.row_length
-    moved = accumulate * 4 * weights * (1 - 1 / mesh.fsdp)
+    tokens = stage.rows // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
+    moved = gradient_accumulation * 4 * weights * (1 - 1 / mesh.fsdp)
     moved += 8 * text.layers * tokens * text.width * 2 * (1 - 1 / mesh.tensor)
     products, links = flops / (0.6 * chip.flops), moved * chip.devices / chip.ici
     return max(products, links) + 0.2 * min(products, links)
@@ -178,7 +182,7 @@ def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig,
 def _needs_more(other: Candidate, way: Candidate) -> bool:
     """Whether a candidate of the same mesh keeps at least as much."""
     return (other.mesh, other.attention, other.offload) == (way.mesh, way.attention, way.offload) and (
-        other.memory >= way.memory and other.accumulate <= way.accumulate)
+        other.memory >= way.memory and other.gradient_accumulation <= way.gradient_accumulation)
 
 
 def _compile(recipe: str, overrides: Sequence[str], stage: str, where: Slice, way: Candidate) -> Found:

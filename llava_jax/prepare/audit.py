@@ -56,11 +56,12 @@ class Audit:
         if self._save is not None:
             self._save(finding)
 
-    def report(self, max_length: int, images_per_row: int | None, rows: int, allowed: Sequence[str]) -> dict[str, Any]:
+    def report(self, max_length: int, tiles_per_sequence: int | None, rows: int, allowed: Sequence[str]
+               ) -> dict[str, Any]:
         """All of it as a JSON object, whose fields are those that `prepare check --help` explains."""
-        if images_per_row is None:
+        if tiles_per_sequence is None:
             good = self.rows["images"][self.rows["good"]]
-            images_per_row = max(Data.images_per_row, int(good.max(initial=0)))
+            tiles_per_sequence = max(Data.tiles_per_sequence, int(good.max(initial=0)))
         sources = []
         for which, source in enumerate(self.mixture.sources):
             figures = _figures(self.rows[self.mixture.starts[which] : self.mixture.starts[which + 1]])
@@ -76,12 +77,12 @@ class Audit:
             "findings": findings,
             "allowed": list(allowed),
             "unknown_keys": dict(sorted(sum(self.unknown, collections.Counter()).items())),
-            "packing": figures["tokens"] and self._estimate_packing(max_length, images_per_row, rows),
+            "packing": figures["tokens"] and self._estimate_packing(max_length, tiles_per_sequence, rows),
             "sources": sources,
             "bad_rows": [finding.as_json() for finding in self.first],
         }
 
-    def _estimate_packing(self, max_length: int, images_per_row: int, rows: int) -> dict[str, Any]:
+    def _estimate_packing(self, max_length: int, tiles_per_sequence: int, rows: int) -> dict[str, Any]:
         """Packs an epoch as training does, windows of a random order; of a long epoch a random part, to be quick."""
         rng = np.random.default_rng(0)
         starts, counts = self.mixture.starts, self.mixture.counts
@@ -96,14 +97,14 @@ class Audit:
         packed = 0
         for start in range(0, len(drawn), packing.WINDOW):
             window = drawn[start : start + packing.WINDOW]
-            packed += len(packing.pack(window["tokens"], window["images"], max_length, images_per_row))
+            packed += len(packing.pack(window["tokens"], window["images"], max_length, tiles_per_sequence))
         expected = round(packed / share)
         return {
-            "row_length": max_length,
-            "images_per_row": images_per_row,
+            "sequence_length": max_length,
+            "tiles_per_sequence": tiles_per_sequence,
             "rows": expected,
             "token_fill": _total(drawn["tokens"]) / max(packed * max_length, 1),
-            "image_fill": _total(drawn["images"]) / max(packed * images_per_row, 1),
+            "image_fill": _total(drawn["images"]) / max(packed * tiles_per_sequence, 1),
             "rows_per_step": rows,
             "steps": max(1, expected // rows),
         }

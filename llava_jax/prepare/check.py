@@ -41,9 +41,9 @@ class Check:
     tokens, of the good rows: total, learned, learned_share, min, median, mean, p95, max, and histogram, a list of
     [from, below, rows]; null without a model. findings: how many of each kind. allowed: kinds. unknown_keys: how many
     rows have a field that nothing reads (turn.NAME: a turn's). packing, of an epoch:
-    row_length, images_per_row, rows, token_fill, image_fill, rows_per_step, steps; null without a model. sources:
-    path, format, rows_per_epoch and the figures above of each. bad_rows: the first 1000 findings, each with source,
-    row and line (from 1; line may be null), id, kind, message and usable (whether training would take the row).
+    sequence_length, tiles_per_sequence, rows, token_fill, image_fill, rows_per_step, steps; null without a model.
+    sources: path, format, rows_per_epoch and the figures above of each. bad_rows: the first 1000 findings, each with
+    source, row and line (from 1; line may be null), id, kind, message and usable (whether training would take the row).
     """
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
@@ -55,9 +55,9 @@ class Check:
     template: str = ""
     """conversation template; the model's if empty, vicuna_v1 without a model"""
     max_length: int | None = None
-    """tokens of a packed row, data.row_length of a recipe; 2048 by default"""
-    images_per_row: int | None = None
-    """image slots of a packed row, data.images_per_row of a recipe; by default as many as some row needs, at least 2"""
+    """tokens of a packed row, data.sequence_length of a recipe; 2048 by default"""
+    tiles_per_sequence: int | None = None
+    """image slots of a packed row, data.tiles_per_sequence of a recipe; by default as many as a row needs, from 2 on"""
     tokens_per_image: int | None = None
     """visual tokens of an image, where the model is no whole LLaVA; 576 by default"""
     exif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -76,7 +76,7 @@ class Check:
     """kinds of findings that are no error"""
 
     def __post_init__(self):
-        for name in ("max_length", "images_per_row", "tokens_per_image", "rows"):
+        for name in ("max_length", "tiles_per_sequence", "tokens_per_image", "rows"):
             option, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{option} is {value}: it must be at least 1")
@@ -94,14 +94,14 @@ class Check:
         settings = dataclasses.replace(settings, exif=self.exif, max_pixels=self.max_pixels)
         if self.tokens_per_image is not None:
             settings = dataclasses.replace(settings, tokens_per_image=self.tokens_per_image)
-        max_length = self.max_length or Data.row_length
+        max_length = self.max_length or Data.sequence_length
         workers = (os.cpu_count() or 1) if self.workers is None else self.workers
         if settings.context is not None:
             agreement.check_length(max_length, settings.context, "--max-length")
-        checker = Checker(mixture.sources, settings, max_length, self.images_per_row)
+        checker = Checker(mixture.sources, settings, max_length, self.tiles_per_sequence)
         with _saving(self.bad_rows) as save:
             result = audit(checker, mixture, workers, save)
-        report = result.report(max_length, self.images_per_row, self.rows, self.allow)
+        report = result.report(max_length, self.tiles_per_sequence, self.rows, self.allow)
         text = json.dumps(report) if self.json else describe(report, result.shown[:SHOWN])
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding))
@@ -205,8 +205,8 @@ def _tokens(report: dict[str, Any]) -> list[str]:
         f"          shortest {tokens['min']:,}, median {tokens['median']:,.0f}, mean {tokens['mean']:,.0f}, "
         f"95 % up to {tokens['p95']:,.0f}, longest {tokens['max']:,}",
         *_bars("tokens", [(f"{low:,}-{high - 1:,}", count) for low, high, count in tokens["histogram"]]),
-        f"packing   an epoch of {epoch:,} rows becomes {packing['rows']:,} packed rows of {packing['row_length']:,} "
-        f"tokens and {packing['images_per_row']} images",
+        f"packing   an epoch of {epoch:,} rows becomes {packing['rows']:,} packed rows of "
+        f"{packing['sequence_length']:,} tokens and {packing['tiles_per_sequence']} images",
         f"          {packing['token_fill']:.1%} of the tokens and {packing['image_fill']:.1%} of the images filled",
         f"          {packing['steps']:,} steps of {packing['rows_per_step']:,} rows",
     ]

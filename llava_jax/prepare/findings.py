@@ -106,7 +106,7 @@ class Checker:
     sources: tuple[Source, ...]
     settings: Settings
     max_length: int
-    images_per_row: int | None  # None: any number
+    tiles_per_sequence: int | None  # None: any number
 
     def __call__(self, task: tuple[int, int, int]) -> Chunk:
         which, start, stop = task
@@ -149,8 +149,8 @@ class Checker:
                 seen[key] = self._check_image(image)
             name = f"image {number}" if isinstance(image, bytes) else image.removeprefix(source.image_root + os.sep)
             problems += [(kind, f"{name}: {message}") for kind, message in seen[key]]
-        if self.images_per_row is not None and len(record.images) > self.images_per_row:
-            slots = f"a packed row has {self.images_per_row} slots (--images-per-row)"
+        if self.tiles_per_sequence is not None and len(record.images) > self.tiles_per_sequence:
+            slots = f"a packed row has {self.tiles_per_sequence} slots (--tiles-per-sequence)"
             problems.append(("too_long", f"{len(record.images)} images, but {slots}"))
         problems += self._tokenise(record, row)
         problems += self._check_texts(record, learns=all(kind != "no_supervised_tokens" for kind, _ in problems))

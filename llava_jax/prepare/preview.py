@@ -71,10 +71,10 @@ class Preview:
     """folder to which image paths are relative; the data's own folder if empty"""
     template: str = ""
     """conversation template; the model's if empty"""
-    max_length: int = Data.row_length
-    """tokens of a packed row, data.row_length of a recipe"""
-    images_per_row: int = Data.images_per_row
-    """image slots of a packed row, data.images_per_row of a recipe"""
+    max_length: int = Data.sequence_length
+    """tokens of a packed row, data.sequence_length of a recipe"""
+    tiles_per_sequence: int = Data.tiles_per_sequence
+    """image slots of a packed row, data.tiles_per_sequence of a recipe"""
     exif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """turn images as their EXIF orientation says, data.exif of a recipe"""
     max_pixels: int = Data.max_pixels
@@ -89,7 +89,7 @@ class Preview:
     def run(self) -> int:
         if not self.model:
             raise UserError("preview shows tokens: give --model, the directory of a model or of a tokenizer")
-        for name in ("count", "max_length", "images_per_row"):
+        for name in ("count", "max_length", "tiles_per_sequence"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         check_page(self.output)
@@ -97,8 +97,8 @@ class Preview:
         settings = dataclasses.replace(
             Settings.load(self.model, self.template), exif=self.exif, max_pixels=self.max_pixels
         )
-        loader = Loader(mixture=mixture, **vars(settings), row_length=self.max_length,
-                        images_per_row=self.images_per_row, bad_rows="error")
+        loader = Loader(mixture=mixture, **vars(settings), sequence_length=self.max_length,
+                        tiles_per_sequence=self.tiles_per_sequence, bad_rows="error")
         shown = read_rows(self._numbers(mixture), loader)
         bad = sum(one.bad is not None for one in shown)
         how = "chosen" if self.rows else "the first" if self.first else f"drawn with seed {self.seed}"
@@ -110,7 +110,7 @@ class Preview:
             "template": settings.template.name,
             "images": f"{settings.image_mode}, {settings.image_size} × {settings.image_size}",
         }
-        page = write_page(f"Preview of {self.data}", about, shown, settings, self.max_length, self.images_per_row)
+        page = write_page(f"Preview of {self.data}", about, shown, settings, self.max_length, self.tiles_per_sequence)
         _save(self.output, page)
         print(f"{self.output}: {len(shown)} record{'s' * (len(shown) != 1)}, {bad} bad")
         return 0

@@ -39,19 +39,19 @@ class Shown(NamedTuple):
     bad: BadRow | None
 
 
-def write_page(title: str, about: Mapping[str, str], shown: Sequence[Shown], settings: Settings, row_length: int,
-               images_per_row: int) -> str:
+def write_page(title: str, about: Mapping[str, str], shown: Sequence[Shown], settings: Settings, sequence_length: int,
+               tiles_per_sequence: int) -> str:
     """The page: the names and values of `about`, the records, and the good ones packed into rows."""
     good = [one for one in shown if one.bad is None]
     facts = "".join(f"<span>{_text(name)} <b>{_text(value)}</b></span>" for name, value in about.items())
     cards = "\n".join(_card(one, settings) for one in shown)
-    rows = "\n".join(_rows(good, row_length, images_per_row)) or "<p>No record is good.</p>"
+    rows = "\n".join(_rows(good, sequence_length, tiles_per_sequence)) or "<p>No record is good.</p>"
     body = (
         f"<h1>{_text(title)}</h1>\n<div class='facts'>{facts}</div>\n"
         f"<h2>Records</h2>\n{_LEGEND}\n{cards}\n"
-        f"<h2>Packed rows</h2>\n<p>The good records, packed as in training into rows of {row_length:,} tokens and "
-        f"{_number(images_per_row, 'image')}. Training packs {WINDOW:,} records at a time, which fills rows better. "
-        f"Widths are to scale.</p>\n{_KEYS}\n{rows}"
+        f"<h2>Packed rows</h2>\n<p>The good records, packed as in training into rows of {sequence_length:,} tokens and "
+        f"{_number(tiles_per_sequence, 'image')}. Training packs {WINDOW:,} records at a time, which fills rows "
+        f"better. Widths are to scale.</p>\n{_KEYS}\n{rows}"
     )
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return string.Template(page).substitute(title=_text(title), body=body)
@@ -214,15 +214,16 @@ def _is_hidden(character: str) -> bool:
     return character != " " and unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs")
 
 
-def _rows(good: Sequence[Shown], row_length: int, images_per_row: int) -> Iterator[str]:
+def _rows(good: Sequence[Shown], sequence_length: int, tiles_per_sequence: int) -> Iterator[str]:
     tokens, _, images = zip(*map(_counts, good), strict=True) if good else ((), (), ())
-    for number, row in enumerate(pack(tokens, images, row_length, images_per_row), 1):
+    for number, row in enumerate(pack(tokens, images, sequence_length, tiles_per_sequence), 1):
         used, slots = sum(tokens[i] for i in row), sum(images[i] for i in row)
         segments = "".join(_segment(good[i]) for i in row)
-        padding = f"<i class='padding' style='flex:{row_length - used}'></i>" if used < row_length else ""
-        squares = "■" * slots + "□" * (images_per_row - slots)
-        yield (f"<div class='row'><p>Row {number}: {used:,} of {row_length:,} tokens ({used / row_length:.1%}), "
-               f"{slots} of {_number(images_per_row, 'image')} <span class='slots'>{squares}</span></p>"
+        padding = f"<i class='padding' style='flex:{sequence_length - used}'></i>" if used < sequence_length else ""
+        squares = "■" * slots + "□" * (tiles_per_sequence - slots)
+        yield (f"<div class='row'><p>Row {number}: {used:,} of {sequence_length:,} tokens "
+               f"({used / sequence_length:.1%}), {slots} of {_number(tiles_per_sequence, 'image')} "
+               f"<span class='slots'>{squares}</span></p>"
                f"<div class='bar'>{segments}{padding}</div></div>")
 
 

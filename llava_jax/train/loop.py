@@ -163,7 +163,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
             if step == start:
                 output.claim(recipe)
                 write_inputs(run, name, found)
-            rows = on_devices(run, batch, stage.accumulate)
+            rows = on_devices(run, batch, stage.gradient_accumulation)
             state, metrics = train_step(state, frozen, rows)
             window.add(metrics, batch)
             jax.block_until_ready(window.steps[-1 - AHEAD :][:1])
@@ -228,17 +228,17 @@ def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
     options = dict(
         rows=stage.rows, mixture=open_mixture(path, data.image_root), tokenizer=run.tokenizer,
         template=data.template or model.template, tokens_per_image=model.tokens_per_image,
-        image_size=model.vision.image_size, image_mode=model.image_mode, row_length=data.row_length,
-        context=model.text.max_length, images_per_row=data.images_per_row, exif=data.exif, max_pixels=data.max_pixels,
-        bad_rows=data.bad_rows, workers=data.workers, seed=run.recipe.seed,
+        image_size=model.vision.image_size, image_mode=model.image_mode, sequence_length=data.sequence_length,
+        context=model.text.max_length, tiles_per_sequence=data.tiles_per_sequence, exif=data.exif,
+        max_pixels=data.max_pixels, bad_rows=data.bad_rows, workers=data.workers, seed=run.recipe.seed,
         process_index=jax.process_index(), process_count=jax.process_count())
     return Batches(**options | changes)
 
 
 def read_validation(run: Run, stage: config.Stage, keep: bool = False) -> Batches:
     """The validation data of a stage, in batches of the size of a micro-batch."""
-    return read_data(run, stage, stage.data.validation, rows=stage.rows // stage.accumulate, shuffle=False, epochs=1,
-                     keep=keep)
+    return read_data(run, stage, stage.data.validation, rows=stage.rows // stage.gradient_accumulation, shuffle=False,
+                     epochs=1, keep=keep)
 
 
 def count_steps(run: Run, stage: config.Stage) -> int:

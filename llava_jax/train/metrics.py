@@ -47,14 +47,14 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     text, vision = model.text, model.vision
     real = segment_ids > 0
     tokens, pairs = int(real.sum()), int((positions[real].astype(np.int64) + 1).sum())
-    layer = text.width * text.head_width * 2 * (text.heads + text.kv_heads) + 3 * text.width * text.mlp_width
+    layer = text.width * text.head_dim * 2 * (text.heads + text.num_kv_heads) + 3 * text.width * text.intermediate_size
     weights = 2 * tokens * (text.layers * layer + text.width * text.vocab_size)
-    attention = 4 * pairs * text.layers * text.heads * text.head_width
+    attention = 4 * pairs * text.layers * text.heads * text.head_dim
     # Attention multiplies two activations, so its backward pass is always twice its forward pass.
     total = weights * (2 + ("decoder" in trained)) + attention * 3
     patches = images * (vision.patches + 1)
     blocks = vit.depth(vision, model.feature_layer)
-    tower = 2 * patches * blocks * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width)
+    tower = 2 * patches * blocks * (4 * vision.width**2 + 2 * vision.width * vision.intermediate_size)
     tower += 4 * patches * (vision.patches + 1) * blocks * vision.width
     total += tower * (3 if "vision" in trained else 1)
     embedding = 2 * images * vision.patches * 3 * vision.patch_size**2 * vision.width

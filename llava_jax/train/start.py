@@ -95,7 +95,7 @@ def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Toke
         data = stage.data
         if data.template:
             agreement.check(data.template, tokenizer, model.text.vocab_size, f"stages.{name}.data.template")
-        agreement.check_length(data.row_length, model.text.max_length, f"stages.{name}.data.row_length")
+        agreement.check_length(data.sequence_length, model.text.max_length, f"stages.{name}.data.sequence_length")
     return model
 
 
@@ -139,9 +139,9 @@ def lay_out(
             trainable_paths(stage, list(shapes))
         except ValueError as error:
             raise UserError(f"stages.{name}.{error}") from None
-        if stage.rows // stage.accumulate % groups:
-            raise UserError(f"stages.{name}.rows: {stage.rows} rows in {stage.accumulate} micro-batches do not "
-                             f"divide over replica x fsdp = {groups} devices")
+        if stage.rows // stage.gradient_accumulation % groups:
+            raise UserError(f"stages.{name}.rows: {stage.rows} rows in {stage.gradient_accumulation} micro-batches do "
+                            f"not divide over replica x fsdp = {groups} devices")
     return dtype, graphs, shapes, shardings
 
 

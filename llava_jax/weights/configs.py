@@ -120,7 +120,7 @@ def _vision(file: Path, prefix: str, config: Any) -> VitConfig:
     _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
     return _build(
         file, VitConfig, image_size=config.image_size, patch_size=config.patch_size, width=config.hidden_size,
-        mlp_width=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
         activation=config.hidden_act, norm_eps=config.layer_norm_eps,
     )
 
@@ -149,9 +149,9 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     qwen2 = config.model_type == "qwen2"
     return _build(
         file, LlamaConfig, vocab_size=config.vocab_size, width=config.hidden_size,
-        mlp_width=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        intermediate_size=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         norm_eps=config.rms_norm_eps, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling,
         qkv_bias=qwen2 or getattr(config, "attention_bias", False), out_bias=getattr(config, "attention_bias", False),
         mlp_bias=getattr(config, "mlp_bias", False), tied=config.tie_word_embeddings,
@@ -243,7 +243,7 @@ def hub_vision(config: VitConfig) -> dict:
         "patch_size": config.patch_size,
         "num_channels": 3,
         "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
+        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "hidden_act": config.activation,
@@ -271,11 +271,11 @@ def hub_text(config: LlamaConfig, vocab_size: int) -> dict:
         "model_type": "qwen2" if qwen2 else "llama",
         "vocab_size": vocab_size,
         "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
+        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_length,

@@ -22,15 +22,15 @@ from llava_jax.weights import tables
 CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)
 BOS, EOS = 1, 2
 VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS = 800, 3500, 0.3
-VISION = VitConfig(image_size=scenes.SIZE, patch_size=10, width=128, mlp_width=384, layers=4, heads=4)
+VISION = VitConfig(image_size=scenes.SIZE, patch_size=10, width=128, intermediate_size=384, layers=4, heads=4)
 LANGUAGE = LlamaConfig(
     vocab_size=512,
     width=128,
-    mlp_width=384,
+    intermediate_size=384,
     layers=4,
     heads=4,
-    kv_heads=4,
-    head_width=32,
+    num_kv_heads=4,
+    head_dim=32,
     tied=True,
     max_length=512,
 )

@@ -33,11 +33,11 @@ class Clip(nnx.Module):
             LlamaConfig(
                 vocab_size=LANGUAGE.vocab_size,
                 width=width,
-                mlp_width=2 * width,
+                intermediate_size=2 * width,
                 layers=2,
                 heads=2,
-                kv_heads=2,
-                head_width=width // 2,
+                num_kv_heads=2,
+                head_dim=width // 2,
             ),
             rngs=rngs,
         )

@@ -32,8 +32,8 @@ def data(tmp_path):
 
 def loader(path) -> Loader:
     return Loader(mixture=open_mixture(path), tokenizer=Tokenizer.load(GOLDEN / "tokenizer.model"),
-                  template=TEMPLATES["vicuna_v1"], tokens_per_image=4, image_size=28, image_mode="pad", row_length=100,
-                  images_per_row=1, bad_rows="skip")
+                  template=TEMPLATES["vicuna_v1"], tokens_per_image=4, image_size=28, image_mode="pad",
+                  sequence_length=100, tiles_per_sequence=1, bad_rows="skip")
 
 
 def failing(fault):

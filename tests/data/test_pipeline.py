@@ -60,8 +60,8 @@ def settings(*sources: Source, **changes) -> dict:
         "tokens_per_image": PER_IMAGE,
         "image_size": SIZE,
         "image_mode": "pad",
-        "row_length": LENGTH,
-        "images_per_row": SLOTS,
+        "sequence_length": LENGTH,
+        "tiles_per_sequence": SLOTS,
         "seed": 7,
         **changes,
     }

@@ -112,9 +112,9 @@ def reciter(tokenizer):
 
 
 CONFIG = LlavaConfig(
-    vision=VitConfig(image_size=14, patch_size=7, width=16, mlp_width=16, layers=1, heads=1),
+    vision=VitConfig(image_size=14, patch_size=7, width=16, intermediate_size=16, layers=1, heads=1),
     text=LlamaConfig(
-        vocab_size=2000, width=64, mlp_width=16, layers=1, heads=1, kv_heads=1, head_width=64, max_length=256
+        vocab_size=2000, width=64, intermediate_size=16, layers=1, heads=1, num_kv_heads=1, head_dim=64, max_length=256
     ),
     feature_layer=-1,
 )

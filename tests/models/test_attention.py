@@ -16,9 +16,9 @@ from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VitConfig
 
 
-def inputs(length: int, heads: int, kv_heads: int, width: int) -> list[jax.Array]:
+def inputs(length: int, heads: int, num_kv_heads: int, width: int) -> list[jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = [(2, length, heads, width), (2, length, kv_heads, width), (2, length, kv_heads, width)]
+    shapes = [(2, length, heads, width), (2, length, num_kv_heads, width), (2, length, num_kv_heads, width)]
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
@@ -31,32 +31,32 @@ def assert_same_with_gradients(function, expected, arrays):
         np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("length", "heads", "kv_heads", "width"), [(300, 4, 2, 128), (256, 2, 2, 64)])
-def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, heads, kv_heads, width):
+@pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"), [(300, 4, 2, 128), (256, 2, 2, 64)])
+def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, heads, num_kv_heads, width):
     monkeypatch.setattr(attention, "BLOCKS", {"": 128})  # several blocks in a row
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length]
     for ids in (jnp.asarray(segments, jnp.int32), None):
         assert_same_with_gradients(
             lambda *arrays, ids=ids: attention._splash(*arrays, ids, interpret=True),
-            attention.causal("xla", length, ids), inputs(length, heads, kv_heads, width))
+            attention.causal("xla", length, ids), inputs(length, heads, num_kv_heads, width))
 
 
-@pytest.mark.parametrize(("length", "heads", "kv_heads", "width"), [(37, 4, 2, 16), (3, 2, 2, 8), (64, 4, 1, 8)])
-def test_parts_of_a_row_are_the_row(length, heads, kv_heads, width):
+@pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"), [(37, 4, 2, 16), (3, 2, 2, 8), (64, 4, 1, 8)])
+def test_parts_of_a_row_are_the_row(length, heads, num_kv_heads, width):
     segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length], jnp.int32)
     mask = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
     assert_same_with_gradients(attention.causal("xla", length, segments),
                                lambda *arrays: attention.attention(*arrays, mask),
-                               inputs(length, heads, kv_heads, width))
+                               inputs(length, heads, num_kv_heads, width))
     # What a backward pass uses of the forward pass is the same too.
-    out, _ = jax.vjp(attention.causal("xla", length, segments), *inputs(length, heads, kv_heads, width))
-    np.testing.assert_allclose(out, attention.attention(*inputs(length, heads, kv_heads, width), mask), atol=2e-6)
+    out, _ = jax.vjp(attention.causal("xla", length, segments), *inputs(length, heads, num_kv_heads, width))
+    np.testing.assert_allclose(out, attention.attention(*inputs(length, heads, num_kv_heads, width), mask), atol=2e-6)
 
 
-@pytest.mark.parametrize(("queries", "heads", "kv_heads"), [(1, 4, 2), (3, 4, 4), (2, 6, 1)])
-def test_a_cache_with_heads_first_is_seen_as_any_other(queries, heads, kv_heads):
-    _, key, value = inputs(20, heads, kv_heads, 8)
-    query = inputs(queries, heads, kv_heads, 8)[0]
+@pytest.mark.parametrize(("queries", "heads", "num_kv_heads"), [(1, 4, 2), (3, 4, 4), (2, 6, 1)])
+def test_a_cache_with_heads_first_is_seen_as_any_other(queries, heads, num_kv_heads):
+    _, key, value = inputs(20, heads, num_kv_heads, 8)
+    query = inputs(queries, heads, num_kv_heads, 8)[0]
     mask = jnp.arange(20) <= jnp.asarray([[3], [15]])[..., None] + jnp.arange(queries)[:, None]
     got = attention.attention_heads_first(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
     np.testing.assert_allclose(got, attention.attention(query, key, value, mask), atol=2e-6)
@@ -88,7 +88,7 @@ def test_what_cannot_run_raises():
 
 BASE = LlavaConfig()
 NARROW = dataclasses.replace(BASE, vision=VitConfig(width=96, heads=3))
-ODD = dataclasses.replace(BASE, text=LlamaConfig(head_width=100))
+ODD = dataclasses.replace(BASE, text=LlamaConfig(head_dim=100))
 
 
 @pytest.mark.parametrize("name, platform, config, dtype, expected", [

@@ -17,8 +17,8 @@ from llava_jax.models.vit import VitConfig
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 CONFIG = LlavaConfig(
-    vision=VitConfig(image_size=28, patch_size=7, width=32, mlp_width=48, layers=3, heads=4),
-    text=LlamaConfig(vocab_size=200, width=64, mlp_width=96, layers=3, heads=4, kv_heads=2, head_width=16),
+    vision=VitConfig(image_size=28, patch_size=7, width=32, intermediate_size=48, layers=3, heads=4),
+    text=LlamaConfig(vocab_size=200, width=64, intermediate_size=96, layers=3, heads=4, num_kv_heads=2, head_dim=16),
 )
 IMAGE = 199
 

@@ -12,8 +12,8 @@ from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.vit import VitConfig
 from llava_jax.weights.configs import hub_text, hub_vision
 
-VISION = VitConfig(image_size=28, patch_size=14, width=64, mlp_width=128, layers=3, heads=2)
-TEXT = LlamaConfig(vocab_size=512, width=256, mlp_width=512, layers=2, heads=2, kv_heads=2, head_width=128)
+VISION = VitConfig(image_size=28, patch_size=14, width=64, intermediate_size=128, layers=3, heads=2)
+TEXT = LlamaConfig(vocab_size=512, width=256, intermediate_size=512, layers=2, heads=2, num_kv_heads=2, head_dim=128)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory) -> config.Recipe:
     for name, raw in (("vision", hub_vision(VISION)), ("language", hub_text(TEXT, TEXT.vocab_size))):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(raw))
-    data = config.Data(path="nowhere.json", row_length=128, images_per_row=2)
+    data = config.Data(path="nowhere.json", sequence_length=128, tiles_per_sequence=2)
     return config.Recipe(
         model=config.Model(vision=str(folder / "vision"), language=str(folder / "language")),
         stages={

@@ -12,7 +12,7 @@ from llava_jax.text.tokenizer import Tokenizer
 
 
 def recipe(model: config.Model, path: str, **stage) -> config.Recipe:
-    data = config.Data(path=path, row_length=96, images_per_row=2)
+    data = config.Data(path=path, sequence_length=96, tiles_per_sequence=2)
     return config.Recipe(model=model, output="nowhere", stages={
         "instruct": config.Stage((("projector/.*", 1e-3), ("(vision|decoder)/.*", None)), data, rows=2, **stage)})
 
@@ -21,8 +21,8 @@ def test_a_data_file_that_is_there_is_counted(parts, data):
     described = recipe(config.Model(vision=str(parts[0]), language=str(parts[1])), str(data), epochs=3)
     model, _ = planned_config(described.model)
     rows = list(Batches(1, open_mixture(str(data)), tokenizer=Tokenizer.load(parts[1]), template=model.template,
-                        tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad", row_length=96,
-                        images_per_row=2, epochs=1))
+                        tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad", sequence_length=96,
+                        tiles_per_sequence=2, epochs=1))
     found = length(described, "instruct", model)
     assert found.rows == len(rows) and found.steps == 3 * len(rows) // 2 and "counted" in found.source
     assert length(described, "instruct", model, rows=100).steps == 150
@@ -35,8 +35,8 @@ def test_of_a_long_file_a_part_is_counted(parts, data, monkeypatch):
     model, _ = planned_config(described.model)
     monkeypatch.setattr(pipeline, "WINDOW", 2)  # 12 windows, of which every third is counted
     whole = pipeline.Batches(1, open_mixture(str(data)), tokenizer=Tokenizer.load(parts[1]), template=model.template,
-                             tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad", row_length=96,
-                             images_per_row=2).count_rows()
+                             tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad",
+                             sequence_length=96, tiles_per_sequence=2).count_rows()
     found = length(described, "instruct", model)
     assert "a part of" in found.source and abs(found.rows - whole) <= 0.4 * whole
 
@@ -60,9 +60,9 @@ def test_the_published_mix_is_estimated_from_its_counts():
     found = length(described, "instruct", model)
     data = described.stages["instruct"].data
     # No row can hold more images than its slots, nor more tokens than its length.
-    assert found.rows > (665_298 - 40_688) / data.images_per_row and "estimate" in found.source
+    assert found.rows > (665_298 - 40_688) / data.tiles_per_sequence and "estimate" in found.source
     captions = length(described, "align", model)
-    assert captions.rows == pytest.approx(558_128 / described.stages["align"].data.images_per_row, rel=0.01)
+    assert captions.rows == pytest.approx(558_128 / described.stages["align"].data.tiles_per_sequence, rel=0.01)
 
 
 def test_a_published_set_under_another_name_is_not_taken_for_it(tiny):

@@ -16,7 +16,7 @@ def test_bytes_and_rates_of_prefill_and_decode(needs_libtpu, tiny):
     prefill, decode = plan_inference(model, where, batch=4, context=256)
     shapes, text = abstract(model)[1], model.text
     assert prefill.memory.frozen == decode.memory.frozen == 2 * sum(x.size for x in shapes.values())
-    assert prefill.cache == decode.cache == 2 * 2 * text.layers * 4 * 256 * text.kv_heads * text.head_width
+    assert prefill.cache == decode.cache == 2 * 2 * text.layers * 4 * 256 * text.num_kv_heads * text.head_dim
     assert prefill.tokens == 4 * 256 and decode.tokens == 4
     # A token needs every weight of the decoder but the table of embeddings, and the whole cache.
     weights = sum(x.size for path, x in shapes.items() if path.startswith("decoder/") and path != "decoder/embedding")

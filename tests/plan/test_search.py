@@ -23,9 +23,10 @@ GIB = 2**30
 def ways(needs_libtpu, tiny, tmp_path_factory):
     # So large that activations do not find room in the chip's own memory.
     folder = tmp_path_factory.mktemp("wide")
-    text = LlamaConfig(vocab_size=512, width=1024, mlp_width=2816, layers=12, heads=8, kv_heads=8, head_width=128)
+    text = LlamaConfig(vocab_size=512, width=1024, intermediate_size=2816, layers=12, heads=8, num_kv_heads=8,
+                       head_dim=128)
     (folder / "config.json").write_text(json.dumps(hub_text(text, 512)))
-    data = dataclasses.replace(tiny.stages["instruct"].data, row_length=1024)
+    data = dataclasses.replace(tiny.stages["instruct"].data, sequence_length=1024)
     recipe = dataclasses.replace(
         tiny, model=config.Model(vision=tiny.model.vision, language=str(folder), attention="xla"),
         stages={"instruct": dataclasses.replace(tiny.stages["instruct"], rows=16, data=data)})
@@ -36,8 +37,8 @@ def test_candidates_are_every_mesh_division_and_policy(ways):
     _, found = ways
     meshes = {(way.mesh.replica, way.mesh.fsdp, way.mesh.tensor) for way in found}
     assert meshes == {(1, 4, 1), (1, 2, 2)}  # four do not divide the vision tower's two heads
-    assert {way.accumulate for way in found if way.mesh.fsdp == 4} == {1, 2, 4}
-    assert {way.accumulate for way in found if way.mesh.fsdp == 2} == {1, 2, 4, 8}
+    assert {way.gradient_accumulation for way in found if way.mesh.fsdp == 4} == {1, 2, 4}
+    assert {way.gradient_accumulation for way in found if way.mesh.fsdp == 2} == {1, 2, 4, 8}
     assert {way.remat for way in found} == set(policies())
     assert len(found) == len(set(found)) == 2 * (3 + 4) * len(policies())  # moments here or on the host
     assert [way.seconds for way in found] == sorted(way.seconds for way in found)
@@ -48,25 +49,26 @@ def test_the_memory_formula_stays_below_the_compilers_figure_of_a_tiny_model(nee
     peak = compile_step(tiny, "instruct", WHERE, plan_mesh(tiny, WHERE, model), model).memory.peak
     remat = tiny.stages["instruct"].remat
     way = next(way for way in candidates(tiny, "instruct", WHERE, model)
-               if (way.remat, way.accumulate, way.mesh.fsdp, way.offload) == (remat, 1, 4, False))
+               if (way.remat, way.gradient_accumulation, way.mesh.fsdp, way.offload) == (remat, 1, 4, False))
     assert 0.2 * peak < way.memory <= peak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat,accumulate,least", [("none", 1, 0.15), ("minimal", 1, 0.3), ("full", 2, 0.3)])
-def test_the_memory_formula_stays_below_the_compilers_figure_by_policy(ways, remat, accumulate, least):
+@pytest.mark.parametrize("remat,micro_batches,least", [("none", 1, 0.15), ("minimal", 1, 0.3), ("full", 2, 0.3)])
+def test_the_memory_formula_stays_below_the_compilers_figure_by_policy(ways, remat, micro_batches, least):
     recipe, found = ways
     way = next(way for way in found
-               if (way.remat, way.accumulate, way.mesh.fsdp, way.offload) == (remat, accumulate, 4, False))
-    stage = dataclasses.replace(recipe.stages["instruct"], accumulate=accumulate, remat=remat)
+               if (way.remat, way.gradient_accumulation, way.mesh.fsdp, way.offload)
+               == (remat, micro_batches, 4, False))
+    stage = dataclasses.replace(recipe.stages["instruct"], gradient_accumulation=micro_batches, remat=remat)
     recipe = dataclasses.replace(recipe, mesh=way.mesh, stages={"instruct": stage})
     model, _ = planned_config(recipe.model)
     peak = compile_step(recipe, "instruct", WHERE, plan_mesh(recipe, WHERE, model), model).memory.peak
     assert least * peak < way.memory <= peak
 
 
-def way(remat: str = "full", accumulate: int = 1, memory: int = 8 * GIB, seconds: float = 1.0) -> Candidate:
-    return Candidate(config.Mesh(1, 4, 1), accumulate, remat, "auto", False, memory, seconds)
+def way(remat: str = "full", gradient_accumulation: int = 1, memory: int = 8 * GIB, seconds: float = 1.0) -> Candidate:
+    return Candidate(config.Mesh(1, 4, 1), gradient_accumulation, remat, "auto", False, memory, seconds)
 
 
 def answer(candidate: Candidate, seconds: float | None) -> Found:
@@ -90,7 +92,7 @@ def test_the_fastest_that_fits_is_first_and_what_must_be_larger_is_not_tried(mon
     assert asked == [large, fast, slow]
     assert [each.candidate for each in found] == [fast, slow, large]
     assert found[0].candidate.flags("instruct") == [
-        "--mesh.replica", "1", "--mesh.fsdp", "4", "--mesh.tensor", "1", "--stages.instruct.accumulate", "2",
+        "--mesh.replica", "1", "--mesh.fsdp", "4", "--mesh.tensor", "1", "--stages.instruct.gradient_accumulation", "2",
         "--stages.instruct.remat", "minimal", "--model.attention", "auto"]
     assert "does not fit (20.0 GiB)" in lines[0] and "500 ms" in lines[1]
     asked.clear()

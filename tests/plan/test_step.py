@@ -47,7 +47,7 @@ def test_memory_is_the_compilers_and_its_parts_are_the_arrays(planned, tiny):
     memory, data = program.memory, tiny.stages["instruct"].data
     assert (memory.trained, memory.frozen) == (sizes["trained"], sizes["frozen"])
     assert memory.optimizer == pytest.approx(2 * sizes["trained"], abs=16)  # two moments and counters
-    assert memory.batch == 2 * (4 * 4 * data.row_length + 2 * 28 * 28 * 3)  # two rows on each device
+    assert memory.batch == 2 * (4 * 4 * data.sequence_length + 2 * 28 * 28 * 3)  # two rows on each device
     assert 0 < memory.temporaries and memory.fits and memory.limit == WHERE.chip.memory
 
 
@@ -162,12 +162,12 @@ def test_the_planned_batch_is_what_the_loop_puts_on_the_devices(tiny, parts, dat
     from llava_jax.train.loop import on_devices, read_data
     from llava_jax.train.start import begin
 
-    stage = dataclasses.replace(tiny.stages["instruct"], accumulate=2, rows=4,
-                                data=config.Data(path=str(data), row_length=96, images_per_row=2))
+    stage = dataclasses.replace(tiny.stages["instruct"], gradient_accumulation=2, rows=4,
+                                data=config.Data(path=str(data), sequence_length=96, tiles_per_sequence=2))
     recipe = dataclasses.replace(tiny, model=config.Model(vision=str(parts[0]), language=str(parts[1])),
                                  stages={"instruct": stage})
     run = begin(recipe)
-    batch = on_devices(run, next(iter(read_data(run, stage, stage.data.path))), stage.accumulate)
+    batch = on_devices(run, next(iter(read_data(run, stage, stage.data.path))), stage.gradient_accumulation)
     planned = abstract_batch(stage, run.mesh, run.model)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         name: (x.shape, x.dtype) for name, x in planned.items()}
@@ -192,8 +192,8 @@ def test_published_sizes_stand_in_for_checkpoints_that_are_not_here():
 ])
 def test_published_sizes_give_the_published_numbers_of_parameters(name, count):
     text = known(name)
-    layer = text.width * text.head_width * 2 * (text.heads + text.kv_heads) + 3 * text.width * text.mlp_width
-    layer += 2 * text.width + (text.qkv_bias and text.head_width * (text.heads + 2 * text.kv_heads))
+    layer = text.width * text.head_dim * 2 * (text.heads + text.num_kv_heads) + 3 * text.width * text.intermediate_size
+    layer += 2 * text.width + (text.qkv_bias and text.head_dim * (text.heads + 2 * text.num_kv_heads))
     total = text.layers * layer + text.width + text.width * text.vocab_size * (1 if text.tied else 2)
     assert total == pytest.approx(count, rel=5e-4)
 

@@ -134,7 +134,7 @@ DEFECTS = {
     "answer without text": (row(0, answer=""), [("no_supervised_tokens", "no answer with text")]),
     "too many tokens": (row(0, answer=LONG), [("too_long", "tokens, {over} more than --max-length 1200")]),
     "too many images": (row(0, image=["good.jpg"] * 3),
-                        [("too_long", "3 images, but a packed row has 2 slots (--images-per-row)"),
+                        [("too_long", "3 images, but a packed row has 2 slots (--tiles-per-sequence)"),
                          ("too_long", "tokens, {over} more than --max-length 1200")]),
     "missing, broken and too long": (
         row(0, image=["none.jpg", "empty.jpg"], answer=LONG),
@@ -173,6 +173,6 @@ def write(folder, rows, name="data.jsonl"):
 def run(path, settings=None, workers=0, max_length=1200, **more):
     """Findings and report; of a file without tokens by default."""
     mixture, found = open_mixture(path), []
-    checker = Checker(mixture.sources, settings or Settings(), max_length, more.pop("images_per_row", 2))
+    checker = Checker(mixture.sources, settings or Settings(), max_length, more.pop("tiles_per_sequence", 2))
     result = audit(checker, mixture, workers, found.append)
-    return found, result.report(max_length, checker.images_per_row, more.pop("rows", 128), more.pop("allow", ()))
+    return found, result.report(max_length, checker.tiles_per_sequence, more.pop("rows", 128), more.pop("allow", ()))

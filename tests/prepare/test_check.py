@@ -138,11 +138,11 @@ def test_figures_against_brute_force(tmp_path, with_tokens):
     assert report["images"]["references"] == report["images"]["distinct"] == len(list(tmp_path.glob("*.png")))
     packed = pack(lengths, images, limit, 2)  # of one window: the order makes no difference
     assert report["packing"] == {
-        "row_length": limit, "images_per_row": 2,
+        "sequence_length": limit, "tiles_per_sequence": 2,
         "rows": len(packed), "rows_per_step": 7, "steps": len(packed) // 7,
         "token_fill": sum(lengths) / len(packed) / limit, "image_fill": sum(images) / len(packed) / 2}
     batches = Batches(7, open_mixture(path), tokenizer=settings.tokenizer, template="vicuna_v1", tokens_per_image=576,
-                      image_size=28, image_mode="pad", row_length=limit, images_per_row=2, bad_rows="skip")
+                      image_size=28, image_mode="pad", sequence_length=limit, tiles_per_sequence=2, bad_rows="skip")
     assert batches.count_rows() == len(packed)
 
 
@@ -150,12 +150,12 @@ def test_an_epoch_of_a_mixture_packs_as_often_as_it_is_read(tmp_path, with_token
     make_data(tmp_path, 200)
     path = tmp_path / "mixture.json"
     path.write_text(json.dumps({"mixture": [{"path": "data.json", "epochs": 30}]}))
-    whole = run(path, with_tokens, max_length=1900, images_per_row=8)[1]["packing"]
+    whole = run(path, with_tokens, max_length=1900, tiles_per_sequence=8)[1]["packing"]
     mixture = open_mixture(path)
     rows = audit(Checker(mixture.sources, with_tokens, 1900, 8), mixture, 0).rows
     assert whole["rows"] == len(pack(np.tile(rows["tokens"], 30), np.tile(rows["images"], 30), 1900, 8))
     monkeypatch.setattr(audit_module, "PACKED", 1500)  # a quarter of the epoch
-    part = run(path, with_tokens, max_length=1900, images_per_row=8)[1]["packing"]
+    part = run(path, with_tokens, max_length=1900, tiles_per_sequence=8)[1]["packing"]
     assert part["token_fill"] != whole["token_fill"] == pytest.approx(part["token_fill"], rel=0.03)
     assert part["rows"] == pytest.approx(whole["rows"], rel=0.03)
 

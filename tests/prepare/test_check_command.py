@@ -118,7 +118,7 @@ def test_the_help_names_every_kind_and_field(tmp_path):
     (["--max-length", 99], "--max-length needs --model"),
     (["--tokens-per-image", 99], "--tokens-per-image needs --model"),
     (["--allow", "duplicates"], "--allow duplicates: there is no such kind of finding; there are malformed, "),
-    (["--images-per-row", 0], "--images-per-row is 0: it must be at least 1"),
+    (["--tiles-per-sequence", 0], "--tiles-per-sequence is 0: it must be at least 1"),
     (["--workers", -1], "--workers is -1"),
     (["--template", "vicuna"], "unknown template 'vicuna'; did you mean 'vicuna_v1'"),
     (["--model", "none"], "none: no such model or tokenizer"),

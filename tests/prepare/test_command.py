@@ -36,7 +36,7 @@ def test_a_packed_data_set_gives_the_same_batches(data, parts, tmp_path):
     assert prepare.main(["check", str(data), "--model", str(parts[1]), "--tokens-per-image", "4"]) == 0
     assert prepare.main(["pack", str(data), str(tmp_path / "packed"), "--workers", "0", "--shards", "3"]) == 0
     options = vars(Settings.load(str(parts[1]))) | {"tokens_per_image": 4, "image_size": 28}
-    here, there = (Batches(2, open_mixture(path), **options, row_length=256, images_per_row=4, epochs=2)
+    here, there = (Batches(2, open_mixture(path), **options, sequence_length=256, tiles_per_sequence=4, epochs=2)
                    for path in (data, tmp_path / "packed"))
     count = 0
     for one, other in zip(here, there, strict=True):

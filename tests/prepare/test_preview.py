@@ -102,12 +102,12 @@ def draw_image(path, size=(50, 20), mode="RGB"):
     return path
 
 
-def show(path, settings, numbers=None, row_length=2048, images_per_row=2):
+def show(path, settings, numbers=None, sequence_length=2048, tiles_per_sequence=2):
     mixture = open_mixture(path)
-    loader = Loader(mixture=mixture, **vars(settings), row_length=row_length, images_per_row=images_per_row,
-                    bad_rows="error")
+    loader = Loader(mixture=mixture, **vars(settings), sequence_length=sequence_length,
+                    tiles_per_sequence=tiles_per_sequence, bad_rows="error")
     shown = read_rows(range(len(mixture.sources[0])) if numbers is None else numbers, loader)
-    return parse(write_page("A title", {}, shown, settings, row_length, images_per_row))
+    return parse(write_page("A title", {}, shown, settings, sequence_length, tiles_per_sequence))
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_a_bad_record_is_a_card_with_its_reason(settings, tmp_path):
     rows = [row("good", "What?", "Yes."), *bad.values()]
     lines = "".join(json.dumps(line) + "\n" for line in rows) + '{"conversations": [\n'
     (tmp_path / "data.jsonl").write_text(lines)
-    page = show(tmp_path / "data.jsonl", settings, row_length=256)
+    page = show(tmp_path / "data.jsonl", settings, sequence_length=256)
     cards = page.find("card")
     reasons = [[node.text.removeprefix("✗ ") for node in card.find("bad")] for card in cards]
     assert reasons == [[], *([reason] for reason in bad), ["malformed"]]
@@ -324,7 +324,7 @@ def test_packed_rows_are_drawn_to_scale(settings, tmp_path):
         rows.append(row(i, "<image>" * (i % 3) + " What?", words, "And?", words[:9]))
         rows[-1] |= {"image": ["a.png"] * (i % 3)} if i % 3 else {}
     rows[4]["image"] = ["none.png"]  # bad: in no row
-    page = show(write_rows(tmp_path, rows), settings, row_length=300, images_per_row=3)
+    page = show(write_rows(tmp_path, rows), settings, sequence_length=300, tiles_per_sequence=3)
     examples = [encode_conversation(row["conversations"], "vicuna_v1", settings.tokenizer, 4) for row in rows]
     places = {node.attributes["id"] for node in page.find("card")}
     drawn = []

@@ -108,6 +108,6 @@ def test_an_image_must_fit_into_the_context(golden, tmp_path):
 
 
 def test_lengths_beyond_the_context(capsys):
-    assert agreement.check_length(512, 512, "data.row_length") == 512 and capsys.readouterr().err == ""
-    assert agreement.check_length(1024, 512, "data.row_length") == 512
-    assert capsys.readouterr().err.startswith("data.row_length is 1,024, the model's context 512 tokens")
+    assert agreement.check_length(512, 512, "data.sequence_length") == 512 and capsys.readouterr().err == ""
+    assert agreement.check_length(1024, 512, "data.sequence_length") == 512
+    assert capsys.readouterr().err.startswith("data.sequence_length is 1,024, the model's context 512 tokens")

@@ -25,8 +25,8 @@ from llava_jax.train.step import loss_sum
 
 # Every sharded dimension divides by eight.
 BASE = LlavaConfig(
-    vision=VitConfig(image_size=28, patch_size=14, width=64, mlp_width=64, layers=2, heads=8),
-    text=LlamaConfig(vocab_size=101, width=64, mlp_width=128, layers=2, heads=16, kv_heads=8, head_width=8),
+    vision=VitConfig(image_size=28, patch_size=14, width=64, intermediate_size=64, layers=2, heads=8),
+    text=LlamaConfig(vocab_size=101, width=64, intermediate_size=128, layers=2, heads=16, num_kv_heads=8, head_dim=8),
     feature_layer=-1)
 BIASED = dataclasses.replace(BASE.text, qkv_bias=True, out_bias=True, mlp_bias=True)
 MODELS = {kind: dataclasses.replace(BASE, projector=kind)

@@ -22,8 +22,8 @@ from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.step import init_state, make_train_step
 
 MODEL = LlavaConfig(
-    vision=VitConfig(image_size=28, patch_size=14, width=32, mlp_width=64, layers=3, heads=4),
-    text=LlamaConfig(vocab_size=101, width=48, mlp_width=96, layers=2, heads=4, kv_heads=2, head_width=12))
+    vision=VitConfig(image_size=28, patch_size=14, width=32, intermediate_size=64, layers=3, heads=4),
+    text=LlamaConfig(vocab_size=101, width=48, intermediate_size=96, layers=2, heads=4, num_kv_heads=2, head_dim=12))
 STAGE = config.Stage(
     learning_rates=(("vision/.*", None), ("projector/.*", 1e-2), ("decoder/.*", 1e-3)),
     data=config.Data(path="unused"), optimizer=config.Optimizer(clip=1.0))

@@ -20,13 +20,13 @@ def make_recipe(parts, data, tmp_path):
     """Two stages of two micro-batches; the second goes through its 24 records several times."""
 
     def make(name: str = "run", **changes) -> config.Recipe:
-        rows = config.Data(path=str(data), row_length=128, images_per_row=4)
+        rows = config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4)
         stages = {
             "align": config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
-                                  data=rows, rows=4, accumulate=2, steps=5),
+                                  data=rows, rows=4, gradient_accumulation=2, steps=5),
             "instruct": config.Stage(learning_rates=(("(projector|decoder)/.*", 1e-3), ("vision/.*", None)),
                                      data=dataclasses.replace(rows, validation=str(data)),
-                                     rows=4, accumulate=2, steps=7),
+                                     rows=4, gradient_accumulation=2, steps=7),
         }
         model = config.Model(vision=str(parts[0]), language=str(parts[1]))
         return config.Recipe(model=model, stages=stages, output=str(tmp_path / name), mesh=config.Mesh(fsdp=1),

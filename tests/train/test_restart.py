@@ -29,7 +29,7 @@ def make_recipe(parts, data, tmp_path) -> Callable[..., config.Recipe]:
     shutil.copy(folder / "data.json", folder / "second.json")
 
     def make(name: str = "run", **changes) -> config.Recipe:
-        rows = config.Data(path=str(folder / "data.json"), row_length=128, images_per_row=4)
+        rows = config.Data(path=str(folder / "data.json"), sequence_length=128, tiles_per_sequence=4)
         stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)), data=rows, rows=4,
                              steps=STEPS)
         second = dataclasses.replace(stage, data=dataclasses.replace(rows, path=str(folder / "second.json")))
@@ -183,7 +183,7 @@ def test_the_corrected_recipe_of_a_later_stage_goes_on(make_recipe, monkeypatch,
     with pytest.raises(UserError, match="different: stages.align.learning_rates"):
         loop.train(dataclasses.replace(recipe, stages=recipe.stages | {"align": other}))
     # The mistake is in the second stage: it may be changed, left out, renamed, and more may come.
-    die(monkeypatch, with_data(recipe, "instruct", row_length=256), step=1)
+    die(monkeypatch, with_data(recipe, "instruct", sequence_length=256), step=1)
     renamed = {"align": recipe.stages["align"], "tune": recipe.stages["instruct"], "more": recipe.stages["instruct"]}
     die(monkeypatch, dataclasses.replace(recipe, stages=renamed), step=1)
     with pytest.raises(UserError, match="different: the order of the stages"):

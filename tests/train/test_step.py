@@ -104,7 +104,7 @@ def test_model_flops_count_the_products_of_a_traced_step(monkeypatch, trained):
     formula = model_flops(MODEL, trained, places, np.ones_like(places), images=2 * ROWS)
     text = MODEL.text
     formula += 2 * ROWS * LENGTH * text.width * text.vocab_size * ("decoder" not in trained)
-    formula += 2 * 2 * ROWS * LENGTH * text.layers * (text.heads + text.kv_heads) * text.head_width**2
+    formula += 2 * 2 * ROWS * LENGTH * text.layers * (text.heads + text.num_kv_heads) * text.head_dim**2
     assert dot_flops(traced.jaxpr) == pytest.approx(formula, rel=1e-6)
 
 
@@ -113,5 +113,5 @@ def test_model_flops_of_attention_count_visible_pairs_only():
         places = np.concatenate([np.arange(n) for n in lengths])[None]
         return model_flops(MODEL, {"decoder"}, places, np.ones_like(places), images=0)
 
-    per_pair = 3 * 4 * MODEL.text.layers * MODEL.text.heads * MODEL.text.head_width
+    per_pair = 3 * 4 * MODEL.text.layers * MODEL.text.heads * MODEL.text.head_dim
     assert flops([6]) - flops([2, 4]) == per_pair * (6 * 7 - 2 * 3 - 4 * 5) / 2

@@ -27,7 +27,8 @@ def make_recipe(parts, data, tmp_path):
         model = model or {"vision": str(parts[0]), "language": str(parts[1])}
         rates = (("projector/.*", 1e-2), ("(vision|decoder)/.*", None))
         made = {f"stage{i}": config.Stage(learning_rates=rates, rows=4, steps=1, data=config.Data(
-                    path=str(data), template=name, row_length=192, images_per_row=4)) for i, name in enumerate(stages)}
+                    path=str(data), template=name, sequence_length=192, tiles_per_sequence=4))
+                for i, name in enumerate(stages)}
         return config.Recipe(model=config.Model(template=template, **model), stages=made, log_every=1,
                              mesh=config.Mesh(fsdp=1), output=str(tmp_path / "-".join([str(template), *stages])))
 

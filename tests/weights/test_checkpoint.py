@@ -188,7 +188,7 @@ def make_batch():
 @pytest.mark.parametrize("change", ["none", "linear", "qwen2 tied", "biases"])
 def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
     config, _ = loaded
-    text = {"none": {}, "linear": {"head_width": 20}, "qwen2 tied": {"qkv_bias": True, "tied": True},
+    text = {"none": {}, "linear": {"head_dim": 20}, "qwen2 tied": {"qkv_bias": True, "tied": True},
             "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True}}[change]
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, **text),
                                  projector="linear" if change == "linear" else "mlp2x_gelu",

@@ -48,20 +48,20 @@ def test_the_published_7b(read):
 
 def test_parts_alone(read):
     assert read({"model_type": "clip_vision_model", "image_size": 224, "hidden_act": "gelu"}) == VitConfig(
-        224, 32, width=768, mlp_width=3072, layers=12, heads=12, activation="gelu")
+        224, 32, width=768, intermediate_size=3072, layers=12, heads=12, activation="gelu")
     assert read({"model_type": "clip", "vision_config": {"image_size": 336, "patch_size": 14}}).patches == 576
     llama = read({"model_type": "llama", "num_key_value_heads": 8, "rope_theta": 5e5, "rope_scaling": LLAMA3,
                   "max_position_embeddings": 131072, "attention_bias": True, "tie_word_embeddings": True})
-    assert llama == LlamaConfig(kv_heads=8, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    assert llama == LlamaConfig(num_kv_heads=8, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
                                 norm_eps=1e-6, max_length=131072, qkv_bias=True, out_bias=True, tied=True)
     old = read({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert old.rope_scaling == RopeScaling("linear", 2.0) and old.rope_theta == 10000
     new = read({"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "head_dim": 64})
-    assert (new.rope_theta, new.rope_scaling, new.head_width) == (2e4, None, 64)
+    assert (new.rope_theta, new.rope_scaling, new.head_dim) == (2e4, None, 64)
     qwen2 = read({"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False})
     assert qwen2.qkv_bias and not qwen2.out_bias
     mistral = read({"model_type": "mistral", "sliding_window": None})
-    assert mistral.kv_heads == 8 and mistral.mlp_width == 14336
+    assert mistral.num_kv_heads == 8 and mistral.intermediate_size == 14336
     # A window as long as the model's context hides nothing.
     assert read({"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 4096}) is not None
 
@@ -94,7 +94,7 @@ def with_vision(**fields):
     (with_text(rope_scaling={"type": "yarn", "factor": 4.0}), "text_config.rope_scaling .*yarn.* is not supported"),
     (with_text(rope_scaling={"type": "dynamic", "factor": 4.0}), "dynamic.* is not supported; rope_type linear"),
     (with_text(partial_rotary_factor=0.5), "partial_rotary_factor.* is not supported"),
-    (with_text(num_attention_heads=32, num_key_value_heads=5), "32 are not a multiple of kv_heads 5"),
+    (with_text(num_attention_heads=32, num_key_value_heads=5), "32 are not a multiple of num_kv_heads 5"),
     (with_text(hidden_size="wide"), "hidden_size"),
     ({"model_type": "mistral"}, "sliding_window is 4096, shorter than max_position_embeddings 131072"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},

@@ -290,8 +290,8 @@ class Run:
             return None
         if mesh == MESH:
             model = read_config(self.model, self.template or None)
-            tensor = math.gcd(len(devices), *(size for part in (model.text, model.vision)
-                                              for size in (part.heads, part.mlp_width)), model.text.kv_heads)
+            sizes = [size for part in (model.text, model.vision) for size in (part.heads, part.intermediate_size)]
+            tensor = math.gcd(len(devices), *sizes, model.text.num_kv_heads)
             mesh = config.Mesh(-1, 1, tensor)
         return make_mesh(mesh, devices)
 
