@@ -46,8 +46,8 @@ class Batches(grain.IterDataset):
 
     T is `sequence_length` and I `tiles_per_sequence`. The mixture is shuffled anew in every epoch with `seed`, for
     `epochs` epochs (None: for ever). The rows of all processes together, in the order of the processes, are the same
-    for any number of processes and workers. An iterator's state, {"epoch", "window", "row"}, is the same on all of them and
-    continues bit for bit with any other number. The last batch is filled up with padding.
+    for any number of processes and workers. An iterator's state, {"epoch", "window", "row"}, is the same on all of
+    them and continues bit for bit with any other number. The last batch is filled up with padding.
 
     With `keep`, for one epoch that is passed through again and again, workers and packed texts are kept until `close`.
     Every pass decodes the images anew.
