@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,13 @@ from PIL import Image
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation; without LLVM's optimisation it halves.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# All workers and subprocesses of a session share one compilation cache. The flags above are part of its keys.
+OWN_CACHE = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="llava_jax-tests-")
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,6 +59,11 @@ def make_data(folder: Path, records: int = 24, seed: int = 0) -> Path:
         rows.append({"id": i, "conversations": turns} | ({"image": images} if images else {}))
     (folder / "data.json").write_text(json.dumps(rows))
     return folder / "data.json"
+
+
+def pytest_unconfigure() -> None:
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

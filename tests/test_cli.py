@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from commands import run_command
+
 from llava_jax import cli
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import read_json
@@ -90,3 +92,12 @@ def test_a_small_file_that_is_wrong_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"small.json: {message}"):
         read_json(path)
+
+
+def test_a_command_in_this_process_ends_as_in_its_own(tmp_path):
+    """`run_command` of the tests against a process, for an error and for printed text."""
+    (tmp_path / "rows.json").write_text("[3]")
+    for args in (["prepare", "check", str(tmp_path / "rows.json")], ["train", "no_such_recipe"], ["prepare", "--help"]):
+        verb, *options = args
+        done = subprocess.run([sys.executable, "-m", f"llava_jax.{verb}", *options], capture_output=True, text=True)
+        assert run_command(*args)[::2] == (done.returncode, done.stderr)
