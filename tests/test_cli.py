@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from commands import run_command
 
 from llava_jax import cli
