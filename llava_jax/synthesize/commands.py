@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from llava_jax.cli import printable
-from llava_jax.endpoint.log import AnswerLog, is_written
+from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.run import answer_all
 from llava_jax.endpoint.server import UNANSWERED, Server, check_answered, code_of
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import check_page, parse_json, replacing, require_fields
+from llava_jax.json_lines import is_written
 from llava_jax.synthesize.estimate import describe, estimate
 from llava_jax.synthesize.output import MANIFEST, REJECTED, check_folder
 from llava_jax.synthesize.running import open_log, open_synthesis, read_standing

@@ -39,8 +39,8 @@ def open_log(settings: Settings) -> Iterator[AnswerLog]:
         os.makedirs(settings.out, exist_ok=True)
         opened = AnswerLog(settings.log)
     with opened as log:
-        if log.mended:
-            note(f"{settings.log}: the last line was broken; its {log.mended:,} bytes were cut off, and that request "
+        if log.dropped:
+            note(f"{settings.log}: the last line was broken; its {log.dropped:,} bytes were cut off, and that request "
                  "is asked again")
         if log.damaged:
             note(f"{settings.log}, line {log.damaged[0]}: cannot be read, and is passed over"

@@ -311,7 +311,7 @@ def test_ctrl_c_twice_leaves(process):
     child.send_signal(signal.SIGINT)
     assert child.wait() == 130
     with AnswerLog(path) as log:
-        assert len(log) == 20 and log.mended == 0
+        assert len(log) == 20 and log.dropped == 0
 
 
 def test_kill_loses_at_most_what_was_in_flight(process):

@@ -423,7 +423,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
         options = options_of(tmp_path, url, "--concurrency", "1")
         process = start(["run", *options], limit="8")
         _, err = process.communicate()
-        assert process.returncode == 2 and "could not be kept" in err and len(err.splitlines()) == 1, err
+        assert process.returncode == 2 and "could not be written" in err and len(err.splitlines()) == 1, err
         kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
         assert 0 < kept.count(b"\n") == fake.paid.total() - 1 and kept.endswith(b"\n")
         assert synthesize.main(["run", *options]) == 0
