@@ -1,6 +1,5 @@
 """A record's number -> its tokens, and its images. What the worker processes do; imports neither Grain nor JAX."""
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -90,5 +89,5 @@ class Loader:
         return np.stack(tiles) if tiles else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
 
     def _record(self, number: int) -> Record:
-        which = bisect.bisect_right(self.mixture.starts, number) - 1
-        return self.mixture.sources[which][number - self.mixture.starts[which]]
+        source, index = self.mixture.locate(number)
+        return source[index]

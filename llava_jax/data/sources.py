@@ -1,5 +1,6 @@
 """A data file of any format as a sequence of Records, and mixtures of several."""
 
+import bisect
 import dataclasses
 import itertools
 import os
@@ -97,6 +98,11 @@ class Mixture:
     @property
     def name(self) -> str:
         return ", ".join(source.path for source in self.sources)
+
+    def locate(self, number: int) -> tuple[Source, int]:
+        """Returns the source of row `number` of the mixture, and the row's index in that source."""
+        which = bisect.bisect_right(self.starts, number) - 1
+        return self.sources[which], number - self.starts[which]
 
 
 def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> Source:

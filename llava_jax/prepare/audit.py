@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llava_jax.config import Data
 from llava_jax.data import packing
-from llava_jax.data.sources import Mixture, Source
+from llava_jax.data.sources import Mixture
 from llava_jax.data.workers import Pool
 from llava_jax.prepare.findings import KINDS, ROW, Checker, Finding, place, read_id
 
@@ -161,16 +161,11 @@ def _earlier(kind: str, values: np.ndarray, among: np.ndarray) -> Iterator[tuple
 
 
 def _repeat(kind: str, mixture: Mixture, number: int, first: int) -> Finding:
-    source, index = _locate(mixture, number)
-    own, (file, row, line) = place(source, index), place(*_locate(mixture, first))
+    source, index = mixture.locate(number)
+    own, (file, row, line) = place(source, index), place(*mixture.locate(first))
     earlier = ("" if file == own[0] else f"{file}, ") + f"row {row}" + (f" (line {line})" if line else "")
     same = {"duplicate_id": "id", "duplicate": "images and texts", "duplicate_question": "images and questions"}[kind]
     return Finding(*own, read_id(source, index), kind, f"same {same} as {earlier}")
-
-
-def _locate(mixture: Mixture, number: int) -> tuple[Source, int]:
-    which = bisect.bisect_right(mixture.starts, number) - 1
-    return mixture.sources[which], number - mixture.starts[which]
 
 
 def _figures(rows: np.ndarray) -> dict[str, Any]:

@@ -35,8 +35,7 @@ def read_rows(numbers: Sequence[int], loader: Loader) -> list[Shown]:
     """Reads rows as training does, and keeps what is wrong with one."""
     shown, mixture = [], loader.mixture
     for position, number in enumerate(numbers, 1):
-        which = bisect.bisect_right(mixture.starts, number) - 1
-        source, index = mixture.sources[which], number - mixture.starts[which]
+        source, index = mixture.locate(number)
         row = record = example = tiles = bad = None
         try:
             row = source.row(index)

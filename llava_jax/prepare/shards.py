@@ -1,6 +1,5 @@
 """Rows as the ArrayRecord shards of a TFDS data set. What the worker processes of `prepare pack` do."""
 
-import bisect
 import contextlib
 import dataclasses
 import io
@@ -79,9 +78,8 @@ class Examples:
 
     def load(self, number: int) -> tuple[bytes, list[int], list[int]]:
         """A row's example, and how many bytes each of its images has as read and as kept. Raises BadRow."""
-        starts = self.mixture.starts
-        which = bisect.bisect_right(starts, number) - 1
-        record = self.mixture.sources[which][number - starts[which]]
+        source, index = self.mixture.locate(number)
+        record = source[index]
         read = [self._read(image, record) for image in record.images]
         kept = [self._encode(content, image, record) for content, image in zip(read, record.images, strict=True)]
         try:
