@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from bench_models import SIZES, count, image_id, machine, parameters_of, pixel_values, torch_model
 
-from llava_jax.inference.answer import Answer
+from llava_jax.inference.detokenizer import Detokenizer
 from llava_jax.inference.engine import Engine, Job
 from llava_jax.models.llava import LlavaConfig, abstract
 from llava_jax.text.encode import IMAGE_TOKEN_ID
@@ -75,7 +75,7 @@ def call(config: LlavaConfig, parameters: dict, tokens: np.ndarray, images: np.n
 
     def run(limit: int) -> np.ndarray:
         jobs = [Job(row, image[None], limit, 0.0, 1.0, 0) for row, image in zip(tokens, images, strict=True)]
-        answers = [Answer(NoText(), (), (), limit) for _ in jobs]
+        answers = [Detokenizer(NoText(), (), (), limit) for _ in jobs]
         for _ in engine.run(jobs, answers):
             pass
         return np.array([answer.tokens for answer in answers])

@@ -14,7 +14,7 @@ from PIL import Image
 import llava_jax
 from llava_jax import cli, generate
 from llava_jax.errors import UserError
-from llava_jax.inference.answer import Completion
+from llava_jax.inference.detokenizer import Completion
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init
 from llava_jax.models.vit import VitConfig

@@ -11,10 +11,10 @@ from llava_jax.inference.sampling import Sampling, sample
 from llava_jax.models.llama import Block
 from llava_jax.models.llava import Llava
 
-CHUNK = 16
+MAX_DECODE_STEPS = 16
 """The most tokens that `decode` writes before the host sees them."""
 
-NOTHING = -1
+NO_TOKEN = -1
 """In the output: the row had ended, there is no token."""
 
 
@@ -83,7 +83,7 @@ def decode(
     ends: tuple[int, ...],
     layers: Sequence[Block] | None = None,
 ) -> tuple[State, Int[Array, "B C"]]:
-    """Writes up to `steps` (at most CHUNK) tokens in every row that is `going`; stops early when all rows ended.
+    """Writes up to `steps` (at most MAX_DECODE_STEPS) tokens in every row that is `going`; stops early.
 
     `layers`: see `Llama.extend`.
     """
@@ -96,7 +96,7 @@ def decode(
         return i + 1, state, written.at[:, i].set(token)
 
     state = state._replace(left=jnp.where(going, state.left, 0))
-    written = jnp.full((going.shape[0], CHUNK), NOTHING)
+    written = jnp.full((going.shape[0], MAX_DECODE_STEPS), NO_TOKEN)
     more = lambda carry: (carry[0] < steps) & jnp.any(carry[1].left > 0)  # noqa: E731
     _, state, written = jax.lax.while_loop(more, step, (0, state, written))
     return state, written
@@ -117,11 +117,11 @@ def _first(model: Llava, hidden: Float[Array, "B T D"], lengths, cache, read, li
 def write(
     model: Llava, state: State, hidden: Float[Array, "B D"], ends: tuple[int, ...]
 ) -> tuple[State, Int[Array, "B"]]:
-    """Chooses each row's next token from the hidden state of its newest one; NOTHING where the row had ended."""
+    """Chooses each row's next token from the hidden state of its newest one; NO_TOKEN where the row had ended."""
     alive = state.left > 0
     position = jnp.where(alive, state.position + 1, state.position)
     token = sample(model.decoder.logits(hidden), state.sampling, position)
     ended = jnp.isin(token, jnp.array(ends, jnp.int32))
     left = jnp.where(alive & ~ended, state.left - 1, 0)
     token = jnp.where(alive, token, state.token)
-    return state._replace(token=token, position=position, left=left), jnp.where(alive, token, NOTHING)
+    return state._replace(token=token, position=position, left=left), jnp.where(alive, token, NO_TOKEN)

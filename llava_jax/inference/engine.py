@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llava_jax.inference.answer import Answer
-from llava_jax.inference.decode import CHUNK, NOTHING, State, decode, prefill, prefill_shared
-from llava_jax.inference.likelihood import Reading, log_probabilities, places_of
+from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, State, decode, prefill, prefill_shared
+from llava_jax.inference.detokenizer import Detokenizer
 from llava_jax.inference.sampling import Sampling, seed_words
+from llava_jax.inference.scoring import ScoringRow, log_probabilities, positions_of
 from llava_jax.models.llava import Parameters, merge
 from llava_jax.parallel.sharding import ROWS
 
@@ -83,12 +83,12 @@ class Engine:
         self._layers = layers_on_cpu(merge(self.graph, self._parameters).decoder.layers)
 
     def run(
-        self, jobs: Sequence[Job], answers: Sequence[Answer], steps: int = CHUNK, rows: int = 1
+        self, jobs: Sequence[Job], answers: Sequence[Detokenizer], steps: int = MAX_DECODE_STEPS, rows: int = 1
     ) -> Iterator[list[str]]:
         """Answers one batch: adds tokens to `answers` until all have ended, and yields each one's next piece of text.
 
-        The first pieces come after one token, the others after up to `steps` (at most CHUNK) tokens. The batch is
-        filled up to `rows`, if it has fewer.
+        The first pieces come after one token, the others after up to `steps` (at most MAX_DECODE_STEPS) tokens. The
+        batch is filled up to `rows`, if it has fewer.
         """
         rows = self._rows(max(rows, len(jobs)))
         size = length_bucket(max(len(job.tokens) + job.limit for job in jobs))
@@ -105,7 +105,7 @@ class Engine:
         going = np.zeros(rows, bool)
         while True:
             fresh = np.asarray(written)[: len(jobs)]
-            yield [answer.add(row[row != NOTHING]) for answer, row in zip(answers, fresh, strict=True)]
+            yield [answer.add(row[row != NO_TOKEN]) for answer, row in zip(answers, fresh, strict=True)]
             going[: len(jobs)] = [answer.finish_reason is None for answer in answers]
             if not going.any():
                 return
@@ -113,13 +113,14 @@ class Engine:
                 state, written = self._decode(self.parameters, self._layers, state, self._share(going),
                                               np.int32(steps))
 
-    def score(self, readings: Sequence[Reading], images: Sequence[np.ndarray], rows: int = 1) -> list[dict[int, float]]:
+    def score(self, readings: Sequence[ScoringRow], images: Sequence[np.ndarray],
+              rows: int = 1) -> list[dict[int, float]]:
         """For each reading, with the images of its prompt: its continuations' numbers and log-probabilities."""
         rows = self._rows(max(rows, len(readings)))
         places = bucket(max(4, *(len(tokens) for reading in readings for _, tokens in reading.scored)))
         count = bucket(max(4, *(len(reading.scored) for reading in readings)))
         inputs = (pad_tokens([reading.tokens for reading in readings], rows, length_bucket), pad_images(images, rows),
-                  *places_of(readings, rows, places, count))
+                  *positions_of(readings, rows, places, count))
         with self._on_mesh():
             found = np.asarray(self._score(self.parameters, *self._share(inputs)), np.float64)
         return [{number: found[row, : len(tokens), column].sum().item()

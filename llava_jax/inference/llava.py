@@ -13,10 +13,10 @@ from PIL import Image
 
 from llava_jax.errors import UserError
 from llava_jax.images import open_image, prepare, turn_upright
-from llava_jax.inference.answer import Answer, Completion
-from llava_jax.inference.batches import batches, opener
+from llava_jax.inference.detokenizer import Completion, Detokenizer
 from llava_jax.inference.engine import Engine, Job, shape
-from llava_jax.inference.likelihood import readings
+from llava_jax.inference.grouping import group_batches, image_opener
+from llava_jax.inference.scoring import scoring_rows
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, merge
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
@@ -27,7 +27,7 @@ from llava_jax.weights.checkpoint import load_checkpoint, read_config
 ImageSource = Image.Image | str | os.PathLike | bytes
 Messages = str | Sequence[Mapping[str, str]]
 
-STREAM_CHUNK = 4
+STREAM_STEPS = 4
 """Tokens between two pieces of a stream: few enough to look alive, enough to keep the device busy."""
 
 
@@ -44,8 +44,8 @@ class PromptTooLong(UserError):
 class Request:
     """What `Llava.generate` takes, as one value. UserError for a figure out of range.
 
-    `begun` is what the answer begins with, from the opening of its turn on (`ASSISTANT:`, so that it brings its own
-    blank). The model goes on from there; the completion is what it adds, without outer blanks.
+    `assistant_prefix`: text that the answer is forced to start with, appended right after the template's assistant tag;
+    include a leading space if you need one. The completion is what the model adds, without outer blanks.
     `verbatim` keeps outer blanks of the texts and writes a bare `<image>`, as LLaVA's benchmark scripts do.
     """
 
@@ -56,7 +56,7 @@ class Request:
     top_p: float = 1.0
     stop: Sequence[str] = ()
     seed: int = 0
-    begun: str = ""
+    assistant_prefix: str = ""
     verbatim: bool = False
 
     def __post_init__(self):
@@ -162,8 +162,8 @@ class Llava:
     ) -> Iterator[str]:
         """The text of `generate` in pieces, as it is written. No piece splits a character or shows part of a stop."""
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
-        job = self._job(request, self._prompt(request), self._tiles(request.images))
-        pieces = self._engine.run([job], [self._answer(request, job)], STREAM_CHUNK)
+        job = self._job(request, self.prompt_tokens(request), self._tiles(request.images))
+        pieces = self._engine.run([job], [self._answer(request, job)], STREAM_STEPS)
         return (piece for (piece,) in pieces if piece)
 
     def batch(self, requests: Iterable[Request | Mapping], batch_size: int = 8) -> list[Completion]:
@@ -172,22 +172,24 @@ class Llava:
         Requests of like length and number of images go together. An answer is the one that the request gets alone,
         up to the rounding of matrix products in another order: in bfloat16 that may tip a near tie.
         """
-        return [completion for _, completion in sorted(self.each(requests, batch_size), key=lambda pair: pair[0])]
+        pairs = self.batch_unordered(requests, batch_size)
+        return [completion for _, completion in sorted(pairs, key=lambda pair: pair[0])]
 
-    def each(self, requests: Iterable[Request | Mapping], batch_size: int = 8) -> Iterator[tuple[int, Completion]]:
+    def batch_unordered(self, requests: Iterable[Request | Mapping],
+                        batch_size: int = 8) -> Iterator[tuple[int, Completion]]:
         """`batch` for any number of requests: yields their numbers, from 0, and answers as these are made.
 
         Requests are read as far ahead as the next batches need; their images are opened meanwhile, in threads.
         """
-        with opener(self._tiles) as opened:
+        with image_opener(self._tiles) as opened:
 
             def waiting():
                 for number, request in enumerate(requests):
                     request = request if isinstance(request, Request) else Request(**request)
-                    prompt = self._prompt(request)
+                    prompt = self.prompt_tokens(request)
                     yield shape(len(request.images), len(prompt)), (number, request, prompt, opened(request.images))
 
-            for rows, size in batches(waiting(), batch_size):
+            for rows, size in group_batches(waiting(), batch_size):
                 jobs = [self._job(request, prompt, tiles.result()) for _, request, prompt, tiles in rows]
                 answers = [self._answer(row[1], job) for row, job in zip(rows, jobs, strict=True)]
                 for _ in self._engine.run(jobs, answers, rows=size):
@@ -198,32 +200,34 @@ class Llava:
     def log_likelihood(self, request: Request | Mapping, continuations: Sequence[str]) -> list[float]:
         """How likely each of some answers is: the sum of the natural log-probabilities of its tokens.
 
-        An answer stands where the model would write it, as in training (`ASSISTANT: Yes`), or right behind what the
-        request has `begun`; the end of its turn is not counted. What the request says of sampling is not used.
+        An answer stands where the model would write it, as in training (`ASSISTANT: Yes`), or right behind the
+        request's `assistant_prefix`; the end of its turn is not counted. What the request says of sampling is not used.
         """
         return next(self.log_likelihoods([(request, continuations)]))[1]
 
     def log_likelihoods(
         self, pairs: Iterable[tuple[Request | Mapping, Sequence[str]]], batch_size: int = 8
     ) -> Iterator[tuple[int, list[float]]]:
-        """`log_likelihood` for any number of requests: yields their numbers, from 0, and results, as `each` does."""
+        """`log_likelihood` for any number of requests: yields pairs of index and result."""
         counts: dict[int, int] = {}
         found: dict[int, dict[int, float]] = collections.defaultdict(dict)
         gap = templates.get(self.template).gap
-        with opener(self._tiles) as opened:
+        with image_opener(self._tiles) as opened:
 
             def waiting():
                 for number, (request, continuations) in enumerate(pairs):
                     request = request if isinstance(request, Request) else Request(**request)
                     if not continuations or "" in continuations:
                         raise UserError("log_likelihood needs continuations, and each needs text")
-                    begun, tiles = request.begun or gap, opened(request.images)
-                    texts = [self._prompt(dataclasses.replace(request, begun=begun + text)) for text in continuations]
+                    prefix, tiles = request.assistant_prefix or gap, opened(request.images)
+                    texts = [self.prompt_tokens(dataclasses.replace(request, assistant_prefix=prefix + text))
+                             for text in continuations]
                     counts[number] = len(texts)
-                    for reading in readings(self._prompt(request).tolist(), [text.tolist() for text in texts]):
+                    prompt = self.prompt_tokens(request).tolist()
+                    for reading in scoring_rows(prompt, [text.tolist() for text in texts]):
                         yield shape(len(request.images), len(reading.tokens)), (number, reading, tiles)
 
-            for rows, size in batches(waiting(), batch_size):
+            for rows, size in group_batches(waiting(), batch_size):
                 scored = self._engine.score([reading for _, reading, _ in rows],
                                             [tiles.result() for _, _, tiles in rows], size)
                 for (number, _, _), scores in zip(rows, scored, strict=True):
@@ -231,13 +235,13 @@ class Llava:
                     if len(found[number]) == counts[number]:
                         yield number, [score for _, score in sorted(found.pop(number).items())]
 
-    def _prompt(self, request: Request) -> Int[np.ndarray, "T"]:
+    def prompt_tokens(self, request: Request) -> Int[np.ndarray, "T"]:
         """The prompt's ids. Raises UserError if images and marks differ, PromptTooLong if no room is left to answer."""
         messages = request.messages
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        messages = place_images(messages, len(request.images))
-        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image, request.begun,
-                               request.verbatim)
+        messages = add_image_marks(messages, len(request.images))
+        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image,
+                               request.assistant_prefix, request.verbatim)
         if len(tokens) >= self.config.text.max_length:
             raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
         return tokens
@@ -265,11 +269,11 @@ class Llava:
             beginning=(tuple(request.images), prompt[:begins].tobytes()) if known else None,
         )
 
-    def _answer(self, request: Request, job: Job) -> Answer:
-        return Answer(StreamDecoder(self.tokenizer), self._engine.ends, (*self._stops, *request.stop), job.limit)
+    def _answer(self, request: Request, job: Job) -> Detokenizer:
+        return Detokenizer(StreamDecoder(self.tokenizer), self._engine.ends, (*self._stops, *request.stop), job.limit)
 
 
-def place_images(messages: Sequence[Mapping[str, str]], count: int) -> list[dict[str, str]]:
+def add_image_marks(messages: Sequence[Mapping[str, str]], count: int) -> list[dict[str, str]]:
     """The messages with a mark for each of `count` images: their own, or, if they have none, before the first turn."""
     system, turns = templates.read_messages(messages)
     marks = sum(text.count(templates.IMAGE) for text in (system or "", *(text for _, text in turns)))

@@ -68,13 +68,13 @@ def encode_prompt(
     template: str | Template,
     tokenizer: Tokenizer,
     tokens_per_image: int = 576,
-    begun: str = "",
+    assistant_prefix: str = "",
     verbatim: bool = False,
 ) -> Int32[np.ndarray, "T"]:
-    """Tokens of a chat that ends with the opening of the assistant's turn, and what is `begun` of the answer.
+    """Tokens of a chat that ends with the assistant tag and `assistant_prefix`.
 
     They are the first tokens of the same conversation in training. The opening ends without a blank (`ASSISTANT:`);
-    the answer, `begun` or not, brings its own.
+    the answer, or `assistant_prefix`, brings its own.
 
     With `verbatim` the texts are written as they are, as LLaVA's benchmark scripts do (`templates.spans`).
     Messages are as `templates.read_messages` takes them and end with the user's. Raises UserError otherwise.
@@ -82,9 +82,10 @@ def encode_prompt(
     system, turns = read_messages(messages)
     if not turns or turns[-1][0] != "user":
         raise UserError("a prompt ends with a user message, for the assistant to answer")
-    if IMAGE in begun:
-        raise UserError(f"an answer has no images, and what is begun of this one holds {IMAGE}")
-    laid_out = [*spans(turns, get(template), system, True, verbatim), Span(check_text(begun, "begun"), False, cut=True)]
+    if IMAGE in assistant_prefix:
+        raise UserError(f"assistant_prefix contains {IMAGE}, but an answer has no images")
+    answer = Span(check_text(assistant_prefix, "assistant_prefix"), False, cut=True)
+    laid_out = [*spans(turns, get(template), system, True, verbatim), answer]
     return _encode(laid_out, tokenizer, tokens_per_image).tokens
 
 

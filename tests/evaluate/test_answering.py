@@ -24,7 +24,8 @@ class Twice(Bench):
 
     def follow_up(self, question, texts):
         if len(texts) == 1 and question.row["again"]:
-            return replace(question, text=question.text + " Again?", begun=f" {texts[0]} so", max_new_tokens=5)
+            return replace(question, text=question.text + " Again?", assistant_prefix=f" {texts[0]} so",
+                           max_new_tokens=5)
         return " + ".join(texts)
 
     def score(self, data, questions, answers):
@@ -66,7 +67,7 @@ def test_answers_are_those_of_each_question_alone(llava, questions):
         wanted = alone(llava, question, **({"max_new_tokens": 20} if number == 5 else {}))
         if number % 2:
             second = replace(question, text=question.text + " Again?")
-            wanted += " + " + alone(llava, second, begun=f" {wanted} so", max_new_tokens=5)
+            wanted += " + " + alone(llava, second, assistant_prefix=f" {wanted} so", max_new_tokens=5)
         assert texts[number] == wanted
     assert len(set(texts.values())) == 13
     assert [answer.text for answer in answering.ask(llava, Twice(), questions, 4)] == [texts[n] for n in range(13)]
@@ -90,9 +91,9 @@ def test_questions_are_asked_as_they_are(llava, questions, template):
     wanted = [*llava.tokenizer.encode(before, bos=True), IMAGE_TOKEN_ID, *llava.tokenizer.encode(after)]
     llava = Llava(replace(llava.config, template=template), llava.parameters, llava.tokenizer)
     requests = []
-    llava.each = lambda asked, _: iter([requests.extend(asked)][:0])
+    llava.batch_unordered = lambda asked, _: iter([requests.extend(asked)][:0])
     list(answering.generate(llava, Twice(), [replace(questions[1], text=text)]))
-    prompt = llava._prompt(requests[0]).tolist()
+    prompt = llava.prompt_tokens(requests[0]).tolist()
     count = llava.config.tokens_per_image
     at = prompt.index(IMAGE_TOKEN_ID)
     assert prompt[at : at + count] == [IMAGE_TOKEN_ID] * count
@@ -106,7 +107,7 @@ def test_other_pictures_are_shown_where_asked(llava, questions):
     second = replace(questions[1], text=questions[1].text + " Again?", images=last)
     first = alone(llava, replace(questions[1], images=last))
     assert answers[0].text == alone(llava, questions[0])
-    assert answers[1].text == f"{first} + {alone(llava, second, begun=f' {first} so', max_new_tokens=5)}"
+    assert answers[1].text == f"{first} + {alone(llava, second, assistant_prefix=f' {first} so', max_new_tokens=5)}"
     assert answers[2].text == alone(llava, replace(questions[2], images=last))
     for number, own in enumerate(answering.choose(llava, Twice(), questions[:3], 4)):
         other = list(answering.choose(llava, Twice(), questions[:3], 4, shown))[number]
@@ -138,7 +139,7 @@ def test_a_question_beyond_the_context_is_answered_empty_and_the_others_as_ever(
     # Of each pair the second follows the first, and the text is too long: at once; or with what it says first.
     long = replace(questions[1], id="long", text="Why not? " * context)
     edge = next(text for n in range(context) if answering.too_long(
-        llava, Request(text := "Why not? " * n, verbatim=True, begun=" and" * 9)))
+        llava, Request(text := "Why not? " * n, verbatim=True, assistant_prefix=" and" * 9)))
     later = replace(questions[1], id="later", text=edge[: -len("Why not? ")], images=(), max_new_tokens=10)
     asked = [questions[0], long, questions[2], later, *questions[3:5]]
     said = {one.number: one for one in answering.generate(llava, Twice(), asked, 4)}

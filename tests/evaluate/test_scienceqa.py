@@ -57,7 +57,7 @@ def test_questions_for_the_letter_are_llava_1_5s(folder):
         "Answer with the option's letter from the given choices directly.")
     assert third.prompt == "<image>\n" + third.text and "<image>" not in third.text
     assert third.images == (str(folder / "images" / "train" / "2" / "image.png"),)
-    assert first.stop == () and first.begun == "" and ScienceQA.max_new_tokens == 1024
+    assert first.stop == () and first.assistant_prefix == "" and ScienceQA.max_new_tokens == 1024
 
 
 def test_double_blanks_are_made_single_and_an_empty_hint_is_none():
@@ -116,7 +116,7 @@ def test_two_passes_ask_for_the_answer_behind_the_reasoning(folder):
     question = benchmark.read(str(folder))[0]
     assert question.stop == ("###",)
     second = benchmark.follow_up(question, ["LECTURE: An <image> of a cow. \n"])
-    assert second.begun == "LECTURE: An  of a cow. ###\nANSWER:"
+    assert second.assistant_prefix == "LECTURE: An  of a cow. ###\nANSWER:"
     assert (second.id, second.text, second.images, second.max_new_tokens) == (
         question.id, question.text, question.images, 64)
     text = benchmark.follow_up(question, ["LECTURE: Cows. \n", " B. "])

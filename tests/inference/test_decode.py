@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llava_jax.inference import decode as module
-from llava_jax.inference.decode import CHUNK, NOTHING, decode, prefill
+from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, decode, prefill
 from llava_jax.inference.sampling import Sampling
 from llava_jax.models.llava import abstract, merge
 
@@ -55,10 +55,10 @@ def started(reciting, chain):
 
 def test_rows_end_at_their_limit_and_at_the_end_token(started, chain):
     state, first, go_on = started
-    assert first[:, 0].tolist() == [chain[0], chain[0], NOTHING, chain[-4]]
+    assert first[:, 0].tolist() == [chain[0], chain[0], NO_TOKEN, chain[-4]]
     assert state.left.tolist() == [49, 2, 0, 49]
-    state, written = go_on(state, np.ones(ROWS, bool), CHUNK)
-    nothing = [NOTHING] * CHUNK
+    state, written = go_on(state, np.ones(ROWS, bool), MAX_DECODE_STEPS)
+    nothing = [NO_TOKEN] * MAX_DECODE_STEPS
     assert written.tolist() == [chain[1:17], chain[1:3] + nothing[2:], nothing, chain[-3:] + nothing[3:]]
     assert state.left.tolist() == [33, 0, 0, 0]
     assert state.position.tolist() == [5 + 16, 5 + 2, 4 + 1 + 16, 5 + 3]
@@ -68,8 +68,9 @@ def test_the_loop_stops_when_told_and_when_all_rows_ended(started, chain):
     state, _, go_on = started
     start = int(state.position[2])
     state, written = go_on(state, np.array([False, True, True, True]), 2)
-    assert written[:, :3].tolist() == [[NOTHING] * 3, [*chain[1:3], NOTHING], [NOTHING] * 3, [*chain[-3:-1], NOTHING]]
-    state, written = go_on(state, np.array([False, True, True, True]), CHUNK)
-    assert (np.array(written) != NOTHING).sum() == 1 and written[3, 0] == chain[-1]
+    assert written[:, :3].tolist() == [[NO_TOKEN] * 3, [*chain[1:3], NO_TOKEN], [NO_TOKEN] * 3,
+                                       [*chain[-3:-1], NO_TOKEN]]
+    state, written = go_on(state, np.array([False, True, True, True]), MAX_DECODE_STEPS)
+    assert (np.array(written) != NO_TOKEN).sum() == 1 and written[3, 0] == chain[-1]
     assert not state.left.any()
     assert state.position[2] == start + 2 + 1

@@ -13,7 +13,7 @@ from llava_jax import IMAGE_TOKEN_ID
 from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
 from llava_jax.inference.engine import length_bucket
-from llava_jax.inference.llava import PromptTooLong, Request, place_images
+from llava_jax.inference.llava import PromptTooLong, Request, add_image_marks
 from llava_jax.text.encode import encode_prompt
 from llava_jax.text.templates import render
 
@@ -162,15 +162,15 @@ def test_a_chat_reads_what_the_model_wrote(reciter, template):
         assert model.generate(messages).prompt_tokens[: len(written)] == written
 
 
-def test_an_answer_that_is_begun_goes_on(reciting, tokenizer):
-    begun = Request("Say it.", begun=" é漢🙂 a b c", max_new_tokens=50)
+def test_an_answer_continues_its_assistant_prefix(reciting, tokenizer):
+    forced = Request("Say it.", assistant_prefix=" é漢🙂 a b c", max_new_tokens=50)
     alone = Request("Say it.", max_new_tokens=50)
-    rest, whole = reciting.batch([begun, alone])
+    rest, whole = reciting.batch([forced, alone])
     assert rest.text.split() == "d e f g h i j k l m n o p".split() and whole.text.split()[1:4] == ["a", "b", "c"]
-    text = render([{"role": "user", "content": "Say it."}], reciting.template, open_answer=True) + begun.begun
+    text = render([{"role": "user", "content": "Say it."}], reciting.template, open_answer=True) + forced.assistant_prefix
     assert rest.prompt_tokens == [tokenizer.bos_id, *tokenizer.tokenize(text).ids]
-    with pytest.raises(UserError, match="what is begun of this one holds <image>"):
-        reciting.batch([Request("Say it.", begun="An <image>")])
+    with pytest.raises(UserError, match="assistant_prefix contains <image>"):
+        reciting.batch([Request("Say it.", assistant_prefix="An <image>")])
 
 
 def test_the_context_limits_an_answer(reciting, tokenizer):
@@ -242,7 +242,7 @@ def test_length_buckets():
 
 
 def test_images_are_placed():
-    marks = lambda messages, count: [m["content"] for m in place_images(messages, count)]  # noqa: E731
+    marks = lambda messages, count: [m["content"] for m in add_image_marks(messages, count)]  # noqa: E731
     user = lambda text: [{"role": "user", "content": text}]  # noqa: E731
     system = [{"role": "system", "content": "Be brief."}]
     assert marks(user("Hi"), 0) == ["Hi"]
@@ -301,5 +301,5 @@ def test_questions_about_one_image_read_it_once(llava, pictures, tmp_path, monke
     apart = [Request(text, paths[:2]) for text in ("Is <image> <image> it?", "Is <image> it, or is it <image>?")]
     for others in ([requests[0], requests[6], requests[12]], [Request("Is it?", pictures[:1])] * 3,
                    [Request("Is it?"), Request("Or not?"), Request("Is it?")], apart * 2):
-        jobs = [llava._job(one, llava._prompt(one), llava._tiles(one.images)) for one in others]
+        jobs = [llava._job(one, llava.prompt_tokens(one), llava._tiles(one.images)) for one in others]
         assert llava._engine._prompts(jobs, 4)[0].__name__ == "prefill"

@@ -121,7 +121,7 @@ def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_si
             yield request
 
     while True:
-        for place, completion in llava.each(requests(), batch_size):
+        for place, completion in llava.batch_unordered(requests(), batch_size):
             take(asked[place], completion.text.strip())
             while ready:
                 yield ready.popleft()
@@ -164,15 +164,16 @@ def ask(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: i
 
 def _request(question: Question, bench: Bench, shown: Shown) -> Request:
     return Request(question.text, shown(question), question.max_new_tokens or bench.max_new_tokens,
-                   stop=question.stop, begun=question.begun, verbatim=True)
+                   stop=question.stop, assistant_prefix=question.assistant_prefix, verbatim=True)
 
 
 def too_long(llava: Llava, request: Request, choices: Sequence[str] = ()) -> str:
     """Why the model's context has no room for the request, and for each of `choices` behind it; "" if it has."""
-    begun = request.begun or templates.get(llava.template).gap
+    prefix = request.assistant_prefix or templates.get(llava.template).gap
     try:
-        for each in (request, *(dataclasses.replace(request, begun=begun + choice) for choice in choices)):
-            llava._prompt(each)
+        llava.prompt_tokens(request)
+        for choice in choices:
+            llava.prompt_tokens(dataclasses.replace(request, assistant_prefix=prefix + choice))
     except PromptTooLong as error:
         return f"its prompt has {error.tokens:,} tokens, and the model's context holds {error.limit:,}"
     return ""

@@ -50,7 +50,7 @@ class LlavaJax(lmms):
                 numbers.append(number)
                 yield request
 
-        answered = self.llava.each(asked(), self.batch_size)
+        answered = self.llava.batch_unordered(asked(), self.batch_size)
         for place, answer in tqdm(answered, "llava_jax", len(requests), disable=self.rank != 0):
             number = numbers[place]
             counts = TokenCounts(len(answer.prompt_tokens), len(answer.tokens))

@@ -28,7 +28,7 @@ def hash_questions(questions: Sequence[Question]) -> str:
     for question in questions:
         images = [hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else os.path.basename(image)
                   for image in question.images]
-        shown = [question.id, question.text, question.begun, question.stop, images, dict(question.fields)]
+        shown = [question.id, question.text, question.assistant_prefix, question.stop, images, dict(question.fields)]
         digest.update(json.dumps(shown).encode() + b"\n")
     return digest.hexdigest()[:16]
 

@@ -133,7 +133,7 @@ class ScienceQA(Bench):
             return texts[-1]
         reasoning = texts[0].strip()
         if len(texts) == 1:
-            return replace(question, begun=reasoning.replace("<image>", "") + PROMPTER, max_new_tokens=64)
+            return replace(question, assistant_prefix=reasoning.replace("<image>", "") + PROMPTER, max_new_tokens=64)
         return f"{reasoning}\n The answer is {texts[1].strip()}"
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:

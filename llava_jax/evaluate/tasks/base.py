@@ -59,7 +59,7 @@ class Question:
     choices: tuple[str, ...] = ()  # possible answers, to choose among by likelihood
     prompt: str | None = None  # what the answer's line says was asked, where that is not `text`
     fields: Mapping[str, Any] = field(default_factory=dict)  # what the answer's line holds besides
-    begun: str = ""  # what the model finds of its own answer, to go on from (`Request.begun`)
+    assistant_prefix: str = ""  # text that the answer is forced to start with (`Request.assistant_prefix`)
     stop: tuple[str, ...] = ()  # texts that end the answer, in addition to the template's
     max_new_tokens: int | None = None  # None: the benchmark's
 

@@ -10,17 +10,17 @@ from typing import TypeVar
 Row = TypeVar("Row")
 Opened = TypeVar("Opened")
 
-AHEAD = 2
+PREFETCHED_BATCHES = 2
 """Batches that are made ready while the device works on one."""
 
-OPENERS = 4
+IMAGE_THREADS = 4
 """Threads that open images."""
 
-RECENT = 64
+CACHED_IMAGES = 64
 """Opened images that are kept for the next requests."""
 
 
-def batches(rows: Iterable[tuple[Hashable, Row]], size: int) -> Iterator[tuple[list[Row], int]]:
+def group_batches(rows: Iterable[tuple[Hashable, Row]], size: int) -> Iterator[tuple[list[Row], int]]:
     """Rows of one kind, up to `size` of them, and how many the batch is to be filled up to.
 
     A batch comes when its kind has enough rows, the smaller ones at the end. Where there was a whole batch of a kind, a
@@ -33,20 +33,20 @@ def batches(rows: Iterable[tuple[Hashable, Row]], size: int) -> Iterator[tuple[l
         if len(bins[kind]) == size:
             whole.add(kind)
             ready.append((bins.pop(kind), size))
-        if len(ready) > AHEAD:
+        if len(ready) > PREFETCHED_BATCHES:
             yield ready.popleft()
     yield from ready
     yield from ((rows, size if kind in whole else len(rows)) for kind, rows in bins.items())
 
 
 @contextlib.contextmanager
-def opener(function: Callable[[Sequence], Opened]) -> Iterator[Callable[[Sequence], Future[Opened]]]:
+def image_opener(function: Callable[[Sequence], Opened]) -> Iterator[Callable[[Sequence], Future[Opened]]]:
     """`function` of some images, in threads; once for requests that follow each other with the same paths or bytes.
 
     After an error what is not begun is left.
     """
-    pool = ThreadPoolExecutor(OPENERS)
-    recent = functools.lru_cache(RECENT)(lambda images: pool.submit(function, images))
+    pool = ThreadPoolExecutor(IMAGE_THREADS)
+    recent = functools.lru_cache(CACHED_IMAGES)(lambda images: pool.submit(function, images))
 
     def submit(images: Sequence) -> Future[Opened]:
         known = all(isinstance(image, Hashable) for image in images)  # PIL's are not

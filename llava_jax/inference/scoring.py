@@ -23,7 +23,7 @@ def log_probabilities(
     return jnp.take_along_axis(jax.nn.log_softmax(model.decoder.logits(hidden)), following, axis=-1)
 
 
-class Reading(NamedTuple):
+class ScoringRow(NamedTuple):
     """A row that the model reads to score some continuations: their last tokens need not be read.
 
     `tokens` begins with the prompt; `scored` are the continuations, by number, and their tokens, the first of which
@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     scored: list[tuple[int, list[int]]]
 
 
-def readings(prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Reading]:
+def scoring_rows(prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> list[ScoringRow]:
     """The fewest rows that score `texts`, each the tokens of the prompt and of a continuation together.
 
     Continuations share a row if they differ in their last token alone, as letters do, or if one goes on where another
@@ -43,17 +43,17 @@ def readings(prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Read
     """
     start = min(_common(prompt, text) for text in texts)
     start = min(start, *(len(text) - 1 for text in texts))
-    rows: list[Reading] = []
+    rows: list[ScoringRow] = []
     for number in sorted(range(len(texts)), key=lambda number: -len(texts[number])):
         read, scored = list(texts[number][:-1]), (number, list(texts[number][start:]))
         row = next((row for row in rows if row.tokens[: len(read)] == read), None)
         if row is None:
-            rows.append(row := Reading(read, start, []))
+            rows.append(row := ScoringRow(read, start, []))
         row.scored.append(scored)
     return rows
 
 
-def places_of(readings: Sequence[Reading], rows: int, places: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def positions_of(readings: Sequence[ScoringRow], rows: int, places: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """`places` and `following` of `log_probabilities`, padded to so many rows, places and continuations."""
     at, following = np.zeros((rows, places), np.int32), np.zeros((rows, places, count), np.int32)
     for row, reading in enumerate(readings):

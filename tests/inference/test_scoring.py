@@ -8,8 +8,8 @@ import pytest
 from llava_jax import IMAGE_TOKEN_ID
 from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
-from llava_jax.inference.likelihood import readings
 from llava_jax.inference.llava import Request
+from llava_jax.inference.scoring import scoring_rows
 from llava_jax.text.encode import encode_prompt
 
 CONTINUATIONS = ["A", "B", "Yes", "Yes, it is.", "Yes, it is. It stands on the left of the others", "No"]
@@ -19,19 +19,19 @@ CONTINUATIONS = ["A", "B", "Yes", "Yes, it is.", "Yes, it is. It stands on the l
 def asked(pictures):
     return [Request("What is this?", pictures[:1]), Request("And without a picture?"),
             Request("Which of the two <image> <image> is it?", pictures[1:3]),
-            Request("Go on from there.", pictures[2:3], begun=" It is")]
+            Request("Go on from there.", pictures[2:3], assistant_prefix=" It is")]
 
 
 def expected(hub_model, llava, request, text):
     """What transformers gives the tokens that follow the prompt."""
     import torch
 
-    begun = request.begun + text if request.begun else f" {text}"
+    prefix = request.assistant_prefix + text if request.assistant_prefix else f" {text}"
     messages = [{"role": "user", "content": request.messages}]
     if request.images and "<image>" not in request.messages:
         messages[0]["content"] = "<image>\n" + request.messages
-    prompt = encode_prompt(messages, "vicuna_v1", llava.tokenizer, 16, request.begun)
-    ids = encode_prompt(messages, "vicuna_v1", llava.tokenizer, 16, begun)
+    prompt = encode_prompt(messages, "vicuna_v1", llava.tokenizer, 16, request.assistant_prefix)
+    ids = encode_prompt(messages, "vicuna_v1", llava.tokenizer, 16, prefix)
     assert ids[: len(prompt)].tolist() == prompt.tolist()
     inputs = {"input_ids": torch.tensor(np.where(ids == IMAGE_TOKEN_ID, 2000, ids).astype(np.int64)[None])}
     if request.images:
@@ -67,7 +67,7 @@ def test_rows_are_shared():
     prompt = [1, 2, 3]
 
     def rows(*texts):
-        found = readings(prompt, [prompt + text for text in texts])
+        found = scoring_rows(prompt, [prompt + text for text in texts])
         for number, text in enumerate(texts):  # every text is scored once, in a row that reads all but its last token
             [(row, tokens)] = [(row, tokens) for row in found for n, tokens in row.scored if n == number]
             assert tokens == text and row.tokens[: 3 + len(text) - 1] == prompt + text[:-1] and row.start == 3
@@ -80,5 +80,5 @@ def test_rows_are_shared():
 
 def test_a_merged_token_is_scored_for_all():
     """The tokenizer made one token of the prompt's last and the first of one text: there all of them begin."""
-    [row] = readings([1, 2, 3], [[1, 2, 9], [1, 2, 3, 4]])
+    [row] = scoring_rows([1, 2, 3], [[1, 2, 9], [1, 2, 3, 4]])
     assert row.start == 2 and row.tokens == [1, 2, 3] and dict(row.scored) == {0: [9], 1: [3, 4]}

@@ -16,7 +16,7 @@ class Completion:
     prompt_tokens: list[int]  # IMAGE_TOKEN_ID at the place of every visual token
 
 
-class Answer:
+class Detokenizer:
     """Ends with a token of `ends`, with one of the strings `stops`, or after `limit` tokens, whichever comes first.
 
     It looks at one token after the other, so where it ends depends on the tokens alone, not on how many came at once.

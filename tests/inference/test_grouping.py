@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 from PIL import Image
 
-from llava_jax.inference.batches import AHEAD, batches, opener
+from llava_jax.inference.grouping import PREFETCHED_BATCHES, group_batches, image_opener
 
 
 def test_every_row_comes_once_with_its_kind():
@@ -13,7 +13,7 @@ def test_every_row_comes_once_with_its_kind():
     for count in (0, 1, 7, 40, 200):
         rows = [(rng.choice("abc"), number) for number in range(count)]
         kinds = {number: kind for kind, number in rows}
-        found, sizes = list(batches(iter(rows), 8)), defaultdict(list)
+        found, sizes = list(group_batches(iter(rows), 8)), defaultdict(list)
         assert sorted(number for batch, _ in found for number in batch) == list(range(count))
         for batch, size in found:
             assert len({kinds[number] for number in batch}) == 1 and batch == sorted(batch)
@@ -28,13 +28,13 @@ def test_every_row_comes_once_with_its_kind():
 def test_rows_are_read_some_batches_ahead_and_no_further():
     read = []
     rows = ((0, read.append(number)) for number in range(1000))
-    next(batches(rows, 4))
-    assert len(read) == 4 * (AHEAD + 1)
+    next(group_batches(rows, 4))
+    assert len(read) == 4 * (PREFETCHED_BATCHES + 1)
 
 
 def test_after_an_error_images_are_not_opened():
     hold, opened = threading.Event(), []
-    with pytest.raises(KeyError), opener(lambda images: (hold.wait(10), opened.append(images))) as submit:
+    with pytest.raises(KeyError), image_opener(lambda images: (hold.wait(10), opened.append(images))) as submit:
         for number in range(100):
             submit([str(number)])
         hold.set()
@@ -44,7 +44,7 @@ def test_after_an_error_images_are_not_opened():
 
 def test_an_image_that_follows_itself_is_opened_once():
     opened, picture = [], Image.new("RGB", (2, 2))
-    with opener(lambda images: opened.append(images)) as submit:
+    with image_opener(lambda images: opened.append(images)) as submit:
         for images in (["a"], ["a"], ("a",), ["b"], [b"a"], ["a", "b"], ["a"], [], [picture], [picture]):
             submit(images).result()
     assert opened == [("a",), ("b",), (b"a",), ("a", "b"), (), [picture], [picture]]
