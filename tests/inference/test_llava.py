@@ -167,8 +167,8 @@ def test_an_answer_continues_its_assistant_prefix(reciting, tokenizer):
     alone = Request("Say it.", max_new_tokens=50)
     rest, whole = reciting.batch([forced, alone])
     assert rest.text.split() == "d e f g h i j k l m n o p".split() and whole.text.split()[1:4] == ["a", "b", "c"]
-    text = render([{"role": "user", "content": "Say it."}], reciting.template, open_answer=True) + forced.assistant_prefix
-    assert rest.prompt_tokens == [tokenizer.bos_id, *tokenizer.tokenize(text).ids]
+    text = render([{"role": "user", "content": "Say it."}], reciting.template, open_answer=True)
+    assert rest.prompt_tokens == [tokenizer.bos_id, *tokenizer.tokenize(text + forced.assistant_prefix).ids]
     with pytest.raises(UserError, match="assistant_prefix contains <image>"):
         reciting.batch([Request("Say it.", assistant_prefix="An <image>")])
 
