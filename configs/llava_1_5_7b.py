@@ -18,13 +18,13 @@ def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/lla
                 data=Data(path="data/blip_laion_cc_sbu_558k.json", image_root="data/blip_laion_cc_sbu_558k",
                           template="plain", sequence_length=2560, tiles_per_sequence=4, workers=16),
                 # No moments and masters of the decoder fill the memory here.
-                rows=64, remat="qkv",
+                batch_size=64, remat="qkv",
             ),
             "instruct": Stage(
                 learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),
                 data=Data(path="data/llava_v1_5_mix665k.json", image_root="data",
                           sequence_length=2560, tiles_per_sequence=3, bad_rows="skip", workers=16),
-                rows=64,
+                batch_size=64,
             ),
         },
         output=output,

@@ -18,13 +18,13 @@ def recipe() -> Recipe:
                 data=Data(path="data/cc3m_595k/chat.json", image_root="data/cc3m_595k/images", template="plain",
                           sequence_length=2048, tiles_per_sequence=7, workers=16),
                 # No moments and masters of the decoder fill the memory here.
-                rows=16, remat="qkv",
+                batch_size=16, remat="qkv",
             ),
             "instruct": Stage(
                 learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),
                 data=Data(path="data/llava_instruct_150k.json", image_root="data/coco/train2017",
                           sequence_length=2048, tiles_per_sequence=4, workers=16),
-                rows=8, epochs=3,
+                batch_size=8, epochs=3,
             ),
         },
         output="runs/llava_v1_7b",

@@ -35,7 +35,7 @@ def recipe() -> Recipe:
                 data=Data(path=f"{data}/captions.json", validation=f"{data}/captions_validation.json",
                           template="plain", sequence_length=256, tiles_per_sequence=4),
                 optimizer=Optimizer(b2=0.98),
-                rows=8, steps=300, remat="none",
+                batch_size=8, steps=300, remat="none",
             ),
             "instruct": Stage(
                 # A gentler decoder keeps more of what it knew about colour-shape pairs that no picture shows.
@@ -43,7 +43,7 @@ def recipe() -> Recipe:
                 data=Data(path=f"{data}/instructions.json", validation=f"{data}/instructions_validation.json",
                           sequence_length=192, tiles_per_sequence=1),
                 optimizer=Optimizer(b2=0.98, clip=1.0),
-                rows=24, steps=150, remat="none",
+                batch_size=24, steps=150, remat="none",
             ),
         },
         output="runs/mini",

@@ -19,7 +19,7 @@ def recipe() -> Recipe:
         data=Data(path="data/scienceqa/llava_train_QCM-LEA.json", image_root="data/scienceqa/images/train",
                   sequence_length=2048, tiles_per_sequence=4, workers=16),
         optimizer=Optimizer(clip=1.0),
-        rows=8, epochs=12,
+        batch_size=8, epochs=12,
     )
     return dataclasses.replace(
         base, model=dataclasses.replace(base.model, language="checkpoints/vicuna-13b-v1.3"),

@@ -158,8 +158,8 @@ class Stage:
     """peak learning rate by parameter path; None keeps a parameter frozen"""
     data: Data
     optimizer: Optimizer = Optimizer()
-    rows: int = 128
-    """packed rows in each step, over all devices and micro-batches"""
+    batch_size: int = 128
+    """number of packed sequences per step, over all devices and micro-batches"""
     gradient_accumulation: int = 1
     """micro-batches that a step is cut into to save memory"""
     remat: Literal["none", "minimal", "attention", "qkv", "full", "offload"] = "full"
@@ -173,12 +173,12 @@ class Stage:
         _check_table("learning_rates", self.learning_rates)
         if all(rate is None for _, rate in self.learning_rates):
             raise UserError("learning_rates: every row is None, so the stage would train nothing")
-        for name in ("rows", "gradient_accumulation"):
+        for name in ("batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.rows % self.gradient_accumulation:
-            raise UserError(f"rows {self.rows} do not divide into gradient_accumulation {self.gradient_accumulation} "
-                            "micro-batches")
+        if self.batch_size % self.gradient_accumulation:
+            raise UserError(f"batch_size {self.batch_size} is not divisible by gradient_accumulation "
+                            f"{self.gradient_accumulation}")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps is {self.steps}: it must be at least 1, or None to count epochs")
         if self.epochs <= 0:

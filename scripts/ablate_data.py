@@ -119,7 +119,7 @@ def align(out: Path, data: Path) -> Path:
 def tune(out: Path, data: Path, folder: Path, epochs: float) -> Path:
     """Stage 2 on a set of records, from what stage 1 made; returns the model."""
     stage = dataclasses.replace(
-        load_recipe_module("mini").recipe().stages["instruct"], rows=8, steps=None, epochs=epochs,
+        load_recipe_module("mini").recipe().stages["instruct"], batch_size=8, steps=None, epochs=epochs,
         data=Data(str(folder / "records.json"), image_root=str(data), sequence_length=512, tiles_per_sequence=4),
     )
     return fit(Recipe(Model(llava=str(align(out, data))), {"instruct": stage}, str(folder / "run"), log_every=100))

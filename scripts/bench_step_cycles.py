@@ -38,7 +38,8 @@ def main() -> None:
     for stage, rows, remat, theirs, their_memory in SETTINGS:
         command = [sys.executable, "-m", "llava_jax.plan", "llava_1_5_7b", "--topology", "v5e-64", "--stage", stage,
                    "--json", *(part.format(stage) for part in ROW), f"--stages.{stage}.remat", remat,
-                   *(part for name in ("align", "instruct") for part in (f"--stages.{name}.rows", str(64 * rows)))]
+                   *(part for name in ("align", "instruct") for part in
+                     (f"--stages.{name}.batch_size", str(64 * rows)))]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr.strip())

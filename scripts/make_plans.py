@@ -23,7 +23,7 @@ PLANS = (
     ("mini", "v5e-4", ""),
     ("llava_1_5_7b", "v5e-16", "--stages.align.remat minimal --stages.align.gradient_accumulation 4"),
     ("llava_1_5_7b", "v5e-64", MINIMAL),
-    ("llava_1_5_7b", "v5e-256x2", "--stages.align.rows 512 --stages.instruct.rows 512"),
+    ("llava_1_5_7b", "v5e-256x2", "--stages.align.batch_size 512 --stages.instruct.batch_size 512"),
     ("llava_1_5_7b", "v6e-32", MINIMAL),
     ("llava_1_5_7b", "v5p-32", MINIMAL),
     ("llava_1_5_7b", "v4-64", MINIMAL),

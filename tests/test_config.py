@@ -23,7 +23,7 @@ def train(*args: str) -> subprocess.CompletedProcess:
     (["mino"], "recipe 'mino': no such recipe; did you mean mini?"),
     (["mini", "--stages.align.stpes", "3"], "did you mean --stages.align.steps?"),
     (["mini", "--stages.align.steps", "many"], "--stages.align.steps"),
-    (["mini", "--stages.align.gradient_accumulation", "3"], "rows 8 do not divide into gradient_accumulation 3"),
+    (["mini", "--stages.align.gradient_accumulation", "3"], "batch_size 8 is not divisible by gradient_accumulation 3"),
     (["mini", "--mesh.fsdp", "0"], "mesh.fsdp is 0"),
     (["mini", "--stages.align.learning_rates", "(", "0.1"], "'(' is no regular expression"),
 ])

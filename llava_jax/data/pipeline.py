@@ -35,7 +35,7 @@ START = {"epoch": 0, "window": 0, "row": 0}  # the state before the first row
 
 
 class Batches(grain.IterDataset):
-    """Batches of `rows` packed rows in all, of which this process gives its B = rows / process_count, as numpy arrays:
+    """Batches of packed sequences as numpy arrays. This process gives B = batch_size / process_count of each batch:
 
     tokens int32 [B, T]: IMAGE_TOKEN_ID at every visual token's place, the k-th of them belongs to the k-th visual token
         of the row's images in order; 0 where segment_ids is 0
@@ -54,12 +54,12 @@ class Batches(grain.IterDataset):
 
     A conversation has at most `sequence_length` tokens, and at most `context`, the model's, as positions restart with
     it. A record that cannot be used raises BadRow if `bad_rows` is "error"; else it is left out and counted. UserError
-    if rows do not divide over the processes, and when of the first records every one is bad.
+    if batch_size is not divisible by the number of processes, and when of the first records every one is bad.
     """
 
     def __init__(
         self,
-        rows: int,
+        batch_size: int,
         mixture: Mixture,
         *,
         tokenizer: Tokenizer,
@@ -82,9 +82,9 @@ class Batches(grain.IterDataset):
         keep: bool = False,
     ):
         super().__init__()
-        if rows % process_count:
-            raise UserError(f"{rows} rows do not divide over {process_count} processes")
-        self.rows, self.epochs, self.workers = rows, epochs, workers
+        if batch_size % process_count:
+            raise UserError(f"batch_size {batch_size} is not divisible by the {process_count} processes")
+        self.batch_size, self.epochs, self.workers = batch_size, epochs, workers
         self.process_index, self.process_count = process_index, process_count
         self.keep, self._kept = keep, None
         self.order = _Order(mixture, seed, shuffle)
@@ -186,12 +186,12 @@ class _BatchIterator(grain.DatasetIterator):
 
     def _next(self) -> dict[str, np.ndarray]:
         batches = self._batches
-        here = batches.rows // batches.process_count
+        here = batches.batch_size // batches.process_count
         if self._pool is None:
             self._pool, self._rows = batches.open_rows(self._state)
             self._pending = deque()
         while len(self._pending) < 2 + 2 * batches.workers // here:
-            rows = list(itertools.islice(self._rows, batches.rows))
+            rows = list(itertools.islice(self._rows, batches.batch_size))
             if not rows:
                 break
             mine = rows[batches.process_index * here :][:here]
@@ -220,7 +220,7 @@ class _BatchIterator(grain.DatasetIterator):
 
     def _stack(self, rows: Sequence["_Row"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:
         loader = self._batches.loader
-        shape = (self._batches.rows // self._batches.process_count, loader.sequence_length)
+        shape = (self._batches.batch_size // self._batches.process_count, loader.sequence_length)
         slots = (shape[0], loader.tiles_per_sequence)
         batch = {
             "tokens": np.zeros(shape, np.int32),

@@ -72,7 +72,7 @@ def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | Non
         source = f"an estimate for {path.name} (published counts, typical lengths)"
     else:
         return None
-    return Length(max(1, math.floor(stage.epochs * rows / stage.rows)), source, rows)
+    return Length(max(1, math.floor(stage.epochs * rows / stage.batch_size)), source, rows)
 
 
 def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tokenizer: Path) -> tuple[int, str]:
@@ -82,7 +82,7 @@ def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tok
     every = max(1, whole.order.windows // COUNTED)
     if every == 1:
         return whole.count_rows(), f"counted in {stage.data.path}"
-    part = read_data(run, stage, stage.data.path, rows=every, process_count=every)
+    part = read_data(run, stage, stage.data.path, batch_size=every, process_count=every)
     share = math.ceil(whole.order.windows / every) / whole.order.windows
     return round(part.count_rows() / share), f"estimated from a part of {stage.data.path}"
 

@@ -76,7 +76,7 @@ def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, 
             length: Length | None) -> Prediction:
     """Reads a compiled step of the stage `name`."""
     stage = recipe.stages[name]
-    rows, data = stage.rows, stage.data
+    rows, data = stage.batch_size, stage.data
     found = profile(program.hlo, program.slices) if program.hlo else None
     return Prediction(name, where, program.memory, rows, rows * data.sequence_length, rows * data.tiles_per_sequence,
                       stage_flops(stage, model), program.seconds, found, times(found, where) if found else None, length)
@@ -85,9 +85,9 @@ def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, 
 def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
     """Model FLOPs of a step by formula, each row one conversation as long as it and all image slots taken."""
     data = stage.data
-    positions = np.broadcast_to(np.arange(data.sequence_length), (stage.rows, data.sequence_length))
+    positions = np.broadcast_to(np.arange(data.sequence_length), (stage.batch_size, data.sequence_length))
     trained = {path.split("/")[0] for path in trainable_paths(stage, list(abstract(model)[1]))}
-    return model_flops(model, trained, positions, np.ones_like(positions), stage.rows * data.tiles_per_sequence)
+    return model_flops(model, trained, positions, np.ones_like(positions), stage.batch_size * data.tiles_per_sequence)
 
 
 def times(found: Profile, where: Slice) -> Times:

@@ -81,12 +81,12 @@ def candidates(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfi
     for axes in meshes(where):
         groups = axes.replica * axes.fsdp
         laid = dataclasses.replace(recipe, mesh=axes)
-        if stage.rows % groups or not fits(laid, devices, model):
+        if stage.batch_size % groups or not fits(laid, devices, model):
             continue
         _, (state, frozen, batch) = abstract_step(laid, name, make_mesh(axes, devices), model)
         fixed, gradients = device_bytes((state.step, state.trainable, frozen, batch)), device_bytes(state.trainable)
         moments = device_bytes(state.optimizer) + device_bytes(state.optimizer, "pinned_host")
-        rows = stage.rows // groups
+        rows = stage.batch_size // groups
         for gradient_accumulation in (count for count in range(1, rows + 1) if rows % count == 0):
             for remat in policies():
                 # Sums over micro-batches are a whole copy; without them gradients can be as short-lived as layers.
@@ -155,7 +155,7 @@ def saved_bytes(model: LlavaConfig, stage: config.Stage, mesh: config.Mesh, grad
     lives shortly come on top.
     """
     text = model.text
-    tokens = stage.rows // gradient_accumulation // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
+    tokens = stage.batch_size // gradient_accumulation // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
     heads = text.head_dim * (text.heads + 2 * text.num_kv_heads) / mesh.tensor
     hidden = text.intermediate_size / mesh.tensor
     mixed = text.heads * text.head_dim / mesh.tensor
@@ -172,7 +172,7 @@ def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig,
     flops = work * (1 + RECOMPUTED[remat] / 3) / where.chips
     layer = text.width * text.head_dim * 2 * (text.heads + text.num_kv_heads) + 3 * text.width * text.intermediate_size
     weights = 2 * (text.layers * layer + 2 * text.width * text.vocab_size) / mesh.tensor
-    tokens = stage.rows // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
+    tokens = stage.batch_size // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
     moved = gradient_accumulation * 4 * weights * (1 - 1 / mesh.fsdp)
     moved += 8 * text.layers * tokens * text.width * 2 * (1 - 1 / mesh.tensor)
     products, links = flops / (0.6 * chip.flops), moved * chip.devices / chip.ici

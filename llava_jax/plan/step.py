@@ -89,7 +89,7 @@ def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaCon
     """The arrays that train/loop.py puts on the devices for one step."""
     layout = NamedSharding(mesh, P(None, ("replica", "fsdp")))
     data, side = stage.data, model.vision.image_size
-    rows = (stage.gradient_accumulation, stage.rows // stage.gradient_accumulation)
+    rows = (stage.gradient_accumulation, stage.batch_size // stage.gradient_accumulation)
     batch = {name: jax.ShapeDtypeStruct((*rows, data.sequence_length), jnp.int32, sharding=layout)
              for name in ("tokens", "labels", "positions", "segment_ids")}
     images = (*rows, data.tiles_per_sequence, side, side, 3)

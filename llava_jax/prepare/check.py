@@ -64,7 +64,7 @@ class Check:
     """turn images as their EXIF orientation says, data.exif of a recipe; then none is rotated"""
     max_pixels: int = Data.max_pixels
     """pixels of an image at most, data.max_pixels of a recipe"""
-    rows: int = Stage.rows
+    batch_size: int = Stage.batch_size
     """packed rows of a training step, to tell how many steps an epoch has"""
     workers: int | None = None
     """processes; by default one for each core, 0 for none beside this one"""
@@ -76,7 +76,7 @@ class Check:
     """kinds of findings that are no error"""
 
     def __post_init__(self):
-        for name in ("max_length", "tiles_per_sequence", "tokens_per_image", "rows"):
+        for name in ("max_length", "tiles_per_sequence", "tokens_per_image", "batch_size"):
             option, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{option} is {value}: it must be at least 1")
@@ -101,7 +101,7 @@ class Check:
         checker = Checker(mixture.sources, settings, max_length, self.tiles_per_sequence)
         with _saving(self.bad_rows) as save:
             result = audit(checker, mixture, workers, save)
-        report = result.report(max_length, self.tiles_per_sequence, self.rows, self.allow)
+        report = result.report(max_length, self.tiles_per_sequence, self.batch_size, self.allow)
         text = json.dumps(report) if self.json else describe(report, result.shown[:SHOWN])
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding))

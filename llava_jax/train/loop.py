@@ -226,7 +226,7 @@ def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
     """This process's share of a stage's packed rows; `changes` replace options of `Batches`."""
     data, model = stage.data, run.model
     options = dict(
-        rows=stage.rows, mixture=open_mixture(path, data.image_root), tokenizer=run.tokenizer,
+        batch_size=stage.batch_size, mixture=open_mixture(path, data.image_root), tokenizer=run.tokenizer,
         template=data.template or model.template, tokens_per_image=model.tokens_per_image,
         image_size=model.vision.image_size, image_mode=model.image_mode, sequence_length=data.sequence_length,
         context=model.text.max_length, tiles_per_sequence=data.tiles_per_sequence, exif=data.exif,
@@ -237,7 +237,8 @@ def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
 
 def read_validation(run: Run, stage: config.Stage, keep: bool = False) -> Batches:
     """The validation data of a stage, in batches of the size of a micro-batch."""
-    return read_data(run, stage, stage.data.validation, rows=stage.rows // stage.gradient_accumulation, shuffle=False,
+    return read_data(run, stage, stage.data.validation,
+                     batch_size=stage.batch_size // stage.gradient_accumulation, shuffle=False,
                      epochs=1, keep=keep)
 
 
@@ -246,7 +247,7 @@ def count_steps(run: Run, stage: config.Stage) -> int:
     if jax.process_index() == 0:
         print(f"counting the packed rows of {stage.data.path}", flush=True)
     packed = sum(gather("the packed rows", read_data(run, stage, stage.data.path).count_rows(), seconds=3600))
-    return max(1, math.floor(stage.epochs * packed / stage.rows))
+    return max(1, math.floor(stage.epochs * packed / stage.batch_size))
 
 
 def on_devices(run: Run, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:

@@ -139,9 +139,10 @@ def lay_out(
             trainable_paths(stage, list(shapes))
         except ValueError as error:
             raise UserError(f"stages.{name}.{error}") from None
-        if stage.rows // stage.gradient_accumulation % groups:
-            raise UserError(f"stages.{name}.rows: {stage.rows} rows in {stage.gradient_accumulation} micro-batches do "
-                            f"not divide over replica x fsdp = {groups} devices")
+        if stage.batch_size // stage.gradient_accumulation % groups:
+            raise UserError(f"stages.{name}.batch_size: {stage.batch_size} sequences in "
+                            f"{stage.gradient_accumulation} micro-batches do not divide over replica x fsdp = {groups} "
+                            "devices")
     return dtype, graphs, shapes, shardings
 
 

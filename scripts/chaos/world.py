@@ -80,9 +80,9 @@ def make_recipe(folder: Path, output: Path | str, **changes) -> config.Recipe:
     rows = config.Data(path=str(folder / "data" / "data.json"), sequence_length=128, tiles_per_sequence=4)
     stages = {
         "align": config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
-                              data=rows, rows=4, gradient_accumulation=2, steps=4),
+                              data=rows, batch_size=4, gradient_accumulation=2, steps=4),
         "instruct": config.Stage(learning_rates=(("(projector|decoder)/.*", 1e-3), ("vision/.*", None)),
-                                 data=rows, rows=4, gradient_accumulation=2, steps=6),
+                                 data=rows, batch_size=4, gradient_accumulation=2, steps=6),
     }
     model = config.Model(vision=str(folder / "parts" / "vision"), language=str(folder / "parts" / "language"))
     options = {"log_every": 1, "checkpoint_every": 2, "keep_checkpoints": 3, "mesh": config.Mesh(fsdp=1)}

@@ -433,7 +433,7 @@ def test_one_good_row_among_many_bad_ones_is_enough(tmp_path, monkeypatch):
 
 
 def test_rows_that_do_not_divide_over_the_processes(source):
-    with pytest.raises(UserError, match="4 rows do not divide over 3 processes"):
+    with pytest.raises(UserError, match="batch_size 4 is not divisible by the 3 processes"):
         Batches(4, **settings(source, process_count=3))
 
 

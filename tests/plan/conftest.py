@@ -41,8 +41,8 @@ def tiny(tmp_path_factory) -> config.Recipe:
     return config.Recipe(
         model=config.Model(vision=str(folder / "vision"), language=str(folder / "language")),
         stages={
-            "align": config.Stage((("projector/.*", 1e-3), ("(vision|decoder)/.*", None)), data, rows=8),
-            "instruct": config.Stage((("(projector|decoder)/.*", 1e-3), ("vision/.*", None)), data, rows=8)},
+            "align": config.Stage((("projector/.*", 1e-3), ("(vision|decoder)/.*", None)), data, batch_size=8),
+            "instruct": config.Stage((("(projector|decoder)/.*", 1e-3), ("vision/.*", None)), data, batch_size=8)},
         output="nowhere")
 
 

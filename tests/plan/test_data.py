@@ -14,7 +14,7 @@ from llava_jax.text.tokenizer import Tokenizer
 def recipe(model: config.Model, path: str, **stage) -> config.Recipe:
     data = config.Data(path=path, sequence_length=96, tiles_per_sequence=2)
     return config.Recipe(model=model, output="nowhere", stages={
-        "instruct": config.Stage((("projector/.*", 1e-3), ("(vision|decoder)/.*", None)), data, rows=2, **stage)})
+        "instruct": config.Stage((("projector/.*", 1e-3), ("(vision|decoder)/.*", None)), data, batch_size=2, **stage)})
 
 
 def test_a_data_file_that_is_there_is_counted(parts, data):

@@ -29,7 +29,7 @@ def ways(needs_libtpu, tiny, tmp_path_factory):
     data = dataclasses.replace(tiny.stages["instruct"].data, sequence_length=1024)
     recipe = dataclasses.replace(
         tiny, model=config.Model(vision=tiny.model.vision, language=str(folder), attention="xla"),
-        stages={"instruct": dataclasses.replace(tiny.stages["instruct"], rows=16, data=data)})
+        stages={"instruct": dataclasses.replace(tiny.stages["instruct"], batch_size=16, data=data)})
     return recipe, candidates(recipe, "instruct", WHERE, planned_config(recipe.model)[0])
 
 

@@ -162,7 +162,7 @@ def test_the_planned_batch_is_what_the_loop_puts_on_the_devices(tiny, parts, dat
     from llava_jax.train.loop import on_devices, read_data
     from llava_jax.train.start import begin
 
-    stage = dataclasses.replace(tiny.stages["instruct"], gradient_accumulation=2, rows=4,
+    stage = dataclasses.replace(tiny.stages["instruct"], gradient_accumulation=2, batch_size=4,
                                 data=config.Data(path=str(data), sequence_length=96, tiles_per_sequence=2))
     recipe = dataclasses.replace(tiny, model=config.Model(vision=str(parts[0]), language=str(parts[1])),
                                  stages={"instruct": stage})
@@ -200,12 +200,12 @@ def test_published_sizes_give_the_published_numbers_of_parameters(name, count):
 
 @pytest.mark.parametrize("mesh,rows,expected", [
     (config.Mesh(fsdp=3), 8, "fsdp 3 .* needs 3 devices, and there are 4.*these would: --mesh.replica 1 --mesh.fsdp 4"),
-    (config.Mesh(), 6, "6 rows .* do not divide .* = 4 .*these would: .*--mesh.fsdp 2 --mesh.tensor 2"),
+    (config.Mesh(), 6, "6 sequences .* do not divide .* = 4 .*these would: .*--mesh.fsdp 2 --mesh.tensor 2"),
     (config.Mesh(), 5, "5 rows .*multiple of 4"),
 ])
 def test_what_does_not_divide_says_what_would(needs_libtpu, tiny, mesh, rows, expected):
     model, _ = planned_config(tiny.model)
-    stages = {"instruct": dataclasses.replace(tiny.stages["instruct"], rows=rows)}
+    stages = {"instruct": dataclasses.replace(tiny.stages["instruct"], batch_size=rows)}
     with pytest.raises(UserError, match=expected):
         plan_mesh(dataclasses.replace(tiny, mesh=mesh, stages=stages), WHERE, model)
 

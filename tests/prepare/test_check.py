@@ -123,7 +123,7 @@ def test_figures_against_brute_force(tmp_path, with_tokens):
     lengths = [len(examples[i].tokens) for i in good]
     images = [len(source[i].images) for i in good]
     assert images.count(2) in range(5, 20)
-    _, report = run(path, settings, max_length=limit, rows=7)
+    _, report = run(path, settings, max_length=limit, batch_size=7)
     tokens = report["tokens"]
     learned = sum(int((examples[i].labels != IGNORE).sum()) for i in good)
     assert (tokens["total"], tokens["learned"]) == (sum(lengths), learned)

@@ -23,10 +23,10 @@ def make_recipe(parts, data, tmp_path):
         rows = config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4)
         stages = {
             "align": config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
-                                  data=rows, rows=4, gradient_accumulation=2, steps=5),
+                                  data=rows, batch_size=4, gradient_accumulation=2, steps=5),
             "instruct": config.Stage(learning_rates=(("(projector|decoder)/.*", 1e-3), ("vision/.*", None)),
                                      data=dataclasses.replace(rows, validation=str(data)),
-                                     rows=4, gradient_accumulation=2, steps=7),
+                                     batch_size=4, gradient_accumulation=2, steps=7),
         }
         model = config.Model(vision=str(parts[0]), language=str(parts[1]))
         return config.Recipe(model=model, stages=stages, output=str(tmp_path / name), mesh=config.Mesh(fsdp=1),

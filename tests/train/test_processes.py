@@ -28,7 +28,8 @@ def make_recipe(parts, data, tmp_path):
     """One stage of eight steps, whose rows go through the 24 records about twice."""
 
     def make(name: str, mesh: config.Mesh) -> config.Recipe:
-        stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)), rows=8, steps=8,
+        stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
+                             batch_size=8, steps=8,
                              data=config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4))
         return config.Recipe(model=config.Model(vision=str(parts[0]), language=str(parts[1]), template="vicuna_v1"),
                              stages={"align": stage}, output=str(tmp_path / name), mesh=mesh, log_every=1,

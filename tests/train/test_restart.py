@@ -30,7 +30,8 @@ def make_recipe(parts, data, tmp_path) -> Callable[..., config.Recipe]:
 
     def make(name: str = "run", **changes) -> config.Recipe:
         rows = config.Data(path=str(folder / "data.json"), sequence_length=128, tiles_per_sequence=4)
-        stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)), data=rows, rows=4,
+        stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
+                             data=rows, batch_size=4,
                              steps=STEPS)
         second = dataclasses.replace(stage, data=dataclasses.replace(rows, path=str(folder / "second.json")))
         model = config.Model(vision=str(parts[0]), language=str(parts[1]))

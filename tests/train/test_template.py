@@ -26,7 +26,7 @@ def make_recipe(parts, data, tmp_path):
     def make(template, *stages, **model):
         model = model or {"vision": str(parts[0]), "language": str(parts[1])}
         rates = (("projector/.*", 1e-2), ("(vision|decoder)/.*", None))
-        made = {f"stage{i}": config.Stage(learning_rates=rates, rows=4, steps=1, data=config.Data(
+        made = {f"stage{i}": config.Stage(learning_rates=rates, batch_size=4, steps=1, data=config.Data(
                     path=str(data), template=name, sequence_length=192, tiles_per_sequence=4))
                 for i, name in enumerate(stages)}
         return config.Recipe(model=config.Model(template=template, **model), stages=made, log_every=1,
