@@ -175,4 +175,5 @@ def run(path, settings=None, workers=0, max_length=1200, **more):
     mixture, found = open_mixture(path), []
     checker = Checker(mixture.sources, settings or Settings(), max_length, more.pop("tiles_per_sequence", 2))
     result = audit(checker, mixture, workers, found.append)
-    return found, result.report(max_length, checker.tiles_per_sequence, more.pop("batch_size", 128), more.pop("allow", ()))
+    return found, result.report(max_length, checker.tiles_per_sequence, more.pop("batch_size", 128),
+                                more.pop("allow", ()))
