@@ -12,12 +12,13 @@ import llava_jax
 ROOT = Path(llava_jax.__file__).parent
 BASE = {"errors", "files", "json_lines", "cli", "config"}
 MODEL = {*BASE, "models", "text", "images", "parallel"}
-NOUNS = {*MODEL, "weights", "data", "inference", "endpoint", "annotations"}
+NOUNS = {*MODEL, "weights", "data", "inference", "endpoint", "annotations", "pages"}
 ALLOWED = {
     "errors": set(), "files": BASE, "json_lines": BASE, "cli": BASE, "images": BASE, "config": {*BASE, "images"},
     "text": BASE, "parallel": BASE, "models": MODEL,
     "data": MODEL - {"models", "parallel"}, "weights": MODEL,
     "inference": {*MODEL, "weights", "data"}, "endpoint": BASE, "annotations": {*BASE, "data"},
+    "pages": {*BASE, "images"},
     **dict.fromkeys(("train", "prepare", "synthesize", "evaluate", "generate", "convert"), NOUNS),
     "plan": {*NOUNS, "train"},  # it compiles the very step of `train`
 }

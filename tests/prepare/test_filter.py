@@ -327,8 +327,8 @@ def test_the_report(tmp_path):
     assert f"<td>{len(rows)} ({len(rows) / 303:.1%})</td>" in page
     assert "<th>r&amp;b song</th><td>3</td><td>3</td>" in page
     assert "&lt;data&gt;.tsv" in page and "<data>" not in page and "<b>" not in page
-    assert page.count("<polyline") == 2 and "rank of the phrase" in page and "captions that have it" in page
-    assert "http" not in page and "<script" not in page  # nothing to fetch
+    assert page.count("<polyline") == 2 and "rank of the phrase" in page and "captions with the phrase" in page
+    assert "http:" not in page and "https:" not in page and "<script" not in page  # nothing to fetch
 
 
 def test_the_command_line():

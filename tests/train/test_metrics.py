@@ -53,7 +53,7 @@ def test_a_page_of_odd_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "\\ud800", "step": 1, "loss": 0}\n{"stage": "b", "step": 1, "samples": []}\n')
     report.write_page(tmp_path / "page.html", "title", "about", report.read_metrics(path), {}, [])
-    assert "?: training loss" in (tmp_path / "page.html").read_text()
+    assert "<h3>\\ud800</h3>" in (tmp_path / "page.html").read_text()
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
