@@ -14,7 +14,7 @@ from llava_jax.config import Data, Model, Optimizer, Recipe, Stage
 
 if TYPE_CHECKING:
     from llava_jax.evaluate.runner.baselines import Baseline
-    from llava_jax.evaluate.tasks.base import Bench
+    from llava_jax.evaluate.tasks.base import Task
     from llava_jax.inference.llava import Llava
 
 BEGAN = time.perf_counter()
@@ -56,11 +56,11 @@ def prepare(recipe: Recipe) -> None:
     from llava_jax.annotations import drawn_scenes as scenes
     from llava_jax.evaluate.probes.data import ProbesData
     from llava_jax.synthesize import rules
-    from llava_jax.train.metrics import read_lines
+    from llava_jax.train.metrics import read_json_lines
 
     global BEGAN
     # A run that was stopped has taken time before.
-    BEGAN -= sum(line.get("seconds", 0) for line in read_lines(Path(recipe.output) / "metrics.jsonl"))
+    BEGAN -= sum(line.get("seconds", 0) for line in read_json_lines(Path(recipe.output) / "metrics.jsonl"))
     folder = Path(recipe.stages["align"].data.path).parent
     if not (folder / "probes.jsonl").exists():
         scenes.write(folder, train=0, test=0, probe=PROBE)
@@ -97,15 +97,15 @@ def finish(recipe: Recipe, model: Path) -> None:
     llava = llava_jax.load(model)
     run = begin(recipe)
     aligned = Llava(run.model, load_parameters(run, lambda path: "float32", before="instruct"), run.tokenizer)
-    bench = Scenes()
-    questions = [q for q in bench.read(str(folder)) if int(Path(q.row["image"]).stem) <= TEST]
-    unseen = bench.read(str(folder / "questions_unseen.jsonl"))
+    task = Scenes()
+    questions = [q for q in task.load(str(folder)) if int(Path(q.row["image"]).stem) <= TEST]
+    unseen = task.load(str(folder / "questions_unseen.jsonl"))
     blind = shown("blind", questions, llava.config)
     results = {}
     for name, *asked in (("trained", llava, questions), ("blind", llava, questions, blind),
                          ("stage 1 alone", aligned, questions), ("unseen pairs", llava, unseen)):
         print(f"asking {len(asked[1]):,} questions: {name}", flush=True)
-        results[name] = bench.score("", asked[1], ask(asked[0], bench, asked[1], 64, *asked[2:]))
+        results[name] = task.score("", asked[1], ask(asked[0], task, asked[1], 64, *asked[2:]))
     scores = {name: {kind: round(value / 100, 4) for kind, value in result.figures.items()}
               for name, result in results.items()}
 
@@ -115,7 +115,7 @@ def finish(recipe: Recipe, model: Path) -> None:
     cards = []
     answered = list(zip(questions, results["trained"].items, strict=True))
     for image in list(dict.fromkeys(question.images for question in questions))[:24]:
-        cards.append((Path(*image), [(question.text, item.reference, item.read, item.score == 1)
+        cards.append((Path(*image), [(question.text, item.reference, item.parsed, item.score == 1)
                                      for question, item in answered if question.images == image]))
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device" + "s" * (jax.device_count() > 1)
     report.write_page(
@@ -155,16 +155,16 @@ def probe(llava: "Llava", folder: str) -> dict[str, dict[str, float]]:
     from llava_jax.evaluate.runner.baselines import shown
     from llava_jax.evaluate.tasks.base import Answer
 
-    def figures(bench: "Bench", baseline: "Baseline") -> dict[str, float]:
-        questions = bench.read(folder)
-        print(f"asking {len(questions):,} questions: {bench.title}, {baseline}", flush=True)
-        said = choose(llava, bench, questions, 64, shown(baseline, questions, llava.config))
+    def figures(task: "Task", baseline: "Baseline") -> dict[str, float]:
+        questions = task.load(folder)
+        print(f"asking {len(questions):,} questions: {task.title}, {baseline}", flush=True)
+        said = choose(llava, task, questions, 64, shown(baseline, questions, llava.config))
         answers = [Answer(questions[one.number].id, one.text) for one in said]
-        return bench.score(folder, questions, answers).figures
+        return task.score(folder, questions, answers).figures
 
     # The miniature never saw a question that names its answers.
     english, both = Spatial(name_choices=False), Multilingual(name_choices=False)
-    spoken, chance = figures(both, "none"), guessing(english.read(folder))
+    spoken, chance = figures(both, "none"), guessing(english.load(folder))
 
     def language(code: str) -> dict[str, float]:
         own = {name.removeprefix(f"{code} "): value for name, value in spoken.items() if name.startswith(f"{code} ")}

@@ -28,12 +28,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(machine())
-    llava, bench, sizes = llava_jax.load(args.model), Scenes(), [int(size) for size in args.batches.split(",")]
-    questions = bench.read(args.data)[: args.questions]
+    llava, task, sizes = llava_jax.load(args.model), Scenes(), [int(size) for size in args.batches.split(",")]
+    questions = task.load(args.data)[: args.questions]
 
     def seconds(size: int) -> float:
         start = time.perf_counter()
-        answers = [answer.text for answer in ask(llava, bench, questions, size)]
+        answers = [answer.text for answer in ask(llava, task, questions, size)]
         if answers != texts.setdefault(sizes[0], answers):
             raise SystemExit(f"{size} at once answer otherwise than {sizes[0]}")
         return time.perf_counter() - start

@@ -34,14 +34,14 @@ from llava_jax.evaluate.judge.judging import Rules
 from llava_jax.evaluate.judge.reviews import read_reviews, summarise_as_published
 from llava_jax.evaluate.runner import answering, answers
 from llava_jax.evaluate.scienceqa.task import ScienceQA
-from llava_jax.evaluate.tasks.base import Bench, Question
+from llava_jax.evaluate.tasks.base import Question, Task
 from llava_jax.evaluate.tasks.gqa import Gqa
 from llava_jax.evaluate.tasks.llava_bench import LlavaBenchCoco
 from llava_jax.evaluate.tasks.mmbench import MMBench
 from llava_jax.evaluate.tasks.mme import Mme
 from llava_jax.evaluate.tasks.mmvet import MMVet
 from llava_jax.evaluate.tasks.pope import Pope
-from llava_jax.evaluate.tasks.questions import QuestionFile, read_lines
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, read_json_lines
 from llava_jax.evaluate.tasks.textvqa import TextVqa
 from llava_jax.evaluate.tasks.vqa import VizWiz
 from llava_jax.inference.llava import Llava
@@ -83,13 +83,13 @@ class Folder:
         return str(folder)
 
 
-def score(bench: Bench, data: str, path: Path) -> tuple[Any, list[Question], list]:
+def score(task: Task, data: str, path: Path) -> tuple[Any, list[Question], list]:
     """The scores of a file of answers, which has to be whole and of these very prompts."""
-    questions = bench.read(data)
+    questions = task.load(data)
     lines, _ = answers.read(str(path))
-    answers.check(str(path), bench.title, questions, lines, bench.ordered)
+    answers.check(str(path), task.title, questions, lines, task.uses_answer_order)
     given = [answers.to_answer(line) for line in lines]
-    return bench.score(data, questions, given), questions, given
+    return task.score(data, questions, given), questions, given
 
 
 def pope(folder: Folder) -> Iterator[Row]:
@@ -118,10 +118,10 @@ def scienceqa(folder: Folder) -> Iterator[Row]:
     for name, file in (("13B v0", "test_sqa_llava_13b_v0.json"),
                        ("13B v1.3", "test_sqa_llava_lcs_558k_sqa_12e_vicuna_v1_3_13b.json")):
         result = json.loads(folder(f"{RESULTS}/{file}").read_text())
-        bench = ScienceQA(style="reason")
-        questions = bench.read(data)
+        task = ScienceQA(style="reason")
+        questions = task.load(data)
         lines = [{"question_id": question.id, "text": result["outputs"][question.id]} for question in questions]
-        scores = bench.score(data, questions, [answers.to_answer(line) for line in lines])
+        scores = task.score(data, questions, [answers.to_answer(line) for line in lines])
         yield Row(f"ScienceQA all, LLaVA {name}", f"{scores.figures['Avg']:.2f}", f"{result['acc']:.2f}")
 
 
@@ -150,9 +150,9 @@ def uploads(folder: Folder) -> Iterator[Row]:
     yield _same("MMBench's upload, LLaVA-1.5 13B", *map(_predictions, (ours, theirs)))
 
 
-def _upload(folder: Folder, bench: Bench, data: str, path: str) -> Path:
-    _, questions, given = score(bench, data, folder(path))
-    return Path(bench.submission(data, questions, given, str(folder.scratch))[0])
+def _upload(folder: Folder, task: Task, data: str, path: str) -> Path:
+    _, questions, given = score(task, data, folder(path))
+    return Path(task.write_submission(data, questions, given, str(folder.scratch))[0])
 
 
 def _predictions(path: Path) -> dict[int, Any]:
@@ -169,9 +169,9 @@ def _same(name: str, ours: dict, theirs: dict) -> Row:
 
 def judge(folder: Folder) -> Iterator[Row]:
     """How many of the judge's requests are those of LLaVA's script."""
-    bench, rules = LlavaBenchCoco(), Rules.load(str(folder("llava/llava/eval/table/rule.json")))
-    cases = bench.cases(bench.paths(str(folder("llava/playground/data/coco2014_val_qa_eval"))))
-    said = {row["question_id"]: row["text"] for _, row in read_lines(str(folder("derived/judge/candidate.jsonl")))}
+    task, rules = LlavaBenchCoco(), Rules.load(str(folder("llava/llava/eval/table/rule.json")))
+    cases = task.cases(task.paths(str(folder("llava/playground/data/coco2014_val_qa_eval"))))
+    said = {row["question_id"]: row["text"] for _, row in read_json_lines(str(folder("derived/judge/candidate.jsonl")))}
     wanted = json.loads(folder("derived/judge/original_messages_sha256.json").read_text())
     messages = (json.dumps(rules.messages(case, said[case.question.id])) for case in cases)
     ours = [hashlib.sha256(text.encode()).hexdigest() for text in messages]
@@ -193,8 +193,8 @@ def prompts(folder: Folder) -> Iterator[Row]:
         "textvqa": lambda: _read(TextVqa(), folder(f"{EVAL}/textvqa")),
         "mmvet": lambda: _read(MMVet(), folder(f"{EVAL}/mm-vet")),
         "coco": lambda: _read(LlavaBenchCoco(), folder("llava/playground/data/coco2014_val_qa_eval")),
-        "wild": lambda: _wild_questions(folder), "mmbench": lambda: MMBench().read(str(folder("derived/mmbench"))),
-        "scienceqa": lambda: ScienceQA().read(str(folder("derived/scienceqa"))),
+        "wild": lambda: _wild_questions(folder), "mmbench": lambda: MMBench().load(str(folder("derived/mmbench"))),
+        "scienceqa": lambda: ScienceQA().load(str(folder("derived/scienceqa"))),
     }
     for name, pairs in wanted.items():
         try:
@@ -205,23 +205,23 @@ def prompts(folder: Folder) -> Iterator[Row]:
         yield Row(f"prompts of {name}", f"{(Counter(pairs) & ours).total():,}", f"{len(pairs):,}")
 
 
-def _read(bench: QuestionFile, folder: Path) -> list[Question]:
+def _read(task: QuestionFileTask, folder: Path) -> list[Question]:
     """The questions alone, without the labels that a benchmark's own `read` looks for."""
-    return QuestionFile.read(bench, str(folder))
+    return QuestionFileTask.load(task, str(folder))
 
 
 def _wild_questions(folder: Folder) -> Iterator[Question]:
     """As the answers have them: the questions themselves are on the hub."""
     for size in ("7b", "13b"):
         path = folder(f"{EVAL}/llava-bench-in-the-wild/answers/llava-v1.5-{size}.jsonl")
-        yield from (Question(row["question_id"], row["prompt"], ("image",)) for _, row in read_lines(str(path)))
+        yield from (Question(row["question_id"], row["prompt"], ("image",)) for _, row in read_json_lines(str(path)))
 
 
 def _digest(question: Question, tokenizer: Tokenizer) -> str:
     """Of the prompt that a LLaVA-1.5 gets from `evaluate`, where an image is one token as the original counts it."""
     llava = SimpleNamespace(template="vicuna_v1", tokenizer=tokenizer, config=SimpleNamespace(
         tokens_per_image=1, text=SimpleNamespace(max_length=4096)))
-    ids = Llava.prompt_tokens(llava, answering._request(question, Bench(), answering.OWN)).tolist()
+    ids = Llava.prompt_tokens(llava, answering._request(question, Task(), answering.OWN)).tolist()
     assert ids.count(IMAGE_TOKEN_ID) == len(question.images)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 

@@ -6,10 +6,10 @@ import json
 
 from PIL import Image
 
-from llava_jax.evaluate.tasks.base import SHORT
+from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION
 
 IDS = ("0", "1", "2")
-QUESTIONS = [{"question_id": id, "image": f"{id}.jpg", "text": f"What is {id}?{SHORT}", "category": "conv"}
+QUESTIONS = [{"question_id": id, "image": f"{id}.jpg", "text": f"What is {id}?{PHRASE_INSTRUCTION}", "category": "conv"}
              for id in IDS]
 HUMAN = [{"answer": "red"}] * 10
 PROBLEM = {"question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "lecture": "", "solution": "",
@@ -51,7 +51,7 @@ def write_all(folder) -> None:
     questions = [row | {"answer": "yes", "kind": "existence"} for row in QUESTIONS]
     more = {
         "mme": {"llava_mme.jsonl": [{"question_id": f"existence/{id}.jpg", "image": f"{id}.jpg",
-                                     "text": f"Is {id} there?{SHORT}"} for id in IDS]},
+                                     "text": f"Is {id} there?{PHRASE_INSTRUCTION}"} for id in IDS]},
         "mm-vet": {"llava-mm-vet.jsonl": QUESTIONS}, "scenes": {"questions.jsonl": questions},
         "llava-bench-coco": {"qa90_questions.jsonl": QUESTIONS,
                              "qa90_gpt4_answer.jsonl": [{"question_id": id, "text": "It is."} for id in IDS]},

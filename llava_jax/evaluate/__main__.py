@@ -9,7 +9,7 @@ import importlib
 from llava_jax import cli
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import running
-from llava_jax.evaluate.tasks.base import BENCHES, get
+from llava_jax.evaluate.tasks.base import TASKS, get
 
 COMMANDS = {
     "scienceqa-data": "llava_jax.evaluate.scienceqa.data:ScienceQAData",
@@ -22,22 +22,22 @@ COMMANDS = {
     "compare": "llava_jax.evaluate.runner.compare:Compare",
     "published": "llava_jax.evaluate.runner.published:Show",
 }
-"""Name -> "module:class", as BENCHES."""
+"""Name -> "module:class", as TASKS."""
 
 
 def main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "list"):
         print(__doc__)
-        for name in BENCHES:
-            print(f"  {name:18} {get(name).title}: {get(name).needs}")
+        for name in TASKS:
+            print(f"  {name:18} {get(name).title}: {get(name).required_files}")
         print("\nOther commands:\n")
         for name in COMMANDS:
             print(f"  {name:18} {(_command(name).__doc__ or '').splitlines()[0]}")
         print("\nEach explains itself: python -m llava_jax.evaluate NAME --help")
         return 0 if args else 2
     name = args[0]
-    if name not in BENCHES and name not in COMMANDS:
-        raise UserError(f"evaluate knows no {name!r}; there are {', '.join([*BENCHES, *COMMANDS])}")
+    if name not in TASKS and name not in COMMANDS:
+        raise UserError(f"evaluate knows no {name!r}; there are {', '.join([*TASKS, *COMMANDS])}")
     kind = _command(name) if name in COMMANDS else running.command(name)
     return cli.parse(kind, args[1:], prog=f"python -m llava_jax.evaluate {name}").run()
 

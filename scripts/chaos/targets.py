@@ -31,7 +31,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        return f"{self.template}/{self.file}"
+        return f"{self.template}/{self.question_file}"
 
 
 def cli(main: Callable, *args: str) -> Command:

@@ -139,8 +139,8 @@ def make_benchmarks(folder: Path) -> None:
         place.mkdir(parents=True)
         for file, content in contents.items():
             write(place / file, content)
-        bench = get(name)(**{"annotations": str(place / "annotations.json")} if name in ANNOTATED else {})
-        lines = [make_line(question, "red", "one") for question in bench.read(str(place))]
+        task = get(name)(**{"annotations": str(place / "annotations.json")} if name in ANNOTATED else {})
+        lines = [make_line(question, "red", "one") for question in task.load(str(place))]
         write_lines(place / "answers.jsonl", lines)
     place = folder / "benchmarks" / "scenes"
     shutil.copy(folder / "data" / "0_0.png", place)

@@ -10,14 +10,14 @@ import llava_jax
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import answering
 from llava_jax.evaluate.runner.answers import NOT_ASKED, make_line
-from llava_jax.evaluate.tasks.base import Bench, Item, Question, Scores
+from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.text import templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 
 @dataclass(frozen=True)
-class Twice(Bench):
+class Twice(Task):
     """Every second question is asked again, with what was said before it; scores even ids."""
 
     max_new_tokens = 12
@@ -32,7 +32,8 @@ class Twice(Bench):
         if len(answers) < 3:
             raise ValueError("too few")
         assert [question.id for question in questions] == [answer.id for answer in answers]
-        return Scores({}, "", [Item(answer.id, None if answer.id == 3 else answer.id % 2) for answer in answers])
+        return Scores({}, "", [ScoredAnswer(answer.id, None if answer.id == 3 else answer.id % 2)
+                               for answer in answers])
 
 
 @pytest.fixture(scope="module")

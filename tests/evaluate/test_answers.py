@@ -24,7 +24,7 @@ def lines(questions=QUESTIONS, model="m"):
 
 
 def check(given, ordered=False, questions=QUESTIONS):
-    answers.check("answers.jsonl", "The bench", questions, given, ordered)
+    answers.check("answers.jsonl", "The task", questions, given, ordered)
 
 
 def test_a_line_is_the_originals():
@@ -154,9 +154,9 @@ def changed(line, **values):
     (lambda x: x[:-1], "1 of 6 questions have no answer, the first is 'r'"),
     (lambda x: x[:2] + x[3:], "1 of 6 questions have no answer, the first is 7"),
     (lambda x: [*x, x[2]], "1 questions have more than one answer, the first is 7"),
-    (lambda x: [*x, changed(x[0], question_id="z")], "1 of 7 answers are to questions that The bench does not have"),
+    (lambda x: [*x, changed(x[0], question_id="z")], "1 of 7 answers are to questions that The task does not have"),
     (lambda x: [changed(line, question_id=str(line["question_id"])) for line in x], "the first to '7'"),
-    (lambda x: [changed(line, prompt="Why?") for line in x], "was asked as 'Why\\?', and The bench asks 'Is it\\?'"),
+    (lambda x: [changed(line, prompt="Why?") for line in x], "was asked as 'Why\\?', and The task asks 'Is it\\?'"),
     (lambda x: [changed(x[0], model_id="n"), *x[1:]], "answers are of 2 models: m, n"),
 ])
 def test_what_is_no_whole_set_is_told(change, message):

@@ -18,7 +18,7 @@ from PIL import Image
 import llava_jax
 from llava_jax.errors import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.tasks.base import BENCHES, SHORT
+from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION, TASKS
 from llava_jax.inference.llava import Llava
 
 SCRIPT = Path(__file__).with_name("evaluate_process.py")
@@ -38,7 +38,8 @@ def data(tmp_path_factory) -> Path:
         labels = []
         for i in range(15):
             text = f"Is there a thing number {i} in the {category} image?"
-            questions.append({"question_id": 100 * start + i, "image": f"{i % 5}.jpg", "text": text + SHORT,
+            questions.append({"question_id": 100 * start + i, "image": f"{i % 5}.jpg",
+                              "text": text + PHRASE_INSTRUCTION,
                               "category": category})
             labels.append({"question_id": i, "image": f"{i % 5}.jpg", "text": text, "label": ("yes", "no")[i % 2]})
         (folder / "coco" / f"coco_pope_{category}.json").write_text("".join(json.dumps(row) + "\n" for row in labels))
@@ -209,7 +210,7 @@ def test_one_overlong_question_costs_its_own_answer_alone(whole, arguments, data
     (["--name", "talker", "--template", "llava_v0"], r"differs in template \(vicuna_v1, not llava_v0\)"),
     (["--name", "talker", "--template", "v1"], None),
     (["--name", "talker", "--baseline", "shuffled"], r"differs in baseline \(none, not shuffled\)"),
-    (["--name", "talker", "--images", "elsewhere", "--limit", "1"], None),
+    (["--name", "talker", "--image-root", "elsewhere", "--limit", "1"], None),
 ])
 def test_answers_of_other_settings_are_never_mixed(whole, arguments, tmp_path, more, message):
     shutil.copytree(whole, tmp_path / "pope")
@@ -283,7 +284,7 @@ def test_a_file_that_cannot_be_scored_leaves_no_results(data, whole, tmp_path):
 
 
 def test_answers_without_prompts_where_the_score_needs_them(tmp_path):
-    rows = [{"question_id": "p", "image": "p.jpg", "text": "Q?" + SHORT}]
+    rows = [{"question_id": "p", "image": "p.jpg", "text": "Q?" + PHRASE_INSTRUCTION}]
     (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").write_text(json.dumps(rows[0]))
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps(
         {"data": [{"image_id": "p", "question": "Q?", "answers": ["a"] * 10}]}))
@@ -308,7 +309,7 @@ def test_missing_images_are_told_before_anything_is_made_or_thrown_away(whole, a
 def test_the_list_names_every_benchmark(capsys):
     assert evaluate.main(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in [*BENCHES, *evaluate.COMMANDS])
+    assert all(f"\n  {name} " in printed for name in [*TASKS, *evaluate.COMMANDS])
     assert evaluate.main(["published", "mme"]) == 0
     assert "1510.7" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing published is known of 'x'"):

@@ -58,7 +58,7 @@ def test_steps():
 @pytest.mark.parametrize("seed", range(8))
 def test_figures(folder, seed):
     path, rows = folder
-    questions = Gqa().read(str(path))
+    questions = Gqa().load(str(path))
     texts = odd_texts(len(questions), seed, ("Yes", "yes.", "No", "red", "Red.", "left", "a man"))
     scores = Gqa().score(str(path), questions, answers_to(questions, texts))
     said = {question.id: text.rstrip(".").lower() for question, text in zip(questions, texts, strict=True)}
@@ -92,7 +92,7 @@ def test_validity_and_plausibility(folder):
     path, rows = folder
     choices = {id: {"valid": ["yes", "no"], "plausible": ["yes"]} for id in rows}
     (path / "data/testdev_balanced_choices.json").write_text(json.dumps(choices))
-    questions = Gqa().read(str(path))
+    questions = Gqa().load(str(path))
     texts = ["yes", "no", "color"] * 18
     scores = Gqa().score(str(path), questions, answers_to(questions, texts))
     common = [rows[question.id]["types"]["detailed"] == "existAttrCommon" for question in questions]
@@ -104,14 +104,14 @@ def test_validity_and_plausibility(folder):
 
 def test_part_and_doubles(folder, tmp_path):
     path, rows = folder
-    questions = Gqa().read(str(path))
+    questions = Gqa().load(str(path))
     right = answers_to(questions, [rows[question.id]["answer"].upper() + "." for question in questions])
     scores = Gqa().score(str(path), questions, right[:27])
     assert scores.figures["accuracy"] == 50 and any("27 of GQA's questions" in note for note in scores.notes)
     wrong = Answer(right[0].id, "wrong")
     assert Gqa().score(str(path), questions, [wrong, *right]).figures["accuracy"] == 100  # the last one counts
     assert Gqa().score(str(path), questions, right).figures["distribution"] == 0
-    [written] = Gqa().submission(str(path), questions, right, str(tmp_path))
+    [written] = Gqa().write_submission(str(path), questions, right, str(tmp_path))
     assert json.load(open(written))[0] == {"questionId": "200000", "prediction": rows["200000"]["answer"]}
     assert written.endswith("testdev_balanced_predictions.json")
 
@@ -119,7 +119,7 @@ def test_part_and_doubles(folder, tmp_path):
 def test_without_the_questions_of_gqa(folder):
     path, _ = folder
     (path / "data/testdev_balanced_questions.json").unlink()
-    questions = Gqa().read(str(path))
+    questions = Gqa().load(str(path))
     scores = Gqa().score(str(path), questions, answers_to(questions, ["x"] * 54))
     assert scores.figures == {} and any("no score without testdev_balanced_questions" in note for note in scores.notes)
 
@@ -134,4 +134,4 @@ def test_questions_of_another_version(folder, change, message):
     change(rows)
     (path / "data/testdev_balanced_questions.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=message):
-        Gqa().read(str(path))
+        Gqa().load(str(path))

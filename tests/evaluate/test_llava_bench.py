@@ -59,31 +59,31 @@ def review(n: int, pair: list, prefix: str = "llava_bench_", **more) -> dict:
 def test_the_sets_are_registered():
     assert get("llava-bench-wild") is LlavaBenchWild and get("llava-bench-coco") is LlavaBenchCoco
     assert LlavaBenchWild.max_new_tokens == LlavaBenchCoco.max_new_tokens == 1024
-    assert (LlavaBenchCoco.published, LlavaBenchWild.published) == (90, 60)
+    assert (LlavaBenchCoco.num_published, LlavaBenchWild.num_published) == (90, 60)
 
 
 def test_wild(wild):
-    bench = LlavaBenchWild()
-    questions = bench.read(str(wild))
+    task = LlavaBenchWild()
+    questions = task.load(str(wild))
     assert [question.id for question in questions] == list(range(6)) and questions[4].text == "Q4?\nWell?"
     assert questions[4].images == (str(wild / "images" / "001.jpg"),)
-    cases = bench.cases(bench.paths(str(wild)))
+    cases = task.cases(task.paths(str(wild)))
     assert [case.category for case in cases[:3]] == [f"llava_bench_{name}" for name in CATEGORIES]
     assert (cases[0].context, cases[3].context) == ("One.\nTwo.", "Whole.")
     assert cases[5].reference["text"] == "R5"
     other = write(wild / "bard.jsonl", [{"question_id": n, "text": f"B{n}"} for n in range(6)])
-    paths = bench.paths(str(wild / "questions.jsonl"), reference=other)
-    assert bench.cases(paths)[1].reference["text"] == "B1"
+    paths = task.paths(str(wild / "questions.jsonl"), reference=other)
+    assert task.cases(paths)[1].reference["text"] == "B1"
 
 
 def test_coco(coco):
-    bench = LlavaBenchCoco()
-    case = bench.cases(bench.paths(str(coco)))[1]
+    task = LlavaBenchCoco()
+    case = task.cases(task.paths(str(coco)))[1]
     assert case.category == "detail"
     assert case.context == "A\nB\n\ndog: [0.63, 0.1, 1.0, 0.532]\ncup: [0, 1, 2, 3]"
     (coco / "val2014").mkdir()
     (coco / "val2014" / "COCO_val2014_000.jpg").touch()
-    images = [question.images[0] for question in bench.read(str(coco))]
+    images = [question.images[0] for question in task.load(str(coco))]
     assert {Path(image).name for image in images} == {"COCO_val2014_000.jpg", "001.jpg"}
 
 
@@ -107,27 +107,27 @@ def change(path: Path, n: int, **fields) -> None:
 ])
 def test_files_that_do_not_belong_together_are_named(wild, name, n, fields, message):
     change(wild / f"{name}.jsonl", n, **fields)
-    bench = LlavaBenchWild()
+    task = LlavaBenchWild()
     with pytest.raises(UserError, match=message):
-        bench.cases(bench.paths(str(wild)))
+        task.cases(task.paths(str(wild)))
 
 
 def test_files_that_are_not_there(wild, coco):
     with pytest.raises(UserError, match="qa90_questions"):
-        LlavaBenchCoco().read(str(coco.parent))
+        LlavaBenchCoco().load(str(coco.parent))
     (coco / "qa90_gpt4_answer.jsonl").unlink()
     with pytest.raises(UserError, match="qa90_gpt4_answer"):
         LlavaBenchCoco().paths(str(coco))
     with pytest.raises(UserError, match="nowhere.json"):
         LlavaBenchWild().paths(str(wild), context="nowhere.json")
     with pytest.raises(UserError, match="line 1: not the context.*captions, and instances"):
-        bench = LlavaBenchCoco()  # the context of the other set
-        bench.cases(bench.paths(str(wild), reference=str(wild / "answers_gpt4.jsonl")))
+        task = LlavaBenchCoco()  # the context of the other set
+        task.cases(task.paths(str(wild), reference=str(wild / "answers_gpt4.jsonl")))
 
 
 def test_without_reviews_there_is_no_score_but_the_command(wild):
-    bench = LlavaBenchWild()
-    scores = bench.score(str(wild), bench.read(str(wild)), answers_of())
+    task = LlavaBenchWild()
+    scores = task.score(str(wild), task.load(str(wild)), answers_of())
     assert scores.figures == {} and scores.main == ""
     assert "6 questions; the published file has 60" in scores.notes
     assert any("evaluate judge llava-bench-wild --answers" in note for note in scores.notes)
@@ -138,9 +138,9 @@ def test_without_reviews_there_is_no_score_but_the_command(wild):
 def test_scores_from_reviews(wild):
     pairs = [[8, 4], [5, 5], [10, 9], [6, 6], [-1, -1], [10, 1]]
     path = write(wild / "reviews.jsonl", [review(n, pair) for n, pair in enumerate(pairs)])
-    bench = LlavaBenchWild(reviews=path)
-    questions = bench.read(str(wild))
-    scores = bench.score(str(wild), questions, answers_of())
+    task = LlavaBenchWild(reviews=path)
+    questions = task.load(str(wild))
+    scores = task.score(str(wild), questions, answers_of())
     assert list(scores.figures) == ["conv", "detail", "complex", "all"] and scores.main == "all"
     expected = {"conv": 1000 / 14, "detail": 100, "complex": 50, "all": 2500 / 39}
     assert scores.figures == pytest.approx(expected)
@@ -149,14 +149,14 @@ def test_scores_from_reviews(wild):
     scores = LlavaBenchWild(reviews=path, compat=True).score(str(wild), questions, answers_of())
     assert scores.figures == {"conv": 71.4, "detail": 100.0, "complex": 50.0, "all": 63.2}  # 4.0 / 6.333
     write(wild / "reviews.jsonl", [review(0, [8, 4])])
-    scores = bench.score(str(wild), questions, answers_of())
+    scores = task.score(str(wild), questions, answers_of())
     assert scores.figures == {"conv": 50, "all": 50} and "5 of 6 answers have no review" in scores.notes[-1]
 
 
 def test_the_figures_of_several_files_of_reviews_are_their_means(wild):
     paths = [write(wild / f"reviews_{run}.jsonl", [review(n, [10, (n + run) % 7 + 1]) for n in range(6)])
              for run in range(3)]
-    questions = LlavaBenchWild().read(str(wild))
+    questions = LlavaBenchWild().load(str(wild))
     single = [LlavaBenchWild(reviews=path).score(str(wild), questions, answers_of()) for path in paths]
     scores = LlavaBenchWild(reviews=tuple(paths)).score(str(wild), questions, answers_of())
     for name, value in scores.figures.items():
@@ -176,6 +176,6 @@ def test_the_figures_of_several_files_of_reviews_are_their_means(wild):
 ])
 def test_reviews_of_something_else_are_named(wild, row, message):
     path = write(wild / "reviews.jsonl", [review(1, [8, 8]), row])
-    bench = LlavaBenchWild(reviews=path)
+    task = LlavaBenchWild(reviews=path)
     with pytest.raises(UserError, match=message):
-        bench.score(str(wild), bench.read(str(wild)), answers_of())
+        task.score(str(wild), task.load(str(wild)), answers_of())

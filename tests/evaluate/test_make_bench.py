@@ -1,4 +1,4 @@
-"""A bench made of ten images by rules and by a fake teacher, then judged."""
+"""A task made of ten images by rules and by a fake teacher, then judged."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_by_rules_without_any_model(tmp_path, capsys):
 def test_the_made_bench_is_read_and_judged(tmp_path):
     assert make(tmp_path) == 0
     out = tmp_path / "out"
-    questions = LlavaBenchCoco(images=str(tmp_path)).read(str(out))
+    questions = LlavaBenchCoco(image_root=str(tmp_path)).load(str(out))
     assert len(questions) == 12 and questions[0].images[0] == str(tmp_path / read(out / "context.jsonl")[0]["image"])
     lines = [{"question_id": question.id, "prompt": question.text, "text": "A chair.", "answer_id": f"a{question.id}"}
              for question in questions]

@@ -42,7 +42,7 @@ def answers_to(questions, texts):
 
 
 def test_prompts(folder):
-    questions = MMBench().read(str(folder))
+    questions = MMBench().load(str(folder))
     suffix = "\nAnswer with the option's letter from the given choices directly."
     assert [question.id for question in questions] == [3, 0, 1, 2, 7]
     assert questions[0].prompt == "What, 3?\nA. red\nB. green\nC. blue\nD. black"
@@ -53,11 +53,11 @@ def test_prompts(folder):
     assert questions[0].images == (bytes(range(256)) * 800,) and "image" not in questions[0].row
     assert questions[0].fields == {"round_id": 0, "options": list(OPTIONS), "option_char": list("ABCD")}
     write(folder / "mmbench_dev_cn_20231003.tsv", [row(0)])
-    assert MMBenchCN().read(str(folder))[0].text.endswith("D. black\n请直接回答选项字母。")
+    assert MMBenchCN().load(str(folder))[0].text.endswith("D. black\n请直接回答选项字母。")
 
 
 def test_rounds_turn_the_options(folder):
-    questions = MMBench(all_rounds=True).read(str(folder))
+    questions = MMBench(all_rounds=True).load(str(folder))
     assert [question.id for question in questions] == [3] * 4 + [0] * 4 + [1] * 3 + [2] * 2 + [7] * 4
     assert questions[1].prompt == "What, 3?\nA. green\nB. blue\nC. black\nD. red"
     assert questions[3].fields == {"round_id": 3, "options": ["black", "red", "green", "blue"],
@@ -81,15 +81,15 @@ def test_letters_beyond_the_options():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_all_rounds_right_or_wrong(folder, seed):
-    bench = MMBench(all_rounds=True)
-    questions = bench.read(str(folder))
+    task = MMBench(all_rounds=True)
+    questions = task.load(str(folder))
     texts = odd_texts(len(questions), seed, ("A", "B.", "C", "D"))
     for n, question in enumerate(questions):
         if question.id in (3, 7):  # right in all rounds: the option moves, and the letter with it
             option = question.row[question.row["answer"]]
             texts[n] = "ABCD"[question.fields["options"].index(option)]
     answers = answers_to(questions, texts)
-    scores = bench.score(str(folder), questions, answers)
+    scores = task.score(str(folder), questions, answers)
     right = {}
     for question, text in zip(questions, texts, strict=True):
         letter = read_letter(text, question.fields["options"])
@@ -100,7 +100,7 @@ def test_all_rounds_right_or_wrong(folder, seed):
     assert scores.figures["accuracy"] == pytest.approx(100 * sum(map(sum, right.values())) / 17)
     assert scores.figures["category: place"] == pytest.approx(100 / 3 * sum(all(right[id]) for id in (3, 1, 7)))
     assert scores.figures["l2-category: coarse"] == scores.figures["circular"] >= 40
-    less = bench.score(str(folder), questions, [a for a in answers if (a.id, a.line["round_id"]) != (3, 2)])
+    less = task.score(str(folder), questions, [a for a in answers if (a.id, a.line["round_id"]) != (3, 2)])
     assert less.figures["circular"] == pytest.approx(scores.figures["circular"] - 20)
 
 
@@ -108,7 +108,7 @@ def test_copies_of_a_question_in_the_table(folder):
     """The published table has the rotations as rows of their own."""
     rows = [row(5), row(1_000_005, A="green", B="blue", C="black", D="red", answer="A"), row(4)]
     write(folder / "mmbench_dev_20230712.tsv", rows)
-    questions = MMBench().read(str(folder))
+    questions = MMBench().load(str(folder))
     scores = MMBench().score(str(folder), questions, answers_to(questions, ["B", "B", "A"]))
     assert scores.figures["circular"] == 50 and scores.figures["accuracy"] == pytest.approx(200 / 3)
     single = MMBench().score(str(folder), questions[2:], answers_to(questions[2:], ["A"]))
@@ -116,23 +116,23 @@ def test_copies_of_a_question_in_the_table(folder):
 
 
 def test_answers_with_other_rounds_than_were_asked(folder):
-    questions = MMBench().read(str(folder))
+    questions = MMBench().load(str(folder))
     with pytest.raises(UserError, match="round 1 of question 3, which was not asked; .*--all-rounds"):
         MMBench().score(str(folder), questions, [Answer(3, "A", "", {"round_id": 1})])
 
 
 def test_table_without_answers(folder):
     write(folder / "mmbench_dev_20230712.tsv", [row(0, answer="")])
-    questions = MMBench().read(str(folder))
+    questions = MMBench().load(str(folder))
     scores = MMBench().score(str(folder), questions, answers_to(questions, ["A"]))
     assert scores.figures == {} and any("upload" in note for note in scores.notes)
 
 
 def test_upload(folder, tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    questions = MMBench().read(str(folder))
+    questions = MMBench().load(str(folder))
     answers = answers_to(questions, ["first", "=1+1", "a\x00b\ud800", "é中", "9"])
-    [path] = MMBench().submission(str(folder), questions, [*answers[:4], Answer(3, "last")], str(tmp_path / ""))
+    [path] = MMBench().write_submission(str(folder), questions, [*answers[:4], Answer(3, "last")], str(tmp_path / ""))
     table = [list(line) for line in openpyxl.load_workbook(path).active.iter_rows(values_only=True)]
     assert table[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert table[1] == [3, "What, 3?", *OPTIONS, "last", "D", "dev"]
@@ -144,9 +144,9 @@ def test_upload(folder, tmp_path):
 
 def test_upload_without_openpyxl(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    questions = MMBench().read(str(folder))
+    questions = MMBench().load(str(folder))
     with pytest.raises(UserError, match="pip install openpyxl"):
-        MMBench().submission(str(folder), questions, answers_to(questions, ["A"] * 5), str(tmp_path))
+        MMBench().write_submission(str(folder), questions, answers_to(questions, ["A"] * 5), str(tmp_path))
 
 
 @pytest.mark.parametrize("value", [None, "", "nan", "NaN", "NAN", "None", "none", "NONE", "NA", "N/A", "null", "<NA>"])
@@ -167,22 +167,22 @@ def test_a_value(value):
 def test_broken_tables(tmp_path, rows, message):
     write(tmp_path / "mmbench_dev_20230712.tsv", rows)
     with pytest.raises(UserError, match=message):
-        MMBench().read(str(tmp_path))
+        MMBench().load(str(tmp_path))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_table(folder):
-    path, read = folder / "mmbench_dev_20230712.tsv", MMBench().read(str(folder))
+    path, read = folder / "mmbench_dev_20230712.tsv", MMBench().load(str(folder))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert MMBench().read(str(folder)) == read
+    assert MMBench().load(str(folder)) == read
     path.write_bytes(path.read_text("utf-8-sig").encode("utf-16"))
     with pytest.raises(UserError, match=r"mmbench_dev_20230712\.tsv, after line 0: no UTF-8"):
-        MMBench().read(str(folder))
+        MMBench().load(str(folder))
 
 
 def test_table_of_another_benchmark(tmp_path):
     (tmp_path / "mmbench_dev_20230712.tsv").write_text("index\tquestion\tA\tB\n1\tQ\tx\ty\n")
     with pytest.raises(UserError, match="no column hint, C, D, image"):
-        MMBench().read(str(tmp_path))
+        MMBench().load(str(tmp_path))
     (tmp_path / "mmbench_dev_20230712.tsv").write_text("\t".join(COLUMNS) + "\n" + "1\t" * 20 + "\n")
     with pytest.raises(UserError, match="more cells than the first line"):
-        MMBench().read(str(tmp_path))
+        MMBench().load(str(tmp_path))

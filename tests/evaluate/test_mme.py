@@ -6,7 +6,7 @@ from odd_texts import odd_texts
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Answer
-from llava_jax.evaluate.tasks.mme import COGNITION, PERCEPTION, TASK, Mme, lookup, says
+from llava_jax.evaluate.tasks.mme import COGNITION, PERCEPTION, TASK, Mme, lookup, parse_yes_no
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 IN_IMAGES = ("posters", "celebrity", "scene", "landmark", "artwork")  # categories with folders of their own inside
@@ -46,7 +46,7 @@ def answers_to(questions, texts):
     ("Hyes", "yes"), ("HHyes", "other"), ("n o", "other"), ("None", "no"), ("\nyes", "yes"),
 ])
 def test_says(text, expected):
-    assert says(text) == expected
+    assert parse_yes_no(text) == expected
 
 
 def official(rows):
@@ -75,7 +75,7 @@ def official(rows):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_figures_are_the_official_tools(folder, seed):
-    questions = Mme().read(str(folder))
+    questions = Mme().load(str(folder))
     texts = odd_texts(len(questions), seed, ("Yes", "No", "yes", "no.", "Yes, it is"))
     scores = Mme().score(str(folder), questions, answers_to(questions, texts))
     expected = official([(question.row["category"], ("yes", "no")[n % 2], text)
@@ -84,11 +84,11 @@ def test_figures_are_the_official_tools(folder, seed):
         assert scores.figures[name] == pytest.approx(value), name
     assert list(scores.figures)[:4] == ["perception", "cognition", "existence", "count"]
     assert scores.figures["OCR"] == pytest.approx(scores.figures["OCR accuracy"] + scores.figures["OCR accuracy+"])
-    assert [item.read for item in scores.items] == [says(text) for text in texts]
+    assert [item.parsed for item in scores.items] == [parse_yes_no(text) for text in texts]
 
 
 def test_best_and_worst(folder):
-    questions = Mme().read(str(folder))
+    questions = Mme().load(str(folder))
     best = Mme().score(str(folder), questions, answers_to(questions, ["Yes", "No"] * 42))
     assert best.figures["perception"] == 2000 and best.figures["cognition"] == 800 and best.main == "perception"
     yes = Mme().score(str(folder), questions, answers_to(questions, ["Yes"] * 84))
@@ -96,7 +96,7 @@ def test_best_and_worst(folder):
 
 
 def test_pairs_are_neighbours_in_the_file(folder):
-    questions = Mme().read(str(folder))
+    questions = Mme().load(str(folder))
     answers = answers_to(questions, ["Yes", "No"] * 42)
     random.Random(0).shuffle(answers)
     scores = Mme().score(str(folder), questions, answers)
@@ -112,7 +112,7 @@ def test_pairs_are_neighbours_in_the_file(folder):
 
 
 def test_part_of_the_answers(folder):
-    questions = Mme().read(str(folder))
+    questions = Mme().load(str(folder))
     scores = Mme().score(str(folder), questions, answers_to(questions, ["Yes", "No"] * 42)[:-1])
     assert any("odd number" in note for note in scores.notes)
     assert scores.figures["OCR accuracy+"] == pytest.approx(200 / 3)
@@ -122,9 +122,9 @@ def test_part_of_the_answers(folder):
 
 
 def test_writes_what_the_official_tool_reads(folder, tmp_path):
-    questions = Mme().read(str(folder))
+    questions = Mme().load(str(folder))
     texts = ["Yes", "No"] * 41 + ["a\tb\nc", "\ud800"]
-    paths = Mme().submission(str(folder), questions, answers_to(questions, texts), str(tmp_path / "out"))
+    paths = Mme().write_submission(str(folder), questions, answers_to(questions, texts), str(tmp_path / "out"))
     assert len(paths) == 14
     lines = (tmp_path / "out/mme/posters.txt").read_text().splitlines()
     assert lines[0] == f"0001.txt\tIs this 0001 of posters? {TASK}\tYes\tYes"
@@ -151,10 +151,10 @@ def test_lookup_of_prompts_as_the_original_changes_them():
 def test_folder_of_another_version(folder, file, content, message):
     (folder / "MME_Benchmark_release_version" / file).write_text(content)
     with pytest.raises(UserError, match=message):
-        Mme().read(str(folder))
+        Mme().load(str(folder))
 
 
 def test_missing_category(folder):
     (folder / "MME_Benchmark_release_version/OCR").rename(folder / "elsewhere")
     with pytest.raises(UserError, match="OCR: no such folder"):
-        Mme().read(str(folder))
+        Mme().load(str(folder))

@@ -10,7 +10,7 @@ from bench_files import write_all
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.tasks.base import BENCHES, get
+from llava_jax.evaluate.tasks.base import TASKS, get
 
 EACH = 10  # damages of a file
 SAID = {"pope": "Yes", "mme": "Yes", "seed": "A", "scienceqa": "B", "mmbench": "B"}
@@ -48,14 +48,14 @@ def try_damages(path, command, names, capsys) -> int:
     return told
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHES if name != "mmbench-cn"])  # read as mmbench
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "mmbench-cn"])  # read as mmbench
 def test_damaged_files_are_one_line_or_a_score(name, tmp_path, capsys):
     write_all(tmp_path)
     folder, out = tmp_path / name, tmp_path / "out"
     options = {"annotations": str(folder / "annotations.json")} if name in ("vqav2", "vizwiz") else {}
     rows = [{"question_id": question.id, "prompt": question.prompt or question.text, "text": SAID.get(name, "red"),
              "answer_id": f"a{n}", "model_id": "m", **question.fields}
-            for n, question in enumerate(get(name)(**options).read(str(folder)))]
+            for n, question in enumerate(get(name)(**options).load(str(folder)))]
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [name, "--data", str(folder), "--answers", str(folder / "answers.jsonl"), "--out", str(out),
                *(f"--{key}={value}" for key, value in options.items())]

@@ -8,7 +8,7 @@ from odd_texts import odd_texts
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks import pope_data
 from llava_jax.evaluate.tasks.base import Answer, get
-from llava_jax.evaluate.tasks.pope import Pope, says
+from llava_jax.evaluate.tasks.pope import Pope, parse_yes_no
 from llava_jax.evaluate.tasks.pope_data import PopeData
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -43,7 +43,7 @@ def answers_to(questions, texts):
     ("a  no", "no"), ("no\tdog", "yes"), (".no", "yes"), ("nothing", "yes"), ("I do not know", "no"),
 ])
 def test_says(text, expected):
-    assert says(text) == expected
+    assert parse_yes_no(text) == expected
 
 
 def brute(texts, labels):
@@ -65,7 +65,7 @@ def brute(texts, labels):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_figures_are_those_of_the_counts(folder, seed):
-    questions = Pope().read(str(folder))
+    questions = Pope().load(str(folder))
     texts = odd_texts(30, seed, ("Yes", "No", "yes", "no", "No, not.", "Yes, there is."))
     scores = Pope().score(str(folder), questions, answers_to(questions, texts))
     f1 = []
@@ -87,7 +87,7 @@ def test_figures_are_those_of_the_counts(folder, seed):
 
 def test_answers_meet_labels_by_their_order(folder):
     """As in the original, and with a note that says so."""
-    questions = Pope().read(str(folder))
+    questions = Pope().load(str(folder))
     answers = answers_to(questions, ["no" if n % 3 else "yes" for n in range(30)])
     in_order = Pope().score(str(folder), questions, answers)
     turned = Pope().score(str(folder), questions, answers[::-1])
@@ -101,23 +101,23 @@ def test_answers_meet_labels_by_their_order(folder):
 
 
 def test_answers_to_other_questions(folder):
-    questions = Pope().read(str(folder))
+    questions = Pope().load(str(folder))
     with pytest.raises(UserError, match="no question 'x'"):
         Pope().score(str(folder), questions, [Answer("x", "yes")])
 
 
 def test_no_yes_at_all_is_told(folder):
-    questions = Pope().read(str(folder))
+    questions = Pope().load(str(folder))
     scores = Pope().score(str(folder), questions, answers_to(questions, ["no"] * 30))
     assert scores.figures["F1"] == 0 and sum("divide by" in note for note in scores.notes) == 3
 
 
 def test_reads_what_the_original_reads(folder):
-    questions = get("pope")().read(str(folder))
+    questions = get("pope")().load(str(folder))
     assert len(questions) == 30 and questions[0].images == (str(folder / "val2014" / "0.jpg"),)
     assert questions[0].text == "Is there a 0?" + SUFFIX and questions[0].choices == ("Yes", "No")
-    assert Pope().read(str(folder / "llava_pope_test.jsonl")) == questions
-    assert Pope(images="/pictures").read(str(folder))[0].images == ("/pictures/0.jpg",)
+    assert Pope().load(str(folder / "llava_pope_test.jsonl")) == questions
+    assert Pope(image_root="/pictures").load(str(folder))[0].images == ("/pictures/0.jpg",)
 
 
 def drop_line(path):
@@ -139,7 +139,7 @@ def drop_line(path):
 def test_folder_of_another_version(folder, spoil, message):
     spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        Pope().read(str(folder))
+        Pope().load(str(folder))
 
 
 KINDS = ["person", "chair", "apple", "car", "dog", "cup", "oven", "kite", "umbrella", "bear"]
@@ -163,7 +163,7 @@ def test_builds_questions_from_instances(tmp_path, instances):
     path, annotations = instances
     PopeData(str(path), str(tmp_path / "out"), pictures=12, seed=5).run()
     there = {f"{n:04}.jpg": {KINDS[a["category_id"]] for a in annotations if a["image_id"] == n} for n in range(40)}
-    questions = Pope().read(str(tmp_path / "out"))
+    questions = Pope().load(str(tmp_path / "out"))
     assert len(questions) == 12 * 6 * 3 == len({question.id for question in questions})
     labels = {c: [json.loads(line) for line in (tmp_path / f"out/coco/coco_pope_{c}.json").open()]
               for c in ("random", "popular", "adversarial")}

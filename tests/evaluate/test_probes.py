@@ -196,7 +196,7 @@ def test_made_from_coco_files(tmp_path, capsys):
     names = {kind: str(tmp_path / "annotations" / f"{kind}_probe.json") for kind in ("captions", "instances")}
     assert ProbesData(str(tmp_path), **names, prefix="probe/", each=20).run() == 0
     assert "binding 20 questions in" in capsys.readouterr().out
-    assert all(os.path.exists(question.images[0]) for question in Spatial().read(str(tmp_path)))
+    assert all(os.path.exists(question.images[0]) for question in Spatial().load(str(tmp_path)))
     with pytest.raises(UserError, match="boxes"):
         ProbesData(str(tmp_path), captions=names["captions"]).run()
     with pytest.raises(UserError, match="allow no question"):
@@ -239,7 +239,7 @@ def test_scores_by_hand(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = str(tmp_path)
 
-    questions = Spatial().read(data)
+    questions = Spatial().load(data)
     assert questions[0].text == "Q0?\nAnswer with one of these words: left, right."
     assert questions[0].choices == ("left", "right") and questions[0].images == (os.path.join(data, "a.jpg"),)
     texts = ["left", "The right one.", "left", "hm", "yes"]  # the last question has no answer
@@ -249,7 +249,7 @@ def test_scores_by_hand(tmp_path):
     assert scores.main == "all" and [item.score for item in scores.items] == [1, 1, 1, 0, 1]
     assert scores.notes[0].startswith("1 of 5 answers")
 
-    both = Multilingual(name_choices=False).read(data)
+    both = Multilingual(name_choices=False).load(data)
     assert [question.id for question in both[:2]] == ["0-en", "0-ko"] and both[1].text == "질문 0?"
     said = ["left", "왼쪽", "right", "left", "left", "왼쪽", "right", "오른쪽", "yes", "아니요", "no", "아니요"]
     answers = [Answer(question.id, text) for question, text in zip(both, said, strict=True)]
@@ -267,10 +267,10 @@ def test_scores_by_hand(tmp_path):
         Spatial().score(data, questions, [Answer("9", "left")])
     path.write_text(json.dumps({key: value for key, value in lines[0].items() if key != "ko"}))
     with pytest.raises(UserError, match="en, ko"):
-        Multilingual().read(data)
+        Multilingual().load(data)
     path.write_text(json.dumps({key: value for key, value in lines[0].items() if key != "set"}))
     with pytest.raises(UserError, match="question 0 is no probe, which has .*set"):
-        Spatial().read(data)
+        Spatial().load(data)
     path.write_text(json.dumps(lines[0] | {"choices": ["left", "starboard"]}))
     with pytest.raises(UserError, match="starboard"):
-        Spatial().read(data)
+        Spatial().load(data)

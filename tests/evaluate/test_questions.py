@@ -3,29 +3,29 @@ import json
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import BENCHES, LETTER, SHORT, Answer, Bench, get
+from llava_jax.evaluate.tasks.base import LETTER_INSTRUCTION, PHRASE_INSTRUCTION, TASKS, Answer, Task, get
 from llava_jax.evaluate.tasks.mmvet import MMVet
-from llava_jax.evaluate.tasks.questions import QuestionFile, fits
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, fits
 
-SHORT_BENCHES = ("pope", "mme", "vqav2", "vizwiz", "gqa", "textvqa", "mmbench", "mmbench-cn", "seed", "mm-vet")
+SHORT_TASKS = ("pope", "mme", "vqav2", "vizwiz", "gqa", "textvqa", "mmbench", "mmbench-cn", "seed", "mm-vet")
 
 
-@pytest.mark.parametrize("name", SHORT_BENCHES)
+@pytest.mark.parametrize("name", SHORT_TASKS)
 def test_registered_and_described(name):
-    bench = get(name)
-    assert name in BENCHES and issubclass(bench, Bench) and bench.title and bench.needs and bench.__doc__
-    assert bench() == bench()  # every option has a default
-    assert bench.max_new_tokens == (1024 if name.startswith("mm") and name != "mme" else 128)
-    assert bench.ordered == (name in ("pope", "mme"))
-    assert bench.prompted == (name in ("mme", "textvqa"))
+    task = get(name)
+    assert name in TASKS and issubclass(task, Task) and task.title and task.required_files and task.__doc__
+    assert task() == task()  # every option has a default
+    assert task.max_new_tokens == (1024 if name.startswith("mm") and name != "mme" else 128)
+    assert task.uses_answer_order == (name in ("pope", "mme"))
+    assert task.uses_prompts == (name in ("mme", "textvqa"))
 
 
-@pytest.mark.parametrize("name", SHORT_BENCHES)
+@pytest.mark.parametrize("name", SHORT_TASKS)
 def test_folder_that_is_not_there(name, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        get(name)().read(str(tmp_path / "nowhere"))
+        get(name)().load(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such file"):
-        get(name)().read(str(tmp_path))
+        get(name)().load(str(tmp_path))
 
 
 @pytest.mark.parametrize(("value", "form", "good"), [
@@ -39,8 +39,8 @@ def test_forms_of_json(value, form, good):
 
 
 def test_instructions():
-    assert SHORT == "\nAnswer the question using a single word or phrase."
-    assert LETTER == "\nAnswer with the option's letter from the given choices directly."
+    assert PHRASE_INSTRUCTION == "\nAnswer the question using a single word or phrase."
+    assert LETTER_INSTRUCTION == "\nAnswer with the option's letter from the given choices directly."
 
 
 @pytest.mark.parametrize("line, message", [
@@ -54,18 +54,18 @@ def test_broken_rows(tmp_path, line, message):
     path = tmp_path / "llava-mm-vet.jsonl"
     path.write_bytes(good.replace("\n\n", "\n").encode() + line.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message):
-        MMVet().read(str(tmp_path))
+        MMVet().load(str(tmp_path))
 
 
 def test_mm_vet(tmp_path):
     rows = [{"image": f"v1_{n}.png", "text": f"What\nis {n}?", "category": "conv", "question_id": n} for n in range(3)]
     (tmp_path / "llava-mm-vet.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bench = MMVet()
-    questions = bench.read(str(tmp_path))
-    assert issubclass(MMVet, QuestionFile) and questions[2].text == "What\nis 2?" and questions[2].row == rows[2]
+    task = MMVet()
+    questions = task.load(str(tmp_path))
+    assert issubclass(MMVet, QuestionFileTask) and questions[2].text == "What\nis 2?" and questions[2].row == rows[2]
     answers = [Answer(0, "a"), Answer(2, "é\n"), Answer(1, ""), Answer(0, "again")]
-    scores = bench.score(str(tmp_path), questions, answers)
+    scores = task.score(str(tmp_path), questions, answers)
     assert scores.figures == {} and scores.notes[0] == "3 questions; the published file has 218"
     assert [item.score for item in scores.items] == [None] * 4
-    [path] = bench.submission(str(tmp_path), questions, answers, str(tmp_path))
+    [path] = task.write_submission(str(tmp_path), questions, answers, str(tmp_path))
     assert open(path).read() == '{\n  "v1_0": "again",\n  "v1_2": "\\u00e9\\n",\n  "v1_1": ""\n}'

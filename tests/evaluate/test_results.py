@@ -15,7 +15,7 @@ from llava_jax.evaluate.runner import compare, published, results, results_page,
 from llava_jax.evaluate.runner.answers import make_line, to_answer
 from llava_jax.evaluate.runner.compare import Compare
 from llava_jax.evaluate.runner.results_page import Card, Given
-from llava_jax.evaluate.tasks.base import BENCHES, Item, Question, Scores
+from llava_jax.evaluate.tasks.base import TASKS, Question, ScoredAnswer, Scores
 from llava_jax.evaluate.tasks.scenes import Scenes
 
 NASTY = "<script>alert('\"&$body\ud800</b> | *é\nx"
@@ -35,7 +35,7 @@ def write(data, name, texts):
     """A run's folder, as `running.Run` writes it."""
     folder = data / name
     folder.mkdir()
-    questions = Scenes().read(str(data))
+    questions = Scenes().load(str(data))
     lines = [make_line(question, text, name) for question, text in zip(questions, texts, strict=False)]
     scores = Scenes().score("", questions[: len(lines)], [to_answer(line) for line in lines])
     settings = {"name": name, "benchmark": "scenes", "data": str(data), "options": {}, "model": None,
@@ -112,9 +112,9 @@ def test_pictures_from_outside_are_never_on_a_page(data):
         assert [picture.getpixel((5, 5)) == pytest.approx((200, 30, 30), abs=4) for picture in pictures] == [True, True]
         assert page.count("is outside of") == 5
     settings = {"name": "m", "benchmark": "scenes", "data": str(data / "moved"), "options": {}, "questions_hash": ""}
-    bench, lines = Scenes(), [{"question_id": 0, "text": "red", "prompt": "Q"}]
-    questions = bench.read(str(data / "moved"))[:1]
-    results.write(str(one), bench, settings, questions, lines, Scores({}, ""), [])
+    task, lines = Scenes(), [{"question_id": 0, "text": "red", "prompt": "Q"}]
+    questions = task.load(str(data / "moved"))[:1]
+    results.write(str(one), task, settings, questions, lines, Scores({}, ""), [])
     assert "base64" in (one / "results.html").read_text()
 
 
@@ -157,7 +157,7 @@ def test_of_many_questions_the_page_shows_some_of_each():
 def test_rows_find_their_items():
     """Items of another order than the answers, and some that are missing; ids that are doubled."""
     lines = [{"question_id": id, "text": str(n)} for n, id in enumerate(["a", "b", "a", "c"])]
-    items = [Item("b", 0.5), Item("a", 0.1), Item("a", 0.2)]
+    items = [ScoredAnswer("b", 0.5), ScoredAnswer("a", 0.1), ScoredAnswer("a", 0.2)]
     rows = results.rows_of(Scores({}, "", items), lines)
     assert [row["score"] for row in rows] == [0.1, 0.5, 0.2, None]
 
@@ -174,8 +174,8 @@ def test_figures_stand_beside_the_published(data):
 
 
 def test_published_figures_are_of_benchmarks_that_there_are():
-    for bench, rows in published.everything().items():
-        assert bench in BENCHES and all(row.source and row.figures for row in rows)
+    for task, rows in published.everything().items():
+        assert task in TASKS and all(row.source and row.figures for row in rows)
         assert len({row.model for row in rows}) == len(rows)
 
 

@@ -8,7 +8,7 @@ import pytest
 from llava_jax.errors import UserError
 from llava_jax.evaluate.scienceqa.data import compose_listed, write_file
 from llava_jax.evaluate.scienceqa.task import ScienceQA, choice, read_answer, read_statement
-from llava_jax.evaluate.tasks import base as bench
+from llava_jax.evaluate.tasks import base
 from llava_jax.evaluate.tasks.base import Answer
 
 PROBLEMS = json.loads((Path(__file__).parents[1] / "golden" / "scienceqa.json").read_text(encoding="utf-8"))["problems"]
@@ -45,14 +45,14 @@ def test_a_letter_that_no_choice_has_is_none():
 
 
 def test_questions_for_the_letter_are_llava_1_5s(folder):
-    first, second, third = bench.get("scienceqa")().read(str(folder))
+    first, second, third = base.get("scienceqa")().load(str(folder))
     assert (second.id, second.images, second.choices) == ("1", (), ("A", "B", "C"))
     assert second.text == second.prompt == (
         "Which is a mammal?\nA. newt\nB. cat fish\nC. a cow\n"
         "Answer with the option's letter from the given choices directly.")
     hint = PROBLEMS["3"]["hint"].strip()
     assert hint and first.text.startswith(f"Context: {hint}\n{PROBLEMS['3']['question']}\nA. ".replace("  ", " "))
-    assert ScienceQA(input="CQM").read(str(folder))[1].text == (
+    assert ScienceQA(input="CQM").load(str(folder))[1].text == (
         "Context: N/A\nQuestion: Which is a mammal?\nOptions: (A) newt (B) cat fish (C) a cow\n"
         "Answer with the option's letter from the given choices directly.")
     assert third.prompt == "<image>\n" + third.text and "<image>" not in third.text
@@ -67,27 +67,27 @@ def test_double_blanks_are_made_single_and_an_empty_hint_is_none():
 
 
 def test_the_questions_of_eval_zip_are_asked_where_they_are(folder):
-    own = ScienceQA().read(str(folder))
+    own = ScienceQA().load(str(folder))
     rows = [{"id": pid, "conversations": [{"from": "human", "value": f"<image>\nAsked {pid}? "},
                                           {"from": "gpt", "value": "A"}]}
             | ({"image": f"{pid}/image.png"} if PROBLEMS[pid]["image"] else {}) for pid in ("2", "1", "3")]
     path = folder / "llava_test_CQM-A.json"
     path.write_text(json.dumps(rows))
-    read = ScienceQA().read(str(folder))
+    read = ScienceQA().load(str(folder))
     assert [question.text.split("\n")[0] for question in read] == ["Asked 3?", "Asked 1?", "Asked 2?"]
     assert [question.images for question in read] == [question.images for question in own]
-    assert ScienceQA(input="CQM").read(str(folder))[1].text.startswith("Context: N/A")
-    assert ScienceQA(style="reason").read(str(folder))[1].text.startswith("Which is a mammal?")
+    assert ScienceQA(input="CQM").load(str(folder))[1].text.startswith("Context: N/A")
+    assert ScienceQA(style="reason").load(str(folder))[1].text.startswith("Which is a mammal?")
     # The converter writes a file of the same name in another layout.
     write_file({pid: PROBLEMS[pid] for pid in ("3", "1", "2")}, str(path), "CQM-A")
-    assert ScienceQA().read(str(folder)) == own
+    assert ScienceQA().load(str(folder)) == own
     for content, message in (
             ({}, "not LLaVA's questions"), ([{"id": "3", "conversations": []}], "not LLaVA's questions"),
             (rows[:2], "1 problems of the split test are not in it, the first is '3'"),
             ([row | {"image": "x"} for row in rows], "problem '1' has an image there, unlike in problems.json")):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=rf"llava_test_CQM-A\.json: {message}"):
-            ScienceQA().read(str(folder))
+            ScienceQA().load(str(folder))
 
 
 @pytest.mark.parametrize(("options", "figure"), [
@@ -95,25 +95,25 @@ def test_the_questions_of_eval_zip_are_asked_where_they_are(folder):
     ({"style": "reason"}, "Avg with 91.09"), ({"style": "prompter"}, "Avg with 90.92"),
     ({"style": "reason", "input": "QCML"}, "no published figure")])
 def test_each_style_says_what_it_can_be_compared_with(folder, options, figure):
-    bench = ScienceQA(**options)
-    notes = bench.score(str(folder), bench.read(str(folder)), []).notes
+    task = ScienceQA(**options)
+    notes = task.score(str(folder), task.load(str(folder)), []).notes
     assert any(re.search(figure, note) for note in notes)
 
 
 def test_questions_for_reasoning_are_what_it_was_tuned_on(folder):
     for style in ("reason", "prompter"):
-        question = ScienceQA(style=style).read(str(folder))[1]
+        question = ScienceQA(style=style).load(str(folder))[1]
         assert question.text == "Which is a mammal?\nContext: N/A\nOptions: (A) newt (B) cat fish (C) a cow"
         assert question.choices == ()
-    assert ScienceQA(style="reason", input="QCMLE").read(str(folder))[1].text.endswith(
+    assert ScienceQA(style="reason", input="QCMLE").load(str(folder))[1].text.endswith(
         "BECAUSE: Mammals give milk.\nBirds don't. A cow gives milk.")
     with pytest.raises(UserError, match="--input QCX: there is no such form; there are QCM, CQM"):
-        ScienceQA(input="QCX").read(str(folder))
+        ScienceQA(input="QCX").load(str(folder))
 
 
 def test_two_passes_ask_for_the_answer_behind_the_reasoning(folder):
     benchmark = ScienceQA(style="prompter")
-    question = benchmark.read(str(folder))[0]
+    question = benchmark.load(str(folder))[0]
     assert question.stop == ("###",)
     second = benchmark.follow_up(question, ["LECTURE: An <image> of a cow. \n"])
     assert second.assistant_prefix == "LECTURE: An  of a cow. ###\nANSWER:"
@@ -126,7 +126,7 @@ def test_two_passes_ask_for_the_answer_behind_the_reasoning(folder):
 
 def test_scores_and_files_are_the_originals(folder):
     benchmark = ScienceQA()
-    questions = benchmark.read(str(folder))
+    questions = benchmark.load(str(folder))
     given = answers({"3": "D", "1": "B. cat fish", "2": "The answer is E.", "9": "A"},
                     {"3": "<image>\nWhich", "1": "Which", "2": "<image>\nname"})
     scores = benchmark.score(str(folder), questions, given)
@@ -138,9 +138,9 @@ def test_scores_and_files_are_the_originals(folder):
                             "1 of 3 answers name none of their question's choices, and count as wrong (question '2': "
                             "'The answer is E.')",
                             "3 questions; the published split has 4,241"]
-    assert [(item.id, item.score, item.reference, item.read) for item in scores.items] == [
+    assert [(item.id, item.score, item.reference, item.parsed) for item in scores.items] == [
         ("3", 1, "D. Answer: y", "D"), ("1", 0, "C. a cow", "B"), ("2", 0, "B. Maine", "E")]
-    output, result = benchmark.submission(str(folder), questions, given, str(folder))
+    output, result = benchmark.write_submission(str(folder), questions, given, str(folder))
     assert Path(output).read_bytes() == b"""{
   "correct": [
     {
@@ -190,16 +190,16 @@ def test_scores_and_files_are_the_originals(folder):
 
 def test_what_is_missing_is_wrong_and_the_last_of_two_counts(folder):
     benchmark = ScienceQA(style="reason")
-    questions = benchmark.read(str(folder))
+    questions = benchmark.load(str(folder))
     scores = benchmark.score(str(folder), questions, answers({"1": "A"}) + answers({"1": "The answer is C."}))
     assert scores.figures["Avg"] == pytest.approx(100 / 3) and scores.main == "Avg"
     assert "IMG-accuracy" not in scores.figures and scores.figures["IMG"] == 0
-    assert [item.read for item in scores.items] == ["FAILED", "C", "FAILED"]
+    assert [item.parsed for item in scores.items] == ["FAILED", "C", "FAILED"]
 
 
 def test_groups_without_questions_have_no_figure(folder):
     benchmark = ScienceQA()
-    questions = benchmark.read(str(folder))[1:2]
+    questions = benchmark.load(str(folder))[1:2]
     scores = benchmark.score(str(folder), questions, answers({"1": "C"}))
     assert scores.figures == {"NAT": 100, "NO": 100, "G1-6": 100, "Avg": 100} and scores.main == "Avg"
     assert "no questions of SOC, LAN, TXT, IMG, G7-12" in scores.notes
@@ -217,7 +217,7 @@ def test_the_table_is_that_of_a_count_by_hand(tmp_path):
     bits = ["A", "B", "C", "E", "F", ". ", "The answer is ", "The answer is B.", "\n", " ", "x"]
     texts = {pid: "".join(rng.choices(bits, k=rng.randint(1, 4))) for pid in problems}
     benchmark = ScienceQA()
-    figures = benchmark.score(str(tmp_path), benchmark.read(str(tmp_path)), answers(texts)).figures
+    figures = benchmark.score(str(tmp_path), benchmark.load(str(tmp_path)), answers(texts)).figures
 
     def right(pid):
         text, problem = texts[pid], problems[pid]

@@ -59,12 +59,12 @@ def test_the_recipe_and_the_benchmark_make_a_model_that_reasons_and_is_right(fol
         "--stages.scienceqa.learning_rates", "(projector|decoder)/.*", "2e-3", "vision/.*", "None",
     ]) == 0
 
-    llava, bench = llava_jax.load(folder / "run" / "model"), ScienceQA(style="reason")
-    questions = bench.read(str(folder))
+    llava, task = llava_jax.load(folder / "run" / "model"), ScienceQA(style="reason")
+    questions = task.load(str(folder))
     completions = llava.batch([Request(question.text, question.images, 100) for question in questions])
     texts = [completion.text.strip() for completion in completions]
     answers = [Answer(question.id, text, question.prompt) for question, text in zip(questions, texts, strict=True)]
-    scores = bench.score(str(folder), questions, answers)
+    scores = task.score(str(folder), questions, answers)
     assert texts[::2] == [f"Light has colours. The picture is {name}. The answer is {letter}."
                           for name, letter in zip(COLOURS, "ABC", strict=True)]
     assert scores.main == "Avg" and scores.figures["Avg"] == scores.figures["IMG"] == 100

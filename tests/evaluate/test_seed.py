@@ -34,7 +34,7 @@ def answers_to(questions, texts):
 @pytest.mark.parametrize("seed", range(10))
 def test_only_the_letter_counts(folder, seed):
     path, rows = folder
-    questions = Seed().read(str(path))
+    questions = Seed().load(str(path))
     texts = odd_texts(40, seed, ("A", "B", "C", "D", "A.", " B", "c"))
     scores = Seed().score(str(path), questions, answers_to(questions, texts))
     right = {str(question.id): text for question, text in zip(questions, texts, strict=True)}
@@ -57,21 +57,21 @@ def test_ids_that_are_digits_in_both_files_would_never_meet(folder):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row | {"question_id": str(row["question_id"])}) + "\n" for row in rows))
     with pytest.raises(UserError, match="has no question '139'"):
-        Seed().read(str(path))
+        Seed().load(str(path))
 
 
 def test_missing_is_wrong_and_the_last_counts(folder, tmp_path):
     path, rows = folder
-    questions = Seed().read(str(path))
+    questions = Seed().load(str(path))
     truth = {row["question_id"]: row["answer"] for row in rows}
     right = answers_to(questions, [truth[str(question.id)] for question in questions])
     assert Seed().score(str(path), questions, right).figures["total"] == 100
     part = Seed().score(str(path), questions, right[:10])
     assert part.figures["total"] == 25 and any("30 questions have no answer" in note for note in part.notes)
-    assert Seed().submission(str(path), questions, right[:10], str(tmp_path)) == []
+    assert Seed().write_submission(str(path), questions, right[:10], str(tmp_path)) == []
     changed = [*right, Answer(right[0].id, "no letter")]
     assert Seed().score(str(path), questions, changed).figures["total"] == 97.5
-    [written] = Seed().submission(str(path), questions, changed, str(tmp_path))
+    [written] = Seed().write_submission(str(path), questions, changed, str(tmp_path))
     lines = [json.loads(line) for line in open(written)]
     assert [line["question_id"] for line in lines] == [row["question_id"] for row in rows]
     assert [line["prediction"] for line in lines] == [row["answer"] for row in rows[:-1]] + ["no letter"]
@@ -80,7 +80,7 @@ def test_missing_is_wrong_and_the_last_counts(folder, tmp_path):
 def test_letters_as_text_are_not_ids(folder):
     """An answer whose id is digits is of no question, as in the original."""
     path, rows = folder
-    questions = Seed().read(str(path))
+    questions = Seed().load(str(path))
     answers = [Answer(row["question_id"], row["answer"]) for row in rows]
     right = sum(row["question_id"][0] == "v" for row in rows)
     assert Seed().score(str(path), questions, answers).figures["total"] == pytest.approx(100 * right / 40)
@@ -95,4 +95,4 @@ def test_letters_as_text_are_not_ids(folder):
 def test_another_version(folder, content, message):
     (folder[0] / "SEED-Bench.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
-        Seed().read(str(folder[0]))
+        Seed().load(str(folder[0]))

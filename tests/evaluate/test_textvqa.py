@@ -59,7 +59,7 @@ def leave_one_out(said, references):
 @pytest.mark.parametrize("seed", range(10))
 def test_accuracy(folder, seed):
     path, rows = folder
-    questions = TextVqa().read(str(path))
+    questions = TextVqa().load(str(path))
     texts = odd_texts(10, seed, tuple(rows[seed]["answers"]))
     answers = [Answer(question.id, text, question.text) for question, text in zip(questions, texts, strict=True)]
     scores = TextVqa().score(str(path), questions, answers[::-1])  # found by image and question, in any order
@@ -74,17 +74,17 @@ def test_accuracy(folder, seed):
 def test_a_question_that_does_not_fit_is_named_with_its_file(folder):
     path, _ = folder
     file = path / "llava_textvqa_val_v051_ocr.jsonl"
-    questions = TextVqa().read(str(path))
+    questions = TextVqa().load(str(path))
     with pytest.raises(UserError, match=f"{path}: the answer to question 'image0': TextVQA: a prompt of none"):
         TextVqa().score(str(path), questions, [Answer("image0", "yes", "one line")])
     file.write_text(file.read_text().replace('"question_id": "image3"', '"question_id": "other"'))
     with pytest.raises(UserError, match=f"{file}, question 'other': TextVQA: TextVQA_0.5.1_val.json has no question"):
-        TextVqa().read(str(path))
+        TextVqa().load(str(path))
 
 
 def test_all_right(folder):
     path, rows = folder
-    questions = TextVqa().read(str(path))
+    questions = TextVqa().load(str(path))
     for row in rows:
         row["answers"] = ["The  Answer.", *["answer"] * 3, *["x"] * 6]
     (path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": rows}))
@@ -102,10 +102,10 @@ def test_annotations_of_another_version(folder, change, message):
     change(rows)
     (path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": rows}))
     with pytest.raises(UserError, match=message):
-        TextVqa().read(str(path))
+        TextVqa().load(str(path))
 
 
 def test_missing_annotations(folder):
     (folder[0] / "TextVQA_0.5.1_val.json").unlink()
     with pytest.raises(UserError, match="TextVQA_0.5.1_val.json"):
-        TextVqa().read(str(folder[0]))
+        TextVqa().load(str(folder[0]))

@@ -6,7 +6,7 @@ import pytest
 from bench_files import FILES, IDS, write, write_all
 
 from llava_jax.evaluate.scienceqa.ensemble import ScienceQAEnsemble
-from llava_jax.evaluate.tasks.base import BENCHES, Answer, get
+from llava_jax.evaluate.tasks.base import TASKS, Answer, get
 
 ODD = ("", "**No**", "No!", "(Yes)", "Yes\nIt is", "아니요",
        "I cannot see it in this picture, so I would rather not say")
@@ -20,21 +20,21 @@ def folder(tmp_path):
 
 def score(folder, name, texts):
     options = {"annotations": str(folder / name / "annotations.json")} if name in ("vqav2", "vizwiz") else {}
-    bench = get(name)(**options)
-    questions = bench.read(str(folder / name))
+    task = get(name)(**options)
+    questions = task.load(str(folder / name))
     answers = [Answer(question.id, text, question.prompt or question.text, {"question_id": question.id})
                for question, text in zip(questions, texts * len(questions), strict=False)]
-    return bench.score(str(folder / name), questions, answers), len(questions)
+    return task.score(str(folder / name), questions, answers), len(questions)
 
 
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", TASKS)
 def test_what_cannot_be_read_is_counted_and_quoted(folder, name):
     scores, count = score(folder, name, [""])
     assert count >= 3 and any(note.startswith(f"{count} of {count} answers ") and "question" in note and ": ''" in note
                               for note in scores.notes), scores.notes
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHES if not name.startswith(("llava", "mm-"))])
+@pytest.mark.parametrize("name", [name for name in TASKS if not name.startswith(("llava", "mm-"))])
 def test_what_can_be_read_is_not_counted(folder, name):
     text = {"pope": "Yes, it is.", "mme": "yes", "seed": "C", "scienceqa": "B", "mmbench": "B", "mmbench-cn": "A. cat",
             "spatial": "On the left", "scenes": "Yes.", "multilingual": "left 왼쪽"}.get(name, "red")

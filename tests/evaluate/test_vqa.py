@@ -29,29 +29,29 @@ def answers_to(questions, texts):
 
 
 def test_vqav2_upload_has_all_of_test(folder, tmp_path):
-    bench = VqaV2()
-    questions = bench.read(str(folder))
+    task = VqaV2()
+    questions = task.load(str(folder))
     answers = answers_to(questions, ["Two.", "a cat", "None", "", *["x"] * 8])
-    assert any("all of test2015" in note for note in bench.score(str(folder), questions, answers).notes)
+    assert any("all of test2015" in note for note in task.score(str(folder), questions, answers).notes)
     write_lines(folder / "llava_vqav2_mscoco_test2015.jsonl", [{"question_id": n} for n in (99, 100, 101, 102, 103, 7)])
-    scores = bench.score(str(folder), questions, answers)
+    scores = task.score(str(folder), questions, answers)
     assert scores.figures == {} and len(scores.items) == 12
     assert not any("all of test2015" in note for note in scores.notes)
-    [path] = bench.submission(str(folder), questions, [answers[1], *answers[:3], answers[3]], str(tmp_path))
+    [path] = task.write_submission(str(folder), questions, [answers[1], *answers[:3], answers[3]], str(tmp_path))
     assert json.load(open(path)) == [{"question_id": id, "answer": text} for id, text in (
         (99, ""), (100, "2"), (101, "cat"), (102, "0"), (103, ""), (7, ""))]
 
 
 def test_vizwiz_upload(folder, tmp_path):
-    bench = VizWiz()
-    questions = bench.read(str(folder))
+    task = VizWiz()
+    questions = task.load(str(folder))
     answers = answers_to(questions, ["Unanswerable", "The U.S.", *["x"] * 10])
-    [path] = bench.submission(str(folder), questions, answers[::-1], str(tmp_path))
+    [path] = task.write_submission(str(folder), questions, answers[::-1], str(tmp_path))
     rows = json.load(open(path))
     assert rows[:2] == [{"image": "0.jpg", "answer": "unanswerable"}, {"image": "1.jpg", "answer": "us"}]
     assert len(rows) == 12
-    assert bench.submission(str(folder), questions, answers[1:], str(tmp_path)) == []
-    assert any("1 questions have no answer" in note for note in bench.score(str(folder), questions, answers[1:]).notes)
+    assert task.write_submission(str(folder), questions, answers[1:], str(tmp_path)) == []
+    assert any("1 questions have no answer" in note for note in task.score(str(folder), questions, answers[1:]).notes)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -67,10 +67,10 @@ def test_scores_with_annotations(folder, seed):
     (folder / "vizwiz.json").write_text(json.dumps(rows))
     texts = [human[n][seed] if n % 2 else text for n, text in enumerate(odd_texts(12, seed, usual))]
     texts[5] = "stop-sign"
-    for bench, plain in ((VqaV2(annotations=str(folder / "vqa.json")), False),
+    for task, plain in ((VqaV2(annotations=str(folder / "vqa.json")), False),
                          (VizWiz(annotations=str(folder / "vizwiz.json")), True)):
-        questions = bench.read(str(folder))
-        scores = bench.score(str(folder), questions, answers_to(questions, texts))
+        questions = task.load(str(folder))
+        scores = task.score(str(folder), questions, answers_to(questions, texts))
         groups = defaultdict(list)
         for row, text, references in zip(rows, texts, human, strict=True):
             said = evalai.challenge_form(evalai.process(text))
@@ -84,8 +84,8 @@ def test_scores_with_annotations(folder, seed):
         assert scores.figures == pytest.approx({name: 100 * sum(g) / len(g) for name, g in groups.items()})
         assert list(scores.figures)[0] == scores.main == "accuracy"
         assert scores.items[5].score == 0  # "stop sign" is not "stop-sign"
-        part = bench.score(str(folder), questions, answers_to(questions, texts)[:-1])
-        whole = bench.score(str(folder), questions, answers_to(questions, [*texts[:-1], ""]))
+        part = task.score(str(folder), questions, answers_to(questions, texts)[:-1])
+        whole = task.score(str(folder), questions, answers_to(questions, [*texts[:-1], ""]))
         assert part.figures == whole.figures and len(part.items) == 11  # a missing answer is an empty one
 
 
@@ -95,7 +95,7 @@ def test_scores_with_annotations(folder, seed):
 ])
 def test_annotations_of_another_split(folder, content, message):
     (folder / "vqa.json").write_text(json.dumps(content))
-    bench = VqaV2(annotations=str(folder / "vqa.json"))
-    questions = bench.read(str(folder))
+    task = VqaV2(annotations=str(folder / "vqa.json"))
+    questions = task.load(str(folder))
     with pytest.raises(UserError, match=message):
-        bench.score(str(folder), questions, [])
+        task.score(str(folder), questions, [])

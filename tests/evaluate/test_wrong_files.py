@@ -22,13 +22,13 @@ def places(value, path=()):
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_that_is_wrong_in_a_file_is_a_crash(name, tmp_path):
     options = {"annotations": str(tmp_path / "annotations.json")} if name in ("vqav2", "vizwiz") else {}
-    bench = get(name)(**options)
+    task = get(name)(**options)
     for file, content in FILES[name].items():
         write(tmp_path / file, content)
-    questions = bench.read(str(tmp_path))
+    questions = task.load(str(tmp_path))
     answers = [Answer(question.id, "red", question.text if question.prompt is None else question.prompt)
                for question in questions]
-    assert bench.score(str(tmp_path), questions, answers).items  # as they are, the files are right
+    assert task.score(str(tmp_path), questions, answers).items  # as they are, the files are right
     rng, told = random.Random(name), 0
     for file, content in FILES[name].items():
         for way in places(content):
@@ -40,7 +40,7 @@ def test_nothing_that_is_wrong_in_a_file_is_a_crash(name, tmp_path):
                 target[way[-1]] = value
                 write(tmp_path / file, wrong)
                 try:
-                    scores = bench.score(str(tmp_path), bench.read(str(tmp_path)), answers)
+                    scores = task.score(str(tmp_path), task.load(str(tmp_path)), answers)
                 except UserError as error:
                     told += 1
                     assert len(str(error).splitlines()) == 1

@@ -22,7 +22,7 @@ from llava_jax.endpoint.wording import find_refusal
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.tables import markdown
 from llava_jax.evaluate.tasks.base import EXAMPLES, quote
-from llava_jax.evaluate.tasks.questions import fits, read_lines
+from llava_jax.evaluate.tasks.questions import fits, read_json_lines
 
 ALL = "all"
 ORDER = ("conv", "detail", "complex")  # of the published tables
@@ -184,7 +184,7 @@ def read_reviews(path: str) -> list[Review]:
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file of reviews")
     reviews = []
-    for number, row in read_lines(path):
+    for number, row in read_json_lines(path):
         pair = _pair(row)
         if not (fits(pair, [int | float]) and len(pair) == 2 and fits(row, {"question_id": int | str})
                 and isinstance(row.get("category", ""), str) and all(abs(score) < 1e300 for score in pair)):

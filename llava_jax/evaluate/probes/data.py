@@ -32,7 +32,7 @@ class ProbesData:
     """Makes the questions of the probes `spatial` and `multilingual` from boxes, as OUT/probes.jsonl."""
 
     out: str
-    """folder for probes.jsonl; the pictures' names are relative to it, or to what --images says later"""
+    """folder for probes.jsonl; the pictures' names are relative to it, or to what --image-root says later"""
     captions: str = ""
     """COCO's captions_*.json, of which the list of pictures is used"""
     instances: str = ""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.data import FILE, KINDS
 from llava_jax.evaluate.probes.words import FORMS, name_choices, understand
-from llava_jax.evaluate.tasks.base import Answer, Item, Question, Scores, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, fits
+from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, fits
 
 ROW = {"category": str, "set": int | str}
 SAID = {"text": str, "answer": str, "choices": [str]}
@@ -17,25 +17,25 @@ SAID = {"text": str, "answer": str, "choices": [str]}
 
 
 @dataclass(frozen=True)
-class Probe(QuestionFile):
+class Probe(QuestionFileTask):
     """What `spatial` and `multilingual` share: the questions of probes.jsonl, in one language or several."""
 
     name_choices: bool = True
     """end each question with its possible answers"""
 
-    needs = "probes.jsonl (probes-data makes it from boxes) and its pictures"
-    file = FILE
-    pictures = ""
+    required_files = "probes.jsonl (probes-data makes it from boxes) and its pictures"
+    question_file = FILE
+    image_folder = ""
     max_new_tokens = 32
     languages: ClassVar[tuple[str, ...]]
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """Each question in all languages, one after the other; UserError for a file of another form.
 
         A question without words in one of the languages is left out.
         """
-        path = self.source(data)
-        whole = [(question, {"en": question.row, **question.row}) for question in super().read(data)]
+        path = self.question_path(data)
+        whole = [(question, {"en": question.row, **question.row}) for question in super().load(data)]
         whole = [(question, said) for question, said in whole if all(language in said for language in self.languages)]
         if not whole:
             raise UserError(f"{path}: no question is there in all of these languages: {', '.join(self.languages)}")
@@ -74,7 +74,7 @@ class Spatial(Probe):
         return Scores(whole | figures, "all", items, notes(questions, answers, items))
 
 
-def judge(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Item]:
+def judge(questions: Sequence[Question], answers: Sequence[Answer]) -> list[ScoredAnswer]:
     """Of each answer, what it says and whether that is right. UserError for an answer to another question."""
     rows, items = {question.id: question.row for question in questions}, []
     for answer in answers:
@@ -82,11 +82,11 @@ def judge(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Item
             raise UserError(f"there is no question {answer.id!r}; these are answers to other questions")
         row = rows[answer.id]
         read = understand(row["language"], answer.text, row["choices"])
-        items.append(Item(answer.id, float(read == row["answer"]), row["answer"], read, row["category"]))
+        items.append(ScoredAnswer(answer.id, float(read == row["answer"]), row["answer"], read, row["category"]))
     return items
 
 
-def by_kind(questions: Sequence[Question], items: Sequence[Item]) -> dict[str, float]:
+def by_kind(questions: Sequence[Question], items: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Percent of right answers of each kind, and, as "KIND, sets", of sets without a wrong one."""
     scores = {item.id: item.score for item in items}
     right, sets = defaultdict(list), defaultdict(lambda: defaultdict(list))
@@ -110,12 +110,12 @@ def guessing(questions: Sequence[Question]) -> dict[str, float]:
     return {kind: mean(values) for kind, values in chances.items()}
 
 
-def notes(questions: Sequence[Question], answers: Sequence[Answer], items: Sequence[Item]) -> list[str]:
+def notes(questions: Sequence[Question], answers: Sequence[Answer], items: Sequence[ScoredAnswer]) -> list[str]:
     """What a figure alone would hide."""
-    unread = [answer for answer, item in zip(answers, items, strict=True) if not item.read]
+    unread = [answer for answer, item in zip(answers, items, strict=True) if not item.parsed]
     asked = {question.row["category"] for question in questions}
     missing = ", ".join(kind for kind in KINDS if kind not in asked)
-    return unread_notes(unread, len(items), "name none of the possible ones, and are wrong") + [
+    return unparsed_notes(unread, len(items), "name none of the possible ones, and are wrong") + [
         f"there are no questions of some kinds: {missing}"] * bool(missing)
 
 

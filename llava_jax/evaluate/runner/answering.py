@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.answers import NOT_ASKED, Line, to_answer
-from llava_jax.evaluate.tasks.base import Answer, Bench, Question
+from llava_jax.evaluate.tasks.base import Answer, Question, Task
 from llava_jax.images import open_image, prepare
 from llava_jax.inference.llava import ImageSource, Llava, PromptTooLong, Request
 from llava_jax.models.llava import LlavaConfig
@@ -31,7 +31,7 @@ Shown = Callable[[Question], Sequence[ImageSource]]
 OWN: Shown = attrgetter("images")
 
 
-class Said(NamedTuple):
+class Generation(NamedTuple):
     """The answer to a question, by its number in the list; `metadata` is for the answer's line.
 
     A question that is longer than the model's context has an empty answer, and the reason under NOT_ASKED.
@@ -84,11 +84,11 @@ def check_questions(questions: Iterable[Question], source: str, config: LlavaCon
                         "cannot be used") from error
 
 
-def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
-             shown: Shown = OWN) -> Iterator[Said]:
+def generate(llava: Llava, task: Task, questions: Sequence[Question], batch_size: int = 16,
+             shown: Shown = OWN) -> Iterator[Generation]:
     """Every question's answer, written greedily, in the order in which they are ready."""
     why: dict[int, Mapping[str, Any]] = {}
-    ready: deque[Said] = deque()
+    ready: deque[Generation] = deque()
     fresh = iter(range(len(questions)))
     texts: list[list[str]] = [[] for _ in questions]
     again: deque[tuple[int, Question]] = deque()
@@ -96,11 +96,11 @@ def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_si
 
     def take(number: int, text: str) -> None:
         texts[number].append(text)
-        result = bench.follow_up(questions[number], texts[number])
+        result = task.follow_up(questions[number], texts[number])
         if isinstance(result, Question):
             again.append((number, result))
         else:
-            ready.append(Said(number, result, why.get(number, {})))
+            ready.append(Generation(number, result, why.get(number, {})))
 
     def requests() -> Iterator[Request]:
         asked.clear()
@@ -109,13 +109,13 @@ def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_si
             number, question = again.popleft() if again else (next(fresh, None), None)
             if number is None:
                 return
-            request = _request(question or questions[number], bench, shown)
+            request = _request(question or questions[number], task, shown)
             if error := too_long(llava, request):
                 why[number] = {NOT_ASKED: error}
                 if question:  # what was said before it stays
                     take(number, "")
                 else:
-                    ready.append(Said(number, "", why[number]))
+                    ready.append(Generation(number, "", why[number]))
                 continue
             asked.append(number)
             yield request
@@ -131,17 +131,17 @@ def generate(llava: Llava, bench: Bench, questions: Sequence[Question], batch_si
             return
 
 
-def choose(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
-           shown: Shown = OWN) -> Iterator[Said]:
+def choose(llava: Llava, task: Task, questions: Sequence[Question], batch_size: int = 16,
+           shown: Shown = OWN) -> Iterator[Generation]:
     """Of every question's choices the likeliest, by the sum of its tokens' log-probabilities."""
     asked: list[int] = []
-    ready: deque[Said] = deque()
+    ready: deque[Generation] = deque()
 
     def pairs() -> Iterator[tuple[Request, Sequence[str]]]:
         for number, question in enumerate(questions):
-            request = _request(question, bench, shown)
+            request = _request(question, task, shown)
             if error := too_long(llava, request, question.choices):
-                ready.append(Said(number, "", {NOT_ASKED: error}))
+                ready.append(Generation(number, "", {NOT_ASKED: error}))
                 continue
             asked.append(number)
             yield request, question.choices
@@ -149,21 +149,21 @@ def choose(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size
     for place, scores in llava.log_likelihoods(pairs(), batch_size):
         best = max(range(len(scores)), key=scores.__getitem__)
         choices = questions[asked[place]].choices
-        yield Said(asked[place], choices[best], {"log_likelihoods": dict(zip(choices, scores, strict=True))})
+        yield Generation(asked[place], choices[best], {"log_likelihoods": dict(zip(choices, scores, strict=True))})
         while ready:
             yield ready.popleft()
     yield from ready
 
 
-def ask(llava: Llava, bench: Bench, questions: Sequence[Question], batch_size: int = 16,
+def ask(llava: Llava, task: Task, questions: Sequence[Question], batch_size: int = 16,
         shown: Shown = OWN) -> list[Answer]:
     """The answers of `generate` in the order of the questions, without a file of them."""
-    found = {said.number: said.text for said in generate(llava, bench, questions, batch_size, shown)}
+    found = {said.number: said.text for said in generate(llava, task, questions, batch_size, shown)}
     return [Answer(question.id, found[number], question.text) for number, question in enumerate(questions)]
 
 
-def _request(question: Question, bench: Bench, shown: Shown) -> Request:
-    return Request(question.text, shown(question), question.max_new_tokens or bench.max_new_tokens,
+def _request(question: Question, task: Task, shown: Shown) -> Request:
+    return Request(question.text, shown(question), question.max_new_tokens or task.max_new_tokens,
                    stop=question.stop, assistant_prefix=question.assistant_prefix, verbatim=True)
 
 
@@ -183,13 +183,13 @@ class Progress:
     """A bar on a terminal, else a line a minute: how many are answered, how long it still takes, how many are right.
 
     Args:
-      bench, data: what scores the answers; `bench` None leaves the score out.
+      task, data: what scores the answers; `task` None leaves the score out.
       questions: all of this process.
       lines: for each question the line of its answer, or None; of those that are there now, and take no time.
     """
 
-    def __init__(self, bench: Bench | None, data: str, questions: Sequence[Question], lines: Sequence[Line | None]):
-        self.bench, self.data, self.questions, self.lines = bench, data, questions, list(lines)
+    def __init__(self, task: Task | None, data: str, questions: Sequence[Question], lines: Sequence[Line | None]):
+        self.task, self.data, self.questions, self.lines = task, data, questions, list(lines)
         self.done = self.found = sum(line is not None for line in lines)
         self.right, self.begun = "", time.monotonic()
         self.told, self.scored, self.first = self.begun, self.begun + SCORE_AFTER, 0
@@ -201,7 +201,7 @@ class Progress:
         self.lines[number] = line
         self.done += 1
         now = time.monotonic()
-        if self.bench and (now >= self.scored or self.done == len(self.lines)):
+        if self.task and (now >= self.scored or self.done == len(self.lines)):
             self._score(now)
         self.bar.update()
         if self.bar.disable and now > self.told + SECONDS_PER_LINE:
@@ -227,7 +227,7 @@ class Progress:
             self.first += 1
         answers = [to_answer(line) for line in self.lines[: self.first]]
         try:
-            items = self.bench.score(self.data, self.questions[: self.first], answers).items if answers else ()
+            items = self.task.score(self.data, self.questions[: self.first], answers).items if answers else ()
         except ValueError:  # these alone have no score
             items = ()
         scores = [item.score for item in items if item.score is not None]

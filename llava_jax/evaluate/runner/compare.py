@@ -16,8 +16,8 @@ from llava_jax.evaluate.runner import results_page
 from llava_jax.evaluate.runner.answers import match
 from llava_jax.evaluate.runner.results_page import Card, Given
 from llava_jax.evaluate.runner.tables import markdown, number
-from llava_jax.evaluate.tasks.base import BENCHES, get
-from llava_jax.evaluate.tasks.questions import fits, read_lines
+from llava_jax.evaluate.tasks.base import TASKS, get
+from llava_jax.evaluate.tasks.questions import fits, read_json_lines
 from llava_jax.files import check_page, json_type, read_json, replacing
 
 Row = Mapping[str, Any]
@@ -88,14 +88,14 @@ def read_run(folder: str) -> Row:
                         f"{json_type(run[wrong[0]]) if wrong[0] in run else 'missing'}")
     if not fits([*run["figures"].values()], [int | float]) or not fits(run.get("main", ""), str):
         raise UserError(f"{path}: the figures must be numbers, and their main one a name")
-    if run["benchmark"] not in BENCHES:
+    if run["benchmark"] not in TASKS:
         raise UserError(f"{path}: there is no benchmark {run['benchmark']!r}")
     return run
 
 
 def read_items(folder: str) -> list[Row]:
     path, rows = os.path.join(folder, "items.jsonl"), []
-    for line, row in read_lines(path):
+    for line, row in read_json_lines(path):
         if not fits(row, ITEM):
             raise UserError(f"{path}, line {line}: not a scored answer with {', '.join(ITEM)}")
         rows.append(row)
@@ -134,8 +134,8 @@ def images(run: Row, pairs: Sequence[tuple[Row, Row]]) -> tuple[str, list[Sequen
     options = {field.name: run["options"][field.name] for field in dataclasses.fields(kind)
                if type(run["options"].get(field.name)) is type(getattr(kind, field.name))}
     try:
-        bench = kind(**options)
-        questions, root = bench.read(run["data"]), bench.image_root(run["data"])
+        task = kind(**options)
+        questions, root = task.load(run["data"]), task.resolve_image_root(run["data"])
     except (OSError, ValueError):
         return "", [()] * len(pairs)
     lines = [{"question_id": b["id"], "prompt": b["prompt"]} for _, b in pairs]

@@ -15,7 +15,7 @@ from llava_jax.evaluate.runner import results_page
 from llava_jax.evaluate.runner.answers import Line, match
 from llava_jax.evaluate.runner.published import Published, everything
 from llava_jax.evaluate.runner.tables import markdown, number
-from llava_jax.evaluate.tasks.base import Bench, Item, Question, Scores
+from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
 from llava_jax.files import replacing
 
 SAMPLED = 4096  # bytes of each of SAMPLES places of a file of weights, from which its hash is made
@@ -66,21 +66,21 @@ def versions() -> dict[str, str]:
 
 def rows_of(scores: Scores, lines: Sequence[Line]) -> list[dict[str, Any]]:
     """One row for each answer: what was asked, what was said, and how that was scored."""
-    items: dict[Any, deque[Item]] = defaultdict(deque)
+    items: dict[Any, deque[ScoredAnswer]] = defaultdict(deque)
     for item in scores.items:
         items[item.id].append(item)
     rows = []
     for line in lines:
         id = line["question_id"]
-        item = items[id].popleft() if items[id] else Item(id, None)
+        item = items[id].popleft() if items[id] else ScoredAnswer(id, None)
         rows.append({"id": id, "prompt": line.get("prompt", ""), "text": line["text"], "score": item.score,
-                     "reference": item.reference, "read": item.read, "category": item.category})
+                     "reference": item.reference, "read": item.parsed, "category": item.category})
     return rows
 
 
 def write(
     folder: str,
-    bench: Bench,
+    task: Task,
     settings: Mapping[str, Any],
     questions: Sequence[Question],
     lines: Sequence[Line],
@@ -113,10 +113,10 @@ def write(
     images = [() if place is None else questions[place].images for place in places]
     contents = {
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        "results.md": _markdown(bench, result, table, figures, sources),
-        "results.html": results_page.write(bench.title, about(result), table, figures, [*sources, *scores.notes],
+        "results.md": _markdown(task, result, table, figures, sources),
+        "results.html": results_page.write(task.title, about(result), table, figures, [*sources, *scores.notes],
                                            list(map(results_page.card, rows, images)),
-                                           bench.image_root(settings["data"])),
+                                           task.resolve_image_root(settings["data"])),
         "results.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
     }
     paths = [os.path.join(folder, name) for name in contents]
@@ -157,9 +157,9 @@ def beside(scores: Scores, name: str, others: Sequence[Published]) -> list[list[
             *([other.model, *map(other.cell, columns)] for other in others)]
 
 
-def _markdown(bench: Bench, result: Mapping[str, Any], table: Sequence[Sequence[str]],
+def _markdown(task: Task, result: Mapping[str, Any], table: Sequence[Sequence[str]],
               figures: Sequence[Sequence[str]], sources: Sequence[str]) -> str:
-    parts = [f"# {bench.title}\n", "".join(f"- {name}: {value}\n" for name, value in about(result).items())]
+    parts = [f"# {task.title}\n", "".join(f"- {name}: {value}\n" for name, value in about(result).items())]
     if len(table[0]) > 1:
         parts.append(markdown(table))
     parts += [f"{source}.\n" for source in sources]

@@ -20,7 +20,7 @@ from llava_jax.evaluate.runner import answers, results
 from llava_jax.evaluate.runner.answers import NOT_ASKED, AnswerFile, Line
 from llava_jax.evaluate.runner.published import everything
 from llava_jax.evaluate.runner.tables import markdown, number
-from llava_jax.evaluate.tasks.base import Bench, Question, get
+from llava_jax.evaluate.tasks.base import Question, Task, get
 from llava_jax.evaluate.tasks.questions import make_folder
 from llava_jax.files import read_json, replacing
 from llava_jax.text import templates
@@ -32,7 +32,7 @@ PRINTED = 40  # figures; where there are more, results.md has them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class EvaluateCommand:
     """What all benchmarks have in common; `command` adds the options of one."""
 
     data: str
@@ -67,7 +67,7 @@ class Run:
     """by default bfloat16 on TPU and GPU, float32 on CPU"""
     mesh: config.Mesh = field(default_factory=lambda: MESH)
     """the devices of this host; by default tensor is as many as divide the heads, and replica the rest"""
-    bench: Bench
+    task: Task
 
     benchmark: ClassVar[str]
 
@@ -92,9 +92,9 @@ class Run:
 
     def run(self) -> int:
         """Returns 0. Mistakes raise UserError, FileNotFoundError or ImportError, one line each, before any work."""
-        for package in self.bench.packages if self.out else ():
+        for package in self.task.required_packages if self.out else ():
             if importlib.util.find_spec(package) is None:
-                raise UserError(f"the upload of {self.bench.title} needs {package}: pip install {package}")
+                raise UserError(f"the upload of {self.task.title} needs {package}: pip install {package}")
         if self.answers:
             self._score_file()
             return 0
@@ -107,15 +107,15 @@ class Run:
         return 0
 
     def _score_file(self) -> None:
-        questions = self.bench.read(self.data)
+        questions = self.task.load(self.data)
         asked = questions[: self.limit]
         lines, notes = answers.read(self.answers, self.partial)
         if not self.partial:
-            title = f"{self.bench.title} in {self.bench.source(self.data)}"
-            answers.check(self.answers, title, asked, lines, self.bench.ordered)
-        if self.bench.prompted and (without := [line["question_id"] for line in lines if "prompt" not in line]):
+            title = f"{self.task.title} in {self.task.question_path(self.data)}"
+            answers.check(self.answers, title, asked, lines, self.task.uses_answer_order)
+        if self.task.uses_prompts and (without := [line["question_id"] for line in lines if "prompt" not in line]):
             raise UserError(f"{self.answers}: the answer to question {without[0]!r} has no prompt, without which "
-                             f"{self.bench.title} cannot be scored")
+                             f"{self.task.title} cannot be scored")
         models = answers.models_of(lines)
         name = self.name or (models[0] if len(models) == 1 else os.path.basename(self.answers))
         if self.out and os.path.exists(os.path.join(self.folder, RUN)):
@@ -131,13 +131,13 @@ class Run:
         from llava_jax.parallel.cluster import find
         from llava_jax.parallel.processes import LONG, agree, gather
 
-        questions, place = self.bench.read(self.data), find()
-        self.bench.check_truth(self.data, questions)
+        questions, place = self.task.load(self.data), find()
+        self.task.check_ground_truth(self.data, questions)
         asked = questions[: self.limit]
         if self.baseline != "none" and not any(question.images for question in asked):
-            raise UserError(f"--baseline {self.baseline}: {self.bench.title} has no pictures here")
+            raise UserError(f"--baseline {self.baseline}: {self.task.title} has no pictures here")
         if self.score_by == "likelihood" and not all(question.choices for question in asked):
-            raise UserError(f"--score-by likelihood: {self.bench.title} has questions without choices to take from")
+            raise UserError(f"--score-by likelihood: {self.task.title} has questions without choices to take from")
         if self.num_chunks > 1 and (place or self.overwrite):
             raise UserError("--num-chunks is for processes that know nothing of each other; " + (
                 "these do, and divide the questions by themselves" if place else
@@ -146,7 +146,7 @@ class Run:
         agree("evaluate", _identity(settings))
         chunks, index = (place.count, place.index) if place else (self.num_chunks, self.chunk_idx)
         mine = answers.chunk(len(asked), chunks, index)
-        source = self.bench.source(self.data)
+        source = self.task.question_path(self.data)
         images = OWN if self.baseline == "shuffled" else shown(self.baseline, questions, config)
         fresh = self.overwrite or not os.path.exists(os.path.join(self.folder, RUN))
         if fresh:
@@ -182,7 +182,7 @@ class Run:
 
     def _settings(self, questions: Sequence[Question]) -> dict[str, Any]:
         return {"benchmark": self.benchmark, "data": os.path.abspath(self.data), "limit": self.limit,
-                "options": dataclasses.asdict(self.bench), "questions_hash": results.hash_questions(questions)}
+                "options": dataclasses.asdict(self.task), "questions_hash": results.hash_questions(questions)}
 
     def _model(self) -> dict[str, Any]:
         import jax
@@ -258,18 +258,18 @@ class Run:
         mesh, template = self._mesh(), settings["model"]["template"]
         llava = load(self.model, settings["model"]["dtype"], mesh, template)
         # By their order answers meet labels from the first question on.
-        scored = None if self.bench.ordered and mine.start else self.bench
+        scored = None if self.task.uses_answer_order and mine.start else self.task
         progress = Progress(scored, self.data, [questions[n] for n in mine], [found.get(n) for n in mine])
         told = 0
         ask = generate if self.score_by == "generation" else choose
         try:
-            for said in ask(llava, self.bench, [questions[n] for n in todo], self.batch_size,
+            for said in ask(llava, self.task, [questions[n] for n in todo], self.batch_size,
                             shown(self.baseline, questions, llava.config)):
                 n = todo[said.number]
                 if why := said.metadata.get(NOT_ASKED):
                     told += 1
                     if told <= EXAMPLES:
-                        source = printable(self.bench.source(self.data))
+                        source = printable(self.task.question_path(self.data))
                         print(f"{source}, question {questions[n].id!r} is not asked: {why}", file=sys.stderr)
                 found[n] = answers.make_line(questions[n], said.text, settings["name"], said.metadata)
                 file.add(found[n])
@@ -300,7 +300,7 @@ class Run:
         """Scores, writes the results, prints the figures."""
         given = [answers.to_answer(line) for line in lines]
         try:
-            scores = self.bench.score(self.data, asked, given)
+            scores = self.task.score(self.data, asked, given)
         except UserError as error:
             if not self.answers or self.answers in str(error):
                 raise
@@ -312,8 +312,8 @@ class Run:
             make_folder(self.folder)
             if self.answers:
                 answers.write(os.path.join(self.folder, WHOLE), lines)
-            uploads = self.bench.submission(self.data, asked, given, self.folder)
-            results.write(self.folder, self.bench, settings, asked, lines, scores, uploads)
+            uploads = self.task.write_submission(self.data, asked, given, self.folder)
+            results.write(self.folder, self.task, settings, asked, lines, scores, uploads)
         table = results.beside(scores, settings["name"], everything().get(self.benchmark, ()))
         if len(table[0]) > 1:
             print(markdown(table))
@@ -334,8 +334,8 @@ class Run:
         if not why:
             return []
         named = "; ".join(f"question {id!r}: {reason}" for id, reason in why[:EXAMPLES])
-        return [f"{len(why):,} of {len(lines):,} questions of {self.bench.source(self.data)} were not asked; their "
-                f"answers are empty, and scored as {self.bench.title} scores an empty one ({named})"]
+        return [f"{len(why):,} of {len(lines):,} questions of {self.task.question_path(self.data)} were not asked; "
+                f"their answers are empty, and scored as {self.task.title} scores an empty one ({named})"]
 
 
 MESH = config.Mesh(1, 1, -1)
@@ -343,12 +343,12 @@ EXAMPLES = 5  # questions that are named, at most
 RUN, WHOLE = "run.json", "answers.jsonl"
 
 
-def command(name: str) -> type[Run]:
-    """The command of a benchmark: the options of Run and its own. UserError if there is none of that name."""
+def command(name: str) -> type[EvaluateCommand]:
+    """Returns the command of a benchmark: the options of EvaluateCommand and those of the task."""
     kind = get(name)
-    bench = ("bench", tyro.conf.OmitArgPrefixes[kind], field(default_factory=kind))
-    about = f"{kind.__doc__}\n\nNeeds {kind.needs}."
-    return dataclasses.make_dataclass(kind.__name__, [bench], bases=(Run,), frozen=True, kw_only=True,
+    task = ("task", tyro.conf.OmitArgPrefixes[kind], field(default_factory=kind))
+    about = f"{kind.__doc__}\n\nNeeds {kind.required_files}."
+    return dataclasses.make_dataclass(kind.__name__, [task], bases=(EvaluateCommand,), frozen=True, kw_only=True,
                                       namespace={"benchmark": name, "__doc__": about})
 
 

@@ -26,7 +26,7 @@ from llava_jax.evaluate.runner import answers
 from llava_jax.evaluate.scienceqa.data import Problem, read_problems
 from llava_jax.evaluate.scienceqa.task import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.evaluate.scienceqa.teacher import PROMPTS_HASH, Asker
-from llava_jax.evaluate.tasks.base import Answer, unread_notes
+from llava_jax.evaluate.tasks.base import Answer, unparsed_notes
 from llava_jax.evaluate.tasks.questions import fits, make_folder, read_json
 from llava_jax.files import replacing
 
@@ -183,7 +183,7 @@ class ScienceQAEnsemble:
         for name, texts in (("LLaVA", ours), ("the language model", teacher)):
             unread = [Answer(pid, texts[pid]) for pid in both
                       if choice(read_statement(texts[pid]), problems[pid]) == -1]
-            for note in unread_notes(unread, len(both), f"of {name} name no choice in the words `The answer is X.`"):
+            for note in unparsed_notes(unread, len(both), f"of {name} name no choice in the words `The answer is X.`"):
                 print(printable(note))
         return 0
 

@@ -23,7 +23,15 @@ from llava_jax.evaluate.scienceqa.data import (
     read_listed,
     read_problems,
 )
-from llava_jax.evaluate.tasks.base import LETTER, Answer, Bench, Item, Question, Scores, unread_notes
+from llava_jax.evaluate.tasks.base import (
+    LETTER_INSTRUCTION,
+    Answer,
+    Question,
+    ScoredAnswer,
+    Scores,
+    Task,
+    unparsed_notes,
+)
 from llava_jax.files import replacing
 
 FAILED = "FAILED"  # what an answer is read as that names no letter
@@ -81,15 +89,16 @@ def table(problems: Mapping[str, Problem], results: Mapping[str, int]) -> dict[s
 
 
 @dataclass(frozen=True)
-class ScienceQA(Bench):
+class ScienceQA(Task):
     """Multiple choice on school science, scored by subject, context and grade.
 
     Answer with the letter, as LLaVA-1.5 does; or, tuned on ScienceQA, with the reasoning and then the answer."""
 
     title = "ScienceQA: multiple choice on school science, with images, hints or neither"
-    needs = "problems.json, pid_splits.json, images/SPLIT/ID/image.png; or Hugging Face's parquet (scienceqa-data)"
+    required_files = ("problems.json, pid_splits.json, images/SPLIT/ID/image.png; or Hugging Face's parquet "
+                      "(scienceqa-data)")
     max_new_tokens = 1024
-    prompted = True
+    uses_prompts = True
 
     style: Literal["letter", "reason", "prompter"] = "letter"
     """letter asks for it (compare IMG-accuracy with LLaVA-1.5's 71.6 and 66.8); reason, for models tuned on QCM-LEA and
@@ -101,7 +110,7 @@ class ScienceQA(Bench):
     split: str = "test"
     """test, val, minitest, ..."""
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         if self.input and self.input not in INPUTS:
             raise UserError(f"--input {self.input}: there is no such form; there are {', '.join(INPUTS)}")
         problems = read_problems(data, self.split)
@@ -111,7 +120,7 @@ class ScienceQA(Bench):
         for pid, problem in problems.items():
             text = compose_listed(problem) if listed else compose(problem, f"{self.input or 'QCM'}-A")[0]
             text = (texts[pid] if texts else text).replace("<image>", "").strip()
-            text += LETTER * (self.style == "letter")
+            text += LETTER_INSTRUCTION * (self.style == "letter")
             image = find_image(data, self.split, pid, problem)
             questions.append(Question(
                 id=pid,
@@ -124,7 +133,7 @@ class ScienceQA(Bench):
             ))
         return questions
 
-    def source(self, data: str) -> str:
+    def question_path(self, data: str) -> str:
         path = os.path.join(data, "problems.json")
         return path if os.path.exists(path) else data
 
@@ -147,7 +156,7 @@ class ScienceQA(Bench):
             notes[0] += f", IMG-Accuracy: {figures['IMG-accuracy']:.2f}%"
         notes.append(self._comparable())
         unread = [Answer(pid, result["outputs"][pid]) for pid, chosen in result["results"].items() if chosen == -1]
-        notes += unread_notes(unread, len(problems), "name none of their question's choices, and count as wrong")
+        notes += unparsed_notes(unread, len(problems), "name none of their question's choices, and count as wrong")
         if empty := [name for name in GROUPS if name not in figures]:
             notes.append(f"no questions of {', '.join(empty)}")
         if len(questions) != SIZES.get(self.split, len(questions)):
@@ -155,7 +164,7 @@ class ScienceQA(Bench):
         main = "IMG-accuracy" if self.style == "letter" and "IMG-accuracy" in figures else "Avg"
         read = {row["question_id"]: row["parsed_ans"] for rows in detailed.values() for row in rows}
         items = [
-            Item(pid, float(result["results"][pid] == problem["answer"]), _named(problem), read[pid],
+            ScoredAnswer(pid, float(result["results"][pid] == problem["answer"]), _named(problem), read[pid],
                  str(problem.get("subject") or ""))
             for pid, problem in problems.items()
         ]
@@ -171,7 +180,8 @@ class ScienceQA(Bench):
         return ("compare Avg with 91.09, LLaVA of Vicuna 13B v1.3, tuned on QCM-LEA" if self.style == "reason" else
                 "compare Avg with 90.92, the paper's LLaVA, tuned on QCM-LEPA")
 
-    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
+                         folder: str) -> list[str]:
         """Writes what LLaVA's scorer writes; the second file is what ScienceQA's own evaluation reads."""
         paths = [os.path.join(folder, f"scienceqa_{name}.json") for name in ("output", "result")]
         for path, content in zip(paths, _score(questions, answers), strict=True):

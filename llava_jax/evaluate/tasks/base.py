@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from llava_jax.errors import UserError
 
-BENCHES = {
+TASKS = {
     "scenes": "llava_jax.evaluate.tasks.scenes:Scenes",
     "pope": "llava_jax.evaluate.tasks.pope:Pope",
     "mme": "llava_jax.evaluate.tasks.mme:Mme",
@@ -33,13 +33,13 @@ BENCHES = {
 }
 """Name -> "module:class"; a module is imported when its benchmark is used."""
 
-LETTER = "\nAnswer with the option's letter from the given choices directly."
-SHORT = "\nAnswer the question using a single word or phrase."
+LETTER_INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
+PHRASE_INSTRUCTION = "\nAnswer the question using a single word or phrase."
 """What LLaVA-1.5 appends to a question, as its training data do (Improved Baselines with Visual Instruction Tuning)."""
 
 
 EXAMPLES, QUOTED = 3, 60  # answers that a note quotes, and characters of each
-NO_PHRASE = "are no word or short phrase, which is all that an exact match finds"
+NOT_A_PHRASE = "are no word or short phrase, which is all that an exact match finds"
 EMPTY = "are empty, with nothing to judge"
 LONGEST_PHRASE = 10  # words
 _MARKUP = re.compile(r"\*\*|__|```|^[#(\[<\"']|[!?:]$")
@@ -75,13 +75,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Item:
+class ScoredAnswer:
     """How one answer was scored: `score` 0..1, or None where nothing here can score it."""
 
     id: str | int
     score: float | None
     reference: str = ""
-    read: str = ""  # what the scorer made of the answer
+    parsed: str = ""  # what the scorer made of the answer
     category: str = ""
 
 
@@ -91,24 +91,24 @@ class Scores:
 
     figures: Mapping[str, float]
     main: str
-    items: Sequence[Item] = ()
+    items: Sequence[ScoredAnswer] = ()
     notes: Sequence[str] = ()
 
 
-class Bench:
+class Task:
     """A benchmark; subclasses override what they have.
 
     A benchmark's options are the fields of its class, a frozen dataclass; each has a default.
     """
 
     title: ClassVar[str]
-    needs: ClassVar[str]  # the files of its folder, and where they come from
+    required_files: ClassVar[str]  # the files of its folder, and where they come from
     max_new_tokens: ClassVar[int] = 128
-    ordered: ClassVar[bool] = False  # whether the score depends on the order of the answers, as the original's does
-    prompted: ClassVar[bool] = False  # whether the score depends on the prompts of the answers' lines
-    packages: ClassVar[tuple[str, ...]] = ()  # what `submission` imports, to be missed before the model answers
+    uses_answer_order: ClassVar[bool] = False  # whether the score depends on the order of the answers
+    uses_prompts: ClassVar[bool] = False  # whether the score depends on the prompts of the answers' lines
+    required_packages: ClassVar[tuple[str, ...]] = ()  # packages that `write_submission` imports
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """The questions of the folder (or file) `data`, in the order of its files.
 
         Raises UserError, one line each, for a file or image that is missing, and for files of
@@ -116,15 +116,15 @@ class Bench:
         """
         raise NotImplementedError
 
-    def image_root(self, data: str) -> str:
+    def resolve_image_root(self, data: str) -> str:
         """The folder of the images; a page shows none from outside of it."""
         return data if os.path.isdir(data) else os.path.dirname(data)
 
-    def source(self, data: str) -> str:
+    def question_path(self, data: str) -> str:
         """The file of the questions, as messages name it."""
         return data
 
-    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+    def check_ground_truth(self, data: str, questions: Sequence[Question]) -> None:
         """Raises UserError for a file that the score or upload of `questions` needs and `read` has not opened, so that
         it is told before hours of answers.
         """
@@ -144,12 +144,13 @@ class Bench:
         """
         raise NotImplementedError
 
-    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
+                         folder: str) -> list[str]:
         """Writes what the benchmark's server takes into `folder`; returns the paths."""
         return []
 
 
-def unread_notes(unread: Sequence[Answer], total: int, how: str) -> list[str]:
+def unparsed_notes(unread: Sequence[Answer], total: int, how: str) -> list[str]:
     """A note on the answers from which the rules of scoring read nothing, with a few of them. `how` says what they lack
     and how they count. Nothing if there are none.
     """
@@ -164,7 +165,7 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= QUOTED else text[: QUOTED - 3] + "...")
 
 
-def is_phrase(text: str, form: str) -> bool:
+def is_short_phrase(text: str, form: str) -> bool:
     """Whether an answer is a word or a short phrase, the only kind that an exact match finds: one line of a few words
     with a Latin letter or digit, and no markup in `form`, the answer as it is compared.
     """
@@ -172,9 +173,9 @@ def is_phrase(text: str, form: str) -> bool:
         and not _MARKUP.search(form)
 
 
-def get(name: str) -> type[Bench]:
+def get(name: str) -> type[Task]:
     """The class of a benchmark; UserError that lists them all if there is none of that name."""
-    if name not in BENCHES:
-        raise UserError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
-    module, kind = BENCHES[name].split(":")
+    if name not in TASKS:
+        raise UserError(f"there is no benchmark {name!r}; there are {', '.join(TASKS)}")
+    module, kind = TASKS[name].split(":")
     return getattr(importlib.import_module(module), kind)

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, find, fits, read_json
+from llava_jax.evaluate.tasks.base import (
+    NOT_A_PHRASE,
+    Answer,
+    Question,
+    ScoredAnswer,
+    Scores,
+    is_short_phrase,
+    unparsed_notes,
+)
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, find, fits, read_json
 from llava_jax.files import replacing
 
 TRUTH = "testdev_balanced_questions.json"
@@ -23,24 +31,24 @@ QUESTION = {"question": str, "answer": str, "isBalanced": bool, "groups": {"glob
 
 
 @dataclass(frozen=True)
-class Gqa(QuestionFile):
+class Gqa(QuestionFileTask):
     """GQA, balanced test-dev: exact match, by kinds of questions too."""
 
     title = "GQA test-dev balanced"
-    needs = f"llava_gqa_testdev_balanced.jsonl, {TRUTH} (in the folder or its data/), data/images/"
-    file = "llava_gqa_testdev_balanced.jsonl"
-    pictures = "data/images"
-    published = 12_578
+    required_files = f"llava_gqa_testdev_balanced.jsonl, {TRUTH} (in the folder or its data/), data/images/"
+    question_file = "llava_gqa_testdev_balanced.jsonl"
+    image_folder = "data/images"
+    num_published = 12_578
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """UserError as well for a question that GQA's own file, where there is one, does not have."""
-        questions, truth = super().read(data), self._truth(data)
+        questions, truth = super().load(data), self._truth(data)
         for question in questions if truth else ():
             if question.id not in truth:
                 raise UserError(f"{TRUTH} has no question {question.id!r}; the files are of different versions")
         return questions
 
-    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+    def check_ground_truth(self, data: str, questions: Sequence[Question]) -> None:
         self._choices(data)
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -51,11 +59,11 @@ class Gqa(QuestionFile):
         """
         truth, notes = self._truth(data), self.size_notes(questions)
         said = {answer.id: prediction(answer.text) for answer in answers}  # of doubled ones the last
-        unread = [answer for answer in answers if not is_phrase(answer.text, prediction(answer.text))]
-        notes += unread_notes(unread, len(answers), f"{NO_PHRASE}, and are wrong")
+        unread = [answer for answer in answers if not is_short_phrase(answer.text, prediction(answer.text))]
+        notes += unparsed_notes(unread, len(answers), f"{NOT_A_PHRASE}, and are wrong")
         if truth is None:
             notes.append(f"no score without {TRUTH}")
-            return Scores({}, "", [Item(answer.id, None, read=said[answer.id]) for answer in answers], notes)
+            return Scores({}, "", [ScoredAnswer(answer.id, None, parsed=said[answer.id]) for answer in answers], notes)
         balanced = {id: row for id, row in truth.items() if row["isBalanced"]}
         missing = sum(id not in said for id in balanced)
         if missing:
@@ -84,11 +92,12 @@ class Gqa(QuestionFile):
             figures["distribution"] = distance / 100
         for kind in _DETAILS:
             figures |= {f"{kind}: {name}": _percent(groups[kind][name]) for name in sorted(groups[kind])}
-        items = [Item(answer.id, float(said[answer.id] == row["answer"]), row["answer"], said[answer.id],
+        items = [ScoredAnswer(answer.id, float(said[answer.id] == row["answer"]), row["answer"], said[answer.id],
                       row["types"]["structural"]) for answer in answers if (row := balanced.get(answer.id))]
         return Scores(figures, "accuracy", items, notes)
 
-    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
+                         folder: str) -> list[str]:
         """[{questionId, prediction}], which the official tool and the server take."""
         path = os.path.join(folder, "testdev_balanced_predictions.json")
         rows = [{"questionId": answer.id, "prediction": prediction(answer.text)} for answer in answers]

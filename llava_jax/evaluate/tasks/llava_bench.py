@@ -22,8 +22,8 @@ from llava_jax.evaluate.judge.reviews import (
     summarise,
     summarise_as_published,
 )
-from llava_jax.evaluate.tasks.base import EMPTY, Answer, Item, Question, Scores, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, find, need, read_lines
+from llava_jax.evaluate.tasks.base import EMPTY, Answer, Question, ScoredAnswer, Scores, unparsed_notes
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, find, need, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class LlavaBench(QuestionFile):
+class LlavaBench(QuestionFileTask):
     """What both sets share. The score needs reviews, which `evaluate judge` makes."""
 
     reviews: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class LlavaBench(QuestionFile):
     compat: bool = False
     """the arithmetic of LLaVA's summary, where judgements that failed lower both means"""
 
-    name: ClassVar[str]  # as BENCHES has it
+    name: ClassVar[str]  # as TASKS has it
     prefix: ClassVar[str] = ""  # of categories in rules and reviews
     files: ClassVar[Mapping[str, tuple[str, ...]]]  # questions, references, context: names, of which one is there
     context_keys: ClassVar[str]  # what `describe` reads
@@ -55,10 +55,10 @@ class LlavaBench(QuestionFile):
         if isinstance(self.reviews, str):
             object.__setattr__(self, "reviews", (self.reviews,) if self.reviews else ())
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """The questions; UserError for one of another category, or an id that is there twice."""
         path = data if os.path.isfile(data) else need(data, *self.files["questions"])
-        questions = super().read(path)
+        questions = super().load(path)
         seen = set()
         for question in questions:
             if question.row.get("category") not in ORDER:
@@ -69,7 +69,7 @@ class LlavaBench(QuestionFile):
             seen.add(question.id)
         return questions
 
-    def check_truth(self, data: str, questions: Sequence[Question]) -> None:
+    def check_ground_truth(self, data: str, questions: Sequence[Question]) -> None:
         for path in self.reviews:
             read_reviews(path)
 
@@ -87,7 +87,7 @@ class LlavaBench(QuestionFile):
         references = self._references(paths["references"])
         contexts = self._contexts(paths["context"])
         cases = []
-        for question in self.read(paths["questions"]):
+        for question in self.load(paths["questions"]):
             category, image, reference = question.row["category"], question.row["image"], references.get(question.id)
             if reference is None:
                 raise UserError(f"{paths['references']}: no answer to question {question.id!r} of "
@@ -113,10 +113,10 @@ class LlavaBench(QuestionFile):
         path = find(data, *self.files["references"])
         references = self._references(path) if path else {}
         categories = {question.id: question.row["category"] for question in questions}
-        items = {answer.id: Item(answer.id, None, references.get(answer.id, {}).get("text", ""), "",
+        items = {answer.id: ScoredAnswer(answer.id, None, references.get(answer.id, {}).get("text", ""), "",
                                  categories.get(answer.id, "")) for answer in answers}
         empty = [answer for answer in answers if not answer.text.strip()]
-        notes += unread_notes(empty, len(answers), EMPTY)
+        notes += unparsed_notes(empty, len(answers), EMPTY)
         if not self.reviews:
             notes.append(f"scored by a judge: python -m llava_jax.evaluate judge {self.name} --answers FILE --data "
                          f"{data} --out DIR --model NAME; then --reviews DIR/reviews/reviews_1.jsonl here")
@@ -135,8 +135,8 @@ class LlavaBench(QuestionFile):
                 ratios[short(category)].append(figure.ratio)
         for id, pairs in given.items():
             reference, candidate = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-            items[id] = Item(id, candidate / 10, items[id].reference, f"{candidate:g}, the reference {reference:g}",
-                             items[id].category)
+            items[id] = ScoredAnswer(id, candidate / 10, items[id].reference,
+                                     f"{candidate:g}, the reference {reference:g}", items[id].category)
         order = [name for name in (*ORDER, "all") if name in ratios]
         if len(self.reviews) > 1 and order:
             runs = " ".join(f"{ratio:.1f}" for ratio in ratios[order[-1]])
@@ -166,7 +166,7 @@ class LlavaBench(QuestionFile):
 
     def _references(self, path: str) -> dict[str | int, Mapping[str, Any]]:
         references = {}
-        for number, row in read_lines(path):
+        for number, row in read_json_lines(path):
             if not isinstance(row.get("question_id"), int | str) or not isinstance(row.get("text"), str):
                 raise UserError(f"{path}, line {number}: not an answer with question_id and text")
             if row["question_id"] in references:
@@ -176,7 +176,7 @@ class LlavaBench(QuestionFile):
 
     def _contexts(self, path: str) -> dict[str, str]:
         contexts = {}
-        for number, row in read_lines(path):
+        for number, row in read_json_lines(path):
             try:
                 contexts[row["image"]] = self.describe(row)
             except (KeyError, TypeError, ValueError):
@@ -190,25 +190,25 @@ class LlavaBenchCoco(LlavaBench):
     """LLaVA-Bench (COCO), or a bench that make-bench has made."""
 
     title = "LLaVA-Bench (COCO)"
-    needs = ("qa90_questions.jsonl, qa90_gpt4_answer.jsonl and caps_boxes_coco2014_val_80.jsonl (LLaVA's repository), "
-             "images of COCO's val2014; or what make-bench writes")
+    required_files = ("qa90_questions.jsonl, qa90_gpt4_answer.jsonl and caps_boxes_coco2014_val_80.jsonl (LLaVA's "
+                      "repository), images of COCO's val2014; or what make-bench writes")
     name = "llava-bench-coco"
-    file = "qa90_questions.jsonl"
+    question_file = "qa90_questions.jsonl"
     files = {
-        "questions": (file, "questions.jsonl"),
+        "questions": (question_file, "questions.jsonl"),
         "references": ("qa90_gpt4_answer.jsonl", "answers_reference.jsonl"),
         # Where LLaVA's repository has it, seen from its folder of the questions.
         "context": ("caps_boxes_coco2014_val_80.jsonl", "../../../llava/eval/table/caps_boxes_coco2014_val_80.jsonl",
                     "context.jsonl"),
     }
     context_keys = "image, captions, and instances of category and bbox"
-    pictures = "val2014"
-    published = 90
+    image_folder = "val2014"
+    num_published = 90
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """The questions. An image is found under the name that COCO gave it, too."""
         questions = []
-        for question in super().read(data):
+        for question in super().load(data):
             folder, name = os.path.split(question.images[0])
             whole = os.path.join(folder, f"COCO_val2014_{name}")
             if os.path.exists(whole) and not os.path.exists(question.images[0]):
@@ -229,15 +229,15 @@ class LlavaBenchWild(LlavaBench):
     """LLaVA-Bench (In-the-Wild): paintings, memes, sketches and the like, described by people who know them."""
 
     title = "LLaVA-Bench (In-the-Wild)"
-    needs = ("questions.jsonl, answers_gpt4.jsonl, context.jsonl and images/, the Hugging Face data set "
+    required_files = ("questions.jsonl, answers_gpt4.jsonl, context.jsonl and images/, the Hugging Face data set "
              "liuhaotian/llava-bench-in-the-wild")
     name = "llava-bench-wild"
     prefix = "llava_bench_"
-    file = "questions.jsonl"
-    files = {"questions": (file,), "references": ("answers_gpt4.jsonl",), "context": ("context.jsonl",)}
+    question_file = "questions.jsonl"
+    files = {"questions": (question_file,), "references": ("answers_gpt4.jsonl",), "context": ("context.jsonl",)}
     context_keys = "image and caption"
-    pictures = "images"
-    published = 60
+    image_folder = "images"
+    num_published = 60
 
     def describe(self, row: Mapping[str, Any]) -> str:
         """The caption, or its lines."""

@@ -16,8 +16,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_jax.errors import UserError, user_path
-from llava_jax.evaluate.tasks.base import LETTER, Answer, Bench, Item, Question, Scores, unread_notes
-from llava_jax.evaluate.tasks.questions import question_path
+from llava_jax.evaluate.tasks.base import (
+    LETTER_INSTRUCTION,
+    Answer,
+    Question,
+    ScoredAnswer,
+    Scores,
+    Task,
+    unparsed_notes,
+)
+from llava_jax.evaluate.tasks.questions import find_question_file
 from llava_jax.files import replacing
 
 LETTERS = ("A", "B", "C", "D")
@@ -32,24 +40,24 @@ NO_VALUE = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan"
 
 
 @dataclass(frozen=True)
-class MMBench(Bench):
+class MMBench(Task):
     """MMBench, dev: writes the upload for its server; with the answers in the table, accuracy of the letters."""
 
     all_rounds: bool = False
     """ask each question once for every rotation of its options"""
 
     title = "MMBench dev"
-    needs = "mmbench_dev_20230712.tsv, which has the pictures"
+    required_files = "mmbench_dev_20230712.tsv, which has the pictures"
     max_new_tokens = 1024
-    packages = ("openpyxl",)
-    file: ClassVar[str] = "mmbench_dev_20230712.tsv"
-    suffix: ClassVar[str] = LETTER
-    published: ClassVar[int] = 4377
+    required_packages = ("openpyxl",)
+    question_file: ClassVar[str] = "mmbench_dev_20230712.tsv"
+    suffix: ClassVar[str] = LETTER_INSTRUCTION
+    num_published: ClassVar[int] = 4377
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """UserError for a table of other columns, or a row without question, options or picture."""
         questions = []
-        for where, row in _rows(question_path(data, self.file)):
+        for where, row in _rows(find_question_file(data, self.question_file)):
             options = options_of(row)
             if no_value(row["question"]) or not options:
                 raise UserError(f"{where}: the row has no question or no options")
@@ -68,11 +76,11 @@ class MMBench(Bench):
                 questions.append(Question(int(row["index"]), prompt + self.suffix, (image,), kept, letters, prompt,
                                           fields))
         if not questions:
-            raise UserError(f"{question_path(data, self.file)}: the table has no rows")
+            raise UserError(f"{find_question_file(data, self.question_file)}: the table has no rows")
         return questions
 
-    def source(self, data: str) -> str:
-        return question_path(data, self.file)
+    def question_path(self, data: str) -> str:
+        return find_question_file(data, self.question_file)
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         """Percent, if the table has the answers: `circular`, of questions right in every rotation, and by category;
@@ -82,17 +90,17 @@ class MMBench(Bench):
         """
         rows = {question.id: question.row for question in questions}
         notes = []
-        if len(rows) != self.published:
-            notes.append(f"{len(rows):,} rows; the published table has {self.published:,}")
+        if len(rows) != self.num_published:
+            notes.append(f"{len(rows):,} rows; the published table has {self.num_published:,}")
         asked = {(question.id, question.fields["round_id"]): question for question in questions}
         known = ((answer, asked.get((answer.id, _round(answer)))) for answer in answers)
         unread = [answer for answer, question in known
                   if question and not read_letter(answer.text, question.fields["options"])]
-        notes += unread_notes(unread, len(answers), "name no option by the rules used here; the server asks a language "
-                              "model, and a score made here counts them as wrong")
+        notes += unparsed_notes(unread, len(answers), "name no option by the rules used here; the server asks a "
+                              "language model, and a score made here counts them as wrong")
         if any(no_value(row.get("answer")) for row in rows.values()):
             notes.append("no score: the table has no answers; upload mmbench_upload.xlsx")
-            return Scores({}, "", [Item(answer.id, None) for answer in answers], notes)
+            return Scores({}, "", [ScoredAnswer(answer.id, None) for answer in answers], notes)
         right, items = dict.fromkeys(asked, False), []
         for answer in answers:
             key = answer.id, _round(answer)
@@ -103,7 +111,7 @@ class MMBench(Bench):
             letter = read_letter(answer.text, fields["options"])
             read = fields["option_char"][LETTERS.index(letter)] if letter else ""
             right[key] = read == truth
-            items.append(Item(answer.id, float(right[key]), truth, read, rows[answer.id].get("category") or ""))
+            items.append(ScoredAnswer(answer.id, float(right[key]), truth, read, rows[answer.id].get("category") or ""))
         rotations = defaultdict(list)
         for id, turn in asked:
             rotations[id % COPY].append(right[id, turn])
@@ -119,7 +127,8 @@ class MMBench(Bench):
             figures |= {f"{column}: {name}": _percent(list(groups[name].values())) for name in sorted(groups)}
         return Scores(figures, main, items, notes)
 
-    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
+                         folder: str) -> list[str]:
         """The table without hints, categories and pictures, with the answers as column `prediction`, as xlsx.
 
         Raises UserError that names the package if openpyxl is not there.
@@ -157,10 +166,10 @@ class MMBenchCN(MMBench):
     """MMBench in Chinese, dev."""
 
     title = "MMBench-CN dev"
-    needs = "mmbench_dev_cn_20231003.tsv, which has the pictures"
-    file = "mmbench_dev_cn_20231003.tsv"
+    required_files = "mmbench_dev_cn_20231003.tsv, which has the pictures"
+    question_file = "mmbench_dev_cn_20231003.tsv"
     suffix = "\n请直接回答选项字母。"
-    published = 4329
+    num_published = 4329
 
 
 def no_value(value: str | None) -> bool:

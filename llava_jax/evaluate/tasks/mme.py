@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import SHORT, Answer, Item, Question, Scores, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, make_folder, need
+from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION, Answer, Question, ScoredAnswer, Scores, unparsed_notes
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, make_folder, need
 from llava_jax.files import read_text, replacing
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -21,20 +21,20 @@ Truth = Mapping[tuple[str, str, str], str]
 
 
 @dataclass(frozen=True)
-class Mme(QuestionFile):
+class Mme(QuestionFileTask):
     """MME: for each category the percentage of questions right plus that of pictures with both right; their sums."""
 
     title = "MME"
-    needs = "llava_mme.jsonl, MME_Benchmark_release_version/ (pictures and questions_answers_YN)"
-    file = "llava_mme.jsonl"
-    pictures = "MME_Benchmark_release_version"
-    published = 2374
+    required_files = "llava_mme.jsonl, MME_Benchmark_release_version/ (pictures and questions_answers_YN)"
+    question_file = "llava_mme.jsonl"
+    image_folder = "MME_Benchmark_release_version"
+    num_published = 2374
     choices = ("Yes", "No")
-    ordered = prompted = True
+    uses_answer_order = uses_prompts = True
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """UserError as well for a question that MME's own files do not have."""
-        questions = super().read(data)
+        questions = super().load(data)
         truth = self._truth(data, questions)
         for question in questions:
             lookup(truth, str(question.id), question.text)
@@ -51,9 +51,9 @@ class Mme(QuestionFile):
         lines, items = defaultdict(list), []
         for answer in answers:
             category, _, _, label = lookup(truth, str(answer.id), answer.prompt)
-            word = says(answer.text)
+            word = parse_yes_no(answer.text)
             lines[category].append((word, word == label.lower()))
-            items.append(Item(answer.id, float(word == label.lower()), label, word, category))
+            items.append(ScoredAnswer(answer.id, float(word == label.lower()), label, word, category))
         notes, sums, scores, parts = self.size_notes(questions), {}, {}, {}
         for name, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
             there = [category for category in categories if category in lines]
@@ -68,8 +68,8 @@ class Mme(QuestionFile):
                 sums[name] = sum(scores[category] for category in there)
         if not sums:
             raise UserError("MME: there are no answers of its categories to score")
-        unread = [answer for answer in answers if says(answer.text) == "other"]
-        notes += unread_notes(unread, len(answers), "have neither yes nor no in their first four characters, and "
+        unread = [answer for answer in answers if parse_yes_no(answer.text) == "other"]
+        notes += unparsed_notes(unread, len(answers), "have neither yes nor no in their first four characters, and "
                               "are wrong")
         unknown = sorted(set(lines) - {*PERCEPTION, *COGNITION})
         if unknown:
@@ -80,7 +80,8 @@ class Mme(QuestionFile):
                          "their order, as in the official tool")
         return Scores({**sums, **scores, **parts}, "perception" if "perception" in sums else "cognition", items, notes)
 
-    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
+                         folder: str) -> list[str]:
         """What the official tool reads: for each category lines of picture, question, truth and answer."""
         truth, lines = self._truth(data, questions), defaultdict(list)
         for answer in answers:
@@ -96,7 +97,7 @@ class Mme(QuestionFile):
         return paths
 
     def _truth(self, data: str, questions: Sequence[Question]) -> Truth:
-        root = self.images or need(data, self.pictures)
+        root = self.image_root or need(data, self.image_folder)
         truth = {}
         for category in sorted({str(question.id).split("/")[0] for question in questions}):
             folder = os.path.join(root, category)
@@ -113,7 +114,7 @@ class Mme(QuestionFile):
         return truth
 
 
-def says(text: str) -> str:
+def parse_yes_no(text: str) -> str:
     """ "yes" or "no", whichever stands in the first four characters, in any case; else "other"."""
     start = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), "other")
@@ -126,7 +127,7 @@ def lookup(truth: Truth, id: str, prompt: str) -> tuple[str, str, str, str]:
     """
     parts = id.split("/")
     category, name = parts[0], parts[-1].split(".")[0] + ".txt"
-    question = prompt.replace(SHORT[1:], "").strip() if SHORT[1:] in prompt else prompt
+    question = prompt.replace(PHRASE_INSTRUCTION[1:], "").strip() if PHRASE_INSTRUCTION[1:] in prompt else prompt
     if TASK not in question:
         question += f" {TASK}"
         if (category, name, question) not in truth:

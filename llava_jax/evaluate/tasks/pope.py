@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import Answer, Item, Question, Scores, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, folder_of, question_path, read_lines
+from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, data_folder, find_question_file, read_json_lines
 
 CATEGORIES = ("random", "popular", "adversarial")
 NO = {"No", "not", "no"}
@@ -21,20 +21,20 @@ LABELS = "coco_pope_{}.json"
 
 
 @dataclass(frozen=True)
-class Pope(QuestionFile):
+class Pope(QuestionFileTask):
     """POPE: F1 of "yes", its mean over the random, popular and adversarial questions."""
 
     title = "POPE"
-    needs = "llava_pope_test.jsonl, coco/coco_pope_{random,popular,adversarial}.json, val2014/"
-    file = "llava_pope_test.jsonl"
-    pictures = "val2014"
-    published = 8910
+    required_files = "llava_pope_test.jsonl, coco/coco_pope_{random,popular,adversarial}.json, val2014/"
+    question_file = "llava_pope_test.jsonl"
+    image_folder = "val2014"
+    num_published = 8910
     choices = ("Yes", "No")
-    ordered = True
+    uses_answer_order = True
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """UserError as well for labels that are not of these questions."""
-        questions, path = super().read(data), question_path(data, self.file)
+        questions, path = super().load(data), find_question_file(data, self.question_file)
         for question in questions:
             if not isinstance(question.row.get("category"), str):
                 raise UserError(f"{path}: question {question.id} has no category")
@@ -70,11 +70,11 @@ class Pope(QuestionFile):
             if [answers[n].id for n in mine] != wanted[: len(mine)]:
                 notes.append(f"{category}: the answers are in another order than the questions, or some are missing "
                              "among them; they meet the labels by their order, as in the original")
-            said = [says(answers[n].text) for n in mine]
+            said = [parse_yes_no(answers[n].text) for n in mine]
             labels = [row["label"] for row in self._labels(data, category)]
             counts = Counter(zip(said, labels, strict=False))
             for n, word, label in zip(mine, said, labels, strict=False):
-                items[n] = Item(answers[n].id, float(word == label), label, word, category)
+                items[n] = ScoredAnswer(answers[n].id, float(word == label), label, word, category)
             rates = _rates(counts, said.count("yes") / len(said))
             if not (counts["yes", "yes"] + counts["yes", "no"] and counts["yes", "yes"] + counts["no", "yes"]):
                 notes.append(f"{category}: nothing to divide by in precision or recall, which count as 0 here; "
@@ -82,7 +82,7 @@ class Pope(QuestionFile):
             figures |= {f"{category} {name}": value for name, value in rates.items()}
             f1.append(rates["F1"])
         unread = [answer for answer in answers if not words(answer.text) & {"Yes", "yes", *NO}]
-        notes += unread_notes(unread, len(answers), "have neither yes nor no as a word of their first sentence, and "
+        notes += unparsed_notes(unread, len(answers), "have neither yes nor no as a word of their first sentence, and "
                               "count as yes, as in the original")
         if not f1:
             raise UserError("POPE: there are no answers to score")
@@ -90,19 +90,19 @@ class Pope(QuestionFile):
 
     def _labels(self, data: str, category: str) -> list[dict]:
         name = LABELS.format(category)
-        for path in (os.path.join(folder_of(data), "coco", name), os.path.join(folder_of(data), name)):
+        for path in (os.path.join(data_folder(data), "coco", name), os.path.join(data_folder(data), name)):
             if os.path.isfile(path):
                 labels = []
-                for number, row in read_lines(path):
+                for number, row in read_json_lines(path):
                     if row.get("label") not in ("yes", "no"):
                         raise UserError(f"{path}, line {number}: the label is neither yes nor no")
                     labels.append(row)
                 return labels
-        raise UserError(f"{os.path.join(folder_of(data), 'coco', name)}: no such file, for the labels of the "
+        raise UserError(f"{os.path.join(data_folder(data), 'coco', name)}: no such file, for the labels of the "
                                 f"{category} questions")
 
 
-def says(text: str) -> str:
+def parse_yes_no(text: str) -> str:
     """ "no" if the first sentence has the word No, not or no; else "yes", whatever it says.
 
     Words are what stands between single blanks; commas do not count, other marks are part of a word: "Not really",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import SHORT
+from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION
 from llava_jax.evaluate.tasks.pope import CATEGORIES, LABELS, Pope
-from llava_jax.evaluate.tasks.questions import fits, make_folder, read_json, read_lines
+from llava_jax.evaluate.tasks.questions import fits, make_folder, read_json, read_json_lines
 from llava_jax.files import replacing
 
 ID = int | str
@@ -47,11 +47,11 @@ class PopeData:
         for position, (category, rows) in enumerate(made.items(), 1):
             labels[category] = rows
             questions += [{"question_id": position * FIRST_ID + row["question_id"], "image": row["image"],
-                           "text": row["text"] + SHORT, "category": category} for row in rows]
+                           "text": row["text"] + PHRASE_INSTRUCTION, "category": category} for row in rows]
         make_folder(os.path.join(self.out, "coco"))
         for category, rows in labels.items():
             _write(os.path.join(self.out, "coco", LABELS.format(category)), rows)
-        _write(os.path.join(self.out, Pope.file), questions)  # last: a folder with questions has their labels
+        _write(os.path.join(self.out, Pope.question_file), questions)  # last: a folder with questions has their labels
         print(f"{len(questions):,} questions about {self.pictures:,} pictures in {self.out}")
         return 0
 
@@ -60,7 +60,7 @@ def read_things(path: str) -> dict[str, list[str]]:
     """The kinds of things in each picture, in the order in which they first come; UserError for another form."""
     if path.endswith(".jsonl"):
         things = {}
-        for number, row in read_lines(path):
+        for number, row in read_json_lines(path):
             if not fits(row, {"image": str, "objects": [str]}) or "" in row["objects"]:
                 raise UserError(f"{path}, line {number}: not {{image, objects: [name, ...]}}")
             things[row["image"]] = list(dict.fromkeys(row["objects"]))

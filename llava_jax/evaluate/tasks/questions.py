@@ -8,31 +8,31 @@ from typing import Any, ClassVar
 
 from llava_jax import files
 from llava_jax.errors import UserError, user_path
-from llava_jax.evaluate.tasks.base import Answer, Bench, Question
+from llava_jax.evaluate.tasks.base import Answer, Question, Task
 
 
 @dataclass(frozen=True)
-class QuestionFile(Bench):
+class QuestionFileTask(Task):
     """A benchmark with one question file and one folder of images.
 
     `data` is the folder that holds `file`, or such a file of any name, whose folder is then looked in for the rest.
     Nothing here looks at images: a file of answers is scored without them.
     """
 
-    images: str = ""
+    image_root: str = ""
     """folder of the images; empty: where the benchmark has them"""
 
-    file: ClassVar[str]
-    pictures: ClassVar[str]  # the benchmark's own folder of images
-    published: ClassVar[int]  # questions of the published file
+    question_file: ClassVar[str]
+    image_folder: ClassVar[str]  # the benchmark's own folder of images
+    num_published: ClassVar[int]  # questions of the published file
     choices: ClassVar[tuple[str, ...]] = ()
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """The questions in the order of the file; UserError for a row of another form."""
-        folder = self.image_root(data)
-        path = question_path(data, self.file)
+        folder = self.resolve_image_root(data)
+        path = find_question_file(data, self.question_file)
         questions = []
-        for number, row in read_lines(path):
+        for number, row in read_json_lines(path):
             for key, form in (("question_id", int | str), ("image", str), ("text", str)):
                 if not fits(row.get(key), form):
                     raise UserError(f"{path}, line {number}: not a question of {self.title}: {key!r} is "
@@ -43,20 +43,20 @@ class QuestionFile(Bench):
             raise UserError(f"{path}: the file has no questions")
         return questions
 
-    def image_root(self, data: str) -> str:
-        return self.images or os.path.join(folder_of(data), self.pictures)
+    def resolve_image_root(self, data: str) -> str:
+        return self.image_root or os.path.join(data_folder(data), self.image_folder)
 
-    def source(self, data: str) -> str:
-        return question_path(data, self.file)
+    def question_path(self, data: str) -> str:
+        return find_question_file(data, self.question_file)
 
     def size_notes(self, questions: Sequence[Question]) -> list[str]:
         """Says so when this is not the published number of questions."""
-        if len(questions) == self.published:
+        if len(questions) == self.num_published:
             return []
-        return [f"{len(questions):,} questions; the published file has {self.published:,}"]
+        return [f"{len(questions):,} questions; the published file has {self.num_published:,}"]
 
 
-def folder_of(data: str) -> str:
+def data_folder(data: str) -> str:
     """The folder that `data` is, or is in. UserError if there is nothing."""
     if os.path.isdir(data):
         return data
@@ -65,7 +65,7 @@ def folder_of(data: str) -> str:
     return os.path.dirname(data)
 
 
-def question_path(data: str, name: str) -> str:
+def find_question_file(data: str, name: str) -> str:
     """`data` itself if it is a file, else the file `name` in it; UserError if there is none."""
     path = os.path.join(data, name) if os.path.isdir(data) else data
     if not os.path.isfile(path):
@@ -75,7 +75,7 @@ def question_path(data: str, name: str) -> str:
 
 def find(data: str, *names: str) -> str | None:
     """The first of `names` that is in the folder of `data`."""
-    paths = (os.path.join(folder_of(data), name) for name in names)
+    paths = (os.path.join(data_folder(data), name) for name in names)
     return next(filter(os.path.exists, paths), None)
 
 
@@ -83,7 +83,7 @@ def need(data: str, *names: str) -> str:
     """The same; UserError if none is there."""
     path = find(data, *names)
     if path is None:
-        raise UserError(f"{os.path.join(folder_of(data), names[0])}: no such file or folder")
+        raise UserError(f"{os.path.join(data_folder(data), names[0])}: no such file or folder")
     return path
 
 
@@ -108,7 +108,7 @@ def fits(value: Any, form: Any) -> bool:
     return isinstance(value, form) and (form is bool or not isinstance(value, bool))
 
 
-def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number, from 1, and object of every line that is not blank."""
     with user_path(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -125,7 +125,7 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def unanswered(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str]:
+def unanswered_notes(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str]:
     """A note if questions have no answer, for the benchmarks whose upload needs all of them."""
     there = {answer.id for answer in answers}
     missing = sum(question.id not in there for question in questions)

@@ -5,25 +5,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, question_path
+from llava_jax.evaluate.tasks.base import (
+    NOT_A_PHRASE,
+    Answer,
+    Question,
+    ScoredAnswer,
+    Scores,
+    is_short_phrase,
+    unparsed_notes,
+)
+from llava_jax.evaluate.tasks.questions import QuestionFileTask
 
 
 @dataclass(frozen=True)
-class Scenes(QuestionFile):
+class Scenes(QuestionFileTask):
     """The miniature's scenes: accuracy by kind of question, in percent."""
 
     title = "Scenes of coloured shapes (the miniature)"
-    needs = "questions.jsonl and its pictures; the miniature's training leaves them in runs/mini/data"
-    file = "questions.jsonl"
-    pictures = ""  # the questions name the folders
+    required_files = "questions.jsonl and its pictures; the miniature's training leaves them in runs/mini/data"
+    question_file = "questions.jsonl"
+    image_folder = ""  # the questions name the folders
     max_new_tokens = 8  # an answer that is longer is wrong in any case
 
-    def read(self, data: str) -> list[Question]:
-        questions = super().read(data)
+    def load(self, data: str) -> list[Question]:
+        questions = super().load(data)
         for question in questions:
             if not all(isinstance(question.row.get(key), str) for key in ("answer", "kind")):
-                raise UserError(f"{question_path(data, self.file)}: question {question.id} has no answer or kind")
+                raise UserError(f"{self.question_path(data)}: question {question.id} has no answer or kind")
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
@@ -35,13 +43,13 @@ class Scenes(QuestionFile):
                 raise UserError(f"there is no question {answer.id!r}; these are answers to other questions")
             row, read = rows[answer.id], normal(answer.text)
             right[answer.id] = read == normal(row["answer"])
-            items.append(Item(answer.id, float(right[answer.id]), row["answer"], read, row["kind"]))
+            items.append(ScoredAnswer(answer.id, float(right[answer.id]), row["answer"], read, row["kind"]))
         kinds = defaultdict(list)
         for id, row in rows.items():
             for kind in ("overall", row["kind"]):
                 kinds[kind].append(right.get(id, False))
-        unread = [answer for answer in answers if not is_phrase(answer.text, normal(answer.text))]
-        notes = unread_notes(unread, len(answers), f"{NO_PHRASE}, and are wrong")
+        unread = [answer for answer in answers if not is_short_phrase(answer.text, normal(answer.text))]
+        notes = unparsed_notes(unread, len(answers), f"{NOT_A_PHRASE}, and are wrong")
         return Scores({kind: 100 * sum(found) / len(found) for kind, found in kinds.items()}, "overall", items, notes)
 
 

@@ -8,27 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import Answer, Item, Question, Scores, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, fits, need, read_json, unanswered
+from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, fits, need, read_json, unanswered_notes
 from llava_jax.files import replacing
 
 QUESTION = {"question_id": int | str, "question_type_id": int, "data_type": str, "answer": str}
 
 
 @dataclass(frozen=True)
-class Seed(QuestionFile):
+class Seed(QuestionFileTask):
     """SEED-Bench: accuracy of the letter, by type of question, of images and of videos."""
 
     title = "SEED-Bench"
-    needs = "llava-seed-bench.jsonl, SEED-Bench.json, SEED-Bench-image/, SEED-Bench-video-image/ (middle frames)"
-    file = "llava-seed-bench.jsonl"
-    pictures = ""  # the questions name the folders
-    published = 19_242
+    required_files = ("llava-seed-bench.jsonl, SEED-Bench.json, SEED-Bench-image/, SEED-Bench-video-image/ "
+                      "(middle frames)")
+    question_file = "llava-seed-bench.jsonl"
+    image_folder = ""  # the questions name the folders
+    num_published = 19_242
     choices = ("A", "B", "C", "D")
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """UserError as well for a question that SEED-Bench.json does not have."""
-        questions, known = super().read(data), {_number(row["question_id"]) for row in self._bench(data)["questions"]}
+        questions, known = super().load(data), {_number(row["question_id"]) for row in self._bench(data)["questions"]}
         for question in questions:
             if question.id not in known:
                 raise UserError(f"SEED-Bench.json has no question {question.id!r}; the files are of different "
@@ -52,17 +53,18 @@ class Seed(QuestionFile):
         groups["total"] = [right for rights in groups.values() for right in rights]
         groups |= {source: by_source[source] for source in ("image", "video") if source in by_source}
         figures = {name: sum(rights) / len(rights) * 100 for name, rights in groups.items()}
-        items = [Item(answer.id, float(answer.text == row["answer"]), row["answer"], answer.text,
+        items = [ScoredAnswer(answer.id, float(answer.text == row["answer"]), row["answer"], answer.text,
                       names.get(row["question_type_id"], "")) for answer in answers if (row := rows.get(answer.id))]
-        notes = [*self.size_notes(questions), *unanswered(questions, answers)]
+        notes = [*self.size_notes(questions), *unanswered_notes(questions, answers)]
         unread = [answer for answer in answers if answer.text not in self.choices]
-        notes += unread_notes(unread, len(answers), "are no letter alone, and are wrong")
+        notes += unparsed_notes(unread, len(answers), "are no letter alone, and are wrong")
         if len(rows) != len(questions):
             notes.append(f"{len(questions):,} of the {len(rows):,} questions of SEED-Bench.json are asked; the others "
                          "are wrong")
         return Scores(figures, "total", items, notes)
 
-    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer], folder: str) -> list[str]:
+    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
+                         folder: str) -> list[str]:
         """Lines of {question_id, prediction} in the order of SEED-Bench.json; nothing unless all have an answer."""
         texts = {answer.id: answer.text for answer in answers}
         ids = [row["question_id"] for row in self._bench(data)["questions"]]

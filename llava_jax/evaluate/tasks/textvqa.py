@@ -7,8 +7,16 @@ from typing import Any
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks import evalai
-from llava_jax.evaluate.tasks.base import NO_PHRASE, Answer, Item, Question, Scores, is_phrase, unread_notes
-from llava_jax.evaluate.tasks.questions import QuestionFile, fits, need, question_path, read_json
+from llava_jax.evaluate.tasks.base import (
+    NOT_A_PHRASE,
+    Answer,
+    Question,
+    ScoredAnswer,
+    Scores,
+    is_short_phrase,
+    unparsed_notes,
+)
+from llava_jax.evaluate.tasks.questions import QuestionFileTask, find_question_file, fits, need, read_json
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 REFERENCES = 10  # human answers to a question
@@ -17,24 +25,24 @@ Annotations = Mapping[tuple[Any, str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class TextVqa(QuestionFile):
+class TextVqa(QuestionFileTask):
     """TextVQA, validation: soft accuracy against ten human answers, after the VQA challenge's normalisation."""
 
     title = "TextVQA val"
-    needs = f"llava_textvqa_val_v051_ocr.jsonl, {ANNOTATIONS}, train_images/"
-    file = "llava_textvqa_val_v051_ocr.jsonl"
-    pictures = "train_images"
-    published = 5000
-    prompted = True
+    required_files = f"llava_textvqa_val_v051_ocr.jsonl, {ANNOTATIONS}, train_images/"
+    question_file = "llava_textvqa_val_v051_ocr.jsonl"
+    image_folder = "train_images"
+    num_published = 5000
+    uses_prompts = True
 
-    def read(self, data: str) -> list[Question]:
+    def load(self, data: str) -> list[Question]:
         """UserError as well for a question that the annotations do not have."""
-        questions, annotations = super().read(data), self._annotations(data)
+        questions, annotations = super().load(data), self._annotations(data)
         for question in questions:
             try:
                 _annotation(annotations, question.id, question.text)
             except UserError as error:
-                path = question_path(data, self.file)
+                path = find_question_file(data, self.question_file)
                 raise UserError(f"{path}, question {question.id!r}: {error}") from None
         return questions
 
@@ -48,13 +56,13 @@ class TextVqa(QuestionFile):
                 raise UserError(f"{data}: the answer to question {answer.id!r}: {error}") from None
             read = evalai.process(answer.text)
             score = evalai.soft_accuracy(read, [evalai.process(reference) for reference in references])
-            items.append(Item(answer.id, score, " | ".join(references), read))
+            items.append(ScoredAnswer(answer.id, score, " | ".join(references), read))
         if not items:
             raise UserError("TextVQA: there are no answers to score")
         mean = 100 * (sum(item.score for item in items) / len(items))
         unread = [answer for answer, item in zip(answers, items, strict=True)
-                  if not item.score and not is_phrase(answer.text, item.read)]
-        notes = [*self.size_notes(questions), *unread_notes(unread, len(answers), f"{NO_PHRASE}, and are wrong")]
+                  if not item.score and not is_short_phrase(answer.text, item.parsed)]
+        notes = [*self.size_notes(questions), *unparsed_notes(unread, len(answers), f"{NOT_A_PHRASE}, and are wrong")]
         return Scores({"accuracy": mean}, "accuracy", items, notes)
 
     def _annotations(self, data: str) -> Annotations:
