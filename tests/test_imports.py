@@ -10,11 +10,12 @@ import pytest
 import llava_jax
 
 ROOT = Path(llava_jax.__file__).parent
-BASE = {"errors", "files", "json_lines", "cli", "config"}
+BASE = {"errors", "files", "json_lines", "cli", "progress", "config"}
 MODEL = {*BASE, "models", "text", "images", "parallel"}
 NOUNS = {*MODEL, "weights", "data", "inference", "endpoint", "annotations", "pages"}
 ALLOWED = {
-    "errors": set(), "files": BASE, "json_lines": BASE, "cli": BASE, "images": BASE, "config": {*BASE, "images"},
+    "errors": set(), "files": BASE, "json_lines": BASE, "cli": BASE, "progress": BASE, "images": BASE,
+    "config": {*BASE, "images"},
     "text": BASE, "parallel": BASE, "models": MODEL,
     "data": MODEL - {"models", "parallel"}, "weights": MODEL,
     "inference": {*MODEL, "weights", "data"}, "endpoint": BASE, "annotations": {*BASE, "data"},

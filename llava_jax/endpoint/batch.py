@@ -26,12 +26,12 @@ from llava_jax.endpoint.client import LIMITS, Endpoint, check_length
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.limits import backoff
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request, read_reply
 from llava_jax.endpoint.run import Ending, J, Settle
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, replacing, require_fields
+from llava_jax.progress import Progress
 
 STATE = "batches.json"
 REQUESTS_PER_PART, BYTES_PER_PART = 50_000, 100_000_000  # what all servers with this API take
@@ -114,7 +114,7 @@ def _unanswered(
             if settle(job, attempts[index], answer):
                 del attempts[index]
                 if progress is not None:
-                    progress.settled(False, batches.budget)
+                    progress.update(fresh=False)
                 break
             attempts[index] += 1
 
@@ -369,7 +369,7 @@ class _Batches:
     def _tell(self) -> None:
         states = [f"{part.batch}: {part.status}, {part.done} of {part.requests}" for part in self._running()]
         if self._progress is not None and states and states != self._said:
-            self._progress.say(f"{time.strftime('%H:%M')} " + "; ".join(states))
+            self._progress.print(f"{time.strftime('%H:%M')} " + "; ".join(states))
             self._said = states
 
     def _load(self) -> list[_Part]:

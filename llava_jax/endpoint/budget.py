@@ -1,5 +1,6 @@
 """How much may be spent, so that the limit holds before a request goes and not after."""
 
+from collections import Counter
 from typing import Literal
 
 from llava_jax.endpoint.prices import Price
@@ -95,6 +96,11 @@ class Budget:
         self._longest = max(self._longest, reply.completion_tokens) if self.seen else reply.completion_tokens
         self._beyond = max(self._beyond, reply.completion_tokens)
         self.seen = True
+
+    def summary(self, rejects: Counter[str] | None = None) -> str:
+        """Returns the cost so far, if there is a price, and the number of rejected answers by reason."""
+        cost = [f"${self.cost + self.lost:.2f}"] if self.price is not None else []
+        return ", ".join(cost + [f"{count} {reason}" for reason, count in (rejects or Counter()).most_common()])
 
     @property
     def _spent(self) -> float:

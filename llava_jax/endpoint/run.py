@@ -8,9 +8,9 @@ from typing import Literal, Protocol, TypeVar
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import EndpointStopped, NoRoom, RequestFailed, Unsent
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.endpoint.stop import Stop
+from llava_jax.progress import Progress
 
 FAILURES_IN_A_ROW = 20  # requests that fail one after another end the run: the rest would too
 
@@ -118,7 +118,7 @@ class _Run:
                 break
             attempt += 1
         if self.progress is not None:
-            self.progress.settled(fresh, self.budget)
+            self.progress.update(fresh)
 
     async def obtain(self, key: str, request: Request) -> Reply | RequestFailed | None:
         """A reply that is in the log now, or the failure, or None if the run is over."""

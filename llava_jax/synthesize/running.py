@@ -18,13 +18,13 @@ from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import load_price
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply
 from llava_jax.endpoint.run import Ending, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import read_json, replacing, require_fields
+from llava_jax.progress import Progress
 from llava_jax.synthesize.output import check_folder, date, to_json, write_outputs
 from llava_jax.synthesize.synthesis import SETTINGS, Settings, Synthesis, Task
 
@@ -209,7 +209,7 @@ class Run:
     async def _ask(
         self, synthesis: Synthesis, log: AnswerLog, standing: Standing, budget: Budget, stop: Stop
     ) -> Ending:
-        progress = Progress(len(synthesis), standing.rejects, "tasks")
+        progress = Progress(len(synthesis), unit="tasks", note=lambda: budget.summary(standing.rejects))
         options = {"budget": budget, "stop": stop, "progress": progress}
         with contextlib.closing(progress), stop.listen():
             telling = asyncio.create_task(_tell(stop))

@@ -16,7 +16,6 @@ from llava_jax.endpoint.client import Endpoint
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.endpoint.run import FAILURES_IN_A_ROW, answer_all
 from llava_jax.endpoint.stop import Stop
@@ -326,13 +325,8 @@ def test_kill_loses_at_most_what_was_in_flight(process):
         assert answered(quiet, log, jobs(1000))[0] == "done" and sum(quiet.paid.values()) == 1000 - kept
 
 
-def test_progress_on_a_line(monkeypatch, log):
-    rejects = Counter(too_short=2)
-    progress = Progress(50, rejects, unit="answers")
+def test_a_summary_of_costs_and_rejects():
     budget = Budget(price=Price(1, 1, 1))
-    for i in range(10):
-        budget.cost += 0.25
-        progress.settled(i % 2 == 0, budget)
-    line = progress.line(budget)
-    assert line.startswith("10 of 50 answers, ") and line.endswith("$2.50, 2 too_short") and "minutes left" in line
-    assert Progress().line(Budget()).startswith("0 jobs, 0 a minute")
+    budget.cost, budget.lost = 2.0, 0.5
+    assert budget.summary(Counter(too_short=2, empty=3)) == "$2.50, 3 empty, 2 too_short"
+    assert Budget().summary() == ""

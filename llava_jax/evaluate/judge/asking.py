@@ -11,11 +11,11 @@ import tyro
 
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.run import Ending, Job, Settle, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of, note
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
+from llava_jax.progress import Progress
 
 
 class Unfinished(Exception):

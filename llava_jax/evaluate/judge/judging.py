@@ -22,7 +22,6 @@ from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.client import without_password
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Message, Reply, Request
 from llava_jax.endpoint.server import UNANSWERED, check_answered, note
 from llava_jax.errors import UserError
@@ -33,6 +32,7 @@ from llava_jax.evaluate.runner import answers as answer_files
 from llava_jax.evaluate.tasks.base import get
 from llava_jax.evaluate.tasks.llava_bench import Case, LlavaBench
 from llava_jax.evaluate.tasks.questions import make_folder, read_json
+from llava_jax.progress import Progress
 
 LOG = "judged.jsonl"
 PROMPTS = os.path.join(os.path.dirname(__file__), "prompts")
@@ -238,7 +238,8 @@ class Judge:
             return True
 
         budget = Budget(max_requests=self.model.max_requests)
-        self.model.ask(jobs, log, settle, budget, Progress(len(jobs), rejects, "judgements"))
+        progress = Progress(len(jobs), unit="judgements", note=lambda: budget.summary(rejects))
+        self.model.ask(jobs, log, settle, budget, progress)
 
     def _report(self, jobs: Sequence[Job], log: AnswerLog, failures: Mapping[tuple, str]) -> Report:
         """From the log: every job has a review or, unless it counts as -1, a failure."""

@@ -22,7 +22,6 @@ from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.endpoint.wording import find_refusal, find_source
@@ -31,6 +30,7 @@ from llava_jax.evaluate.judge.asking import Model, Unfinished
 from llava_jax.evaluate.judge.judging import PROMPTS
 from llava_jax.evaluate.tasks.questions import make_folder
 from llava_jax.files import replacing
+from llava_jax.progress import Progress
 from llava_jax.synthesize import evidence, parse
 from llava_jax.synthesize.prompts import KINDS, Prompts, read_questions
 from llava_jax.synthesize.rules import RulesTeacher
@@ -256,7 +256,7 @@ class Maker:
             return True
 
         if jobs:
-            progress = Progress(len(jobs), self.rejects, unit)
+            progress = Progress(len(jobs), unit=unit, note=lambda: self._budget.summary(self.rejects))
             self.options.model.ask(jobs, self.log, settle, self._budget, progress)
         if failures:
             check_answered(len(failures) + self._answered, failures)

@@ -10,13 +10,13 @@ from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.progress import Progress
 from llava_jax.endpoint.request import Reply, Request
 from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.evaluate.judge.asking import Model, Unfinished
 from llava_jax.evaluate.scienceqa.data import Problem, compose
 from llava_jax.evaluate.scienceqa.task import FAILED, read_statement
 from llava_jax.files import replacing
+from llava_jax.progress import Progress
 
 JUDGEMENTS = 2  # how often the judge is asked, at most, until it names one letter
 
@@ -88,7 +88,8 @@ class Asker:
             return attempt + 1 >= tries or read_statement(answer.text) != FAILED
 
         jobs = [_Job(pid, messages, self.model.parameters) for pid, messages in asked.items()]
-        self.model.ask(jobs, self.log, settle, self.budget, Progress(len(jobs), unit="questions"))
+        progress = Progress(len(jobs), unit="questions", note=self.budget.summary)
+        self.model.ask(jobs, self.log, settle, self.budget, progress)
         check_answered(len(jobs), failures)
         if failures and not self.partial:
             raise Unfinished(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is "
