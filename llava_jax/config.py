@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llava_jax.errors import UserError
-from llava_jax.images import LARGEST_LIMIT, MAX_PIXELS
+from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
 
 T = TypeVar("T")
 

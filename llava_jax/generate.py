@@ -159,7 +159,7 @@ class Chat:
             self.answer(line)
 
     def show(self, path: str) -> None:
-        from llava_jax.images import open_image
+        from llava_jax.image_files import open_image
 
         if not path:
             raise UserError("which one? Write /image PATH")

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from llava_jax.data.sources import open_source
-from llava_jax.images import open_image, prepare
+from llava_jax.image_files import open_image
+from llava_jax.images import prepare
 from llava_jax.prepare.pack import Pack
 
 SIZE = 336

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from llava_jax.errors import UserError
-from llava_jax.images import normalise, open_image, orientation, prepare, turn_upright
+from llava_jax.image_files import open_image, orientation, turn_upright
+from llava_jax.images import normalise, prepare
 
 SIZES = [
     (336, 336), (224, 224), (1, 1), (1, 97), (97, 1), (2, 301), (301, 2), (3, 3), (640, 480), (480, 640),
@@ -277,7 +278,7 @@ def test_elongated_images_are_refused_before_memory_runs_out():
 
 @pytest.mark.parametrize("strip", [1, 5000, 2**22])
 def test_padding_in_strips_is_padding(strip, monkeypatch):
-    monkeypatch.setattr("llava_jax.images.STRIP_PIXELS", strip)
+    monkeypatch.setattr("llava_jax.image_files.STRIP_PIXELS", strip)
     for number, (width, height) in enumerate([*SIZES, (2000, 3), (3, 2000)]):
         image = Image.fromarray(noise(width, height, 3, number))
         side = max(width, height)
@@ -326,14 +327,14 @@ def test_bombs_are_told_from_their_headers(bomb, tmp_path):
     (tmp_path / "bomb").write_bytes(BOMBS[bomb]())
     script = """
 import resource, sys
-import llava_jax.images as images
+import llava_jax.image_files as image_files
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with open("/proc/self/statm") as file:
     mapped = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 100 * 2**20, -1))
 try:
-    images.open_image(sys.argv[1])
-except images.UserError as error:
+    image_files.open_image(sys.argv[1])
+except image_files.UserError as error:
     print(error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
@@ -372,7 +373,7 @@ def test_a_time_limit(monkeypatch):
     content = _bytes(Image.fromarray(noise(300, 200, 3)), "JPEG")
     assert open_image(content, seconds=1000)
     clock = iter(range(1000))
-    monkeypatch.setattr("llava_jax.images.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("llava_jax.image_files.time.monotonic", lambda: next(clock))
     with pytest.raises(UserError, match=r"decoding takes more than 2 s"):
         open_image(content, seconds=2)
 
@@ -410,7 +411,7 @@ def test_a_decoder_without_memory_is_no_bad_image(monkeypatch):
 
 
 def test_a_mistake_of_this_code_is_no_bad_image(monkeypatch):
-    monkeypatch.setattr("llava_jax.images.read_image", lambda *_: 1 / 0)
+    monkeypatch.setattr("llava_jax.image_files.read_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         open_image("any.png")
 

@@ -10,7 +10,8 @@ import numpy as np
 from llava_jax.data.records import BadRow, Record
 from llava_jax.data.sources import Mixture
 from llava_jax.errors import UserError
-from llava_jax.images import MAX_PIXELS, MissingImage, open_image, prepare
+from llava_jax.image_files import MAX_PIXELS, MissingImage, open_image
+from llava_jax.images import prepare
 from llava_jax.text.encode import IMAGE_TOKEN_ID, Example, NoSupervisedTokens, TooLong, encode_conversation
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture
 from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
-from llava_jax.images import MAX_PIXELS
+from llava_jax.image_files import MAX_PIXELS
 from llava_jax.text import templates
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example
 from llava_jax.text.tokenizer import Tokenizer

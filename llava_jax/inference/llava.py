@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 from llava_jax.errors import UserError
-from llava_jax.images import open_image, prepare, turn_upright
+from llava_jax.image_files import open_image, turn_upright
+from llava_jax.images import prepare
 from llava_jax.inference.detokenizer import Completion, Detokenizer
 from llava_jax.inference.engine import Engine, Job, shape
 from llava_jax.inference.grouping import group_batches, image_opener

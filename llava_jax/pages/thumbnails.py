@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from llava_jax.images import open_image
+from llava_jax.image_files import open_image
 
 MAX_PNG_PIXELS = 224 * 224
 """Number of pixels up to which a thumbnail is a PNG with exact pixels. A larger one is a JPEG."""

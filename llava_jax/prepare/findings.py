@@ -18,15 +18,8 @@ from llava_jax.data.fields import ANY_MARK
 from llava_jax.data.records import REASONS, BadRow, Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import UserError
-from llava_jax.images import (
-    MAX_PIXELS,
-    MissingImage,
-    open_header,
-    open_image,
-    orientation,
-    prepare,
-    read_image,
-)
+from llava_jax.image_files import MAX_PIXELS, MissingImage, open_header, open_image, orientation, read_image
+from llava_jax.images import prepare
 from llava_jax.prepare.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, NoSupervisedTokens, encode_conversation
 from llava_jax.text.templates import IMAGE, Template

@@ -17,7 +17,7 @@ from PIL import Image
 
 from llava_jax.data.packing import WINDOW, pack
 from llava_jax.data.records import BadRow, Record
-from llava_jax.images import open_header, open_image, read_image
+from llava_jax.image_files import open_header, open_image, read_image
 from llava_jax.prepare.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example, lay_out, place_tokens
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
-from llava_jax.images import LARGEST_LIMIT, MAX_PIXELS
+from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
 from llava_jax.text import agreement, templates
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer

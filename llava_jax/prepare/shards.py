@@ -15,16 +15,8 @@ from llava_jax.data.sources import Mixture
 from llava_jax.data.tfds_rows import example_type
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
-from llava_jax.images import (
-    MAX_PIXELS,
-    MissingImage,
-    decoding,
-    open_header,
-    open_image,
-    orientation,
-    prepare,
-    read_image,
-)
+from llava_jax.image_files import MAX_PIXELS, MissingImage, decoding, open_header, open_image, orientation, read_image
+from llava_jax.images import prepare
 
 SHOWN = 3  # bad rows of a shard that its note names
 

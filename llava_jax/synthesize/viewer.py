@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava_jax.annotations.context import Box
 from llava_jax.errors import UserError
-from llava_jax.images import open_image
+from llava_jax.image_files import open_image
 from llava_jax.synthesize.synthesis import Outcome, Task, Verdict
 
 LONGEST_SIDE = 640  # pixels of a picture in the page

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.images import open_image
+from llava_jax.image_files import open_image
 from llava_jax.pages import page
 from llava_jax.pages.curves import Curve, draw_curves
 from llava_jax.pages.thumbnails import make_thumbnail

@@ -10,7 +10,7 @@ import jax
 from llava_jax import config
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
-from llava_jax.images import open_image
+from llava_jax.image_files import open_image
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.models.llava import Parameters
 from llava_jax.parallel.processes import gather

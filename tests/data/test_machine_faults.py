@@ -44,7 +44,7 @@ def failing(fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)
-@pytest.mark.parametrize("where", ["llava_jax.images.open", "os.stat", "PIL.Image.open", "PIL.Image.Image.load"])
+@pytest.mark.parametrize("where", ["llava_jax.image_files.open", "os.stat", "PIL.Image.open", "PIL.Image.Image.load"])
 def test_training_does_not_skip_it(fault, where, data, monkeypatch):
     load = loader(data)
     assert [type(found) for found in load("images", [0, 1])] == [np.ndarray, str]  # a missing image is skipped
@@ -60,7 +60,7 @@ def test_training_does_not_skip_it(fault, where, data, monkeypatch):
 def test_pack_does_not_skip_it(fault, size, data, monkeypatch):
     examples = Examples(open_mixture(data), Encoding(size))
     examples.load(0)
-    for where in ("llava_jax.images.open", "PIL.Image.open", "PIL.Image.Image.load"):
+    for where in ("llava_jax.image_files.open", "PIL.Image.open", "PIL.Image.Image.load"):
         with monkeypatch.context() as patch:
             patch.setattr(where, failing(fault), raising=False)
             with pytest.raises(type(fault)) as raised:

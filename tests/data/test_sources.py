@@ -13,7 +13,7 @@ from llava_jax.data import json_rows
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import open_mixture, open_source
 from llava_jax.errors import UserError
-from llava_jax.images import open_image
+from llava_jax.image_files import open_image
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 TEXTS = ["plain", "naïve café", '日本語 [1, {2}] "quoted" \\ back', "😀\u2028 \x85\xa0", "a\nb\ttab", "", "}]"]

@@ -224,7 +224,7 @@ def test_images_that_grow_too_large_in_one_mode_only(mode, refused, tmp_path):
 
 def test_an_image_that_decodes_for_ever(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 20))
-    monkeypatch.setattr("llava_jax.images.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("llava_jax.image_files.time.monotonic", lambda: next(clock))
     (finding,), _ = run(write(tmp_path, [row(1, image="good.jpg")]), Settings())
     assert finding.kind == "broken_image" and "decoding takes more than 30 s" in finding.message
 

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from pack_data import contents, encoded, expected, run, stop, with_tfds, write_data
 from PIL import Image
 
-from llava_jax import cli, images
+from llava_jax import cli, image_files, images
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError
 from llava_jax.prepare import pack
@@ -151,7 +151,7 @@ class TestImages:
     def test_without_a_size_no_pixel_changes(self, data, tmp_path):
         for old, new in zip(expected(data), with_tfds(run(data, tmp_path / "set")), strict=True):
             for before, after in zip(old["images"], new["images"], strict=True):
-                tiles = [images.prepare(images.open_image(content), 56, "pad") for content in (before, after)]
+                tiles = [images.prepare(image_files.open_image(content), 56, "pad") for content in (before, after)]
                 assert np.array_equal(*tiles)
 
     @pytest.mark.parametrize("mode", ["pad", "square"])
@@ -164,7 +164,7 @@ class TestImages:
             after = Encoding(56, mode, "png")(before)
             small += len(after) < len(before)
             assert len(after) <= len(before)
-            tiles = [images.prepare(images.open_image(content), 56, mode) for content in (before, after)]
+            tiles = [images.prepare(image_files.open_image(content), 56, mode) for content in (before, after)]
             assert np.array_equal(*tiles)
         assert small > 10
 
@@ -175,7 +175,7 @@ class TestImages:
             after = encoding(before)
             assert Image.open(io.BytesIO(after)).size == (56, 56) and len(after) < len(before)
             worse = Encoding(56, "pad", "jpeg", 60)(before)
-            tiles = [images.prepare(images.open_image(content), 56, "pad") for content in (before, after, worse)]
+            tiles = [images.prepare(image_files.open_image(content), 56, "pad") for content in (before, after, worse)]
             close, far = (np.abs(np.subtract(tiles[0], tile, dtype=int)).mean() for tile in tiles[1:])
             assert 0 < close < 4 and far > 2 * close
         small = encoded(0, 56, 40)
@@ -202,7 +202,7 @@ class TestImages:
                 at = draw.randrange(len(content))
                 broken = content[:at] if draw.random() < 0.7 else content[:at] + draw.randbytes(20) + content[at + 20 :]
                 try:
-                    images.open_image(broken)
+                    image_files.open_image(broken)
                 except ValueError:
                     bad += 1
                     with pytest.raises(ValueError):

@@ -18,7 +18,8 @@ from llava_jax import cli
 from llava_jax.data.examples import Loader
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
-from llava_jax.images import open_image, prepare
+from llava_jax.image_files import open_image
+from llava_jax.images import prepare
 from llava_jax.prepare.preview import Preview, draw_rows, read_rows
 from llava_jax.prepare.preview_page import write_page
 from llava_jax.prepare.settings import Settings

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.answers import NOT_ASKED, Line, to_answer
 from llava_jax.evaluate.tasks.base import Answer, Question, Task
-from llava_jax.images import open_image, prepare
+from llava_jax.image_files import open_image
+from llava_jax.images import prepare
 from llava_jax.inference.llava import ImageSource, Llava, PromptTooLong, Request
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates

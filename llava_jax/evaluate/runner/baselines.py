@@ -11,7 +11,8 @@ from PIL import Image
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Question
-from llava_jax.images import open_image, prepare
+from llava_jax.image_files import open_image
+from llava_jax.images import prepare
 from llava_jax.models.llava import LlavaConfig
 
 Baseline = Literal["none", "blind", "shuffled"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from llava_jax.images import open_image
+from llava_jax.image_files import open_image
 
 SHOWN, SHOWN_WRONG = 1000, 700
 """The most questions on a page, and how many of these are not right where there are more."""
