@@ -19,7 +19,7 @@ ALLOWED = {
     "text": BASE, "parallel": BASE, "models": MODEL,
     "data": MODEL - {"models", "parallel"}, "weights": MODEL,
     "inference": {*MODEL, "weights", "data"}, "endpoint": BASE, "annotations": {*BASE, "data"},
-    "pages": {*BASE, "images"},
+    "pages": {*BASE, "image_files"},
     **dict.fromkeys(("train", "prepare", "synthesize", "evaluate", "generate", "convert"), NOUNS),
     "plan": {*NOUNS, "train"},  # it compiles the very step of `train`
 }
