@@ -1,4 +1,4 @@
-"""`prepare filter`: captions kept by the concept-balanced filter of annotations/concept_filter.py."""
+"""`prepare filter`: selects captions with the concept-balanced filter of annotations/concept_filter.py."""
 
 import dataclasses
 import os
@@ -12,11 +12,12 @@ from llava_jax.annotations.noun_phrases import open_chunker
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
 from llava_jax.prepare.filter_report import write_report
+from llava_jax.prepare.options import Flag, WorkerOptions, require_at_least
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
-    """Keep captions so that rare concepts are covered and common ones do not prevail (the paper's CC3M -> 595K rule).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Filter(WorkerOptions):
+    """Selects captions so that rare concepts are covered and common ones do not prevail (CC3M to 595K in the paper).
 
     DATA holds one caption a row: a JSON list or JSON lines of rows with a `caption` (metadata.json) or a conversation
     of one answer (chat.json), or lines of caption, tab, URL, as CC3M is published. OUT gets the chosen rows as they
@@ -24,27 +25,25 @@ class Filter:
     """
 
     data: tyro.conf.Positional[str]
-    """file to filter"""
+    """File to filter."""
     out: tyro.conf.Positional[str]
-    """file to write, in the form of DATA"""
+    """File to write, in the format of DATA."""
     report: str = ""
-    """page to write on the frequencies of phrases before and after; OUT with .html for its ending if empty"""
+    """Page to write, with the frequencies of phrases before and after; by default OUT with the ending .html."""
     min_frequency: int = 3
-    """phrases that fewer captions have are forgotten"""
+    """Smallest number of captions of a phrase; rarer phrases are ignored."""
     max_per_phrase: int = 100
-    """captions that are taken for a phrase, if it has more"""
+    """Largest number of captions that are selected for one phrase."""
     seed: int = 0
-    """of the choice among the captions of a phrase"""
+    """Random seed for the selection among the captions of a phrase."""
     chunker: Literal["light", "spacy"] = "light"
-    """what finds the noun phrases: word lists and patterns, or a spaCy pipeline, which is much slower"""
+    """Finder of noun phrases: word lists and patterns, or a spaCy pipeline, which is much slower."""
     spacy_model: str = ""
-    """for --chunker spacy: an installed pipeline (en_core_web_sm), or a folder with one, such as an unpacked wheel"""
+    """With --chunker spacy, an installed pipeline (en_core_web_sm) or the folder of an unpacked one."""
     bad_rows: Literal["error", "skip"] = "error"
-    """what to do about a row that has no caption: stop, or leave it out"""
-    overwrite: bool = False
-    """replace files that exist"""
-    workers: int | None = None
-    """processes that look for phrases; by default one for each core, 0 for none besides this one"""
+    """What happens to rows without a caption: error stops, skip leaves them out."""
+    overwrite: Flag = False
+    """Whether existing files are replaced."""
 
     def run(self) -> int:
         report = self.report or os.path.splitext(self.out)[0] + ".html"
@@ -81,10 +80,8 @@ class Filter:
         return 0
 
     def _check(self, report: str) -> None:
-        for name, least in (("min_frequency", 1), ("max_per_phrase", 1), ("seed", 0), ("workers", 0)):
-            given = getattr(self, name)
-            if given is not None and given < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {given}")
+        require_at_least(1, self, "min_frequency", "max_per_phrase")
+        require_at_least(0, self, "seed", "workers")
         if len({os.path.realpath(path) for path in (self.data, self.out, report)}) < 3:
             raise UserError(f"DATA, OUT and --report must be three files, not {self.data}, {self.out} and {report}")
         for path in (self.out, report):

@@ -109,7 +109,7 @@ def test_shards_of_tfds(code, data, tmp_path, monkeypatch):
     module = pytest.importorskip("array_record.python.array_record_module")
     from llava_jax.prepare.pack import Pack
 
-    assert Pack(str(data), str(tmp_path / "set"), workers=0, bad_rows="skip").run() == 0
+    assert Pack(data=str(data), out=str(tmp_path / "set"), workers=0, bad_rows="skip").run() == 0
     monkeypatch.setattr(module, "ArrayRecordReader", failing(RuntimeError(f"UNKNOWN: {os.strerror(code)}; reading x")))
     with pytest.raises(OSError) as raised:
         open_source(tmp_path / "set")[0]

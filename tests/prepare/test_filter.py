@@ -131,7 +131,7 @@ def expected_rows(texts, **options):
 
 
 def run(data, output, **options):
-    return Filter(str(data), str(output), **{"workers": 0, "max_per_phrase": 5, **options}).run()
+    return Filter(data=str(data), out=str(output), **{"workers": 0, "max_per_phrase": 5, **options}).run()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -283,9 +283,9 @@ def test_mistakes_in_the_options(tmp_path):
         run(data, data)
     with pytest.raises(UserError, match="must be three files"):
         run(data, tmp_path / "kept", report=str(tmp_path / "kept"))
-    with pytest.raises(UserError, match="--max-per-phrase must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--max-per-phrase is 0: it must be at least 1"):
         run(data, tmp_path / "kept", max_per_phrase=0)
-    with pytest.raises(UserError, match="--seed must be at least 0, not -1"):
+    with pytest.raises(UserError, match="--seed is -1: it must be at least 0"):
         run(data, tmp_path / "kept", seed=-1)
     with pytest.raises(UserError, match="nothing is left of 60 captions.*lower --min-frequency"):
         run(data, tmp_path / "kept", min_frequency=100)

@@ -139,7 +139,7 @@ def test_the_progress_of_a_pack_that_is_damaged(tmp_path, monkeypatch):
     def start():
         monkeypatch.setattr(pack.Pack, "_finish", stop)
         with pytest.raises(Stopped):
-            Pack(data, str(out), workers=0, shards=2, overwrite=True).run()
+            Pack(data=data, out=str(out), workers=0, shards=2, overwrite=True).run()
         monkeypatch.setattr(pack.Pack, "_finish", finish)
 
     start()
@@ -149,7 +149,7 @@ def test_the_progress_of_a_pack_that_is_damaged(tmp_path, monkeypatch):
         name = list(whole)[number % 3]
         (out / ".pack" / name).write_bytes(mutate(whole[name], rng))
         try:
-            Pack(data, str(out), workers=0, shards=2).run()
+            Pack(data=data, out=str(out), workers=0, shards=2).run()
         except UserError as error:
             assert name == "plan.json" and str(out) in str(error) and "\n" not in str(error)
             refused += 1
@@ -171,7 +171,7 @@ def test_images_are_turned_where_pack_is_told_to(tmp_path):
     for options in ({}, {"exif": True}, {"exif": True, "image_size": 28}, {"image_size": 28},
                     {"image_size": 500, "exif": True}):
         out = tmp_path / f"set{len(sizes)}"
-        assert Pack(data, str(out), workers=0, image_format="png", **options).run() == 0
+        assert Pack(data=data, out=str(out), workers=0, image_format="png", **options).run() == 0
         source = open_source(out)
         images = [Image.open(io.BytesIO(source[i].images[0])) for i in range(2)]
         assert (images[0].getexif().get(0x0112, 1) == 1) == ("exif" in options or "image_size" in options)

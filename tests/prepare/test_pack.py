@@ -22,7 +22,7 @@ from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError
 from llava_jax.prepare import pack
 from llava_jax.prepare.pack import Pack
-from llava_jax.prepare.shards import Encoding, _check_image
+from llava_jax.prepare.shards import Encoding, check_image
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,8 @@ def test_what_tfds_itself_would_have_written(data, tmp_path):
         {
             "id": tfds.features.Text(),
             "images": tfds.features.Sequence(tfds.features.Image()),
+            "image_widths": tfds.features.Sequence(tfds.features.Scalar(np.int32)),
+            "image_heights": tfds.features.Sequence(tfds.features.Scalar(np.int32)),
             "conversations": tfds.features.Sequence(
                 {"from": tfds.features.Text(), "value": tfds.features.Text(), "loss": tfds.features.Scalar(np.bool_)}
             ),
@@ -66,7 +68,11 @@ def test_what_tfds_itself_would_have_written(data, tmp_path):
     for row in expected(data):
         files = [io.BytesIO(image) for image in row["images"]]
         turns = [turn | {"loss": turn["from"] == "gpt"} for turn in row["turns"]]
-        example = {"id": row["id"], "images": files, "conversations": turns}
+        widths, heights = zip(*[Image.open(file).size for file in files], strict=True) if files else ((), ())
+        for file in files:
+            file.seek(0)
+        example = {"id": row["id"], "images": files, "image_widths": list(widths), "image_heights": list(heights),
+                   "conversations": turns}
         total += len(features.serialize_example(features.encode_example(example)))
     assert builder.info.splits["train"].num_bytes == total
 
@@ -197,7 +203,7 @@ class TestImages:
         Image.open(io.BytesIO(good[0])).save(file, "JPEG", progressive=True)
         draw, bad = random.Random(0), 0
         for content in [*good, file.getvalue()]:
-            _check_image(content)
+            check_image(content)
             for _ in range(60):
                 at = draw.randrange(len(content))
                 broken = content[:at] if draw.random() < 0.7 else content[:at] + draw.randbytes(20) + content[at + 20 :]
@@ -206,9 +212,9 @@ class TestImages:
                 except ValueError:
                     bad += 1
                     with pytest.raises(ValueError):
-                        _check_image(broken)
+                        check_image(broken)
                 else:
-                    _check_image(broken)
+                    check_image(broken)
         assert bad > 100
 
 
@@ -283,10 +289,10 @@ class TestBadRows:
     ("options", "message"),
     [
         ({"out": "gs://bucket/set"}, "copy that then: gcloud storage cp -r FOLDER URL"),
-        ({"quality": 0}, "--quality must be from 1 to 100, not 0"),
-        ({"image_size": 0}, "--image-size must be at least 1, not 0"),
-        ({"shards": 0}, "--shards must be at least 1, not 0"),
-        ({"workers": -1}, "--workers must be at least 0, not -1"),
+        ({"quality": 0}, "--quality is 0: it must be from 1 to 100"),
+        ({"image_size": 0}, "--image-size is 0: it must be at least 1"),
+        ({"shards": 0}, "--shards is 0: it must be at least 1"),
+        ({"workers": -1}, "--workers is -1: it must be at least 0"),
         ({"shard_size": "256"}, "--shard-size must be a size such as 256MB, not '256'"),
         ({"shard_size": "0MB"}, "--shard-size must be a size such as 256MB, not '0MB'"),
         ({"split": "train/1"}, "--split must be a word of letters, digits and _, not 'train/1'"),

@@ -15,7 +15,7 @@ from pack_data import Stopped, contents, encoded, run, stop, with_tfds, write_da
 from llava_jax.data.sources import open_source
 from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
-from llava_jax.prepare import pack
+from llava_jax.prepare import pack, progress
 from llava_jax.prepare.pack import Pack
 
 
@@ -105,7 +105,7 @@ def begun(data, tmp_path, monkeypatch) -> Path:
         ({"shards": 5}, "other shards: 4 before, 5 now"),
         ({"image_size": 56}, "other images: as in the files before, size 56 mode pad format jpeg quality 95 now"),
         ({"split": "val"}, "other name: set 1.0.0 train before, set 1.0.0 val now"),
-        ({"image_root": "/"}, "other data or image root; give the same to go on, another folder, or --overwrite"),
+        ({"image_root": "/"}, "other data or image root; give the same to continue, another folder, or --overwrite"),
     ],
 )
 def test_another_pack_is_not_mixed_with_the_one_that_was_begun(data, begun, options, message):
@@ -187,7 +187,7 @@ def test_ctrl_c_stops_at_once(data, tmp_path):
         assert held.stdout.readline() == b"begun\n"
         held.send_signal(signal.SIGINT)
         assert held.wait(20) == 130  # though its row is still held
-        assert held.stderr.read().strip() == b"stopped; the same command goes on from here"
+        assert held.stderr.read().strip() == b"stopped; the same command continues from here"
     assert len(with_tfds(run(data, tmp_path / "set"))) == 24
 
 
@@ -248,10 +248,10 @@ class TestDisk:
         command = [sys.executable, "-c", code, large, str(tmp_path / "set")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
-        assert "0 shards are finished, and the same command goes on from there" in done.stderr
+        assert "0 shards are finished, and the same command continues from there" in done.stderr
 
     def test_a_worker_that_dies(self, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(pack, "Pool", lambda write, workers, writes: Pool(Dies(), 1, writes))
+        monkeypatch.setattr(progress, "Pool", lambda write, workers, writes: Pool(Dies(), 1, writes))
         with pytest.raises(RuntimeError, match="a worker process died .*; 0 shards are finished, and the same command"):
             run(data, tmp_path / "set")
 
