@@ -37,7 +37,8 @@ READ = frozenset({
     *(kind + plural + suffix for kind in ("video", "audio") for plural in ("", "s")
       for suffix in ("", *(f"_{what}{more}" for what in ("path", "url", "file") for more in ("", "s")))),
 })  # fmt: skip
-_KNOWN = {"id", "image", "images", *SYSTEM}
+SIZES = ("image_widths", "image_heights")  # of the images of a row, in pixels; `prepare pack` writes them
+_KNOWN = {"id", "image", "images", *SIZES, *SYSTEM}
 _KNOWN_IN_TURNS = {"from", "role", "value", "content", *LEARNED, *MASKED}
 _KNOWN_IN_PARTS = {"type", "text", "image", "image_url", "url", "path", "base64", "index", *LEARNED, *MASKED}
 

@@ -202,7 +202,8 @@ class ShardWriter:
             if not os.path.exists(self.notes[shard]):
                 return None
             note = read_json(self.notes[shard])
-            complete = _is_note(note) and os.path.getsize(self.files[shard]) == note["size"]
+            complete = (_is_note(note) and os.path.getsize(self.files[shard]) == note["size"]
+                        and note["rows"] + sum(note["bad"].values()) == self.rows(shard))
         except (UserError, FileNotFoundError):
             return None
         return note if complete else None
@@ -213,7 +214,7 @@ def _is_note(note: dict[str, Any]) -> bool:
     bad, shown = note.get("bad"), note.get("shown")
     counts = [note.get(name) for name in ("rows", "bytes", "images", "read", "kept", "size")]
     return (isinstance(bad, dict) and isinstance(shown, list) and all(isinstance(line, str) for line in shown)
-            and all(type(count) is int for count in (*counts, *bad.values())))
+            and all(type(count) is int and count >= 0 for count in (*counts, *bad.values())))
 
 
 def write_json(path: str, content: Any) -> None:

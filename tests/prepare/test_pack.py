@@ -77,6 +77,14 @@ def test_what_tfds_itself_would_have_written(data, tmp_path):
     assert builder.info.splits["train"].num_bytes == total
 
 
+def test_sizes_of_images_are_stored_and_known(data, tmp_path):
+    source = open_source(run(data, tmp_path / "set"))
+    for i in range(len(source)):
+        sizes = [Image.open(io.BytesIO(image)).size for image in source[i].images]
+        assert list(zip(source.row(i)["image_widths"], source.row(i)["image_heights"], strict=True)) == sizes
+        assert not source[i].unknown
+
+
 def test_open_source_reads_back_the_same_records(data, tmp_path):
     before, after = open_source(data), open_source(run(data, tmp_path / "set"))
     assert len(after) == len(before)
