@@ -91,11 +91,11 @@ def finish(recipe: Recipe, model: Path) -> None:
     from llava_jax.evaluate.tasks.scenes import Scenes
     from llava_jax.inference.llava import Llava
     from llava_jax.train import report
-    from llava_jax.train.start import begin, load_parameters
+    from llava_jax.train.setup import load_parameters, setup
 
     folder, output = Path(recipe.stages["align"].data.path).parent, Path(recipe.output)
     llava = llava_jax.load(model)
-    run = begin(recipe)
+    run = setup(recipe)
     aligned = Llava(run.model, load_parameters(run, lambda path: "float32", before="instruct"), run.tokenizer)
     task = Scenes()
     questions = [q for q in task.load(str(folder)) if int(Path(q.row["image"]).stem) <= TEST]

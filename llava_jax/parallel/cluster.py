@@ -19,16 +19,17 @@ DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Process `index` of `count`; process 0 listens at `address` (host:port). `hosts`: all, where they are known."""
+class ClusterInfo:
+    """Position of this process among those of a run. `hosts` names all of them where they are known."""
 
-    address: str
-    index: int
-    count: int
+    coordinator_address: str
+    """host:port at which process 0 listens"""
+    process_id: int
+    num_processes: int
     hosts: tuple[str, ...] = ()
 
 
-def find() -> Place | None:
+def detect_cluster() -> ClusterInfo | None:
     """This process's place, or None where it is alone. In this order:
 
     1. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
@@ -47,7 +48,7 @@ def find() -> Place | None:
         count, index = (_number(os.environ.get, name, reason) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if not 0 <= index < count:
             raise UserError(f"JAX_PROCESS_ID is {index}: with JAX_NUM_PROCESSES {count} it lies in 0..{count - 1}")
-        return Place(address, index, count) if count > 1 else None
+        return ClusterInfo(address, index, count) if count > 1 else None
     if (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
     if hosts := os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES"):
@@ -66,7 +67,7 @@ def find() -> Place | None:
     return _in_slices(workers, int(worker), lambda name: os.environ.get(name) or variables.get(name))
 
 
-def _in_slices(workers: tuple[str, ...], worker: int, get: Callable[[str], str | None]) -> Place | None:
+def _in_slices(workers: tuple[str, ...], worker: int, get: Callable[[str], str | None]) -> ClusterInfo | None:
     """The place of a slice's `worker`, whose slice may be one of several: their processes are numbered one by one."""
     slices, number, first, hosts = 1, 0, workers[0], workers
     if get("MEGASCALE_NUM_SLICES") not in (None, "", "1"):
@@ -82,7 +83,7 @@ def _in_slices(workers: tuple[str, ...], worker: int, get: Callable[[str], str |
         raise UserError(f"worker {worker} of {len(workers)} in slice {number} of {slices}: TPU_WORKER_ID and "
                          "MEGASCALE_SLICE_ID count from 0")
     port = os.environ.get("JAX_COORDINATOR_PORT") or PORT
-    return Place(f"{first}:{port}", number * len(workers) + worker, count, hosts) if count > 1 else None
+    return ClusterInfo(f"{first}:{port}", number * len(workers) + worker, count, hosts) if count > 1 else None
 
 
 def _number(get: Callable[[str], str | None], name: str, reason: str) -> int:

@@ -21,25 +21,25 @@ from typing import Any, TextIO
 
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
-from llava_jax.parallel.cluster import Place, find
+from llava_jax.parallel.cluster import ClusterInfo, detect_cluster
 from llava_jax.parallel.coordinator import FAULT, INTERRUPTED, LOST, MISTAKE, proof
 
-MEETING = 300.0
+CONNECT_TIMEOUT = 300.0
 """Seconds in which all processes must have been started."""
 
-ROUND = 600.0
+BARRIER_TIMEOUT = 600.0
 """Seconds that processes wait for the last of them, where they have done the same work."""
 
-LOADING = 1800.0
+LOAD_TIMEOUT = 1800.0
 """Seconds that processes wait for the last of them to have read a model's files."""
 
-LONG = 24 * 3600.0
+WORK_TIMEOUT = 24 * 3600.0
 """Seconds that processes wait where one alone has work, or each as much as it got: data made, questions answered."""
 
 ANSWER = 2**12
 """Characters of the coordinator's answer to a greeting at most."""
 
-SILENCE = 60.0
+HEARTBEAT_TIMEOUT = 60.0
 """Seconds after which a process that is not heard of counts as lost."""
 
 
@@ -47,21 +47,21 @@ LINE = 2000
 """Characters of an error that the other processes print; the process that failed prints all of it."""
 
 
-class Everywhere(UserError):
+class CollectiveError(UserError):
     """An error that all processes raise alike, so that none has to tell the others."""
 
 
 class Group:
     """This process's connection to the others, through the coordinator."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: ClusterInfo):
         self.place, self.calls, self.rounds = place, 0, 0
         self.asked, self.paused, self.stop_at, self.signal = False, False, None, 0
         self.verdict, self.code = None, 0
         self.values: dict[int, list] = {}
         self.changed = threading.Condition()
         self.sending = threading.Lock()
-        if place.index == 0:
+        if place.process_id == 0:
             _start_coordinator(place)
         self.socket, self.lines, self.service_port = _meet(place)
         self.heard = time.monotonic()
@@ -81,7 +81,7 @@ class Group:
             self.changed.wait_for(lambda: number in self.values)
             return self.values.pop(number)
 
-    def stopping(self, asked: int) -> int:
+    def should_stop(self, asked: int) -> int:
         """One call in every step: the signal by which all stop after this step, or 0."""
         with self.changed:
             self.calls += 1
@@ -107,7 +107,7 @@ class Group:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.code)
-        self.gather("the end of the program", None, seconds=LONG)
+        self.gather("the end of the program", None, seconds=WORK_TIMEOUT)
         self.send(kind="bye")
 
     def _read(self) -> None:
@@ -137,7 +137,7 @@ class Group:
 
     def _on_end(self, process: int | None, line: str, code: int) -> None:
         self.verdict = line
-        if process == self.place.index:
+        if process == self.place.process_id:
             return
         if not self.code or code == LOST:  # an error after a loss comes from it
             _exit(line, code)
@@ -146,35 +146,36 @@ class Group:
 
     def _show_life(self) -> None:
         while True:
-            time.sleep(SILENCE / 10)
+            time.sleep(HEARTBEAT_TIMEOUT / 10)
             self.send(kind="alive")
-            if time.monotonic() - self.heard > SILENCE:
-                self._abandon(f"has not been heard of for {SILENCE:.0f} s")
+            if time.monotonic() - self.heard > HEARTBEAT_TIMEOUT:
+                self._abandon(f"has not been heard of for {HEARTBEAT_TIMEOUT:.0f} s")
 
     def _abandon(self, why: str) -> None:
         if self.verdict is None:
-            _exit(f"the coordinator on the host of process 0 ({self.place.address}) {why}; "
+            _exit(f"the coordinator on the host of process 0 ({self.place.coordinator_address}) {why}; "
                   "the same command goes on from the last checkpoint", LOST)
 
 
 _group: Group | None = None
 
 
-def connect() -> None:
+def initialize() -> None:
     """Joins the processes of a run, if there are several. Call it before anything else of JAX.
 
-    Which process this is, `cluster.find` tells; UserError or OSError with one line if they do not meet.
+    Which process this is, `cluster.detect_cluster` tells; UserError or OSError with one line if they do not meet.
     """
-    if place := find():
+    if place := detect_cluster():
         join(place)
 
 
-def join(place: Place) -> None:
+def join(place: ClusterInfo) -> None:
     """Meets the other processes and makes JAX one program of them; before anything else of JAX. Once is enough.
 
     Raises UserError or OSError if that fails. From then on a process that fails ends all of them. The others print one
     line that names it, and all exit with one code: 2 for a UserError, 130 for Ctrl-C, 1 for every other error; 75 if it
-    was stopped, killed, lost, late or never started, so that the same command may do. `shared_fate` tells of an error.
+    was stopped, killed, lost, late or never started, so that the same command may do.
+    `abort_all_on_error` reports an error.
     """
     global _group
     if _group is not None:
@@ -185,8 +186,8 @@ def join(place: Place) -> None:
         _exit(str(error), LOST)
     atexit.register(_group.leave)
     sys.excepthook = _report_then(sys.excepthook)
-    _group.gather("start", None, MEETING)
-    host = place.address.rpartition(":")[0]
+    _group.gather("start", None, CONNECT_TIMEOUT)
+    host = place.coordinator_address.rpartition(":")[0]
     try:  # JAX would abort
         socket.create_connection((host.strip("[]"), _group.service_port), timeout=30).close()
     except OSError as error:
@@ -198,14 +199,14 @@ def join(place: Place) -> None:
 
     state, day = distributed.global_state, 24 * 3600
     state.coordinator_address = f"{host}:{_group.service_port}"
-    state.process_id, state.num_processes = place.index, place.count
+    state.process_id, state.num_processes = place.process_id, place.num_processes
     state.client = _jax.get_distributed_runtime_client(
-        state.coordinator_address, place.index, init_timeout=int(MEETING), heartbeat_timeout=day, shutdown_timeout=day,
-        use_compression=True)
+        state.coordinator_address, place.process_id, init_timeout=int(CONNECT_TIMEOUT), heartbeat_timeout=day,
+        shutdown_timeout=day, use_compression=True)
     state.client.connect()
 
 
-def gather(name: str, value: Any, seconds: float = ROUND) -> list:
+def allgather_object(name: str, value: Any, seconds: float = BARRIER_TIMEOUT) -> list:
     """Every process's `value` (anything JSON can hold), by its index; all must call it in the same order.
 
     The run ends with a line that names who is missing `seconds` after the first was there.
@@ -213,35 +214,35 @@ def gather(name: str, value: Any, seconds: float = ROUND) -> list:
     return [value] if _group is None else _group.gather(name, value, seconds)
 
 
-def total(name: str, value: Sequence[float]) -> list[float]:
+def allreduce_sum(name: str, value: Sequence[float]) -> list[float]:
     """The sum of each number over all processes."""
-    return [sum(column) for column in zip(*gather(name, list(value)), strict=True)]
+    return [sum(column) for column in zip(*allgather_object(name, list(value)), strict=True)]
 
 
-def agree(what: str, value: dict[str, Any]) -> None:
-    """Everywhere, naming the first process that has other entries than process 0, and the entries."""
+def assert_equal_across_processes(what: str, value: dict[str, Any]) -> None:
+    """CollectiveError, naming the first process that has other entries than process 0, and the entries."""
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-    if len(set(gather(what, digest))) == 1:
+    if len(set(allgather_object(what, digest))) == 1:
         return
-    all_values = gather(what, [socket.gethostname(), value])
+    all_values = allgather_object(what, [socket.gethostname(), value])
     first = all_values[0][1]
     for index, (host, theirs) in enumerate(all_values):
         if differ := [key for key in first | theirs if theirs.get(key) != first.get(key)]:
             parts = ", ".join(f"{key} ({theirs.get(key)}, not {first.get(key)})" for key in differ[:4])
-            raise Everywhere(f"{what}: process {index} ({host}) differs from process 0 in {parts}")
+            raise CollectiveError(f"{what}: process {index} ({host}) differs from process 0 in {parts}")
 
 
-def stopping(asked: int) -> int:
+def should_stop(asked: int) -> int:
     """The signal by which all processes stop after this step, or 0; `asked` is one that this process got, or 0.
 
     To be called by all, once in every step. It costs no message until one process is asked to stop; then all stop after
     the same step, the next that none has begun.
     """
-    return asked if _group is None else _group.stopping(asked)
+    return asked if _group is None else _group.should_stop(asked)
 
 
 @contextlib.contextmanager
-def shared_fate() -> Iterator[None]:
+def abort_all_on_error() -> Iterator[None]:
     """An error in the block ends all processes, with a line that names this one."""
     try:
         yield
@@ -252,7 +253,7 @@ def shared_fate() -> Iterator[None]:
 
 def report(error: BaseException) -> None:
     """Ends all processes for an error of this one; here it then takes its usual way."""
-    if _group is None or _group.code or isinstance(error, Everywhere):
+    if _group is None or _group.code or isinstance(error, CollectiveError):
         return
     if isinstance(error, SystemExit):
         if not error.code:
@@ -282,26 +283,28 @@ def _exit(line: str, code: int) -> None:
     os._exit(code)
 
 
-def _start_coordinator(place: Place) -> None:
+def _start_coordinator(place: ClusterInfo) -> None:
     script = Path(__file__).with_name("coordinator.py")
-    host, _, port = place.address.rpartition(":")
-    settings = {"host": host, "port": int(port), "count": place.count, "hosts": place.hosts, "silence": SILENCE}
+    host, _, port = place.coordinator_address.rpartition(":")
+    settings = {"host": host, "port": int(port), "count": place.num_processes, "hosts": place.hosts,
+                "silence": HEARTBEAT_TIMEOUT}
     # -P: this folder's modules are not for import by their bare names. A session of its own: no terminal's signals.
     process = subprocess.Popen([sys.executable, "-P", str(script), json.dumps(settings)], stdout=subprocess.PIPE,
                                stdin=subprocess.DEVNULL, text=True, start_new_session=True)
-    there = select.select([process.stdout], [], [], MEETING)[0]
+    there = select.select([process.stdout], [], [], CONNECT_TIMEOUT)[0]
     answer = process.stdout.readline().strip() if there else ""
     if answer != "ready":
-        raise OSError(f"{place.address}: {answer or 'the coordinator did not start'}")
+        raise OSError(f"{place.coordinator_address}: {answer or 'the coordinator did not start'}")
 
 
-def _meet(place: Place) -> tuple[socket.socket, TextIO, int]:
+def _meet(place: ClusterInfo) -> tuple[socket.socket, TextIO, int]:
     """A connection to the coordinator, its lines, and the port of JAX's service; waits until it is there."""
-    host, _, port = place.address.rpartition(":")
+    host, _, port = place.coordinator_address.rpartition(":")
     secret = proof(os.environ.get("LLAVA_JAX_SECRET", ""))
     name = re.sub(r"[^\w.-]", "_", socket.gethostname())[:255] or "unknown"
-    hello = json.dumps({"process": place.index, "count": place.count, "host": name, "secret": secret}) + "\n"
-    until = time.monotonic() + MEETING
+    hello = json.dumps({"process": place.process_id, "count": place.num_processes, "host": name, "secret": secret})
+    hello += "\n"
+    until = time.monotonic() + CONNECT_TIMEOUT
     while True:
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=10)
@@ -321,6 +324,6 @@ def _meet(place: Place) -> tuple[socket.socket, TextIO, int]:
         except (OSError, ValueError, RecursionError) as error:
             problem = error
         if time.monotonic() > until:
-            raise TimeoutError(f"process 0 at {place.address} has not answered for {MEETING:.0f} s ({problem}): is it "
-                               "running, and may this host connect to it?")
+            raise TimeoutError(f"process 0 at {place.coordinator_address} has not answered for {CONNECT_TIMEOUT:.0f} s "
+                               f"({problem}): is it running, and may this host connect to it?")
         time.sleep(0.5)

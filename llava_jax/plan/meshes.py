@@ -9,7 +9,7 @@ from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.parallel import sharding
 from llava_jax.plan.topologies import Slice
-from llava_jax.train.start import lay_out
+from llava_jax.train.setup import model_layout
 
 
 def with_slices(recipe: config.Recipe, where: Slice) -> tuple[config.Recipe, list[str]]:
@@ -26,7 +26,7 @@ def plan_mesh(recipe: config.Recipe, where: Slice, model: LlavaConfig) -> jax.sh
     devices = where.jax_devices()
     try:
         mesh = sharding.make_mesh(recipe.mesh, devices)
-        lay_out(recipe, mesh, model)
+        model_layout(recipe, mesh, model)
     except ValueError as error:
         others = [mesh for mesh in meshes(where) if fits(dataclasses.replace(recipe, mesh=mesh), devices, model)]
         flags = ", or ".join(f"--mesh.replica {mesh.replica} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}"
@@ -49,7 +49,7 @@ def meshes(where: Slice) -> list[config.Mesh]:
 def fits(recipe: config.Recipe, devices: list[jax.Device], model: LlavaConfig) -> bool:
     """Whether parameters and rows divide over the recipe's mesh."""
     try:
-        lay_out(recipe, sharding.make_mesh(recipe.mesh, devices), model)
+        model_layout(recipe, sharding.make_mesh(recipe.mesh, devices), model)
     except ValueError:
         return False
     return True

@@ -8,7 +8,7 @@ from llava_jax.errors import UserError
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VitConfig
-from llava_jax.train.start import model_config
+from llava_jax.train.setup import model_config
 from llava_jax.weights import read_config
 
 _LLAMA_13B = {"width": 5120, "intermediate_size": 13824, "layers": 40, "heads": 40, "num_kv_heads": 40}

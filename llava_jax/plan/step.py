@@ -19,7 +19,7 @@ from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.plan.topologies import GIB, Slice
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
-from llava_jax.train.start import lay_out
+from llava_jax.train.setup import model_layout
 from llava_jax.train.step import abstract_state, make_train_step
 
 STEPS = 1000
@@ -72,7 +72,7 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
     UserError that names the field if the recipe does not fit the mesh.
     """
     stage = recipe.stages[name]
-    dtype, graphs, shapes, shardings = lay_out(recipe, mesh, model)
+    dtype, graphs, shapes, shardings = model_layout(recipe, mesh, model)
     rates = trainable_paths(stage, list(shapes))
 
     def parameter(path: str, dtype: str) -> jax.ShapeDtypeStruct:

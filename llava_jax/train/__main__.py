@@ -25,21 +25,21 @@ def main(args: list[str]) -> int:
     # Imported here, so that --help and mistakes in the options answer without waiting for JAX.
     import jax
 
-    from llava_jax.parallel.processes import LONG, connect, gather, shared_fate
+    from llava_jax.parallel.processes import WORK_TIMEOUT, abort_all_on_error, allgather_object, initialize
     from llava_jax.train import output
-    from llava_jax.train.lock import hold
+    from llava_jax.train.lock import lock_directory
     from llava_jax.train.loop import Stopped, train
-    from llava_jax.train.start import begin
+    from llava_jax.train.setup import setup
 
-    connect()
+    initialize()
     first = jax.process_index() == 0
-    with shared_fate(), hold(output.directory(recipe)):
-        begin(recipe)  # finds mistakes before any data is made
+    with abort_all_on_error(), lock_directory(output.directory(recipe)):
+        setup(recipe)  # finds mistakes before any data is made
         # A recipe may bring its own data and its own evaluation: the miniature does both.
         if hasattr(module, "prepare"):
             if first:
                 module.prepare(recipe)
-            gather("the recipe's data", None, LONG)
+            allgather_object("the recipe's data", None, WORK_TIMEOUT)
         try:
             model = train(recipe)
         except Stopped as stopped:

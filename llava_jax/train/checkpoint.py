@@ -24,7 +24,7 @@ from etils import epath
 
 from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters
-from llava_jax.parallel.processes import gather
+from llava_jax.parallel.processes import allgather_object
 from llava_jax.train.digests import check_finite, digests
 from llava_jax.train.step import TrainState
 
@@ -164,7 +164,7 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
             print(f"{self.directory / str(step)}: this checkpoint is damaged ({problem}) and is now {target}; going "
                   f"on from the one before, of step {max(earlier)}", flush=True)
-        gather(f"the damaged checkpoint of step {step} is out of the way", None)
+        allgather_object(f"the damaged checkpoint of step {step} is out of the way", None)
 
     def _folder(self, step: int) -> epath.Path:
         return epath.Path(self.directory.resolve()) / str(step)
@@ -203,7 +203,7 @@ class Checkpoints:
             problem = " ".join(str(error).split())[:200] or type(error).__name__
         if problem:
             _collect_quietly()
-        if problems := [problem for problem in gather(f"checkpoint of step {step}", problem) if problem]:
+        if problems := [problem for problem in allgather_object(f"checkpoint of step {step}", problem) if problem]:
             raise DamagedCheckpoint(self, step, problems[0])
         return result
 

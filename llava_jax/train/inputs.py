@@ -20,7 +20,7 @@ from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.train import output
-from llava_jax.train.start import Run
+from llava_jax.train.setup import TrainContext
 from llava_jax.weights.companions import TOKENIZER_FILES
 
 HASHED_WHOLE = 2**32
@@ -30,7 +30,7 @@ SAMPLES, SAMPLE_BYTES = 256, 2**16
 """Number of samples of a source, and their size."""
 
 
-def inputs(run: Run, batches: Batches) -> dict[str, str]:
+def inputs(run: TrainContext, batches: Batches) -> dict[str, str]:
     """A hash of each source of the data, of the tokenizer, the template and the model's configuration, by name."""
     loader, mixture = batches.loader, batches.order.mixture
     found = {}
@@ -45,7 +45,7 @@ def inputs(run: Run, batches: Batches) -> dict[str, str]:
     return found
 
 
-def check_inputs(run: Run, stage: str, found: dict[str, str]) -> None:
+def check_inputs(run: TrainContext, stage: str, found: dict[str, str]) -> None:
     """Raises UserError that names what is not as it was when the stage was trained so far."""
     path = run.directory / "inputs.json"
     before = (read_json(path) if path.exists() else {}).get(stage, found)
@@ -57,7 +57,7 @@ def check_inputs(run: Run, stage: str, found: dict[str, str]) -> None:
                         "with what is there")
 
 
-def write_inputs(run: Run, stage: str, found: dict[str, str]) -> None:
+def write_inputs(run: TrainContext, stage: str, found: dict[str, str]) -> None:
     """Writes what a stage is trained on, for `check_inputs` of later runs."""
     if jax.process_index() == 0:
         path = run.directory / "inputs.json"

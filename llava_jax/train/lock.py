@@ -23,7 +23,7 @@ import jax
 
 from llava_jax.cli import printable
 from llava_jax.errors import UserError, user_path
-from llava_jax.parallel.processes import gather
+from llava_jax.parallel.processes import allgather_object
 
 NAME = ".lock"
 BEAT, SILENT = 10.0, 45.0
@@ -37,9 +37,8 @@ _held: set[str] = set()
 
 
 @contextlib.contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of an output directory; all processes of a run call it. Within another `hold` it does
-    nothing.
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of an output directory; all processes of a run call it. A nested call does nothing.
 
     Raises UserError that names the run which is using the directory.
     """
@@ -48,7 +47,7 @@ def hold(directory: Path) -> Iterator[None]:
         lock = (_FileLock if isinstance(directory, Path) else _BucketLock)(directory)
         _held.add(str(directory))
     try:
-        gather("the lock of the output directory", None)
+        allgather_object("the lock of the output directory", None)
         yield
     finally:
         if lock is not None:

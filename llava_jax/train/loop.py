@@ -24,20 +24,26 @@ from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters, choose_attention
 from llava_jax.parallel import processes
-from llava_jax.parallel.processes import LOADING, LONG, agree, gather, total
+from llava_jax.parallel.processes import (
+    LOAD_TIMEOUT,
+    WORK_TIMEOUT,
+    allgather_object,
+    allreduce_sum,
+    assert_equal_across_processes,
+)
 from llava_jax.train import output, preflight
 from llava_jax.train.checkpoint import DIVERGED, Checkpoints, DamagedCheckpoint
 from llava_jax.train.digests import check_finite, digests, fingerprint
 from llava_jax.train.inputs import check_inputs, inputs, write_inputs
-from llava_jax.train.lock import hold
+from llava_jax.train.lock import lock_directory
 from llava_jax.train.metrics import Log, Progress, model_flops, peak_flops
 from llava_jax.train.optimizer import make_optimizer, schedule, trainable_paths
-from llava_jax.train.start import Run, begin, load_parameters
+from llava_jax.train.setup import TrainContext, load_parameters, setup
 from llava_jax.train.step import init_state, make_loss, make_train_step
 from llava_jax.train.validation import Evaluations
 from llava_jax.weights import save_huggingface
 
-AHEAD = 2
+MAX_STEPS_IN_FLIGHT = 2
 """Steps that may wait on the devices. The loop runs ahead of them, and all that it ran ahead is done before a stop."""
 
 
@@ -54,11 +60,11 @@ def train(recipe: config.Recipe) -> Path:
 
     Raises Stopped after SIGTERM or SIGINT, UserError for a recipe or data that cannot be used.
     """
-    run = begin(recipe)
-    with hold(run.directory):
+    run = setup(recipe)
+    with lock_directory(run.directory):
         output.remove_leftovers(run.directory)
         output.check_recipe(recipe)  # again: nobody changes the directory from here on
-        if gather("the finished model", output.has_model(recipe))[0]:
+        if allgather_object("the finished model", output.has_model(recipe))[0]:
             return run.directory / "model"
         announce(run)
         with jax.set_mesh(run.mesh), StopSignal() as stop:
@@ -73,7 +79,7 @@ def train(recipe: config.Recipe) -> Path:
                     damaged.checkpoints.set_aside(damaged.step, damaged.problem)
 
 
-def announce(run: Run) -> None:
+def announce(run: TrainContext) -> None:
     """Prints what trains on what."""
     if jax.process_index() == 0:
         recipe = run.recipe
@@ -85,7 +91,7 @@ def announce(run: Run) -> None:
               f"remat {remat}", flush=True)
 
 
-def check_stages(run: Run) -> None:
+def check_stages(run: TrainContext) -> None:
     """Opens and tries what every stage will need that is not finished yet. Raises UserError for a mistake."""
     preflight.check_run(run)
     for name, stage in run.recipe.stages.items():
@@ -99,11 +105,11 @@ def check_stages(run: Run) -> None:
             preflight.check_validation_data(read_validation(run, stage))
 
 
-def finish(run: Run) -> Path:
+def finish(run: TrainContext) -> Path:
     """Writes the model's directory."""
     target = run.directory / "model"
     parameters = load_parameters(run, lambda path: "float32", before=None)
-    gather("the trained parameters are loaded", None, LOADING)
+    allgather_object("the trained parameters are loaded", None, LOAD_TIMEOUT)
     check_finite(digests(parameters), f"{target}: not written", "the checkpoints that the recipe starts from hold them")
     if isinstance(target, Path):
         save_huggingface(target, run.model, parameters, run.tokenizer_directory)
@@ -115,11 +121,11 @@ def finish(run: Run) -> Path:
             for path in sorted((Path(folder) / "model").iterdir(), key=lambda path: path.name == "config.json"):
                 with path.open("rb") as file, (target / path.name).open("wb") as there:
                     shutil.copyfileobj(file, there, 2**22)
-    gather("the model is in the bucket", None, LONG)
+    allgather_object("the model is in the bucket", None, WORK_TIMEOUT)
     return target
 
 
-def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
+def train_stage(run: TrainContext, name: str, log: Log, stop: "StopSignal") -> None:
     """Trains one stage to its end, from its newest checkpoint if there is one."""
     recipe, stage = run.recipe, run.recipe.stages[name]
     with contextlib.ExitStack() as stack:
@@ -130,7 +136,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
             meta["total_steps"] = stage.steps or count_steps(run, stage)
         steps, start = meta["total_steps"], latest or 0
         evaluations = stack.enter_context(contextlib.closing(Evaluations(
-            run, name, steps, log, lambda batch: on_devices(run, batch, 1))))
+            run, name, steps, log, lambda batch: shard_batch(run, batch, 1))))
         missing = evaluations.missing(start)
         if start == steps and not missing:
             return
@@ -144,7 +150,7 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
         del trainable
         batches = read_data(run, stage, stage.data.path)
         found = inputs(run, batches)
-        agree(f"stages.{name}", {"steps": steps, "checkpoint": latest, **found})
+        assert_equal_across_processes(f"stages.{name}", {"steps": steps, "checkpoint": latest, **found})
         data = stack.enter_context(contextlib.closing(iter(batches)))
         if latest is not None:
             check_inputs(run, name, found)
@@ -155,23 +161,23 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
         factor = schedule(steps, stage.optimizer.warmup_ratio)
         peak_rate = max(rates.values())
         progress = stack.enter_context(contextlib.closing(Progress(name, steps, done=start)))
-        window = Window(run, {path.split("/")[0] for path in rates})
+        window = MetricsWindow(run, {path.split("/")[0] for path in rates})
         evaluations.write(missing, start, loss, state.trainable, frozen, progress)
         for step in range(start, steps):
             batch = next(data)
             stop.holding = True
             if step == start:
-                output.claim(recipe)
+                output.write_recipe(recipe)
                 write_inputs(run, name, found)
-            rows = on_devices(run, batch, stage.gradient_accumulation)
+            rows = shard_batch(run, batch, stage.gradient_accumulation)
             state, metrics = train_step(state, frozen, rows)
             window.add(metrics, batch)
-            jax.block_until_ready(window.steps[-1 - AHEAD :][:1])
+            jax.block_until_ready(window.steps[-1 - MAX_STEPS_IN_FLIGHT :][:1])
             done = step + 1
             progress.step()
             checkpoints.check()
             logs, saves = done % recipe.log_every == 0 or done == steps, checkpoints.due(done) or done == steps
-            stopping = processes.stopping(stop.asked)
+            stopping = processes.should_stop(stop.asked)
             if logs or saves or stopping:
                 window.move_skipped(meta["skipped"])
             if logs:
@@ -186,25 +192,25 @@ def train_stage(run: Run, name: str, log: Log, stop: "StopSignal") -> None:
                 require_finite(name, "loss", float(after), f"after the last step, {steps}")
             if saves or stopping:  # before anything else that may fail
                 meta["data"] = data.get_state()
-                gather(f"stages.{name}, checkpoint of step {done}", None)
+                allgather_object(f"stages.{name}, checkpoint of step {done}", None)
                 checkpoints.save(done, state, copy.deepcopy(meta))
             if stopping:
                 raise Stopped(f"stopped at step {done} of stage {name}; the same command goes on from there", stopping)
             evaluations.write(evaluations.due(done), done, loss, state.trainable, frozen, progress)
         checkpoints.wait()
         stop.holding = False
-        if asked := max(gather(f"stages.{name} is trained", stop.asked)):
+        if asked := max(allgather_object(f"stages.{name} is trained", stop.asked)):
             raise Stopped(f"stopped at the end of stage {name}; the same command goes on from there", asked)
 
 
-def split_parameters(run: Run, name: str, rates: dict[str, float], meta: dict, checkpoints: Checkpoints
+def split_parameters(run: TrainContext, name: str, rates: dict[str, float], meta: dict, checkpoints: Checkpoints
                      ) -> tuple[Parameters, Parameters]:
     """The parameters with which a stage starts: those that it trains, and the frozen ones.
 
     Raises UserError if they are not finite, or if `meta` names other frozen ones.
     """
     parameters = load_parameters(run, lambda path: "float32" if path in rates else run.dtype, before=name)
-    gather(f"stages.{name}: the parameters are loaded", None, LOADING)  # what follows waits for all, without a name
+    allgather_object(f"stages.{name}: the parameters are loaded", None, LOAD_TIMEOUT)  # names who is late
     trainable = {path: x for path, x in parameters.items() if path in rates}
     frozen = {path: x for path, x in parameters.items() if path not in rates}
     found = digests(frozen)
@@ -222,7 +228,7 @@ def require_finite(name: str, figure: str, value: float, when: str) -> None:
         raise UserError(f"stages.{name}: the {figure} is {value} {when}; {DIVERGED}")
 
 
-def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
+def read_data(run: TrainContext, stage: config.Stage, path: str, **changes) -> Batches:
     """This process's share of a stage's packed rows; `changes` replace options of `Batches`."""
     data, model = stage.data, run.model
     options = dict(
@@ -235,22 +241,22 @@ def read_data(run: Run, stage: config.Stage, path: str, **changes) -> Batches:
     return Batches(**options | changes)
 
 
-def read_validation(run: Run, stage: config.Stage, keep: bool = False) -> Batches:
+def read_validation(run: TrainContext, stage: config.Stage, keep: bool = False) -> Batches:
     """The validation data of a stage, in batches of the size of a micro-batch."""
     return read_data(run, stage, stage.data.validation,
                      batch_size=stage.batch_size // stage.gradient_accumulation, shuffle=False,
                      epochs=1, keep=keep)
 
 
-def count_steps(run: Run, stage: config.Stage) -> int:
+def count_steps(run: TrainContext, stage: config.Stage) -> int:
     """Steps of the stage's epochs, from the number of packed rows that one pass over its data makes."""
     if jax.process_index() == 0:
         print(f"counting the packed rows of {stage.data.path}", flush=True)
-    packed = sum(gather("the packed rows", read_data(run, stage, stage.data.path).count_rows(), seconds=3600))
+    packed = sum(allgather_object("the packed rows", read_data(run, stage, stage.data.path).count_rows(), seconds=3600))
     return max(1, math.floor(stage.epochs * packed / stage.batch_size))
 
 
-def on_devices(run: Run, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:
+def shard_batch(run: TrainContext, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:
     """A step's rows on the mesh, cut into micro-batches on a leading axis; what only the host reads stays there."""
     sharding = NamedSharding(run.mesh, P(None, ("replica", "fsdp")))
     names = ("tokens", "labels", "positions", "segment_ids", "images")
@@ -258,10 +264,10 @@ def on_devices(run: Run, batch: dict[str, np.ndarray], micro_batches: int) -> di
                 sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])) for name in names}
 
 
-class Window:
+class MetricsWindow:
     """The figures of the steps since the last line of metrics."""
 
-    def __init__(self, run: Run, trained: set[str]):
+    def __init__(self, run: TrainContext, trained: set[str]):
         self.run, self.trained, self.skipped = run, trained, Counter()
         self.peak = peak_flops(run.mesh.devices.flat[0])
         self.open()
@@ -285,7 +291,7 @@ class Window:
 
     def move_skipped(self, sums: dict[str, int]) -> None:
         """Adds to `sums`, by reason, the rows that were skipped on the way to the steps so far, on all processes."""
-        counts = total("skipped rows", [self.skipped.pop(reason, 0) for reason in REASONS])
+        counts = allreduce_sum("skipped rows", [self.skipped.pop(reason, 0) for reason in REASONS])
         for reason, count in zip(REASONS, counts, strict=True):
             if count:
                 sums[reason] = sums.get(reason, 0) + count
@@ -296,7 +302,7 @@ class Window:
         seconds = time.perf_counter() - self.start
         learned = np.array([int(step["supervised_tokens"]) for step in steps])
         losses = np.array([float(step["loss"]) for step in steps])
-        counts = dict(zip(self.counts, total("metrics", self.counts.values()), strict=True))
+        counts = dict(zip(self.counts, allreduce_sum("metrics", self.counts.values()), strict=True))
         flops = counts["flops"] / seconds
         line = {
             "loss": float((losses * learned).sum() / max(learned.sum(), 1)),

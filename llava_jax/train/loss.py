@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from llava_jax.parallel.sharding import AXES
 from llava_jax.text.encode import IGNORE
 
-CHUNK = 1024
+LOSS_CHUNK_TOKENS = 1024
 """Positions of a device whose scores over the vocabulary exist at one time."""
 
 
@@ -19,9 +19,9 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Sum of the negative log likelihoods of `labels[:, t + 1]` given `hidden[:, t]`, float32; IGNORE counts nothing.
 
-    Scores are made CHUNK positions at a time, and the gradients at once with them, so that [B, T, V] never exists and
-    no product is made twice. Under a mesh (`jax.set_mesh`) each device takes positions of its rows, gathers the kernel
-    once and gives its part of the kernel's gradient away once.
+    Scores are made LOSS_CHUNK_TOKENS positions at a time, and the gradients at once with them, so that [B, T, V]
+    never exists and no product is made twice. Under a mesh (`jax.set_mesh`) each device takes positions of its rows,
+    gathers the kernel once and gives its part of the kernel's gradient away once.
     """
     labels = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORE)], axis=1)
     return _sum(hidden, kernel.astype(hidden.dtype), labels)
@@ -97,7 +97,7 @@ def _loss_and_gradients(hidden, kernel, labels):
 
 def _chunks(hidden: Array, labels: Array) -> tuple[Float[Array, "C T D"], Int[Array, "C T"]]:
     """All positions in a line, cut into pieces of equal length; what fills up the last learns nothing."""
-    size = min(CHUNK, labels.size)
+    size = min(LOSS_CHUNK_TOKENS, labels.size)
     rest = -labels.size % size
     hidden = jnp.pad(hidden.reshape(-1, hidden.shape[-1]), ((0, rest), (0, 0)))
     labels = jnp.pad(labels.reshape(-1), (0, rest), constant_values=IGNORE)

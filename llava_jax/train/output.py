@@ -14,13 +14,13 @@ from etils import epath
 from llava_jax import config, files
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, replacing
-from llava_jax.parallel.processes import Everywhere, gather
+from llava_jax.parallel.processes import CollectiveError, allgather_object
 
 # What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
-FREE = ("output", "mesh.*", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-        "tensorboard", "wandb", "model.attention", "stages.*.remat", "stages.*.optimizer.offload",
-        "stages.*.data.workers", "stages.*.data.validation")
-FREE_WHEN_FINISHED = ("path", "image_root", "bad_rows")
+RESUMABLE_FIELDS = ("output", "mesh.*", "log_every", "validate_every", "sample_every", "checkpoint_every",
+                    "keep_checkpoints", "tensorboard", "wandb", "model.attention", "stages.*.remat",
+                    "stages.*.optimizer.offload", "stages.*.data.workers", "stages.*.data.validation")
+RESUMABLE_WHEN_FINISHED = ("path", "image_root", "bad_rows")
 """Fields of a stage's data that nothing reads once a later stage has started."""
 
 SEEN_WITHIN = 60.0
@@ -33,27 +33,28 @@ def directory(recipe: config.Recipe) -> Path:
 
 
 def check_shared(recipe: config.Recipe) -> None:
-    """Everywhere, naming the processes that do not see the directory in which process 0 writes."""
+    """CollectiveError, naming the processes that do not see the directory in which process 0 writes."""
     if jax.process_count() == 1:
         return
     folder, first = directory(recipe), jax.process_index() == 0
-    name = gather("the name of a file", f".shared-{secrets.token_hex(8)}")[0]
+    name = allgather_object("the name of a file", f".shared-{secrets.token_hex(8)}")[0]
     new = first and not folder.exists()
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    gather("the file is there", None)
+    allgather_object("the file is there", None)
     until = time.monotonic() + SEEN_WITHIN
     while not (seen := (folder / name).exists()) and time.monotonic() < until:
         time.sleep(0.5)
-    blind = [str(i) for i, seen in enumerate(gather("the file is seen", seen)) if not seen]
+    blind = [str(i) for i, seen in enumerate(allgather_object("the file is seen", seen)) if not seen]
     if first:
         (folder / name).unlink()
         if new:  # a run that fails at its start should leave nothing
             folder.rmdir()
     if blind:
-        raise Everywhere(f"{recipe.output}: what process 0 writes there is not seen by process {', '.join(blind[:8])}; "
-                         "give an --output that all hosts share, gs://BUCKET/... or on a network file system")
+        raise CollectiveError(f"{recipe.output}: what process 0 writes there is not seen by process "
+                              f"{', '.join(blind[:8])}; give an --output that all hosts share, gs://BUCKET/... "
+                              "or on a network file system")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -63,7 +64,7 @@ def remove_leftovers(folder: Path) -> None:
         for pattern in (".shared-*", ".model.????????", "checkpoints/*/*.orbax-checkpoint-tmp"):
             for left in folder.glob(pattern):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    gather("the leftovers are gone", None)
+    allgather_object("the leftovers are gone", None)
 
 
 def check_recipe(recipe: config.Recipe) -> None:
@@ -83,8 +84,8 @@ def check_recipe(recipe: config.Recipe) -> None:
     if not has_model(recipe):
         started = [name for name in started if has_started(recipe, name)]
         finished, waiting = started[:-1], {*stored["stages"], *recipe.stages}.difference(started)
-    free = [*FREE, *(f"stages.{name}.*" for name in waiting),
-            *(f"stages.{name}.data.{field}" for name in finished for field in FREE_WHEN_FINISHED)]
+    free = [*RESUMABLE_FIELDS, *(f"stages.{name}.*" for name in waiting),
+            *(f"stages.{name}.data.{field}" for name in finished for field in RESUMABLE_WHEN_FINISHED)]
     changed = flat(recipe).items() ^ _flat(stored).items()
     fields = sorted({name for name, _ in changed if not any(fnmatchcase(name, pattern) for pattern in free)})
     if not fields and list(recipe.stages)[: len(started)] != started:
@@ -113,7 +114,7 @@ def has_later_started(recipe: config.Recipe, stage: str) -> bool:
     return any(has_started(recipe, later) for later in stages[stages.index(stage) + 1 :])
 
 
-def claim(recipe: config.Recipe) -> None:
+def write_recipe(recipe: config.Recipe) -> None:
     """Writes the recipe into its output directory, for `check_recipe` of later runs."""
     if jax.process_index() == 0:
         write_json(directory(recipe) / "recipe.json", _plain(recipe))

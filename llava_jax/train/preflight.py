@@ -9,14 +9,14 @@ from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Source
 from llava_jax.errors import UserError
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
-from llava_jax.train.start import Run
+from llava_jax.train.setup import TrainContext
 from llava_jax.weights import check_export
 
 PROBED_IF_ERROR, PROBED_IF_SKIP = 16, 100
 """Records of each source that are tried: all of them must be good, or one of them, as `bad_rows` says."""
 
 
-def check_run(run: Run) -> None:
+def check_run(run: TrainContext) -> None:
     """Raises UserError if the finished model could not be written, or a stage's optimizer not be made."""
     check_export(run.model, run.tokenizer_directory)
     for name, stage in run.recipe.stages.items():

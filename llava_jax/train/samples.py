@@ -13,10 +13,10 @@ from llava_jax.errors import UserError
 from llava_jax.image_files import open_image
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.models.llava import Parameters
-from llava_jax.parallel.processes import gather
+from llava_jax.parallel.processes import allgather_object
 from llava_jax.text.encode import encode_prompt
 from llava_jax.text.templates import IMAGE
-from llava_jax.train.start import Run
+from llava_jax.train.setup import TrainContext
 
 SHOWN = 4
 LONGEST = 48  # tokens
@@ -29,7 +29,7 @@ class Samples:
     All processes call the methods: each reads the questions, and all answer those that every one of them could read.
     """
 
-    def __init__(self, run: Run, stage: config.Stage):
+    def __init__(self, run: TrainContext, stage: config.Stage):
         self.run = run
         self.model = dataclasses.replace(run.model, template=stage.data.template or run.model.template)
         self.llava: Llava | None = None
@@ -45,7 +45,7 @@ class Samples:
                 read[i] = Request(messages, images, max_new_tokens=LONGEST), answer
             if len(read) == SHOWN:
                 break
-        everywhere = set.intersection(*map(set, gather("the questions of the samples", list(read))))
+        everywhere = set.intersection(*map(set, allgather_object("the questions of the samples", list(read))))
         self.pairs = [read[i] for i in sorted(everywhere)]
 
     def answer(self, parameters: Parameters) -> list[dict[str, str]]:

@@ -11,12 +11,12 @@ from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
 from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters
-from llava_jax.parallel.processes import gather, total
+from llava_jax.parallel.processes import allgather_object, allreduce_sum
 from llava_jax.train import output
 from llava_jax.train.checkpoint import DIVERGED
 from llava_jax.train.metrics import Log, Progress
 from llava_jax.train.samples import Samples
-from llava_jax.train.start import Run
+from llava_jax.train.setup import TrainContext
 
 
 class Evaluations:
@@ -26,7 +26,7 @@ class Evaluations:
     stage has some; they are tokenised in the first pass and kept for the others.
     """
 
-    def __init__(self, run: Run, name: str, steps: int, log: Log,
+    def __init__(self, run: TrainContext, name: str, steps: int, log: Log,
                  to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]):
         self.run, self.name, self.steps, self.log, self.to_devices = run, name, steps, log, to_devices
         self.stage = run.recipe.stages[name]
@@ -46,7 +46,8 @@ class Evaluations:
         Nothing is if a later stage has started.
         """
         kinds = [] if output.has_later_started(self.run.recipe, self.name) else self.due(step)
-        return gather("what is missing in the log", [k for k in kinds if not self.log.has(self.name, step, k)])[0]
+        missing = [kind for kind in kinds if not self.log.has(self.name, step, kind)]
+        return allgather_object("what is missing in the log", missing)[0]
 
     def write(self, kinds: list[str], step: int, loss: Callable, trainable: Parameters, frozen: Parameters,
               progress: Progress) -> None:
@@ -76,6 +77,6 @@ class Evaluations:
             rows = jax.tree.map(lambda x: x[0], self.to_devices(batch))
             sums += [float(value) for value in loss(trainable, frozen, rows)]
             skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
-        counts = total("skipped validation rows", [skipped[reason] for reason in REASONS])
+        counts = allreduce_sum("skipped validation rows", [skipped[reason] for reason in REASONS])
         return float(sums[0] / max(sums[1], 1)), {
             reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count}

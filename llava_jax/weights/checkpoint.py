@@ -167,8 +167,8 @@ def _save(directory: Path, parameters: Parameters | Source,
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        from llava_jax.parallel.processes import LONG, gather
-        gather(f"{directory} is complete", None, LONG)
+        from llava_jax.parallel.processes import WORK_TIMEOUT, allgather_object
+        allgather_object(f"{directory} is complete", None, WORK_TIMEOUT)
         multihost_utils.sync_global_devices(f"{directory} is complete")  # for processes that JAX joined without a group
 
 

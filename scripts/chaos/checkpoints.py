@@ -115,18 +115,18 @@ def work(folder: Path, made: Path, log: Path, seed: int, numbers: list[int]) -> 
 
 def stop_at(loop, step: int, recipe) -> None:
     """Trains up to the `step`-th step, where the machine is gone."""
-    original, count = loop.on_devices, [0]
+    original, count = loop.shard_batch, [0]
 
-    def on_devices(*arguments):
+    def shard_batch(*arguments):
         count[0] += 1
         if count[0] == step:
             raise InterruptedError
         return original(*arguments)
 
-    loop.on_devices = on_devices
+    loop.shard_batch = shard_batch
     with contextlib.suppress(InterruptedError):
         loop.train(recipe)
-    loop.on_devices = original
+    loop.shard_batch = original
 
 
 def go_on(loop, made: Path, output: Path, expected: dict) -> tuple[str, str]:

@@ -78,11 +78,11 @@ def models() -> Iterator[Target]:
 
 def joined_recipe(copy: Path, everything: Path) -> None:
     """What training reads of the parts before its first step."""
-    from llava_jax.train.start import begin, load_parameters
+    from llava_jax.train.setup import load_parameters, setup
 
     recipe = world.make_recipe(everything, copy.parent / "run")
     model = dataclasses.replace(recipe.model, vision=str(copy / "vision"), language=str(copy / "language"))
-    run = begin(dataclasses.replace(recipe, model=model))
+    run = setup(dataclasses.replace(recipe, model=model))
     load_parameters(run, lambda path: "float32", before="align")
 
 
@@ -107,7 +107,7 @@ def locked(copy: Path, everything: Path) -> None:
     from llava_jax.train import lock
 
     lock.SILENT = 0.1
-    with lock.hold(copy):
+    with lock.lock_directory(copy):
         pass
 
 

@@ -95,7 +95,7 @@ def make_run(folder: Path) -> None:
     from llava_jax.train.metrics import Log
 
     recipe = make_recipe(folder, folder / "run")
-    output.claim(recipe)
+    output.write_recipe(recipe)
     (folder / "run" / "inputs.json").write_text(json.dumps({"align": {"data 1: data.json": "0123456789abcdef"}}))
     (folder / "run" / ".lock").write_text(json.dumps({"host": "other", "pid": 1, "since": "2026-01-01 00:00:00"}))
     with contextlib.closing(Log(folder / "run", recipe)) as log:

@@ -1,7 +1,7 @@
 """Run by test_group.py in several processes: one member of a group, in which something happens.
 
-member.py SCENARIO [MEETING SILENCE]; SCENARIO: agree, late, missing, or NAME:PROCESSES with NAME kill, stall, or one of
-ERRORS.
+member.py SCENARIO [CONNECT_TIMEOUT HEARTBEAT_TIMEOUT], where SCENARIO is agree, late, missing,
+or NAME:PROCESSES with NAME kill, stall, or one of ERRORS.
 """
 
 import errno
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from llava_jax import cli, config
 from llava_jax.errors import UserError
 from llava_jax.parallel import processes as group
-from llava_jax.parallel.processes import connect
+from llava_jax.parallel.processes import initialize
 from llava_jax.train import output
 
 STEPS = 500
@@ -25,19 +25,19 @@ STEPS = 500
 def agree() -> None:
     """What all say to each other, and where they stop when one, the last, is asked to in its fifth step."""
     me, last = jax.process_index(), jax.process_count() - 1
-    print("gathered", group.gather("numbers", me * 10), group.total("numbers", [1, me]))
+    print("gathered", group.allgather_object("numbers", me * 10), group.allreduce_sum("numbers", [1, me]))
     data = config.Data(path="unused")
     stage = config.Stage(learning_rates=((".*", 1.0),), data=data)
     folder = os.path.join(sys.argv[4], str(me))
-    for disagree in (lambda: group.agree("the recipe", {"rows": 8, "seed": me // last}),
+    for disagree in (lambda: group.assert_equal_across_processes("the recipe", {"rows": 8, "seed": me // last}),
                      lambda: output.check_shared(config.Recipe(config.Model(llava="unused"), {"a": stage}, folder))):
         try:
             disagree()
-        except group.Everywhere as error:
+        except group.CollectiveError as error:
             print("differ", error)
     for step in range(1, STEPS + 1):
         multihost_utils.process_allgather(np.float64(step))
-        if number := group.stopping(signal.SIGTERM if me == last and step >= 5 else 0):
+        if number := group.should_stop(signal.SIGTERM if me == last and step >= 5 else 0):
             print("stopped", step, number)
             return
 
@@ -46,7 +46,7 @@ def late() -> None:
     """Process 1 never comes."""
     if jax.process_index() == 1:
         signal.pause()
-    group.gather("checkpoint 5", None, seconds=1)
+    group.allgather_object("checkpoint 5", None, seconds=1)
 
 
 ERRORS = {
@@ -72,11 +72,11 @@ def steps(event: str, processes: str) -> None:
 
 
 def main(args: list[str]) -> None:
-    group.MEETING, group.SILENCE = float(args[1]), float(args[2])
+    group.CONNECT_TIMEOUT, group.HEARTBEAT_TIMEOUT = float(args[1]), float(args[2])
     output.SEEN_WITHIN = 0.0
     scenario, _, processes = args[0].partition(":")
-    connect()
-    with group.shared_fate():
+    initialize()
+    with group.abort_all_on_error():
         steps(scenario, processes) if processes else {"agree": agree, "late": late}[scenario]()
 
 

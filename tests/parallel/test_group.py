@@ -37,7 +37,7 @@ def test_no_step_begins_while_the_last_one_is_agreed_on():
     member._on_where()
     assert json.loads(theirs.recv(100)) == {"kind": "here", "step": 6}
     answers = []
-    step = threading.Thread(target=lambda: answers.append(member.stopping(0)))
+    step = threading.Thread(target=lambda: answers.append(member.should_stop(0)))
     step.start()
     step.join(0.2)
     assert answers == []
@@ -45,7 +45,7 @@ def test_no_step_begins_while_the_last_one_is_agreed_on():
         member._on_stop(step=8, number=15)
         member.changed.notify_all()
     step.join()
-    assert answers + [member.stopping(0)] == [0, 15]
+    assert answers + [member.should_stop(0)] == [0, 15]
 
 
 def test_a_death_goes_before_the_errors_that_it_causes(monkeypatch):

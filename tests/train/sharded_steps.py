@@ -16,7 +16,7 @@ from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, abstract, init
 from llava_jax.models.vit import VitConfig
 from llava_jax.parallel import sharding
-from llava_jax.parallel.processes import connect
+from llava_jax.parallel.processes import initialize
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.step import init_state, make_train_step
@@ -73,7 +73,7 @@ def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "ful
 
 
 if __name__ == "__main__":
-    connect()
+    initialize()
     out, sizes = sys.argv[1], [int(size) for size in sys.argv[2:]]
     for i in range(0, len(sizes), 3):
         axes = config.Mesh(*sizes[i : i + 3])

@@ -46,29 +46,29 @@ def lines(recipe: config.Recipe) -> list[dict]:
 
 def stop_at(monkeypatch, step: int) -> None:
     """Sends SIGTERM to this process when the micro-batches of the `step`-th step from now go to the devices."""
-    original, count = loop.on_devices, [0]
+    original, count = loop.shard_batch, [0]
 
-    def on_devices(run, batch, micro_batches):
+    def shard_batch(run, batch, micro_batches):
         count[0] += 1
         if count[0] == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(run, batch, micro_batches)
 
-    monkeypatch.setattr(loop, "on_devices", on_devices)
+    monkeypatch.setattr(loop, "shard_batch", shard_batch)
 
 
 def break_down(monkeypatch, recipe: config.Recipe, step: int) -> None:
     """Runs the recipe up to its `step`-th step, where it dies without notice."""
-    original, count = loop.on_devices, [0]
+    original, count = loop.shard_batch, [0]
 
-    def on_devices(run, batch, micro_batches):
+    def shard_batch(run, batch, micro_batches):
         count[0] += 1
         if count[0] == step:
             raise RuntimeError("the machine is gone")
         return original(run, batch, micro_batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "on_devices", on_devices)
+        patch.setattr(loop, "shard_batch", shard_batch)
         with pytest.raises(RuntimeError, match="the machine is gone"):
             loop.train(recipe)
 

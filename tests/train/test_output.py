@@ -53,7 +53,7 @@ def test_metrics_are_written_and_rewound(recipe):
 
 def test_another_recipe_is_refused(recipe):
     output.check_recipe(recipe)
-    output.claim(recipe)
+    output.write_recipe(recipe)
     output.check_recipe(dataclasses.replace(recipe, log_every=3))
     elsewhere = dataclasses.replace(recipe.stages["b"], remat="qkv", optimizer=config.Optimizer(offload=True))
     output.check_recipe(dataclasses.replace(recipe, mesh=config.Mesh(fsdp=2), stages=recipe.stages | {"b": elsewhere}))
@@ -88,19 +88,19 @@ def test_the_lock_in_a_bucket(recipe, monkeypatch, state):
         monkeypatch.setattr(lock._BucketLock, "put", lambda self, note: self.path.write_text(json.dumps(other)))
     if state in ("alive", "at once"):
         with pytest.raises(UserError, match=r"gs://bucket/run: a run on elsewhere \(process 7, since 2026"), \
-                lock.hold(folder):
+                lock.lock_directory(folder):
             pass
     else:
-        with lock.hold(folder):
+        with lock.lock_directory(folder):
             assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
-            with lock.hold(folder):  # within: nothing
+            with lock.lock_directory(folder):  # within: nothing
                 pass
             assert (folder / ".lock").exists()
         assert not (folder / ".lock").exists()
 
 
 def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):
-    class Run:
+    class TrainContext:
         directory, model, tokenizer_directory = output.directory(recipe), None, ""
 
     def save(folder, *_):
@@ -113,7 +113,7 @@ def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):
     written, original = [], Bucket.open
     monkeypatch.setattr(Bucket, "open", lambda self, path, *mode, **options: written.append(path.rpartition("/")[2]) or
                         original(self, path, *mode, **options))
-    target = loop.finish(Run)
+    target = loop.finish(TrainContext)
     assert str(target) == "gs://bucket/run/model"
     assert written == ["a.json", "model.safetensors", "config.json"]
     assert output.has_model(recipe)

@@ -63,16 +63,16 @@ def assert_same(ours: config.Recipe, theirs: config.Recipe) -> None:
 
 def die(monkeypatch, recipe: config.Recipe, step: int) -> None:
     """Runs the recipe until its `step`-th batch goes to the devices, where it dies."""
-    original, count = loop.on_devices, [0]
+    original, count = loop.shard_batch, [0]
 
-    def on_devices(*args, **kwargs):
+    def shard_batch(*args, **kwargs):
         count[0] += 1
         if count[0] == step:
             raise RuntimeError("the machine is gone")
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "on_devices", on_devices)
+        patch.setattr(loop, "shard_batch", shard_batch)
         with pytest.raises(RuntimeError, match="the machine is gone"):
             loop.train(recipe)
 
@@ -285,8 +285,8 @@ def test_a_mixture_and_a_packed_set_are_compared_part_by_part(make_recipe, monke
 @pytest.fixture
 def other_process(tmp_path):
     """A process that holds the lock of the test's output directory until its input ends."""
-    code = ("import sys; from pathlib import Path; from llava_jax.train.lock import hold\n"
-            "with hold(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")
+    code = ("import sys; from pathlib import Path; from llava_jax.train.lock import lock_directory\n"
+            "with lock_directory(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -321,10 +321,10 @@ def test_a_note_of_another_host_is_watched(tmp_path, monkeypatch, alive):
         note, beats = path.read_text(), itertools.count()
         monkeypatch.setattr(lock._FileLock, "get", lambda self: note.replace('"beat": 1', f'"beat": {next(beats)}'))
         with pytest.raises(UserError, match=r"a run on elsewhere \(process 7, since 2026-01-01 \S+ UTC\) is using"), \
-                lock.hold(tmp_path):
+                lock.lock_directory(tmp_path):
             pass
     else:
-        with lock.hold(tmp_path):
+        with lock.lock_directory(tmp_path):
             assert json.loads(path.read_text())["pid"] == os.getpid()
         assert not path.exists()
 

@@ -13,7 +13,7 @@ from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.encode import encode_conversation, encode_prompt
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train import loop, samples
-from llava_jax.train.start import finished_template
+from llava_jax.train.setup import final_template
 from llava_jax.weights import load_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -48,14 +48,14 @@ def make_recipe(parts, data, tmp_path):
     ("mpt", ["plain"], "mpt"),
 ])
 def test_the_last_stage_of_conversations_names_the_template(make_recipe, template, stages, finished):
-    assert finished_template(make_recipe(template, *stages), template or "vicuna_v1") == finished
+    assert final_template(make_recipe(template, *stages), template or "vicuna_v1") == finished
 
 
 def test_another_template_than_trained_is_refused_by_name(make_recipe):
     words = r"stages.stage\d.data.template is llama_2, model.template mpt: .* in another form than trained"
     for stages in (["llama_2"], ["", "llama_2"], ["llama_2", "plain"], ["mpt", "llama_2"]):
         with pytest.raises(UserError, match=words):
-            finished_template(make_recipe("mpt", *stages), "mpt")
+            final_template(make_recipe("mpt", *stages), "mpt")
     with pytest.raises(UserError, match="stages.stage0.data.template is llava_llama_2, model.template vicuna_v1"):
         loop.train(make_recipe("vicuna_v1", "llava_llama_2"))
 

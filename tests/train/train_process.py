@@ -40,22 +40,22 @@ def happen(event: str) -> None:
 
 def main(args: list[str]) -> int:
     event, processes, step, *args = args
-    original, count = loop.on_devices, [0]
+    original, count = loop.shard_batch, [0]
     if os.environ.get("JAX_PROCESS_ID", "0") not in processes:
         event = "none"
     if event == "loading":
         loop.load_parameters = lambda *_, **__: signal.pause()
     if event == "early":
         loop.load_parameters = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
-    loop.LOADING = 1.0 if step == "0" else loop.LOADING
+    loop.LOAD_TIMEOUT = 1.0 if step == "0" else loop.LOAD_TIMEOUT
 
-    def on_devices(*arguments):
+    def shard_batch(*arguments):
         count[0] += 1
         if event != "none" and count[0] == int(step):
             happen(event)
         return original(*arguments)
 
-    loop.on_devices = on_devices
+    loop.shard_batch = shard_batch
     return train.main(args)
 
 

@@ -13,7 +13,7 @@ from llava_jax.prepare.settings import Settings
 from llava_jax.text import agreement
 from llava_jax.text.encode import IGNORE, encode_conversation
 from llava_jax.text.tokenizer import Tokenizer
-from llava_jax.train.start import model_config
+from llava_jax.train.setup import model_config
 from llava_jax.weights import read_config
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "two"}]
@@ -80,7 +80,7 @@ def test_another_template_is_refused(parts, decoders_dirs, tmp_path, kind):
 
 def test_training_takes_it_too(parts, decoders_dirs):
     from llava_jax import config
-    from llava_jax.train.start import agree_on_template
+    from llava_jax.train.setup import resolve_template
 
     source = str(decoders_dirs["qwen2"])
     tokenizer = Tokenizer.load(source)
@@ -91,7 +91,7 @@ def test_training_takes_it_too(parts, decoders_dirs):
                   for name, chosen in (("first", data_template), ("last", ""))}
         recipe = config.Recipe(model=config.Model(vision=str(parts[0]), language=source, template=template),
                                stages=stages, output="out")
-        return agree_on_template(recipe, model_config(recipe.model), tokenizer).template
+        return resolve_template(recipe, model_config(recipe.model), tokenizer).template
 
     assert agreed() == "qwen_1_5" and agreed("qwen_2_5", "plain") == "qwen_2_5"
     with pytest.raises(UserError, match="template vicuna_v1 ends answers with </s>"):

@@ -99,10 +99,10 @@ class EvaluateCommand:
             self._score_file()
             return 0
         # Imported here, so that files of answers are scored without waiting for JAX.
-        from llava_jax.parallel.processes import connect, shared_fate
+        from llava_jax.parallel.processes import abort_all_on_error, initialize
 
-        connect()
-        with shared_fate():
+        initialize()
+        with abort_all_on_error():
             self._ask()
         return 0
 
@@ -128,10 +128,10 @@ class EvaluateCommand:
         """Asks what this process has to ask; the first process, or whichever ends last, scores."""
         from llava_jax.evaluate.runner.answering import OWN, check_questions
         from llava_jax.evaluate.runner.baselines import shown
-        from llava_jax.parallel.cluster import find
-        from llava_jax.parallel.processes import LONG, agree, gather
+        from llava_jax.parallel.cluster import detect_cluster
+        from llava_jax.parallel.processes import WORK_TIMEOUT, allgather_object, assert_equal_across_processes
 
-        questions, place = self.task.load(self.data), find()
+        questions, place = self.task.load(self.data), detect_cluster()
         self.task.check_ground_truth(self.data, questions)
         asked = questions[: self.limit]
         if self.baseline != "none" and not any(question.images for question in asked):
@@ -143,8 +143,8 @@ class EvaluateCommand:
                 "these do, and divide the questions by themselves" if place else
                 "with --overwrite one would throw away what another has answered; remove the folder first"))
         settings, config = self._settings(questions) | self._model(), self._config()
-        agree("evaluate", _identity(settings))
-        chunks, index = (place.count, place.index) if place else (self.num_chunks, self.chunk_idx)
+        assert_equal_across_processes("evaluate", _identity(settings))
+        chunks, index = (place.num_processes, place.process_id) if place else (self.num_chunks, self.chunk_idx)
         mine = answers.chunk(len(asked), chunks, index)
         source = self.task.question_path(self.data)
         images = OWN if self.baseline == "shuffled" else shown(self.baseline, questions, config)
@@ -153,7 +153,7 @@ class EvaluateCommand:
             check_questions((asked[n] for n in mine), source, config, images)  # before anything is made or thrown away
         if self.overwrite and index == 0:
             answers.remove([os.path.join(self.folder, RUN), *self._files()])
-        gather("the folder", None, LONG)  # parts take unlike times to check
+        allgather_object("the folder", None, WORK_TIMEOUT)  # parts take unlike times to check
         found = self._begin(settings, questions)
         todo = [n for n in mine if n not in found]
         own = os.path.join(self.folder, WHOLE if chunks == 1 else f"answers-{index}-of-{chunks}.jsonl")
@@ -176,7 +176,7 @@ class EvaluateCommand:
             answers.write(os.path.join(self.folder, WHOLE), [found[n] for n in sorted(found)])
             answers.remove(set(self._files()) - {os.path.join(self.folder, WHOLE)})
             self._finish(settings, asked, [found[n] for n in range(len(asked))], [])
-        gather("the results", None, LONG)
+        allgather_object("the results", None, WORK_TIMEOUT)
         if place and index:  # process 0 has all, and on its own disk
             answers.remove([own])
 
@@ -361,9 +361,9 @@ def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exchange(value: Any) -> list[Any]:
     """Every process's value, of any size, by its index."""
-    from llava_jax.parallel.processes import LONG, gather
+    from llava_jax.parallel.processes import WORK_TIMEOUT, allgather_object
 
     text = json.dumps(value)
-    rounds = max(gather("sizes of the answers", -(-len(text) // PIECE), LONG))
-    pieces = [gather("the answers", text[i * PIECE : (i + 1) * PIECE]) for i in range(rounds)]
+    rounds = max(allgather_object("sizes of the answers", -(-len(text) // PIECE), WORK_TIMEOUT))
+    pieces = [allgather_object("the answers", text[i * PIECE : (i + 1) * PIECE]) for i in range(rounds)]
     return [json.loads("".join(parts)) for parts in zip(*pieces, strict=True)]

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.parallel import cluster as place
-from llava_jax.parallel.cluster import Place, find
+from llava_jax.parallel import cluster
+from llava_jax.parallel.cluster import ClusterInfo, detect_cluster
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_PLATFORMS", "TPU_PROCESS_ADDRESSES",
          "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "TPU_SKIP_MDS_QUERY", "JAX_COORDINATOR_PORT", "MEGASCALE_NUM_SLICES",
@@ -19,7 +19,7 @@ def env(monkeypatch, tmp_path):
     """Sets variables in an environment that has none of those that count, on a machine without TPU devices."""
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(place, "DEVICES", (str(tmp_path / "accel[0-9]*"),))
+    monkeypatch.setattr(cluster, "DEVICES", (str(tmp_path / "accel[0-9]*"),))
     return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
@@ -51,14 +51,14 @@ def metadata(env, monkeypatch, tmp_path):
 
 
 def test_a_machine_of_its_own_asks_nobody(env):
-    assert find() is None
+    assert detect_cluster() is None
 
 
 def test_three_variables(env):
     env(JAX_COORDINATOR_ADDRESS="10.0.0.1:1234", JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="3")
-    assert find() == Place("10.0.0.1:1234", 3, 4)
+    assert detect_cluster() == ClusterInfo("10.0.0.1:1234", 3, 4)
     env(JAX_NUM_PROCESSES="1", JAX_PROCESS_ID="0")
-    assert find() is None
+    assert detect_cluster() is None
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -70,60 +70,60 @@ def test_three_variables(env):
 def test_variables_that_are_wrong(env, wrong, message):
     env(**{"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"} | wrong)
     with pytest.raises(UserError, match=message):
-        find()
+        detect_cluster()
 
 
 def test_a_pod_of_gke(env):
     env(TPU_WORKER_HOSTNAMES="job-0-0.svc,job-0-1.svc", TPU_WORKER_ID="1")
-    assert find() == Place("job-0-0.svc:8482", 1, 2, ("job-0-0.svc", "job-0-1.svc"))
+    assert detect_cluster() == ClusterInfo("job-0-0.svc:8482", 1, 2, ("job-0-0.svc", "job-0-1.svc"))
     env(JAX_PLATFORMS="cpu")
-    assert find() is None
+    assert detect_cluster() is None
     env(JAX_PLATFORMS="tpu,cpu", TPU_WORKER_ID="2")
     with pytest.raises(UserError, match="worker 2 of 2 in slice 0 of 1"):
-        find()
+        detect_cluster()
     env(TPU_WORKER_HOSTNAMES="localhost")
-    assert find() is None
+    assert detect_cluster() is None
 
 
 def test_pods_of_two_slices_on_gke(env):
     env(TPU_WORKER_HOSTNAMES="job-1-0,job-1-1", TPU_WORKER_ID="1", MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="1",
         MEGASCALE_COORDINATOR_ADDRESS="job-0-0.svc:8080")
-    assert find() == Place("job-0-0.svc:8482", 3, 4)
+    assert detect_cluster() == ClusterInfo("job-0-0.svc:8482", 3, 4)
     env(TPU_WORKER_HOSTNAMES="job-1-0", TPU_WORKER_ID="0", JAX_COORDINATOR_PORT="9000")
-    assert find() == Place("job-0-0.svc:9000", 1, 2)
+    assert detect_cluster() == ClusterInfo("job-0-0.svc:9000", 1, 2)
     env(MEGASCALE_COORDINATOR_ADDRESS="")
     with pytest.raises(UserError, match="MEGASCALE_NUM_SLICES is set, so MEGASCALE_COORDINATOR_ADDRESS must be too"):
-        find()
+        detect_cluster()
 
 
 @pytest.mark.parametrize("endpoints", ["10.0.0.1,10.0.0.2", "unknown:0:10.0.0.1,unknown:1:10.0.0.2"])
 def test_a_tpu_vm_of_compute_engine(metadata, endpoints):
     metadata |= {"worker-network-endpoints": endpoints, "agent-worker-number": "1"}
-    assert find() == Place("10.0.0.1:8482", 1, 2, ("10.0.0.1", "10.0.0.2"))
+    assert detect_cluster() == ClusterInfo("10.0.0.1:8482", 1, 2, ("10.0.0.1", "10.0.0.2"))
 
 
 def test_two_slices_of_compute_engine(metadata):
     metadata |= {"worker-network-endpoints": "10.0.1.1,10.0.1.2", "agent-worker-number": "0",
                  "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
                             "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1:8080'\n"}
-    assert find() == Place("10.0.0.1:8482", 2, 4)
+    assert detect_cluster() == ClusterInfo("10.0.0.1:8482", 2, 4)
 
 
 def test_one_tpu_vm_is_alone(metadata, env):
     metadata |= {"worker-network-endpoints": "10.0.0.1", "agent-worker-number": "0"}
-    assert find() is None
+    assert detect_cluster() is None
     env(TPU_SKIP_MDS_QUERY="1")
     metadata["asked"].clear()
-    assert find() is None and not metadata["asked"]
+    assert detect_cluster() is None and not metadata["asked"]
 
 
 def test_devices_elsewhere_than_at_google(metadata):
-    assert find() is None
+    assert detect_cluster() is None
 
 
 def test_a_metadata_server_that_does_not_answer(env, tmp_path, monkeypatch):
     (tmp_path / "accel0").touch()
-    monkeypatch.setattr(place.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
     env(GCE_METADATA_IP="127.0.0.1:9")
     with pytest.raises(OSError, match="worker-network-endpoints does not answer .*set TPU_SKIP_MDS_QUERY=1"):
-        find()
+        detect_cluster()

@@ -19,7 +19,7 @@ from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, split
 from llava_jax.models.projector import Projector
 from llava_jax.parallel import sharding
-from llava_jax.parallel.processes import agree
+from llava_jax.parallel.processes import assert_equal_across_processes
 from llava_jax.text import agreement, templates
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train import output
@@ -32,7 +32,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainContext:
     """A recipe, with what follows from it and from the devices."""
 
     recipe: config.Recipe
@@ -57,26 +57,27 @@ class Run:
         return Checkpoints(self.directory / "checkpoints" / stage, recipe.checkpoint_every, recipe.keep_checkpoints)
 
 
-def begin(recipe: config.Recipe) -> Run:
+def setup(recipe: config.Recipe) -> TrainContext:
     """Checks all of a recipe that can be checked before training, its output directory included.
 
     UserError with one line, also where processes differ in recipe, code or packages.
     """
-    agree("the recipe", output.flat(recipe))
-    agree("the installation", {"llava_jax": code_hash()} | {name: version(name) for name in PACKAGES})
+    assert_equal_across_processes("the recipe", output.flat(recipe))
+    installed = {"llava_jax": code_hash()} | {name: version(name) for name in PACKAGES}
+    assert_equal_across_processes("the installation", installed)
     mesh = sharding.make_mesh(recipe.mesh)
     model = model_config(recipe.model)
-    dtype, graphs, _, shardings = lay_out(recipe, mesh, model)
+    dtype, graphs, _, shardings = model_layout(recipe, mesh, model)
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
     # What is chosen is said by the first process alone.
     with contextlib.redirect_stderr(io.StringIO()) if jax.process_index() else contextlib.nullcontext():
-        model = agree_on_template(recipe, model, tokenizer)
+        model = resolve_template(recipe, model, tokenizer)
     output.check_shared(recipe)
     output.check_recipe(recipe)
-    return Run(recipe, mesh, model, dtype, graphs, shardings, tokenizer)
+    return TrainContext(recipe, mesh, model, dtype, graphs, shardings, tokenizer)
 
 
-def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
+def resolve_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
     """The model with the template that it is trained on. Where parts are joined and the recipe names no template, it is
     one that suits the tokenizer.
 
@@ -86,7 +87,7 @@ def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Toke
     if not recipe.model.llava and recipe.model.template is None:
         model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
     last = list(recipe.stages.values())[-1]
-    model = dataclasses.replace(model, template=finished_template(recipe, model.template), exif=last.data.exif)
+    model = dataclasses.replace(model, template=final_template(recipe, model.template), exif=last.data.exif)
     # Only the template that a LLaVA brings itself has been trained with.
     agreement.check(model.template, tokenizer, model.text.vocab_size, source,
                     trained=bool(recipe.model.llava and not recipe.model.template),
@@ -99,7 +100,7 @@ def agree_on_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Toke
     return model
 
 
-def finished_template(recipe: config.Recipe, default: str) -> str:
+def final_template(recipe: config.Recipe, default: str) -> str:
     """The template of the finished model: that of the last stage with conversations, since so it will be asked.
 
     A recipe of captions alone leaves the model what `model.template` names, or the captions' template. UserError if
@@ -116,7 +117,7 @@ def finished_template(recipe: config.Recipe, default: str) -> str:
     return named[last].name
 
 
-def lay_out(
+def model_layout(
     recipe: config.Recipe, mesh: jax.sharding.Mesh, model: LlavaConfig
 ) -> tuple[str, dict[str, nnx.GraphDef], dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
     """The compute dtype, the model's graph by stage, every parameter's shape and sharding; touches no device, no file.
@@ -171,7 +172,7 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
                        **{name: value for name, value in chosen.items() if value is not None})
 
 
-def load_parameters(run: Run, dtype: Callable[[str], str], before: str | None) -> Parameters:
+def load_parameters(run: TrainContext, dtype: Callable[[str], str], before: str | None) -> Parameters:
     """All parameters as they are before the stage `before` (None: after the last), each in the dtype of its path."""
     source = run.recipe.model
     if source.llava:
@@ -193,7 +194,7 @@ def load_parameters(run: Run, dtype: Callable[[str], str], before: str | None) -
     return parameters
 
 
-def init_projector(run: Run, dtype: Callable[[str], str]) -> Parameters:
+def init_projector(run: TrainContext, dtype: Callable[[str], str]) -> Parameters:
     """A new projector by the recipe's seed, made where it lies."""
     def make():
         model = Projector(run.model.projector, run.model.vision.width, run.model.text.width,
