@@ -15,8 +15,6 @@ from typing import Any, BinaryIO
 
 from llava_jax.errors import FULL, UserError, user_path
 
-DOCTYPE = b"<!doctype html>"
-
 LARGEST_SMALL_FILE = 2**28
 """Bytes of a small file (a configuration, an index, a table of prices) at most; a larger one is a wrong file."""
 
@@ -136,17 +134,6 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         if error.errno in FULL and error.filename is None:
             raise UserError(f"{path}: {error.strerror}; make room") from error
         raise
-
-
-def check_page(path: str, option: str = "--output") -> None:
-    """Raises UserError, one line, if an HTML page at `path`, given by `option`, would replace something else."""
-    if not os.path.exists(path):
-        return
-    if os.path.isfile(path):
-        with user_path(path), open(path, "rb") as file:
-            if file.read(len(DOCTYPE)).lower() in (b"", DOCTYPE):
-                return
-    raise UserError(f"{path}: there is something else than a page; give {option} another name")
 
 
 def read_text(path: str | os.PathLike, missing: str = "no such file", encoding: str = "utf-8") -> str:

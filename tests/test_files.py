@@ -7,7 +7,7 @@ import pytest
 
 from llava_jax import files
 from llava_jax.errors import UserError
-from llava_jax.files import check_page, making, replacing
+from llava_jax.files import making, replacing
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -47,18 +47,6 @@ def test_a_folder_where_a_file_is_meant_is_told(tmp_path):
     with pytest.raises(UserError, match=r"page\.html: Is a directory$"), replacing(str(tmp_path / "page.html")) as file:
         file.write(b"x")
     assert os.listdir(tmp_path) == ["page.html"]
-
-
-def test_a_page_takes_only_a_pages_place(tmp_path):
-    path = tmp_path / "page.html"
-    check_page(str(path))
-    for content in ("", "<!DOCTYPE html><title>old</title>"):
-        path.write_text(content)
-        check_page(str(path))
-    path.write_text('[{"id": 1}]')
-    for taken in (path, tmp_path):
-        with pytest.raises(UserError, match="something else than a page"):
-            check_page(str(taken))
 
 
 MAKE = """

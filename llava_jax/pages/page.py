@@ -1,11 +1,15 @@
 """Pages are Jinja2 templates that extend `pages/base.html`. A page is one file, which loads nothing from elsewhere."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from llava_jax.errors import UserError, user_path
 from llava_jax.files import replacing
+
+DOCTYPE = b"<!doctype html>"
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -27,6 +31,17 @@ def render(template: str, **values: Any) -> str:
     """
     page = ENVIRONMENT.get_template(template).render(values)
     return page.replace("\r", "&#13;").encode(errors="backslashreplace").decode()
+
+
+def check_page(path: str, option: str = "--output") -> None:
+    """Raises UserError if a page at `path`, a value of `option`, would replace a file that is no page."""
+    if not os.path.exists(path):
+        return
+    if os.path.isfile(path):
+        with user_path(path), open(path, "rb") as file:
+            if file.read(len(DOCTYPE)).lower() in (b"", DOCTYPE):
+                return
+    raise UserError(f"{path}: there is something else than a page; give {option} another name")
 
 
 def write(path: str, page: str) -> None:

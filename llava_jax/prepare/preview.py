@@ -14,7 +14,7 @@ from llava_jax.data.examples import Loader
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError
-from llava_jax.files import check_page, replacing
+from llava_jax.pages import page
 from llava_jax.prepare.preview_page import Shown, write_page
 from llava_jax.prepare.settings import Settings
 
@@ -46,11 +46,6 @@ def read_rows(numbers: Sequence[int], loader: Loader) -> list[Shown]:
             bad = error
         shown.append(Shown(position, source.where(index), row, record, example, tiles, bad))
     return shown
-
-
-def _save(path: str, page: str) -> None:
-    with replacing(path) as file:
-        file.write(page.encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Preview:
         for name in ("count", "max_length", "tiles_per_sequence"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        check_page(self.output)
+        page.check_page(self.output)
         mixture = open_mixture(self.data, self.image_root)
         settings = dataclasses.replace(
             Settings.load(self.model, self.template), exif=self.exif, max_pixels=self.max_pixels
@@ -109,8 +104,8 @@ class Preview:
             "template": settings.template.name,
             "images": f"{settings.image_mode}, {settings.image_size} × {settings.image_size}",
         }
-        page = write_page(f"Preview of {self.data}", about, shown, settings, self.max_length, self.tiles_per_sequence)
-        _save(self.output, page)
+        page.write(self.output, write_page(f"Preview of {self.data}", about, shown, settings, self.max_length,
+                                           self.tiles_per_sequence))
         print(f"{self.output}: {len(shown)} record{'s' * (len(shown) != 1)}, {bad} bad")
         return 0
 

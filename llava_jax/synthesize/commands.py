@@ -18,13 +18,14 @@ from llava_jax.endpoint.run import answer_all
 from llava_jax.endpoint.server import UNANSWERED, Server, check_answered, code_of
 from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import check_page, parse_json, replacing, require_fields
+from llava_jax.files import parse_json, require_fields
 from llava_jax.json_lines import is_written
+from llava_jax.pages import page
 from llava_jax.synthesize.estimate import describe, estimate
 from llava_jax.synthesize.output import MANIFEST, REJECTED, check_folder
 from llava_jax.synthesize.running import open_log, open_synthesis, read_standing
 from llava_jax.synthesize.synthesis import COUNTS, SETTINGS, Outcome, Settings, Synthesis, Task
-from llava_jax.synthesize.viewer import Sample, write_page
+from llava_jax.synthesize.viewer import ViewedSample, render_page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ class View:
         if self.image_root and not os.path.isdir(self.image_root):
             raise UserError(f"--image-root {self.image_root}: no such folder")
         output = self.output or os.path.join(self.folder, "view.html")
-        check_page(output)
+        page.check_page(output)
         settings = Settings.load(self.folder)
         try:
             synthesis = open_synthesis(settings)
@@ -191,14 +192,13 @@ class View:
             opened = AnswerLog(settings.log, read_only=True)
         with opened as log:
             duplicates = _read_duplicates(self.folder)
-            found = (Sample(task, _final(task, log, duplicates)) for task in synthesis.drawn(self.seed, kinds))
+            found = (ViewedSample(task, _final(task, log, duplicates)) for task in synthesis.drawn(self.seed, kinds))
             samples = list(itertools.islice((sample for sample in found if self._wants(sample.outcome)), self.count))
         about = {"teacher": synthesis.teacher.model, "language": settings.language, "tasks": f"{len(synthesis):,}",
                  "answers in the log": f"{len(log):,}",
                  "shown": f"{len(samples)}, {self.only}, drawn with seed {self.seed}"}
         title = f"Instruction data of {os.path.basename(os.path.abspath(self.folder))}"
-        with replacing(output) as file:
-            file.write(write_page(title, about, samples, self.image_root, settings.language).encode())
+        page.write(output, render_page(title, about, samples, self.image_root, settings.language))
         _print(f"{output}: {len(samples)} sample{'s' * (len(samples) != 1)}")
         return 0
 

@@ -14,7 +14,7 @@ from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.runner import compare, published, results, results_page, tables
 from llava_jax.evaluate.runner.answers import make_line, to_answer
 from llava_jax.evaluate.runner.compare import Compare
-from llava_jax.evaluate.runner.results_page import Card, Given
+from llava_jax.evaluate.runner.results_page import QuestionCard, ShownAnswer
 from llava_jax.evaluate.tasks.base import TASKS, Question, ScoredAnswer, Scores
 from llava_jax.evaluate.tasks.scenes import Scenes
 
@@ -77,16 +77,16 @@ def test_a_run_can_be_read_again(data):
 def test_the_page_shows_every_question_and_runs_nothing_of_it(data):
     page = (write(data, "one", ["Red.", "blue", "red", NASTY, ""]) / "results.html").read_text()
     reader = Reader(page)
-    shown = NASTY.replace("\ud800", "?")
+    shown = NASTY.replace("\ud800", "\\ud800")
     assert [text for kind, text in reader.texts if kind == "question"] == [f"{shown} {i}?" for i in range(5)]
-    assert shown in [text for kind, text in reader.texts if kind == "said"]
+    assert shown in [text for kind, text in reader.texts if kind == "answer-text"]
     assert sum(tag == "script" for tag, _ in reader.tags) == 1
     assert not [value for _, attributes in reader.tags for value in attributes.values() if "http" in (value or "")]
     articles = [attributes for tag, attributes in reader.tags if tag == "article"]
     assert [article["data-state"] for article in articles] == ["right", "wrong", "right", "wrong", "wrong"]
     assert {article["data-category"] for article in articles} == {"colour", shown}
     # One picture for four questions, in the page itself; a missing one is told.
-    [data_url] = re.findall(r"url\(data:image/jpeg;base64,([^)]*)\)", page)
+    [data_url] = re.findall(r"url\(data:image/png;base64,([^)]*)\)", page)
     picture = Image.open(io.BytesIO(base64.b64decode(data_url)))
     assert picture.size == (288, 72) and picture.getpixel((9, 9)) == pytest.approx((200, 30, 30), abs=4)
     assert len([1 for tag, attributes in reader.tags if "picture" in attributes.get("class", "")]) == 4
@@ -142,12 +142,12 @@ def test_no_text_of_others_steers_the_terminal(tmp_path, capsys):
 
 def test_of_many_questions_the_page_shows_some_of_each():
     def cards(right, wrong):
-        return [Card(n, "", "", "", "right" if n < right else "wrong", [Given("", "", "", None)], ())
+        return [QuestionCard(n, "", "", "", "right" if n < right else "wrong", [ShownAnswer("", "", "", None)], ())
                 for n in range(right + wrong)]
 
     for right, wrong, shown_right, shown_wrong in ((600, 400, 600, 400), (5000, 5000, 300, 700), (5000, 10, 990, 10),
                                                    (50, 5000, 50, 950)):
-        chosen = results_page.choose(cards(right, wrong), ("right",))
+        chosen = results_page.choose_cards(cards(right, wrong), ("right",))
         states = [card.state for card in chosen]
         assert (states.count("right"), states.count("wrong")) == (shown_right, shown_wrong)
         numbers = [card.id for card in chosen]
@@ -198,7 +198,8 @@ def test_two_runs_side_by_side(data, capsys):
     reader = Reader((data / "two" / "compare.html").read_text())
     states = [attributes["data-state"] for tag, attributes in reader.tags if tag == "article"]
     assert states == ["two is better", "one is better", "both right"]
-    assert [text for kind, text in reader.texts if kind == "said"] == ["blue", "red", "red", "green", "red", "Red."]
+    answers = [text for kind, text in reader.texts if kind == "answer-text"]
+    assert answers == ["blue", "red", "red", "green", "red", "Red."]
     assert Compare(str(data / "one"), str(data / "one"), out=str(data / "x.html"), all=True).run() == 0
     assert "(2)" in (data / "x.html").read_text()
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from llava_jax.errors import UserError
 from llava_jax.pages import page
 from llava_jax.pages.curves import Curve, draw_curves
 from llava_jax.pages.thumbnails import load_thumbnail, make_thumbnail
@@ -156,3 +157,15 @@ def test_images_outside_of_the_root_are_not_shown(tmp_path):
                                          (root, "link.png", root), (root, "../secret.png", root), (root, secret, root),
                                          (root, "", root))]
     assert shown == [True] * 4 + [False] * 4
+
+
+def test_a_page_takes_only_a_pages_place(tmp_path):
+    path = tmp_path / "page.html"
+    page.check_page(str(path))
+    for content in ("", "<!DOCTYPE html><title>old</title>"):
+        path.write_text(content)
+        page.check_page(str(path))
+    path.write_text('[{"id": 1}]')
+    for taken in (path, tmp_path):
+        with pytest.raises(UserError, match="something else than a page"):
+            page.check_page(str(taken))

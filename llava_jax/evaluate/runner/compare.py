@@ -14,11 +14,12 @@ from llava_jax.cli import printable
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import results_page
 from llava_jax.evaluate.runner.answers import match
-from llava_jax.evaluate.runner.results_page import Card, Given
+from llava_jax.evaluate.runner.results_page import QuestionCard, ShownAnswer
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import TASKS, get
 from llava_jax.evaluate.tasks.questions import fits, read_json_lines
-from llava_jax.files import check_page, json_type, read_json, replacing
+from llava_jax.files import json_type, read_json
+from llava_jax.pages import page
 
 Row = Mapping[str, Any]
 
@@ -39,8 +40,8 @@ class Compare:
     """show the questions that both answer in the same words as well"""
 
     def run(self) -> int:
-        page = self.out or os.path.join(self.second, "compare.html")
-        check_page(page, "--out")
+        out = self.out or os.path.join(self.second, "compare.html")
+        page.check_page(out, "--out")
         one, other = read_run(self.first), read_run(self.second)
         if one["benchmark"] != other["benchmark"]:
             raise UserError(f"{self.first} is a run of {one['benchmark']}, and {self.second} of {other['benchmark']}")
@@ -60,11 +61,10 @@ class Compare:
         cards = [card(a, b, names, image) for (a, b), image in zip(shown, pictures, strict=True)]
         facts = {name: f"{run['date'][:16].replace('T', ' ')}, {run['answers']:,} answers"
                  for name, run in zip(names, (one, other), strict=True)}
-        with replacing(page) as file:
-            file.write(results_page.write(f"{get(one['benchmark']).title}: {names[0]} and {names[1]}", facts, table,
-                                          [], notes, cards, root, good=(BOTH,)).encode(errors="backslashreplace"))
+        page.write(out, results_page.render_page(f"{get(one['benchmark']).title}: {names[0]} and {names[1]}", facts,
+                                                 table, [], notes, cards, root, good=(BOTH,)))
         print(markdown(table))
-        print(printable("".join(f"- {note}\n" for note in notes) + f"\n{page}"))
+        print(printable("".join(f"- {note}\n" for note in notes) + f"\n{out}"))
         return 0
 
 
@@ -142,9 +142,10 @@ def images(run: Row, pairs: Sequence[tuple[Row, Row]]) -> tuple[str, list[Sequen
     return root, [() if place is None else questions[place].images for place in match(questions, lines)]
 
 
-def card(a: Row, b: Row, names: Sequence[str], images: Sequence[str | bytes]) -> Card:
-    given = [Given(name, row["text"], row["read"], row["score"]) for name, row in zip(names, (a, b), strict=True)]
-    return Card(b["id"], b["prompt"], b["category"], b["reference"], _state(a, b, names), given, images)
+def card(a: Row, b: Row, names: Sequence[str], images: Sequence[str | bytes]) -> QuestionCard:
+    answers = [ShownAnswer(name, row["text"], row["read"], row["score"])
+               for name, row in zip(names, (a, b), strict=True)]
+    return QuestionCard(b["id"], b["prompt"], b["category"], b["reference"], _state(a, b, names), answers, images)
 
 
 def _state(a: Row, b: Row, names: Sequence[str]) -> str:

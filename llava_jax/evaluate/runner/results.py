@@ -114,9 +114,9 @@ def write(
     contents = {
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "results.md": _markdown(task, result, table, figures, sources),
-        "results.html": results_page.write(task.title, about(result), table, figures, [*sources, *scores.notes],
-                                           list(map(results_page.card, rows, images)),
-                                           task.resolve_image_root(settings["data"])),
+        "results.html": results_page.render_page(
+            task.title, about(result), table, figures, [*sources, *scores.notes],
+            list(map(results_page.make_card, rows, images)), task.resolve_image_root(settings["data"])),
         "results.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
     }
     paths = [os.path.join(folder, name) for name in contents]
