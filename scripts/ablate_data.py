@@ -28,7 +28,7 @@ from statistics import fmean
 
 from llava_jax import load
 from llava_jax.annotations import drawn_scenes as scenes
-from llava_jax.annotations.context import Context, Source, open_contexts
+from llava_jax.annotations.context import AnnotationSource, Context, open_contexts
 from llava_jax.annotations.vocabulary import Vocabulary
 from llava_jax.config import Data, Model, Recipe, load_recipe_module
 from llava_jax.inference.llava import Request
@@ -134,8 +134,9 @@ def fit(recipe: Recipe) -> Path:
 def draw_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, str]]:
     """(kind, picture, question, the rules teacher's answer), by kind about each held-out picture."""
     annotations = data / "annotations"
-    contexts = open_contexts(Source(str(annotations / "captions_test.json"), str(annotations / "instances_test.json"),
-                                    names="file", prefix="test/"))
+    contexts = open_contexts(AnnotationSource(
+        str(annotations / "captions_test.json"), str(annotations / "instances_test.json"), names="file",
+        prefix="test/"))
     teacher, draw, found = RulesTeacher(), random.Random(0), []
     pool = read_questions("detail_description")
     for context in contexts[:pictures]:

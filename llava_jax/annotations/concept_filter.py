@@ -32,7 +32,7 @@ BATCH = 10_000  # rows that a process takes at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Phrases:
+class CaptionPhrases:
     """Which phrases each row has: row i has `texts[k]` for k in `ids[starts[i] : starts[i + 1]]`, all distinct."""
 
     texts: Sequence[str]
@@ -45,7 +45,7 @@ class Phrases:
         return np.bincount(ids, minlength=len(self.texts))
 
 
-def select(phrases: Phrases, min_frequency: int = 3, max_per_phrase: int = 100, seed: int = 0) -> np.ndarray:
+def select(phrases: CaptionPhrases, min_frequency: int = 3, max_per_phrase: int = 100, seed: int = 0) -> np.ndarray:
     """The rows that the rule keeps, bool [rows]."""
     frequencies = phrases.frequencies()
     rows = np.repeat(np.arange(len(phrases.starts) - 1, dtype=np.int32), np.diff(phrases.starts))
@@ -67,7 +67,7 @@ def select(phrases: Phrases, min_frequency: int = 3, max_per_phrase: int = 100, 
 
 def find_phrases(
     file: CaptionFile, chunker: Chunker, workers: int | None = None, skip_bad_rows: bool = False
-) -> tuple[Phrases, dict[int, str]]:
+) -> tuple[CaptionPhrases, dict[int, str]]:
     """The phrases of every row, and what is wrong with the rows, by their number, that have no caption.
 
     Raises UserError, one line, at the first of these unless they are to be skipped.
@@ -89,7 +89,7 @@ def find_phrases(
             counts.append(lengths)
             first += len(lengths)
             progress.update(size)
-    return Phrases(list(known), np.cumsum(np.concatenate(counts)), np.concatenate(ids)), bad
+    return CaptionPhrases(list(known), np.cumsum(np.concatenate(counts)), np.concatenate(ids)), bad
 
 
 def _batches(file: CaptionFile) -> Iterator[list[bytes]]:

@@ -61,7 +61,7 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class AnnotationSource:
     """Where captions and boxes come from: COCO files, or other data; and which boxes the teacher is told."""
 
     # COCO's captions_*.json, of 2014 or 2017
@@ -104,7 +104,7 @@ class Contexts(Sequence):
     or changed, counted. files: the paths that were read.
     """
 
-    def __init__(self, gathered: "Gathered", source: Source):
+    def __init__(self, gathered: "Gathered", source: AnnotationSource):
         self.categories, self.files = tuple(gathered.categories), tuple(gathered.files)
         self.boxed, self.notes = gathered.boxed, +gathered.notes  # + leaves out what is 0
         self._gathered, self._prefix = gathered, source.prefix
@@ -138,7 +138,7 @@ class Contexts(Sequence):
         return self._gathered.where(self._order[index])
 
 
-def open_contexts(source: Source) -> Contexts:
+def open_contexts(source: AnnotationSource) -> Contexts:
     """Reads the captions and boxes of all images; big COCO files as streams, which needs little memory.
 
     Raises UserError, one line, for a file that is missing, empty or of another kind; captions or
@@ -193,7 +193,7 @@ class Gathered:
     format: str = "[x, y, width, height] in pixels"  # of the boxes in the file
 
 
-def _select(gathered: Gathered, source: Source, notes: Counter[str]) -> Boxes:
+def _select(gathered: Gathered, source: AnnotationSource, notes: Counter[str]) -> Boxes:
     """The boxes that the teacher is told, image by image and within an image as annotated.
 
     Raises UserError that names file and image if more than MANY of the boxes cannot be meant.

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from llava_jax.annotations.scene import Count, Name, Place, Side
+from llava_jax.annotations.scene import Count, Name, Position, Side
 
 CONSTANTS = {"left": "[to the left of|left of]"}
 PLACES = {
@@ -48,14 +48,14 @@ def fields(key: str, value: Any) -> dict[str, str]:
                     f"{key}_name": name, f"{key}_colour": value.name.colour, f"{key}_names": plural(name),
                     f"{key}_all": "both" if value.number == 2 else f"all {number}",
                     f"{key}_more": f"{number} more {named}"}  # fmt: skip
-        case Place():
+        case Position():
             return {key: PLACES[value.word]}
         case Side():
             return _side(key, value.word)
         case (Count(), *_):
             return {key: _join([f"a/an {_name(c.name)}" if c.number == 1 else fields("n", c)["n_of"] for c in value]),
                     f"{key}_is": "is" if value[0].number == 1 else "are"}  # fmt: skip
-        case (Place(), *_):
+        case (Position(), *_):
             return {key: _join([f"one {PLACES[place.word]}" for place in value]),
                     "corners": _join([f"at the {place.word}" for place in value], "or")}  # fmt: skip
         case (Name(), *_):

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from llava_jax.annotations.scene import Count, Name, Place, Side
+from llava_jax.annotations.scene import Count, Name, Position, Side
 from llava_jax.errors import UserError
 
 CONSTANTS: dict[str, str] = {}
@@ -60,13 +60,13 @@ def fields(key: str, value: Any) -> dict[str, str]:
             return {key: number, f"{key}_colour": colour, f"{key}_unit": unit,
                     f"{key}_of": f"{_name(value.name)} {number}",
                     f"{key}_name": _name(value.name), f"{key}_native": _NUMBERS[value.number]}  # fmt: skip
-        case Place():
+        case Position():
             return {key: PLACES[value.word]}
         case Side():
             return {key: _SIDES[value.word]}
         case (Count(), *_):
             return {key: ", ".join(fields("n", count)["n_of"] for count in value)}
-        case (Place(), *_):
+        case (Position(), *_):
             places = [PLACES[place.word] for place in value]
             return {key: ", ".join(f"하나는 {place}에" for place in places), "corners": ", ".join(places)}
         case (Name(), *_):

@@ -42,8 +42,8 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One of nine or of four halves, as `Thing.place` has it."""
+class Position:
+    """One of nine or of four halves, as `SceneObject.place` has it."""
 
     word: str
 
@@ -56,7 +56,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     name: Name
     box: Box
 
@@ -101,7 +101,7 @@ class Scene:
         crowded = {name.plain for name, box in zip(names, context.boxes, strict=True) if box.crowd}
         self.crowds = [name for name, number in counts.items() if name in crowded or number > MOST]
         self.things = [
-            Thing(name if not self.shapes else replace(name, size=_size(box)), box)
+            SceneObject(name if not self.shapes else replace(name, size=_size(box)), box)
             for name, box in zip(names, context.boxes, strict=True)
             if name.plain not in self.crowds
         ]
@@ -125,24 +125,24 @@ class Scene:
         )
 
     @cached_property
-    def single(self) -> list[Thing]:
+    def single(self) -> list[SceneObject]:
         """Things whose name is theirs alone."""
         once = {count.name for count in self.counts if count.number == 1}
         return [thing for thing in self.things if thing.name.plain in once]
 
     @cached_property
-    def pairs(self) -> list[tuple[Thing, Thing]]:
+    def pairs(self) -> list[tuple[SceneObject, SceneObject]]:
         return [pair for a, b in combinations(self.single, 2) for pair in ((a, b), (b, a))]
 
 
-def side(a: Thing, b: Thing) -> str:
+def side(a: SceneObject, b: SceneObject) -> str:
     """Where `a` clearly is, seen from `b`: left, right, above, below, "above-left", ...; empty where it is unclear."""
     across = "left" if _before(a, b, "x") else "right" if _before(b, a, "x") else ""
     down = "above" if _before(a, b, "y") else "below" if _before(b, a, "y") else ""
     return "-".join(word for word in (down, across) if word)
 
 
-def larger(a: Thing, b: Thing) -> bool:
+def larger(a: SceneObject, b: SceneObject) -> bool:
     """Whether `a` takes up clearly more of the picture, and is longer too."""
     (width, height), (other_width, other_height) = (
         (thing.box.x2 - thing.box.x1, thing.box.y2 - thing.box.y1) for thing in (a, b)
@@ -151,7 +151,7 @@ def larger(a: Thing, b: Thing) -> bool:
     return longer and width * height >= 1.45 * other_width * other_height
 
 
-def distance(a: Thing, b: Thing) -> float:
+def distance(a: SceneObject, b: SceneObject) -> float:
     return ((a.x - b.x) ** 2 + (a.y - b.y) ** 2) ** 0.5
 
 
@@ -161,7 +161,7 @@ def coloured_name(category: str) -> Name | None:
     return Name(noun, colour) if colour in COLOURS and noun in SHAPES else None
 
 
-def _before(a: Thing, b: Thing, axis: str) -> bool:
+def _before(a: SceneObject, b: SceneObject, axis: str) -> bool:
     """Whether `a` is left of (above) `b`: by its centre, with boxes that hardly overlap in this direction."""
     begin, end = axis + "1", axis + "2"
     overlap = getattr(a.box, end) - getattr(b.box, begin)

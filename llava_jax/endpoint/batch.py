@@ -22,13 +22,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from typing import Any, TypeVar
 
 from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.client import LIMITS, Endpoint, check_length
-from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
+from llava_jax.endpoint.errors import EndpointStopped, NotSentError, RequestFailed
 from llava_jax.endpoint.limits import backoff
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import Reply, Request, read_reply
-from llava_jax.endpoint.run import Ending, J, Settle
-from llava_jax.endpoint.stop import Stop
+from llava_jax.endpoint.request import ChatRequest, Response, parse_response
+from llava_jax.endpoint.run import Ending, J, RecordAnswer
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, replacing, require_fields
 from llava_jax.progress import Progress
@@ -50,26 +50,26 @@ async def answer_all_in_batches(
     jobs: Sequence[J],
     endpoint: Endpoint,
     log: AnswerLog,
-    settle: Settle,
+    record: RecordAnswer,
     folder: str,
     *,
     budget: Budget | None = None,
-    stop: Stop | None = None,
+    cancel: CancelToken | None = None,
     progress: Progress | None = None,
     requests_per_part: int = REQUESTS_PER_PART,
     bytes_per_part: int = BYTES_PER_PART,
 ) -> Ending:
     """As `answer_all`, by the Batch API: what the log does not hold is submitted, waited for, logged, and settled.
 
-    What a batch does not answer (it expires; the server failed) and what `settle` wants asked once more goes into the
-    next. Batches that an earlier run submitted are collected first. When `stop` is asked, the waiting ends and the
+    What a batch does not answer (it expires; the server failed) and what `record` wants asked once more goes into the
+    next. Batches that an earlier run submitted are collected first. When `cancel` is asked, the waiting ends and the
     batches go on: the next call collects them. `jobs` is read once a round, by index. The log's lock is the folder's.
 
     Raises EndpointStopped if there is no Batch API, a batch fails as a whole or was cancelled (its
     answers are kept; the same call submits the rest), or EMPTY_ROUNDS bring no answer; OSError for a full disk.
     """
-    budget, stop = budget or Budget(batch=True), stop or Stop()
-    batches = _Batches(endpoint, log, folder, budget, stop, progress)
+    budget, cancel = budget or Budget(batch=True), cancel or CancelToken()
+    batches = _Batches(endpoint, log, folder, budget, cancel, progress)
     attempts = dict.fromkeys(range(len(jobs)), 0)  # of jobs that are not settled
     empty, known = 0, len(log)
     try:
@@ -79,11 +79,11 @@ async def answer_all_in_batches(
             if empty > EMPTY_ROUNDS:
                 raise EndpointStopped(f"{EMPTY_ROUNDS} rounds of batches brought no answer; see {batches.path}")
             known, batches.learned = len(log), False
-            wanted = _unanswered(jobs, attempts, endpoint, log, settle, batches, progress)
+            wanted = _unanswered(jobs, attempts, endpoint, log, record, batches, progress)
             limit = batches.write(wanted, requests_per_part, bytes_per_part)
             if not batches.open:
                 return limit or "done"
-    except Unsent:
+    except NotSentError:
         return "interrupted"
 
 
@@ -92,10 +92,10 @@ def _unanswered(
     attempts: dict[int, int],
     endpoint: Endpoint,
     log: AnswerLog,
-    settle: Settle,
+    record: RecordAnswer,
     batches: "_Batches",
     progress: Progress | None,
-) -> Iterator[tuple[str, Request]]:
+) -> Iterator[tuple[str, ChatRequest]]:
     """Settles what is answered, takes it out of `attempts`, and yields the requests that have to be asked."""
     keys = set()
     for index in list(attempts):
@@ -109,9 +109,9 @@ def _unanswered(
                     keys.add(key)
                     yield key, request
                 break
-            if isinstance(answer, Reply):
+            if isinstance(answer, Response):
                 batches.budget.learn(request, answer)
-            if settle(job, attempts[index], answer):
+            if record(job, attempts[index], answer):
                 del attempts[index]
                 if progress is not None:
                     progress.update(fresh=False)
@@ -154,12 +154,13 @@ class _Part:
 
 class _Batches:
     def __init__(
-        self, endpoint: Endpoint, log: AnswerLog, folder: str, budget: Budget, stop: Stop, progress: Progress | None
+        self, endpoint: Endpoint, log: AnswerLog, folder: str, budget: Budget, cancel: CancelToken,
+        progress: Progress | None,
     ):
         self.path, self.failures, self.budget = os.path.join(folder, STATE), dict[str, RequestFailed](), budget
         self.learned = False  # whether batches brought other news than answers
         self._endpoint, self._client, self._log = endpoint, endpoint.client, log
-        self._folder, self._stop, self._progress = folder, stop, progress
+        self._folder, self._stop, self._progress = folder, cancel, progress
         self._said, self._fatal = list[str](), list[EndpointStopped]()
         self._parts = self._load()
         for part in self.open:  # what was neither submitted nor kept is written anew
@@ -174,7 +175,7 @@ class _Batches:
         return [part for part in self._parts if not part.collected]
 
     def write(
-        self, wanted: Iterable[tuple[str, Request]], requests_per_part: int, bytes_per_part: int
+        self, wanted: Iterable[tuple[str, ChatRequest]], requests_per_part: int, bytes_per_part: int
     ) -> Ending | None:
         """Makes parts of what is wanted, as far as the budget goes; returns which limit ended it, if one did."""
         limit = None
@@ -316,10 +317,10 @@ class _Batches:
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # its request is asked again
 
-    def _keep(self, key: str, request: Request | None, body: Any) -> None:
+    def _keep(self, key: str, request: ChatRequest | None, body: Any) -> None:
         """Puts an answer into the log, and counts it, or what came in its place."""
         try:
-            reply = read_reply(body, batch=True, prompt=request)
+            reply = parse_response(body, batch=True, prompt=request)
         except UserError:
             if request is not None:
                 self.budget.lose(request, len(json.dumps(body)))
@@ -336,13 +337,13 @@ class _Batches:
                 at += len(line)
         return starts
 
-    def _request(self, part: _Part, start: int | None) -> Request | None:
+    def _request(self, part: _Part, start: int | None) -> ChatRequest | None:
         if start is None:
             return None
         with open(os.path.join(self._folder, part.name), "rb") as file:
             file.seek(start)
             body = json.loads(file.readline())["body"]
-        return Request(tuple(body["messages"]), {name: body[name] for name in LIMITS if name in body})
+        return ChatRequest(tuple(body["messages"]), {name: body[name] for name in LIMITS if name in body})
 
     def _refused(self, part: _Part, key: str, status: int, body: Any) -> None:
         error = body.get("error", body) if isinstance(body, dict) else body

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Literal
 
 from llava_jax.endpoint.prices import Price
-from llava_jax.endpoint.request import Reply, Request
+from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.errors import UserError
 
 FIRST_COMPLETION = 4096  # tokens that an answer without a limit may have, as far as is known before the first
@@ -18,7 +18,7 @@ class Budget:
     per byte as any request so far had, and max_completion_tokens, or the longest answer so far if that is longer.
     Before the first answer, which tells both, one request goes alone (but not in batches).
 
-    What came counts: tokens as the server counts them, or as `Reply` estimates them where it does not. A try that
+    What came counts: tokens as the server counts them, or as `Response` estimates them where it does not. A try that
     brought no answer counts as its worst, or as what came if that is more, unless the server refused it or was not
     reached. The bill is so at most `max_cost`, and what the requests in flight when the last was sent cost beyond
     their worst: more prompt tokens per byte than any before, or more than max_completion_tokens. Not seen are tokens
@@ -54,7 +54,7 @@ class Budget:
         self._per_byte, self._longest, self._beyond = TOKENS_PER_BYTE, FIRST_COMPLETION, 0
         self.seen = False
 
-    def worst(self, request: Request) -> float:
+    def worst(self, request: ChatRequest) -> float:
         """USD that a request can cost at most."""
         if self.price is None:
             return 0.0
@@ -76,7 +76,7 @@ class Budget:
         self.reserved -= cost
         self.requests -= not sent
 
-    def lose(self, request: Request, came: int = 0) -> bool:
+    def lose(self, request: ChatRequest, came: int = 0) -> bool:
         """Counts a try that was sent and brought no answer, but so many bytes; says whether another has room."""
         if self.price is None:
             return True
@@ -84,12 +84,12 @@ class Budget:
         self.lost += max(self.worst(request), self.price.of(request.bytes * self._per_byte, came, batch=self._batch))
         return self._spent <= self._most
 
-    def add(self, reply: Reply) -> None:
+    def add(self, reply: Response) -> None:
         """Counts an answer that was paid now."""
         if self.price is not None:
             self.cost += self.price.cost(reply)
 
-    def learn(self, request: Request, reply: Reply) -> None:
+    def learn(self, request: ChatRequest, reply: Response) -> None:
         """Lets an answer, whenever it was paid, say what the next may cost."""
         per_byte = reply.prompt_tokens / max(1, request.bytes)
         self._per_byte = max(self._per_byte, per_byte) if self.seen else per_byte

@@ -12,11 +12,11 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from llava_jax.endpoint.errors import EndpointStopped, NoRoom, RequestFailed
+from llava_jax.endpoint.cancel import CancelToken
+from llava_jax.endpoint.errors import BudgetExceededError, EndpointStopped, RequestFailed
 from llava_jax.endpoint.limits import RateLimit, backoff, retry_after
-from llava_jax.endpoint.request import BYTES_PER_TOKEN, Reply, Request, read_reply
+from llava_jax.endpoint.request import BYTES_PER_TOKEN, ChatRequest, Response, parse_response
 from llava_jax.endpoint.secret import Secret
-from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ REFUSED = re.compile(
 )
 
 
-class Nonsense(ValueError):
+class InvalidResponseError(ValueError):
     """An answer that is none; `came` is its length in bytes."""
 
     def __init__(self, message: str, came: int):
@@ -59,7 +59,7 @@ class Endpoint:
         that there are too many requests does not count: such requests wait as long as others get answers.
       requests_per_minute, tokens_per_minute: the account's limits, which are kept to; None is no limit. Tokens are
         reckoned before (as many per byte, and as many in the answer, as replies had so far) and corrected after.
-      stop: when asked to stop, requests that wait for their turn or for another try raise Unsent.
+      stop: when asked to stop, requests that wait for their turn or for another try raise NotSentError.
       transport: of httpx2, for tests.
 
     Attributes:
@@ -79,7 +79,7 @@ class Endpoint:
         retries: int = 8,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
-        stop: Stop | None = None,
+        cancel: CancelToken | None = None,
         transport: Any = None,
     ):
         try:
@@ -90,7 +90,7 @@ class Endpoint:
         if address and not _is_address(address):
             name = "--base-url" if base_url else "OPENAI_BASE_URL"
             raise UserError(f"{name} {without_password(address)}: not the address of an API, such as http://127.0.0.1:8000/v1")
-        self.model, self.stop, self.notes, self.secret = model, stop or Stop(), list[str](), Secret(api_key)
+        self.model, self.cancel, self.notes, self.secret = model, cancel or CancelToken(), list[str](), Secret(api_key)
         self.client = openai.AsyncOpenAI(
             base_url=base_url,
             api_key=api_key or "none",
@@ -130,14 +130,18 @@ class Endpoint:
         await self._probe()
         return warnings
 
-    async def ask(self, request: Request, lost: Callable[[int], bool] = lambda came: True) -> Reply:
+    async def ask(self, request: ChatRequest, lost: Callable[[int], bool] = lambda came: True) -> Response:
         """The answer to a request, after as many tries as it takes.
 
-        `lost` is told of each try that a server may bill though it brought no answer, but so many bytes, and says
-        whether there may be another. Raises RequestFailed if it gets none, EndpointStopped if no request would, NoRoom
-        if `lost` forbids another try, Unsent if the run is asked to stop while this one waits. A parameter that the
-        server refuses is renamed or left out, once for all requests, and told in `notes`; a limit of tokens is never
-        left out.
+        `lost(bytes)` is called for each try that a server may bill although it brought no answer. It returns whether
+        another try is allowed. A parameter that the server refuses is renamed or dropped for all requests, and
+        `notes` says so. A limit of tokens is never dropped.
+
+        Raises:
+          RequestFailed: This request gets no answer.
+          EndpointStopped: No request would get an answer.
+          BudgetExceededError: `lost` forbids another try.
+          NotSentError: The run was cancelled while this request waited.
         """
         import openai
 
@@ -158,7 +162,7 @@ class Endpoint:
             self._learn(request, answer)
             return answer
 
-    def body(self, request: Request) -> dict[str, Any]:
+    def body(self, request: ChatRequest) -> dict[str, Any]:
         """What is sent for a request, without the parameters that the server was seen to refuse."""
         parameters = dict(request.parameters)
         for name, new in self._renamed.items():
@@ -220,7 +224,7 @@ class Endpoint:
         clock = asyncio.get_running_loop().time
         begun, failures, crowded = clock(), 0, 0
         while True:
-            await self._limit.wait(tokens, self.stop)
+            await self._limit.wait(tokens, self.cancel)
             wait = None
             try:
                 async with asyncio.timeout(self._timeout):
@@ -253,8 +257,8 @@ class Endpoint:
             if failures > retries or crowded and clock() - max(begun, self._last_answer) > PATIENCE:
                 raise RequestFailed("no_answer", f"after {failures + crowded} tries: {trouble}")
             if not room:
-                raise NoRoom
-            await self.stop.sleep(backoff(max(failures, crowded), random.random()) if wait is None else wait)
+                raise BudgetExceededError
+            await self.cancel.sleep(backoff(max(failures, crowded), random.random()) if wait is None else wait)
 
     async def close(self) -> None:
         await self.client.close()
@@ -265,20 +269,20 @@ class Endpoint:
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    async def _complete(self, request: Request, body: dict[str, Any]) -> Reply:
+    async def _complete(self, request: ChatRequest, body: dict[str, Any]) -> Response:
         # All of it goes as extra_body: some fields only this server knows, and of messages the client would look at the
         # type of every field, which takes it longer than all else.
         create = self.client.chat.completions.with_raw_response.create
         raw = await create(model=body["model"], messages=[], extra_body=body)
         response = raw.http_response
         try:
-            return read_reply(response.json(), prompt=request)
+            return parse_response(response.json(), prompt=request)
         except (UserError, RecursionError) as error:
-            raise Nonsense(str(error), len(response.content)) from None
+            raise InvalidResponseError(str(error), len(response.content)) from None
         except ValueError:
             text = response.text[:2000]
             words = f"no JSON: {_words(text)}" if text.strip() else "an empty answer"
-            raise Nonsense(words, len(response.content)) from None
+            raise InvalidResponseError(words, len(response.content)) from None
 
     async def _models(self) -> list[dict[str, Any]]:
         raw = await self.client.models.with_raw_response.list()
@@ -311,12 +315,12 @@ class Endpoint:
         if not chat:
             raise UserError(f"{self._address}: no chat API answers there{hint}")
 
-    def _expected(self, request: Request) -> float:
+    def _expected(self, request: ChatRequest) -> float:
         """Tokens, prompt and answer, that a request will have, if it is like those before."""
         completion = self._completion if request.longest is None else min(self._completion, request.longest)
         return request.bytes * self._tokens_per_byte + completion
 
-    def _learn(self, request: Request, reply: Reply) -> None:
+    def _learn(self, request: ChatRequest, reply: Response) -> None:
         self._answers += 1
         share = max(1 / self._answers, LEARNING)
         self._tokens_per_byte += share * (reply.prompt_tokens / max(1, request.bytes) - self._tokens_per_byte)
@@ -398,9 +402,9 @@ def _is_unreached(error: Exception) -> bool:
 
 
 def check_length(body: bytes) -> None:
-    """Raises Nonsense for more bytes than an answer can have: a server may send without end, or compressed blanks."""
+    """Raises InvalidResponseError for more bytes than an answer can have, because a server may send without end."""
     if len(body) > MOST_ANSWERED:
-        raise Nonsense(f"an answer of more than {MOST_ANSWERED:,} bytes", len(body))
+        raise InvalidResponseError(f"an answer of more than {MOST_ANSWERED:,} bytes", len(body))
 
 
 def _client_that_hides(secret: Secret) -> type:

@@ -21,9 +21,9 @@ class EndpointStopped(UserError):
     """No further request has a chance until the user mends something: a key, the quota, the model's name."""
 
 
-class NoRoom(Exception):
+class BudgetExceededError(Exception):
     """A try brought no answer, and the budget has no room for another."""
 
 
-class Unsent(Exception):
+class NotSentError(Exception):
     """The run was asked to stop before this request was sent, or sent again."""

@@ -5,7 +5,7 @@ import email.utils
 import math
 from collections.abc import Mapping
 
-from llava_jax.endpoint.stop import Stop
+from llava_jax.endpoint.cancel import CancelToken
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds of back-off, which doubles from one to the other
 MARGIN = 0.99  # of a limit is used, so that what comes 0.6 s early or late on its way does not crowd a minute
@@ -24,14 +24,17 @@ class RateLimit:
         self._free = self._paused = -math.inf  # the loop's times
         self._queue = asyncio.Lock()
 
-    async def wait(self, tokens: float, stop: Stop) -> None:
-        """Returns when a request of about so many tokens, prompt and answer, may go; Unsent if `stop` says so."""
+    async def wait(self, tokens: float, cancel: CancelToken) -> None:
+        """Waits until a request of about that many tokens (prompt and answer) may be sent.
+
+        Raises NotSentError if `cancel` is requested meanwhile.
+        """
         clock = asyncio.get_running_loop().time
         arrived = clock()
         async with self._queue:
             while (turn := max(arrived, self._free, self._paused)) > (now := clock()):
-                await stop.sleep(turn - now)
-            await stop.sleep(0)
+                await cancel.sleep(turn - now)
+            await cancel.sleep(0)
             self._free = turn + self._seconds(tokens)
 
     def correct(self, expected: float, actual: float) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
 from llava_jax.json_lines import JsonLinesFile
 
@@ -36,7 +36,7 @@ class AnswerLog:
             else:
                 self._offsets.setdefault(key, offset)
 
-    def append(self, key: str, reply: Reply, note: Mapping[str, Any] | None = None) -> None:
+    def append(self, key: str, reply: Response, note: Mapping[str, Any] | None = None) -> None:
         """Writes a response; `note` is for people who read the file.
 
         Raises UserError if the disk is full, which leaves the log as it was, and for a key that is invalid or known.
@@ -48,7 +48,7 @@ class AnswerLog:
         record = {"key": key, "reply": dataclasses.asdict(reply)} | ({"note": dict(note)} if note else {})
         self._offsets[bytes.fromhex(key)] = self._file.append(record)
 
-    def items(self) -> Iterator[tuple[str, Reply]]:
+    def items(self) -> Iterator[tuple[str, Response]]:
         """Yields keys and responses in the order in which they were written."""
         for key in list(self._offsets):
             yield key.hex(), self[key.hex()]
@@ -59,8 +59,8 @@ class AnswerLog:
     def __contains__(self, key: str) -> bool:
         return bytes.fromhex(key) in self._offsets
 
-    def __getitem__(self, key: str) -> Reply:
-        return Reply.from_json(self._file.read(self._offsets[bytes.fromhex(key)])["reply"])
+    def __getitem__(self, key: str) -> Response:
+        return Response.from_json(self._file.read(self._offsets[bytes.fromhex(key)])["reply"])
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -76,7 +76,7 @@ def _key(line: bytes) -> bytes | None:
     """Returns the key of a line, or None if the line is no complete record."""
     try:
         record = json.loads(line)
-        Reply.from_json(record["reply"])
+        Response.from_json(record["reply"])
         key = bytes.fromhex(record["key"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
 from llava_jax.files import json_type, read_json
 
@@ -24,7 +24,7 @@ class Price:
     cached: float
     batch: float = 1.0
 
-    def cost(self, reply: Reply) -> float:
+    def cost(self, reply: Response) -> float:
         """USD that a reply cost."""
         return self.of(reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens, reply.batch)
 

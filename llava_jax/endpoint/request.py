@@ -27,7 +27,7 @@ OWN = ("model", "messages", "stream", "n")  # fields of a body that are not the 
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ChatRequest:
     """One question to a chat API.
 
     Attributes:
@@ -76,7 +76,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class Response:
     """One answer.
 
     Attributes:
@@ -103,7 +103,7 @@ class Reply:
     estimated: bool = False
 
     @classmethod
-    def from_json(cls, fields: Any) -> "Reply":
+    def from_json(cls, fields: Any) -> "Response":
         """A reply as a log keeps it. Raises TypeError for fields that are missing, unknown or of another type."""
         if not isinstance(fields, dict):
             raise TypeError("no object")
@@ -122,8 +122,8 @@ FIELD_TYPES = {"text": (str,), "finish_reason": (str,), "prompt_tokens": (int,),
                "batch": (bool,), "estimated": (bool,)}  # fmt: skip
 
 
-def read_reply(body: Any, batch: bool = False, prompt: Request | None = None) -> Reply:
-    """A Reply from the body of a chat completion. Raises UserError if it is none.
+def parse_response(body: Any, batch: bool = False, prompt: ChatRequest | None = None) -> Response:
+    """A Response from the body of a chat completion. Raises UserError if it is none.
 
     Only the text must be there, for it has been paid. Tokens that a server does not count, or miscounts, are estimated
     if it is the answer to `prompt`, else 0; a refusal that stands in its own field is the text; a date that is none is
@@ -146,7 +146,7 @@ def read_reply(body: Any, batch: bool = False, prompt: Request | None = None) ->
             completion, estimated = written + TOKENS_PER_MESSAGE, True
     cached = _count(_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
     fingerprint = body.get("system_fingerprint")
-    return Reply(
+    return Response(
         text=text,
         finish_reason=str(choice.get("finish_reason") or "stop"),
         prompt_tokens=prompted,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol, TypeVar
 
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.errors import EndpointStopped, NoRoom, RequestFailed, Unsent
+from llava_jax.endpoint.cancel import CancelToken
+from llava_jax.endpoint.errors import BudgetExceededError, EndpointStopped, NotSentError, RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import Reply, Request
-from llava_jax.endpoint.stop import Stop
+from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.progress import Progress
 
 FAILURES_IN_A_ROW = 20  # requests that fail one after another end the run: the rest would too
@@ -17,48 +17,48 @@ FAILURES_IN_A_ROW = 20  # requests that fail one after another end the run: the 
 Ending = Literal["done", "interrupted", "max_cost", "max_requests"]
 
 
-class Job(Protocol):
-    def request(self, attempt: int) -> Request: ...
+class AnswerJob(Protocol):
+    def request(self, attempt: int) -> ChatRequest: ...
 
 
 class Teacher(Protocol):
     model: str
 
-    async def ask(self, request: Request, lost: "Lost") -> Reply: ...
+    async def ask(self, request: ChatRequest, lost: "Lost") -> Response: ...
 
 
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=AnswerJob)
 Lost = Callable[[int], bool]
 """Told of a try that was sent and brought no answer, but so many bytes; says whether there may be another."""
-Settle = Callable[[J, int, Reply | RequestFailed], bool]
+RecordAnswer = Callable[[J, int, Response | RequestFailed], bool]
 
 
 async def answer_all(
     jobs: Iterable[J],
     teacher: Teacher,
     log: AnswerLog,
-    settle: Settle,
+    record: RecordAnswer,
     *,
     concurrency: int = 50,
     budget: Budget | None = None,
-    stop: Stop | None = None,
+    cancel: CancelToken | None = None,
     progress: Progress | None = None,
 ) -> Ending:
     """Asks the teacher for every job what the log does not hold yet, `concurrency` requests at a time.
 
-    A reply is in the log before anything else is done with it. Then `settle(job, attempt, reply or failure)` says
+    A reply is in the log before anything else is done with it. Then `record(job, attempt, reply or failure)` says
     whether the job is done; if not, its request of attempt + 1 comes next. Two jobs of equal requests ask once. `jobs`
     is read as it is needed. Returns
 
-      "done"          when `settle` has said so for every job,
-      "interrupted"   when `stop` was asked to: what was in flight is finished and settled,
+      "done"          when `record` has said so for every job,
+      "interrupted"   when `cancel` was asked to: what was in flight is finished and settled,
       "max_cost", "max_requests"  when the budget had no room for the next request, likewise.
 
     Jobs that were not reached are not settled; the log has all answers. Raises EndpointStopped when no
     request would be answered any more, after what is in flight, also when FAILURES_IN_A_ROW have failed; OSError when
     the log cannot be written.
     """
-    run = _Run(iter(jobs), teacher, log, settle, budget or Budget(), stop or Stop(), progress)
+    run = _Run(iter(jobs), teacher, log, record, budget or Budget(), cancel or CancelToken(), progress)
     workers = [asyncio.create_task(run.work()) for _ in range(concurrency)]
     try:
         await asyncio.gather(*workers)
@@ -73,12 +73,12 @@ async def answer_all(
 
 @dataclasses.dataclass
 class _Run:
-    jobs: Iterator[Job]
+    jobs: Iterator[AnswerJob]
     teacher: Teacher
     log: AnswerLog
-    settle: Settle
+    record: RecordAnswer
     budget: Budget
-    stop: Stop
+    cancel: CancelToken
     progress: Progress | None
     ending: Ending = "done"
     fatal: Exception | None = None
@@ -90,7 +90,7 @@ class _Run:
 
     @property
     def over(self) -> bool:
-        if self.stop.asked and self.ending == "done":
+        if self.cancel.requested and self.ending == "done":
             self.ending = "interrupted"
         return self.ending != "done" or self.fatal is not None
 
@@ -99,7 +99,7 @@ class _Run:
             await asyncio.sleep(0)  # a log full of answers must not keep signals from being heard
             await self.work_on(job)
 
-    async def work_on(self, job: Job) -> None:
+    async def work_on(self, job: AnswerJob) -> None:
         attempt, fresh = 0, False
         while True:
             request = job.request(attempt)
@@ -112,15 +112,15 @@ class _Run:
                 answer, fresh = await self.obtain(key, request), True
             if answer is None:
                 return
-            if isinstance(answer, Reply):
+            if isinstance(answer, Response):
                 self.budget.learn(request, answer)
-            if self.settle(job, attempt, answer):
+            if self.record(job, attempt, answer):
                 break
             attempt += 1
         if self.progress is not None:
             self.progress.update(fresh)
 
-    async def obtain(self, key: str, request: Request) -> Reply | RequestFailed | None:
+    async def obtain(self, key: str, request: ChatRequest) -> Response | RequestFailed | None:
         """A reply that is in the log now, or the failure, or None if the run is over."""
         landed = self.flying[key] = asyncio.Event()
         try:
@@ -149,7 +149,7 @@ class _Run:
         elif self.ending == "done":
             self.ending = limit
 
-    async def send(self, key: str, request: Request, worst: float) -> Reply | RequestFailed | None:
+    async def send(self, key: str, request: ChatRequest, worst: float) -> Response | RequestFailed | None:
         self.sent += 1
         try:
             reply = await self.teacher.ask(request, lambda came: self.budget.lose(request, came))
@@ -165,9 +165,9 @@ class _Run:
             self.give_up(EndpointStopped(f"{FAILURES_IN_A_ROW} requests in a row failed, the last by {failure}"))
         except EndpointStopped as error:
             self.give_up(error)
-        except Unsent:
+        except NotSentError:
             self.budget.release(0.0, sent=False)
-        except NoRoom:
+        except BudgetExceededError:
             self.ending = "max_cost" if self.ending == "done" else self.ending
         finally:
             self.sent -= 1
@@ -176,4 +176,4 @@ class _Run:
 
     def give_up(self, error: EndpointStopped) -> None:
         self.fatal = self.fatal or error
-        self.stop.ask()  # those that wait for another try need not
+        self.cancel.request()  # those that wait for another try need not

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from llava_jax.cli import printable
+from llava_jax.endpoint.cancel import TERMINATED, CancelToken
 from llava_jax.endpoint.client import Endpoint, read_key
 from llava_jax.endpoint.errors import EndpointStopped
-from llava_jax.endpoint.stop import TERMINATED, Stop
 from llava_jax.errors import UserError
 
 UNANSWERED, OVER_BUDGET, INTERRUPTED = 1, 3, 130  # exit codes beside TERMINATED
@@ -42,11 +42,11 @@ class Server:
             if value is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
 
-    def open(self, model: str, base_url: str = "", stop: Stop | None = None) -> Endpoint:
+    def open(self, model: str, base_url: str = "", cancel: CancelToken | None = None) -> Endpoint:
         """The model there; "" is OPENAI_BASE_URL or OpenAI itself. Raises what Endpoint raises."""
         key = read_key(self.api_key_env, required=self.api_key_env != Server.api_key_env)
         return Endpoint(
-            model, base_url or None, key, timeout=self.timeout, retries=self.retries, stop=stop,
+            model, base_url or None, key, timeout=self.timeout, retries=self.retries, cancel=cancel,
             requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute,
         )
 
@@ -72,6 +72,6 @@ def check_answered(asked: int, failures: Sequence[str]) -> None:
         raise EndpointStopped(f"none of {asked:,} requests was answered, the first for {failures[0]}")
 
 
-def code_of(stop: Stop) -> int:
+def code_of(cancel: CancelToken) -> int:
     """The exit code of a command that a signal stopped."""
-    return INTERRUPTED if stop.signal == signal.SIGINT else TERMINATED
+    return INTERRUPTED if cancel.signal == signal.SIGINT else TERMINATED

@@ -3,16 +3,16 @@
 import importlib
 
 from llava_jax import cli
-from llava_jax.endpoint.stop import exit_on_sigterm
+from llava_jax.endpoint.cancel import exit_on_sigterm
 from llava_jax.errors import UserError
 
 COMMANDS = {
-    "run": ("llava_jax.synthesize.running", "Run"),
-    "estimate": ("llava_jax.synthesize.commands", "Estimate"),
-    "preview": ("llava_jax.synthesize.commands", "Preview"),
-    "status": ("llava_jax.synthesize.commands", "Status"),
-    "view": ("llava_jax.synthesize.commands", "View"),
-    "pairs": ("llava_jax.synthesize.pairs", "Pairs"),
+    "run": ("llava_jax.synthesize.running", "RunCommand"),
+    "estimate": ("llava_jax.synthesize.commands", "EstimateCommand"),
+    "preview": ("llava_jax.synthesize.commands", "PreviewCommand"),
+    "status": ("llava_jax.synthesize.commands", "StatusCommand"),
+    "view": ("llava_jax.synthesize.commands", "ViewCommand"),
+    "pairs": ("llava_jax.synthesize.pairs", "PairsCommand"),
 }
 
 

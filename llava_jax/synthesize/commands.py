@@ -12,31 +12,31 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from llava_jax.cli import printable
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import load_price
 from llava_jax.endpoint.run import answer_all
 from llava_jax.endpoint.server import UNANSWERED, Server, check_answered, code_of
-from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import parse_json, require_fields
 from llava_jax.json_lines import is_written
 from llava_jax.pages import page
 from llava_jax.synthesize.estimate import describe, estimate
 from llava_jax.synthesize.output import MANIFEST, REJECTED, check_folder
-from llava_jax.synthesize.running import open_log, open_synthesis, read_standing
-from llava_jax.synthesize.synthesis import COUNTS, SETTINGS, Outcome, Settings, Synthesis, Task
+from llava_jax.synthesize.running import open_log, open_synthesis, read_status
+from llava_jax.synthesize.synthesis import COUNTS, SETTINGS, Outcome, Synthesis, SynthesisSettings, Task
 from llava_jax.synthesize.viewer import ViewedSample, render_page
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class EstimateCommand:
     """Says how many requests and tokens a run takes, and what they cost; asks nobody.
 
     Prompt tokens are counted on 1,000 tasks of each kind. Where the log of OUT has answers (of `preview`, or of a run
     that was stopped) their tokens say how long the others will be, and only what remains is counted.
     """
 
-    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     prices: str = ""
     """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
     tokenizer: str = ""
@@ -60,13 +60,13 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Preview:
+class PreviewCommand:
     """Prints some prompts in full, and what the teacher answers.
 
     The answers are kept in OUT, where `run` finds them: nothing is paid for twice.
     """
 
-    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     server: Annotated[Server, tyro.conf.arg(name="")]
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 5
     """tasks, drawn by seed, the kinds by turns"""
@@ -81,73 +81,73 @@ class Preview:
         check_folder(self.settings.out)
         if self.settings.teacher == "openai" and not self.dry_run:
             self.server.look(self.settings.model, self.settings.base_url)
-        synthesis, stop = open_synthesis(self.settings), Stop()
+        synthesis, cancel = open_synthesis(self.settings), CancelToken()
         tasks = list(itertools.islice(synthesis.drawn(self.settings.seed, self.settings.kinds), self.count))
         if self.dry_run:
             _print_tasks(tasks)
             return 0
         with open_log(self.settings) as log:
-            failures = asyncio.run(self._ask(tasks, synthesis, log, stop))
+            failures = asyncio.run(self._ask(tasks, synthesis, log, cancel))
             _print_tasks(tasks, log, failures)
             check_answered(sum(task.key(0) in log for task in tasks) + len(failures), list(failures.values()))
-        if stop.asked:
-            return code_of(stop)
+        if cancel.requested:
+            return code_of(cancel)
         return UNANSWERED if failures else 0
 
     async def _ask(
-        self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, stop: Stop
+        self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, cancel: CancelToken
     ) -> dict[tuple[str, str], str]:
         """The first answer of each task goes to the log; returns why others have none."""
         failures = {}
 
-        def settle(task: Task, attempt: int, answer: Any) -> bool:
+        def record(task: Task, attempt: int, answer: Any) -> bool:
             if isinstance(answer, Exception):
                 failures[task.name] = str(answer)
             return True
 
-        with stop.listen():
+        with cancel.handle_signals():
             if self.settings.teacher == "rules":
-                await answer_all(tasks, synthesis.teacher, log, settle, stop=stop)
+                await answer_all(tasks, synthesis.teacher, log, record, cancel=cancel)
             else:
                 settings = self.settings
-                async with self.server.open(settings.model, settings.base_url, stop) as endpoint:
-                    await answer_all(tasks, endpoint, log, settle, stop=stop, concurrency=self.server.concurrency)
+                async with self.server.open(settings.model, settings.base_url, cancel) as endpoint:
+                    await answer_all(tasks, endpoint, log, record, cancel=cancel, concurrency=self.server.concurrency)
         return failures
 
 
 @dataclasses.dataclass(frozen=True)
-class Status:
+class StatusCommand:
     """Says how far a run is, or how it ended; also while it goes on."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """folder of the run"""
 
     def run(self) -> int:
-        settings = Settings.load(self.folder)
-        running, standing = _read_standing(settings)
+        settings = SynthesisSettings.load(self.folder)
+        running, status = _read_status(settings)
         _print(f"{self.folder}: {settings.teacher}" + (f", {settings.model}" if settings.model else "")
               + f", language {settings.language}")
-        if standing is None:
+        if status is None:
             _print("nothing has been asked yet")
             return 0
         if running:
-            seconds, asked = standing["seconds"], standing["requests"]
-            left = sum(kind["asked"] - kind["accepted"] - kind["rejected"] for kind in standing["kinds"].values())
+            seconds, asked = status["seconds"], status["requests"]
+            left = sum(kind["asked"] - kind["accepted"] - kind["rejected"] for kind in status["kinds"].values())
             left = f", {left * seconds / asked / 60:,.0f} minutes left" if asked else ""
             _print(f"running for {seconds / 60:,.0f} minutes{left}, as of {standing['written']}")
         else:
             ended = {"done": "done", "running": "killed; the same command goes on"}
-            state = ended.get(standing["state"], f"{standing['state'].replace('_', ' ')}; the same command goes on")
+            state = ended.get(status["state"], f"{standing['state'].replace('_', ' ')}; the same command goes on")
             _print(f"{state}, as of {standing['written']}")
         _print(f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'to do':>10}")
-        for kind, count in standing["kinds"].items():
+        for kind, count in status["kinds"].items():
             left = count["asked"] - count["accepted"] - count["rejected"]
             _print(f"{kind:20}{count['asked']:>10,}{count['accepted']:>10,}{count['rejected']:>10,}{left:>10,}")
-        for reason, count in standing["rejected_answers"].items():
+        for reason, count in status["rejected_answers"].items():
             _print(f"rejected answers: {count:,} {reason.replace('_', ' ')}")
-        tokens = standing["tokens"]
-        cost = "" if standing["cost_usd"] is None else f", {standing['cost_usd']:,.2f} USD"
-        if standing["lost_usd"]:
+        tokens = status["tokens"]
+        cost = "" if status["cost_usd"] is None else f", {standing['cost_usd']:,.2f} USD"
+        if status["lost_usd"]:
             cost += f", and up to {standing['lost_usd']:,.2f} USD for tries without an answer"
         _print(f"{standing['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
               f"{tokens.get('completion', 0):,} completion tokens in all{cost}")
@@ -157,7 +157,7 @@ class Status:
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class ViewCommand:
     """Makes an HTML page of some samples: image, boxes, captions, answer and verdict; also while the run goes on."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
@@ -182,7 +182,7 @@ class View:
             raise UserError(f"--image-root {self.image_root}: no such folder")
         output = self.output or os.path.join(self.folder, "view.html")
         page.check_page(output)
-        settings = Settings.load(self.folder)
+        settings = SynthesisSettings.load(self.folder)
         try:
             synthesis = open_synthesis(settings)
         except UserError as error:  # of a path that stands there, and may have moved since
@@ -288,9 +288,9 @@ def _final(task: Task, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]
     return outcome._replace(verdict=outcome.verdict._replace(reason="duplicate", detail=duplicates[task.name]))
 
 
-def _read_standing(settings: Settings) -> tuple[bool, dict[str, Any] | None]:
+def _read_status(settings: SynthesisSettings) -> tuple[bool, dict[str, Any] | None]:
     """Whether a process is at work in the folder, and what was last told of how far it is, if it ever was."""
     while True:
-        running, standing = is_written(settings.log), read_standing(settings)
+        running, status = is_written(settings.log), read_status(settings)
         if running == is_written(settings.log):  # it has neither begun nor ended meanwhile
-            return running, standing
+            return running, status

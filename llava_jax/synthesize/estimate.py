@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
-from llava_jax.endpoint.request import Message, Reply
+from llava_jax.endpoint.request import Message, Response
 from llava_jax.synthesize.synthesis import Synthesis, Task
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -124,7 +124,7 @@ def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, token
     )
 
 
-def _answered(synthesis: Synthesis, kind: str, log: AnswerLog | dict) -> tuple[int, list[tuple[Task, Reply]]]:
+def _answered(synthesis: Synthesis, kind: str, log: AnswerLog | dict) -> tuple[int, list[tuple[Task, Response]]]:
     """How many tasks the log has an answer to, and SAMPLE of them with their first answers."""
     count, some = 0, []
     for task in synthesis if len(log) else ():

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
 from llava_jax.files import replacing
 from llava_jax.synthesize.parse import Reject, Seen
@@ -152,7 +152,7 @@ class _Tally:
                 self._counted.add(short)
                 self._add(reply)
 
-    def _add(self, reply: Reply) -> None:
+    def _add(self, reply: Response) -> None:
         self.answers += 1
         self.estimated += reply.estimated
         told = 0 if reply.estimated else 1  # tokens are those that the server counts

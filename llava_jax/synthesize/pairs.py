@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llava_jax.annotations.captions import CaptionFile
 from llava_jax.annotations.concept_filter import find_phrases, select
-from llava_jax.annotations.context import Source, open_contexts
+from llava_jax.annotations.context import AnnotationSource, open_contexts
 from llava_jax.annotations.noun_phrases import light_chunker
 from llava_jax.data.records import check_text
 from llava_jax.endpoint.server import note
@@ -35,7 +35,7 @@ COCO = re.compile(rb'\s*\{\s*"(info|licenses|type|images|annotations)"\s*:\s*[\[
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class PairsCommand:
     """Makes image-caption pairs stage-1 records: a random short instruction, and the caption as its answer.
 
     DATA holds a row for each pair, with `image` and either `caption` or a conversation of one answer (metadata.json or
@@ -140,7 +140,7 @@ def _rows(path: str, seed: int) -> Iterator[str]:
             yield path
             return
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
-        contexts = open_contexts(Source(captions=path))
+        contexts = open_contexts(AnnotationSource(captions=path))
         for what, count in contexts.notes.items():
             note(f"{count:,} {what}")
         for context in contexts:

@@ -15,25 +15,25 @@ from tqdm import tqdm
 
 from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
+from llava_jax.endpoint.cancel import CancelToken
+from llava_jax.endpoint.errors import EndpointStopped, NotSentError, RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import load_price
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 from llava_jax.endpoint.run import Ending, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
-from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import read_json, replacing, require_fields
 from llava_jax.progress import Progress
 from llava_jax.synthesize.output import check_folder, date, to_json, write_outputs
-from llava_jax.synthesize.synthesis import SETTINGS, Settings, Synthesis, Task
+from llava_jax.synthesize.synthesis import SETTINGS, Synthesis, SynthesisSettings, Task
 
 STANDING, BATCHES = "progress.json", "batches"
 SECONDS = 5.0  # between two writings of it
 
 
 @contextlib.contextmanager
-def open_log(settings: Settings) -> Iterator[AnswerLog]:
+def open_log(settings: SynthesisSettings) -> Iterator[AnswerLog]:
     """The log of answers in the folder of the run, which is made; tells what was mended. One process at a time."""
     with user_path(settings.out):
         os.makedirs(settings.out, exist_ok=True)
@@ -48,7 +48,7 @@ def open_log(settings: Settings) -> Iterator[AnswerLog]:
         yield log
 
 
-def open_synthesis(settings: Settings) -> Synthesis:
+def open_synthesis(settings: SynthesisSettings) -> Synthesis:
     """Reads prompts and images, and tells what was left out of them."""
     synthesis = Synthesis(settings)
     for what, count in synthesis.contexts.notes.items():
@@ -58,7 +58,7 @@ def open_synthesis(settings: Settings) -> Synthesis:
     return synthesis
 
 
-class Standing:
+class RunStatus:
     """Settles answers, and keeps in a file how far the run is, for `status`."""
 
     def __init__(self, synthesis: Synthesis, budget: Budget):
@@ -69,7 +69,7 @@ class Standing:
         self._accepted, self._rejected, self._tokens = Counter[str](), Counter[str](), Counter[str]()
         self._path, self._begun, self._written = os.path.join(synthesis.settings.out, STANDING), time.time(), 0.0
 
-    def settle(self, task: Task, attempt: int, answer: Reply | RequestFailed) -> bool:
+    def record(self, task: Task, attempt: int, answer: Response | RequestFailed) -> bool:
         """Whether the task is done."""
         done = True
         if isinstance(answer, RequestFailed):
@@ -111,27 +111,27 @@ STANDING_FIELDS = {"state": str, "written": str, "seconds": NUMBER, "kinds": dic
                    "requests": int, "tokens": dict, "cost_usd": (*NUMBER, type(None))}  # fmt: skip
 
 
-def read_standing(settings: Settings) -> dict[str, Any] | None:
+def read_status(settings: SynthesisSettings) -> dict[str, Any] | None:
     """What was last told of how far a run is, or None. Raises UserError that names the file if it is damaged."""
     path = os.path.join(settings.out, STANDING)
     if not os.path.exists(path):
         return None
     try:
-        standing = read_json(path)
-        standing.setdefault("lost_usd", 0.0)  # of an older version
-        require_fields(standing, STANDING_FIELDS | {"lost_usd": NUMBER}, path)
-        for kind, counts in standing["kinds"].items():
+        status = read_json(path)
+        status.setdefault("lost_usd", 0.0)  # of an older version
+        require_fields(status, STANDING_FIELDS | {"lost_usd": NUMBER}, path)
+        for kind, counts in status["kinds"].items():
             require_fields(counts, dict.fromkeys(("asked", "accepted", "rejected"), int), f"{path}: {kind}")
         for group in ("rejected_answers", "tokens"):
-            require_fields(standing[group], dict.fromkeys(standing[group], int), f"{path}: {group}")
+            require_fields(status[group], dict.fromkeys(status[group], int), f"{path}: {group}")
     except UserError as error:
         what = str(error).removeprefix(f"{path}: ")
         raise UserError(f"{path}: not what a synthesis writes ({what}); run its command again") from None
-    return standing
+    return status
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunCommand:
     """Asks the teacher, and writes LLaVA's JSON.
 
     OUT gets conversation.json, detail_description.json, complex_reasoning.json, and instruct.json: all, shuffled.
@@ -147,7 +147,7 @@ class Run:
     is, and the same command goes on.
     """
 
-    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     server: Annotated[Server, tyro.conf.arg(name="")]
     max_cost: float | None = None
     """USD, by --prices, that all answers in OUT may cost together, with tries that brought none. No request starts that
@@ -171,26 +171,26 @@ class Run:
             with replacing(os.path.join(settings.out, SETTINGS)) as file:
                 file.write(to_json(settings.as_json(), indent=1))
             spent = sum(price.cost(reply) for _, reply in log.items()) if price else 0.0
-            lost = (read_standing(settings) or {}).get("lost_usd", 0.0)
+            lost = (read_status(settings) or {}).get("lost_usd", 0.0)
             budget = Budget(self.max_cost, self.max_requests, price, self.batch, spent, lost)
-            stop, standing, fatal = Stop(), Standing(synthesis, budget), None
-            standing.write("running")
+            cancel, status, fatal = CancelToken(), RunStatus(synthesis, budget), None
+            status.write("running")
             try:
-                ending = asyncio.run(self._ask(synthesis, log, standing, budget, stop))
+                ending = asyncio.run(self._ask(synthesis, log, status, budget, cancel))
             except EndpointStopped as error:
                 ending, fatal = "stopped", error
-            manifest = write_outputs(synthesis, log, standing.failures, price, _bar(len(synthesis)))
-            standing.write(ending, manifest)
+            manifest = write_outputs(synthesis, log, status.failures, price, _bar(len(synthesis)))
+            status.write(ending, manifest)
         print(printable(describe(manifest, settings.out)))
         if budget.lost:
             note(f"tries that brought no answer may have cost up to {budget.lost:,.2f} USD more")
-        if standing.failures:
-            count, first = len(standing.failures), next(iter(standing.failures.values()))
+        if status.failures:
+            count, first = len(status.failures), next(iter(status.failures.values()))
             note(f"{count:,} tasks got no answer ({first}); the same command asks for them again")
         if fatal is not None:
             raise fatal
-        check_answered(len(standing.failures) + standing.answered, list(standing.failures.values()))
-        return self._explain(ending, stop, bool(standing.failures))
+        check_answered(len(status.failures) + status.answered, list(status.failures.values()))
+        return self._explain(ending, cancel, bool(status.failures))
 
     def _check(self) -> None:
         self.settings.check()
@@ -207,38 +207,38 @@ class Run:
                     raise UserError(f"--{name.replace('_', '-')} says nothing to --teacher rules; leave it out")
 
     async def _ask(
-        self, synthesis: Synthesis, log: AnswerLog, standing: Standing, budget: Budget, stop: Stop
+        self, synthesis: Synthesis, log: AnswerLog, status: RunStatus, budget: Budget, cancel: CancelToken
     ) -> Ending:
-        progress = Progress(len(synthesis), unit="tasks", note=lambda: budget.summary(standing.rejects))
-        options = {"budget": budget, "stop": stop, "progress": progress}
-        with contextlib.closing(progress), stop.listen():
-            telling = asyncio.create_task(_tell(stop))
+        progress = Progress(len(synthesis), unit="tasks", note=lambda: budget.summary(status.rejects))
+        options = {"budget": budget, "cancel": cancel, "progress": progress}
+        with contextlib.closing(progress), cancel.handle_signals():
+            telling = asyncio.create_task(_tell(cancel))
             try:
                 if self.settings.teacher == "rules":
                     return await answer_all(
-                        synthesis, synthesis.teacher, log, standing.settle, concurrency=1, **options)
-                return await self._ask_server(synthesis, log, standing, options)
+                        synthesis, synthesis.teacher, log, status.record, concurrency=1, **options)
+                return await self._ask_server(synthesis, log, status, options)
             finally:
                 telling.cancel()
 
     async def _ask_server(
-        self, synthesis: Synthesis, log: AnswerLog, standing: Standing, options: dict[str, Any]
+        self, synthesis: Synthesis, log: AnswerLog, status: RunStatus, options: dict[str, Any]
     ) -> Ending:
-        async with self.server.open(self.settings.model, self.settings.base_url, options["stop"]) as endpoint:
+        async with self.server.open(self.settings.model, self.settings.base_url, options["cancel"]) as endpoint:
             try:
                 if not self.batch:
                     return await answer_all(
-                        synthesis, endpoint, log, standing.settle, concurrency=self.server.concurrency, **options)
+                        synthesis, endpoint, log, status.record, concurrency=self.server.concurrency, **options)
                 from llava_jax.endpoint.batch import answer_all_in_batches
 
                 folder = os.path.join(self.settings.out, BATCHES)
                 os.makedirs(folder, exist_ok=True)
-                return await answer_all_in_batches(synthesis, endpoint, log, standing.settle, folder, **options)
+                return await answer_all_in_batches(synthesis, endpoint, log, status.record, folder, **options)
             finally:
                 for line in endpoint.notes:
                     note(line)
 
-    def _explain(self, ending: Ending, stop: Stop, failed: bool) -> int:
+    def _explain(self, ending: Ending, cancel: CancelToken, failed: bool) -> int:
         """The exit code, and why it is not 0."""
         if ending == "done":
             return UNANSWERED if failed else 0
@@ -247,7 +247,7 @@ class Run:
         print(f"{why}; the same command goes on", file=sys.stderr)
         if ending != "interrupted":
             return OVER_BUDGET
-        return code_of(stop)
+        return code_of(cancel)
 
 
 def describe(manifest: dict[str, Any], folder: str) -> str:
@@ -271,12 +271,12 @@ def describe(manifest: dict[str, Any], folder: str) -> str:
     return "\n".join([*lines, f"{folder}: {', '.join(manifest['outputs'])}"])
 
 
-async def _tell(stop: Stop) -> None:
+async def _tell(cancel: CancelToken) -> None:
     """Says that a signal was heard: what is in flight may take minutes."""
     try:
-        await stop.sleep(365 * 86400)
-    except Unsent:
-        if stop.signal is not None:
+        await cancel.sleep(365 * 86400)
+    except NotSentError:
+        if cancel.signal is not None:
             print("finishing what is in flight; once more to leave at once", file=sys.stderr)
 
 

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import tyro
 
-from llava_jax.annotations.context import Context, Source, open_contexts
+from llava_jax.annotations.context import AnnotationSource, Context, open_contexts
 from llava_jax.endpoint.client import without_password
-from llava_jax.endpoint.request import Reply, Request
+from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.errors import UserError
 from llava_jax.files import parse_json, read_json, require_fields
 from llava_jax.synthesize import evidence, parse
@@ -39,10 +39,10 @@ LOG, SETTINGS = "answers.jsonl", "settings.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SynthesisSettings:
     """What to ask, of which teacher, about which images. `check` before use."""
 
-    source: Annotated[Source, tyro.conf.arg(name="")]
+    source: Annotated[AnnotationSource, tyro.conf.arg(name="")]
     """images: captions and boxes"""
     out: str = "data/instruct"
     """folder for the answers and for what is made of them; the same command goes on where it stopped"""
@@ -149,7 +149,7 @@ class Settings:
         try:
             fields = read_json(path)
             require_fields(fields, {"source": dict, "teacher": str, "model": str, "language": str}, path)
-            source = _read_fields(Source, fields["source"], "source")
+            source = _read_fields(AnnotationSource, fields["source"], "source")
             settings = _read_fields(cls, fields | {"source": source, "out": folder}, path)
             settings.check_values()
         except UserError as error:
@@ -194,7 +194,7 @@ class Outcome(NamedTuple):
     """Where a task stands."""
 
     verdict: Verdict | None  # on the accepted answer, or else on the last one; None before the first
-    answers: tuple[tuple[str, Reply], ...]  # so far, with their keys; the accepted one is the last
+    answers: tuple[tuple[str, Response], ...]  # so far, with their keys; the accepted one is the last
     done: bool  # accepted, or asked as often as allowed
 
 
@@ -211,14 +211,14 @@ class Task:
     def name(self) -> tuple[str, str]:
         return self.kind, self.context.id
 
-    def request(self, attempt: int) -> Request:
+    def request(self, attempt: int) -> ChatRequest:
         return self.synthesis.teacher.request(self.kind, self.context, attempt)
 
     def key(self, attempt: int) -> str:
         """Under which the log holds the answer."""
         return self.request(attempt).key(self.synthesis.teacher.model)
 
-    def verdict(self, reply: Reply) -> Verdict:
+    def verdict(self, reply: Response) -> Verdict:
         """Depends on the task and the answer alone."""
         settings, turns, found = self.synthesis.settings, (), None
         try:
@@ -232,7 +232,7 @@ class Task:
             return Verdict(turns, reject.reason, reject.detail, found)
         return Verdict(turns, "", "", found)
 
-    def outcome(self, log: Mapping[str, Reply]) -> Outcome:
+    def outcome(self, log: Mapping[str, Response]) -> Outcome:
         """By the answers that the log holds."""
         verdict, answers = None, ()
         for attempt in range(self.synthesis.attempts):
@@ -260,7 +260,7 @@ class Synthesis(Sequence[Task]):
     Raises UserError, one line, where prompts or images cannot be read, or there are too few.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: SynthesisSettings):
         self.settings = settings
         self.teacher = _open_teacher(settings)
         # A rule answers the same however often it is asked.
@@ -310,7 +310,7 @@ class Synthesis(Sequence[Task]):
         return chosen
 
 
-def _open_teacher(settings: Settings) -> Prompted | Rules:
+def _open_teacher(settings: SynthesisSettings) -> Prompted | Rules:
     if settings.teacher == "rules":
         return Rules(settings.language, settings.seed, settings.questions)
     prompts = Prompts.load(settings.prompts, settings.language, settings.kinds, settings.questions)

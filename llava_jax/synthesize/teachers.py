@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from llava_jax.annotations.context import Box, Context
-from llava_jax.endpoint.request import Reply, Request
+from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.synthesize.prompts import Prompts, read_questions
 from llava_jax.synthesize.rules import RulesTeacher
 
@@ -32,8 +32,8 @@ class Prompted:
     def prompts_hash(self) -> str:
         return self.prompts.hash
 
-    def request(self, kind: str, context: Context, attempt: int = 0) -> Request:
-        return Request(self.prompts.messages(kind, context), self.parameters, attempt)
+    def request(self, kind: str, context: Context, attempt: int = 0) -> ChatRequest:
+        return ChatRequest(self.prompts.messages(kind, context), self.parameters, attempt)
 
 
 class Rules:
@@ -51,14 +51,14 @@ class Rules:
         """Raises UserError, one line, if one of these has no name in the language."""
         self._rules.check(categories)
 
-    def request(self, kind: str, context: Context, attempt: int = 0) -> Request:
+    def request(self, kind: str, context: Context, attempt: int = 0) -> ChatRequest:
         image = json.dumps(dataclasses.asdict(context), ensure_ascii=False)
-        return Request(({"role": "system", "content": kind}, {"role": "user", "content": image}), self._parameters,
+        return ChatRequest(({"role": "system", "content": kind}, {"role": "user", "content": image}), self._parameters,
                        attempt)
 
-    async def ask(self, request: Request, lost: object = None) -> Reply:
+    async def ask(self, request: ChatRequest, lost: object = None) -> Response:
         kind, image = (message["content"] for message in request.messages)
         fields = json.loads(image)
         boxes = tuple(Box(**box) for box in fields["boxes"])
         context = Context(fields["id"], fields["image"], tuple(fields["captions"]), boxes)
-        return Reply(self._rules.reply(kind, context), "stop", 0, 0, 0, self.model, None, int(time.time()))
+        return Response(self._rules.reply(kind, context), "stop", 0, 0, 0, self.model, None, int(time.time()))

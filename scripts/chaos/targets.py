@@ -173,9 +173,9 @@ def collected(copy: Path, everything: Path) -> None:
     """What the Batch API's notes of an earlier command are read with."""
     from llava_jax.endpoint import batch
     from llava_jax.endpoint.budget import Budget
-    from llava_jax.endpoint.stop import Stop
+    from llava_jax.endpoint.cancel import CancelToken
 
-    batch._Batches(types.SimpleNamespace(client=None), None, str(copy), Budget(batch=True), Stop(), None)
+    batch._Batches(types.SimpleNamespace(client=None), None, str(copy), Budget(batch=True), CancelToken(), None)
 
 
 def benchmarks() -> Iterator[Target]:
@@ -203,10 +203,10 @@ def benchmarks() -> Iterator[Target]:
 
 def judged(copy: Path, everything: Path) -> object:
     """The judge's inputs, with a judge that says the same to every question."""
-    from llava_jax.endpoint.request import Reply
+    from llava_jax.endpoint.request import Response
     from llava_jax.evaluate.judge.judging import Judge
 
-    reply = Reply("8 7", "stop", 10, 0, 2, "judge", None, 0)
+    reply = Response("8 7", "stop", 10, 0, 2, "judge", None, 0)
     Judge._ask = lambda self, jobs, log, failures: [
         log.append(key, reply) for key in dict.fromkeys(job.request(0).key(self.model.model) for job in jobs)]
     return evaluate.main(["judge", "llava-bench-wild", "--data", str(copy), "--answers", str(copy / "answers.jsonl"),

@@ -53,7 +53,7 @@ class Page:
         self.labels += [""] * len(sums)
 
 
-def describe(page: Page, things: list[rules.Thing], rng: random.Random, form: str) -> None:
+def describe(page: Page, things: list[rules.GridObject], rng: random.Random, form: str) -> None:
     """`text`: "top-left small red circle, centre ..."; `list`: one sum of words per object; `grid`: one per
     patch of a picture.
     """
@@ -67,11 +67,11 @@ def describe(page: Page, things: list[rules.Thing], rng: random.Random, form: st
         by_cell = {(thing.row, thing.column): thing for thing in things}
         for row, column in ((i // 2, j // 2) for i in range(6) for j in range(6)):
             thing = by_cell.get((row, column))
-            place = rules.Thing("", "", "", row, column).place
+            place = rules.GridObject("", "", "", row, column).place
             page.add_sums([(place, thing.size, thing.colour, thing.shape) if thing else (place,)])
 
 
-def restate(page: Page, things: list[rules.Thing], rng: random.Random) -> None:
+def restate(page: Page, things: list[rules.GridObject], rng: random.Random) -> None:
     """All objects in a new order: the place and then what is there, or what it is and then its place."""
     for thing in rng.sample(things, len(things)):
         page.add([page.encode.comma])
@@ -88,11 +88,11 @@ def map_words(page: Page, words: list[str]) -> list[int]:
     return [page.encode.word(word) for word in words]
 
 
-def crowd(rng: random.Random) -> list[rules.Thing]:
+def crowd(rng: random.Random) -> list[rules.GridObject]:
     """More objects than a picture holds: guessing among them pays little, so looking up is learned early."""
     cells = rng.sample(range(9), rng.choice((3, 6, 9)))
     return [
-        rules.Thing(*rng.choice(scenes.PAIRS), rng.choice(scenes.SIZES), cell // 3, cell % 3) for cell in cells
+        rules.GridObject(*rng.choice(scenes.PAIRS), rng.choice(scenes.SIZES), cell // 3, cell % 3) for cell in cells
     ]
 
 

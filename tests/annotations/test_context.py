@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from llava_jax.annotations.context import Box, Context, Source, open_contexts
+from llava_jax.annotations.context import AnnotationSource, Box, Context, open_contexts
 from llava_jax.data import json_rows
 from llava_jax.errors import UserError
 
@@ -80,7 +80,7 @@ def write(folder, captions: dict, instances: dict, order=None, **options) -> dic
 
 
 def contexts_of(folder, captions: dict, instances: dict, **options):
-    return open_contexts(Source(**write(folder, captions, instances), **options))
+    return open_contexts(AnnotationSource(**write(folder, captions, instances), **options))
 
 
 def test_lines_and_texts():
@@ -99,7 +99,7 @@ def test_coco_files_in_any_order_of_their_members(tmp_path, monkeypatch, piece, 
     expected = brute(captions, instances)
     for order in itertools.permutations(["annotations", "images", "categories"]):
         paths = write(tmp_path, captions, instances, ["info", *order, "licenses", "more"], indent=indent)
-        contexts = open_contexts(Source(**paths))
+        contexts = open_contexts(AnnotationSource(**paths))
         assert list(contexts) == expected and len(contexts) == 6
     assert contexts[2:4] == expected[2:4] and contexts[-1] == expected[-1]
     assert contexts.categories == ("person", "dog", "traffic light") and contexts.boxed and not contexts.notes
@@ -111,7 +111,7 @@ def test_coco_files_in_any_order_of_their_members(tmp_path, monkeypatch, piece, 
 
 def test_without_instances(tmp_path):
     captions, instances = coco()
-    contexts = open_contexts(Source(captions=write(tmp_path, captions, instances)["captions"]))
+    contexts = open_contexts(AnnotationSource(captions=write(tmp_path, captions, instances)["captions"]))
     assert [context.captions for context in contexts] == [context.captions for context in brute(captions, instances)]
     assert not contexts.boxed and not any(context.boxes for context in contexts) and not contexts.notes
 
@@ -193,7 +193,7 @@ def test_boxes_of_json_lines_that_cannot_be_meant(tmp_path, box, message):
     good = row | {"boxes": [{"category": "dog", "bbox": [1, 2, 30, 40]}]}
     path = jsonl(tmp_path, {"image": "1.jpg"} | good, {"image": "2.jpg"} | row)
     with pytest.raises(UserError, match=re.escape(f"{path}, row 2 (line 2): ") + ".*" + message):
-        open_contexts(Source(data=path))
+        open_contexts(AnnotationSource(data=path))
 
 
 def test_chosen_boxes(tmp_path):
@@ -321,20 +321,20 @@ def test_files_that_are_wrong_give_one_line(tmp_path, case, message):
 
 def test_missing_files_and_sources(tmp_path):
     with pytest.raises(UserError, match="none.json: no such file"):
-        open_contexts(Source(captions=f"{tmp_path}/none.json"))
+        open_contexts(AnnotationSource(captions=f"{tmp_path}/none.json"))
     for path, what in (("none.jsonl", "file"), ("none", "folder")):
         with pytest.raises(UserError, match=f"{path}: no such {what}"):
-            open_contexts(Source(data=f"{tmp_path}/{path}"))
+            open_contexts(AnnotationSource(data=f"{tmp_path}/{path}"))
     (tmp_path / "empty.json").write_text("")
     with pytest.raises(UserError, match="empty.json: the file is empty"):
-        open_contexts(Source(captions=f"{tmp_path}/empty.json"))
+        open_contexts(AnnotationSource(captions=f"{tmp_path}/empty.json"))
     for options, message in [
         ({}, "name either COCO files"), ({"captions": "a", "data": "b"}, "name either"),
         ({"instances": "a"}, "boxes without captions"), ({"data": "a", "max_boxes": 0}, "max_boxes is 0"),
         ({"data": "a", "min_box_area": 1.0}, "fraction"), ({"data": "a", "min_boxes": -1}, "min_boxes is -1"),
     ]:
         with pytest.raises(UserError, match=message):
-            Source(**options)
+            AnnotationSource(**options)
 
 
 def jsonl(tmp_path, *rows) -> str:
@@ -354,7 +354,7 @@ def test_json_lines(tmp_path):
         {"image": "two.png", "caption": "Other.", "id": 2},
         {"image": "none.png", "captions": []},
     )
-    contexts = open_contexts(Source(data=path))
+    contexts = open_contexts(AnnotationSource(data=path))
     assert list(contexts) == [
         Context("2", "two.png", ("One.",)),
         Context("10", "ten.png", ("One.",)),
@@ -369,7 +369,7 @@ def test_json_lines(tmp_path):
 def test_an_id_of_two_images_is_refused(tmp_path):
     path = jsonl(tmp_path, {"image": "1.png", "caption": "A dog."}, {"image": "1.jpg", "caption": "A cat."})
     with pytest.raises(UserError, match=r"row 2 \(line 2\): has the id '1' of 1.png; give every image an id of its"):
-        open_contexts(Source(data=path))
+        open_contexts(AnnotationSource(data=path))
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_an_id_of_two_images_is_refused(tmp_path):
 def test_json_rows_that_are_wrong(tmp_path, row, message):
     path = jsonl(tmp_path, {"image": "good", "caption": "a"}, row)
     with pytest.raises(UserError, match=re.escape(f"{path}, row 2 (line 2): ") + ".*" + message) as error:
-        open_contexts(Source(data=path))
+        open_contexts(AnnotationSource(data=path))
     assert "\n" not in str(error.value)
 
 
@@ -432,7 +432,7 @@ class CocoCaptions(tfds.core.GeneratorBasedBuilder):
 
 def test_a_tfds_data_set(tmp_path):
     CocoCaptions(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    contexts = open_contexts(Source(data=str(tmp_path / "coco_captions")))
+    contexts = open_contexts(AnnotationSource(data=str(tmp_path / "coco_captions")))
     names = ["person", "traffic light", "person"]
     assert list(contexts) == [
         Context(f"{number:012d}", f"{number:012d}.jpg", tuple(f"Caption {i}." for i in range(number % 3)),
@@ -441,7 +441,8 @@ def test_a_tfds_data_set(tmp_path):
     ]
     assert contexts.notes == {"images without captions skipped": 2, "images without boxes": 2}
     assert contexts.where(0).startswith(f"{tmp_path}/coco_captions/1.1.0, split train, row ")
-    assert [context.id for context in open_contexts(Source(data=f"{tmp_path}/coco_captions:val"))] == ["000000000001"]
+    validation = open_contexts(AnnotationSource(data=f"{tmp_path}/coco_captions:val"))
+    assert [context.id for context in validation] == ["000000000001"]
 
 
 MEASURE = """

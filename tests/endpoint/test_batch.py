@@ -11,12 +11,12 @@ from virtual_time import run
 from llava_jax.endpoint import batch as module
 from llava_jax.endpoint.batch import answer_all_in_batches
 from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.client import Endpoint
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
-from llava_jax.endpoint.request import Request
-from llava_jax.endpoint.stop import Stop
+from llava_jax.endpoint.request import ChatRequest
 from llava_jax.errors import UserError
 
 pytest.importorskip("openai")
@@ -40,9 +40,9 @@ class Job:
     def __init__(self, name: int):
         self.name = name
 
-    def request(self, attempt: int) -> Request:
+    def request(self, attempt: int) -> ChatRequest:
         messages = ({"role": "user", "content": f"about {self.name:06} \u2028 안녕"},)
-        return Request(messages, {"max_completion_tokens": 100, "temperature": 0.5}, attempt)
+        return ChatRequest(messages, {"max_completion_tokens": 100, "temperature": 0.5}, attempt)
 
 
 class Settled:
@@ -54,18 +54,18 @@ class Settled:
         return self.accept(job, attempt, answer)
 
 
-def batched(fake, folder: Path, count: int, settle=None, before=None, **options):
+def batched(fake, folder: Path, count: int, record=None, before=None, **options):
     """Ending, settled and the seconds that it took; the log is opened and closed, as one run does."""
-    settle, stop = settle or Settled(), options.setdefault("stop", Stop())
+    record, cancel = record or Settled(), options.setdefault("cancel", CancelToken())
 
     async def main():
         with AnswerLog(str(folder / "answers.jsonl")) as log:
-            async with Endpoint("teacher", URL, transport=fake.transport(), stop=stop) as endpoint:
+            async with Endpoint("teacher", URL, transport=fake.transport(), cancel=cancel) as endpoint:
                 if before:
                     before()
-                ending = await answer_all_in_batches(Jobs(count), endpoint, log, settle, str(folder), **options)
+                ending = await answer_all_in_batches(Jobs(count), endpoint, log, record, str(folder), **options)
             assert all(reply.batch for _, reply in log.items())
-        return ending, settle, asyncio.get_running_loop().time()
+        return ending, record, asyncio.get_running_loop().time()
 
     return run(main())
 
@@ -79,9 +79,9 @@ def logged(folder: Path) -> set[int]:
 
 def test_answers_come_in_any_order_and_are_joined_by_key(tmp_path):
     fake = FakeOpenAI(answer=lambda messages: "to " + messages[0]["content"])
-    ending, settle, _ = batched(fake, tmp_path, 20, requests_per_part=8)
+    ending, record, _ = batched(fake, tmp_path, 20, requests_per_part=8)
     assert ending == "done" and len(fake.batches) == 3 and set(fake.paid.values()) == {1}
-    assert sorted((name, answer.text) for name, _, answer in settle.calls) == [
+    assert sorted((name, answer.text) for name, _, answer in record.calls) == [
         (i, f"to about {i:06} \u2028 안녕") for i in range(20)]
     assert batched(fake, tmp_path, 20)[0] == "done" and len(fake.batches) == 3
     assert sorted(os.listdir(tmp_path)) == ["answers.jsonl", "batches.json"]
@@ -117,41 +117,41 @@ def test_lines_that_make_no_sense_are_passed_over(tmp_path):
             return response
 
     fake = Odd(answer=lambda messages: "to " + messages[0]["content"])
-    ending, settle, _ = batched(fake, tmp_path, 5)
+    ending, record, _ = batched(fake, tmp_path, 5)
     assert ending == "done" and len(fake.batches) == 1 and len(logged(tmp_path)) == 5
-    assert sorted(answer.text for _, _, answer in settle.calls) == [f"to about {i:06} \u2028 안녕" for i in range(5)]
+    assert sorted(answer.text for _, _, answer in record.calls) == [f"to about {i:06} \u2028 안녕" for i in range(5)]
     with AnswerLog(str(tmp_path / "answers.jsonl")) as log:
         assert len(log) == 5 and log.damaged == []
 
 
 def test_an_expired_batch_gives_what_it_has_and_the_rest_is_asked_again(tmp_path):
     fake = FakeOpenAI(batch_end=lambda number: "expired" if number < 2 else "completed", batch_share=0.6)
-    ending, settle, _ = batched(fake, tmp_path, 10)
+    ending, record, _ = batched(fake, tmp_path, 10)
     lines = [fake.files[batch["input_file_id"]][1].count(b"\n") for batch in fake.batches.values()]
     assert ending == "done" and lines == [10, 4, 2] and set(fake.paid.values()) == {1} and len(fake.paid) == 10
-    assert len(settle.calls) == 10
+    assert len(record.calls) == 10
 
 
 def test_rejected_answers_and_servers_errors_go_into_the_next_batch(tmp_path):
     fake = FakeOpenAI(batch_faults=lambda number: "500" if number in (3, 4) else None)
-    settle = Settled(lambda job, attempt, answer: attempt == job.name % 2)
-    assert batched(fake, tmp_path, 10, settle)[0] == "done"
-    assert len(settle.calls) == 15 and sorted({name for name, _, _ in settle.calls}) == list(range(10))
+    record = Settled(lambda job, attempt, answer: attempt == job.name % 2)
+    assert batched(fake, tmp_path, 10, record)[0] == "done"
+    assert len(record.calls) == 15 and sorted({name for name, _, _ in record.calls}) == list(range(10))
     assert len(fake.batches) == 3 and sum(fake.paid.values()) == 15
 
 
 def test_requests_that_no_retry_mends_are_settled_as_failures(tmp_path):
     fake = FakeOpenAI(batch_faults=lambda number: "context" if number == 2 else None)
-    ending, settle, _ = batched(fake, tmp_path, 5)
-    failed = [answer for _, _, answer in settle.calls if isinstance(answer, RequestFailed)]
+    ending, record, _ = batched(fake, tmp_path, 5)
+    failed = [answer for _, _, answer in record.calls if isinstance(answer, RequestFailed)]
     assert ending == "done" and [failure.reason for failure in failed] == ["context_length"]
-    assert len(fake.batches) == 1 and len(settle.calls) == 5
+    assert len(fake.batches) == 1 and len(record.calls) == 5
 
 
 def test_a_refused_parameter_costs_one_free_round(tmp_path):
     fake = FakeOpenAI(refuses=("temperature",))
-    ending, settle, _ = batched(fake, tmp_path, 6)
-    assert ending == "done" and len(fake.batches) == 2 and len(settle.calls) == 6
+    ending, record, _ = batched(fake, tmp_path, 6)
+    assert ending == "done" and len(fake.batches) == 2 and len(record.calls) == 6
     assert all("temperature" not in body for body in fake.bodies) and sum(fake.paid.values()) == 6
 
 
@@ -184,7 +184,7 @@ def test_a_full_queue_is_waited_for(tmp_path):
     fake = Full(batch_end=lambda number: "failed" if list(fake.batches)[number] in full else "completed",
                 batch_error="token_limit_exceeded", batch_polls=0)
     fake.full = full
-    ending, settle, _ = batched(fake, tmp_path, 12, requests_per_part=2)
+    ending, record, _ = batched(fake, tmp_path, 12, requests_per_part=2)
     assert ending == "done" and full and set(fake.paid.values()) == {1} and len(fake.paid) == 12
 
 
@@ -211,10 +211,10 @@ def test_batches_that_never_answer_end_the_run(tmp_path):
 
 
 def test_stop_leaves_the_batches_to_go_on(tmp_path):
-    stop, fake = Stop(), FakeOpenAI(batch_polls=5)
-    before = lambda: asyncio.get_running_loop().call_later(30, stop.ask)  # noqa: E731
-    ending, settle, seconds = batched(fake, tmp_path, 10, stop=stop, before=before)
-    assert ending == "interrupted" and seconds == pytest.approx(30, abs=0.1) and not settle.calls
+    cancel, fake = CancelToken(), FakeOpenAI(batch_polls=5)
+    before = lambda: asyncio.get_running_loop().call_later(30, cancel.request)  # noqa: E731
+    ending, record, seconds = batched(fake, tmp_path, 10, cancel=cancel, before=before)
+    assert ending == "interrupted" and seconds == pytest.approx(30, abs=0.1) and not record.calls
     assert batched(fake, tmp_path, 10)[0] == "done" and len(fake.batches) == 1 and set(fake.paid.values()) == {1}
 
 
@@ -228,13 +228,13 @@ def test_the_budget_holds_with_what_is_on_its_way(tmp_path):
     price = Price(prompt=1000, completion=4000, cached=1000, batch=0.5)
     fake = FakeOpenAI(answer=lambda messages: "x" * 200)
     budget = Budget(2.0, price=price, batch=True)
-    ending, settle, _ = batched(fake, tmp_path, 100, budget=budget)
+    ending, record, _ = batched(fake, tmp_path, 100, budget=budget)
     with AnswerLog(str(tmp_path / "answers.jsonl")) as log:
         cost = sum(price.cost(reply) for _, reply in log.items())
     assert ending == "max_cost" and cost == pytest.approx(budget.cost) and budget.reserved == pytest.approx(0)
-    assert 2 - budget.worst(Job(0).request(0)) < cost <= 2 and len(settle.calls) == sum(fake.paid.values())
+    assert 2 - budget.worst(Job(0).request(0)) < cost <= 2 and len(record.calls) == sum(fake.paid.values())
     limited = batched(fake, tmp_path, 100, budget=Budget(max_requests=7, batch=True))
-    assert limited[0] == "max_requests" and sum(fake.paid.values()) == len(settle.calls) + 7
+    assert limited[0] == "max_requests" and sum(fake.paid.values()) == len(record.calls) + 7
 
 
 def test_creating_is_looked_up_before_it_is_tried_again(tmp_path):
@@ -263,8 +263,8 @@ def test_a_state_that_cannot_be_read(tmp_path):
 def test_a_part_that_was_deleted_before_its_upload_is_written_anew(tmp_path):
     part = {"name": "batch-0000000000000000.jsonl", "requests": 3, "worst": 1.0, "fields": ["model"]}
     (tmp_path / "batches.json").write_text(json.dumps({"parts": [part]}))
-    ending, settle, _ = batched(FakeOpenAI(), tmp_path, 3)
-    assert ending == "done" and len(settle.calls) == 3
+    ending, record, _ = batched(FakeOpenAI(), tmp_path, 3)
+    assert ending == "done" and len(record.calls) == 3
 
 
 def child(url: str, folder: Path, steps: int | None) -> int:

@@ -6,10 +6,10 @@ import pytest
 from fake_openai import FakeOpenAI, Response, error
 from virtual_time import run
 
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.client import MOST_ANSWERED, PATIENCE, Endpoint, read_key
-from llava_jax.endpoint.errors import EndpointStopped, RequestFailed, Unsent
-from llava_jax.endpoint.request import Request
-from llava_jax.endpoint.stop import Stop
+from llava_jax.endpoint.errors import EndpointStopped, NotSentError, RequestFailed
+from llava_jax.endpoint.request import ChatRequest
 from llava_jax.errors import UserError
 
 openai = pytest.importorskip("openai")
@@ -17,11 +17,11 @@ openai = pytest.importorskip("openai")
 URL = "http://127.0.0.1:9/v1"
 
 
-def request(i: int = 0, **parameters) -> Request:
-    return Request(({"role": "user", "content": f"question {i}"},), parameters)
+def request(i: int = 0, **parameters) -> ChatRequest:
+    return ChatRequest(({"role": "user", "content": f"question {i}"},), parameters)
 
 
-def asked(fake: FakeOpenAI, *requests: Request, **options):
+def asked(fake: FakeOpenAI, *requests: ChatRequest, **options):
     """Replies, one request after another, with the seconds that all took and the endpoint."""
 
     async def main():
@@ -228,10 +228,10 @@ def test_rates_are_kept_at_the_server():
 
 def test_who_waits_for_another_try_is_told_to_stop():
     async def main():
-        stop, fake = Stop(), FakeOpenAI(faults=lambda number: "500")
-        async with Endpoint("teacher", URL, transport=fake.transport(), stop=stop) as endpoint:
-            asyncio.get_running_loop().call_later(0.2, stop.ask)
-            with pytest.raises(Unsent):
+        cancel, fake = CancelToken(), FakeOpenAI(faults=lambda number: "500")
+        async with Endpoint("teacher", URL, transport=fake.transport(), cancel=cancel) as endpoint:
+            asyncio.get_running_loop().call_later(0.2, cancel.request)
+            with pytest.raises(NotSentError):
                 await endpoint.ask(request())
         return asyncio.get_running_loop().time()
 
@@ -354,7 +354,7 @@ def test_what_cannot_be_sent_is_not_tried():
     async def main():
         async with Endpoint("teacher", URL, transport=FakeOpenAI().transport()) as endpoint:
             with pytest.raises(RequestFailed, match="bad_request: .*half of a surrogate pair"):
-                await endpoint.ask(Request(({"role": "user", "content": "a\ud800b"},)), lost.append)
+                await endpoint.ask(ChatRequest(({"role": "user", "content": "a\ud800b"},)), lost.append)
 
     run(main())
     assert not lost

@@ -5,18 +5,18 @@ import numpy as np
 import pytest
 from virtual_time import run
 
-from llava_jax.endpoint.errors import Unsent
+from llava_jax.endpoint.cancel import CancelToken
+from llava_jax.endpoint.errors import NotSentError
 from llava_jax.endpoint.limits import LONGEST_WAIT, RateLimit, backoff, retry_after
-from llava_jax.endpoint.stop import Stop
 
 
 async def send_for(limit: RateLimit, minutes: float, latency: float, expected: float = 0.0, actual=None, workers=50):
     """Times and sizes of what 50 workers send in so many minutes."""
-    loop, stop, sent = asyncio.get_running_loop(), Stop(), []
+    loop, cancel, sent = asyncio.get_running_loop(), CancelToken(), []
 
     async def work() -> None:
         while True:
-            await limit.wait(expected, stop)
+            await limit.wait(expected, cancel)
             if loop.time() >= minutes * 60:
                 return
             size = actual(len(sent)) if actual else expected
@@ -72,11 +72,11 @@ def test_a_pause_holds_for_all_and_is_followed_by_no_burst():
 
 def test_who_waits_is_told_to_stop():
     async def main():
-        limit, stop = RateLimit(1), Stop()
-        await limit.wait(0, stop)
-        asyncio.get_running_loop().call_later(3, stop.ask)
-        with pytest.raises(Unsent):
-            await limit.wait(0, stop)
+        limit, cancel = RateLimit(1), CancelToken()
+        await limit.wait(0, cancel)
+        asyncio.get_running_loop().call_later(3, cancel.request)
+        with pytest.raises(NotSentError):
+            await limit.wait(0, cancel)
         return asyncio.get_running_loop().time()
 
     assert run(main()) == pytest.approx(3)

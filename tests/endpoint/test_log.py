@@ -6,7 +6,7 @@ import os
 import pytest
 
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
 
 
@@ -14,8 +14,8 @@ def key(i: int) -> str:
     return hashlib.sha256(str(i).encode()).hexdigest()
 
 
-def reply(i: int, text: str = "text") -> Reply:
-    return Reply(f"{text} {i}", "stop", i, 0, 1, "m", None, 0)
+def reply(i: int, text: str = "text") -> Response:
+    return Response(f"{text} {i}", "stop", i, 0, 1, "m", None, 0)
 
 
 def write(path: str, numbers, **fields) -> None:

@@ -10,12 +10,12 @@ from virtual_time import run
 
 from llava_jax.endpoint.batch import answer_all_in_batches
 from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.client import Endpoint
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.run import answer_all
-from llava_jax.endpoint.stop import Stop
 
 PRICE = Price(prompt=1000, completion=4000, cached=1000)
 LIMIT = 100  # max_completion_tokens of a Job
@@ -58,13 +58,13 @@ class Till(FakeOpenAI):
 
 
 def spend(fake, log, budget, concurrency=10, count=1000, **endpoint):
-    settle = Settled()
+    record = Settled()
 
     async def main():
         async with Endpoint("teacher", URL, transport=fake.transport(), **endpoint) as teacher:
-            return await answer_all(jobs(count), teacher, log, settle, budget=budget, concurrency=concurrency)
+            return await answer_all(jobs(count), teacher, log, record, budget=budget, concurrency=concurrency)
 
-    return run(main()), settle
+    return run(main()), record
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def log(tmp_path):
 def test_what_came_counts_whatever_the_server_tells(log, usage, concurrency):
     fake = Till(usage=USAGES[usage], latency=1)
     budget = Budget(max_cost=10.0, price=PRICE)
-    ending, settle = spend(fake, log, budget, concurrency)
-    assert ending == "max_cost" and len(settle.calls) == len(log) == len(fake.bills)
+    ending, record = spend(fake, log, budget, concurrency)
+    assert ending == "max_cost" and len(record.calls) == len(log) == len(fake.bills)
     assert 1 < fake.billed <= 10.0 and budget.cost >= fake.billed - 1e-9 and budget.reserved == pytest.approx(0)
     # What the log says was spent holds the next run too.
     spent = sum(PRICE.cost(reply) for _, reply in log.items())
@@ -127,9 +127,9 @@ def test_tries_that_bring_no_answer_count_too(log, fault):
             return response
 
     fake, budget = Cruel(latency=1), Budget(max_cost=10.0, price=PRICE)
-    ending, settle = spend(fake, log, budget, 10, timeout=60)
+    ending, record = spend(fake, log, budget, 10, timeout=60)
     assert ending == "max_cost" and 1 < fake.billed <= 10.0 and budget.lost > 0
-    assert len(log) < len(fake.bills) and not [a for _, _, a in settle.calls if isinstance(a, RequestFailed)]
+    assert len(log) < len(fake.bills) and not [a for _, _, a in record.calls if isinstance(a, RequestFailed)]
 
 
 def test_what_nobody_bills_does_not_count(log):
@@ -156,7 +156,7 @@ def test_batches_count_what_came(tmp_path, usage):
         with AnswerLog(str(tmp_path / "answers.jsonl")) as log:
             async with Endpoint("teacher", URL, transport=fake.transport()) as endpoint:
                 return await answer_all_in_batches([Job(i) for i in range(1000)], endpoint, log, Settled(),
-                                                   str(tmp_path), budget=budget, stop=Stop())
+                                                   str(tmp_path), budget=budget, cancel=CancelToken())
 
     assert run(main()) == "max_cost" and 1 < fake.billed <= 10.0
     assert budget.cost >= fake.billed - 1e-9 and budget.reserved == pytest.approx(0)

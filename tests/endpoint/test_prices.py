@@ -3,11 +3,11 @@ import json
 import pytest
 
 from llava_jax.endpoint.prices import Price, load_price
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 
 
-def reply(**fields) -> Reply:
-    return Reply(**{"text": "", "finish_reason": "stop", "prompt_tokens": 0, "cached_tokens": 0,
+def reply(**fields) -> Response:
+    return Response(**{"text": "", "finish_reason": "stop", "prompt_tokens": 0, "cached_tokens": 0,
                     "completion_tokens": 0, "model": "m", "fingerprint": None, "created": 0} | fields)
 
 

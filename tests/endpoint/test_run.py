@@ -12,13 +12,13 @@ from fake_openai import FakeOpenAI, share_of_faults
 from virtual_time import run
 
 from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.client import Endpoint
 from llava_jax.endpoint.errors import EndpointStopped, RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
-from llava_jax.endpoint.request import Reply, Request
+from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.endpoint.run import FAILURES_IN_A_ROW, answer_all
-from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
 
 pytest.importorskip("openai")
@@ -29,8 +29,9 @@ URL = "http://127.0.0.1:9/v1"
 class Job:
     name: int
 
-    def request(self, attempt: int) -> Request:
-        return Request(({"role": "user", "content": f"about {self.name:06}"},), {"max_completion_tokens": 100}, attempt)
+    def request(self, attempt: int) -> ChatRequest:
+        message = {"role": "user", "content": f"about {self.name:06}"}
+        return ChatRequest((message,), {"max_completion_tokens": 100}, attempt)
 
 
 def jobs(count: int):
@@ -54,55 +55,55 @@ def log(tmp_path):
         yield log
 
 
-def answered(fake, log, work, settle=None, endpoint=None, before=None, **options):
-    settle = settle or Settled()
+def answered(fake, log, work, record=None, endpoint=None, before=None, **options):
+    record = record or Settled()
 
     async def main():
-        stop = options.setdefault("stop", Stop())
-        async with Endpoint("teacher", URL, transport=fake.transport(), stop=stop, **(endpoint or {})) as teacher:
+        cancel = options.setdefault("cancel", CancelToken())
+        async with Endpoint("teacher", URL, transport=fake.transport(), cancel=cancel, **(endpoint or {})) as teacher:
             if before:
                 before()
-            return await answer_all(work, teacher, log, settle, **options)
+            return await answer_all(work, teacher, log, record, **options)
 
-    return run(main()), settle
+    return run(main()), record
 
 
 def test_every_job_is_settled_once_and_nothing_is_paid_twice(log):
     names = "429-ms,500,502,slow,length,drop,never,nonsense".split(",")
     fake = FakeOpenAI(faults=lambda number: share_of_faults(0.2, names, number), latency=2)
-    ending, settle = answered(fake, log, jobs(500), endpoint={"timeout": 60})
-    assert ending == "done" and sorted(name for name, _, _ in settle.calls) == list(range(500))
+    ending, record = answered(fake, log, jobs(500), endpoint={"timeout": 60})
+    assert ending == "done" and sorted(name for name, _, _ in record.calls) == list(range(500))
     assert len(log) == 500 and len(fake.paid) == 500 and set(fake.paid.values()) == {1}
-    assert all(log[Job(name).request(0).key("teacher")] == reply for name, _, reply in settle.calls)
+    assert all(log[Job(name).request(0).key("teacher")] == reply for name, _, reply in record.calls)
 
 
 def test_what_the_log_holds_is_not_asked(log):
     fake = FakeOpenAI()
     answered(fake, log, jobs(30))
-    ending, settle = answered(fake, log, jobs(40))
-    assert ending == "done" and len(settle.calls) == 40 and sum(fake.paid.values()) == 40
+    ending, record = answered(fake, log, jobs(40))
+    assert ending == "done" and len(record.calls) == 40 and sum(fake.paid.values()) == 40
 
 
 def test_a_reply_is_in_the_log_before_it_is_settled(log):
-    settle = Settled(lambda job, attempt, answer: job.request(attempt).key("teacher") in log)
-    assert answered(FakeOpenAI(), log, jobs(5), settle)[0] == "done"
+    record = Settled(lambda job, attempt, answer: job.request(attempt).key("teacher") in log)
+    assert answered(FakeOpenAI(), log, jobs(5), record)[0] == "done"
 
 
 def test_rejected_answers_are_asked_for_again(log):
-    settle = Settled(lambda job, attempt, answer: attempt == job.name % 3)
+    record = Settled(lambda job, attempt, answer: attempt == job.name % 3)
     fake = FakeOpenAI()
-    answered(fake, log, jobs(9), settle)
-    assert Counter(name for name, _, _ in settle.calls) == {i: i % 3 + 1 for i in range(9)}
+    answered(fake, log, jobs(9), record)
+    assert Counter(name for name, _, _ in record.calls) == {i: i % 3 + 1 for i in range(9)}
     assert len(log) == sum(i % 3 + 1 for i in range(9)) == sum(fake.paid.values())
-    again = Settled(settle.accept)
+    again = Settled(record.accept)
     answered(fake, log, jobs(9), again)  # all from the log
-    assert sorted(again.calls, key=str) == sorted(settle.calls, key=str) and sum(fake.paid.values()) == 18
+    assert sorted(again.calls, key=str) == sorted(record.calls, key=str) and sum(fake.paid.values()) == 18
 
 
 def test_equal_requests_are_asked_once(log):
     fake = FakeOpenAI(latency=1)
-    ending, settle = answered(fake, log, (Job(i % 2) for i in range(20)))
-    assert ending == "done" and len(settle.calls) == 20 and sum(fake.paid.values()) == 2
+    ending, record = answered(fake, log, (Job(i % 2) for i in range(20)))
+    assert ending == "done" and len(record.calls) == 20 and sum(fake.paid.values()) == 2
 
 
 def test_jobs_are_read_as_they_are_needed(log):
@@ -114,9 +115,9 @@ def test_jobs_are_read_as_they_are_needed(log):
             yield Job(i)
 
     fake = FakeOpenAI(latency=1)
-    settle = Settled(lambda job, attempt, answer: len(taken) <= len(settle.calls) + 7)
-    answered(fake, log, lazily(), settle, concurrency=7)
-    assert len(settle.calls) == 100  # no job was taken too early, or its first answer would not have done
+    record = Settled(lambda job, attempt, answer: len(taken) <= len(record.calls) + 7)
+    answered(fake, log, lazily(), record, concurrency=7)
+    assert len(record.calls) == 100  # no job was taken too early, or its first answer would not have done
 
 
 def test_concurrency_is_bounded_and_used(log):
@@ -127,8 +128,8 @@ def test_concurrency_is_bounded_and_used(log):
 
 def test_failures_are_settled_and_not_logged(log):
     fake = FakeOpenAI(faults=lambda number: "context" if number % 4 == 0 else None)
-    ending, settle = answered(fake, log, jobs(40))
-    failed = [answer for _, _, answer in settle.calls if isinstance(answer, RequestFailed)]
+    ending, record = answered(fake, log, jobs(40))
+    failed = [answer for _, _, answer in record.calls if isinstance(answer, RequestFailed)]
     assert ending == "done" and len(failed) == 10 and {failure.reason for failure in failed} == {"context_length"}
     assert len(log) == 30
 
@@ -150,10 +151,10 @@ def test_a_key_that_is_refused_meanwhile_ends_the_run_after_what_is_in_flight(lo
 
 def test_who_waits_for_another_try_is_not_waited_for_when_all_is_over(log):
     async def main():
-        fake, stop = FakeOpenAI(faults=lambda number: "quota" if number == 20 else "500"), Stop()
-        async with Endpoint("teacher", URL, transport=fake.transport(), stop=stop, retries=1000) as teacher:
+        fake, cancel = FakeOpenAI(faults=lambda number: "quota" if number == 20 else "500"), CancelToken()
+        async with Endpoint("teacher", URL, transport=fake.transport(), cancel=cancel, retries=1000) as teacher:
             with pytest.raises(EndpointStopped, match="quota"):
-                await answer_all(jobs(100), teacher, log, Settled(), stop=stop, concurrency=10)
+                await answer_all(jobs(100), teacher, log, Settled(), cancel=cancel, concurrency=10)
         return asyncio.get_running_loop().time()
 
     assert run(main()) < 10
@@ -176,8 +177,8 @@ def test_a_full_disk_ends_the_run(log, monkeypatch):
 
 def test_max_requests(log):
     fake = FakeOpenAI(latency=1)
-    ending, settle = answered(fake, log, jobs(100), budget=Budget(max_requests=12), concurrency=5)
-    assert ending == "max_requests" and len(settle.calls) == len(log) == sum(fake.paid.values()) == 12
+    ending, record = answered(fake, log, jobs(100), budget=Budget(max_requests=12), concurrency=5)
+    assert ending == "max_requests" and len(record.calls) == len(log) == sum(fake.paid.values()) == 12
 
 
 @pytest.mark.parametrize("concurrency", [1, 7, 50])
@@ -185,12 +186,12 @@ def test_max_cost_is_never_passed_and_nearly_reached(log, concurrency):
     price = Price(prompt=1000, completion=4000, cached=500)
     fake = FakeOpenAI(latency=1, answer=lambda messages: "x" * (4 * (20 + int(messages[0]["content"][-2:]) % 60)))
     budget = Budget(max_cost=10.0, price=price)
-    ending, settle = answered(fake, log, jobs(1000), budget=budget, concurrency=concurrency)
+    ending, record = answered(fake, log, jobs(1000), budget=budget, concurrency=concurrency)
     cost = sum(price.cost(reply) for _, reply in log.items())
     assert ending == "max_cost" and budget.cost == pytest.approx(cost) and budget.reserved == pytest.approx(0)
     worst = budget.worst(Job(0).request(0))
     assert worst == pytest.approx(price.of(next(log.items())[1].prompt_tokens, 100))  # learned from the answers
-    assert 10 - worst <= cost <= 10 and len(settle.calls) == len(log)
+    assert 10 - worst <= cost <= 10 and len(record.calls) == len(log)
     # The next run of the same command starts from what was spent.
     again = Budget(max_cost=10.0, price=price, cost=cost)
     assert answered(fake, log, jobs(1000), budget=again)[0] == "max_cost" and sum(fake.paid.values()) == len(log)
@@ -203,31 +204,32 @@ def test_a_budget_needs_prices():
 
 def test_without_a_limit_of_tokens_the_longest_answer_counts():
     price, budget = Price(1e6, 1e6, 1e6), Budget(price=Price(1e6, 1e6, 1e6))
-    plain = Request(({"role": "user", "content": "x" * 100},))
+    plain = ChatRequest(({"role": "user", "content": "x" * 100},))
     assert budget.worst(plain) == price.of(50, 4096)
     for tokens in (30, 70, 50):
-        reply = Reply("", "stop", 25, 0, tokens, "m", None, 0)
+        reply = Response("", "stop", 25, 0, tokens, "m", None, 0)
         budget.add(reply)
         budget.learn(plain, reply)
     assert budget.worst(plain) == price.of(25, 70) and budget.cost == 3 * 25 + 150
 
 
 def test_stop_finishes_what_is_in_flight(log):
-    stop, fake = Stop(), FakeOpenAI(latency=10)
-    before = lambda: asyncio.get_running_loop().call_later(25, stop.ask)  # noqa: E731
-    ending, settle = answered(fake, log, jobs(100), stop=stop, concurrency=8, before=before)
-    assert ending == "interrupted" and len(settle.calls) == len(log) == sum(fake.paid.values()) == 24
+    cancel, fake = CancelToken(), FakeOpenAI(latency=10)
+    before = lambda: asyncio.get_running_loop().call_later(25, cancel.request)  # noqa: E731
+    ending, record = answered(fake, log, jobs(100), cancel=cancel, concurrency=8, before=before)
+    assert ending == "interrupted" and len(record.calls) == len(log) == sum(fake.paid.values()) == 24
     assert answered(fake, log, jobs(100))[0] == "done" and sum(fake.paid.values()) == 100
 
 
 def test_stop_does_not_wait_for_turns(log):
-    stop, fake, budget = Stop(), FakeOpenAI(latency=1), Budget(price=Price(1, 1, 1))
-    before = lambda: asyncio.get_running_loop().call_later(90, stop.ask)  # noqa: E731
+    cancel, fake, budget = CancelToken(), FakeOpenAI(latency=1), Budget(price=Price(1, 1, 1))
+    before = lambda: asyncio.get_running_loop().call_later(90, cancel.request)  # noqa: E731
 
     async def main():
-        async with Endpoint("teacher", URL, transport=fake.transport(), stop=stop, requests_per_minute=1) as teacher:
+        transport = fake.transport()
+        async with Endpoint("teacher", URL, transport=transport, cancel=cancel, requests_per_minute=1) as teacher:
             before()
-            await answer_all(jobs(100), teacher, log, Settled(), stop=stop, concurrency=50, budget=budget)
+            await answer_all(jobs(100), teacher, log, Settled(), cancel=cancel, concurrency=50, budget=budget)
         return asyncio.get_running_loop().time()
 
     assert run(main()) == pytest.approx(90, abs=0.1) and len(log) == 2
@@ -239,28 +241,29 @@ SCRIPT = textwrap.dedent("""
     sys.path.insert(0, {here!r})
     from test_run import Job
     from llava_jax.endpoint.client import Endpoint
-    from llava_jax.endpoint.errors import Unsent
+    from llava_jax.endpoint.errors import NotSentError
     from llava_jax.endpoint.log import AnswerLog
     from llava_jax.endpoint.run import answer_all
-    from llava_jax.endpoint.stop import Stop
+    from llava_jax.endpoint.cancel import CancelToken
 
-    def settle(job, attempt, answer):
+    def record(job, attempt, answer):
         print("settled", flush=True)
         return True
 
-    async def tell(stop):
+    async def tell(cancel):
         try:
-            await stop.sleep(1000)
-        except Unsent:
+            await cancel.sleep(1000)
+        except NotSentError:
             print("heard", flush=True)
 
     async def main():
-        stop = Stop()
-        task = asyncio.create_task(tell(stop))
-        async with Endpoint("teacher", sys.argv[1], stop=stop) as endpoint:
-            with AnswerLog(sys.argv[2]) as log, stop.listen():
-                print(await answer_all((Job(i) for i in range(1000)), endpoint, log, settle, stop=stop, concurrency=8))
-        print("signal", stop.signal)
+        cancel = CancelToken()
+        task = asyncio.create_task(tell(cancel))
+        async with Endpoint("teacher", sys.argv[1], cancel=cancel) as endpoint:
+            with AnswerLog(sys.argv[2]) as log, cancel.handle_signals():
+                jobs = (Job(i) for i in range(1000))
+                print(await answer_all(jobs, endpoint, log, record, cancel=cancel, concurrency=8))
+        print("signal", cancel.signal)
 
     try:
         asyncio.run(main())

@@ -13,18 +13,18 @@ import pytest
 from llava_jax import cli
 from llava_jax.annotations import concept_filter as filter_module
 from llava_jax.annotations.captions import CaptionFile
-from llava_jax.annotations.concept_filter import Phrases, find_phrases, select
+from llava_jax.annotations.concept_filter import CaptionPhrases, find_phrases, select
 from llava_jax.annotations.noun_phrases import light_chunker
 from llava_jax.errors import UserError
 from llava_jax.prepare.filter import Filter
 
 
 def phrases_of(found):
-    """`Phrases` of rows whose phrases are given as texts, numbered in an order of chance."""
+    """`CaptionPhrases` of rows whose phrases are given as texts, numbered in an order of chance."""
     texts = list({text for row in found for text in row})
     random.Random(len(texts)).shuffle(texts)
     ids = np.array([texts.index(text) for row in found for text in row], np.int32)
-    return Phrases(texts, np.cumsum([0, *map(len, found)]), ids)
+    return CaptionPhrases(texts, np.cumsum([0, *map(len, found)]), ids)
 
 
 def plain_rule(found, min_frequency, max_per_phrase, seed):

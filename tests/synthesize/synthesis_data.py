@@ -4,11 +4,11 @@ import json
 import re
 from pathlib import Path
 
-from llava_jax.annotations.context import Source
+from llava_jax.annotations.context import AnnotationSource
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 from llava_jax.synthesize.prompts import KINDS
-from llava_jax.synthesize.synthesis import Settings, Synthesis
+from llava_jax.synthesize.synthesis import Synthesis, SynthesisSettings
 
 ANIMALS = ("dog", "cat", "horse", "sheep", "cow", "bear", "zebra", "giraffe", "elephant", "bird")
 
@@ -41,10 +41,10 @@ def write_prompts(folder: Path) -> Path:
 
 
 def make_synthesis(folder: Path, images: int = 10, **settings) -> Synthesis:
-    source = Source(data=str(write_images(folder, images)))
+    source = AnnotationSource(data=str(write_images(folder, images)))
     (folder / "out").mkdir(exist_ok=True)
     options = {"out": str(folder / "out"), "model": "teacher", "prompts": str(write_prompts(folder))}
-    return Synthesis(Settings(source, **options | settings))
+    return Synthesis(SynthesisSettings(source, **options | settings))
 
 
 def write_answer(kind: str, image: str, animal: str, number: int = 0) -> str:
@@ -73,8 +73,8 @@ def answer_messages(messages: list[dict[str, str]]) -> str:
     return write_answer(kind, room, animal)
 
 
-def reply(text: str, finish_reason: str = "stop", **fields) -> Reply:
-    return Reply(**{"text": text, "finish_reason": finish_reason, "prompt_tokens": 100, "cached_tokens": 60,
+def reply(text: str, finish_reason: str = "stop", **fields) -> Response:
+    return Response(**{"text": text, "finish_reason": finish_reason, "prompt_tokens": 100, "cached_tokens": 60,
                     "completion_tokens": 20, "model": "teacher-2026", "fingerprint": "fp", "created": 1_790_000_000,
                     **fields})
 

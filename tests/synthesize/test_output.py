@@ -8,14 +8,14 @@ from collections import Counter
 import pytest
 from synthesis_data import fill, good_answer, make_synthesis, reply, write_images, write_prompts
 
-from llava_jax.annotations.context import Source
+from llava_jax.annotations.context import AnnotationSource
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.errors import UserError
 from llava_jax.synthesize import output
 from llava_jax.synthesize.output import check_folder, write_outputs
 from llava_jax.synthesize.prompts import KINDS
-from llava_jax.synthesize.synthesis import Settings, Synthesis
+from llava_jax.synthesize.synthesis import Synthesis, SynthesisSettings
 
 FILES = [f"{kind}.json" for kind in KINDS]
 
@@ -210,8 +210,8 @@ def test_two_images_of_the_same_captions_share_a_paid_answer(tmp_path):
     path = write_images(tmp_path, 1)
     row = json.loads(path.read_text())
     path.write_text("".join(json.dumps(row | {"id": name, "image": f"{name}.jpg"}) + "\n" for name in "ab"))
-    settings = Settings(Source(data=str(path)), out=str(tmp_path), model="teacher", detail=0, complex=0,
-                        prompts=str(write_prompts(tmp_path)))
+    settings = SynthesisSettings(AnnotationSource(data=str(path)), out=str(tmp_path), model="teacher", detail=0,
+                                 complex=0, prompts=str(write_prompts(tmp_path)))
     synthesis = Synthesis(settings)
     with AnswerLog(settings.log) as log:
         fill(log, synthesis[0], good_answer(synthesis[0]))

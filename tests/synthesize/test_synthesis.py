@@ -8,11 +8,11 @@ import sys
 import pytest
 from synthesis_data import fill, good_answer, make_synthesis, reply, write_images
 
-from llava_jax.annotations.context import Source
+from llava_jax.annotations.context import AnnotationSource
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.errors import UserError
 from llava_jax.synthesize.prompts import KINDS
-from llava_jax.synthesize.synthesis import Settings, Synthesis
+from llava_jax.synthesize.synthesis import Synthesis, SynthesisSettings
 
 
 def names(tasks):
@@ -51,26 +51,26 @@ def test_more_images_than_there_are(tmp_path):
 def test_a_category_that_rules_cannot_name_is_told_before_any_work(tmp_path):
     path = write_images(tmp_path)
     path.write_text(path.read_text().replace("zebra", "wombat"))
-    settings = {"source": Source(data=str(path)), "out": str(tmp_path / "out"), "teacher": "rules"}
-    assert len(Synthesis(Settings(**settings, language="en"))) == 30
+    settings = {"source": AnnotationSource(data=str(path)), "out": str(tmp_path / "out"), "teacher": "rules"}
+    assert len(Synthesis(SynthesisSettings(**settings, language="en"))) == 30
     with pytest.raises(UserError, match="no Korean name for the category 'wombat'"):
-        Synthesis(Settings(**settings, language="ko"))
+        Synthesis(SynthesisSettings(**settings, language="ko"))
 
 
 def test_the_parameters_of_a_request_are_those_that_were_given():
-    source = Source(data="images.jsonl")
-    assert Settings(source).request_parameters == {"max_completion_tokens": 2048}
-    given = Settings(source, temperature=0.0, max_completion_tokens=9, parameters='{"top_p": 0.5}')
+    source = AnnotationSource(data="images.jsonl")
+    assert SynthesisSettings(source).request_parameters == {"max_completion_tokens": 2048}
+    given = SynthesisSettings(source, temperature=0.0, max_completion_tokens=9, parameters='{"top_p": 0.5}')
     assert given.request_parameters == {"max_completion_tokens": 9, "temperature": 0.0, "top_p": 0.5}
 
 
 @pytest.mark.parametrize(("name", "least"), [
     ("attempts", 1), ("max_completion_tokens", 1), ("seed", 0), ("conversation", 0), ("detail", 0), ("complex", 0)])
 def test_the_least_that_can_be_meant(name, least):
-    given = {"source": Source(data="images.jsonl"), "model": "teacher"}
-    Settings(**given, **{name: least}).check()
+    given = {"source": AnnotationSource(data="images.jsonl"), "model": "teacher"}
+    SynthesisSettings(**given, **{name: least}).check()
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {least - 1}: it must be at least {least}"):
-        Settings(**given, **{name: least - 1}).check()
+        SynthesisSettings(**given, **{name: least - 1}).check()
 
 
 def test_the_same_settings_make_the_same_requests_in_another_process(tmp_path):
@@ -156,12 +156,12 @@ def test_the_place_of_the_image_is_random_by_seed(tmp_path):
 def test_settings_go_to_json_and_back(tmp_path):
     settings = make_synthesis(tmp_path, language="ko", conversation=3, temperature=0.5).settings
     (tmp_path / "out" / "settings.json").write_text(json.dumps(settings.as_json()))
-    assert Settings.load(str(tmp_path / "out")) == settings
+    assert SynthesisSettings.load(str(tmp_path / "out")) == settings
     with pytest.raises(UserError, match="no synthesis has run there"):
-        Settings.load(str(tmp_path))
+        SynthesisSettings.load(str(tmp_path))
     (tmp_path / "out" / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="settings.json: not what a synthesis writes"):
-        Settings.load(str(tmp_path / "out"))
+        SynthesisSettings.load(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -175,6 +175,6 @@ def test_settings_go_to_json_and_back(tmp_path):
     ({"teacher": "rules", "model": "x"}, "--model says nothing to --teacher rules"),
 ])
 def test_settings_that_cannot_be_meant(tmp_path, options, words):
-    settings = Settings(Source(data=str(tmp_path)), **{"model": "teacher", **options})
+    settings = SynthesisSettings(AnnotationSource(data=str(tmp_path)), **{"model": "teacher", **options})
     with pytest.raises(UserError, match=words):
         settings.check()

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import tyro
 
 from llava_jax.endpoint.budget import Budget
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.run import Ending, Job, Settle, answer_all
+from llava_jax.endpoint.run import AnswerJob, Ending, RecordAnswer, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of, note
-from llava_jax.endpoint.stop import Stop
 from llava_jax.errors import UserError
 from llava_jax.progress import Progress
 
@@ -60,26 +60,27 @@ class Model:
         heat = {} if self.temperature is None else {"temperature": self.temperature}
         return {"max_completion_tokens": self.max_tokens, **heat}
 
-    def ask(self, jobs: Sequence[Job], log: AnswerLog, settle: Settle, budget: Budget, progress: Progress) -> None:
+    def ask(self, jobs: Sequence[AnswerJob], log: AnswerLog, record: RecordAnswer, budget: Budget,
+            progress: Progress) -> None:
         """`answer_all`, with what it found out told on stderr. Raises Unfinished where the user or a limit ended it."""
-        stop = Stop()
+        cancel = CancelToken()
         with closing(progress):
-            ending = asyncio.run(self._ask(jobs, log, settle, budget, progress, stop))
+            ending = asyncio.run(self._ask(jobs, log, record, budget, progress, cancel))
         if ending == "done":
             return
         if ending == "interrupted":
-            raise Unfinished("stopped; the same command goes on", code_of(stop))
+            raise Unfinished("stopped; the same command goes on", code_of(cancel))
         raise Unfinished(f"--max-requests {self.max_requests} are used up; the same command goes on", OVER_BUDGET)
 
-    async def _ask(self, jobs: Sequence[Job], log: AnswerLog, settle: Settle, budget: Budget, progress: Progress,
-                   stop: Stop) -> Ending:
-        async with self.server.open(self.model, self.base_url, stop) as endpoint:
+    async def _ask(self, jobs: Sequence[AnswerJob], log: AnswerLog, record: RecordAnswer, budget: Budget,
+                   progress: Progress, cancel: CancelToken) -> Ending:
+        async with self.server.open(self.model, self.base_url, cancel) as endpoint:
             for line in await endpoint.check():
                 note(line)
-            with stop.listen():
+            with cancel.handle_signals():
                 try:
-                    return await answer_all(jobs, endpoint, log, settle, concurrency=self.server.concurrency,
-                                            budget=budget, stop=stop, progress=progress)
+                    return await answer_all(jobs, endpoint, log, record, concurrency=self.server.concurrency,
+                                            budget=budget, cancel=cancel, progress=progress)
                 finally:
                     for line in endpoint.notes:
                         note(line)

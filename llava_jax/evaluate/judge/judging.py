@@ -22,7 +22,7 @@ from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.client import without_password
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import Message, Reply, Request
+from llava_jax.endpoint.request import ChatRequest, Message, Response
 from llava_jax.endpoint.server import UNANSWERED, check_answered, note
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge.asking import Model, Unfinished
@@ -103,10 +103,10 @@ class Job:
     parameters: Mapping[str, Any]
     compat: bool
 
-    def request(self, attempt: int) -> Request:
-        return Request(self.messages, self.parameters, (self.run - 1) * RUN + attempt)
+    def request(self, attempt: int) -> ChatRequest:
+        return ChatRequest(self.messages, self.parameters, (self.run - 1) * RUN + attempt)
 
-    def review(self, reply: Reply) -> dict[str, Any]:
+    def review(self, reply: Response) -> dict[str, Any]:
         """A line of a file of reviews; `tuple` is the reference's score and the candidate's in either order. Raises
         Unscored, unless `compat`: then a reply without scores has -1 for both, as LLaVA's scripts write it."""
         scores = parse_as_published(reply.text) if self.compat else list(parse_scores(reply.text, reply.finish_reason))
@@ -225,7 +225,7 @@ class Judge:
         """Fills the log, and `failures` with the jobs whose request failed."""
         rejects = Counter()
 
-        def settle(job: Job, attempt: int, answer: Reply | RequestFailed) -> bool:
+        def record(job: Job, attempt: int, answer: Response | RequestFailed) -> bool:
             if isinstance(answer, RequestFailed):
                 failures[_name(job)] = str(answer)
                 rejects["request_failed"] += 1
@@ -239,7 +239,7 @@ class Judge:
 
         budget = Budget(max_requests=self.model.max_requests)
         progress = Progress(len(jobs), unit="judgements", note=lambda: budget.summary(rejects))
-        self.model.ask(jobs, log, settle, budget, progress)
+        self.model.ask(jobs, log, record, budget, progress)
 
     def _report(self, jobs: Sequence[Job], log: AnswerLog, failures: Mapping[tuple, str]) -> Report:
         """From the log: every job has a review or, unless it counts as -1, a failure."""

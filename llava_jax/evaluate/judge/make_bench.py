@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from llava_jax.annotations.context import DIGITS, Context, Contexts, Source, open_contexts
+from llava_jax.annotations.context import DIGITS, AnnotationSource, Context, Contexts, open_contexts
 from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import Reply, Request
+from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.endpoint.wording import find_refusal, find_source
 from llava_jax.errors import UserError
@@ -60,7 +60,7 @@ class MakeBench:
     Exit codes: 0; 1, some requests got no answer; 2, a mistake, in one line, or no request at all was answered; 3,
     --max-requests; 130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command goes on."""
 
-    source: Annotated[Source, tyro.conf.arg(name="")]
+    source: Annotated[AnnotationSource, tyro.conf.arg(name="")]
     model: Annotated[Model, tyro.conf.arg(name="")]
     out: str
     """folder for the bench"""
@@ -196,7 +196,7 @@ class Maker:
 
     def _written(self, drawn: Sequence[int]) -> dict[tuple[int, str], Asked]:
         """The first question of what the model writes: those after it may lean on it."""
-        def accept(job: "Job", reply: Reply) -> Asked:
+        def accept(job: "Job", reply: Response) -> Asked:
             question = parse.parse(job.kind, reply.text, reply.finish_reason)[0]["value"]
             return Asked(question, "")
 
@@ -205,7 +205,7 @@ class Maker:
         return self._ask(jobs, accept, "questions")
 
     def _references(self, asked: Mapping[int, Mapping[str, Asked]]) -> dict[int, dict[str, Asked]]:
-        def accept(job: "Job", reply: Reply) -> Asked:
+        def accept(job: "Job", reply: Response) -> Asked:
             question = asked[job.image][job.kind].question
             return Asked(question, self._check_answer(job, question, reply))
 
@@ -220,7 +220,7 @@ class Maker:
         content = f"{context.text}\n\nQuestion:\n{question}"
         return {"role": "system", "content": self._reference}, {"role": "user", "content": content}
 
-    def _check_answer(self, job: "Job", question: str, reply: Reply) -> str:
+    def _check_answer(self, job: "Job", question: str, reply: Response) -> str:
         """The text of a reply, if it may stand as a reference. Raises parse.Reject."""
         text = parse.THINKING.sub("", reply.text).strip()
         if reply.finish_reason == "length":
@@ -242,7 +242,7 @@ class Maker:
         found: dict[tuple[int, str], Asked] = {}
         failures: list[str] = []
 
-        def settle(job: Job, attempt: int, answer: Reply | RequestFailed) -> bool:
+        def record(job: Job, attempt: int, answer: Response | RequestFailed) -> bool:
             if isinstance(answer, RequestFailed):
                 self.rejects["request_failed"] += 1
                 failures.extend([str(answer)] if answer.reason == "no_answer" else [])
@@ -257,7 +257,7 @@ class Maker:
 
         if jobs:
             progress = Progress(len(jobs), unit=unit, note=lambda: self._budget.summary(self.rejects))
-            self.options.model.ask(jobs, self.log, settle, self._budget, progress)
+            self.options.model.ask(jobs, self.log, record, self._budget, progress)
         if failures:
             check_answered(len(failures) + self._answered, failures)
             raise Unfinished(f"{len(failures):,} requests got no answer, the first by {printable(failures[0])}; the "
@@ -274,5 +274,5 @@ class Job:
     messages: tuple[dict[str, str], ...]
     parameters: Mapping[str, Any]
 
-    def request(self, attempt: int) -> Request:
-        return Request(self.messages, self.parameters, attempt)
+    def request(self, attempt: int) -> ChatRequest:
+        return ChatRequest(self.messages, self.parameters, attempt)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llava_jax.endpoint.request import Reply
+from llava_jax.endpoint.request import Response
 from llava_jax.evaluate.judge.reviews import (
     Figure,
     Review,
@@ -43,7 +43,7 @@ class Report:
     tokens: Counter[str] = field(default_factory=Counter)
     created: list[int] = field(default_factory=list)
 
-    def count(self, reply: Reply) -> None:
+    def count(self, reply: Response) -> None:
         self.models[reply.model] += 1
         self.fingerprints.update([reply.fingerprint] if reply.fingerprint else [])
         self.tokens.update(prompt=reply.prompt_tokens, completion=reply.completion_tokens)

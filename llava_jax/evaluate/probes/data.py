@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from llava_jax.annotations.context import Context, Source, open_contexts
-from llava_jax.annotations.scene import OBJECT, Count, Name, Scene, Thing, side
+from llava_jax.annotations.context import AnnotationSource, Context, open_contexts
+from llava_jax.annotations.scene import OBJECT, Count, Name, Scene, SceneObject, side
 from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.words import LANGUAGES, NUMBERS, say
 from llava_jax.evaluate.tasks.questions import make_folder
@@ -47,7 +47,7 @@ class ProbesData:
     """of the draws: which pictures meet in a set, and which sets are taken"""
 
     def run(self) -> int:
-        contexts = open_contexts(Source(captions=self.captions, instances=self.instances, data=self.data,
+        contexts = open_contexts(AnnotationSource(captions=self.captions, instances=self.instances, data=self.data,
                                         prefix=self.prefix, names="file"))
         if not contexts.boxed:
             raise UserError(f"{contexts.files[0]}: the probes are made from boxes, and the source gives none")
@@ -174,7 +174,7 @@ def bindings(scene: Scene, image: str) -> Iterator[list[Ask]]:
                    for name, answer in ((one, "yes"), (crossed[0], "no"))]
 
 
-def _between(c: Thing, a: Thing, b: Thing) -> bool:
+def _between(c: SceneObject, a: SceneObject, b: SceneObject) -> bool:
     """Whether `c` stands on the way from `a` to `b`, near its middle and its line."""
     x, y = b.x - a.x, b.y - a.y
     length = (x * x + y * y) ** 0.5
@@ -185,7 +185,7 @@ def _between(c: Thing, a: Thing, b: Thing) -> bool:
     return 0.25 <= along <= 0.75 and off <= 0.15
 
 
-def _seen(*things: Thing) -> bool:
+def _seen(*things: SceneObject) -> bool:
     return all((t.box.x2 - t.box.x1) * (t.box.y2 - t.box.y1) >= SMALLEST for t in things)
 
 

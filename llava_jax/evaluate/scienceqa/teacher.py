@@ -10,7 +10,7 @@ from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import Reply, Request
+from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.evaluate.judge.asking import Model, Unfinished
 from llava_jax.evaluate.scienceqa.data import Problem, compose
@@ -77,10 +77,10 @@ class Asker:
         return self._ask(asked, JUDGEMENTS, path)
 
     def _ask(self, asked: Mapping[str, Messages], tries: int, path: str) -> dict[str, str]:
-        replies: dict[str, Reply] = {}
+        replies: dict[str, Response] = {}
         failures: list[str] = []
 
-        def settle(job: _Job, attempt: int, answer: Reply | RequestFailed) -> bool:
+        def record(job: _Job, attempt: int, answer: Response | RequestFailed) -> bool:
             if isinstance(answer, RequestFailed):
                 failures.append(f"question {job.pid}: {answer}")
                 return True
@@ -89,7 +89,7 @@ class Asker:
 
         jobs = [_Job(pid, messages, self.model.parameters) for pid, messages in asked.items()]
         progress = Progress(len(jobs), unit="questions", note=self.budget.summary)
-        self.model.ask(jobs, self.log, settle, self.budget, progress)
+        self.model.ask(jobs, self.log, record, self.budget, progress)
         check_answered(len(jobs), failures)
         if failures and not self.partial:
             raise Unfinished(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is "
@@ -112,5 +112,5 @@ class _Job:
     messages: Messages
     parameters: Mapping[str, Any]
 
-    def request(self, attempt: int) -> Request:
-        return Request(self.messages, self.parameters, attempt)
+    def request(self, attempt: int) -> ChatRequest:
+        return ChatRequest(self.messages, self.parameters, attempt)

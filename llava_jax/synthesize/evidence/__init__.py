@@ -12,12 +12,12 @@ from typing import NamedTuple
 from llava_jax.annotations.context import Context
 from llava_jax.annotations.vocabulary import COCO, Vocabulary
 from llava_jax.synthesize.evidence.claims import all_claims
-from llava_jax.synthesize.evidence.judge import Judge
+from llava_jax.synthesize.evidence.judge import EvidenceChecker
 
 __all__ = ["COCO", "Evidence", "Finding", "check"]
 
 
-class Finding(NamedTuple):
+class Contradiction(NamedTuple):
     """A claim that does not hold. `kind`: object, count, attribute, position or relation; `claim`: the sentence;
     `against`: what captions and boxes say."""
 
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 class Evidence(NamedTuple):
     """`claims`: how many could be checked; `checked`: whether the language was one that is read."""
 
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Contradiction, ...] = ()
     claims: int = 0
     checked: bool = True
 
@@ -48,14 +48,14 @@ def check(
     if language != "en":
         return Evidence(checked=False)
     vocabulary = _vocabulary(tuple(categories))
-    judge = Judge(context, vocabulary)
-    findings: dict[Finding, None] = {}
+    judge = EvidenceChecker(context, vocabulary)
+    findings: dict[Contradiction, None] = {}
     checked = 0
     for claim in all_claims(turns, vocabulary):
         verdict = judge(claim)
         checked += verdict is not None
         if verdict:
-            findings[Finding(*verdict)] = None
+            findings[Contradiction(*verdict)] = None
     return Evidence(tuple(findings), checked)
 
 

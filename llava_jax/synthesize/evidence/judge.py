@@ -13,7 +13,7 @@ ALIKE = [set(group.split()) for group in (
 )]  # fmt: skip
 
 
-class Judge:
+class EvidenceChecker:
     """What one image says. A call gives None for what cannot be checked, () for what holds, otherwise the kind of the
     finding, the claim, and what stands against it."""
 

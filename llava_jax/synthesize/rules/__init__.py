@@ -7,8 +7,8 @@ It stands in for GPT-4 of the paper (Visual Instruction Tuning, section 3), whic
 from llava_jax.synthesize.rules.short import (
     KINDS,
     Annotation,
-    Question,
-    Thing,
+    GridObject,
+    QuestionAnswer,
     ask,
     caption,
     conversation,
@@ -25,9 +25,9 @@ from llava_jax.synthesize.rules.teacher import RulesTeacher
 __all__ = [
     "KINDS",
     "Annotation",
-    "Question",
+    "QuestionAnswer",
     "RulesTeacher",
-    "Thing",
+    "GridObject",
     "ask",
     "caption",
     "conversation",

@@ -16,10 +16,10 @@ from llava_jax.annotations.scene import (
     OPPOSITE,
     Count,
     Name,
-    Place,
+    Position,
     Scene,
+    SceneObject,
     Side,
-    Thing,
     distance,
     larger,
     side,
@@ -54,12 +54,12 @@ def questions(scene: Scene, rng: random.Random) -> list[list[Fact]]:
     found = [
         [*_totals(scene), *(fact("list", items=tuple(scene.counts)) for _ in range(2) if 1 < len(scene.counts) < 6)],
         [fact("count_one" if c.number == 1 else "count", n=c) for c in scene.groups],
-        [fact("exists", a=t.name.plain, p=Place(t.place)) for t in scene.single if t.place]
+        [fact("exists", a=t.name.plain, p=Position(t.place)) for t in scene.single if t.place]
         + [fact("exists_many", n=c) for c in scene.counts if c.number > 1]
         + [fact("absent", a=name) for name in _absent(scene, rng)],
-        [fact("where", a=t.name.plain, p=Place(t.place)) for t in scene.single if t.place],
-        [fact("what_at", n=Count(1, t.name), p=Place(t.place)) for t in things if _alone(t, scene)],
-        [fact("all_at", n=c, p=Place(word)) for c, word in _together(scene)],
+        [fact("where", a=t.name.plain, p=Position(t.place)) for t in scene.single if t.place],
+        [fact("what_at", n=Count(1, t.name), p=Position(t.place)) for t in things if _alone(t, scene)],
+        [fact("all_at", n=c, p=Position(word)) for c, word in _together(scene)],
         [fact("larger", a=a.name.plain, b=b.name.plain) for a, b in scene.pairs if larger(a, b)],
         [fact("first", a=a.name.plain, b=b.name.plain, s=Side(word))
          for a, b, word in _sides(scene) if "-" not in word],
@@ -99,7 +99,7 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
         yield fact("crowd", n=Count(2, name))
     for count in scene.counts[:8]:
         things = [thing for thing in scene.things if thing.name.plain == count.name]
-        places = [Place(thing.place) for thing in things]
+        places = [Position(thing.place) for thing in things]
         if count.number == 1:
             yield (
                 fact("thing", n=Count(1, things[0].name), a=things[0].name, p=places[0])
@@ -110,7 +110,7 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
             yield fact("group_at", n=count, places=tuple(places))
         else:
             together = [word for other, word in _together(scene) if other == count]
-            yield fact("all_at", n=count, p=Place(together[0])) if together else fact("group", n=count)
+            yield fact("all_at", n=count, p=Position(together[0])) if together else fact("group", n=count)
     yield from rng.sample(more := list(_further(scene, rng)), min(len(more), rng.randint(4, 7)))
     if scene.shapes and rng.random() < 0.4:
         yield fact("nothing_else")
@@ -130,9 +130,9 @@ def inferences(scene: Scene) -> list[list[Fact]]:
         [fact("more" if a.number > b.number else "equal", n=a, m=b, d=Count(abs(a.number - b.number), a.name))
          for a, b in pairs if a.number >= b.number],
         [_enough(a, b) for a, b in pairs if a.number + b.number > 2],
-        [fact("mirror", a=t.name.plain, p=Place(t.place), q=Place(_flip(t.place, "left", "right")))
+        [fact("mirror", a=t.name.plain, p=Position(t.place), q=Position(_flip(t.place, "left", "right")))
          for t in single if t.across in ("left", "right") and t.down],
-        [fact("upside_down", a=t.name.plain, p=Place(t.place), q=Place(_flip(t.place, "top", "bottom")))
+        [fact("upside_down", a=t.name.plain, p=Position(t.place), q=Position(_flip(t.place, "top", "bottom")))
          for t in single if t.down in ("top", "bottom") and t.across],
         [fact("covered" if hidden else "open", a=t.name.plain, s=Side(half), o=Side(OPPOSITE[half]))
          for t in single for half, hidden in _halves(t)],
@@ -147,7 +147,7 @@ def inferences(scene: Scene) -> list[list[Fact]]:
         found.append(list(_shared(scene)))
         found.append(list(_odd(scene)))
         if len(empty := _empty_corners(scene)) in (1, 2, 3):
-            found.append([fact("corners", places=tuple(map(Place, empty)), n=Count(len(empty), Name("corner")))])
+            found.append([fact("corners", places=tuple(map(Position, empty)), n=Count(len(empty), Name("corner")))])
         counted = Counter(thing.across for thing in scene.things)
         if "" not in counted and counted["left"] + counted["right"]:
             n, m = Count(counted["left"], OBJECT), Count(counted["right"], OBJECT)
@@ -181,7 +181,7 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
         yield from (fact("half", a=thing.name.plain, s=Side(half)) for half, hidden in _halves(thing) if hidden)
     if scene.shapes:
         empty = _empty_corners(scene)
-        yield from (fact("empty", p=Place(corner)) for corner in rng.sample(empty, min(len(empty), 3)))
+        yield from (fact("empty", p=Position(corner)) for corner in rng.sample(empty, min(len(empty), 3)))
         if len(colours := _colours(scene)) > 1:
             yield fact("colours", colours=colours)
         for count in scene.groups:
@@ -196,16 +196,16 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
                     yield fact("furthest", a=thing.name.plain, s=Side(word))
 
 
-def _sides(scene: Scene) -> list[tuple[Thing, Thing, str]]:
+def _sides(scene: Scene) -> list[tuple[SceneObject, SceneObject, str]]:
     return [(a, b, word) for a, b in scene.pairs if (word := side(a, b))]
 
 
-def _single_by(things: list[Thing], attribute: str) -> list[Thing]:
+def _single_by(things: list[SceneObject], attribute: str) -> list[SceneObject]:
     counts = Counter(getattr(thing.name, attribute) for thing in things)
     return [thing for thing in things if counts[getattr(thing.name, attribute)] == 1]
 
 
-def _alone(thing: Thing, scene: Scene) -> bool:
+def _alone(thing: SceneObject, scene: Scene) -> bool:
     """Whether "what is there?" has this thing as its one answer."""
     clear = scene.shapes and thing.across and thing.down
     return bool(clear) and sum(other.place == thing.place for other in scene.things) == 1
@@ -252,7 +252,7 @@ def _colours(scene: Scene) -> tuple[Name, ...]:
     return tuple(Name("object", colour) for colour in dict.fromkeys(thing.name.colour for thing in scene.things))
 
 
-def _area(thing: Thing) -> float:
+def _area(thing: SceneObject) -> float:
     return (thing.box.x2 - thing.box.x1) * (thing.box.y2 - thing.box.y1)
 
 
@@ -272,7 +272,7 @@ def _flip(place: str, one: str, other: str) -> str:
     return place.replace(one, "?").replace(other, one).replace("?", other)
 
 
-def _halves(thing: Thing) -> Iterator[tuple[str, bool]]:
+def _halves(thing: SceneObject) -> Iterator[tuple[str, bool]]:
     """Halves of the picture and whether a sheet over them hides the thing whole; none where it is cut."""
     if thing.box.x2 < 0.47 or thing.box.x1 > 0.53:
         yield from (("left", thing.box.x2 < 0.47), ("right", thing.box.x1 > 0.53))

@@ -15,14 +15,14 @@ ALTERNATIVES = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 
 
 @dataclass
-class Entry:
+class Phrasing:
     """Lines that say one thing: of each list one is drawn. `sentences`: those of the answer, in order."""
 
     questions: list[str] = field(default_factory=list)
     sentences: list[list[str]] = field(default_factory=list)
 
 
-class Phrases:
+class PhraseTable:
     """The phrases of "en" or "ko". Raises UserError for another language."""
 
     def __init__(self, language: str):
@@ -48,13 +48,13 @@ class Phrases:
         return question, answer
 
 
-def _read(path: Path) -> dict[tuple[str, str], list[Entry]]:
-    entries: dict[tuple[str, str], list[Entry]] = {}
+def _read(path: Path) -> dict[tuple[str, str], list[Phrasing]]:
+    entries: dict[tuple[str, str], list[Phrasing]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         mark, _, text = line.partition(" ")
         if mark == "==":
             what, key = text.split(" ")
-            entries.setdefault((what, key), []).append(entry := Entry())
+            entries.setdefault((what, key), []).append(entry := Phrasing())
         elif mark == "?":
             entry.questions.append(text)
         elif mark.isdigit():

@@ -24,7 +24,7 @@ _ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 
 @dataclass(frozen=True)
-class Thing:
+class GridObject:
     """One object as its box and category tell it; `row` and `column` of the 3 x 3 grid hold the box's centre."""
 
     colour: str
@@ -44,7 +44,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Question:
+class QuestionAnswer:
     """`about`: the names of the objects that the question speaks of."""
 
     kind: str
@@ -59,15 +59,15 @@ class Annotation:
 
     image: str
     captions: tuple[str, ...]
-    things: tuple[Thing, ...]
+    things: tuple[GridObject, ...]
 
 
-def read_box(category: str, box: Sequence[float], width: float, height: float) -> Thing:
-    """A `Thing` from a category ("red circle") and a COCO box [x, y, width, height] in pixels."""
+def read_box(category: str, box: Sequence[float], width: float, height: float) -> GridObject:
+    """A `GridObject` from a category ("red circle") and a COCO box [x, y, width, height] in pixels."""
     colour, _, shape = category.partition(" ")
     x, y, w, h = box
     size = "large" if max(w / width, h / height) >= LARGE else "small"
-    return Thing(
+    return GridObject(
         colour,
         shape,
         size,
@@ -87,7 +87,7 @@ def read_coco(folder: str | Path, split: str) -> tuple[list[Annotation], tuple[s
     names = {category["id"]: category["name"] for category in instances["categories"]}
     images = {image["id"]: image for image in captions["images"]}
     texts: dict[int, list[str]] = {number: [] for number in images}
-    things: dict[int, list[Thing]] = {number: [] for number in images}
+    things: dict[int, list[GridObject]] = {number: [] for number in images}
     for caption in captions["annotations"]:
         texts[caption["image_id"]].append(caption["caption"])
     for instance in instances["annotations"]:
@@ -105,31 +105,31 @@ def read_coco(folder: str | Path, split: str) -> tuple[list[Annotation], tuple[s
 # ---- short questions, by kind: each returns every question that it can ask, or one drawn at random ----
 
 
-def _unique(things: Sequence[Thing], key: Callable) -> list[Thing]:
+def _unique(things: Sequence[GridObject], key: Callable) -> list[GridObject]:
     counts = Counter(map(key, things))
     return [thing for thing in things if counts[key(thing)] == 1]
 
 
-def colour(things: Sequence[Thing], rng: random.Random) -> Question:
+def colour(things: Sequence[GridObject], rng: random.Random) -> QuestionAnswer:
     """By the shape where only one object has it, otherwise by the place."""
     subject = rng.choice(things)
     phrase = _phrase(
         subject, things, rng, (("shape",), ("size", "shape")), fallback=f"object at the {subject.place}"
     )
-    return Question("colour", f"What colour is the {phrase}?", subject.colour, (subject.name,))
+    return QuestionAnswer("colour", f"What colour is the {phrase}?", subject.colour, (subject.name,))
 
 
-def shape(things: Sequence[Thing], rng: random.Random) -> Question:
+def shape(things: Sequence[GridObject], rng: random.Random) -> QuestionAnswer:
     """By the colour where only one object has it, otherwise by the place."""
     subject = rng.choice(things)
     phrase = _phrase(
         subject, things, rng, (("colour",), ("size", "colour")), fallback=f"object at the {subject.place}"
     )
-    return Question("shape", f"What shape is the {phrase}?", subject.shape, (subject.name,))
+    return QuestionAnswer("shape", f"What shape is the {phrase}?", subject.shape, (subject.name,))
 
 
 def _phrase(
-    subject: Thing, things: Sequence[Thing], rng: random.Random, ways: Sequence[tuple], fallback: str
+    subject: GridObject, things: Sequence[GridObject], rng: random.Random, ways: Sequence[tuple], fallback: str
 ) -> str:
     """Words that fit `subject` alone: one of `ways` (attributes to name) that is unique, or the fallback."""
     usable = [
@@ -143,7 +143,7 @@ def _phrase(
     return " ".join(getattr(subject, attribute) for attribute in way) + ("" if "shape" in way else " object")
 
 
-def count(things: Sequence[Thing], rng: random.Random, categories: Sequence[str]) -> Question:
+def count(things: Sequence[GridObject], rng: random.Random, categories: Sequence[str]) -> QuestionAnswer:
     """All objects, those of a colour or those of a shape; the answer is drawn first, so that none prevails."""
     colours, shapes = Counter(thing.colour for thing in things), Counter(thing.shape for thing in things)
     options: dict[int, list[str]] = {len(things): ["objects"] * 2}
@@ -158,46 +158,46 @@ def count(things: Sequence[Thing], rng: random.Random, categories: Sequence[str]
         )
         options |= {0: none} if none else {}
     answer = rng.choice(sorted(options))
-    return Question("count", f"How many {rng.choice(options[answer])} are there?", NUMBERS[answer])
+    return QuestionAnswer("count", f"How many {rng.choice(options[answer])} are there?", NUMBERS[answer])
 
 
 def _plural(word: str) -> str:
     return word + ("es" if word.endswith("s") else "s")
 
 
-def position(things: Sequence[Thing], rng: random.Random) -> Question | None:
+def position(things: Sequence[GridObject], rng: random.Random) -> QuestionAnswer | None:
     """Only of an object that its colour and shape tell from all others."""
     named = _unique(things, lambda thing: thing.name)
     if not named:
         return None
     subject = rng.choice(named)
     phrase = _phrase(subject, things, rng, (("shape",), ("colour",)), fallback=subject.name)
-    return Question("position", f"Where is the {phrase}?", subject.place, (subject.name,))
+    return QuestionAnswer("position", f"Where is the {phrase}?", subject.place, (subject.name,))
 
 
-def relation(things: Sequence[Thing], rng: random.Random) -> Question | None:
+def relation(things: Sequence[GridObject], rng: random.Random) -> QuestionAnswer | None:
     """Only of two objects in one row or in one column, where a single answer is right."""
     named = _unique(things, lambda thing: thing.name)
     pairs = [(a, b) for a in named for b in named if a != b and (a.row == b.row) != (a.column == b.column)]
     if not pairs:
         return None
     a, b = rng.choice(pairs)
-    return Question("relation", f"On which side of the {b.name} is the {a.name}?", side(a, b), (a.name, b.name))
+    return QuestionAnswer("relation", f"On which side of the {b.name} is the {a.name}?", side(a, b), (a.name, b.name))
 
 
-def side(a: Thing, b: Thing) -> str:
+def side(a: GridObject, b: GridObject) -> str:
     """Where `a` is, seen from `b`, which shares its row or column."""
     if a.row == b.row:
         return "left" if a.column < b.column else "right"
     return "above" if a.row < b.row else "below"
 
 
-def existence(things: Sequence[Thing], rng: random.Random, categories: Sequence[str]) -> Question:
+def existence(things: Sequence[GridObject], rng: random.Random, categories: Sequence[str]) -> QuestionAnswer:
     """Yes and no alike often; a "no" names mostly the colour of one object and the shape of another."""
     present = {thing.name for thing in things}
     if rng.random() < 0.5:
         name = rng.choice(sorted(present))
-        return Question("existence", f"Is there a {name}?", "yes", (name,))
+        return QuestionAnswer("existence", f"Is there a {name}?", "yes", (name,))
     absent = [name for name in categories if name not in present]
     shares = [
         sum(
@@ -209,10 +209,12 @@ def existence(things: Sequence[Thing], rng: random.Random, categories: Sequence[
     hardest = [name for name, share in zip(absent, shares, strict=True) if share == max(shares)]
     hard = [name for name, share in zip(absent, shares, strict=True) if share]
     name = rng.choice(hardest if rng.random() < 0.5 else hard)
-    return Question("existence", f"Is there a {name}?", "no", (name,))
+    return QuestionAnswer("existence", f"Is there a {name}?", "no", (name,))
 
 
-def ask(kind: str, things: Sequence[Thing], rng: random.Random, categories: Sequence[str]) -> Question | None:
+def ask(
+    kind: str, things: Sequence[GridObject], rng: random.Random, categories: Sequence[str]
+) -> QuestionAnswer | None:
     """A question of this kind, or None where the scene allows none."""
     if kind in ("count", "existence"):
         return {"count": count, "existence": existence}[kind](things, rng, categories)
@@ -223,12 +225,12 @@ def ask(kind: str, things: Sequence[Thing], rng: random.Random, categories: Sequ
 
 
 def conversation(
-    things: Sequence[Thing], rng: random.Random, categories: Sequence[str], turns: int
-) -> list[Question]:
+    things: Sequence[GridObject], rng: random.Random, categories: Sequence[str], turns: int
+) -> list[QuestionAnswer]:
     """Different short questions about one scene: the kinds take turns, those of several objects where there are
     some.
     """
-    asked: dict[str, Question] = {}
+    asked: dict[str, QuestionAnswer] = {}
     kinds = rng.sample(KINDS, len(KINDS))
     for attempt in range(4 * turns):
         question = ask(kinds[attempt % len(kinds)], things, rng, categories)
@@ -241,7 +243,7 @@ def conversation(
     return found
 
 
-def detail(annotation: Annotation, rng: random.Random) -> Question:
+def detail(annotation: Annotation, rng: random.Random) -> QuestionAnswer:
     """A detailed description: how many objects, what each is and where, and what stands beside what."""
     things = annotation.things
     number = "is one object" if len(things) == 1 else f"are {NUMBERS[len(things)]} objects"
@@ -250,27 +252,27 @@ def detail(annotation: Annotation, rng: random.Random) -> Question:
     pairs = [(a, b) for a in named for b in named if a != b and (a.row == b.row) != (a.column == b.column)]
     if pairs:
         text.append(_relation_sentence(*rng.choice(pairs)))
-    return Question(
+    return QuestionAnswer(
         "detail",
         rng.choice(("Describe the picture in detail.", "What do you see? Tell me everything.")),
         " ".join(text),
     )
 
 
-def _relation_sentence(a: Thing, b: Thing) -> str:
+def _relation_sentence(a: GridObject, b: GridObject) -> str:
     word = side(a, b)
     return f"The {a.name} is {word if word in ('above', 'below') else f'{word} of'} the {b.name}."
 
 
-def caption(annotation: Annotation, rng: random.Random) -> Question:
-    return Question(
+def caption(annotation: Annotation, rng: random.Random) -> QuestionAnswer:
+    return QuestionAnswer(
         "caption",
         rng.choice(("Describe the picture.", "What is in the picture?")),
         rng.choice(annotation.captions),
     )
 
 
-def reasoning(things: Sequence[Thing], rng: random.Random) -> Question | None:
+def reasoning(things: Sequence[GridObject], rng: random.Random) -> QuestionAnswer | None:
     """A question whose answer takes a comparison or an inference, and says how it is reached."""
     named = _unique(things, lambda thing: thing.name)
     options = []
@@ -311,10 +313,10 @@ def reasoning(things: Sequence[Thing], rng: random.Random) -> Question | None:
                 f"without it {NUMBERS[left]} {'is' if left == 1 else 'are'} left.",
             )
         )
-    return Question("reasoning", *rng.choice(options)) if options else None
+    return QuestionAnswer("reasoning", *rng.choice(options)) if options else None
 
 
-def record(number: int, annotation: Annotation, questions: Sequence[Question]) -> dict:
+def record(number: int, annotation: Annotation, questions: Sequence[QuestionAnswer]) -> dict:
     """One record of LLaVA's JSON; the picture stands before the first question."""
     turns = []
     for index, question in enumerate(questions):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from llava_jax.annotations.context import Context
 from llava_jax.annotations.scene import Name, Scene, coloured_name
 from llava_jax.synthesize.rules.facts import Fact, description, inferences, questions
-from llava_jax.synthesize.rules.phrases import Phrases
+from llava_jax.synthesize.rules.phrases import PhraseTable
 
 TURNS = (4, 7)
 """The least and the most questions of a conversation, where the scene gives so many."""
@@ -27,7 +27,7 @@ class RulesTeacher:
     def __init__(self, language: str = "en", seed: int = 0):
         self.language = language
         self.seed = seed
-        self._phrases = Phrases(language)
+        self._phrases = PhraseTable(language)
 
     def check(self, categories: Iterable[str]) -> None:
         """Raises UserError, one line, if one of these has no name in the language."""

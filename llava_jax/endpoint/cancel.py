@@ -5,13 +5,13 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from llava_jax.endpoint.errors import Unsent
+from llava_jax.endpoint.errors import NotSentError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TERMINATED = 75  # exit code after SIGTERM, as of sysexits.h and of train
 
 
-class Stop:
+class CancelToken:
     """Tells a run to start nothing more.
 
     Attributes:
@@ -23,22 +23,22 @@ class Stop:
         self._event = asyncio.Event()
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self._event.is_set()
 
-    def ask(self) -> None:
+    def request(self) -> None:
         self._event.set()
 
     async def sleep(self, seconds: float) -> None:
-        """Sleeps, unless the run is asked to stop before or meanwhile: raises Unsent then."""
-        if seconds > 0 and not self.asked:
+        """Sleeps, unless the run is asked to stop before or meanwhile: raises NotSentError then."""
+        if seconds > 0 and not self.requested:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._event.wait(), seconds)
-        if self.asked:
-            raise Unsent
+        if self.requested:
+            raise NotSentError
 
     @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """Inside, the first SIGINT or SIGTERM asks to stop, and the second ends the running task.
 
         It ends with KeyboardInterrupt, or for SIGTERM with SystemExit(TERMINATED). For coroutines of the main thread.
@@ -53,7 +53,7 @@ class Stop:
                 second = number
                 task.cancel()
             self.signal = self.signal or number
-            self.ask()
+            self.request()
 
         for number in SIGNALS:
             loop.add_signal_handler(number, hear, number)
