@@ -134,11 +134,11 @@ class StatusCommand:
             seconds, asked = status["seconds"], status["requests"]
             left = sum(kind["asked"] - kind["accepted"] - kind["rejected"] for kind in status["kinds"].values())
             left = f", {left * seconds / asked / 60:,.0f} minutes left" if asked else ""
-            _print(f"running for {seconds / 60:,.0f} minutes{left}, as of {standing['written']}")
+            _print(f"running for {seconds / 60:,.0f} minutes{left}, as of {status['written']}")
         else:
             ended = {"done": "done", "running": "killed; the same command goes on"}
-            state = ended.get(status["state"], f"{standing['state'].replace('_', ' ')}; the same command goes on")
-            _print(f"{state}, as of {standing['written']}")
+            state = ended.get(status["state"], f"{status['state'].replace('_', ' ')}; the same command goes on")
+            _print(f"{state}, as of {status['written']}")
         _print(f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'to do':>10}")
         for kind, count in status["kinds"].items():
             left = count["asked"] - count["accepted"] - count["rejected"]
@@ -146,10 +146,10 @@ class StatusCommand:
         for reason, count in status["rejected_answers"].items():
             _print(f"rejected answers: {count:,} {reason.replace('_', ' ')}")
         tokens = status["tokens"]
-        cost = "" if status["cost_usd"] is None else f", {standing['cost_usd']:,.2f} USD"
+        cost = "" if status["cost_usd"] is None else f", {status['cost_usd']:,.2f} USD"
         if status["lost_usd"]:
-            cost += f", and up to {standing['lost_usd']:,.2f} USD for tries without an answer"
-        _print(f"{standing['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
+            cost += f", and up to {status['lost_usd']:,.2f} USD for tries without an answer"
+        _print(f"{status['requests']:,} requests of the last command; {tokens.get('prompt', 0):,} prompt and "
               f"{tokens.get('completion', 0):,} completion tokens in all{cost}")
         if not running and os.path.exists(os.path.join(self.folder, MANIFEST)):
             _print(f"{os.path.join(self.folder, MANIFEST)} has the rest")

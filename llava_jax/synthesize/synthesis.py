@@ -141,7 +141,7 @@ class SynthesisSettings:
         return fields
 
     @classmethod
-    def load(cls, folder: str) -> "Settings":
+    def load(cls, folder: str) -> "SynthesisSettings":
         """Those of the run that `folder` is of, wherever it has been moved. Raises UserError."""
         path = os.path.join(folder, SETTINGS)
         if not os.path.exists(path):

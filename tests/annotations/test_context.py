@@ -69,7 +69,7 @@ def brute(captions: dict, instances: dict) -> list[Context]:
 
 
 def write(folder, captions: dict, instances: dict, order=None, **options) -> dict[str, str]:
-    """Files as arguments of Source."""
+    """Files as arguments of AnnotationSource."""
     paths = {}
     for name, content in (("captions", captions), ("instances", instances)):
         keys = sorted(content, key=(order or list(content)).index) if order else list(content)
@@ -447,13 +447,13 @@ def test_a_tfds_data_set(tmp_path):
 
 MEASURE = """
 import re, sys, time
-from llava_jax.annotations.context import Source, open_contexts
+from llava_jax.annotations.context import AnnotationSource, open_contexts
 
 def peak():  # not ru_maxrss, in which a process begins with its parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 before, start = peak(), time.perf_counter()
-contexts = open_contexts(Source(captions=sys.argv[1], instances=sys.argv[2]))
+contexts = open_contexts(AnnotationSource(captions=sys.argv[1], instances=sys.argv[2]))
 boxes = sum(len(context.boxes) for context in contexts)
 assert "jax" not in sys.modules
 print(len(contexts), boxes, (peak() - before) // 1024, round(time.perf_counter() - start, 1))

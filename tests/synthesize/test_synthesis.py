@@ -77,10 +77,10 @@ def test_the_same_settings_make_the_same_requests_in_another_process(tmp_path):
     synthesis = make_synthesis(tmp_path, temperature=0.5, parameters='{"top_k": 4}')
     keys = [task.key(attempt) for task in synthesis for attempt in range(2)]
     assert len(set(keys)) == 60
-    code = ("import json, sys; from llava_jax.synthesize.synthesis import Settings, Synthesis\n"
+    code = ("import json, sys; from llava_jax.synthesize.synthesis import SynthesisSettings, Synthesis\n"
             "fields = json.load(open(sys.argv[1]))\n"
-            "from llava_jax.annotations.context import Source\n"
-            "synthesis = Synthesis(Settings(**{**fields, 'source': Source(**fields['source'])}))\n"
+            "from llava_jax.annotations.context import AnnotationSource\n"
+            "synthesis = Synthesis(SynthesisSettings(**{**fields, 'source': AnnotationSource(**fields['source'])}))\n"
             "print(json.dumps([task.key(attempt) for task in synthesis for attempt in range(2)]))")
     (tmp_path / "fields.json").write_text(json.dumps(synthesis.settings.as_json()))
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "fields.json")], capture_output=True, text=True)

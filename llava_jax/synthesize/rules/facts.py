@@ -32,7 +32,7 @@ RARE = ("elephant", "zebra", "giraffe", "airplane", "train", "boat", "bear", "su
 
 @dataclass(frozen=True)
 class Fact:
-    """`values`: field of the phrase -> Name, Count, Place, Side, a tuple of these, or a caption."""
+    """`values`: field of the phrase -> Name, Count, Position, Side, a tuple of these, or a caption."""
 
     key: str
     values: Mapping[str, Any]
