@@ -15,7 +15,7 @@ from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError
 from llava_jax.pages import page
-from llava_jax.prepare.preview_page import Shown, write_page
+from llava_jax.prepare.preview_page import PreviewRecord, render_page
 from llava_jax.prepare.settings import Settings
 
 
@@ -31,7 +31,7 @@ def draw_rows(mixture: Mixture, count: int, seed: int) -> list[int]:
     return [mixture.starts[i] + row for i, row in found if row is not None]
 
 
-def read_rows(numbers: Sequence[int], loader: Loader) -> list[Shown]:
+def read_rows(numbers: Sequence[int], loader: Loader) -> list[PreviewRecord]:
     """Reads rows as training does, and keeps what is wrong with one."""
     shown, mixture = [], loader.mixture
     for position, number in enumerate(numbers, 1):
@@ -44,7 +44,7 @@ def read_rows(numbers: Sequence[int], loader: Loader) -> list[Shown]:
             tiles = loader.pixels(number)
         except BadRow as error:
             bad = error
-        shown.append(Shown(position, source.where(index), row, record, example, tiles, bad))
+        shown.append(PreviewRecord(position, source.where(index), row, record, example, tiles, bad))
     return shown
 
 
@@ -104,8 +104,8 @@ class Preview:
             "template": settings.template.name,
             "images": f"{settings.image_mode}, {settings.image_size} × {settings.image_size}",
         }
-        page.write(self.output, write_page(f"Preview of {self.data}", about, shown, settings, self.max_length,
-                                           self.tiles_per_sequence))
+        page.write(self.output, render_page(f"Preview of {self.data}", about, shown, settings, self.max_length,
+                                            self.tiles_per_sequence))
         print(f"{self.output}: {len(shown)} record{'s' * (len(shown) != 1)}, {bad} bad")
         return 0
 

@@ -21,7 +21,7 @@ from llava_jax.errors import UserError
 from llava_jax.image_files import open_image
 from llava_jax.images import prepare
 from llava_jax.prepare.preview import Preview, draw_rows, read_rows
-from llava_jax.prepare.preview_page import write_page
+from llava_jax.prepare.preview_page import render_page
 from llava_jax.prepare.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, encode_conversation
 from llava_jax.text.templates import get, render
@@ -108,7 +108,7 @@ def show(path, settings, numbers=None, sequence_length=2048, tiles_per_sequence=
     loader = Loader(mixture=mixture, **vars(settings), sequence_length=sequence_length,
                     tiles_per_sequence=tiles_per_sequence, bad_rows="error")
     shown = read_rows(range(len(mixture.sources[0])) if numbers is None else numbers, loader)
-    return parse(write_page("A title", {}, shown, settings, sequence_length, tiles_per_sequence))
+    return parse(render_page("A title", {}, shown, settings, sequence_length, tiles_per_sequence))
 
 
 @pytest.fixture(scope="module")
@@ -133,21 +133,21 @@ def byte_level(tmp_path_factory):
 
 
 def read_tokens(card, per_image):
-    """(rendered text, tokens, learned) of a card."""
-    text, tokens, learned = "", [], []
+    """(rendered text, tokens, supervised) of a card."""
+    text, tokens, supervised = "", [], []
     (body,) = card.find("tokens")
     for node in body.children:
         if "image" in node.classes:
             assert node.text == f"image {tokens.count(IMAGE_TOKEN_ID) // per_image + 1}: {per_image} tokens"
             text += "<image>"
             tokens += [IMAGE_TOKEN_ID] * per_image
-            learned += [False] * per_image
+            supervised += [False] * per_image
         else:
             text += node.text
             if "gap" not in node.classes:
                 tokens.append(int(node.attributes["title"]))
-                learned.append("l" in node.classes)
-    return text, tokens, learned
+                supervised.append("l" in node.classes)
+    return text, tokens, supervised
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "qwen_1_5", "v0_mmtag"])
@@ -174,11 +174,11 @@ def test_tokens_of_the_page_are_those_of_training(kind, template, byte_level, tm
         roles = {"human": "user", "gpt": "assistant"}
         messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
         expected = encode_conversation(turns, template, tokenizer, 4)
-        text_seen, tokens, learned = read_tokens(card, 4)
+        text_seen, tokens, supervised = read_tokens(card, 4)
         assert text_seen == render(messages, template)
         assert tokens == expected.tokens.tolist()
-        assert learned == (expected.labels != IGNORE).tolist()
-        counts = f"{len(tokens):,} tokens, {sum(learned):,} learned ({sum(learned) / len(tokens):.1%})"
+        assert supervised == (expected.labels != IGNORE).tolist()
+        counts = f"{len(tokens):,} tokens, {sum(supervised):,} supervised ({sum(supervised) / len(tokens):.1%})"
         assert counts in card.text
 
 
@@ -337,7 +337,7 @@ def test_packed_rows_are_drawn_to_scale(settings, tmp_path):
             tokens, labels = examples[number - 1]
             assert segment.flex == len(tokens)
             parts = [kind for part in segment.find("i") for kind in part.classes * part.flex]
-            assert parts == ["visual" if token == IMAGE_TOKEN_ID else "read" if label == IGNORE else "learned"
+            assert parts == ["visual" if token == IMAGE_TOKEN_ID else "prompt" if label == IGNORE else "supervised"
                              for token, label in zip(tokens, labels, strict=True)]
             drawn.append(number)
             used += len(tokens)
@@ -421,7 +421,7 @@ def test_an_earlier_page_stays_whole_when_the_disk_is_full(data, tmp_path, monke
     assert output.read_bytes() != before and link.is_symlink()
 
 
-def test_a_turned_image_and_an_answer_that_is_not_learned(tmp_path, capsys):
+def test_a_turned_image_and_an_answer_that_is_not_supervised(tmp_path, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (50, 20), "red").save(tmp_path / "a.jpg", exif=exif)
@@ -433,5 +433,5 @@ def test_a_turned_image_and_an_answer_that_is_not_learned(tmp_path, capsys):
         assert run(path, "--model", GOLDEN, "--output", tmp_path / "page.html", *options) == 0
         page = (tmp_path / "page.html").read_text()
         assert f"original: {size}" in page
-    learned = re.findall(r"<span class='t l[^']*'[^>]*>([^<]*)", page)
-    assert "red" in "".join(learned) and "purple" not in "".join(learned) and "purple" in page
+    supervised = re.findall(r'<span class="t l[^"]*"[^>]*>([^<]*)', page)
+    assert "red" in "".join(supervised) and "purple" not in "".join(supervised) and "purple" in page
