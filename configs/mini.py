@@ -54,7 +54,7 @@ def recipe() -> Recipe:
 def prepare(recipe: Recipe) -> None:
     """Draws the pictures and writes the data of both stages, the same for every seed, unless they are there."""
     from llava_jax.annotations import drawn_scenes as scenes
-    from llava_jax.evaluate.probes.data import ProbesData
+    from llava_jax.evaluate.probes.make_probes import ProbesData
     from llava_jax.synthesize import rules
     from llava_jax.train.metrics import read_json_lines
 
@@ -86,8 +86,8 @@ def finish(recipe: Recipe, model: Path) -> None:
     """Puts the held-out questions to the model, to it with the wrong picture, and to the model of stage 1 alone."""
     import jax
 
-    from llava_jax.evaluate.runner.answering import ask
     from llava_jax.evaluate.runner.baselines import shown
+    from llava_jax.evaluate.runner.generation import ask
     from llava_jax.evaluate.tasks.scenes import Scenes
     from llava_jax.inference.llava import Llava
     from llava_jax.train import report
@@ -151,8 +151,8 @@ def probe(llava: "Llava", folder: str) -> dict[str, dict[str, float]]:
     """Right answers to the probes by kind, 0..1, in English, in Korean, and of the baselines."""
     from llava_jax.evaluate.probes.multilingual import Multilingual
     from llava_jax.evaluate.probes.spatial import Spatial, guessing
-    from llava_jax.evaluate.runner.answering import choose
     from llava_jax.evaluate.runner.baselines import shown
+    from llava_jax.evaluate.runner.generation import choose
     from llava_jax.evaluate.tasks.base import Answer
 
     def figures(task: "Task", baseline: "Baseline") -> dict[str, float]:

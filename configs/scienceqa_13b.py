@@ -29,7 +29,7 @@ def recipe() -> Recipe:
 
 def prepare(recipe: Recipe) -> None:
     """Makes the training file, unless it is there, from the ScienceQA that is in its folder."""
-    from llava_jax.evaluate.scienceqa.data import ScienceQAData
+    from llava_jax.evaluate.scienceqa.problems import ScienceQAData
 
     path = Path(recipe.stages["scienceqa"].data.path)
     if not path.exists():

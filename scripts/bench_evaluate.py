@@ -15,7 +15,7 @@ import numpy as np
 from bench_models import machine
 
 import llava_jax
-from llava_jax.evaluate.runner.answering import ask
+from llava_jax.evaluate.runner.generation import ask
 from llava_jax.evaluate.tasks.scenes import Scenes
 
 

@@ -30,9 +30,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from llava_jax.cli import printable
-from llava_jax.evaluate.judge.judging import Rules
+from llava_jax.evaluate.judge.command import JudgeRules
 from llava_jax.evaluate.judge.reviews import read_reviews, summarise_as_published
-from llava_jax.evaluate.runner import answering, answers
+from llava_jax.evaluate.runner import answer_file, generation
 from llava_jax.evaluate.scienceqa.task import ScienceQA
 from llava_jax.evaluate.tasks.base import Question, Task
 from llava_jax.evaluate.tasks.gqa import Gqa
@@ -41,7 +41,7 @@ from llava_jax.evaluate.tasks.mmbench import MMBench
 from llava_jax.evaluate.tasks.mme import Mme
 from llava_jax.evaluate.tasks.mmvet import MMVet
 from llava_jax.evaluate.tasks.pope import Pope
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, read_json_lines
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, read_json_lines
 from llava_jax.evaluate.tasks.textvqa import TextVqa
 from llava_jax.evaluate.tasks.vqa import VizWiz
 from llava_jax.inference.llava import Llava
@@ -86,9 +86,9 @@ class Folder:
 def score(task: Task, data: str, path: Path) -> tuple[Any, list[Question], list]:
     """The scores of a file of answers, which has to be whole and of these very prompts."""
     questions = task.load(data)
-    lines, _ = answers.read(str(path))
-    answers.check(str(path), task.title, questions, lines, task.uses_answer_order)
-    given = [answers.to_answer(line) for line in lines]
+    lines, _ = answer_file.read(str(path))
+    answer_file.check(str(path), task.title, questions, lines, task.uses_answer_order)
+    given = [answer_file.to_answer(line) for line in lines]
     return task.score(data, questions, given), questions, given
 
 
@@ -121,7 +121,7 @@ def scienceqa(folder: Folder) -> Iterator[Row]:
         task = ScienceQA(style="reason")
         questions = task.load(data)
         lines = [{"question_id": question.id, "text": result["outputs"][question.id]} for question in questions]
-        scores = task.score(data, questions, [answers.to_answer(line) for line in lines])
+        scores = task.score(data, questions, [answer_file.to_answer(line) for line in lines])
         yield Row(f"ScienceQA all, LLaVA {name}", f"{scores.figures['Avg']:.2f}", f"{result['acc']:.2f}")
 
 
@@ -169,7 +169,7 @@ def _same(name: str, ours: dict, theirs: dict) -> Row:
 
 def judge(folder: Folder) -> Iterator[Row]:
     """How many of the judge's requests are those of LLaVA's script."""
-    task, rules = LlavaBenchCoco(), Rules.load(str(folder("llava/llava/eval/table/rule.json")))
+    task, rules = LlavaBenchCoco(), JudgeRules.load(str(folder("llava/llava/eval/table/rule.json")))
     cases = task.cases(task.paths(str(folder("llava/playground/data/coco2014_val_qa_eval"))))
     said = {row["question_id"]: row["text"] for _, row in read_json_lines(str(folder("derived/judge/candidate.jsonl")))}
     wanted = json.loads(folder("derived/judge/original_messages_sha256.json").read_text())
@@ -221,7 +221,7 @@ def _digest(question: Question, tokenizer: Tokenizer) -> str:
     """Of the prompt that a LLaVA-1.5 gets from `evaluate`, where an image is one token as the original counts it."""
     llava = SimpleNamespace(template="vicuna_v1", tokenizer=tokenizer, config=SimpleNamespace(
         tokens_per_image=1, text=SimpleNamespace(max_length=4096)))
-    ids = Llava.prompt_tokens(llava, answering._request(question, Task(), answering.OWN)).tolist()
+    ids = Llava.prompt_tokens(llava, generation._request(question, Task(), generation.OWN)).tolist()
     assert ids.count(IMAGE_TOKEN_ID) == len(question.images)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 

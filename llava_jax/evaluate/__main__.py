@@ -8,19 +8,19 @@ import importlib
 
 from llava_jax import cli
 from llava_jax.errors import UserError
-from llava_jax.evaluate.runner import running
-from llava_jax.evaluate.tasks.base import TASKS, get
+from llava_jax.evaluate.runner import command
+from llava_jax.evaluate.tasks.base import TASKS, get_task
 
 COMMANDS = {
-    "scienceqa-data": "llava_jax.evaluate.scienceqa.data:ScienceQAData",
+    "scienceqa-data": "llava_jax.evaluate.scienceqa.problems:ScienceQAData",
     "scienceqa-ensemble": "llava_jax.evaluate.scienceqa.ensemble:ScienceQAEnsemble",
     "pope-data": "llava_jax.evaluate.tasks.pope_data:PopeData",
-    "probes-data": "llava_jax.evaluate.probes.data:ProbesData",
+    "probes-data": "llava_jax.evaluate.probes.make_probes:ProbesData",
     "make-bench": "llava_jax.evaluate.judge.make_bench:MakeBench",
-    "judge": "llava_jax.evaluate.judge.judging:Judge",
+    "judge": "llava_jax.evaluate.judge.command:JudgeAnswers",
     "reviews": "llava_jax.evaluate.judge.reviews:Reviews",
     "compare": "llava_jax.evaluate.runner.compare:Compare",
-    "published": "llava_jax.evaluate.runner.published:Show",
+    "published": "llava_jax.evaluate.runner.published:ShowPublished",
 }
 """Name -> "module:class", as TASKS."""
 
@@ -29,7 +29,7 @@ def main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "list"):
         print(__doc__)
         for name in TASKS:
-            print(f"  {name:18} {get(name).title}: {get(name).required_files}")
+            print(f"  {name:18} {get_task(name).title}: {get_task(name).required_files}")
         print("\nOther commands:\n")
         for name in COMMANDS:
             print(f"  {name:18} {(_command(name).__doc__ or '').splitlines()[0]}")
@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     name = args[0]
     if name not in TASKS and name not in COMMANDS:
         raise UserError(f"evaluate knows no {name!r}; there are {', '.join([*TASKS, *COMMANDS])}")
-    kind = _command(name) if name in COMMANDS else running.command(name)
+    kind = _command(name) if name in COMMANDS else command.task_command(name)
     return cli.parse(kind, args[1:], prog=f"python -m llava_jax.evaluate {name}").run()
 
 

@@ -74,9 +74,9 @@ def warm_up() -> None:
     import transformers  # noqa: F401
 
     import llava_jax.data.pipeline
-    import llava_jax.evaluate.judge.judging
-    import llava_jax.evaluate.runner.answering
+    import llava_jax.evaluate.judge.command
     import llava_jax.evaluate.runner.compare
+    import llava_jax.evaluate.runner.generation
     import llava_jax.inference.llava
     import llava_jax.prepare.check
     import llava_jax.synthesize.running

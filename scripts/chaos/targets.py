@@ -204,10 +204,10 @@ def benchmarks() -> Iterator[Target]:
 def judged(copy: Path, everything: Path) -> object:
     """The judge's inputs, with a judge that says the same to every question."""
     from llava_jax.endpoint.request import Response
-    from llava_jax.evaluate.judge.judging import Judge
+    from llava_jax.evaluate.judge.command import JudgeAnswers
 
     reply = Response("8 7", "stop", 10, 0, 2, "judge", None, 0)
-    Judge._ask = lambda self, jobs, log, failures: [
+    JudgeAnswers._ask = lambda self, jobs, log, failures: [
         log.append(key, reply) for key in dict.fromkeys(job.request(0).key(self.model.model) for job in jobs)]
     return evaluate.main(["judge", "llava-bench-wild", "--data", str(copy), "--answers", str(copy / "answers.jsonl"),
                           "--rules", str(copy / "rule.json"), "--model", "judge", "--out", str(copy / "out")])

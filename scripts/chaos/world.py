@@ -129,8 +129,8 @@ def make_benchmarks(folder: Path) -> None:
     from bench_files import FILES, QUESTIONS, write
     from test_llava_bench import answers_of, questions_of, review
 
-    from llava_jax.evaluate.runner.answers import make_line
-    from llava_jax.evaluate.tasks.base import get
+    from llava_jax.evaluate.runner.answer_file import make_line
+    from llava_jax.evaluate.tasks.base import get_task
 
     scenes = [row | {"answer": "red", "kind": "colour", "image": "0_0.png"} for row in QUESTIONS]
     files = FILES | {"scenes": {"questions.jsonl": scenes}, "mm-vet": {"llava-mm-vet.jsonl": QUESTIONS}}
@@ -139,7 +139,7 @@ def make_benchmarks(folder: Path) -> None:
         place.mkdir(parents=True)
         for file, content in contents.items():
             write(place / file, content)
-        task = get(name)(**{"annotations": str(place / "annotations.json")} if name in ANNOTATED else {})
+        task = get_task(name)(**{"annotations": str(place / "annotations.json")} if name in ANNOTATED else {})
         lines = [make_line(question, "red", "one") for question in task.load(str(place))]
         write_lines(place / "answers.jsonl", lines)
     place = folder / "benchmarks" / "scenes"

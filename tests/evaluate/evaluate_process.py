@@ -6,7 +6,7 @@ import sys
 
 from llava_jax import cli
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.runner.answers import AnswerFile
+from llava_jax.evaluate.runner.answer_file import AnswerFile
 
 left, add = int(sys.argv[1]), AnswerFile.add
 

@@ -15,7 +15,7 @@ from fake_openai import FakeOpenAI, share_of_faults
 
 from llava_jax import cli
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.judging import PUBLISHED_SYSTEM, Judge, Rules
+from llava_jax.evaluate.judge.command import PUBLISHED_SYSTEM, JudgeAnswers, JudgeRules
 from llava_jax.evaluate.judge.reviews import Reviews
 
 CATEGORIES = ("conv", "detail", "complex")
@@ -52,7 +52,7 @@ def options_of(task: Path, url: str, *more: str) -> list[str]:
 
 def judge(task: Path, fake: FakeOpenAI, *more: str) -> int:
     with fake.serve() as url:
-        return cli.parse(Judge, options_of(task, url, *more)).run()
+        return cli.parse(JudgeAnswers, options_of(task, url, *more)).run()
 
 
 def number_of(messages: list[dict]) -> int:
@@ -86,10 +86,10 @@ def test_what_is_asked_and_what_comes_of_it(task, capsys):
     fake = FakeOpenAI(answer=say)
     assert judge(task, fake) == 0
     body = next(body for body in fake.bodies if number_of(body["messages"]) == 4)
-    rule = Rules.load().rules["llava_bench_detail"]
+    rule = JudgeRules.load().rules["llava_bench_detail"]
     assert rule.role == "Assistant" and "the two scores and nothing else" in rule.prompt
     assert body["messages"] == [
-        {"role": "system", "content": Rules.load().system},
+        {"role": "system", "content": JudgeRules.load().system},
         {"role": "user", "content": "[Context]\nIt is 0.\nSo.\n\n[Question]\nQ4?\n\n[Assistant 1]\nR4.\n\n[End of "
                                     "Assistant 1]\n\n[Assistant 2]\nA4.\n\n[End of Assistant 2]\n\n[System]\n"
                                     f"{rule.prompt}\n\n"}]
@@ -103,7 +103,7 @@ def test_what_is_asked_and_what_comes_of_it(task, capsys):
     assert found["judgements"] == 12 and found["failed"] == 0 and found["deviations"] == {}
     assert found["judge"] | {"base_url": "", "replied": []} == {
         "model": "teacher", "base_url": "", "parameters": {"max_completion_tokens": 2048},
-        "prompts": Rules.load().hash, "replied_as": {"teacher-2026-06-01": 12}, "fingerprints": ["fp_fake"],
+        "prompts": JudgeRules.load().hash, "replied_as": {"teacher-2026-06-01": 12}, "fingerprints": ["fp_fake"],
         "replied": []}
     assert set(found["files"]) == {"questions", "references", "context", "answers"} and found["date"]
     printed = capsys.readouterr()
@@ -122,7 +122,7 @@ def test_a_rule_file_of_the_users(task):
                                     f"{CATEGORIES[number_of([user]) % 3]}.\n\n")
     assert fake.bodies[0]["temperature"] == 0.2 and fake.bodies[0]["max_completion_tokens"] == 1024
     found = json.loads((task / "out/judge.json").read_text())
-    assert found["judge"]["prompts"] != Rules.load().hash and "rules" in found["files"]
+    assert found["judge"]["prompts"] != JudgeRules.load().hash and "rules" in found["files"]
 
 
 def test_the_same_command_pays_for_nothing_and_another_run_for_itself(task):
@@ -276,8 +276,8 @@ def test_a_limit_of_requests_stops_it_and_leaves_no_figures(task, capsys):
     assert judge(task, fake) == 0 and len(fake.bodies) == COUNT and set(fake.paid.values()) == {1}
 
 
-PROGRAM = ("import sys; from llava_jax import cli; from llava_jax.evaluate.judge.judging import Judge; "
-           "cli.run(lambda args: cli.parse(Judge, args).run())")
+PROGRAM = ("import sys; from llava_jax import cli; from llava_jax.evaluate.judge.command import JudgeAnswers; "
+           "cli.run(lambda args: cli.parse(JudgeAnswers, args).run())")
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 75)])

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import Answer, get
+from llava_jax.evaluate.tasks.base import Answer, get_task
 from llava_jax.evaluate.tasks.llava_bench import LlavaBenchCoco, LlavaBenchWild
 
 CATEGORIES = ("conv", "detail", "complex")
@@ -57,7 +57,7 @@ def review(n: int, pair: list, prefix: str = "llava_bench_", **more) -> dict:
 
 
 def test_the_sets_are_registered():
-    assert get("llava-bench-wild") is LlavaBenchWild and get("llava-bench-coco") is LlavaBenchCoco
+    assert get_task("llava-bench-wild") is LlavaBenchWild and get_task("llava-bench-coco") is LlavaBenchCoco
     assert LlavaBenchWild.max_new_tokens == LlavaBenchCoco.max_new_tokens == 1024
     assert (LlavaBenchCoco.num_published, LlavaBenchWild.num_published) == (90, 60)
 

@@ -14,7 +14,7 @@ from synthesis_data import write_answer, write_images
 
 from llava_jax import cli
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.judging import Judge
+from llava_jax.evaluate.judge.command import JudgeAnswers
 from llava_jax.evaluate.judge.make_bench import MakeBench
 from llava_jax.evaluate.tasks.llava_bench import LlavaBenchCoco
 
@@ -98,7 +98,7 @@ def test_the_made_bench_is_read_and_judged(tmp_path):
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     fake = FakeOpenAI(answer=lambda messages: "8 4")
     with fake.serve() as url:
-        assert Judge("llava-bench-coco", str(tmp_path / "answers.jsonl"), str(out), str(tmp_path / "judged"),
+        assert JudgeAnswers("llava-bench-coco", str(tmp_path / "answers.jsonl"), str(out), str(tmp_path / "judged"),
                      cli.parse(MakeBench, options_of(tmp_path, url)).model).run() == 0
     assert json.loads((tmp_path / "judged/judge.json").read_text())["figures"] == dict.fromkeys(
         ("conv", "detail", "complex", "all"), 50)

@@ -10,7 +10,7 @@ from bench_files import write_all
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.tasks.base import TASKS, get
+from llava_jax.evaluate.tasks.base import TASKS, get_task
 
 EACH = 10  # damages of a file
 SAID = {"pope": "Yes", "mme": "Yes", "seed": "A", "scienceqa": "B", "mmbench": "B"}
@@ -55,12 +55,12 @@ def test_damaged_files_are_one_line_or_a_score(name, tmp_path, capsys):
     options = {"annotations": str(folder / "annotations.json")} if name in ("vqav2", "vizwiz") else {}
     rows = [{"question_id": question.id, "prompt": question.prompt or question.text, "text": SAID.get(name, "red"),
              "answer_id": f"a{n}", "model_id": "m", **question.fields}
-            for n, question in enumerate(get(name)(**options).load(str(folder)))]
+            for n, question in enumerate(get_task(name)(**options).load(str(folder)))]
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [name, "--data", str(folder), "--answers", str(folder / "answers.jsonl"), "--out", str(out),
                *(f"--{key}={value}" for key, value in options.items())]
     if name.startswith("llava"):
-        prefix = get(name).prefix
+        prefix = get_task(name).prefix
         (folder / "reviews.jsonl").write_text("".join(json.dumps(
             {"question_id": row["question_id"], "answer2_id": row["answer_id"], "category": f"{prefix}conv",
              "content": "8 7", "tuple": [8, 7]}) + "\n" for row in rows))

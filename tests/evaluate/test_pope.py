@@ -7,7 +7,7 @@ from odd_texts import odd_texts
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks import pope_data
-from llava_jax.evaluate.tasks.base import Answer, get
+from llava_jax.evaluate.tasks.base import Answer, get_task
 from llava_jax.evaluate.tasks.pope import Pope, parse_yes_no
 from llava_jax.evaluate.tasks.pope_data import PopeData
 
@@ -113,7 +113,7 @@ def test_no_yes_at_all_is_told(folder):
 
 
 def test_reads_what_the_original_reads(folder):
-    questions = get("pope")().load(str(folder))
+    questions = get_task("pope")().load(str(folder))
     assert len(questions) == 30 and questions[0].images == (str(folder / "val2014" / "0.jpg"),)
     assert questions[0].text == "Is there a 0?" + SUFFIX and questions[0].choices == ("Yes", "No")
     assert Pope().load(str(folder / "llava_pope_test.jsonl")) == questions

@@ -14,7 +14,7 @@ import pytest
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.annotations.context import Box, Context
 from llava_jax.errors import UserError
-from llava_jax.evaluate.probes.data import FILE, KINDS, ProbesData, write
+from llava_jax.evaluate.probes.make_probes import FILE, KINDS, ProbesData, write
 from llava_jax.evaluate.probes.multilingual import Multilingual
 from llava_jax.evaluate.probes.spatial import Spatial
 from llava_jax.evaluate.probes.words import understand

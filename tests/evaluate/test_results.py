@@ -12,7 +12,7 @@ from PIL import Image
 from llava_jax.errors import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.runner import compare, published, results, results_page, tables
-from llava_jax.evaluate.runner.answers import make_line, to_answer
+from llava_jax.evaluate.runner.answer_file import make_line, to_answer
 from llava_jax.evaluate.runner.compare import Compare
 from llava_jax.evaluate.runner.results_page import QuestionCard, ShownAnswer
 from llava_jax.evaluate.tasks.base import TASKS, Question, ScoredAnswer, Scores
@@ -32,7 +32,7 @@ def data(tmp_path):
 
 
 def write(data, name, texts):
-    """A run's folder, as `running.Run` writes it."""
+    """A run's folder, as `EvaluateCommand` writes it."""
     folder = data / name
     folder.mkdir()
     questions = Scenes().load(str(data))
@@ -164,17 +164,17 @@ def test_rows_find_their_items():
 
 def test_figures_stand_beside_the_published(data):
     scores = Scores({"IMG-accuracy": 66.75, "Avg": 70.123, "other": 1}, "IMG-accuracy")
-    table = results.beside(scores, "mine", published.everything()["scienceqa"])
+    table = results.beside(scores, "mine", published.published_results()["scienceqa"])
     by_name = {row[0]: dict(zip(table[0], row, strict=True)) for row in table}
     assert by_name["mine"]["IMG-accuracy"] == "66.75" and by_name["mine"]["Avg"] == "70.12"
     assert by_name["LLaVA-1.5 7B"]["IMG-accuracy"] == "66.8" and by_name["LLaVA + GPT-4, judge"]["Avg"] == "92.53"
     assert by_name["mine"]["NAT"] == "" and "other" not in table[0]
-    wild = {row.model: row for row in published.everything()["llava-bench-wild"]}
+    wild = {row.model: row for row in published.published_results()["llava-bench-wild"]}
     assert wild["BLIP-2"].cell("conv") == "54.6 ± 1.4" and wild["BLIP-2"].cell("x") == ""
 
 
 def test_published_figures_are_of_benchmarks_that_there_are():
-    for task, rows in published.everything().items():
+    for task, rows in published.published_results().items():
         assert task in TASKS and all(row.source and row.figures for row in rows)
         assert len({row.model for row in rows}) == len(rows)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.scienceqa.data import compose_listed, write_file
+from llava_jax.evaluate.scienceqa.problems import compose_listed, write_file
 from llava_jax.evaluate.scienceqa.task import ScienceQA, choice, read_answer, read_statement
 from llava_jax.evaluate.tasks import base
 from llava_jax.evaluate.tasks.base import Answer
@@ -45,7 +45,7 @@ def test_a_letter_that_no_choice_has_is_none():
 
 
 def test_questions_for_the_letter_are_llava_1_5s(folder):
-    first, second, third = base.get("scienceqa")().load(str(folder))
+    first, second, third = base.get_task("scienceqa")().load(str(folder))
     assert (second.id, second.images, second.choices) == ("1", (), ("A", "B", "C"))
     assert second.text == second.prompt == (
         "Which is a mammal?\nA. newt\nB. cat fish\nC. a cow\n"

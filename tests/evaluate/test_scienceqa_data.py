@@ -9,8 +9,8 @@ from PIL import Image
 
 from llava_jax import cli
 from llava_jax.errors import UserError
-from llava_jax.evaluate.scienceqa import data as scienceqa_data
-from llava_jax.evaluate.scienceqa.data import (
+from llava_jax.evaluate.scienceqa import problems
+from llava_jax.evaluate.scienceqa.problems import (
     INPUTS,
     OUTPUTS,
     ScienceQAData,
@@ -164,7 +164,7 @@ def test_a_download_is_one_call_and_its_failure_one_line(tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: calls.append((name, options)))
-    scienceqa_data.download(str(tmp_path))
+    problems.download(str(tmp_path))
     assert calls == [("derek-thomas/ScienceQA", {"repo_type": "dataset", "allow_patterns": "data/*.parquet",
                                                  "local_dir": str(tmp_path)})]
 
@@ -173,7 +173,7 @@ def test_a_download_is_one_call_and_its_failure_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"cannot be downloaded to .* \(no route\)"):
-        scienceqa_data.download(str(tmp_path))
+        problems.download(str(tmp_path))
 
 
 def damage(folder, **fields):

@@ -8,7 +8,7 @@ from fake_openai import FakeOpenAI
 from llava_jax import cli
 from llava_jax.endpoint.server import Server
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.asking import Model
+from llava_jax.evaluate.judge.chat_model import ChatModel
 from llava_jax.evaluate.scienceqa.ensemble import ScienceQAEnsemble, combine, disagreements, read_texts
 
 
@@ -142,8 +142,8 @@ def server():
         yield fake, url, asked
 
 
-def one_at_a_time(url: str) -> Model:
-    return Model("teacher", url, server=Server(concurrency=1))
+def one_at_a_time(url: str) -> ChatModel:
+    return ChatModel("teacher", url, server=Server(concurrency=1))
 
 
 def test_a_language_model_is_asked_and_judges_and_is_never_paid_twice(folder, server):

@@ -6,7 +6,7 @@ import pytest
 from bench_files import FILES, IDS, write, write_all
 
 from llava_jax.evaluate.scienceqa.ensemble import ScienceQAEnsemble
-from llava_jax.evaluate.tasks.base import TASKS, Answer, get
+from llava_jax.evaluate.tasks.base import TASKS, Answer, get_task
 
 ODD = ("", "**No**", "No!", "(Yes)", "Yes\nIt is", "아니요",
        "I cannot see it in this picture, so I would rather not say")
@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 def score(folder, name, texts):
     options = {"annotations": str(folder / name / "annotations.json")} if name in ("vqav2", "vizwiz") else {}
-    task = get(name)(**options)
+    task = get_task(name)(**options)
     questions = task.load(str(folder / name))
     answers = [Answer(question.id, text, question.prompt or question.text, {"question_id": question.id})
                for question, text in zip(questions, texts * len(questions), strict=False)]

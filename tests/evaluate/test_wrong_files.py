@@ -7,7 +7,7 @@ import pytest
 from bench_files import FILES, write
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import Answer, get
+from llava_jax.evaluate.tasks.base import Answer, get_task
 
 WRONG = (None, 7, -1, True, 1e400, "", "other", "\ud800", [], [None], {}, {"a": 1})
 
@@ -22,7 +22,7 @@ def places(value, path=()):
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_that_is_wrong_in_a_file_is_a_crash(name, tmp_path):
     options = {"annotations": str(tmp_path / "annotations.json")} if name in ("vqav2", "vizwiz") else {}
-    task = get(name)(**options)
+    task = get_task(name)(**options)
     for file, content in FILES[name].items():
         write(tmp_path / file, content)
     questions = task.load(str(tmp_path))

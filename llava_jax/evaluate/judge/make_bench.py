@@ -26,9 +26,9 @@ from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.endpoint.wording import find_refusal, find_source
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.asking import Model, Unfinished
-from llava_jax.evaluate.judge.judging import PROMPTS
-from llava_jax.evaluate.tasks.questions import make_folder
+from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
+from llava_jax.evaluate.judge.command import PROMPTS
+from llava_jax.evaluate.tasks.question_file import make_folder
 from llava_jax.files import replacing
 from llava_jax.progress import Progress
 from llava_jax.synthesize import evidence, parse
@@ -61,7 +61,7 @@ class MakeBench:
     --max-requests; 130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command goes on."""
 
     source: Annotated[AnnotationSource, tyro.conf.arg(name="")]
-    model: Annotated[Model, tyro.conf.arg(name="")]
+    model: Annotated[ChatModel, tyro.conf.arg(name="")]
     out: str
     """folder for the bench"""
     count: int = 30

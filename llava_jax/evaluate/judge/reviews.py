@@ -22,7 +22,7 @@ from llava_jax.endpoint.wording import find_refusal
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.tables import markdown
 from llava_jax.evaluate.tasks.base import EXAMPLES, quote
-from llava_jax.evaluate.tasks.questions import fits, read_json_lines
+from llava_jax.evaluate.tasks.question_file import fits, read_json_lines
 
 ALL = "all"
 ORDER = ("conv", "detail", "complex")  # of the published tables

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.probes.data import FILE, KINDS
+from llava_jax.evaluate.probes.make_probes import FILE, KINDS
 from llava_jax.evaluate.probes.words import FORMS, name_choices, understand
 from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, fits
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, fits
 
 ROW = {"category": str, "set": int | str}
 SAID = {"text": str, "answer": str, "choices": [str]}

@@ -13,11 +13,11 @@ import tyro
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import results_page
-from llava_jax.evaluate.runner.answers import match
+from llava_jax.evaluate.runner.answer_file import match
 from llava_jax.evaluate.runner.results_page import QuestionCard, ShownAnswer
 from llava_jax.evaluate.runner.tables import markdown, number
-from llava_jax.evaluate.tasks.base import TASKS, get
-from llava_jax.evaluate.tasks.questions import fits, read_json_lines
+from llava_jax.evaluate.tasks.base import TASKS, get_task
+from llava_jax.evaluate.tasks.question_file import fits, read_json_lines
 from llava_jax.files import json_type, read_json
 from llava_jax.pages import page
 
@@ -61,8 +61,8 @@ class Compare:
         cards = [card(a, b, names, image) for (a, b), image in zip(shown, pictures, strict=True)]
         facts = {name: f"{run['date'][:16].replace('T', ' ')}, {run['answers']:,} answers"
                  for name, run in zip(names, (one, other), strict=True)}
-        page.write(out, results_page.render_page(f"{get(one['benchmark']).title}: {names[0]} and {names[1]}", facts,
-                                                 table, [], notes, cards, root, good=(BOTH,)))
+        title = f"{get_task(one['benchmark']).title}: {names[0]} and {names[1]}"
+        page.write(out, results_page.render_page(title, facts, table, [], notes, cards, root, good=(BOTH,)))
         print(markdown(table))
         print(printable("".join(f"- {note}\n" for note in notes) + f"\n{out}"))
         return 0
@@ -130,7 +130,7 @@ def changes(pairs: Sequence[tuple[Row, Row]], names: Sequence[str]) -> list[str]
 
 def images(run: Row, pairs: Sequence[tuple[Row, Row]]) -> tuple[str, list[Sequence[str | bytes]]]:
     """The folder of the pictures, and those of each pair's question, as far as the run's data are still there."""
-    kind = get(run["benchmark"])
+    kind = get_task(run["benchmark"])
     options = {field.name: run["options"][field.name] for field in dataclasses.fields(kind)
                if type(run["options"].get(field.name)) is type(getattr(kind, field.name))}
     try:

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.runner.answering import too_long
+from llava_jax.evaluate.runner.generation import too_long
 from llava_jax.inference.llava import Request, load
 from llava_jax.text.templates import IMAGE
 

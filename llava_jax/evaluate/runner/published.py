@@ -13,7 +13,7 @@ from llava_jax.evaluate.runner.tables import markdown
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """A model's figures under the names that the benchmark's own Scores have, in their units, and the source."""
 
     model: str
@@ -29,23 +29,23 @@ class Published:
 
 
 @functools.cache
-def everything() -> Mapping[str, Sequence[Published]]:
+def published_results() -> Mapping[str, Sequence[PublishedResult]]:
     """All of published.json, by benchmark."""
     content = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     sources = content["sources"]
-    return {bench: [Published(**row | {"source": sources[row["source"]]}) for row in rows]
+    return {bench: [PublishedResult(**row | {"source": sources[row["source"]]}) for row in rows]
             for bench, rows in content["benchmarks"].items()}
 
 
 @dataclass(frozen=True)
-class Show:
+class ShowPublished:
     """Print what was published for a benchmark, or for all, with the sources."""
 
     bench: tyro.conf.Positional[str] = ""
     """benchmark; all of them without it"""
 
     def run(self) -> int:
-        found = everything()
+        found = published_results()
         if self.bench and self.bench not in found:
             raise UserError(f"nothing published is known of {self.bench!r}; there is {', '.join(found)}")
         for bench in [self.bench] if self.bench else found:

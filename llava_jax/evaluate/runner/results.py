@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_jax.evaluate.runner import results_page
-from llava_jax.evaluate.runner.answers import Line, match
-from llava_jax.evaluate.runner.published import Published, everything
+from llava_jax.evaluate.runner.answer_file import Line, match
+from llava_jax.evaluate.runner.published import PublishedResult, published_results
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
 from llava_jax.files import replacing
@@ -94,7 +94,7 @@ def write(
       lines: the answers as the file has them.
       uploads: the files that the benchmark's server takes.
     """
-    others, rows = everything().get(settings["benchmark"], ()), rows_of(scores, lines)
+    others, rows = published_results().get(settings["benchmark"], ()), rows_of(scores, lines)
     result = {
         **settings,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -148,7 +148,7 @@ def about(result: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def beside(scores: Scores, name: str, others: Sequence[Published]) -> list[list[str]]:
+def beside(scores: Scores, name: str, others: Sequence[PublishedResult]) -> list[list[str]]:
     """A table: the run's figure by which it is known and those that were published, then others' figures."""
     columns = list(dict.fromkeys(figure for other in others for figure in other.figures))
     if scores.main and scores.main not in columns:

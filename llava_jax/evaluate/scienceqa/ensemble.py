@@ -21,13 +21,13 @@ from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.asking import Model, Unfinished
-from llava_jax.evaluate.runner import answers
-from llava_jax.evaluate.scienceqa.data import Problem, read_problems
+from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
+from llava_jax.evaluate.runner import answer_file
+from llava_jax.evaluate.scienceqa.problems import Problem, read_problems
 from llava_jax.evaluate.scienceqa.task import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.evaluate.scienceqa.teacher import PROMPTS_HASH, Asker
 from llava_jax.evaluate.tasks.base import Answer, unparsed_notes
-from llava_jax.evaluate.tasks.questions import fits, make_folder, read_json
+from llava_jax.evaluate.tasks.question_file import fits, make_folder, read_json
 from llava_jax.files import replacing
 
 
@@ -123,7 +123,7 @@ def _read_pairs(path: str) -> list[tuple[str | int, str]]:
     except ValueError:
         result = None
     if not fits(result, {"outputs": dict}):
-        return [(line["question_id"], line["text"]) for line in answers.read(path)[0]]
+        return [(line["question_id"], line["text"]) for line in answer_file.read(path)[0]]
     for pid, text in result["outputs"].items():
         if not isinstance(text, str):
             raise UserError(f"{path}: the output of {pid!r} is no text")
@@ -157,7 +157,7 @@ class ScienceQAEnsemble:
     """of these draws, and of the examples that the language model is shown"""
     partial: bool = False
     """count the questions that both have answered, instead of refusing files that miss some"""
-    model: Annotated[Model, tyro.conf.arg(name="")] = field(default_factory=Model)
+    model: Annotated[ChatModel, tyro.conf.arg(name="")] = field(default_factory=ChatModel)
     shots: int = 2
     """solved questions of the train split that the language model is shown first"""
 

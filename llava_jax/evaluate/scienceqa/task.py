@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.scienceqa.data import (
+from llava_jax.evaluate.scienceqa.problems import (
     INPUTS,
     LETTERS,
     SIZES,

@@ -12,8 +12,8 @@ from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.endpoint.server import UNANSWERED, check_answered
-from llava_jax.evaluate.judge.asking import Model, Unfinished
-from llava_jax.evaluate.scienceqa.data import Problem, compose
+from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
+from llava_jax.evaluate.scienceqa.problems import Problem, compose
 from llava_jax.evaluate.scienceqa.task import FAILED, read_statement
 from llava_jax.files import replacing
 from llava_jax.progress import Progress
@@ -61,7 +61,7 @@ class Asker:
     without these.
     """
 
-    model: Model
+    model: ChatModel
     log: AnswerLog
     budget: Budget
     partial: bool

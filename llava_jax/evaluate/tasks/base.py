@@ -1,7 +1,7 @@
 """What a benchmark is: questions from its files, and scores from answers.
 
-No benchmark knows about models: `answering.py` puts the questions of any of them to one, and a file of answers that
-was made elsewhere is scored in the same way.
+A task knows nothing about models. `runner.generation` asks a model the questions, and a file of answers from elsewhere
+is scored in the same way.
 """
 
 import importlib
@@ -173,7 +173,7 @@ def is_short_phrase(text: str, form: str) -> bool:
         and not _MARKUP.search(form)
 
 
-def get(name: str) -> type[Task]:
+def get_task(name: str) -> type[Task]:
     """The class of a benchmark; UserError that lists them all if there is none of that name."""
     if name not in TASKS:
         raise UserError(f"there is no benchmark {name!r}; there are {', '.join(TASKS)}")

@@ -17,7 +17,7 @@ from llava_jax.evaluate.tasks.base import (
     is_short_phrase,
     unparsed_notes,
 )
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, find, fits, read_json
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, find, fits, read_json
 from llava_jax.files import replacing
 
 TRUTH = "testdev_balanced_questions.json"

@@ -23,7 +23,7 @@ from llava_jax.evaluate.judge.reviews import (
     summarise_as_published,
 )
 from llava_jax.evaluate.tasks.base import EMPTY, Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, find, need, read_json_lines
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, find, need, read_json_lines
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from llava_jax.evaluate.tasks.base import (
     Task,
     unparsed_notes,
 )
-from llava_jax.evaluate.tasks.questions import find_question_file
+from llava_jax.evaluate.tasks.question_file import find_question_file
 from llava_jax.files import replacing
 
 LETTERS = ("A", "B", "C", "D")

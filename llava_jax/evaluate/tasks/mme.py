@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION, Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, make_folder, need
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, make_folder, need
 from llava_jax.files import read_text, replacing
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_jax.evaluate.tasks.base import EMPTY, Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.questions import QuestionFileTask
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask
 from llava_jax.files import replacing
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, data_folder, find_question_file, read_json_lines
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, data_folder, find_question_file, read_json_lines
 
 CATEGORIES = ("random", "popular", "adversarial")
 NO = {"No", "not", "no"}

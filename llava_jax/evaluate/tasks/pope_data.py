@@ -11,7 +11,7 @@ from typing import Any
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION
 from llava_jax.evaluate.tasks.pope import CATEGORIES, LABELS, Pope
-from llava_jax.evaluate.tasks.questions import fits, make_folder, read_json, read_json_lines
+from llava_jax.evaluate.tasks.question_file import fits, make_folder, read_json, read_json_lines
 from llava_jax.files import replacing
 
 ID = int | str

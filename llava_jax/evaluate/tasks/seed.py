@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, fits, need, read_json, unanswered_notes
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, fits, need, read_json, unanswered_notes
 from llava_jax.files import replacing
 
 QUESTION = {"question_id": int | str, "question_type_id": int, "data_type": str, "answer": str}

@@ -16,7 +16,7 @@ from llava_jax.evaluate.tasks.base import (
     is_short_phrase,
     unparsed_notes,
 )
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, find_question_file, fits, need, read_json
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, find_question_file, fits, need, read_json
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 REFERENCES = 10  # human answers to a question

@@ -18,7 +18,7 @@ from llava_jax.evaluate.tasks.base import (
     is_short_phrase,
     unparsed_notes,
 )
-from llava_jax.evaluate.tasks.questions import (
+from llava_jax.evaluate.tasks.question_file import (
     QuestionFileTask,
     find,
     fits,

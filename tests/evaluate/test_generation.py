@@ -8,8 +8,8 @@ from PIL import Image
 
 import llava_jax
 from llava_jax.errors import UserError
-from llava_jax.evaluate.runner import answering
-from llava_jax.evaluate.runner.answers import NOT_ASKED, make_line
+from llava_jax.evaluate.runner import generation
+from llava_jax.evaluate.runner.answer_file import NOT_ASKED, make_line
 from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.text import templates
@@ -60,7 +60,7 @@ def alone(llava, question, **options):
 
 
 def test_answers_are_those_of_each_question_alone(llava, questions):
-    said = list(answering.generate(llava, Twice(), questions, 4))
+    said = list(generation.generate(llava, Twice(), questions, 4))
     assert sorted(one.number for one in said) == list(range(13)) != [one.number for one in said]
     texts = {one.number: one.text for one in said}
     for number in (0, 5):  # without an image, and with one, another limit and a second time; all would take long
@@ -71,11 +71,11 @@ def test_answers_are_those_of_each_question_alone(llava, questions):
             wanted += " + " + alone(llava, second, assistant_prefix=f" {wanted} so", max_new_tokens=5)
         assert texts[number] == wanted
     assert len(set(texts.values())) == 13
-    assert [answer.text for answer in answering.ask(llava, Twice(), questions, 4)] == [texts[n] for n in range(13)]
+    assert [answer.text for answer in generation.ask(llava, Twice(), questions, 4)] == [texts[n] for n in range(13)]
 
 
 def test_the_likeliest_choice_is_taken(llava, questions):
-    said = {one.number: one for one in answering.choose(llava, Twice(), questions, 4)}
+    said = {one.number: one for one in generation.choose(llava, Twice(), questions, 4)}
     for number, question in enumerate(questions):
         scores = llava.log_likelihood({"messages": question.text, "images": question.images}, question.choices)
         assert said[number].text == question.choices[int(np.argmax(scores))]
@@ -93,7 +93,7 @@ def test_questions_are_asked_as_they_are(llava, questions, template):
     llava = Llava(replace(llava.config, template=template), llava.parameters, llava.tokenizer)
     requests = []
     llava.batch_unordered = lambda asked, _: iter([requests.extend(asked)][:0])
-    list(answering.generate(llava, Twice(), [replace(questions[1], text=text)]))
+    list(generation.generate(llava, Twice(), [replace(questions[1], text=text)]))
     prompt = llava.prompt_tokens(requests[0]).tolist()
     count = llava.config.tokens_per_image
     at = prompt.index(IMAGE_TOKEN_ID)
@@ -104,19 +104,19 @@ def test_questions_are_asked_as_they_are(llava, questions, template):
 def test_other_pictures_are_shown_where_asked(llava, questions):
     last = questions[-2].images
     shown = lambda question: last if question.images else ()  # noqa: E731
-    answers = answering.ask(llava, Twice(), questions[:3], 4, shown)
+    answers = generation.ask(llava, Twice(), questions[:3], 4, shown)
     second = replace(questions[1], text=questions[1].text + " Again?", images=last)
     first = alone(llava, replace(questions[1], images=last))
     assert answers[0].text == alone(llava, questions[0])
     assert answers[1].text == f"{first} + {alone(llava, second, assistant_prefix=f' {first} so', max_new_tokens=5)}"
     assert answers[2].text == alone(llava, replace(questions[2], images=last))
-    for number, own in enumerate(answering.choose(llava, Twice(), questions[:3], 4)):
-        other = list(answering.choose(llava, Twice(), questions[:3], 4, shown))[number]
+    for number, own in enumerate(generation.choose(llava, Twice(), questions[:3], 4)):
+        other = list(generation.choose(llava, Twice(), questions[:3], 4, shown))[number]
         assert (other.metadata == own.metadata) == (not questions[own.number].images)
 
 
 def test_questions_that_cannot_be_asked_are_named_before_the_first_is(llava, questions, tmp_path):
-    answering.check_questions(questions, "q.jsonl", llava.config)
+    generation.check_questions(questions, "q.jsonl", llava.config)
     gone = [replace(question, id=f"g{i}", images=(str(tmp_path / "gone.png"),)) for i, question in enumerate(questions)]
     cut = tmp_path / "cut.png"
     cut.write_bytes(open(questions[1].images[0], "rb").read()[:-30])
@@ -130,25 +130,25 @@ def test_questions_that_cannot_be_asked_are_named_before_the_first_is(llava, que
             ([Question(10, "Q <image> <image>", ("x",))], "question 10: its text has 2 <image> marks for 1 images"),
             ([Question(11, "Q \ud83d")], "question 11: its text has half a surrogate pair")):
         with pytest.raises(UserError, match=rf"^q\.jsonl, {message}"):
-            answering.check_questions([*questions, *bad], "q.jsonl", llava.config)
+            generation.check_questions([*questions, *bad], "q.jsonl", llava.config)
     with pytest.raises(UserError, match="question 0: .*cut"):  # what is shown counts
-        answering.check_questions(questions, "q.jsonl", llava.config, lambda _: (str(cut),))
+        generation.check_questions(questions, "q.jsonl", llava.config, lambda _: (str(cut),))
 
 
 def test_a_question_beyond_the_context_is_answered_empty_and_the_others_as_ever(llava, questions):
     context = llava.config.text.max_length
     # Of each pair the second follows the first, and the text is too long: at once; or with what it says first.
     long = replace(questions[1], id="long", text="Why not? " * context)
-    edge = next(text for n in range(context) if answering.too_long(
+    edge = next(text for n in range(context) if generation.too_long(
         llava, Request(text := "Why not? " * n, verbatim=True, assistant_prefix=" and" * 9)))
     later = replace(questions[1], id="later", text=edge[: -len("Why not? ")], images=(), max_new_tokens=10)
     asked = [questions[0], long, questions[2], later, *questions[3:5]]
-    said = {one.number: one for one in answering.generate(llava, Twice(), asked, 4)}
+    said = {one.number: one for one in generation.generate(llava, Twice(), asked, 4)}
     assert sorted(said) == list(range(6))
     assert said[1].text == "" and f"the model's context holds {context:,}" in said[1].metadata[NOT_ASKED]
     first, _, second = said[3].text.partition(" + ")
     assert first and not second and NOT_ASKED in said[3].metadata
-    wanted = answering.ask(llava, Twice(), [asked[n] for n in (0, 2, 4, 5)], 4)
+    wanted = generation.ask(llava, Twice(), [asked[n] for n in (0, 2, 4, 5)], 4)
     assert [said[n].text for n in (0, 2, 4, 5)] == [answer.text for answer in wanted]
     assert not any(said[n].metadata for n in (0, 2, 4, 5))
 
@@ -156,18 +156,18 @@ def test_a_question_beyond_the_context_is_answered_empty_and_the_others_as_ever(
 @pytest.mark.parametrize("cut", [0, 1])
 def test_choices_beyond_the_context_are_not_scored(llava, questions, cut):
     """The longest choice decides; with one word less it fits."""
-    size = next(n for n in range(1000) if answering.too_long(llava, Request(" word" * n, verbatim=True)))
+    size = next(n for n in range(1000) if generation.too_long(llava, Request(" word" * n, verbatim=True)))
     long = Question("long", " word" * (size - 1 - cut), choices=("A", "word")[: 2 - cut])
-    said = {one.number: one for one in answering.choose(llava, Twice(), [questions[0], long, questions[1]], 4)}
+    said = {one.number: one for one in generation.choose(llava, Twice(), [questions[0], long, questions[1]], 4)}
     assert sorted(said) == [0, 1, 2] and said[0].text in questions[0].choices and said[2].text in questions[1].choices
     assert bool(said[1].text) == (NOT_ASKED not in said[1].metadata) == bool(cut)
 
 
 def test_progress_scores_what_is_answered_from_the_start(monkeypatch, questions):
     clock = [100.0]
-    monkeypatch.setattr(answering.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
     lines = [make_line(question, "x", "m") for question in questions]
-    progress = answering.Progress(Twice(), "", questions, [lines[0], None, lines[2], *[None] * 10])
+    progress = generation.Progress(Twice(), "", questions, [lines[0], None, lines[2], *[None] * 10])
     assert progress.line() == "2 of 13 answers, 0.0 a second"
     for number in (1, 5, 3):
         clock[0] += 10

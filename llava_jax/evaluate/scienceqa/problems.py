@@ -15,7 +15,7 @@ import tyro
 from llava_jax.cli import printable
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.questions import fits, make_folder, read_json
+from llava_jax.evaluate.tasks.question_file import fits, make_folder, read_json
 from llava_jax.files import replacing
 
 Problem = Mapping[str, Any]

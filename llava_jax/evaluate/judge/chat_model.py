@@ -27,7 +27,7 @@ class Unfinished(Exception):
 
 
 @dataclass(frozen=True)
-class Model:
+class ChatModel:
     """Any model behind a server that speaks OpenAI's chat API, and how it is asked."""
 
     model: str = ""

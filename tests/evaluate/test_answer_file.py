@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.runner import answers
-from llava_jax.evaluate.runner.answers import AnswerFile, make_line
+from llava_jax.evaluate.runner import answer_file
+from llava_jax.evaluate.runner.answer_file import AnswerFile, make_line
 from llava_jax.evaluate.tasks.base import Question
 
 ALIKE = Question("a", "Is it?")
@@ -24,7 +24,7 @@ def lines(questions=QUESTIONS, model="m"):
 
 
 def check(given, ordered=False, questions=QUESTIONS):
-    answers.check("answers.jsonl", "The task", questions, given, ordered)
+    answer_file.check("answers.jsonl", "The task", questions, given, ordered)
 
 
 def test_a_line_is_the_originals():
@@ -44,32 +44,32 @@ def test_what_is_written_is_read(tmp_path):
         assert file.lines == [] and file.mended == 0
         for line in written:
             file.add(line)
-            assert answers.read(path)[0][-1] == line  # at once
-    assert answers.read(path) == (written, [])
+            assert answer_file.read(path)[0][-1] == line  # at once
+    assert answer_file.read(path) == (written, [])
     assert [json.loads(line) for line in open(path, "rb")] == written
-    answers.write(path, written[:2])
-    assert answers.read(path)[0] == written[:2]
+    answer_file.write(path, written[:2])
+    assert answer_file.read(path)[0] == written[:2]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30, 100])
 def test_a_broken_last_line_is_told_and_mended(tmp_path, cut):
     path, given = str(tmp_path / "answers.jsonl"), lines()
-    answers.write(path, given)
+    answer_file.write(path, given)
     os.truncate(path, os.path.getsize(path) - cut)
     if cut == 1:  # only the newline is missing
-        assert answers.read(path) == (given, [])
+        assert answer_file.read(path) == (given, [])
         with AnswerFile(path) as file:
             file.add(given[0])
-        assert answers.read(path)[0] == [*given, given[0]]
+        assert answer_file.read(path)[0] == [*given, given[0]]
         return
     with pytest.raises(UserError, match=r"answers\.jsonl, line 6: the last line is broken off.*--partial"):
-        answers.read(path)
-    whole, notes = answers.read(path, partial=True)
+        answer_file.read(path)
+    whole, notes = answer_file.read(path, partial=True)
     assert whole == given[:-1] and "broken off" in notes[0]
     with AnswerFile(path) as file:
         assert file.lines == given[:-1] and file.mended == len(json.dumps(given[-1], ensure_ascii=False)) + 1 - cut
         file.add(given[-1])
-    assert answers.read(path) == (given, [])
+    assert answer_file.read(path) == (given, [])
 
 
 @pytest.mark.parametrize("bad", [b"{\n", b"[1]\n", b"3\n", b"null\n", b'{"question_id": 1}\n', b"\xff\xfe\n",
@@ -81,22 +81,22 @@ def test_another_broken_line_is_an_error(tmp_path, bad):
     path.write_bytes(good + b"\n" + bad + good)
     for partial in (False, True):
         with pytest.raises(UserError, match=r"answers\.jsonl, line 3: not "):
-            answers.read(str(path), partial)
+            answer_file.read(str(path), partial)
     with pytest.raises(UserError, match="line 3"):
         AnswerFile(str(path))
 
 
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="no such file of answers"):
-        answers.read(str(tmp_path / "x"))
+        answer_file.read(str(tmp_path / "x"))
     (tmp_path / "x").write_text("\n")
     with pytest.raises(UserError, match="has no answers"):
-        answers.read(str(tmp_path / "x"))
+        answer_file.read(str(tmp_path / "x"))
 
 
 def test_one_process_writes_at_a_time(tmp_path):
     path = str(tmp_path / "answers.jsonl")
-    other = "import sys; from llava_jax.evaluate.runner.answers import AnswerFile; AnswerFile(sys.argv[1])"
+    other = "import sys; from llava_jax.evaluate.runner.answer_file import AnswerFile; AnswerFile(sys.argv[1])"
     with AnswerFile(path):
         process = subprocess.run([sys.executable, "-c", other, path], capture_output=True, text=True)
         assert "another process is writing to it" in process.stderr
@@ -119,9 +119,9 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"answers\.jsonl: No space left"):
             file.add(given[1])
         monkeypatch.undo()
-        assert answers.read(path) == (given[:1], [])
+        assert answer_file.read(path) == (given[:1], [])
         file.add(given[1])
-    assert answers.read(path) == (given[:2], [])
+    assert answer_file.read(path) == (given[:2], [])
 
 
 def test_lines_find_their_questions_in_any_order():
@@ -129,13 +129,13 @@ def test_lines_find_their_questions_in_any_order():
     for questions in (QUESTIONS, ROUNDS) * 20:
         numbered = list(enumerate(lines(questions)))
         rng.shuffle(numbered)
-        places = answers.match(questions, [line for _, line in numbered])
+        places = answer_file.match(questions, [line for _, line in numbered])
         assert sorted(places) == list(range(6))
         assert [questions[place] for place in places] == [questions[number] for number, _ in numbered]
-    assert answers.match(QUESTIONS, [*lines(), lines()[1]])[-1] is None
+    assert answer_file.match(QUESTIONS, [*lines(), lines()[1]])[-1] is None
     # What lines do not have, they are not told apart by.
     bare = [{"question_id": question.id, "text": ""} for question in QUESTIONS]
-    assert answers.match(QUESTIONS, bare) == list(range(6))
+    assert answer_file.match(QUESTIONS, bare) == list(range(6))
 
 
 def test_a_whole_set_passes():
@@ -198,7 +198,7 @@ def test_order_matters_where_it_does():
 @pytest.mark.parametrize("count", [1, 5, 7, 100])
 def test_chunks_are_the_originals(count):
     for chunks in (1, 2, 3, 7, 11):
-        parts = [list(answers.chunk(count, chunks, index)) for index in range(chunks)]
+        parts = [list(answer_file.chunk(count, chunks, index)) for index in range(chunks)]
         assert sum(parts, []) == list(range(count))
         size = -(-count // chunks)
         assert [part for part in parts if part] == [list(range(count))[i : i + size] for i in range(0, count, size)]

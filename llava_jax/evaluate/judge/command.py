@@ -25,13 +25,13 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.request import ChatRequest, Message, Response
 from llava_jax.endpoint.server import UNANSWERED, check_answered, note
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.asking import Model, Unfinished
+from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
 from llava_jax.evaluate.judge.report import Report, write_report
 from llava_jax.evaluate.judge.reviews import TOO_MANY_FAILED, Unscored, parse_as_published, parse_scores
-from llava_jax.evaluate.runner import answers as answer_files
-from llava_jax.evaluate.tasks.base import get
+from llava_jax.evaluate.runner import answer_file
+from llava_jax.evaluate.tasks.base import get_task
 from llava_jax.evaluate.tasks.llava_bench import Case, LlavaBench
-from llava_jax.evaluate.tasks.questions import make_folder, read_json
+from llava_jax.evaluate.tasks.question_file import make_folder, read_json
 from llava_jax.progress import Progress
 
 LOG = "judged.jsonl"
@@ -41,20 +41,20 @@ PUBLISHED_SYSTEM = "You are a helpful and precise assistant for checking the qua
 RUN = 1000  # attempts between two runs: requests of equal content are told apart by their attempt
 
 
-class Rule(NamedTuple):
+class JudgeRule(NamedTuple):
     role: str  # what the two are called
     prompt: str
 
 
 @dataclass(frozen=True)
-class Rules:
+class JudgeRules:
     """What the judge is told: first, and by category after question and answers."""
 
     system: str
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, JudgeRule]
 
     @classmethod
-    def load(cls, path: str = "") -> "Rules":
+    def load(cls, path: str = "") -> "JudgeRules":
         """The project's own, or those of a rule.json as LLaVA has it: {category: {"role", "prompt"}}.
 
         Raises UserError, one line.
@@ -62,15 +62,15 @@ class Rules:
         if not path:
             system, coco, wild = (_read(f"judge_{name}.txt") for name in ("system", "coco", "wild"))
             texts = {"": coco, "llava_bench_": wild}
-            return cls(system, {prefix + category: Rule("Assistant", text) for prefix, text in texts.items()
+            return cls(system, {prefix + category: JudgeRule("Assistant", text) for prefix, text in texts.items()
                                 for category in ("conv", "detail", "complex")})
         table, rules = read_json(path), {}
         if not isinstance(table, dict):
             raise UserError(f"{path}: not a table of rules, {{category: {{\"role\": ..., \"prompt\": ...}}}}")
         for category, rule in table.items():
-            if not isinstance(rule, dict) or not all(isinstance(rule.get(name), str) for name in Rule._fields):
+            if not isinstance(rule, dict) or not all(isinstance(rule.get(name), str) for name in JudgeRule._fields):
                 raise UserError(f"{path}: the rule of {category!r} needs the texts role and prompt")
-            rules[category] = Rule(rule["role"], rule["prompt"])
+            rules[category] = JudgeRule(rule["role"], rule["prompt"])
         return cls(PUBLISHED_SYSTEM, rules)
 
     def messages(self, case: Case, candidate: str, swapped: bool = False) -> tuple[Message, ...]:
@@ -120,7 +120,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeAnswers:
     """Have answers on LLaVA-Bench judged by a language model, beside those of a reference.
 
     The score is the mean of the answers' scores over the mean of the reference's, in percent. A judgement without two
@@ -140,7 +140,7 @@ class Judge:
     """folder of the benchmark, or its question file"""
     out: str
     """folder for the results"""
-    model: Annotated[Model, tyro.conf.arg(name="")]
+    model: Annotated[ChatModel, tyro.conf.arg(name="")]
     reference: str = ""
     """answers to measure by, in place of the benchmark's"""
     context: str = ""
@@ -163,7 +163,7 @@ class Judge:
 
     def run(self) -> int:
         self._check()
-        bench, rules = get(self.bench)(), Rules.load(self.rules)
+        bench, rules = get_task(self.bench)(), JudgeRules.load(self.rules)
         paths = bench.paths(self.data, self.reference, self.context) | {"answers": self.answers}
         if self.rules:
             paths["rules"] = self.rules
@@ -199,13 +199,13 @@ class Judge:
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"--max-failed is {self.max_failed:g}: it is a share, from 0 to 1")
 
-    def _jobs(self, bench: LlavaBench, paths: Mapping[str, str], rules: Rules) -> list[Job]:
+    def _jobs(self, bench: LlavaBench, paths: Mapping[str, str], rules: JudgeRules) -> list[Job]:
         """Run by run, in the order of the questions."""
         cases = bench.cases(paths)
         questions = [case.question for case in cases]
-        lines, notes = answer_files.read(self.answers, self.partial)
+        lines, notes = answer_file.read(self.answers, self.partial)
         if not self.partial:
-            answer_files.check(self.answers, bench.title, questions, lines, ordered=False)
+            answer_file.check(self.answers, bench.title, questions, lines, ordered=False)
         given = {line["question_id"]: line for line in lines}
         asked = [(number, case) for number, case in enumerate(cases, 1) if case.question.id in given]
         if not asked:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.runner.answers import NOT_ASKED, Line, to_answer
+from llava_jax.evaluate.runner.answer_file import NOT_ASKED, Line, to_answer
 from llava_jax.evaluate.tasks.base import Answer, Question, Task
 from llava_jax.image_files import open_image
 from llava_jax.images import prepare

@@ -3,16 +3,16 @@ import json
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.base import LETTER_INSTRUCTION, PHRASE_INSTRUCTION, TASKS, Answer, Task, get
+from llava_jax.evaluate.tasks.base import LETTER_INSTRUCTION, PHRASE_INSTRUCTION, TASKS, Answer, Task, get_task
 from llava_jax.evaluate.tasks.mmvet import MMVet
-from llava_jax.evaluate.tasks.questions import QuestionFileTask, fits
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, fits
 
 SHORT_TASKS = ("pope", "mme", "vqav2", "vizwiz", "gqa", "textvqa", "mmbench", "mmbench-cn", "seed", "mm-vet")
 
 
 @pytest.mark.parametrize("name", SHORT_TASKS)
 def test_registered_and_described(name):
-    task = get(name)
+    task = get_task(name)
     assert name in TASKS and issubclass(task, Task) and task.title and task.required_files and task.__doc__
     assert task() == task()  # every option has a default
     assert task.max_new_tokens == (1024 if name.startswith("mm") and name != "mme" else 128)
@@ -23,9 +23,9 @@ def test_registered_and_described(name):
 @pytest.mark.parametrize("name", SHORT_TASKS)
 def test_folder_that_is_not_there(name, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        get(name)().load(str(tmp_path / "nowhere"))
+        get_task(name)().load(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such file"):
-        get(name)().load(str(tmp_path))
+        get_task(name)().load(str(tmp_path))
 
 
 @pytest.mark.parametrize(("value", "form", "good"), [

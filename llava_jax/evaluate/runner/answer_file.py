@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_jax.errors import FULL, UserError, user_path
 from llava_jax.evaluate.tasks.base import Answer, Question
-from llava_jax.evaluate.tasks.questions import fits
+from llava_jax.evaluate.tasks.question_file import fits
 from llava_jax.files import replacing
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each

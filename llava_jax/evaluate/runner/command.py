@@ -16,12 +16,12 @@ import tyro
 from llava_jax import config
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
-from llava_jax.evaluate.runner import answers, results
-from llava_jax.evaluate.runner.answers import NOT_ASKED, AnswerFile, Line
-from llava_jax.evaluate.runner.published import everything
+from llava_jax.evaluate.runner import answer_file, results
+from llava_jax.evaluate.runner.answer_file import NOT_ASKED, AnswerFile, Line
+from llava_jax.evaluate.runner.published import published_results
 from llava_jax.evaluate.runner.tables import markdown, number
-from llava_jax.evaluate.tasks.base import Question, Task, get
-from llava_jax.evaluate.tasks.questions import make_folder
+from llava_jax.evaluate.tasks.base import Question, Task, get_task
+from llava_jax.evaluate.tasks.question_file import make_folder
 from llava_jax.files import read_json, replacing
 from llava_jax.text import templates
 
@@ -109,14 +109,14 @@ class EvaluateCommand:
     def _score_file(self) -> None:
         questions = self.task.load(self.data)
         asked = questions[: self.limit]
-        lines, notes = answers.read(self.answers, self.partial)
+        lines, notes = answer_file.read(self.answers, self.partial)
         if not self.partial:
             title = f"{self.task.title} in {self.task.question_path(self.data)}"
-            answers.check(self.answers, title, asked, lines, self.task.uses_answer_order)
+            answer_file.check(self.answers, title, asked, lines, self.task.uses_answer_order)
         if self.task.uses_prompts and (without := [line["question_id"] for line in lines if "prompt" not in line]):
             raise UserError(f"{self.answers}: the answer to question {without[0]!r} has no prompt, without which "
                              f"{self.task.title} cannot be scored")
-        models = answers.models_of(lines)
+        models = answer_file.models_of(lines)
         name = self.name or (models[0] if len(models) == 1 else os.path.basename(self.answers))
         if self.out and os.path.exists(os.path.join(self.folder, RUN)):
             raise UserError(f"{self.folder}: holds the answers of a model that was asked; choose another --out")
@@ -126,8 +126,8 @@ class EvaluateCommand:
 
     def _ask(self) -> None:
         """Asks what this process has to ask; the first process, or whichever ends last, scores."""
-        from llava_jax.evaluate.runner.answering import OWN, check_questions
         from llava_jax.evaluate.runner.baselines import shown
+        from llava_jax.evaluate.runner.generation import OWN, check_questions
         from llava_jax.parallel.cluster import detect_cluster
         from llava_jax.parallel.processes import WORK_TIMEOUT, allgather_object, assert_equal_across_processes
 
@@ -145,14 +145,14 @@ class EvaluateCommand:
         settings, config = self._settings(questions) | self._model(), self._config()
         assert_equal_across_processes("evaluate", _identity(settings))
         chunks, index = (place.num_processes, place.process_id) if place else (self.num_chunks, self.chunk_idx)
-        mine = answers.chunk(len(asked), chunks, index)
+        mine = answer_file.chunk(len(asked), chunks, index)
         source = self.task.question_path(self.data)
         images = OWN if self.baseline == "shuffled" else shown(self.baseline, questions, config)
         fresh = self.overwrite or not os.path.exists(os.path.join(self.folder, RUN))
         if fresh:
             check_questions((asked[n] for n in mine), source, config, images)  # before anything is made or thrown away
         if self.overwrite and index == 0:
-            answers.remove([os.path.join(self.folder, RUN), *self._files()])
+            answer_file.remove([os.path.join(self.folder, RUN), *self._files()])
         allgather_object("the folder", None, WORK_TIMEOUT)  # parts take unlike times to check
         found = self._begin(settings, questions)
         todo = [n for n in mine if n not in found]
@@ -173,12 +173,12 @@ class EvaluateCommand:
         if missing := sum(n not in found for n in range(len(asked))):
             print(f"part {index} of {chunks} is answered; {missing:,} questions of other parts are not yet")
         elif index == 0 or not place:
-            answers.write(os.path.join(self.folder, WHOLE), [found[n] for n in sorted(found)])
-            answers.remove(set(self._files()) - {os.path.join(self.folder, WHOLE)})
+            answer_file.write(os.path.join(self.folder, WHOLE), [found[n] for n in sorted(found)])
+            answer_file.remove(set(self._files()) - {os.path.join(self.folder, WHOLE)})
             self._finish(settings, asked, [found[n] for n in range(len(asked))], [])
         allgather_object("the results", None, WORK_TIMEOUT)
         if place and index:  # process 0 has all, and on its own disk
-            answers.remove([own])
+            answer_file.remove([own])
 
     def _settings(self, questions: Sequence[Question]) -> dict[str, Any]:
         return {"benchmark": self.benchmark, "data": os.path.abspath(self.data), "limit": self.limit,
@@ -240,18 +240,18 @@ class EvaluateCommand:
         """The answers in all files, by the number of their question; a line that is broken off is none."""
         while True:
             try:
-                lines = [line for path in self._files() for line in answers.scan(path)[0]]
+                lines = [line for path in self._files() for line in answer_file.scan(path)[0]]
                 break
             except FileNotFoundError:  # another process has joined the parts meanwhile
                 continue
-        places = answers.match(questions, lines)
+        places = answer_file.match(questions, lines)
         return {place: line for place, line in zip(places, lines, strict=True) if place is not None}
 
     def _answer(self, questions: Sequence[Question], mine: range, found: dict[int, Line], file: AnswerFile,
                 settings: Mapping[str, Any]) -> None:
         """Adds the answers that are missing of `mine` to `found` and to the file, one by one."""
-        from llava_jax.evaluate.runner.answering import Progress, choose, generate
         from llava_jax.evaluate.runner.baselines import shown
+        from llava_jax.evaluate.runner.generation import Progress, choose, generate
         from llava_jax.inference.llava import load
 
         todo = [n for n in mine if n not in found]
@@ -271,7 +271,7 @@ class EvaluateCommand:
                     if told <= EXAMPLES:
                         source = printable(self.task.question_path(self.data))
                         print(f"{source}, question {questions[n].id!r} is not asked: {why}", file=sys.stderr)
-                found[n] = answers.make_line(questions[n], said.text, settings["name"], said.metadata)
+                found[n] = answer_file.make_line(questions[n], said.text, settings["name"], said.metadata)
                 file.add(found[n])
                 progress.add(n - mine.start, found[n])
         finally:
@@ -298,7 +298,7 @@ class EvaluateCommand:
     def _finish(self, settings: Mapping[str, Any], asked: Sequence[Question], lines: Sequence[Line],
                 notes: Sequence[str]) -> None:
         """Scores, writes the results, prints the figures."""
-        given = [answers.to_answer(line) for line in lines]
+        given = [answer_file.to_answer(line) for line in lines]
         try:
             scores = self.task.score(self.data, asked, given)
         except UserError as error:
@@ -311,10 +311,10 @@ class EvaluateCommand:
         if self.out:
             make_folder(self.folder)
             if self.answers:
-                answers.write(os.path.join(self.folder, WHOLE), lines)
+                answer_file.write(os.path.join(self.folder, WHOLE), lines)
             uploads = self.task.write_submission(self.data, asked, given, self.folder)
             results.write(self.folder, self.task, settings, asked, lines, scores, uploads)
-        table = results.beside(scores, settings["name"], everything().get(self.benchmark, ()))
+        table = results.beside(scores, settings["name"], published_results().get(self.benchmark, ()))
         if len(table[0]) > 1:
             print(markdown(table))
         if 1 < len(scores.figures) <= PRINTED:
@@ -343,9 +343,9 @@ EXAMPLES = 5  # questions that are named, at most
 RUN, WHOLE = "run.json", "answers.jsonl"
 
 
-def command(name: str) -> type[EvaluateCommand]:
+def task_command(name: str) -> type[EvaluateCommand]:
     """Returns the command of a benchmark: the options of EvaluateCommand and those of the task."""
-    kind = get(name)
+    kind = get_task(name)
     task = ("task", tyro.conf.OmitArgPrefixes[kind], field(default_factory=kind))
     about = f"{kind.__doc__}\n\nNeeds {kind.required_files}."
     return dataclasses.make_dataclass(kind.__name__, [task], bases=(EvaluateCommand,), frozen=True, kw_only=True,
