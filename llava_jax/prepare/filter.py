@@ -13,6 +13,7 @@ from llava_jax.cli import printable
 from llava_jax.errors import UserError
 from llava_jax.prepare.filter_report import write_report
 from llava_jax.prepare.options import Flag, WorkerOptions, require_at_least
+from llava_jax.prepare.writing import check_absent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,4 @@ class Filter(WorkerOptions):
         if len({os.path.realpath(path) for path in (self.data, self.out, report)}) < 3:
             raise UserError(f"DATA, OUT and --report must be three files, not {self.data}, {self.out} and {report}")
         for path in (self.out, report):
-            if os.path.isdir(path):
-                raise UserError(f"{path}: is a folder; name a file")
-            if os.path.lexists(path) and not self.overwrite:
-                raise UserError(f"{path}: exists already; add --overwrite to replace it")
+            check_absent(path, self.overwrite)

@@ -1,12 +1,13 @@
-"""Rows written to data files as they are stored: JSON, JSON lines or parquet; a file appears when it is whole."""
+"""Writes stored rows to JSON, JSON-lines or parquet files, which are complete or absent."""
 
 import contextlib
+import functools
 import json
 import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from llava_jax.data.parquet_rows import ParquetRows
 from llava_jax.data.sources import Source
@@ -15,64 +16,65 @@ from llava_jax.errors import UserError
 from llava_jax.files import making
 
 FORMATS = ("json", "jsonl", "parquet")
-ROW_GROUP = 100  # rows of parquet that are read together: as few as Hugging Face has for rows with images
+ROW_GROUP = 100
+"""Number of parquet rows that are read together; Hugging Face uses 100 for rows with images."""
+
+Rows = Callable[[], Iterable[tuple[int, Any]]]
+"""Function that yields every row with the index of its output."""
 
 
 def check_outputs(outputs: Sequence[str], inputs: Sequence[str], overwrite: bool) -> None:
-    """UserError, one line, for an output of no known format, that is an input or within one, or that exists."""
+    """Raises UserError for an output of unknown format, that is an input or inside one, or that exists."""
     for output in outputs:
         if _suffix(output) not in FORMATS:
             raise UserError(f"{output}: the name must end in {', '.join('.' + name for name in FORMATS)}")
-        for given in inputs:
-            folder = given if os.path.isdir(given) else given.rpartition(":")[0]
-            within = os.path.isdir(folder) and _is_within(output, folder)
-            if within or (os.path.exists(output) and os.path.exists(given) and os.path.samefile(output, given)):
-                raise UserError(f"{output}: is read as part of {given}; write to another place")
-        if os.path.isdir(output):
-            raise UserError(f"{output}: is a folder; name a file")
-        if os.path.lexists(output) and not overwrite:
-            raise UserError(f"{output}: exists already; add --overwrite to replace it")
+        for path in inputs:
+            folder = path if os.path.isdir(path) else path.rpartition(":")[0]
+            inside = os.path.isdir(folder) and _is_inside(output, folder)
+            if inside or (os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)):
+                raise UserError(f"{output}: is read as part of {path}; write to another place")
+        check_absent(output, overwrite)
 
 
-Rows = Callable[[], Iterable[tuple[int, Any]]]  # a row, and the number of the output that it is for
+def check_absent(path: str, overwrite: bool) -> None:
+    """Raises UserError if `path` is a folder, or a file that may not be overwritten."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; name a file")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path}: exists already; add --overwrite to replace it")
 
 
 def write_rows(rows: Rows, outputs: Sequence[str], sources: Sequence[Source]) -> None:
-    """Writes each of `rows()` to its output. All outputs appear at the end, or none.
+    """Writes every row of `rows()` to its output. All outputs appear at the end, or none.
 
-    For parquet the rows are gone through once before, to find the types of the columns, unless the `sources` that they
-    come from are all parquet. Raises UserError, one line, for rows that the format cannot hold.
+    For parquet outputs `rows()` is iterated twice, first to find the types of the columns, unless all `sources` are
+    parquet. Raises UserError for rows that the format cannot hold.
     """
-    made, writers, stack = [], [], contextlib.ExitStack()
-    try:
-        schema = _schema(sources, rows) if any(_suffix(output) == "parquet" for output in outputs) else None
+    temporaries, writers = [], []
+    schema = _schema(sources, rows) if any(_suffix(output) == "parquet" for output in outputs) else None
+    with contextlib.ExitStack() as stack:
         for output in outputs:
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-            made.append(stack.enter_context(making(output)))
-            writers.append(_WRITERS[_suffix(output)](made[-1], schema))
-        for which, row in rows():
-            writers[which].write(row)
+            temporaries.append(stack.enter_context(making(output)))
+            file = stack.enter_context(open(temporaries[-1], "wb"))
+            writers.append(_WRITERS[_suffix(output)](file, schema))
+            stack.push(writers[-1].abort)
+        for index, row in rows():
+            writers[index].write(row)
         for writer in writers:
             writer.close()
-        for temporary, output in zip(made, outputs, strict=True):
+        for temporary, output in zip(temporaries, outputs, strict=True):
             os.replace(temporary, output)
-    except BaseException:
-        for writer in writers:
-            with contextlib.suppress(Exception):
-                writer.close()
-        raise
-    finally:
-        stack.close()
 
 
 def common_root(sources: Sequence[Source]) -> str:
-    """The folder that holds the image roots of all sources; "" if these are TFDS data sets, which hold their images."""
+    """Returns the common folder of the image roots of all sources, or "" if all are TFDS sets, which hold images."""
     roots = [source.image_root for source in sources if not isinstance(source.rows, TfdsRows)]
     return os.path.commonpath(roots) if roots else ""
 
 
 def move_images(row: Any, source: Source, root: str) -> Any:
-    """The row with its image paths relative to `root`, the common root of its source and others."""
+    """Returns the row with image paths relative to `root`, the common root of several sources."""
     if source.image_root == root or isinstance(source.rows, TfdsRows):
         return row
     prefix = os.path.relpath(source.image_root, root).replace(os.sep, "/")
@@ -80,12 +82,15 @@ def move_images(row: Any, source: Source, root: str) -> Any:
 
 
 def is_path(image: str | bytes) -> bool:
-    """Whether an image of a row is a path, and neither the image itself nor on the network."""
+    """Returns whether an image of a row is a path, not the image itself or a URL."""
     return isinstance(image, str) and not re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+://", image, re.IGNORECASE)
 
 
 def map_images(row: Any, change: Callable[[str | bytes], str | bytes]) -> Any:
-    """A copy of a row of any format, valid or not, in which `change` has replaced each image: a path, URL, or bytes."""
+    """Returns a copy of a row with `change(image)` for every image, which is a path, a URL or bytes.
+
+    The row may be of any format, and may be invalid.
+    """
     if not isinstance(row, Mapping):
         return row
     row = dict(row)
@@ -108,7 +113,7 @@ def _map_turn(turn: Any, change: Callable) -> Any:
 def _map_part(part: Any, change: Callable) -> Any:
     if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
         return part
-    if isinstance(part.get("base64"), str):  # goes before all else, as in records.py
+    if isinstance(part.get("base64"), str):  # has priority, as in records.py
         change(f"data:;base64,{part['base64']}")
         return part
     return {key: _map_value(value, change) if key in ("image_url", "url", "path", "image") else value
@@ -133,38 +138,34 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
 
 
-def _is_within(path: str, folder: str) -> bool:
+def _is_inside(path: str, folder: str) -> bool:
     path, folder = os.path.realpath(path), os.path.realpath(folder)
     return os.path.commonpath([path, folder]) == folder
 
 
-class _JsonList:
-    before, between, after = b"[\n", b",\n", b"\n]\n"
-
-    def __init__(self, path: str, _: Any):
-        self.file, self.separator = open(path, "wb"), self.before  # noqa: SIM115
+class _JsonWriter:
+    def __init__(self, before: bytes, between: bytes, after: bytes, file: BinaryIO, schema: Any):
+        self.file, self.separator, self.between, self.after = file, before, between, after
 
     def write(self, row: Any) -> None:
         self.file.write(self.separator + _dump(row))
         self.separator = self.between
 
     def close(self) -> None:
-        if not self.file.closed:
-            self.file.write(self.after)
-            self.file.close()
+        self.file.write(self.after)
+        self.file.close()
+
+    def abort(self, *_: Any) -> None:
+        """Does nothing: an incomplete file needs no more text."""
 
 
-class _JsonLines(_JsonList):
-    before, between, after = b"", b"\n", b"\n"
-
-
-class _Parquet:
-    def __init__(self, path: str, schema: Any):
+class _ParquetWriter:
+    def __init__(self, file: BinaryIO, schema: Any):
         import pyarrow.parquet
 
-        self.schema, self.rows = schema, []
+        self.file, self.schema, self.rows = file, schema, []
         with _one_line():
-            self.writer = pyarrow.parquet.ParquetWriter(path, schema)
+            self.writer = pyarrow.parquet.ParquetWriter(file, schema)
 
     def write(self, row: Any) -> None:
         self.rows.append(row)
@@ -174,6 +175,12 @@ class _Parquet:
     def close(self) -> None:
         self._flush()
         self.writer.close()
+        self.file.close()
+
+    def abort(self, *_: Any) -> None:
+        """Closes pyarrow's writer, which would otherwise write to a closed file when it is deleted."""
+        with contextlib.suppress(Exception):
+            self.writer.close()
 
     def _flush(self) -> None:
         if self.rows:
@@ -181,7 +188,8 @@ class _Parquet:
         self.rows = []
 
 
-_WRITERS = {"json": _JsonList, "jsonl": _JsonLines, "parquet": _Parquet}
+_WRITERS = {"json": functools.partial(_JsonWriter, b"[\n", b",\n", b"\n]\n"),
+            "jsonl": functools.partial(_JsonWriter, b"", b"\n", b"\n"), "parquet": _ParquetWriter}
 
 
 def _dump(row: Any) -> bytes:
@@ -221,14 +229,14 @@ def _table(rows: list[Any], schema: Any = None) -> Any:
     import pyarrow
 
     with _one_line():
-        # Not Table.from_pylist, which takes the columns from the first row and drops what others have besides.
+        # Table.from_pylist would take the columns from the first row and drop those that come later.
         structs = pyarrow.array(rows, pyarrow.struct(list(schema)) if schema else None)
         return pyarrow.Table.from_struct_array(structs).replace_schema_metadata(schema.metadata if schema else None)
 
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """Turns what pyarrow raises into one line."""
+    """Turns an error of pyarrow into a UserError of one line."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, OverflowError, NotImplementedError) as error:

@@ -16,7 +16,7 @@ from llava_jax.errors import UserError
 from llava_jax.prepare import __main__ as prepare
 from llava_jax.prepare import pack
 from llava_jax.prepare.pack import Pack
-from llava_jax.prepare.subsets import _read_findings
+from llava_jax.prepare.subsets import read_findings
 
 RULING = "\x1b[2J\x1b]0;title\x07\u202eevil\u2066\x9b31m\r\x7f\u2028"
 FORBIDDEN = set("\x1b\u202e\u2066\x9b\x07\x7f\r\u2028")
@@ -103,10 +103,10 @@ def test_files_of_findings(content, says, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     if says is None:
-        assert [found for _, found in _read_findings(str(path))] == [("data.json", 3, "role")] * bool(content)
+        assert [found for _, found in read_findings(str(path))] == [("data.json", 3, "role")] * bool(content)
         return
     with pytest.raises(UserError, match=f"bad.jsonl, {says}: not what prepare check --bad-rows writes"):
-        list(_read_findings(str(path)))
+        list(read_findings(str(path)))
 
 
 def mutate(content: bytes, rng) -> bytes:

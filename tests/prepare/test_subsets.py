@@ -12,11 +12,12 @@ import pytest
 
 from llava_jax import cli
 from llava_jax.data.records import BadRow
-from llava_jax.data.sources import open_mixture, open_source
+from llava_jax.data.sources import Mixture, open_mixture, open_source
 from llava_jax.errors import UserError
-from llava_jax.prepare import subsets
+from llava_jax.prepare import ranking
 from llava_jax.prepare.check import Check
-from llava_jax.prepare.subsets import Mix, Sample, Split, mix_rows, sample_rows, split_rows
+from llava_jax.prepare.ranking import mix_rows, sample_rows, split_rows
+from llava_jax.prepare.subsets import Mix, Sample, Split
 
 
 def row(number, images=(), text="Yes"):
@@ -92,7 +93,7 @@ def test_every_row_is_as_likely(tmp_path):
     source = open_source(write(tmp_path / "data.json", some_rows(40)))
     taken = np.zeros(40)
     for seed in range(400):
-        _, hashes = subsets.Ranker((source,), seed, "row")(range(40))
+        _, hashes = ranking.Ranker(Mixture((source,), (len(source),)), seed, "row")(range(40))
         taken[sample_rows(np.array(hashes, np.uint64), 10)] += 1
     assert abs(taken - 100).max() < 4.5 * np.sqrt(400 * 0.25 * 0.75)
 
@@ -200,7 +201,7 @@ def test_groups_against_a_walk(tmp_path):
         if count == 300:  # one chain from end to end, in a random order
             chain = rng.permutation(300)
             rows, hashes = np.concatenate([chain[:-1], chain[1:]]), np.tile(np.arange(299, dtype=np.uint64), 2)
-        groups = subsets._connected(rows, hashes, count)
+        groups = ranking.connected_groups(rows, hashes, count)
         seen: dict[int, int] = {}
         for start in range(count):
             todo = [start] if start not in seen else []

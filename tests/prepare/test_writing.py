@@ -50,7 +50,7 @@ def rows_of(path):
 
 
 def sample(data, out, **options):
-    return Sample(str(data), str(out), fraction=1, workers=0, **options).run()
+    return Sample(data=str(data), out=str(out), fraction=1, workers=0, **options).run()
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -85,7 +85,7 @@ def test_images_are_the_same_under_another_root(rows, tmp_path, capsys):
     absolute = json.loads(json.dumps(rows).replace("x/1.jpg", f"{tmp_path}/one/abs.jpg"))
     write(tmp_path / "one/b.json", absolute)
     parts = (f"{tmp_path}/one/two/a.json", f"{tmp_path}/one/b.json")
-    Mix(str(tmp_path / "out.jsonl"), parts, materialise=True, workers=0).run()
+    Mix(out=str(tmp_path / "out.jsonl"), parts=parts, materialise=True, workers=0).run()
     assert f"--image-root {tmp_path}/one\n" in capsys.readouterr().out
     before = [open_source(part)[i].images for part in parts for i in range(len(rows))]
     moved = open_source(tmp_path / "out.jsonl", tmp_path / "one")
@@ -113,9 +113,10 @@ def test_parquet_keeps_types_and_notes(tmp_path):
     with pytest.raises(UserError, match="JSON cannot: write to a .parquet file .*prepare pack"):
         sample(data, tmp_path / "out.json")
     with pytest.raises(UserError, match="split: --format parquet"):
-        Split(str(data), str(tmp_path / "parts"), by="row", workers=0).run()
+        Split(data=str(data), out_dir=str(tmp_path / "parts"), by="row", workers=0).run()
     assert os.listdir(tmp_path / "parts") == []
-    Split(str(data), str(tmp_path / "parts"), parts="a=200,b=rest", by="row", format="parquet", workers=0).run()
+    Split(data=str(data), out_dir=str(tmp_path / "parts"), parts="a=200,b=rest", by="row", format="parquet",
+          workers=0).run()
     parts = [pyarrow.parquet.read_table(tmp_path / f"parts/{name}.parquet")["number"].to_pylist() for name in "ab"]
     assert list(map(len, parts)) == [200, 50] and sorted(sum(parts, [])) == list(range(250))
 
@@ -143,10 +144,11 @@ def test_tfds_rows(tmp_path):
         Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
     rows = [{"id": str(i), "image": f"{i}.png", "conversations": TURNS} for i in range(6)]
     packed = tmp_path / "packed"
-    Pack(write(tmp_path / "data.json", rows), str(packed), image_root=str(tmp_path / "images"), workers=0).run()
+    data = write(tmp_path / "data.json", rows)
+    Pack(data=data, out=str(packed), image_root=str(tmp_path / "images"), workers=0).run()
     with pytest.raises(UserError, match="JSON cannot"):
-        Sample(str(packed), str(tmp_path / "out.json"), count=3, workers=0).run()
-    Sample(str(packed), str(tmp_path / "out.parquet"), count=3, workers=0).run()
+        Sample(data=str(packed), out=str(tmp_path / "out.json"), count=3, workers=0).run()
+    Sample(data=str(packed), out=str(tmp_path / "out.parquet"), count=3, workers=0).run()
     whole = open_source(packed)
     out = open_source(tmp_path / "out.parquet")
     records = {whole[i].id: whole[i] for i in range(6)}
@@ -191,7 +193,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
         return real(row)
 
     monkeypatch.setattr(writing, "_dump", fail)
-    split = Split(data, str(tmp_path / "parts"), parts="a=2,b=2", by="row", workers=0, overwrite=True)
+    split = Split(data=data, out_dir=str(tmp_path / "parts"), parts="a=2,b=2", by="row", workers=0, overwrite=True)
     with pytest.raises(OSError, match="No space left"):
         split.run()
     assert os.listdir(tmp_path / "parts") == ["a.json"] and (tmp_path / "parts/a.json").read_text() == "old"
