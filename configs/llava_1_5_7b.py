@@ -18,7 +18,7 @@ def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/lla
                 data=Data(path="data/blip_laion_cc_sbu_558k.json", image_root="data/blip_laion_cc_sbu_558k",
                           template="plain", sequence_length=2560, tiles_per_sequence=4, workers=16),
                 # No moments and masters of the decoder fill the memory here.
-                batch_size=64, remat="qkv",
+                batch_size=64, remat="save_qkv",
             ),
             "instruct": Stage(
                 learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),

@@ -18,7 +18,7 @@ def recipe() -> Recipe:
                 data=Data(path="data/cc3m_595k/chat.json", image_root="data/cc3m_595k/images", template="plain",
                           sequence_length=2048, tiles_per_sequence=7, workers=16),
                 # No moments and masters of the decoder fill the memory here.
-                batch_size=16, remat="qkv",
+                batch_size=16, remat="save_qkv",
             ),
             "instruct": Stage(
                 learning_rates=(("(projector|decoder)/.*", 2e-5), ("vision/.*", None)),

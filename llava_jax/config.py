@@ -72,7 +72,7 @@ class Model:
 class Mesh:
     """Devices along each axis; -1, for one axis at most, takes the devices that are left."""
 
-    replica: int = 1
+    data: int = 1
     """copies of the whole model, for example one for each slice"""
     fsdp: int = -1
     """devices that share the parameters and split the rows"""
@@ -162,7 +162,7 @@ class Stage:
     """number of packed sequences per step, over all devices and micro-batches"""
     gradient_accumulation: int = 1
     """micro-batches that a step is cut into to save memory"""
-    remat: Literal["none", "minimal", "attention", "qkv", "full", "offload"] = "full"
+    remat: Literal["none", "save_dots", "save_attention", "save_qkv", "full", "offload"] = "full"
     """what the backward pass computes again instead of keeping it (models/layers.py)"""
     epochs: float = 1.0
     """passes over the data; not read where steps is set"""
@@ -235,10 +235,11 @@ def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def lookup(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str, spare: bool = False) -> dict[str, T]:
+def match_rules(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str,
+                allow_unused: bool = False) -> dict[str, T]:
     """The value of every path by a table's rows, which match whole paths.
 
-    UserError if a path matches no row or several, or a row matches no path (which `spare` allows).
+    UserError if a path matches no row or several, or a row matches no path (which `allow_unused` allows).
     """
     rows = [(pattern, re.compile(pattern), value) for pattern, value in table]
     values, problems, used = {}, [], set()
@@ -249,7 +250,7 @@ def lookup(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str, spar
             values[path] = hits[0][1]
         else:
             problems.append(f"{path} matches {' and '.join(p for p, _ in hits) or 'no row'}")
-    if not spare:
+    if not allow_unused:
         problems += [f"{pattern} matches no parameter" for pattern, _, _ in rows if pattern not in used]
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""

@@ -101,11 +101,11 @@ def _open(options: argparse.Namespace) -> tuple:
 def _join(options: argparse.Namespace) -> tuple:
     from llava_jax.models.llama import LlamaConfig
     from llava_jax.models.llava import LlavaConfig
-    from llava_jax.models.vit import VitConfig
+    from llava_jax.models.vit import VisionConfig
     from llava_jax.weights import checkpoint, source
 
     parts = []
-    for option, path, kind in [("vision", options.vision, VitConfig), ("language", options.language, LlamaConfig)]:
+    for option, path, kind in [("vision", options.vision, VisionConfig), ("language", options.language, LlamaConfig)]:
         parts.append(checkpoint.open_checkpoint(Path(path)))
         if not isinstance(parts[-1][0], kind):
             raise UserError(f"--{option} {path}: model_type {_model_type(path)} is not a {option} model")

@@ -17,7 +17,7 @@ from bench_models import SIZES, count, image_id, machine, parameters_of, pixel_v
 
 from llava_jax.inference.detokenizer import Detokenizer
 from llava_jax.inference.engine import Engine, Job
-from llava_jax.models.llava import LlavaConfig, abstract
+from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 
@@ -71,7 +71,7 @@ def prompts(config: LlavaConfig, rows: int, text: int) -> tuple[np.ndarray, np.n
 
 def call(config: LlavaConfig, parameters: dict, tokens: np.ndarray, images: np.ndarray) -> Callable[[int], np.ndarray]:
     """A function that writes so many tokens of each row, by what `Llava.generate` runs on the device."""
-    engine = Engine(abstract(config)[0], parameters, ends=())
+    engine = Engine(abstract_params(config)[0], parameters, ends=())
 
     def run(limit: int) -> np.ndarray:
         jobs = [Job(row, image[None], limit, 0.0, 1.0, 0) for row, image in zip(tokens, images, strict=True)]

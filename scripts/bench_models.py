@@ -7,26 +7,26 @@ import numpy as np
 
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, Parameters
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.weights.checkpoint import load_checkpoint
 from llava_jax.weights.configs import hub_config
 
 SIZES = {
     # That of configs/mini.py.
     "mini": LlavaConfig(
-        VitConfig(image_size=60, patch_size=10, width=128, intermediate_size=384, layers=4, heads=4),
-        LlamaConfig(vocab_size=512, width=128, intermediate_size=384, layers=4, heads=4, num_kv_heads=4, head_dim=32,
-                    tied=True)),
+        VisionConfig(image_size=60, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4),
+        LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=4,
+                    head_dim=32, tie_word_embeddings=True)),
     "30m": LlavaConfig(
-        VitConfig(image_size=168, patch_size=14, width=192, intermediate_size=768, layers=6, heads=3),
-        LlamaConfig(vocab_size=4096, width=512, intermediate_size=1376, layers=7, heads=8, num_kv_heads=8,
+        VisionConfig(image_size=168, patch_size=14, hidden_size=192, intermediate_size=768, num_layers=6, num_heads=3),
+        LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1376, num_layers=7, num_heads=8, num_kv_heads=8,
                     head_dim=64)),
     "100m": LlavaConfig(
-        VitConfig(image_size=168, patch_size=14, width=256, intermediate_size=1024, layers=8, heads=4),
-        LlamaConfig(vocab_size=4096, width=768, intermediate_size=2048, layers=12, heads=12, num_kv_heads=12,
-                    head_dim=64)),
+        VisionConfig(image_size=168, patch_size=14, hidden_size=256, intermediate_size=1024, num_layers=8, num_heads=4),
+        LlamaConfig(vocab_size=4096, hidden_size=768, intermediate_size=2048, num_layers=12, num_heads=12,
+                    num_kv_heads=12, head_dim=64)),
     # LLaVA-1.5's.
-    "7b": LlavaConfig(VitConfig(), LlamaConfig()),
+    "7b": LlavaConfig(VisionConfig(), LlamaConfig()),
 }
 
 

@@ -16,11 +16,11 @@ ROW = ("--stages.{}.data.sequence_length", "2048", "--stages.{}.data.tiles_per_s
 # Stage, rows of each chip, policy; MaxText's (e591f30, jax 0.10.2, libtpu 0.0.52) million cycles a row and GiB.
 SETTINGS = (
     ("instruct", 1, "full", 1156, 3.23),
-    ("instruct", 1, "qkv", 1047, 4.58),
-    ("instruct", 2, "minimal", 966, 12.98),
+    ("instruct", 1, "save_qkv", 1047, 4.58),
+    ("instruct", 2, "save_dots", 966, 12.98),
     ("align", 1, "full", None, None),
-    ("align", 1, "qkv", None, None),
-    ("align", 2, "minimal", None, None),
+    ("align", 1, "save_qkv", None, None),
+    ("align", 2, "save_dots", None, None),
 )
 
 VISION_FLOPS = 2 * 577 * 23 * 12 * 1024**2 + 2 * 576 * 3 * 14**2 * 1024

@@ -28,7 +28,7 @@ from bench_packing import grouped_batches, made_up
 
 from llava_jax.config import Data, Mesh, Optimizer, Stage
 from llava_jax.data.packing import pack
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, init
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, init_params
 from llava_jax.parallel.sharding import make_mesh, parameter_shardings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 from llava_jax.train.metrics import model_flops, peak_flops
@@ -67,7 +67,7 @@ def main() -> None:
         for stage in (1, 2) if gpu else (2,):
             config = SIZES[size]
             if stage == 2 and args.layers:
-                config = dataclasses.replace(config, text=dataclasses.replace(config.text, layers=args.layers))
+                config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=args.layers))
             batch = full_rows(config, args.rows or (8 if gpu else 4), args.text or (1472 if gpu else 368))
             if gpu:
                 agree(SIZES["mini"], full_rows(SIZES["mini"], 2, 64), stage)
@@ -80,7 +80,7 @@ def main() -> None:
 
 def show(config: LlavaConfig, stage: int, batch: Batch, seconds: np.ndarray) -> None:
     rates = batch["tokens"].size / seconds
-    cells = [f"{count(abstract(config)[1]) / 1e6:,.0f}M", str(stage), str(config.text.layers),
+    cells = [f"{count(abstract_params(config)[1]) / 1e6:,.0f}M", str(stage), str(config.text.num_layers),
              " x ".join(map(str, batch["tokens"].shape)), *map(spread, rates), f"{np.median(rates[1] / rates[0]):.2f}"]
     peak = peak_flops(jax.devices()[0])
     trained = {"projector"} if stage == 1 else {"projector", "decoder"}
@@ -127,14 +127,14 @@ def ours(config: LlavaConfig, stage: int, dtype: str, parameters: Parameters | N
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     platform = mesh.devices.flat[0].platform
     remat = "none" if platform == "cpu" else "full"
-    graph, shapes = abstract(config, dtype, choose_attention("auto", platform, config, dtype), remat)
+    graph, shapes = abstract_params(config, dtype, choose_attention("auto", platform, config, dtype), remat)
     shardings = parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     recipe = stage_of(stage)
     rates = trainable_paths(recipe, list(shapes))
     tx = make_optimizer(recipe, rates, 10**9)
     dtypes = {path: "float32" if path in rates else dtype for path in shapes}
     if parameters is None:
-        make = lambda: {path: x.astype(dtypes[path]) for path, x in init(config).items()}  # noqa: E731
+        make = lambda: {path: x.astype(dtypes[path]) for path, x in init_params(config).items()}  # noqa: E731
         parameters = jax.jit(make, out_shardings=shardings)()
     else:
         parameters = {path: jax.device_put(x.astype(dtypes[path]), shardings[path]) for path, x in parameters.items()}
@@ -263,7 +263,8 @@ def packing(config: LlavaConfig, rounds: int, batch_size: int = 16, batches: int
             for own in (padded, steps)]
     seconds = in_turn(runs, (padded, steps), rounds)
     rates = learned[0] / seconds
-    print(f"{count(abstract(config)[1]) / 1e6:.0f}M parameters, {len(records)} records, {learned[0]:,} learned tokens\n"
+    print(f"{count(abstract_params(config)[1]) / 1e6:.0f}M parameters, {len(records)} records, "
+          f"{learned[0]:,} learned tokens\n"
           f"transformers: {len(padded)} padded batches, {fill[0]:.0%} tokens, {spread(rates[0])} learned tokens/s\n"
           f"here: {len(steps)} steps of {per_step} packed rows of {length}, {fill[1]:.0%} tokens, "
           f"{spread(rates[1])} learned tokens/s\nratio {np.median(rates[1] / rates[0]):.2f}", flush=True)

@@ -16,20 +16,20 @@ from pathlib import Path
 FILE = Path(__file__).parent.parent / "configs" / "plans.json"
 GIB = 2**30
 
-MINIMAL = "--stages.align.remat minimal --stages.instruct.remat minimal"
+SAVE_DOTS = "--stages.align.remat save_dots --stages.instruct.remat save_dots"
 
 # Recipe, topology, and the flags with which it runs there.
 PLANS = (
     ("mini", "v5e-4", ""),
-    ("llava_1_5_7b", "v5e-16", "--stages.align.remat minimal --stages.align.gradient_accumulation 4"),
-    ("llava_1_5_7b", "v5e-64", MINIMAL),
+    ("llava_1_5_7b", "v5e-16", "--stages.align.remat save_dots --stages.align.gradient_accumulation 4"),
+    ("llava_1_5_7b", "v5e-64", SAVE_DOTS),
     ("llava_1_5_7b", "v5e-256x2", "--stages.align.batch_size 512 --stages.instruct.batch_size 512"),
-    ("llava_1_5_7b", "v6e-32", MINIMAL),
-    ("llava_1_5_7b", "v5p-32", MINIMAL),
-    ("llava_1_5_7b", "v4-64", MINIMAL),
-    ("llava_1_5_7b", "tpu7x-16", MINIMAL),
-    ("llava_1_5_13b", "v5e-64", "--stages.instruct.remat qkv"),
-    ("llava_1_5_13b", "v6e-32", "--stages.instruct.remat qkv"),
+    ("llava_1_5_7b", "v6e-32", SAVE_DOTS),
+    ("llava_1_5_7b", "v5p-32", SAVE_DOTS),
+    ("llava_1_5_7b", "v4-64", SAVE_DOTS),
+    ("llava_1_5_7b", "tpu7x-16", SAVE_DOTS),
+    ("llava_1_5_13b", "v5e-64", "--stages.instruct.remat save_qkv"),
+    ("llava_1_5_13b", "v6e-32", "--stages.instruct.remat save_qkv"),
 )
 KEPT = ("stage", "fits", "memory", "rows", "tokens", "images", "model_flops", "cycles", "hardware_flops", "hbm_bytes",
         "ici_bytes", "dcn_bytes", "step_seconds", "seconds", "mfu", "tokens_per_second_per_chip",

@@ -89,17 +89,18 @@ def data(tmp_path_factory) -> Path:
 def talker(tmp_path_factory) -> Path:
     """A random model, sharpened, so that what it answers is nonsense of its own for every question."""
     from llava_jax.models.llama import LlamaConfig
-    from llava_jax.models.llava import LlavaConfig, init
-    from llava_jax.models.vit import VitConfig
+    from llava_jax.models.llava import LlavaConfig, init_params
+    from llava_jax.models.vit import VisionConfig
     from llava_jax.weights.checkpoint import save_own
 
     config = LlavaConfig(
-        vision=VitConfig(image_size=14, patch_size=7, width=16, intermediate_size=16, layers=1, heads=2),
-        text=LlamaConfig(vocab_size=2000, width=32, intermediate_size=32, layers=1, heads=2, num_kv_heads=2,
-                         head_dim=16, max_length=384),
+        vision=VisionConfig(image_size=14, patch_size=7, hidden_size=16, intermediate_size=16, num_layers=1,
+                            num_heads=2),
+        text=LlamaConfig(vocab_size=2000, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2,
+                         num_kv_heads=2, head_dim=16, max_length=384),
         feature_layer=-1)
     parameters = {path: value if path.endswith("norm/scale") else 20 * value
-                  for path, value in init(config, seed=1).items()}
+                  for path, value in init_params(config, seed=1).items()}
     directory = tmp_path_factory.mktemp("talker") / "model"
     save_own(directory, config, parameters, GOLDEN)
     return directory

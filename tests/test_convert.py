@@ -15,7 +15,7 @@ import torch
 from llava_jax import convert
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.weights import configs, files, load_checkpoint, read_config, tables
 from llava_jax.weights.source import shapes
 
@@ -50,7 +50,7 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
             found = np.asarray(parameters[path])
             if path == "decoder/embedding":
                 found = found[: len(x)]
-            elif path == "decoder/head/kernel":
+            elif path == "decoder/lm_head/kernel":
                 found = found[:, : x.shape[1]]
             np.testing.assert_array_equal(found, x, err_msg=path)
     kernel, bias = np.asarray(parameters["projector/layers_0/kernel"]), parameters["projector/layers_0/bias"]
@@ -188,7 +188,7 @@ def peak_memory(*arguments):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells a process's peak memory")
 def test_memory_stays_below_the_largest_file(tmp_path):
     tokenizer = Path(__file__).parent / "golden" / "tokenizer.model"
-    small = LlavaConfig(vision=VitConfig(28, 14, 32, 48, 2, 4), text=LlamaConfig(2048, 48, 64, 2, 4, 2, 12))
+    small = LlavaConfig(vision=VisionConfig(28, 14, 32, 48, 2, 4), text=LlamaConfig(2048, 48, 64, 2, 4, 2, 12))
     large = LlavaConfig(text=LlamaConfig(32000, 2048, 5504, 9, 16, 16, 128))
     make_hub_directory(tmp_path / "small", small, tokenizer)
     make_hub_directory(tmp_path / "large", large, tokenizer)

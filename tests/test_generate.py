@@ -16,14 +16,15 @@ from llava_jax import cli, generate
 from llava_jax.errors import UserError
 from llava_jax.inference.detokenizer import Completion
 from llava_jax.models.llama import LlamaConfig
-from llava_jax.models.llava import LlavaConfig, init
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.llava import LlavaConfig, init_params
+from llava_jax.models.vit import VisionConfig
 from llava_jax.weights.checkpoint import save_own
 
 CONFIG = LlavaConfig(
-    vision=VitConfig(image_size=14, patch_size=7, width=16, intermediate_size=16, layers=1, heads=1),
+    vision=VisionConfig(image_size=14, patch_size=7, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1),
     text=LlamaConfig(
-        vocab_size=2000, width=32, intermediate_size=32, layers=1, heads=2, num_kv_heads=1, head_dim=16, max_length=384
+        vocab_size=2000, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,
+        max_length=384
     ),
     feature_layer=-1,
 )
@@ -33,7 +34,8 @@ CONFIG = LlavaConfig(
 def model_dir(tmp_path_factory):
     """A random model, sharpened, so that what it answers is nonsense of its own for every question."""
     parameters = {
-        path: value if path.endswith("norm/scale") else 20 * value for path, value in init(CONFIG, seed=1).items()
+        path: value if path.endswith("norm/scale") else 20 * value
+        for path, value in init_params(CONFIG, seed=1).items()
     }
     directory = tmp_path_factory.mktemp("model") / "own"
     save_own(directory, CONFIG, parameters, Path(__file__).parent / "golden")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.inference.sampling import Sampling, sample
-from llava_jax.models.llama import Block
+from llava_jax.models.llama import LlamaBlock
 from llava_jax.models.llava import Llava
 
 MAX_DECODE_STEPS = 16
@@ -81,7 +81,7 @@ def decode(
     going: Bool[Array, "B"],
     steps: Int[Array, ""],
     ends: tuple[int, ...],
-    layers: Sequence[Block] | None = None,
+    layers: Sequence[LlamaBlock] | None = None,
 ) -> tuple[State, Int[Array, "B C"]]:
     """Writes up to `steps` (at most MAX_DECODE_STEPS) tokens in every row that is `going`; stops early.
 

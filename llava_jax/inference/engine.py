@@ -16,7 +16,7 @@ from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, State, decode
 from llava_jax.inference.detokenizer import Detokenizer
 from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.inference.scoring import ScoringRow, log_probabilities, positions_of
-from llava_jax.models.llava import Parameters, merge
+from llava_jax.models.llava import Parameters, from_params
 from llava_jax.parallel.sharding import ROWS
 
 
@@ -52,13 +52,13 @@ class Engine:
         ends = tuple(sorted(ends))
 
         def prefill_(parameters, *inputs, size, read=prefill):
-            state, token = read(merge(graph, parameters), *inputs, ends, size)
+            state, token = read(from_params(graph, parameters), *inputs, ends, size)
             if self._layers is not None:
                 state = state._replace(cache=tuple(part.swapaxes(2, 3) for part in state.cache))
             return state, token
 
         def decode_(parameters, layers, state, going, steps):
-            return decode(merge(graph, parameters), state, going, steps, ends, layers)
+            return decode(from_params(graph, parameters), state, going, steps, ends, layers)
 
         self.graph = graph
         self.parameters = parameters
@@ -71,7 +71,7 @@ class Engine:
         self._prefill = jax.jit(prefill_, static_argnames=("size", "read"), **layouts)
         # The cache is by far the largest thing that a step changes: it is given away, and updated in its place.
         self._decode = jax.jit(decode_, donate_argnames="state", **layouts)
-        self._score = jax.jit(lambda parameters, *inputs: log_probabilities(merge(graph, parameters), *inputs))
+        self._score = jax.jit(lambda parameters, *inputs: log_probabilities(from_params(graph, parameters), *inputs))
 
     @property
     def parameters(self) -> Parameters:
@@ -80,7 +80,7 @@ class Engine:
     @parameters.setter
     def parameters(self, parameters: Parameters) -> None:
         self._parameters = jax.tree.map(jnp.asarray, parameters)
-        self._layers = layers_on_cpu(merge(self.graph, self._parameters).decoder.layers)
+        self._layers = layers_on_cpu(from_params(self.graph, self._parameters).decoder.layers)
 
     def run(
         self, jobs: Sequence[Job], answers: Sequence[Detokenizer], steps: int = MAX_DECODE_STEPS, rows: int = 1
@@ -144,7 +144,7 @@ class Engine:
 
     @property
     def _shares(self) -> int:
-        return self._mesh.shape["replica"] * self._mesh.shape["fsdp"] if self._mesh else 1
+        return self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
     def _rows(self, count: int) -> int:
         """Rows of a batch of `count`: few different numbers, which the devices of the data axes can share."""

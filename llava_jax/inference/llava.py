@@ -18,7 +18,7 @@ from llava_jax.inference.detokenizer import Completion, Detokenizer
 from llava_jax.inference.engine import Engine, Job, shape
 from llava_jax.inference.grouping import group_batches, image_opener
 from llava_jax.inference.scoring import scoring_rows
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, merge
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, from_params
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, answer_ends, encode_prompt
@@ -94,8 +94,8 @@ class Llava:
         self.template = config.template
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         self.attention = choose_attention(attention, platform, config, dtype)
-        graph, _ = abstract(config, dtype, self.attention)
-        self._logits = jax.jit(lambda parameters, *inputs: merge(graph, parameters)(*inputs))
+        graph, _ = abstract_params(config, dtype, self.attention)
+        self._logits = jax.jit(lambda parameters, *inputs: from_params(graph, parameters)(*inputs))
         ends, self._stops = answer_ends(config.template, tokenizer)
         self._engine = Engine(graph, parameters, ends, mesh)
 
@@ -312,7 +312,7 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
         raise UserError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
     sharding = None
     if mesh is not None:
-        shardings = parameter_shardings({path: x.shape for path, x in abstract(config)[1].items()}, mesh)
+        shardings = parameter_shardings({path: x.shape for path, x in abstract_params(config)[1].items()}, mesh)
         sharding = lambda path, shape: shardings[path]  # noqa: E731
     tokenizer = Tokenizer.load(path)
     agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True,

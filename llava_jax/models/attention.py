@@ -14,13 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 from llava_jax.errors import UserError
 from llava_jax.parallel.sharding import row_axes
 
-LANES = 128
+NUM_LANES = 128
 """Width of a TPU's vector registers: splash's blocks are multiples of it, and rows are padded to one."""
 
-PARTS = 4
+NUM_CHUNKS = 4
 """Of a row, in which plain attention under a causal mask goes where there is a backward pass."""
 
-BLOCKS = {"TPU v6": 2048, "TPU7": 2048}
+SPLASH_BLOCK_SIZES = {"TPU v6": 2048, "TPU7": 2048}
 """The longest splash block whose backward kernel compiles, by the start of a device's kind; 1024 for the others."""
 
 
@@ -31,7 +31,7 @@ def resolve(name: str, platform: str) -> str:
 
 def fills_lanes(width: int, heads: int) -> bool:
     """Whether the heads of a vision tower fill a TPU's vectors, which the tower's splash kernel needs."""
-    return LANES % (width // heads) == 0 and width % LANES == 0
+    return NUM_LANES % (width // heads) == 0 and width % NUM_LANES == 0
 
 
 def attention(
@@ -72,11 +72,13 @@ def attention_heads_first(
 
 
 @jax.custom_vjp
-def _in_parts(query: Array, key: Array, value: Array, mask: Bool[Array, "B T T"]) -> Float[Array, "B T N H"]:
-    """`attention` under a causal mask; for a backward pass it goes in PARTS, which leave out most of what is hidden.
+def chunked_causal_attention(
+    query: Array, key: Array, value: Array, mask: Bool[Array, "B T T"]
+) -> Float[Array, "B T N H"]:
+    """`attention` under a causal mask; with a backward pass it runs in NUM_CHUNKS, which skip most masked scores.
 
-    The weights are not kept but computed again from their rows' norms (FlashAttention, section 3.1): the memory that
-    they would take costs XLA for CPUs more than the product.
+    Weights are not saved but recomputed from each row's log-sum-exp (FlashAttention, section 3.1): on a CPU, the memory
+    traffic of saved weights costs more than the recomputation.
     """
     return attention(query, key, value, mask)
 
@@ -84,7 +86,7 @@ def _in_parts(query: Array, key: Array, value: Array, mask: Bool[Array, "B T T"]
 def _attention_forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
     q, k, v = _heads(query, key) * query.shape[-1] ** -0.5, key.swapaxes(1, 2), value.swapaxes(1, 2)
     outs, norms = [], []
-    for part in _parts_of(query.shape[1]):
+    for part in _chunks(query.shape[1]):
         seen = slice(part.stop)
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", q[..., part, :], k[:, :, seen], preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None, None, part, seen], scores, jnp.finfo(jnp.float32).min)
@@ -105,7 +107,7 @@ def _attention_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | Non
     k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
     inner = (out * g).sum(-1, dtype=jnp.float32)
     by_query, by_key, by_value = jnp.zeros(q.shape, jnp.float32), [], []
-    for part in _parts_of(query.shape[1]):
+    for part in _chunks(query.shape[1]):
         later = slice(part.start, None)
         q_, g_ = q[..., later, :], g[..., later, :]
         scores = jnp.einsum("BKSH,BKGTH->BKGST", k[:, :, part], q_, preferred_element_type=jnp.float32)
@@ -120,11 +122,11 @@ def _attention_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | Non
     return _tokens((by_query * scale).astype(query.dtype)), by_key, by_value, None
 
 
-_in_parts.defvjp(_attention_forward, _attention_backward)
+chunked_causal_attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _parts_of(length: int) -> list[slice]:
-    size = -(-length // PARTS)
+def _chunks(length: int) -> list[slice]:
+    size = -(-length // NUM_CHUNKS)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -153,13 +155,13 @@ def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None)
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
     if name == "xla":
-        return lambda query, key, value: _in_parts(query, key, value, mask)
+        return lambda query, key, value: chunked_causal_attention(query, key, value, mask)
     if name == "cudnn":
         return functools.partial(jax.nn.dot_product_attention, mask=mask[:, None], implementation="cudnn")
     raise UserError(f"attention {name!r} is not one of xla, splash, cudnn")
 
 
-def full(name: str, heads: int) -> Callable[[Array], Array]:
+def bidirectional_attention(name: str, heads: int) -> Callable[[Array], Array]:
     """Attention in which all tokens see all, of queries, keys, values side by side: `[B, T, 3 N H] -> [B, T, N, H]`.
 
     For `splash` it is a kernel that takes heads which fill vectors of 128, as CLIP's do; UserError for others, and for
@@ -174,8 +176,8 @@ def full(name: str, heads: int) -> Callable[[Array], Array]:
         if name == "splash":
             if not fills_lanes(width, heads):
                 raise UserError(f"attention splash: a vision tower of width {width} with {heads} heads does not fill "
-                                f"vectors of {LANES}; choose xla or auto")
-            return _whole(joined, heads)
+                                f"vectors of {NUM_LANES}; choose xla or auto")
+            return _bidirectional_splash(joined, heads)
         return attend(*_parts(joined, heads))
 
     return run
@@ -187,10 +189,10 @@ def _splash(query: Array, key: Array, value: Array, segment_ids: Array | None, i
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, T, N, H = query.shape
-    padded = -(-T // LANES) * LANES
+    padded = -(-T // NUM_LANES) * NUM_LANES
     # With at least two blocks in a row, what a causal mask hides wholly is left out.
-    block = _block(padded, min(_longest_block(), max(padded // 2, LANES)))
-    part = _block(block, max(block // 2, LANES))
+    block = _block(padded, min(_longest_block(), max(padded // 2, NUM_LANES)))
+    part = _block(block, max(block // 2, NUM_LANES))
     sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block,
                               block_kv_dkv=block, block_kv_dkv_compute=part, use_fused_bwd_kernel=True)
 
@@ -220,7 +222,7 @@ def _parts(joined: Array, heads: int) -> list[Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _whole(joined: Array, heads: int, interpret: bool = False) -> Array:
+def _bidirectional_splash(joined: Array, heads: int, interpret: bool = False) -> Array:
     """A kernel that holds all scores of a head in fast memory and leaves the heads side by side, as products do."""
     from jax.experimental import pallas as pl
 
@@ -228,23 +230,23 @@ def _whole(joined: Array, heads: int, interpret: bool = False) -> Array:
 
     def rows(joined):
         def block(part: int) -> pl.BlockSpec:
-            return pl.BlockSpec((1, T, LANES), lambda row, lanes: (row, 0, part * (width // LANES) + lanes))
+            return pl.BlockSpec((1, T, NUM_LANES), lambda row, lanes: (row, 0, part * (width // NUM_LANES) + lanes))
 
         return pl.pallas_call(
-            functools.partial(_whole_kernel, width=width // heads), grid=(joined.shape[0], width // LANES),
+            functools.partial(_bidirectional_kernel, width=width // heads), grid=(joined.shape[0], width // NUM_LANES),
             in_specs=[block(0), block(1), block(2)], out_specs=block(0),
             out_shape=jax.ShapeDtypeStruct((joined.shape[0], T, width), joined.dtype),
-            interpret=interpret, name="whole_attention")(joined, joined, joined)
+            interpret=interpret, name="bidirectional_attention")(joined, joined, joined)
 
     return _each_device(rows, B, P(None, None))(joined).reshape(B, T, heads, -1)
 
 
-def _whole_kernel(query, key, value, out, *, width: int):
-    """One row, and the heads that lie in LANES lanes. Lanes of other heads are nulled, which costs no product more."""
+def _bidirectional_kernel(query, key, value, out, *, width: int):
+    """Computes one row's heads within NUM_LANES lanes. Lanes of other heads are zeroed, at no further cost."""
     query, key, value = query[0], key[0], value[0]
     head_of = jax.lax.broadcasted_iota(jnp.int32, key.shape, 1) // width
     result = jnp.zeros(query.shape, jnp.float32)
-    for head in range(LANES // width):
+    for head in range(NUM_LANES // width):
         scores = jax.lax.dot_general(query, jnp.where(head_of == head, key, 0), (((1,), (1,)), ((), ())),
                                      preferred_element_type=jnp.float32) * width**-0.5
         weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
@@ -255,7 +257,7 @@ def _whole_kernel(query, key, value, out, *, width: int):
 
 
 # A vision tower is seldom trained: its backward pass computes the scores again, by XLA.
-_whole.defvjp(lambda joined, *options: (_whole(joined, *options), joined),
+_bidirectional_splash.defvjp(lambda joined, *options: (_bidirectional_splash(joined, *options), joined),
               lambda heads, _, joined, g: jax.vjp(lambda joined: attention(*_parts(joined, heads)), joined)[1](g))
 
 
@@ -274,9 +276,9 @@ def _each_device(function: Callable, count: int, *specs: P) -> Callable:
 def _longest_block() -> int:
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return next((size for start, size in BLOCKS.items() if kind.startswith(start)), 1024)
+    return next((size for start, size in SPLASH_BLOCK_SIZES.items() if kind.startswith(start)), 1024)
 
 
 def _block(length: int, most: int) -> int:
-    """The largest part of at most `most` that divides `length`, both multiples of LANES."""
-    return max(size for size in range(LANES, most + 1, LANES) if length % size == 0)
+    """The largest part of at most `most` that divides `length`, both multiples of NUM_LANES."""
+    return max(size for size in range(NUM_LANES, most + 1, NUM_LANES) if length % size == 0)

@@ -18,26 +18,26 @@ from llava_jax.parallel.sharding import ROWS, constrain
 T = TypeVar("T")
 
 policies = jax.checkpoint_policies
-PROJECTIONS = ("query", "key", "value")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 REMAT = {
     "none": None,
-    "minimal": policies.save_only_these_names(*PROJECTIONS, "middle", "gate", "up"),
-    "attention": policies.save_only_these_names(*PROJECTIONS, "attention"),
-    "qkv": policies.save_only_these_names(*PROJECTIONS),
+    "save_dots": policies.save_only_these_names(*PROJECTIONS, "attention_residual", "gate_proj", "up_proj"),
+    "save_attention": policies.save_only_these_names(*PROJECTIONS, "attention"),
+    "save_qkv": policies.save_only_these_names(*PROJECTIONS),
     "full": policies.nothing_saveable,
     "offload": policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", *PROJECTIONS, "middle"],
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input", *PROJECTIONS, "attention_residual"],
         offload_src="device", offload_dst="pinned_host"),
 }
-"""What the backward pass of a layer stack finds saved, and what it computes again.
+"""Rematerialisation policies of a layer stack, by what the forward pass saves for the backward pass.
 
-- `none`: every intermediate value is saved; nothing is computed again.
-- `minimal`: the results of the products with weights; attention's inside and the elementwise work are computed again.
-- `attention`: queries, keys, values and what attention makes of them.
-- `qkv`: queries, keys and values.
-- `full`: the input of each layer alone; every layer's forward pass is computed again.
-- `offload`: the input, queries, keys, values and the state after attention are kept in the host's memory.
+- `none`: every intermediate value; nothing is recomputed.
+- `save_dots`: results of matrix products with weights; attention and elementwise operations are recomputed.
+- `save_attention`: queries, keys, values and the output of attention.
+- `save_qkv`: queries, keys and values.
+- `full`: the input of each layer; the forward pass of each layer is recomputed.
+- `offload`: the input, queries, keys, values and the residual after attention, in the host's memory.
 """
 
 normal = jax.nn.initializers.normal(0.02)
@@ -56,33 +56,33 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         # As one matrix: XLA would copy gathered kernels and inputs of more dimensions to lay them out anew.
         if self.axes > 1:
-            x = materialise(x.reshape(*x.shape[: x.ndim - self.axes], -1))
-        x = product(x, self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1))
+            x = jax.lax.optimization_barrier(x.reshape(*x.shape[: x.ndim - self.axes], -1))
+        x = matmul(x, self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1))
         if self.bias is not None:
             x = x + self.bias[...].astype(x.dtype).reshape(-1)
         return x.reshape(*x.shape[:-1], *self.outputs)
 
 
-def product(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
     """`x @ kernel`, whose backward pass suits the platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
-    return _product_on_cpu(x, kernel) if on_cpu else x @ kernel
+    return _matmul_on_cpu(x, kernel) if on_cpu else x @ kernel
 
 
 @jax.custom_vjp
-def _product_on_cpu(x: Array, kernel: Array) -> Array:
+def _matmul_on_cpu(x: Array, kernel: Array) -> Array:
     return x @ kernel
 
 
-def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _matmul_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     # JAX would make the kernel's gradient turned round, for which XLA for CPUs computes `g` again, column by column.
     x, kernel = saved
     rows = list(range(x.ndim - 1))
     return g @ kernel.T, jnp.tensordot(x, g, (rows, rows))
 
 
-_product_on_cpu.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+_matmul_on_cpu.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -93,14 +93,14 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
-    def __call__(self, x: Float[Array, "... D"], known: tuple[Array, Array] | None = None) -> Float[Array, "... D"]:
-        """`known`: the moments of `x`, if they have been computed before."""
-        mean, variance = moments(x) if known is None else known
+    def __call__(self, x: Float[Array, "... D"], stats: tuple[Array, Array] | None = None) -> Float[Array, "... D"]:
+        """`stats`: the moments of `x`, if they have been computed before."""
+        mean, variance = mean_and_variance(x) if stats is None else stats
         y = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-def moments(x: Float[Array, "... D"]) -> tuple[Float[Array, "... 1"], Float[Array, "... 1"]]:
+def mean_and_variance(x: Float[Array, "... D"]) -> tuple[Float[Array, "... 1"], Float[Array, "... 1"]]:
     """Mean and variance over the last axis, float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
@@ -121,20 +121,12 @@ class RMSNorm(nnx.Module):
         return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
 
 
-def materialise(x: T) -> T:
-    """Has XLA store arrays, and in the backward pass their gradients, that several products read.
-
-    Otherwise it may compute them again inside every one of these products.
-    """
-    return jax.lax.optimization_barrier(x)
-
-
 def stack(layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """`count` layers as one module whose parameters have a leading layer axis, for `scan`."""
     return jax.vmap(layer)(rngs.split(count))
 
 
-def gather(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:
+def replicate_layers(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:
     """The first `count` of stacked layers whole on every device: kernels as matrices of `dtype`."""
 
     def part(module):
@@ -144,7 +136,7 @@ def gather(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:
         kernel = module.kernel[...][:count].astype(dtype)
         inputs, outputs = kernel.shape[1 : 1 + module.axes], kernel.shape[1 + module.axes :]
         # Materialised, or XLA would gather all layers and copy those that are asked for.
-        kernel = materialise(kernel.reshape(count, math.prod(inputs), math.prod(outputs)))
+        kernel = jax.lax.optimization_barrier(kernel.reshape(count, math.prod(inputs), math.prod(outputs)))
         module.kernel = nnx.Param(constrain(kernel, P()))
         module.bias = None if module.bias is None else nnx.Param(module.bias[...][:count])
         return module
@@ -162,7 +154,7 @@ def scan(layers: nnx.Module, x: T, *xs: Array, call: Callable, remat: str = "non
 
     def body(x, layer_and_xs):
         layer, xs = layer_and_xs
-        x = jax.tree.map(lambda part: checkpoint_name(constrain(part, ROWS), "input"), x)
+        x = jax.tree.map(lambda part: checkpoint_name(constrain(part, ROWS), "block_input"), x)
         return call(layer, x, *xs)
 
     if remat != "none":

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
+from jax.lax import optimization_barrier
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llava_jax.errors import UserError
 from llava_jax.models.attention import Attend, attention, attention_heads_first, causal
-from llava_jax.models.layers import Linear, RMSNorm, materialise, normal, scan, stack
+from llava_jax.models.layers import Linear, RMSNorm, normal, scan, stack
 from llava_jax.parallel.sharding import ROWS, constrain
 
 
@@ -42,10 +43,10 @@ class LlamaConfig:
     """Sizes of a decoder; the defaults are LLaMA 2 7B's."""
 
     vocab_size: int = 32000
-    width: int = 4096
+    hidden_size: int = 4096
     intermediate_size: int = 11008
-    layers: int = 32
-    heads: int = 32
+    num_layers: int = 32
+    num_heads: int = 32
     num_kv_heads: int = 32
     head_dim: int = 128
     norm_eps: float = 1e-5
@@ -54,12 +55,12 @@ class LlamaConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    tied: bool = False
+    tie_word_embeddings: bool = False
     max_length: int = 4096
 
     def __post_init__(self):
-        if self.heads % self.num_kv_heads:
-            raise UserError(f"decoder heads {self.heads} are not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"decoder num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise UserError(f"decoder head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
@@ -79,13 +80,19 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-Turn = tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
-"""Cosine and sine of the angle by which each position turns each pair of a head, float32."""
+def rope_tables(
+    config: LlamaConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
+    """Cosine and sine of the angle by which each position rotates each pair of a head, float32."""
+    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T N H"], turn: Turn) -> Float[Array, "B T N H"]:
+def apply_rope(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 H"], sin: Float[Array, "B T 1 H"]
+) -> Float[Array, "B T N H"]:
     """Rotary position embedding over half-split pairs (i, i + H/2), in float32: bfloat16 cannot count past 256."""
-    cos, sin = turn
     # A product with ones and zeros pairs the halves exactly; a TPU is slow at moving them instead.
     half = np.eye(x.shape[-1] // 2)
     swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), x.dtype)
@@ -93,37 +100,38 @@ def rotate(x: Float[Array, "B T N H"], turn: Turn) -> Float[Array, "B T N H"]:
     return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class LlamaAttention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        query, key = (config.heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-        self.query = Linear([config.width], query, bias=config.qkv_bias, rngs=rngs)
-        self.key = Linear([config.width], key, bias=config.qkv_bias, rngs=rngs)
-        self.value = Linear([config.width], key, bias=config.qkv_bias, rngs=rngs)
-        self.out = Linear(query, [config.width], bias=config.out_bias, rngs=rngs)
+        query, key = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+        self.q_proj = Linear([config.hidden_size], query, bias=config.qkv_bias, rngs=rngs)
+        self.k_proj = Linear([config.hidden_size], key, bias=config.qkv_bias, rngs=rngs)
+        self.v_proj = Linear([config.hidden_size], key, bias=config.qkv_bias, rngs=rngs)
+        self.o_proj = Linear(query, [config.hidden_size], bias=config.out_bias, rngs=rngs)
 
 
-class Mlp(nnx.Module):
+class LlamaMlp(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate = Linear([config.width], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
-        self.up = Linear([config.width], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
-        self.down = Linear([config.intermediate_size], [config.width], bias=config.mlp_bias, rngs=rngs)
+        self.gate_proj = Linear([config.hidden_size], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
+        self.up_proj = Linear([config.hidden_size], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
+        self.down_proj = Linear([config.intermediate_size], [config.hidden_size], bias=config.mlp_bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = materialise((name(self.gate(x), "gate"), name(self.up(x), "up")))
-        return self.down(materialise(jax.nn.silu(gate) * up))
+        gate, up = optimization_barrier((name(self.gate_proj(x), "gate_proj"), name(self.up_proj(x), "up_proj")))
+        return self.down_proj(optimization_barrier(jax.nn.silu(gate) * up))
 
 
-class Block(nnx.Module):
+class LlamaBlock(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = LlamaAttention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = LlamaMlp(config, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        turn: Turn,
+        cos: Float[Array, "B T 1 H"],
+        sin: Float[Array, "B T 1 H"],
         attend: Attend,
         cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]] | None = None,
         layer: Int[Array, ""] | int | None = None,
@@ -131,18 +139,18 @@ class Block(nnx.Module):
         heads_first: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Returns the new `x` and keys and values: of these tokens, or all layers' with them written at `slots`."""
-        h = materialise(self.attention_norm(x))
-        query = name(rotate(self.attention.query(h), turn), "query")
-        key = name(rotate(self.attention.key(h), turn), "key")
-        value = name(self.attention.value(h), "value")
+        h = optimization_barrier(self.attention_norm(x))
+        query = name(apply_rope(self.attention.q_proj(h), cos, sin), "q_proj")
+        key = name(apply_rope(self.attention.k_proj(h), cos, sin), "k_proj")
+        value = name(self.attention.v_proj(h), "v_proj")
         written = key, value
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             at = (layer, rows, slice(None), slots) if heads_first else (layer, rows, slots)
             written = tuple(old.at[at].set(new) for old, new in zip(cache, written, strict=True))
             key, value = written[0][layer], written[1][layer]
-        x = name(x + self.attention.out(attend(query, key, value)), "middle")
-        return x + self.mlp(materialise(self.mlp_norm(x))), written
+        x = name(x + self.attention.o_proj(attend(query, key, value)), "attention_residual")
+        return x + self.mlp(optimization_barrier(self.mlp_norm(x))), written
 
 
 class Llama(nnx.Module):
@@ -152,10 +160,11 @@ class Llama(nnx.Module):
         self.config = config
         self.attention = attention
         self.remat = remat
-        self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, config.width), jnp.float32))
-        self.layers = stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = None if config.tied else Linear([config.width], [config.vocab_size], bias=False, rngs=rngs)
+        self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32))
+        self.layers = stack(lambda rngs: LlamaBlock(config, rngs=rngs), config.num_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        sizes = [config.hidden_size], [config.vocab_size]
+        self.lm_head = None if config.tie_word_embeddings else Linear(*sizes, bias=False, rngs=rngs)
 
     def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """Embeddings of `tokens`; an id outside the vocabulary (an image's place) gets those of id 0."""
@@ -176,10 +185,10 @@ class Llama(nnx.Module):
         `with_cache` adds the keys and values, each `[L, B, T, K, H]`, with which `extend` goes on.
         """
         attend = causal(self.attention, x.shape[1], segment_ids)
-        turn = self.turn(positions)
+        cos, sin = rope_tables(self.config, positions)
 
         def call(block, x):
-            x, cache = block(x, turn, attend)
+            x, cache = block(x, cos, sin, attend)
             return x, cache if with_cache else None
 
         x, cache = scan(self.layers, x, call=call, remat=self.remat)
@@ -190,7 +199,7 @@ class Llama(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]],
-        layers: Sequence[Block] | None = None,
+        layers: Sequence[LlamaBlock] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Hidden states of further tokens, whose keys and values are written into the cache at `positions`.
 
@@ -199,14 +208,14 @@ class Llama(nnx.Module):
         """
         heads_first = layers is not None
         mask = jnp.arange(cache[0].shape[3 if heads_first else 2]) <= positions[..., None]
-        turn = self.turn(positions)
+        cos, sin = rope_tables(self.config, positions)
         attend = functools.partial(attention_heads_first if heads_first else attention, mask=mask)
 
         # The cache is carried, not scanned over: so every layer writes to its place, and nothing is copied.
         def call(carry, block_and_layer):
             block, layer = block_and_layer
             x, cache = carry
-            return block(constrain(x, ROWS), turn, attend, cache, layer, positions, heads_first), None
+            return block(constrain(x, ROWS), cos, sin, attend, cache, layer, positions, heads_first), None
 
         if layers is None:
             (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.layers)))
@@ -215,12 +224,6 @@ class Llama(nnx.Module):
                 (x, cache), _ = call((x, cache), (block, i))
         return self.norm(x), cache
 
-    def turn(self, positions: Int[Array, "B T"]) -> Turn:
-        """The rotations of positions, made once for all layers."""
-        angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
-
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores over the vocabulary in float32; of the embedding's rows where the head is tied."""
         kernel = self.output_kernel().astype(x.dtype)
@@ -228,4 +231,4 @@ class Llama(nnx.Module):
 
     def output_kernel(self) -> Float[Array, "D V"]:
         """What makes scores of hidden states, as it is stored; the embedding's transpose where the head is tied."""
-        return self.embedding[...].T if self.head is None else self.head.kernel[...]
+        return self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]

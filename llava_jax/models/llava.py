@@ -14,7 +14,7 @@ from llava_jax.models import vit
 from llava_jax.models.attention import fills_lanes, resolve
 from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.projector import Projector
-from llava_jax.models.vit import Vit, VitConfig
+from llava_jax.models.vit import VisionConfig, Vit
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 
@@ -22,7 +22,7 @@ from llava_jax.text.encode import IMAGE_TOKEN_ID
 class LlavaConfig:
     """What a checkpoint fixes: the parts' sizes, which features are read, how images and text are prepared."""
 
-    vision: VitConfig = field(default_factory=VitConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     text: LlamaConfig = field(default_factory=LlamaConfig)
     projector: str = "mlp2x_gelu"
     feature_layer: int = -2
@@ -43,7 +43,7 @@ class LlavaConfig:
         return self.vision.patches + (self.feature_select == "cls_patch")
 
 
-class Attention(NamedTuple):
+class AttentionChoice(NamedTuple):
     """The implementations (models/attention.py) in the decoder and in the vision tower."""
 
     decoder: str
@@ -53,7 +53,7 @@ class Attention(NamedTuple):
         return self.decoder if self.decoder == self.vision else f"{self.decoder} (vision tower {self.vision})"
 
 
-def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) -> Attention:
+def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) -> AttentionChoice:
     """What an implementation's name stands for in a model on a platform.
 
     `auto` is the platform's, in each part whose sizes and dtype that one takes, and else xla. Any other name is itself
@@ -61,25 +61,26 @@ def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) 
     """
     chosen = resolve(name, platform)
     if name != "auto" or chosen == "xla":
-        return Attention(chosen, chosen)
-    tower = config.vision.width // config.vision.heads
+        return AttentionChoice(chosen, chosen)
+    tower = config.vision.hidden_size // config.vision.num_heads
     if chosen == "splash":
-        return Attention(chosen, chosen if fills_lanes(config.vision.width, config.vision.heads) else "xla")
+        fills = fills_lanes(config.vision.hidden_size, config.vision.num_heads)
+        return AttentionChoice(chosen, chosen if fills else "xla")
     # cuDNN's flash attention has no float32, and wants heads of at most 128 in eights (256 from Hopper on).
     fits = [dtype != "float32" and size <= 128 and size % 8 == 0 for size in (config.text.head_dim, tower)]
-    return Attention(*(chosen if fit else "xla" for fit in fits))
+    return AttentionChoice(*(chosen if fit else "xla" for fit in fits))
 
 
 class Llava(nnx.Module):
     """The whole model; `dtype` is the compute dtype, parameters are cast to it where they are used."""
 
-    def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str | Attention = "xla",
+    def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str | AttentionChoice = "xla",
                  remat: str = "none", rngs: nnx.Rngs):
-        attention = attention if isinstance(attention, Attention) else Attention(attention, attention)
+        attention = attention if isinstance(attention, AttentionChoice) else AttentionChoice(attention, attention)
         self.config = config
         self.dtype = dtype
         self.vision = Vit(config.vision, attention=attention.vision, remat=remat, rngs=rngs)
-        self.projector = Projector(config.projector, config.vision.width, config.text.width, rngs=rngs)
+        self.projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.decoder = Llama(config.text, attention=attention.decoder, remat=remat, rngs=rngs)
 
     def __call__(
@@ -134,27 +135,28 @@ class Llava(nnx.Module):
 
 
 Parameters = dict[str, jax.Array]
-"""Path -> array, for example `decoder/layers/mlp/up/kernel`. Layers are stacked on the first axis."""
+"""Path -> array, for example `decoder/layers/mlp/up_proj/kernel`. Layers are stacked on the first axis."""
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
+def to_params(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
     """A module's structure and its parameters by path."""
     graph, state = nnx.split(model)
     return graph, {"/".join(path): value.get_value() for path, value in nnx.to_flat_state(state)}
 
 
-def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
-    """The module again; the inverse of `split`, cheap enough to be called inside a traced function."""
+def from_params(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
+    """The module again; the inverse of `to_params`, cheap enough to be called inside a traced function."""
     flat = {tuple(path.split("/")): nnx.Param(value) for path, value in parameters.items()}
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def abstract(config: LlavaConfig, dtype: str = "float32", attention: str | Attention = "xla",
+def abstract_params(config: LlavaConfig, dtype: str = "float32", attention: str | AttentionChoice = "xla",
              remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
-    """`split` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
-    return split(nnx.eval_shape(lambda: Llava(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))
+    """`to_params` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
+    return to_params(nnx.eval_shape(
+        lambda: Llava(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))
 
 
-def init(config: LlavaConfig, seed: int = 0) -> Parameters:
+def init_params(config: LlavaConfig, seed: int = 0) -> Parameters:
     """Random parameters, float32. Call it inside jit with output shardings where the model is large."""
-    return split(Llava(config, rngs=nnx.Rngs(seed)))[1]
+    return to_params(Llava(config, rngs=nnx.Rngs(seed)))[1]

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llava_jax.errors import UserError
-from llava_jax.models.attention import full
-from llava_jax.models.layers import LayerNorm, Linear, gather, moments, normal, scan, stack
+from llava_jax.models.attention import bidirectional_attention
+from llava_jax.models.layers import LayerNorm, Linear, mean_and_variance, normal, replicate_layers, scan, stack
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -20,23 +20,23 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class VitConfig:
+class VisionConfig:
     """Sizes of a CLIP vision tower; the defaults are CLIP ViT-L/14-336's."""
 
     image_size: int = 336
     patch_size: int = 14
-    width: int = 1024
+    hidden_size: int = 1024
     intermediate_size: int = 4096
-    layers: int = 24
-    heads: int = 16
+    num_layers: int = 24
+    num_heads: int = 16
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise UserError(f"vision activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if self.width % self.heads:
-            raise UserError(f"vision width {self.width} does not divide into {self.heads} heads")
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"vision hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}")
         if self.image_size < self.patch_size:
             raise UserError(f"vision patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
@@ -50,29 +50,29 @@ class VitConfig:
         return self.grid**2
 
 
-class Attention(nnx.Module):
-    """The parameters as checkpoints have them; `JoinedAttention` computes with them."""
+class VisionAttention(nnx.Module):
+    """The parameters as checkpoints have them; `FusedAttention` computes with them."""
 
-    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        heads = (config.heads, config.width // config.heads)
-        self.query = Linear([config.width], heads, bias=True, rngs=rngs)
-        self.key = Linear([config.width], heads, bias=True, rngs=rngs)
-        self.value = Linear([config.width], heads, bias=True, rngs=rngs)
-        self.out = Linear(heads, [config.width], bias=True, rngs=rngs)
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        heads = (config.num_heads, config.hidden_size // config.num_heads)
+        self.q_proj = Linear([config.hidden_size], heads, bias=True, rngs=rngs)
+        self.k_proj = Linear([config.hidden_size], heads, bias=True, rngs=rngs)
+        self.v_proj = Linear([config.hidden_size], heads, bias=True, rngs=rngs)
+        self.o_proj = Linear(heads, [config.hidden_size], bias=True, rngs=rngs)
 
 
-class JoinedAttention(nnx.Module):
+class FusedAttention(nnx.Module):
     """Stacked layers' attention, with queries, keys and values from one product: they lie side by side."""
 
-    def __init__(self, parts: Attention):
-        linears = (parts.query, parts.key, parts.value)
-        self.inputs, self.out = copy.copy(parts.query), parts.out
+    def __init__(self, parts: VisionAttention):
+        linears = (parts.q_proj, parts.k_proj, parts.v_proj)
+        self.inputs, self.o_proj = copy.copy(parts.q_proj), parts.o_proj
         self.inputs.kernel = _side_by_side([part.kernel for part in linears])
         self.inputs.bias = _side_by_side([part.bias for part in linears])
         self.inputs.outputs = self.inputs.bias.shape[1:]
 
     def __call__(self, x: Float[Array, "B P D"], attend: Callable) -> Float[Array, "B P D"]:
-        return self.out(attend(self.inputs(x)))
+        return self.o_proj(attend(self.inputs(x)))
 
 
 def _side_by_side(arrays: list[nnx.Param]) -> nnx.Param:
@@ -80,45 +80,46 @@ def _side_by_side(arrays: list[nnx.Param]) -> nnx.Param:
     return nnx.Param(jnp.concatenate([x[...].reshape(*x.shape[:-2], -1) for x in arrays], axis=-1))
 
 
-class Mlp(nnx.Module):
-    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+class VisionMlp(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.up = Linear([config.width], [config.intermediate_size], bias=True, rngs=rngs)
-        self.down = Linear([config.intermediate_size], [config.width], bias=True, rngs=rngs)
+        self.up_proj = Linear([config.hidden_size], [config.intermediate_size], bias=True, rngs=rngs)
+        self.down_proj = Linear([config.intermediate_size], [config.hidden_size], bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
 
 
-class Block(nnx.Module):
-    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = LayerNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
-        self.mlp = Mlp(config, rngs=rngs)
+class VisionBlock(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention = VisionAttention(config, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = VisionMlp(config, rngs=rngs)
 
     def __call__(self, state: tuple[Array, tuple[Array, Array]], attend: Callable) -> tuple[Array, tuple[Array, Array]]:
         """`state`: the rows and their moments, which XLA computes with the product that comes before, not apart."""
-        x, known = state
-        x = x + self.attention(self.attention_norm(x, known), attend)
+        x, stats = state
+        x = x + self.attention(self.attention_norm(x, stats), attend)
         x = x + self.mlp(self.mlp_norm(x))
-        return x, moments(x)
+        return x, mean_and_variance(x)
 
 
 class Vit(nnx.Module):
     """The tower. It holds all layers and the last norm, as its checkpoint does, and computes what is asked for."""
 
-    def __init__(self, config: VitConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
         self.config = config
         self.attention = attention
         self.remat = remat
         patch = [config.patch_size, config.patch_size, 3]
-        self.patch = Linear(patch, [config.width], bias=False, rngs=rngs)
-        self.class_embedding = nnx.Param(normal(rngs.params(), (config.width,), jnp.float32))
-        self.position_embedding = nnx.Param(normal(rngs.params(), (1 + config.patches, config.width), jnp.float32))
-        self.pre_norm = LayerNorm(config.width, config.norm_eps)
-        self.layers = stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
-        self.post_norm = LayerNorm(config.width, config.norm_eps)
+        self.patch = Linear(patch, [config.hidden_size], bias=False, rngs=rngs)
+        self.class_embedding = nnx.Param(normal(rngs.params(), (config.hidden_size,), jnp.float32))
+        positions = (1 + config.patches, config.hidden_size)
+        self.position_embedding = nnx.Param(normal(rngs.params(), positions, jnp.float32))
+        self.pre_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.layers = stack(lambda rngs: VisionBlock(config, rngs=rngs), config.num_layers, rngs)
+        self.post_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B P+1 D"]:
         """Hidden states of the class token and the patches, in the images' dtype.
@@ -131,22 +132,22 @@ class Vit(nnx.Module):
         images = images[:, : grid * side, : grid * side]
         patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side, side, 3)
         x = self.patch(patches)
-        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, config.width))
+        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, config.hidden_size))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(x.dtype)
         x = self.pre_norm(x)
         layers = copy.copy(self.layers)
-        layers.attention = JoinedAttention(layers.attention)
+        layers.attention = FusedAttention(layers.attention)
         # Gathered at once: the tower is small, and pieces of single layers would be too small to send.
-        layers = gather(layers, depth(config, layer), x.dtype)
-        attend = full(self.attention, config.heads)
-        (x, _), _ = scan(layers, (x, moments(x)), call=lambda block, state: (block(state, attend), None),
+        layers = replicate_layers(layers, depth(config, layer), x.dtype)
+        attend = bidirectional_attention(self.attention, config.num_heads)
+        (x, _), _ = scan(layers, (x, mean_and_variance(x)), call=lambda block, state: (block(state, attend), None),
                          remat=self.remat)
         return x
 
 
-def depth(config: VitConfig, layer: int) -> int:
+def depth(config: VisionConfig, layer: int) -> int:
     """How many blocks must run for the hidden states of `layer`; UserError if the tower has no such layer."""
-    if not -config.layers - 1 <= layer <= config.layers:
-        raise UserError(f"feature_layer {layer}: the vision tower has {config.layers} layers, "
-                         f"so it must lie in {-config.layers - 1}..{config.layers}")
-    return layer % (config.layers + 1)
+    if not -config.num_layers - 1 <= layer <= config.num_layers:
+        raise UserError(f"feature_layer {layer}: the vision tower has {config.num_layers} layers, "
+                         f"so it must lie in {-config.num_layers - 1}..{config.num_layers}")
+    return layer % (config.num_layers + 1)

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from llava_jax import config
 from llava_jax.errors import UserError
 
-AXES = ("replica", "fsdp", "tensor")
-ROWS = P(("replica", "fsdp"))
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
 """Rows of a batch: every device of the data axes has its own."""
 
 # Hidden dimensions are sharded, never the vocabulary: 32,000 and 32,064 do not divide by 256.
@@ -21,13 +21,13 @@ ROWS = P(("replica", "fsdp"))
 TABLE = (
     (r"vision/patch/kernel", P(None, None, None, "fsdp")),
     (r"vision/(class|position)_embedding", P()),
-    (r"(vision|decoder)/layers/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor", None)),
-    (r"(vision|decoder)/layers/attention/(query|key|value)/bias", P(None, "tensor", None)),
-    (r"(vision|decoder)/layers/attention/out/kernel", P(None, "tensor", None, "fsdp")),
-    (r"(vision|decoder)/layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"(vision|decoder)/layers/mlp/(gate|up)/bias", P(None, "tensor")),
-    (r"(vision|decoder)/layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
-    (r"(vision|decoder)/layers/(attention/out|mlp/down)/bias", P()),
+    (r"(vision|decoder)/layers/attention/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
+    (r"(vision|decoder)/layers/attention/(q|k|v)_proj/bias", P(None, "tensor", None)),
+    (r"(vision|decoder)/layers/attention/o_proj/kernel", P(None, "tensor", None, "fsdp")),
+    (r"(vision|decoder)/layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
+    (r"(vision|decoder)/layers/mlp/(gate|up)_proj/bias", P(None, "tensor")),
+    (r"(vision|decoder)/layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),
+    (r"(vision|decoder)/layers/(attention/o_proj|mlp/down_proj)/bias", P()),
     (r"(vision|decoder)/.*norm/(scale|bias)", P()),
     # In turn, so that what one makes by columns the next takes by rows. With all of them alike and three axes in use,
     # XLA's partitioner returns wrong gradients of the first (jaxlib 0.10.2, on CPU).
@@ -35,14 +35,14 @@ TABLE = (
     (r"projector/layers_\d*[13579]/kernel", P("tensor", "fsdp")),
     (r"projector/layers_\d+/bias", P()),
     (r"decoder/embedding", P(None, ("fsdp", "tensor"))),
-    (r"decoder/head/kernel", P(("fsdp", "tensor"), None)),
+    (r"decoder/lm_head/kernel", P(("fsdp", "tensor"), None)),
 )
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The devices (all of them by default) on the axes of a recipe; UserError if their numbers do not match."""
     devices = jax.devices() if devices is None else devices
-    sizes = [mesh.replica, mesh.fsdp, mesh.tensor]
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         rest, left = divmod(len(devices), math.prod(size for size in sizes if size != -1))
@@ -58,8 +58,8 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
         from jax.experimental import mesh_utils
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if sizes[0] % slices:
-            raise UserError(f"mesh.replica: {sizes[0]} on {slices} slices: only copies of the model lie on different "
-                             f"slices, so that these exchange gradients alone; set mesh.replica {slices}")
+            raise UserError(f"mesh.data: {sizes[0]} on {slices} slices: only copies of the model lie on different "
+                             f"slices, so that these exchange gradients alone; set mesh.data {slices}")
         within = [sizes[0] // slices, *sizes[1:]]
         make = mesh_utils.create_device_mesh
         if slices > 1:
@@ -73,7 +73,7 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
 
 def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
     """Every path's sharding; UserError naming parameter, dimension and axis where one does not divide."""
-    specs = config.lookup(TABLE, list(shapes), "sharding", spare=True)
+    specs = config.match_rules(TABLE, list(shapes), "sharding", allow_unused=True)
     for path, spec in specs.items():
         for size, axes in zip(shapes[path], spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -106,4 +106,4 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 def row_axes(count: int) -> tuple[str, ...] | None:
     """The axes of the mesh that share out `count` rows; None if these do not divide, so every device has them all."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if count % (mesh.shape["replica"] * mesh.shape["fsdp"]) else ("replica", "fsdp")
+    return None if count % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")

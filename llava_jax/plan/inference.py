@@ -12,7 +12,7 @@ from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.inference.decode import decode, prefill
 from llava_jax.inference.sampling import Sampling
-from llava_jax.models.llava import LlavaConfig, abstract, choose_attention, merge
+from llava_jax.models.llava import LlavaConfig, abstract_params, choose_attention, from_params
 from llava_jax.parallel import sharding
 from llava_jax.plan.cycles import Profile, profile
 from llava_jax.plan.predict import Times, times
@@ -67,12 +67,13 @@ def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -
     if context < model.tokens_per_image:
         raise UserError(f"--context {context}: one image takes {model.tokens_per_image} tokens")
     mesh = sharding.make_mesh(config.Mesh(1, 1, where.devices), where.jax_devices())
-    graph, shapes = abstract(model, "bfloat16", choose_attention("auto", "tpu", model, "bfloat16"))
+    graph, shapes = abstract_params(model, "bfloat16", choose_attention("auto", "tpu", model, "bfloat16"))
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     parameters = {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=shardings[path])
                   for path, x in shapes.items()}
     decoder = device_bytes({path: x for path, x in parameters.items()
-                            if path.startswith("decoder/") and (model.text.tied or path != "decoder/embedding")})
+                            if path.startswith("decoder/")
+                            and (model.text.tie_word_embeddings or path != "decoder/embedding")})
     everywhere = NamedSharding(mesh, P())
 
     def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
@@ -84,8 +85,9 @@ def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -
     inputs = (array((batch, context), "int32"), array(rows, "int32"), array((batch, 1, side, side, 3), "uint8"),
               array(rows, "int32"), sampling)
     # As the engine calls them: the state is given away to decode.
-    first = jax.jit(lambda parameters, *inputs: prefill(merge(graph, parameters), *inputs, ENDS, context))
-    rest = jax.jit(lambda parameters, state, going, steps: decode(merge(graph, parameters), state, going, steps, ENDS),
+    first = jax.jit(lambda parameters, *inputs: prefill(from_params(graph, parameters), *inputs, ENDS, context))
+    rest = jax.jit(lambda parameters, state, going, steps: decode(
+                       from_params(graph, parameters), state, going, steps, ENDS),
                    donate_argnums=1)
     with jax.set_mesh(mesh):
         bytes_of = {"trained": 0, "frozen": device_bytes(parameters), "optimizer": 0}

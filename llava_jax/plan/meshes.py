@@ -14,11 +14,11 @@ from llava_jax.train.setup import model_layout
 
 def with_slices(recipe: config.Recipe, where: Slice) -> tuple[config.Recipe, list[str]]:
     """The recipe with one replica for each slice if it asks for no replicas, and a line that says so."""
-    if where.count == 1 or recipe.mesh.replica != 1:
+    if where.count == 1 or recipe.mesh.data != 1:
         return recipe, []
-    mesh = dataclasses.replace(recipe.mesh, replica=where.count)
+    mesh = dataclasses.replace(recipe.mesh, data=where.count)
     return dataclasses.replace(recipe, mesh=mesh), [
-        f"one replica for each slice: train needs --mesh.replica {where.count} too"]
+        f"one replica for each slice: train needs --mesh.data {where.count} too"]
 
 
 def plan_mesh(recipe: config.Recipe, where: Slice, model: LlavaConfig) -> jax.sharding.Mesh:
@@ -29,7 +29,7 @@ def plan_mesh(recipe: config.Recipe, where: Slice, model: LlavaConfig) -> jax.sh
         model_layout(recipe, mesh, model)
     except ValueError as error:
         others = [mesh for mesh in meshes(where) if fits(dataclasses.replace(recipe, mesh=mesh), devices, model)]
-        flags = ", or ".join(f"--mesh.replica {mesh.replica} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}"
+        flags = ", or ".join(f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}"
                              for mesh in others[:3])
         hint = f"on {where.name} these would: {flags}" if others else (
             f"no mesh of {where.name} would; rows that are a multiple of {where.devices} x gradient_accumulation suit "

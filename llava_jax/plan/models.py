@@ -7,11 +7,11 @@ from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.train.setup import model_config
 from llava_jax.weights import read_config
 
-_LLAMA_13B = {"width": 5120, "intermediate_size": 13824, "layers": 40, "heads": 40, "num_kv_heads": 40}
+_LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_layers": 40, "num_heads": 40, "num_kv_heads": 40}
 _LLAMA_3 = {"vocab_size": 128256, "intermediate_size": 14336, "num_kv_heads": 8, "max_length": 8192}
 _MISTRAL = {"intermediate_size": 14336, "num_kv_heads": 8, "max_length": 32768}
 _QWEN2 = {"qkv_bias": True, "max_length": 32768}
@@ -20,17 +20,18 @@ _HUB_VOCABULARY = 32064
 # Names of directories, in lower case, as the hub has them -> what shapes the program. What does not (the rotary
 # embedding's base, the norms' epsilon) is left as it is by default.
 KNOWN = tuple((re.compile(pattern), sizes) for pattern, sizes in (
-    (r"clip-vit-large-patch14", VitConfig(image_size=224)),
-    (r"clip-vit-large-patch14-336(px)?", VitConfig()),
-    (r"clip-vit-base-patch(16|32)", lambda side: VitConfig(224, int(side), 768, 3072, 12, 12)),
+    (r"clip-vit-large-patch14", VisionConfig(image_size=224)),
+    (r"clip-vit-large-patch14-336(px)?", VisionConfig()),
+    (r"clip-vit-base-patch(16|32)", lambda side: VisionConfig(224, int(side), 768, 3072, 12, 12)),
     (r"vicuna-7b(-v1\.[135])?|llama-2-7b(-hf|-chat|-chat-hf)?|llama-7b(-hf)?", LlamaConfig()),
     (r"vicuna-13b(-v1\.[135])?|llama-2-13b(-hf|-chat|-chat-hf)?|llama-13b(-hf)?", LlamaConfig(**_LLAMA_13B)),
     (r"(?:meta-)?llama-3(?:\.1)?-8b(?:-instruct)?(-hf)?", LlamaConfig(**_LLAMA_3)),
     (r"mistral-7b(-instruct)?-v0\.[12]", LlamaConfig(**_MISTRAL)),
     (r"mistral-7b(-instruct)?-v0\.3", LlamaConfig(vocab_size=32768, **_MISTRAL)),
-    (r"qwen2(\.5)?-0\.5b(-instruct)?", LlamaConfig(151936, 896, 4864, 24, 14, 2, 64, tied=True, **_QWEN2)),
-    (r"qwen2(\.5)?-1\.5b(-instruct)?", LlamaConfig(151936, 1536, 8960, 28, 12, 2, tied=True, **_QWEN2)),
-    (r"qwen2\.5-3b(-instruct)?", LlamaConfig(151936, 2048, 11008, 36, 16, 2, tied=True, **_QWEN2)),
+    (r"qwen2(\.5)?-0\.5b(-instruct)?",
+     LlamaConfig(151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True, **_QWEN2)),
+    (r"qwen2(\.5)?-1\.5b(-instruct)?", LlamaConfig(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True, **_QWEN2)),
+    (r"qwen2\.5-3b(-instruct)?", LlamaConfig(151936, 2048, 11008, 36, 16, 2, tie_word_embeddings=True, **_QWEN2)),
     (r"qwen2(\.5)?-7b(-instruct)?", LlamaConfig(152064, 3584, 18944, 28, 28, 4, **_QWEN2)),
     (r"llava-(v?1\.5)-7b(-hf)?", LlavaConfig(text=LlamaConfig(vocab_size=_HUB_VOCABULARY))),
     (r"llava-(v?1\.5)-13b(-hf)?", LlavaConfig(text=LlamaConfig(vocab_size=_HUB_VOCABULARY, **_LLAMA_13B))),
@@ -44,7 +45,7 @@ def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
     """
     notes = []
 
-    def read(directory: str, template: str | None = None) -> LlavaConfig | VitConfig | LlamaConfig:
+    def read(directory: str, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
         if Path(directory).is_dir():
             return read_config(directory, template)
         sizes = known(directory)
@@ -54,7 +55,7 @@ def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
     return model_config(model, read), notes
 
 
-def known(directory: str) -> LlavaConfig | VitConfig | LlamaConfig:
+def known(directory: str) -> LlavaConfig | VisionConfig | LlamaConfig:
     """The sizes of the published model that a directory is named after; UserError if it is none."""
     name = Path(directory).name.lower()
     for pattern, sizes in KNOWN:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_jax import config
-from llava_jax.models.llava import LlavaConfig, abstract
+from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.plan.cycles import Profile, profile
 from llava_jax.plan.data import Length
 from llava_jax.plan.step import Memory, Program
@@ -86,7 +86,7 @@ def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
     """Model FLOPs of a step by formula, each row one conversation as long as it and all image slots taken."""
     data = stage.data
     positions = np.broadcast_to(np.arange(data.sequence_length), (stage.batch_size, data.sequence_length))
-    trained = {path.split("/")[0] for path in trainable_paths(stage, list(abstract(model)[1]))}
+    trained = {path.split("/")[0] for path in trainable_paths(stage, list(abstract_params(model)[1]))}
     return model_flops(model, trained, positions, np.ones_like(positions), stage.batch_size * data.tiles_per_sequence)
 
 

@@ -30,7 +30,7 @@ HOST_LINK = 8e9
 """bytes/s between a device and its host's memory, roughly; only for the order in which candidates are compiled"""
 
 # What a policy (models/layers.py) computes again, as a share of a forward pass, which is a third of a step.
-RECOMPUTED = {"none": 0.0, "minimal": 0.1, "attention": 0.7, "qkv": 0.75, "offload": 0.75, "full": 1.0}
+RECOMPUTED = {"none": 0.0, "save_dots": 0.1, "save_attention": 0.7, "save_qkv": 0.75, "offload": 0.75, "full": 1.0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def candidates(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfi
     stage, work = recipe.stages[name], stage_flops(recipe.stages[name], model)
     found = []
     for axes in meshes(where):
-        groups = axes.replica * axes.fsdp
+        groups = axes.data * axes.fsdp
         laid = dataclasses.replace(recipe, mesh=axes)
         if stage.batch_size % groups or not fits(laid, devices, model):
             continue
@@ -155,14 +155,15 @@ def saved_bytes(model: LlavaConfig, stage: config.Stage, mesh: config.Mesh, grad
     lives shortly come on top.
     """
     text = model.text
-    tokens = stage.batch_size // gradient_accumulation // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
-    heads = text.head_dim * (text.heads + 2 * text.num_kv_heads) / mesh.tensor
+    tokens = stage.batch_size // gradient_accumulation // (mesh.data * mesh.fsdp) * stage.data.sequence_length
+    heads = text.head_dim * (text.num_heads + 2 * text.num_kv_heads) / mesh.tensor
     hidden = text.intermediate_size / mesh.tensor
-    mixed = text.heads * text.head_dim / mesh.tensor
-    minimal = 2 * text.width + heads + 2 * hidden
-    kept = {"full": text.width, "offload": 0, "qkv": text.width + heads, "attention": text.width + heads + mixed,
-            "minimal": minimal, "none": minimal + text.width + mixed + hidden}
-    return max(0, int(2 * tokens * text.layers * kept[remat]) - ON_CHIP)
+    mixed = text.num_heads * text.head_dim / mesh.tensor
+    dots = 2 * text.hidden_size + heads + 2 * hidden
+    kept = {"full": text.hidden_size, "offload": 0, "save_qkv": text.hidden_size + heads,
+            "save_attention": text.hidden_size + heads + mixed,
+            "save_dots": dots, "none": dots + text.hidden_size + mixed + hidden}
+    return max(0, int(2 * tokens * text.num_layers * kept[remat]) - ON_CHIP)
 
 
 def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig, mesh: config.Mesh,
@@ -170,11 +171,12 @@ def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig,
     """Products at 60 % of the peak, or bytes over the links, whichever takes longer, and a little of the other."""
     chip, text = where.chip, model.text
     flops = work * (1 + RECOMPUTED[remat] / 3) / where.chips
-    layer = text.width * text.head_dim * 2 * (text.heads + text.num_kv_heads) + 3 * text.width * text.intermediate_size
-    weights = 2 * (text.layers * layer + 2 * text.width * text.vocab_size) / mesh.tensor
-    tokens = stage.batch_size // (mesh.replica * mesh.fsdp) * stage.data.sequence_length
+    layer = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
+    layer += 3 * text.hidden_size * text.intermediate_size
+    weights = 2 * (text.num_layers * layer + 2 * text.hidden_size * text.vocab_size) / mesh.tensor
+    tokens = stage.batch_size // (mesh.data * mesh.fsdp) * stage.data.sequence_length
     moved = gradient_accumulation * 4 * weights * (1 - 1 / mesh.fsdp)
-    moved += 8 * text.layers * tokens * text.width * 2 * (1 - 1 / mesh.tensor)
+    moved += 8 * text.num_layers * tokens * text.hidden_size * 2 * (1 - 1 / mesh.tensor)
     products, links = flops / (0.6 * chip.flops), moved * chip.devices / chip.ici
     return max(products, links) + 0.2 * min(products, links)
 

@@ -162,11 +162,11 @@ def data(plan: Prediction, price: float | None = None) -> dict:
 
 def ranking(found: list[Found], stage: str) -> str:
     """What a search compiled, the best first, and the flags of the best."""
-    lines = [f"{'':>29} {'tokens/s':>9}  replica x fsdp x tensor,",
+    lines = [f"{'':>29} {'tokens/s':>9}  data x fsdp x tensor,",
              f"{'step':>10} {'MFU':>7} {'memory':>10} {'and chip':>9}  gradient_accumulation, remat, attention"]
     for each in found:
         way, plan = each.candidate, each.plan
-        name = (f"{way.mesh.replica} x {way.mesh.fsdp} x {way.mesh.tensor}, {way.gradient_accumulation}, {way.remat}, "
+        name = (f"{way.mesh.data} x {way.mesh.fsdp} x {way.mesh.tensor}, {way.gradient_accumulation}, {way.remat}, "
                 f"{way.attention}{', moments on the host' * way.offload}")
         if not plan:
             lines.append(f"{'error':>10} {'':>7} {'':>10} {'':>9}  {name}: {each.error}")

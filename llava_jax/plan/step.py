@@ -87,7 +87,7 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
 
 def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays that train/loop.py puts on the devices for one step."""
-    layout = NamedSharding(mesh, P(None, ("replica", "fsdp")))
+    layout = NamedSharding(mesh, P(None, ("data", "fsdp")))
     data, side = stage.data, model.vision.image_size
     rows = (stage.gradient_accumulation, stage.batch_size // stage.gradient_accumulation)
     batch = {name: jax.ShapeDtypeStruct((*rows, data.sequence_length), jnp.int32, sharding=layout)

@@ -258,7 +258,7 @@ def count_steps(run: TrainContext, stage: config.Stage) -> int:
 
 def shard_batch(run: TrainContext, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:
     """A step's rows on the mesh, cut into micro-batches on a leading axis; what only the host reads stays there."""
-    sharding = NamedSharding(run.mesh, P(None, ("replica", "fsdp")))
+    sharding = NamedSharding(run.mesh, P(None, ("data", "fsdp")))
     names = ("tokens", "labels", "positions", "segment_ids", "images")
     return {name: jax.make_array_from_process_local_data(
                 sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])) for name in names}

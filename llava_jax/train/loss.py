@@ -51,7 +51,7 @@ def _on_devices(function: Callable, hidden: Array, kernel: Array, labels: Array)
         loss, *gradients = function(hidden, kernel, labels)
         return loss, *(x.astype(kernel.dtype) for x in gradients)
     # Devices that share a row share its positions out.
-    rows, parts = P(("replica", "fsdp"), "tensor"), ("fsdp", "tensor")
+    rows, parts = P(("data", "fsdp"), "tensor"), ("fsdp", "tensor")
     T = hidden.shape[1]
     rest = -T % mesh.shape["tensor"]
     hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
@@ -63,7 +63,7 @@ def _on_devices(function: Callable, hidden: Array, kernel: Array, labels: Array)
             by_hidden, by_kernel = gradients
             by_kernel = jax.lax.psum_scatter(by_kernel.astype(kernel.dtype), parts, scatter_dimension=0, tiled=True)
             # Not later: until it is given away, the whole kernel's gradient lies on every device.
-            gradients = jax.lax.optimization_barrier((by_hidden, jax.lax.psum(by_kernel, "replica")))
+            gradients = jax.lax.optimization_barrier((by_hidden, jax.lax.psum(by_kernel, "data")))
         return jax.lax.psum(loss, AXES), *gradients
 
     layouts = (P(), rows, P(parts, None))[: 3 if function is _loss_and_gradients else 1]

@@ -47,24 +47,25 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     text, vision = model.text, model.vision
     real = segment_ids > 0
     tokens, pairs = int(real.sum()), int((positions[real].astype(np.int64) + 1).sum())
-    layer = text.width * text.head_dim * 2 * (text.heads + text.num_kv_heads) + 3 * text.width * text.intermediate_size
-    weights = 2 * tokens * (text.layers * layer + text.width * text.vocab_size)
-    attention = 4 * pairs * text.layers * text.heads * text.head_dim
+    layer = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
+    layer += 3 * text.hidden_size * text.intermediate_size
+    weights = 2 * tokens * (text.num_layers * layer + text.hidden_size * text.vocab_size)
+    attention = 4 * pairs * text.num_layers * text.num_heads * text.head_dim
     # Attention multiplies two activations, so its backward pass is always twice its forward pass.
     total = weights * (2 + ("decoder" in trained)) + attention * 3
     patches = images * (vision.patches + 1)
     blocks = vit.depth(vision, model.feature_layer)
-    tower = 2 * patches * blocks * (4 * vision.width**2 + 2 * vision.width * vision.intermediate_size)
-    tower += 4 * patches * (vision.patches + 1) * blocks * vision.width
+    tower = 2 * patches * blocks * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
+    tower += 4 * patches * (vision.patches + 1) * blocks * vision.hidden_size
     total += tower * (3 if "vision" in trained else 1)
-    embedding = 2 * images * vision.patches * 3 * vision.patch_size**2 * vision.width
+    embedding = 2 * images * vision.patches * 3 * vision.patch_size**2 * vision.hidden_size
     total += embedding * (2 if "vision" in trained else 1)
-    width = vision.width
+    width = vision.hidden_size
     for layer in range(projector_depth(model.projector)):
-        product = 2 * images * model.tokens_per_image * width * text.width
+        product = 2 * images * model.tokens_per_image * width * text.hidden_size
         below = "vision" in trained or layer > 0 and "projector" in trained
         total += product * (1 + below + ("projector" in trained))
-        width = text.width
+        width = text.hidden_size
     return float(total)
 
 

@@ -19,14 +19,14 @@ def schedule(total_steps: int, warmup_ratio: float) -> optax.Schedule:
 
 def trainable_paths(stage: config.Stage, paths: Sequence[str]) -> dict[str, float]:
     """Peak learning rate of every parameter that the stage trains; the others are frozen."""
-    rates = config.lookup(stage.learning_rates, list(paths), "learning_rates")
+    rates = config.match_rules(stage.learning_rates, list(paths), "learning_rates")
     return {path: rate for path, rate in rates.items() if rate is not None}
 
 
 def make_optimizer(stage: config.Stage, rates: dict[str, float], total_steps: int) -> optax.GradientTransformation:
     """The transformation of the trainable subtree's gradients; it knows nothing of frozen parameters."""
     settings = stage.optimizer
-    decays = config.lookup(settings.weight_decay, list(rates), "optimizer.weight_decay", spare=True)
+    decays = config.match_rules(settings.weight_decay, list(rates), "optimizer.weight_decay", allow_unused=True)
     factor = schedule(total_steps, settings.warmup_ratio)
     groups = sorted({(rates[path], decays[path] or 0.0) for path in rates})
 

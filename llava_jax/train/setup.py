@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract, choose_attention, split
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, to_params
 from llava_jax.models.projector import Projector
 from llava_jax.parallel import sharding
 from llava_jax.parallel.processes import assert_equal_across_processes
@@ -131,10 +131,10 @@ def model_layout(
     attention = choose_attention(recipe.model.attention, mesh.devices.flat[0].platform, model, dtype)
     graphs = {}
     for name, stage in recipe.stages.items():
-        graphs[name], shapes = abstract(model, dtype, attention, stage.remat)
+        graphs[name], shapes = abstract_params(model, dtype, attention, stage.remat)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     sharding.check_rows(mesh)
-    groups = mesh.shape["replica"] * mesh.shape["fsdp"]
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, stage in recipe.stages.items():
         try:
             trainable_paths(stage, list(shapes))
@@ -142,7 +142,7 @@ def model_layout(
             raise UserError(f"stages.{name}.{error}") from None
         if stage.batch_size // stage.gradient_accumulation % groups:
             raise UserError(f"stages.{name}.batch_size: {stage.batch_size} sequences in "
-                            f"{stage.gradient_accumulation} micro-batches do not divide over replica x fsdp = {groups} "
+                            f"{stage.gradient_accumulation} micro-batches do not divide over data x fsdp = {groups} "
                             "devices")
     return dtype, graphs, shapes, shardings
 
@@ -197,9 +197,9 @@ def load_parameters(run: TrainContext, dtype: Callable[[str], str], before: str 
 def init_projector(run: TrainContext, dtype: Callable[[str], str]) -> Parameters:
     """A new projector by the recipe's seed, made where it lies."""
     def make():
-        model = Projector(run.model.projector, run.model.vision.width, run.model.text.width,
+        model = Projector(run.model.projector, run.model.vision.hidden_size, run.model.text.hidden_size,
                           rngs=nnx.Rngs(run.recipe.seed))
-        named = {f"projector/{path}": x for path, x in split(model)[1].items()}
+        named = {f"projector/{path}": x for path, x in to_params(model)[1].items()}
         return {path: x.astype(dtype(path)) for path, x in named.items()}
 
     shardings = {path: s for path, s in run.shardings.items() if path.startswith("projector/")}

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from llava_jax.models.llava import Parameters, merge
+from llava_jax.models.llava import Parameters, from_params
 from llava_jax.text.encode import IGNORE
 from llava_jax.train.loss import cross_entropy
 
@@ -59,7 +59,7 @@ def abstract_state(tx: optax.GradientTransformation, trainable: Parameters, offl
 
 def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, ""]:
     """Summed loss of a batch; dividing by `supervised(batch)` gives the mean over all learned tokens."""
-    model = merge(graph, trainable | frozen)
+    model = from_params(graph, trainable | frozen)
     hidden = model.hidden(batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"])
     with jax.named_scope("loss"):
         return cross_entropy(hidden, model.decoder.output_kernel(), batch["labels"])

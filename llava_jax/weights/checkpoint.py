@@ -30,11 +30,11 @@ def read_config(path: str | Path, template: str | None = None) -> Config:
     """
     config, directory = configs.read_config(path, template), Path(path)
     text = getattr(config, "text", config)
-    if not getattr(text, "tied", False) or not files.has_tensors(directory):
+    if not getattr(text, "tie_word_embeddings", False) or not files.has_tensors(directory):
         return config
     if not source.has_own_head(files.find(directory)):
         return config
-    text = dataclasses.replace(text, tied=False)
+    text = dataclasses.replace(text, tie_word_embeddings=False)
     return dataclasses.replace(config, text=text) if isinstance(config, LlavaConfig) else text
 
 
@@ -55,7 +55,7 @@ def load_checkpoint(
       template: see `read_config`.
       sharding: where the parameter of a path and shape goes; the default device if None.
 
-    Returns the configuration (LlavaConfig; VitConfig or LlamaConfig of a part alone) and the parameters by path; those
+    Returns the configuration (LlavaConfig; VisionConfig or LlamaConfig of a part) and the parameters by path; those
     of a part begin with `vision/` or `decoder/`. The host holds one stacked parameter at a time.
     UserError with one line if a file is missing or broken or does not fit, and for a value that is not finite: such a
     model answers nothing, and to look at its tensors the safetensors library is enough.

@@ -12,7 +12,7 @@ from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.vit import ACTIVATIONS, VitConfig
+from llava_jax.models.vit import ACTIVATIONS, VisionConfig
 from llava_jax.text import templates
 from llava_jax.weights import fields
 from llava_jax.weights.chat_templates import template_name
@@ -27,7 +27,7 @@ PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_fa
 """What `images` does to every image, in the words of Hugging Face's image processors."""
 
 
-def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VitConfig | LlamaConfig:
+def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
     """The configuration of a checkpoint directory: of LLaVA, or of a vision tower (CLIP) or decoder (LLaMA) alone.
 
     The layout is told from config.json. `template` replaces a LLaVA's conversation template, which is then not looked
@@ -103,7 +103,8 @@ def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
 def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
     _expect(file, config, multimodal_projector_bias=True, projector_hidden_act=("gelu", "linear"),
             vision_feature_select_strategy=tuple(FEATURE_SELECT))
-    text = dataclasses.replace(_text(file, "text_config.", config.text_config), tied=config.tie_word_embeddings)
+    text = dataclasses.replace(_text(file, "text_config.", config.text_config),
+                               tie_word_embeddings=config.tie_word_embeddings)
     return _build(
         file, LlavaConfig, vision=_vision(file, "vision_config.", config.vision_config), text=text,
         projector="mlp2x_gelu" if config.projector_hidden_act == "gelu" else "linear",
@@ -116,11 +117,12 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
     )
 
 
-def _vision(file: Path, prefix: str, config: Any) -> VitConfig:
+def _vision(file: Path, prefix: str, config: Any) -> VisionConfig:
     _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
     return _build(
-        file, VitConfig, image_size=config.image_size, patch_size=config.patch_size, width=config.hidden_size,
-        intermediate_size=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
+        file, VisionConfig, image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
         activation=config.hidden_act, norm_eps=config.layer_norm_eps,
     )
 
@@ -148,13 +150,14 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
                          original_length=rope["original_max_position_embeddings"])
     qwen2 = config.model_type == "qwen2"
     return _build(
-        file, LlamaConfig, vocab_size=config.vocab_size, width=config.hidden_size,
-        intermediate_size=config.intermediate_size, layers=config.num_hidden_layers, heads=config.num_attention_heads,
+        file, LlamaConfig, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         norm_eps=config.rms_norm_eps, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling,
         qkv_bias=qwen2 or getattr(config, "attention_bias", False), out_bias=getattr(config, "attention_bias", False),
-        mlp_bias=getattr(config, "mlp_bias", False), tied=config.tie_word_embeddings,
+        mlp_bias=getattr(config, "mlp_bias", False), tie_word_embeddings=config.tie_word_embeddings,
         max_length=config.max_position_embeddings,
     )
 
@@ -196,7 +199,7 @@ def _read_own(raw: dict, file: Path) -> LlavaConfig:
     found = fields.native(file, {key: value for key, value in raw.items() if key not in ("model_type", "version")})
     scaling = found["text"]["rope_scaling"]
     text = found["text"] | {"rope_scaling": scaling and _build(file, RopeScaling, **scaling)}
-    parts = {"vision": _build(file, VitConfig, **found["vision"]), "text": _build(file, LlamaConfig, **text)}
+    parts = {"vision": _build(file, VisionConfig, **found["vision"]), "text": _build(file, LlamaConfig, **text)}
     config = _build(file, LlavaConfig, **found | parts)
     _build(file, projector.depth, kind=config.projector)
     return dataclasses.replace(config, template=_build(file, templates.get, template=config.template).name)
@@ -228,7 +231,7 @@ def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dty
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.feature_layer,
         "vision_feature_select_strategy": select[config.feature_select],
-        "tie_word_embeddings": config.text.tied,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
         **ids,
         "vision_config": hub_vision(config.vision),
         "text_config": hub_text(config.text, vocab_size) | ids,
@@ -236,16 +239,16 @@ def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dty
     }
 
 
-def hub_vision(config: VitConfig) -> dict:
+def hub_vision(config: VisionConfig) -> dict:
     return {
         "model_type": "clip_vision_model",
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "num_channels": 3,
-        "hidden_size": config.width,
+        "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
         "hidden_act": config.activation,
         "layer_norm_eps": config.norm_eps,
         "attention_dropout": 0.0,
@@ -270,10 +273,10 @@ def hub_text(config: LlamaConfig, vocab_size: int) -> dict:
     return {
         "model_type": "qwen2" if qwen2 else "llama",
         "vocab_size": vocab_size,
-        "hidden_size": config.width,
+        "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -282,7 +285,7 @@ def hub_text(config: LlamaConfig, vocab_size: int) -> dict:
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": True,
         **({"use_sliding_window": False} if qwen2 else biases),
     }

@@ -64,15 +64,16 @@ LLAVA = {
     "vision_feature_layer": Field(int, -1001, 1000),
 }
 NATIVE_PARTS = {  # of our own layout, whose fields are the dataclasses'
-    "vision": {"image_size": TOWER["image_size"], "patch_size": TOWER["patch_size"], "width": SIZES["hidden_size"],
-               "intermediate_size": SIZES["intermediate_size"], "layers": SIZES["num_hidden_layers"],
-               "heads": SIZES["num_attention_heads"], "activation": TEXT, "norm_eps": EPS},
-    "text": {"vocab_size": DECODER["vocab_size"], "width": SIZES["hidden_size"],
-             "intermediate_size": SIZES["intermediate_size"], "layers": SIZES["num_hidden_layers"],
-             "heads": SIZES["num_attention_heads"], "num_kv_heads": SIZES["num_attention_heads"],
+    "vision": {"image_size": TOWER["image_size"], "patch_size": TOWER["patch_size"],
+               "hidden_size": SIZES["hidden_size"],
+               "intermediate_size": SIZES["intermediate_size"], "num_layers": SIZES["num_hidden_layers"],
+               "num_heads": SIZES["num_attention_heads"], "activation": TEXT, "norm_eps": EPS},
+    "text": {"vocab_size": DECODER["vocab_size"], "hidden_size": SIZES["hidden_size"],
+             "intermediate_size": SIZES["intermediate_size"], "num_layers": SIZES["num_hidden_layers"],
+             "num_heads": SIZES["num_attention_heads"], "num_kv_heads": SIZES["num_attention_heads"],
              "head_dim": Field(int, 1, 2**12), "norm_eps": EPS, "rope_theta": ROPE["rope_theta"],
              "rope_scaling": Field(dict, null=True), "qkv_bias": FLAG, "out_bias": FLAG, "mlp_bias": FLAG,
-             "tied": FLAG, "max_length": DECODER["max_position_embeddings"]},
+             "tie_word_embeddings": FLAG, "max_length": DECODER["max_position_embeddings"]},
     "rope_scaling": {"kind": TEXT, "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
                      "original_length": ROPE["original_max_position_embeddings"]},
 }

@@ -13,11 +13,11 @@ from llava_jax.models import llava
 from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.projector import Projector
-from llava_jax.models.vit import Vit, VitConfig
+from llava_jax.models.vit import VisionConfig, Vit
 from llava_jax.weights import files, tables
 from llava_jax.weights.tables import Shape
 
-Config = LlavaConfig | VitConfig | LlamaConfig
+Config = LlavaConfig | VisionConfig | LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Source:
 def shapes(config: Config) -> dict[str, Shape]:
     """Every parameter of a model, or of its vision tower or decoder alone, by path."""
     if isinstance(config, LlavaConfig):
-        parameters = llava.abstract(config)[1]
+        parameters = llava.abstract_params(config)[1]
     else:
-        part, module = ("vision", Vit) if isinstance(config, VitConfig) else ("decoder", Llama)
-        parameters = llava.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))[1]
+        part, module = ("vision", Vit) if isinstance(config, VisionConfig) else ("decoder", Llama)
+        parameters = llava.to_params(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))[1]
         parameters = {f"{part}/{path}": parameter for path, parameter in parameters.items()}
     return {path: parameter.shape for path, parameter in parameters.items()}
 
@@ -58,7 +58,7 @@ def from_hub_files(directory: Path, config: Config) -> Source:
     places = tables.places(wanted)
     expected = {name: place.hub_shape for name, place in places.items()}
     expected |= _second_linear_shapes(wanted)
-    tied = "decoder/embedding" in wanted and "decoder/head/kernel" not in wanted
+    tied = "decoder/embedding" in wanted and "decoder/lm_head/kernel" not in wanted
 
     found, stored, unused = files.find(directory), {}, []
     names = [tables.hub_name(original) for original in found]
@@ -120,8 +120,8 @@ def from_memory(parameters: llava.Parameters) -> Source:
 
 def new_projector(config: LlavaConfig, seed: int) -> Source:
     """A projector as it is before training."""
-    projector = Projector(config.projector, config.vision.width, config.text.width, rngs=nnx.Rngs(seed))
-    return from_memory({f"projector/{path}": x for path, x in llava.split(projector)[1].items()})
+    projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=nnx.Rngs(seed))
+    return from_memory({f"projector/{path}": x for path, x in llava.to_params(projector)[1].items()})
 
 
 def join(*sources: Source) -> Source:

@@ -15,23 +15,24 @@ from safetensors.numpy import save_file
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import Parameters
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.synthesize import rules
 from llava_jax.weights import tables
 
 CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)
 BOS, EOS = 1, 2
 VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS = 800, 3500, 0.3
-VISION = VitConfig(image_size=scenes.SIZE, patch_size=10, width=128, intermediate_size=384, layers=4, heads=4)
+VISION = VisionConfig(image_size=scenes.SIZE, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4,
+                      num_heads=4)
 LANGUAGE = LlamaConfig(
     vocab_size=512,
-    width=128,
+    hidden_size=128,
     intermediate_size=384,
-    layers=4,
-    heads=4,
+    num_layers=4,
+    num_heads=4,
     num_kv_heads=4,
     head_dim=32,
-    tied=True,
+    tie_word_embeddings=True,
     max_length=512,
 )
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.models.llama import Llama
-from llava_jax.models.llava import Parameters, merge, split
+from llava_jax.models.llava import Parameters, from_params, to_params
 from llava_jax.synthesize import rules
 from llava_jax.weights import configs
 from mini_backbones.common import (
@@ -156,7 +156,7 @@ def pack(pages, rows: int, length: int) -> tuple[dict[str, np.ndarray], list[lis
 
 
 def next_word_scores(graph, parameters: Parameters, batch: dict):
-    decoder = merge(graph, parameters).decoder
+    decoder = from_params(graph, parameters).decoder
     there = batch["words"] >= 0
     x = (decoder.embedding[...][jnp.where(there, batch["words"], 0)] * there[..., None]).sum(2)
     return decoder.logits(decoder(x, batch["positions"], batch["segments"]))[:, :-1]
@@ -195,7 +195,7 @@ class Language(nnx.Module):
 
 
 def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 2e-3) -> dict:
-    graph, parameters = split(Language(nnx.Rngs(seed)))
+    graph, parameters = to_params(Language(nnx.Rngs(seed)))
     parameters = start(parameters, {r".*/kernel|decoder/embedding": 3})
     rng = random.Random(f"{seed} text")
     lookup = iter(lambda: lookup_page(encode, rng), None)

@@ -12,7 +12,7 @@ from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.layers import scan
 from llava_jax.models.llama import Llama, LlamaConfig
-from llava_jax.models.llava import merge, split
+from llava_jax.models.llava import from_params, to_params
 from llava_jax.models.vit import Vit
 from llava_jax.weights import configs
 from mini_backbones.common import LANGUAGE, VISION, Encoder, save, start, train, write_json
@@ -32,10 +32,10 @@ class Clip(nnx.Module):
         self.text = Llama(
             LlamaConfig(
                 vocab_size=LANGUAGE.vocab_size,
-                width=width,
+                hidden_size=width,
                 intermediate_size=2 * width,
-                layers=2,
-                heads=2,
+                num_layers=2,
+                num_heads=2,
                 num_kv_heads=2,
                 head_dim=width // 2,
             ),
@@ -45,7 +45,7 @@ class Clip(nnx.Module):
         def matrix(inputs):
             return nnx.Param(jax.random.normal(rngs.params(), (inputs, width)) * inputs**-0.5)
 
-        self.region, self.scene = matrix(VISION.width), matrix(VISION.width)
+        self.region, self.scene = matrix(VISION.hidden_size), matrix(VISION.hidden_size)
         self.region_text, self.scene_text = matrix(width), matrix(width)
         self.log_scale = nnx.Param(jnp.full(2, 2.3))
 
@@ -64,7 +64,7 @@ class Clip(nnx.Module):
 
     def loss(self, batch: dict):
         patches, pooled = self.features(batch["images"])
-        regions = jnp.einsum("BRP,BPD->BRD", batch["weights"], patches).reshape(-1, VISION.width)
+        regions = jnp.einsum("BRP,BPD->BRD", batch["weights"], patches).reshape(-1, VISION.hidden_size)
         regions = unit(standardise(regions) @ self.region[...])
         shown, said = batch["shown"].reshape(-1, 4), batch["said"].reshape(-1, 4)
         there = shown[:, 2] > 0
@@ -202,14 +202,14 @@ def make_vision(
     out: Path, encode: Encoder, seed: int, steps: int, size: int = 64, peak: float = 1.5e-3
 ) -> dict:
     pictures, held_out = draw(20_000, f"{seed} vision"), draw(1500, f"{seed} probe")
-    graph, parameters = split(Clip(nnx.Rngs(seed)))
+    graph, parameters = to_params(Clip(nnx.Rngs(seed)))
     parameters = start(parameters, {r"vision/position_embedding": 10, r".*/kernel": 3})
     rng = random.Random(f"{seed} regions")
-    loss = lambda parameters, batch: merge(graph, parameters).loss(batch)  # noqa: E731
+    loss = lambda parameters, batch: from_params(graph, parameters).loss(batch)  # noqa: E731
     parameters = train(
         "vision", loss, parameters, lambda _: region_batch(pictures, encode, rng, size), steps, peak
     )
-    features = jax.jit(lambda images: merge(graph, parameters).features(images)[0])
+    features = jax.jit(lambda images: from_params(graph, parameters).features(images)[0])
     scores = probe(features, held_out)
     print("vision", scores, flush=True)
     save(

@@ -12,8 +12,8 @@ from PIL import Image
 
 import llava_jax
 from llava_jax.models.llama import LlamaConfig
-from llava_jax.models.llava import LlavaConfig, abstract
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import encode_conversation, encode_prompt
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -77,15 +77,15 @@ def make_reciter(tokenizer, config, opening, tokens):
     """A model that answers with `tokens` after the last token of `opening`: its layers add nothing, its head knows
     what follows a token."""
     chain = [opening[-1], *tokens]
-    assert len(set(chain)) == len(chain) <= config.text.width, "each token can have one successor only"
-    _, shapes = abstract(config)
+    assert len(set(chain)) == len(chain) <= config.text.hidden_size, "each token can have one successor only"
+    _, shapes = abstract_params(config)
     parameters = {path: np.zeros(shape.shape, np.float32) for path, shape in shapes.items()}
     for path in parameters:
         if path.endswith("norm/scale"):
             parameters[path] += 1
     for i, (token, following) in enumerate(itertools.pairwise(chain)):
         parameters["decoder/embedding"][token, i] = 1
-        parameters["decoder/head/kernel"][i, following] = 10
+        parameters["decoder/lm_head/kernel"][i, following] = 10
     return llava_jax.Llava(config, parameters, tokenizer)
 
 
@@ -112,9 +112,10 @@ def reciter(tokenizer):
 
 
 CONFIG = LlavaConfig(
-    vision=VitConfig(image_size=14, patch_size=7, width=16, intermediate_size=16, layers=1, heads=1),
+    vision=VisionConfig(image_size=14, patch_size=7, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1),
     text=LlamaConfig(
-        vocab_size=2000, width=64, intermediate_size=16, layers=1, heads=1, num_kv_heads=1, head_dim=64, max_length=256
+        vocab_size=2000, hidden_size=64, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=64,
+        max_length=256
     ),
     feature_layer=-1,
 )

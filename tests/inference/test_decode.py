@@ -9,7 +9,7 @@ import pytest
 from llava_jax.inference import decode as module
 from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, decode, prefill
 from llava_jax.inference.sampling import Sampling
-from llava_jax.models.llava import abstract, merge
+from llava_jax.models.llava import abstract_params, from_params
 
 ROWS = 4
 LIMITS = np.array([50, 3, 0, 50], np.int32)
@@ -27,7 +27,7 @@ def started(reciting, chain):
 
     Row 2 only fills the batch; its position is made to count the steps that the device takes.
     """
-    graph, _ = abstract(reciting.config)
+    graph, _ = abstract_params(reciting.config)
     tokens = np.zeros((ROWS, 8), np.int32)
     tokens[:, 4] = reciting.tokenizer.encode("ASSISTANT:")[-1]
     tokens[3, 4] = chain[-5]
@@ -42,11 +42,11 @@ def started(reciting, chain):
     @jax.jit
     def read(parameters):
         lengths = np.full(ROWS, 5, np.int32)
-        return prefill(merge(graph, parameters), tokens, lengths, None, LIMITS, sampling, ends, size=64)
+        return prefill(from_params(graph, parameters), tokens, lengths, None, LIMITS, sampling, ends, size=64)
 
     @jax.jit
     def go_on(parameters, state, going, steps):
-        return decode(merge(graph, parameters), state, going, steps, ends)
+        return decode(from_params(graph, parameters), state, going, steps, ends)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "write", counting)

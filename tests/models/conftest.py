@@ -46,7 +46,7 @@ def load(tmp_path_factory):
     from llava_jax.models import llava
     from llava_jax.models.llama import Llama
     from llava_jax.models.llava import LlavaConfig
-    from llava_jax.models.vit import Vit, VitConfig
+    from llava_jax.models.vit import VisionConfig, Vit
     from llava_jax.weights.checkpoint import load_checkpoint
 
     def load(torch_model, remat="none"):
@@ -54,8 +54,8 @@ def load(tmp_path_factory):
         torch_model.save_pretrained(directory)
         config, parameters = load_checkpoint(directory)
         if isinstance(config, LlavaConfig):
-            return llava.abstract(config, remat=remat)[0], parameters
-        module = Vit if isinstance(config, VitConfig) else Llama
+            return llava.abstract_params(config, remat=remat)[0], parameters
+        module = Vit if isinstance(config, VisionConfig) else Llama
         graph = nnx.split(nnx.eval_shape(lambda: module(config, remat=remat, rngs=nnx.Rngs(0))))[0]
         return graph, {path.split("/", 1)[1]: parameter for path, parameter in parameters.items()}
 
@@ -68,6 +68,6 @@ def call():
     from llava_jax.models import llava
 
     def call(graph, parameters, f, *args):
-        return jax.jit(lambda parameters, *args: f(llava.merge(graph, parameters), *args))(parameters, *args)
+        return jax.jit(lambda parameters, *args: f(llava.from_params(graph, parameters), *args))(parameters, *args)
 
     return call

@@ -13,7 +13,7 @@ from llava_jax.inference.sampling import Sampling
 from llava_jax.models import attention, llava
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 
 
 def inputs(length: int, heads: int, num_kv_heads: int, width: int) -> list[jax.Array]:
@@ -33,7 +33,7 @@ def assert_same_with_gradients(function, expected, arrays):
 
 @pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"), [(300, 4, 2, 128), (256, 2, 2, 64)])
 def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, heads, num_kv_heads, width):
-    monkeypatch.setattr(attention, "BLOCKS", {"": 128})  # several blocks in a row
+    monkeypatch.setattr(attention, "SPLASH_BLOCK_SIZES", {"": 128})  # several blocks in a row
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length]
     for ids in (jnp.asarray(segments, jnp.int32), None):
         assert_same_with_gradients(
@@ -66,7 +66,7 @@ def test_a_cache_with_heads_first_is_seen_as_any_other(queries, heads, num_kv_he
 def test_the_towers_kernel_sees_everything(length, heads, width):
     def joined(*arrays):
         side_by_side = jnp.concatenate([x.reshape(2, length, heads * width) for x in arrays], axis=-1)
-        return attention._whole(side_by_side, heads, True)
+        return attention._bidirectional_splash(side_by_side, heads, True)
 
     assert_same_with_gradients(joined, attention.attention, inputs(length, heads, heads, width))
 
@@ -87,7 +87,7 @@ def test_what_cannot_run_raises():
 
 
 BASE = LlavaConfig()
-NARROW = dataclasses.replace(BASE, vision=VitConfig(width=96, heads=3))
+NARROW = dataclasses.replace(BASE, vision=VisionConfig(hidden_size=96, num_heads=3))
 ODD = dataclasses.replace(BASE, text=LlamaConfig(head_dim=100))
 
 
@@ -107,20 +107,20 @@ def test_a_tower_never_changes_its_attention_quietly():
         attention.full("splash", 3)(jnp.zeros((1, 4, 3 * 96)))
     with pytest.raises(UserError, match="'flash' is not one of xla, splash, cudnn"):
         attention.full("flash", 3)
-    assert str(llava.Attention("splash", "xla")) == "splash (vision tower xla)"
+    assert str(llava.AttentionChoice("splash", "xla")) == "splash (vision tower xla)"
 
 
-@pytest.mark.parametrize("name, kernels", [("auto", {"whole_attention", "splash"}), ("xla", set())])
+@pytest.mark.parametrize("name, kernels", [("auto", {"bidirectional_attention", "splash"}), ("xla", set())])
 def test_prefill_on_a_tpu_has_the_kernels(name, kernels):
     """The program of inference, traced for a TPU that is not there."""
-    config = LlavaConfig(vision=VitConfig(28, 14, 128, 128, 2, 2), text=LlamaConfig(64, 128, 128, 1, 1, 1, 128),
+    config = LlavaConfig(vision=VisionConfig(28, 14, 128, 128, 2, 2), text=LlamaConfig(64, 128, 128, 1, 1, 1, 128),
                          feature_layer=-1)
     chosen = llava.choose_attention(name, "tpu", config, "bfloat16")
-    graph, shapes = llava.abstract(config, "bfloat16", chosen)
+    graph, shapes = llava.abstract_params(config, "bfloat16", chosen)
     array = jax.ShapeDtypeStruct
     sampling = Sampling(array((2, 2), "uint32"), array((2,), "float32"), array((2,), "float32"))
     inputs = (array((2, 128), "int32"), array((2,), "int32"), array((2, 1, 28, 28, 3), "uint8"), array((2,), "int32"))
-    read = jax.jit(lambda parameters, *inputs: prefill(llava.merge(graph, parameters), *inputs, (2,), 192))
+    read = jax.jit(lambda parameters, *inputs: prefill(llava.from_params(graph, parameters), *inputs, (2,), 192))
     text = str(read.trace(shapes, *inputs, sampling).jaxpr)
-    assert {kernel for kernel in ("whole_attention", "splash") if kernel in text} == kernels
+    assert {kernel for kernel in ("bidirectional_attention", "splash") if kernel in text} == kernels
     assert ("pallas_call" in text) == bool(kernels)

@@ -13,12 +13,13 @@ from llava_jax.models import llava
 from llava_jax.models.layers import REMAT
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 CONFIG = LlavaConfig(
-    vision=VitConfig(image_size=28, patch_size=7, width=32, intermediate_size=48, layers=3, heads=4),
-    text=LlamaConfig(vocab_size=200, width=64, intermediate_size=96, layers=3, heads=4, num_kv_heads=2, head_dim=16),
+    vision=VisionConfig(image_size=28, patch_size=7, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4),
+    text=LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2,
+                     head_dim=16),
 )
 IMAGE = 199
 
@@ -40,7 +41,7 @@ def loss(model, tokens, images):
 
 
 def value_and_grad(graph, parameters, *batch):
-    return jax.jit(jax.value_and_grad(lambda p: loss(llava.merge(graph, p), *batch)))(parameters)
+    return jax.jit(jax.value_and_grad(lambda p: loss(llava.from_params(graph, p), *batch)))(parameters)
 
 
 def test_gradients(randomise, load, assert_close):
@@ -80,13 +81,13 @@ def test_gradients(randomise, load, assert_close):
     attention, mlp = layer.self_attn, layer.mlp
     for path, weight in {
         "attention_norm/scale": layer.input_layernorm.weight,
-        "attention/query/kernel": attention.q_proj.weight, "attention/query/bias": attention.q_proj.bias,
-        "attention/key/kernel": attention.k_proj.weight, "attention/key/bias": attention.k_proj.bias,
-        "attention/value/kernel": attention.v_proj.weight, "attention/value/bias": attention.v_proj.bias,
-        "attention/out/kernel": attention.o_proj.weight,
+        "attention/q_proj/kernel": attention.q_proj.weight, "attention/q_proj/bias": attention.q_proj.bias,
+        "attention/k_proj/kernel": attention.k_proj.weight, "attention/k_proj/bias": attention.k_proj.bias,
+        "attention/v_proj/kernel": attention.v_proj.weight, "attention/v_proj/bias": attention.v_proj.bias,
+        "attention/o_proj/kernel": attention.o_proj.weight,
         "mlp_norm/scale": layer.post_attention_layernorm.weight,
-        "mlp/gate/kernel": mlp.gate_proj.weight, "mlp/up/kernel": mlp.up_proj.weight,
-        "mlp/down/kernel": mlp.down_proj.weight,
+        "mlp/gate_proj/kernel": mlp.gate_proj.weight, "mlp/up_proj/kernel": mlp.up_proj.weight,
+        "mlp/down_proj/kernel": mlp.down_proj.weight,
     }.items():
         close(f"decoder/layers/{path}", weight, layer=1)
 
@@ -95,12 +96,13 @@ def test_gradients(randomise, load, assert_close):
 def parameters():
     rng = np.random.default_rng(0)
     return {path: rng.normal(path.endswith("scale"), 0.1, x.shape).astype(np.float32)
-            for path, x in llava.abstract(CONFIG)[1].items()}
+            for path, x in llava.abstract_params(CONFIG)[1].items()}
 
 
 def test_remat_policies_agree(parameters):
     tokens, images = conversation(np.random.default_rng(0), images=1)
-    results = {remat: value_and_grad(llava.abstract(CONFIG, remat=remat)[0], parameters, tokens[None], images[None])
+    results = {remat: value_and_grad(llava.abstract_params(CONFIG, remat=remat)[0], parameters, tokens[None],
+                                     images[None])
                for remat in REMAT}
     expected, expected_gradients = results["none"]
     assert len(REMAT) == 6
@@ -115,15 +117,15 @@ def test_remat_policies_agree(parameters):
 
 def test_an_unknown_remat_policy(parameters, call):
     tokens, images = conversation(np.random.default_rng(0), images=1)
-    graph = llava.abstract(CONFIG, remat="some")[0]
-    with pytest.raises(UserError, match="unknown policy 'some'.*minimal"):
+    graph = llava.abstract_params(CONFIG, remat="some")[0]
+    with pytest.raises(UserError, match="unknown policy 'some'.*save_dots"):
         call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images[None])
 
 
 def test_packed_conversations_do_not_see_each_other(parameters, call, assert_close):
     rng = np.random.default_rng(0)
     first, second = conversation(rng, images=1), conversation(rng, images=2)
-    graph = llava.abstract(CONFIG)[0]
+    graph = llava.abstract_params(CONFIG)[0]
     alone = [call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images[None])[0]
              for tokens, images in (first, second)]
 
@@ -141,7 +143,7 @@ def test_images_as_bytes(parameters, call, assert_close):
     rng = np.random.default_rng(0)
     tokens, _ = conversation(rng, images=1)
     tiles = rng.integers(0, 256, (1, 1, 28, 28, 3), np.uint8)
-    graph = llava.abstract(CONFIG)[0]
+    graph = llava.abstract_params(CONFIG)[0]
     outputs = [call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images)
                for images in (tiles, normalise(tiles))]
     assert_close(*outputs, 1e-4)

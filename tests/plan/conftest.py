@@ -9,11 +9,12 @@ import pytest
 
 from llava_jax import config
 from llava_jax.models.llama import LlamaConfig
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.weights.configs import hub_text, hub_vision
 
-VISION = VitConfig(image_size=28, patch_size=14, width=64, intermediate_size=128, layers=3, heads=2)
-TEXT = LlamaConfig(vocab_size=512, width=256, intermediate_size=512, layers=2, heads=2, num_kv_heads=2, head_dim=128)
+VISION = VisionConfig(image_size=28, patch_size=14, hidden_size=64, intermediate_size=128, num_layers=3, num_heads=2)
+TEXT = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=2, num_kv_heads=2,
+                   head_dim=128)
 
 
 @pytest.fixture(autouse=True)

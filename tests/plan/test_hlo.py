@@ -81,7 +81,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
   %start = (s32[], f32[8,128], s32[], s32[]) tuple(%zero, %x, %six, %two)
   %loop = (s32[], f32[8,128], s32[], s32[]) while(%start), condition=%outer_condition, body=%outer
 {op("update", 1000, "optimizer/mul")}
-{op("argument", 3, "state.trainable['decoder/head']", call="copy(%x)").replace("jit(step)/", "")}
+{op("argument", 3, "state.trainable['decoder/lm_head']", call="copy(%x)").replace("jit(step)/", "")}
   %ready = f32[64,128]{{1,0:T(8,128)}} all-gather(%x), channel_id=1, replica_groups=[2,8]<=[16], dimensions={{0}}
   %sum = f32[8,128]{{1,0:T(8,128)}} all-reduce(%x), channel_id=2, replica_groups=[8,2]<=[2,8]T(1,0), to_apply=%compare
 {op("last", 1, "transpose(jvp(loss))/add", root=True)}

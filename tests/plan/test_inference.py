@@ -3,7 +3,7 @@
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.models.llava import abstract
+from llava_jax.models.llava import abstract_params
 from llava_jax.plan import show
 from llava_jax.plan.inference import plan_inference
 from llava_jax.plan.models import planned_config
@@ -14,9 +14,9 @@ def test_bytes_and_rates_of_prefill_and_decode(needs_libtpu, tiny):
     model, _ = planned_config(tiny.model)
     where = parse("v5e-1")
     prefill, decode = plan_inference(model, where, batch=4, context=256)
-    shapes, text = abstract(model)[1], model.text
+    shapes, text = abstract_params(model)[1], model.text
     assert prefill.memory.frozen == decode.memory.frozen == 2 * sum(x.size for x in shapes.values())
-    assert prefill.cache == decode.cache == 2 * 2 * text.layers * 4 * 256 * text.num_kv_heads * text.head_dim
+    assert prefill.cache == decode.cache == 2 * 2 * text.num_layers * 4 * 256 * text.num_kv_heads * text.head_dim
     assert prefill.tokens == 4 * 256 and decode.tokens == 4
     # A token needs every weight of the decoder but the table of embeddings, and the whole cache.
     weights = sum(x.size for path, x in shapes.items() if path.startswith("decoder/") and path != "decoder/embedding")

@@ -21,7 +21,7 @@ def test_a_plan_as_json_and_the_programs_behind_it(needs_libtpu, tiny_file, tmp_
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert [stage["stage"] for stage in found["stages"]] == ["align", "instruct"]
-    assert found["mesh"] == {"replica": 1, "fsdp": 4, "tensor": 1} and found["chips"] == 4
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and found["chips"] == 4
     assert found["versions"]["jax"] and found["versions"]["libtpu"]
     for stage in found["stages"]:
         text = (tmp_path / f"step.{stage['stage']}.hlo").read_text()

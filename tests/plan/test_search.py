@@ -23,8 +23,8 @@ GIB = 2**30
 def ways(needs_libtpu, tiny, tmp_path_factory):
     # So large that activations do not find room in the chip's own memory.
     folder = tmp_path_factory.mktemp("wide")
-    text = LlamaConfig(vocab_size=512, width=1024, intermediate_size=2816, layers=12, heads=8, num_kv_heads=8,
-                       head_dim=128)
+    text = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2816, num_layers=12, num_heads=8,
+                       num_kv_heads=8, head_dim=128)
     (folder / "config.json").write_text(json.dumps(hub_text(text, 512)))
     data = dataclasses.replace(tiny.stages["instruct"].data, sequence_length=1024)
     recipe = dataclasses.replace(
@@ -35,7 +35,7 @@ def ways(needs_libtpu, tiny, tmp_path_factory):
 
 def test_candidates_are_every_mesh_division_and_policy(ways):
     _, found = ways
-    meshes = {(way.mesh.replica, way.mesh.fsdp, way.mesh.tensor) for way in found}
+    meshes = {(way.mesh.data, way.mesh.fsdp, way.mesh.tensor) for way in found}
     assert meshes == {(1, 4, 1), (1, 2, 2)}  # four do not divide the vision tower's two heads
     assert {way.gradient_accumulation for way in found if way.mesh.fsdp == 4} == {1, 2, 4}
     assert {way.gradient_accumulation for way in found if way.mesh.fsdp == 2} == {1, 2, 4, 8}
@@ -54,7 +54,7 @@ def test_the_memory_formula_stays_below_the_compilers_figure_of_a_tiny_model(nee
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat,micro_batches,least", [("none", 1, 0.15), ("minimal", 1, 0.3), ("full", 2, 0.3)])
+@pytest.mark.parametrize("remat,micro_batches,least", [("none", 1, 0.15), ("save_dots", 1, 0.3), ("full", 2, 0.3)])
 def test_the_memory_formula_stays_below_the_compilers_figure_by_policy(ways, remat, micro_batches, least):
     recipe, found = ways
     way = next(way for way in found
@@ -78,8 +78,8 @@ def answer(candidate: Candidate, seconds: float | None) -> Found:
 
 
 def test_the_fastest_that_fits_is_first_and_what_must_be_larger_is_not_tried(monkeypatch):
-    fast, slow = way("minimal", 2, 9 * GIB, 3.0), way("full", 2, 6 * GIB, 4.0)
-    large, larger = way("minimal", 1, 14 * GIB, 1.0), way("none", 1, 15 * GIB, 2.0)
+    fast, slow = way("save_dots", 2, 9 * GIB, 3.0), way("full", 2, 6 * GIB, 4.0)
+    large, larger = way("save_dots", 1, 14 * GIB, 1.0), way("none", 1, 15 * GIB, 2.0)
     asked = []
 
     def compile_(recipe, overrides, stage, where, candidate):
@@ -92,8 +92,8 @@ def test_the_fastest_that_fits_is_first_and_what_must_be_larger_is_not_tried(mon
     assert asked == [large, fast, slow]
     assert [each.candidate for each in found] == [fast, slow, large]
     assert found[0].candidate.flags("instruct") == [
-        "--mesh.replica", "1", "--mesh.fsdp", "4", "--mesh.tensor", "1", "--stages.instruct.gradient_accumulation", "2",
-        "--stages.instruct.remat", "minimal", "--model.attention", "auto"]
+        "--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.tensor", "1", "--stages.instruct.gradient_accumulation", "2",
+        "--stages.instruct.remat", "save_dots", "--model.attention", "auto"]
     assert "does not fit (20.0 GiB)" in lines[0] and "500 ms" in lines[1]
     asked.clear()
     search("tiny", [], "instruct", WHERE, [large, fast, slow], 1, 1, lines.append)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.models.llava import abstract
+from llava_jax.models.llava import abstract_params
 from llava_jax.parallel import sharding
 from llava_jax.plan import costs, show
 from llava_jax.plan.cycles import profile
@@ -36,7 +36,7 @@ def planned(needs_libtpu, tiny):
 
 def test_memory_is_the_compilers_and_its_parts_are_the_arrays(planned, tiny):
     model, mesh, program = planned
-    _, shapes = abstract(model)
+    _, shapes = abstract_params(model)
     sizes = {"trained": 0, "frozen": 0}
     for path, x in shapes.items():
         spec = sharding.parameter_shardings({path: x.shape}, mesh)[path].spec
@@ -149,7 +149,7 @@ def test_two_slices_exchange_their_gradients_once(needs_libtpu, tiny):
     where = parse_slice("v5e-4x2")
     model, _ = planned_config(tiny.model)
     recipe, notes = with_slices(tiny, where)
-    assert recipe.mesh.replica == 2 and "--mesh.replica 2" in notes[0]
+    assert recipe.mesh.data == 2 and "--mesh.data 2" in notes[0]
     program = compile_step(recipe, "instruct", where, plan_mesh(recipe, where, model), model)
     assert set(program.slices) == {0, 1}
     found = profile(program.hlo, program.slices)
@@ -177,9 +177,9 @@ def test_the_planned_batch_is_what_the_loop_puts_on_the_devices(tiny, parts, dat
 def test_published_sizes_stand_in_for_checkpoints_that_are_not_here():
     model = config.Model(vision="checkpoints/clip-vit-large-patch14-336", language="x/Vicuna-13B-v1.5")
     found, notes = planned_config(model)
-    count = sum(x.size for x in abstract(found)[1].values())
+    count = sum(x.size for x in abstract_params(found)[1].values())
     assert 13.2e9 < count < 13.5e9 and len(notes) == 2  # LLaVA-1.5 13B
-    assert sum(x.size for path, x in abstract(found)[1].items() if path.startswith("vision/")) == pytest.approx(
+    assert sum(x.size for path, x in abstract_params(found)[1].items() if path.startswith("vision/")) == pytest.approx(
         303.5e6, rel=0.01)
     with pytest.raises(UserError, match="my-model.*config.json"):
         known("checkpoints/my-model")
@@ -192,14 +192,16 @@ def test_published_sizes_stand_in_for_checkpoints_that_are_not_here():
 ])
 def test_published_sizes_give_the_published_numbers_of_parameters(name, count):
     text = known(name)
-    layer = text.width * text.head_dim * 2 * (text.heads + text.num_kv_heads) + 3 * text.width * text.intermediate_size
-    layer += 2 * text.width + (text.qkv_bias and text.head_dim * (text.heads + 2 * text.num_kv_heads))
-    total = text.layers * layer + text.width + text.width * text.vocab_size * (1 if text.tied else 2)
+    layer = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
+    layer += 3 * text.hidden_size * text.intermediate_size
+    layer += 2 * text.hidden_size + (text.qkv_bias and text.head_dim * (text.num_heads + 2 * text.num_kv_heads))
+    embeddings = text.hidden_size * text.vocab_size * (1 if text.tie_word_embeddings else 2)
+    total = text.num_layers * layer + text.hidden_size + embeddings
     assert total == pytest.approx(count, rel=5e-4)
 
 
 @pytest.mark.parametrize("mesh,rows,expected", [
-    (config.Mesh(fsdp=3), 8, "fsdp 3 .* needs 3 devices, and there are 4.*these would: --mesh.replica 1 --mesh.fsdp 4"),
+    (config.Mesh(fsdp=3), 8, "fsdp 3 .* needs 3 devices, and there are 4.*these would: --mesh.data 1 --mesh.fsdp 4"),
     (config.Mesh(), 6, "6 sequences .* do not divide .* = 4 .*these would: .*--mesh.fsdp 2 --mesh.tensor 2"),
     (config.Mesh(), 5, "5 rows .*multiple of 4"),
 ])

@@ -1,6 +1,6 @@
 """Run by test_gradients.py in a process of eight devices: gradients on meshes beside those of one device.
 
-python sharded_gradients.py CASE [CASE ...]. A CASE is MODEL:TRAINED:REMAT:REPLICA,FSDP,TENSOR, where TRAINED is a
+python sharded_gradients.py CASE [CASE ...]. A CASE is MODEL:TRAINED:REMAT:DATA,FSDP,TENSOR, where TRAINED is a
 regular expression over parameter paths. Writes a JSON line for each case: by parameter, its largest gradient and the
 largest difference between the mesh and one device.
 """
@@ -18,21 +18,22 @@ from sharded_steps import make_batch
 
 from llava_jax import config
 from llava_jax.models.llama import LlamaConfig
-from llava_jax.models.llava import LlavaConfig, abstract, init
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.llava import LlavaConfig, abstract_params, init_params
+from llava_jax.models.vit import VisionConfig
 from llava_jax.parallel import sharding
 from llava_jax.train.step import loss_sum
 
 # Every sharded dimension divides by eight.
 BASE = LlavaConfig(
-    vision=VitConfig(image_size=28, patch_size=14, width=64, intermediate_size=64, layers=2, heads=8),
-    text=LlamaConfig(vocab_size=101, width=64, intermediate_size=128, layers=2, heads=16, num_kv_heads=8, head_dim=8),
+    vision=VisionConfig(image_size=28, patch_size=14, hidden_size=64, intermediate_size=64, num_layers=2, num_heads=8),
+    text=LlamaConfig(vocab_size=101, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=16, num_kv_heads=8,
+                     head_dim=8),
     feature_layer=-1)
 BIASED = dataclasses.replace(BASE.text, qkv_bias=True, out_bias=True, mlp_bias=True)
 MODELS = {kind: dataclasses.replace(BASE, projector=kind)
           for kind in ("identity", "linear", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu")}
 MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu"),
-           "tied": dataclasses.replace(BASE, text=dataclasses.replace(BASE.text, tied=True))}
+           "tied": dataclasses.replace(BASE, text=dataclasses.replace(BASE.text, tie_word_embeddings=True))}
 """One model for every kind of layer: each row of the sharding table must match a parameter of one of them."""
 
 
@@ -41,14 +42,14 @@ def parameters(model: str) -> dict[str, np.ndarray]:
     """The same on every mesh; no bias is 0 and no scale 1, so that each has its own gradient."""
     rng = np.random.default_rng(0)
     return {path: np.asarray(x) + 0.02 * rng.standard_normal(x.shape).astype(np.float32)
-            for path, x in init(MODELS[model]).items()}
+            for path, x in init_params(MODELS[model]).items()}
 
 
 @functools.cache
 def gradients(model: str, trained: str, remat: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """The loss, and its gradient by every parameter whose path matches `trained`."""
     mesh = sharding.make_mesh(config.Mesh(*sizes), jax.devices()[: np.prod(sizes)])
-    graph, shapes = abstract(MODELS[model], remat=remat)
+    graph, shapes = abstract_params(MODELS[model], remat=remat)
     layout = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     rows = NamedSharding(mesh, sharding.ROWS)
     with jax.set_mesh(mesh):

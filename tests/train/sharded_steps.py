@@ -1,6 +1,6 @@
 """Run by test_sharding.py in processes of its own: three train steps on a mesh; saves losses and parameters.
 
-python sharded_steps.py OUT.npz REPLICA FSDP TENSOR [REPLICA FSDP TENSOR ...]
+python sharded_steps.py OUT.npz DATA FSDP TENSOR [DATA FSDP TENSOR ...]
 """
 
 import sys
@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
 from llava_jax.models.llama import LlamaConfig
-from llava_jax.models.llava import LlavaConfig, abstract, init
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.llava import LlavaConfig, abstract_params, init_params
+from llava_jax.models.vit import VisionConfig
 from llava_jax.parallel import sharding
 from llava_jax.parallel.processes import initialize
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
@@ -22,8 +22,9 @@ from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.step import init_state, make_train_step
 
 MODEL = LlavaConfig(
-    vision=VitConfig(image_size=28, patch_size=14, width=32, intermediate_size=64, layers=3, heads=4),
-    text=LlamaConfig(vocab_size=101, width=48, intermediate_size=96, layers=2, heads=4, num_kv_heads=2, head_dim=12))
+    vision=VisionConfig(image_size=28, patch_size=14, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4),
+    text=LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
+                     head_dim=12))
 STAGE = config.Stage(
     learning_rates=(("vision/.*", None), ("projector/.*", 1e-2), ("decoder/.*", 1e-3)),
     data=config.Data(path="unused"), optimizer=config.Optimizer(clip=1.0))
@@ -51,16 +52,16 @@ def make_batch() -> dict[str, np.ndarray]:
 def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "full",
         offload: bool = False) -> dict[str, np.ndarray]:
     """Losses, gradient norms and trained parameters after three steps."""
-    graph, shapes = abstract(MODEL, remat=remat)
+    graph, shapes = abstract_params(MODEL, remat=remat)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     with jax.set_mesh(mesh):
-        parameters = jax.jit(lambda: init(MODEL), out_shardings=shardings)()
+        parameters = jax.jit(lambda: init_params(MODEL), out_shardings=shardings)()
         rates = trainable_paths(STAGE, list(parameters))
         tx = make_optimizer(STAGE, rates, 10)
         state = init_state(tx, {path: parameters[path] for path in rates}, offload)
         frozen = {path: x for path, x in parameters.items() if path not in rates}
         step = make_train_step(graph, tx, state)
-        rows = NamedSharding(mesh, P(None, ("replica", "fsdp")))
+        rows = NamedSharding(mesh, P(None, ("data", "fsdp")))
         # Every process knows the whole batch here and gives the devices that are its own their rows.
         batch = {name: jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index])
                  for name, x in batch.items()}
@@ -77,7 +78,7 @@ if __name__ == "__main__":
     out, sizes = sys.argv[1], [int(size) for size in sys.argv[2:]]
     for i in range(0, len(sizes), 3):
         axes = config.Mesh(*sizes[i : i + 3])
-        count = axes.replica * axes.fsdp * axes.tensor
+        count = axes.data * axes.fsdp * axes.tensor
         result = run(sharding.make_mesh(axes, jax.devices()[:count]), make_batch())
         if jax.process_index() == 0:
-            np.savez(f"{out}_{axes.replica}_{axes.fsdp}_{axes.tensor}.npz", **result)
+            np.savez(f"{out}_{axes.data}_{axes.fsdp}_{axes.tensor}.npz", **result)

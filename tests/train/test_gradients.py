@@ -16,7 +16,7 @@ import pytest
 from sharded_gradients import MODELS
 
 from llava_jax.models.layers import REMAT
-from llava_jax.models.llava import abstract
+from llava_jax.models.llava import abstract_params
 from llava_jax.parallel import sharding
 
 SCRIPT = Path(__file__).with_name("sharded_gradients.py")
@@ -49,7 +49,7 @@ def assert_same(found: dict[str, dict[str, list[float]]]) -> None:
 
 
 def paths_of(model: str) -> list[str]:
-    return list(abstract(MODELS[model])[1])
+    return list(abstract_params(MODELS[model])[1])
 
 
 def test_every_row_of_the_sharding_table_is_compared():

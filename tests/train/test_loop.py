@@ -118,7 +118,7 @@ def test_frozen_parameters_keep_their_bits_and_each_stage_compiles_once(make_rec
         np.testing.assert_array_equal(after[path], np.asarray(x), err_msg=path)
     changed = [path for path, x in load_checkpoint(parts[1])[1].items()
                if not np.array_equal(after[path][: x.shape[0]], x)]
-    assert "decoder/layers/mlp/up/kernel" in changed
+    assert "decoder/layers/mlp/up_proj/kernel" in changed
     assert [step._cache_size() for step in steps] == [1, 1]
 
 

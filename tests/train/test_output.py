@@ -55,7 +55,7 @@ def test_another_recipe_is_refused(recipe):
     output.check_recipe(recipe)
     output.write_recipe(recipe)
     output.check_recipe(dataclasses.replace(recipe, log_every=3))
-    elsewhere = dataclasses.replace(recipe.stages["b"], remat="qkv", optimizer=config.Optimizer(offload=True))
+    elsewhere = dataclasses.replace(recipe.stages["b"], remat="save_qkv", optimizer=config.Optimizer(offload=True))
     output.check_recipe(dataclasses.replace(recipe, mesh=config.Mesh(fsdp=2), stages=recipe.stages | {"b": elsewhere}))
     with pytest.raises(UserError, match=r"gs://bucket/run: holds a run of another recipe \(different: seed\)"):
         output.check_recipe(dataclasses.replace(recipe, seed=1))

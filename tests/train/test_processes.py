@@ -94,7 +94,7 @@ def assert_same_run(ours: config.Recipe, theirs: config.Recipe) -> None:
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(make_recipe, whole, train_alone):
-    recipe = make_recipe("two", config.Mesh(replica=2, fsdp=4))
+    recipe = make_recipe("two", config.Mesh(data=2, fsdp=4))
     codes, outputs, errors = train(recipe, 2, "SIGTERM", process=1, step=4)
     assert codes == [75, 75], errors
     stopped = re.fullmatch(r"stopped at step (\d) of stage align; the same command goes on from there\n", errors[0])
@@ -107,7 +107,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(make_recipe, whole, train
 
 @pytest.mark.slow
 def test_four_processes_stop_and_two_go_on(make_recipe, whole):
-    recipe = make_recipe("four", config.Mesh(replica=2, fsdp=2, tensor=2))
+    recipe = make_recipe("four", config.Mesh(data=2, fsdp=2, tensor=2))
     codes, _, errors = train(recipe, 4, "SIGINT", process=3, step=3)
     assert codes == [130] * 4, errors
     codes, _, errors = train(dataclasses.replace(recipe, mesh=config.Mesh()), 2)
@@ -139,7 +139,7 @@ def test_two_processes_set_a_damaged_checkpoint_aside_and_answer_samples(make_re
     def validated(recipe: config.Recipe) -> float:
         return next(line["validation_loss"] for line in lines(recipe) if "validation_loss" in line)
 
-    alone, two = make("alone", config.Mesh()), make("two", config.Mesh(replica=2, fsdp=4))
+    alone, two = make("alone", config.Mesh()), make("two", config.Mesh(data=2, fsdp=4))
     train_alone(alone)
     codes, _, errors = train(two, 2)
     assert codes == [0, 0], errors

@@ -103,8 +103,8 @@ def chips(slices: int) -> list[Chip]:
 
 
 def test_only_replicas_lie_on_different_slices():
-    for mesh, shape in ((config.Mesh(replica=2), (2, 16, 1)), (config.Mesh(replica=4), (4, 8, 1)),
-                        (config.Mesh(replica=-1, fsdp=8, tensor=2), (2, 8, 2))):
+    for mesh, shape in ((config.Mesh(data=2), (2, 16, 1)), (config.Mesh(data=4), (4, 8, 1)),
+                        (config.Mesh(data=-1, fsdp=8, tensor=2), (2, 8, 2))):
         devices = sharding.make_mesh(mesh, chips(2)).devices
         assert devices.shape == shape
         assert len(set(devices.flat)) == 32
@@ -114,8 +114,8 @@ def test_only_replicas_lie_on_different_slices():
 
 def test_a_replica_that_does_not_fit_the_slices_says_what_to_set():
     for replica in (1, -1):
-        with pytest.raises(UserError, match=r"mesh.replica: 1 on 2 slices: .* set mesh.replica 2$"):
-            sharding.make_mesh(config.Mesh(replica=replica, fsdp=32), chips(2))
+        with pytest.raises(UserError, match=r"mesh.data: 1 on 2 slices: .* set mesh.data 2$"):
+            sharding.make_mesh(config.Mesh(data=replica, fsdp=32), chips(2))
 
 
 def test_rows_that_hosts_would_share_are_refused():
@@ -126,7 +126,7 @@ def test_rows_that_hosts_would_share_are_refused():
 
 def test_a_dimension_that_does_not_divide_names_parameter_dimension_and_axis():
     mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
-    with pytest.raises(UserError, match=r"decoder/layers/mlp/up/kernel \[2, 6, 8\]: dimension 6 .* fsdp = 4"):
-        sharding.parameter_shardings({"decoder/layers/mlp/up/kernel": (2, 6, 8)}, mesh)
+    with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel \[2, 6, 8\]: dimension 6 .* fsdp = 4"):
+        sharding.parameter_shardings({"decoder/layers/mlp/up_proj/kernel": (2, 6, 8)}, mesh)
     with pytest.raises(UserError, match="decoder/oops matches no row"):
         sharding.parameter_shardings({"decoder/oops": (4,)}, mesh)

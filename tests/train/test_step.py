@@ -10,7 +10,7 @@ from sharded_steps import LENGTH, MODEL, ROWS, STAGE, make_batch, run
 
 from llava_jax import config
 from llava_jax.models import attention, layers
-from llava_jax.models.llava import abstract, init
+from llava_jax.models.llava import abstract_params, init_params
 from llava_jax.parallel import sharding
 from llava_jax.text.encode import IGNORE
 from llava_jax.train.metrics import model_flops
@@ -35,11 +35,11 @@ def test_micro_batches_weigh_by_learned_tokens():
 
 
 def compile_step(stage: config.Stage, remat: str) -> tuple[jax.stages.Compiled, dict, dict]:
-    graph, shapes = abstract(MODEL, remat=remat)
+    graph, shapes = abstract_params(MODEL, remat=remat)
     mesh = make_mesh()
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     with jax.set_mesh(mesh):
-        parameters = jax.jit(lambda: init(MODEL), out_shardings=shardings)()
+        parameters = jax.jit(lambda: init_params(MODEL), out_shardings=shardings)()
         rates = trainable_paths(stage, list(parameters))
         tx = make_optimizer(stage, rates, 10)
         trainable = {path: parameters[path] for path in rates}
@@ -91,9 +91,9 @@ def dot_flops(jaxpr) -> float:
 @pytest.mark.parametrize("trained", [{"projector"}, {"projector", "decoder"}, {"vision", "projector", "decoder"}])
 def test_model_flops_count_the_products_of_a_traced_step(monkeypatch, trained):
     # With the backward passes that JAX derives: a CPU's own leave products to the compiler to drop, or repeat them.
-    monkeypatch.setattr(layers, "product", jnp.matmul)
-    monkeypatch.setattr(attention, "_in_parts", attention.attention)
-    graph, shapes = abstract(MODEL)
+    monkeypatch.setattr(layers, "matmul", jnp.matmul)
+    monkeypatch.setattr(attention, "chunked_causal_attention", attention.attention)
+    graph, shapes = abstract_params(MODEL)
     batch = {name: x[0] for name, x in make_batch().items()}
     trainable = {path: x for path, x in shapes.items() if path.split("/")[0] in trained}
     frozen = {path: x for path, x in shapes.items() if path not in trainable}
@@ -103,8 +103,8 @@ def test_model_flops_count_the_products_of_a_traced_step(monkeypatch, trained):
     places = np.full_like(batch["positions"], LENGTH - 1)
     formula = model_flops(MODEL, trained, places, np.ones_like(places), images=2 * ROWS)
     text = MODEL.text
-    formula += 2 * ROWS * LENGTH * text.width * text.vocab_size * ("decoder" not in trained)
-    formula += 2 * 2 * ROWS * LENGTH * text.layers * (text.heads + text.num_kv_heads) * text.head_dim**2
+    formula += 2 * ROWS * LENGTH * text.hidden_size * text.vocab_size * ("decoder" not in trained)
+    formula += 2 * 2 * ROWS * LENGTH * text.num_layers * (text.num_heads + text.num_kv_heads) * text.head_dim**2
     assert dot_flops(traced.jaxpr) == pytest.approx(formula, rel=1e-6)
 
 
@@ -113,5 +113,5 @@ def test_model_flops_of_attention_count_visible_pairs_only():
         places = np.concatenate([np.arange(n) for n in lengths])[None]
         return model_flops(MODEL, {"decoder"}, places, np.ones_like(places), images=0)
 
-    per_pair = 3 * 4 * MODEL.text.layers * MODEL.text.heads * MODEL.text.head_dim
+    per_pair = 3 * 4 * MODEL.text.num_layers * MODEL.text.num_heads * MODEL.text.head_dim
     assert flops([6]) - flops([2, 4]) == per_pair * (6 * 7 - 2 * 3 - 4 * 5) / 2

@@ -90,7 +90,7 @@ def test_every_spelling_is_the_same_model(hub_dir, tmp_path, loaded, layout, sha
 
 def test_parameters_are_the_modules(loaded):
     config, parameters = loaded
-    expected = llava.abstract(config)[1]
+    expected = llava.abstract_params(config)[1]
     assert {path: (x.shape, x.dtype) for path, x in parameters.items()} == {
         path: (x.shape, x.dtype) for path, x in expected.items()}
 
@@ -106,8 +106,8 @@ def test_constants_and_a_clips_text_tower_are_left_out(tmp_path):
     tensors["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     safetensors.torch.save_file(tensors, tmp_path / "clip" / "model.safetensors")
     config, parameters = load_checkpoint(tmp_path / "clip")
-    assert config.width == 32 and all(path.startswith("vision/") for path in parameters)
-    np.testing.assert_array_equal(parameters["vision/layers/mlp/up/kernel"][1],
+    assert config.hidden_size == 32 and all(path.startswith("vision/") for path in parameters)
+    np.testing.assert_array_equal(parameters["vision/layers/mlp/up_proj/kernel"][1],
                                   tensors["vision_model.encoder.layers.1.mlp.fc1.weight"].T)
 
     transformers.CLIPVisionModel(clip.config.vision_config).save_pretrained(tmp_path / "alone")
@@ -125,7 +125,7 @@ def test_a_llama_alone(tmp_path, tied):
     tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()  # old files hold a tied head too
     safetensors.torch.save_file(tensors, tmp_path / "llama" / "model.safetensors")
     _, parameters = load_checkpoint(tmp_path / "llama")
-    assert ("decoder/head/kernel" in parameters) is not tied
+    assert ("decoder/lm_head/kernel" in parameters) is not tied
     np.testing.assert_array_equal(parameters["decoder/embedding"], model.model.embed_tokens.weight.detach())
 
 
@@ -174,8 +174,8 @@ def torch_logits(model, tokens, images, image_id):
 
 
 def our_logits(config, parameters, tokens, images):
-    graph = llava.abstract(config)[0]
-    return np.asarray(jax.jit(lambda p: llava.merge(graph, p)(tokens, images))(parameters))
+    graph = llava.abstract_params(config)[0]
+    return np.asarray(jax.jit(lambda p: llava.from_params(graph, p)(tokens, images))(parameters))
 
 
 def make_batch():
@@ -188,14 +188,14 @@ def make_batch():
 @pytest.mark.parametrize("change", ["none", "linear", "qwen2 tied", "biases"])
 def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
     config, _ = loaded
-    text = {"none": {}, "linear": {"head_dim": 20}, "qwen2 tied": {"qkv_bias": True, "tied": True},
+    text = {"none": {}, "linear": {"head_dim": 20}, "qwen2 tied": {"qkv_bias": True, "tie_word_embeddings": True},
             "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True}}[change]
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, **text),
                                  projector="linear" if change == "linear" else "mlp2x_gelu",
                                  feature_select="cls_patch" if change == "biases" else "patch")
     rng = np.random.default_rng(0)
     parameters = {path: rng.normal(path.endswith("scale"), 0.1, x.shape).astype(np.float32)
-                  for path, x in llava.abstract(config)[1].items()}
+                  for path, x in llava.abstract_params(config)[1].items()}
     save_huggingface(tmp_path / "saved", config, parameters, hub_dir)
 
     model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -219,7 +219,7 @@ def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
     for path, x in parameters.items():
         if path == "decoder/embedding":
             x = np.concatenate([x, np.tile(x.astype(np.float64).mean(0).astype(np.float32), (48, 1))])
-        elif path == "decoder/head/kernel":
+        elif path == "decoder/lm_head/kernel":
             x = np.concatenate([x, np.tile(x.astype(np.float64).mean(1).astype(np.float32)[:, None], (1, 48))], axis=1)
         np.testing.assert_array_equal(reread[path], x, err_msg=path)
 
@@ -280,7 +280,7 @@ SHARDED = """
     from llava_jax.weights import load_checkpoint, read_config, save_huggingface
     from llava_jax.weights.source import shapes
 
-    mesh = sharding.make_mesh(config.Mesh(replica=1, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=2, tensor=2))
     shardings = sharding.parameter_shardings(shapes(read_config(source)), mesh)
     seen = []
     def place(path, shape):
@@ -293,7 +293,7 @@ SHARDED = """
         assert x.sharding == shardings[path], path
         for shard in x.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[path][shard.index])
-    assert not parameters["decoder/layers/mlp/up/kernel"].is_fully_addressable
+    assert not parameters["decoder/layers/mlp/up_proj/kernel"].is_fully_addressable
     save_huggingface(target, settings, parameters, source)
 """
 
@@ -317,12 +317,12 @@ def test_parameters_on_several_processes(hub_dir, tmp_path, loaded):
 def test_what_is_not_finite_is_not_written(hub_dir, tmp_path, loaded, save):
     config, parameters = loaded
     wrong = {path: np.array(x) for path, x in parameters.items()}
-    wrong["decoder/layers/mlp/down/kernel"][1, 3, 4] = 1e5
+    wrong["decoder/layers/mlp/down_proj/kernel"][1, 3, 4] = 1e5
     save(tmp_path / "wide", config, wrong, hub_dir, dtype="bfloat16")
     with pytest.raises(UserError, match="half: not written: .*beyond the range .* bfloat16 holds: .*mlp.down[^,;]*$"):
         save(tmp_path / "half", config, wrong, hub_dir, dtype="float16")
     wrong["projector/layers_0/bias"][2] = np.nan
-    wrong["vision/layers/mlp/up/kernel"][0, 0, 0] = -np.inf
+    wrong["vision/layers/mlp/up_proj/kernel"][0, 0, 0] = -np.inf
     with pytest.raises(UserError, match=r"nan: not written: .*not finite \(NaN .*: .*(bias|kernel|weight), "):
         save(tmp_path / "nan", config, wrong, hub_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["wide"]
@@ -330,7 +330,8 @@ def test_what_is_not_finite_is_not_written(hub_dir, tmp_path, loaded, save):
 
 @pytest.mark.parametrize("name, value, message", [
     ("multi_modal_projector.linear_1.bias", np.nan, "copy: projector/layers_0/bias has values that are not finite"),
-    ("language_model.model.layers.1.mlp.down_proj.weight", np.inf, "decoder/layers/mlp/down/kernel of layer 1 has"),
+    ("language_model.model.layers.1.mlp.down_proj.weight", np.inf,
+     "decoder/layers/mlp/down_proj/kernel of layer 1 has"),
 ])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_is_not_finite_is_not_opened(hub_dir, tmp_path, name, value, message, dtype):

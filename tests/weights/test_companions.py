@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.weights import companions
@@ -61,7 +61,7 @@ def make_source(directory, legacy, only_json):
 
 def export(source, target, **fields):
     target.mkdir()
-    config = LlavaConfig(vision=VitConfig(image_size=28, patch_size=14), **fields)
+    config = LlavaConfig(vision=VisionConfig(image_size=28, patch_size=14), **fields)
     ids = companions.export(source, target, config)
     (target / "config.json").write_text('{"model_type": "llava"}')
     return ids, transformers.AutoProcessor.from_pretrained(target)

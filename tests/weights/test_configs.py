@@ -9,7 +9,7 @@ import transformers
 from llava_jax.errors import UserError
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.vit import VitConfig
+from llava_jax.models.vit import VisionConfig
 from llava_jax.text import templates
 from llava_jax.weights import configs
 from llava_jax.weights.configs import read_config
@@ -47,13 +47,14 @@ def test_the_published_7b(read):
 
 
 def test_parts_alone(read):
-    assert read({"model_type": "clip_vision_model", "image_size": 224, "hidden_act": "gelu"}) == VitConfig(
-        224, 32, width=768, intermediate_size=3072, layers=12, heads=12, activation="gelu")
+    assert read({"model_type": "clip_vision_model", "image_size": 224, "hidden_act": "gelu"}) == VisionConfig(
+        224, 32, hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12, activation="gelu")
     assert read({"model_type": "clip", "vision_config": {"image_size": 336, "patch_size": 14}}).patches == 576
     llama = read({"model_type": "llama", "num_key_value_heads": 8, "rope_theta": 5e5, "rope_scaling": LLAMA3,
                   "max_position_embeddings": 131072, "attention_bias": True, "tie_word_embeddings": True})
     assert llama == LlamaConfig(num_kv_heads=8, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
-                                norm_eps=1e-6, max_length=131072, qkv_bias=True, out_bias=True, tied=True)
+                                norm_eps=1e-6, max_length=131072, qkv_bias=True, out_bias=True,
+                                tie_word_embeddings=True)
     old = read({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert old.rope_scaling == RopeScaling("linear", 2.0) and old.rope_theta == 10000
     new = read({"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "head_dim": 64})
@@ -159,7 +160,7 @@ def test_a_template_that_is_named_replaces_the_files(tmp_path, read):
 
 
 FULL = LlavaConfig(
-    vision=VitConfig(70, 7, 32, 48, 4, 2, "gelu", 1e-6),
+    vision=VisionConfig(70, 7, 32, 48, 4, 2, "gelu", 1e-6),
     text=LlamaConfig(256, 64, 96, 3, 8, 2, 16, 1e-4, 5e5, RopeScaling("llama3", 4.0, 2.0, 8.0, 64), True, True, True,
                      True, 512),
     projector="linear", feature_layer=-3, feature_select="cls_patch", image_mode="square", template="mpt", exif=True,
@@ -172,7 +173,7 @@ def changed(config, **fields):
 
 
 @pytest.mark.parametrize("config", [
-    LlavaConfig(), FULL, changed(FULL, rope_scaling=RopeScaling("linear", 2.0), tied=False),
+    LlavaConfig(), FULL, changed(FULL, rope_scaling=RopeScaling("linear", 2.0), tie_word_embeddings=False),
     changed(FULL, out_bias=False, mlp_bias=False)])
 def test_both_layouts_keep_every_field(read, config):
     assert read(configs.own_config(config)) == config
@@ -200,7 +201,7 @@ def test_an_unknown_field_of_our_own_layout(read):
     assert read({name: value for name, value in raw.items() if name != "exif"}).exif is False  # an older file
     with pytest.raises(UserError, match="config.json: not a configuration.*colour"):
         read(raw | {"colour": 1})
-    del raw["text"]["heads"], raw["text"]["rope_scaling"]
+    del raw["text"]["num_heads"], raw["text"]["rope_scaling"]
     with pytest.raises(UserError, match="config.json: not a configuration.*rope_scaling"):
         read(raw)
 
@@ -230,8 +231,8 @@ NATIVE = configs.own_config(FULL)
     (LLAVA_7B | {"llava_jax": 3}, "llava_jax is 3"),
     (LLAVA_7B | {"llava_jax": {"template": 3}}, "llava_jax.template is 3"),
     (with_text(quantization_config={"bits": 4}), "text_config.quantization_config: quantised models are not read"),
-    (NATIVE | {"text": NATIVE["text"] | {"layers": 10**9}}, "text.layers is 1000000000"),
-    (NATIVE | {"vision": NATIVE["vision"] | {"heads": "2"}}, "vision.heads is .2."),
+    (NATIVE | {"text": NATIVE["text"] | {"num_layers": 10**9}}, "text.num_layers is 1000000000"),
+    (NATIVE | {"vision": NATIVE["vision"] | {"num_heads": "2"}}, "vision.num_heads is .2."),
     (NATIVE | {"projector": "mlp1000000x_gelu"}, "projector 'mlp1000000x_gelu' is not one of"),
     (NATIVE | {"projector": 1}, "projector is 1; it must be a text"), (NATIVE | {"template": "v9"}, "template 'v9'"),
     (NATIVE | {"feature_layer": None}, "feature_layer is null"), (NATIVE | {"exif": 1}, "exif is 1"),

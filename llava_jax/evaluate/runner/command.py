@@ -66,7 +66,7 @@ class EvaluateCommand:
     dtype: Literal["bfloat16", "float32"] | None = None
     """by default bfloat16 on TPU and GPU, float32 on CPU"""
     mesh: config.Mesh = field(default_factory=lambda: MESH)
-    """the devices of this host; by default tensor is as many as divide the heads, and replica the rest"""
+    """the devices of this host; by default tensor is as many as divide the heads, and data the remaining devices"""
     task: Task
 
     benchmark: ClassVar[str]
