@@ -104,9 +104,9 @@ def test_each_part_of_a_model_gets_what_it_can_run(name, platform, config, dtype
 
 def test_a_tower_never_changes_its_attention_quietly():
     with pytest.raises(UserError, match="attention splash: a vision tower of width 96 with 3 heads does not fill"):
-        attention.full("splash", 3)(jnp.zeros((1, 4, 3 * 96)))
+        attention.bidirectional_attention("splash", 3)(jnp.zeros((1, 4, 3 * 96)))
     with pytest.raises(UserError, match="'flash' is not one of xla, splash, cudnn"):
-        attention.full("flash", 3)
+        attention.bidirectional_attention("flash", 3)
     assert str(llava.AttentionChoice("splash", "xla")) == "splash (vision tower xla)"
 
 

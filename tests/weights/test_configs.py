@@ -95,7 +95,7 @@ def with_vision(**fields):
     (with_text(rope_scaling={"type": "yarn", "factor": 4.0}), "text_config.rope_scaling .*yarn.* is not supported"),
     (with_text(rope_scaling={"type": "dynamic", "factor": 4.0}), "dynamic.* is not supported; rope_type linear"),
     (with_text(partial_rotary_factor=0.5), "partial_rotary_factor.* is not supported"),
-    (with_text(num_attention_heads=32, num_key_value_heads=5), "32 are not a multiple of num_kv_heads 5"),
+    (with_text(num_attention_heads=32, num_key_value_heads=5), "32 is not a multiple of num_kv_heads 5"),
     (with_text(hidden_size="wide"), "hidden_size"),
     ({"model_type": "mistral"}, "sliding_window is 4096, shorter than max_position_embeddings 131072"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},
