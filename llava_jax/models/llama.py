@@ -218,7 +218,7 @@ class Llama(nnx.Module):
             return block(constrain(x, ROWS), cos, sin, attend, cache, layer, positions, heads_first), None
 
         if layers is None:
-            (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.layers)))
+            (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.num_layers)))
         else:
             for i, block in enumerate(layers):
                 (x, cache), _ = call((x, cache), (block, i))
