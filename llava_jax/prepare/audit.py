@@ -1,4 +1,4 @@
-"""A pass over a whole data set: what is wrong with its rows, and what the good ones amount to."""
+"""Reads a data set once: collects findings about its rows, and figures of the good ones."""
 
 import bisect
 import collections
@@ -6,29 +6,32 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from llava_jax.config import Data
 from llava_jax.data import packing
 from llava_jax.data.sources import Mixture
-from llava_jax.data.workers import Pool
-from llava_jax.prepare.findings import KINDS, ROW, Checker, Finding, place, read_id
+from llava_jax.prepare.findings import KINDS, ROW, Checker, Finding, locate_row, read_id
+from llava_jax.prepare.progress import run_tasks
 
-CHUNK = 512  # rows per task of a worker, at most: of parquet, each reads whole row groups
-PACKED = 64 * packing.WINDOW  # records of an epoch that are packed to tell how many rows all give
-KEPT, KEPT_OF_KIND = 1000, 5  # findings in memory, at least so many of each kind
-BINS, NICE = 10, (1, 2, 2.5, 5, 10)  # of a histogram: how many at most, and their widths but for a power of ten
+TASK_ROWS = 512
+"""Largest number of rows in one task of a worker; for parquet, a task reads complete row groups."""
+PACKED_RECORDS = 64 * packing.WINDOW
+"""Largest number of records that are packed to estimate how many sequences an epoch has."""
+KEPT_FINDINGS, KEPT_OF_KIND = 1000, 5
+"""Number of findings in memory, and of these at least so many of each kind."""
+MAX_BINS, BIN_WIDTHS = 10, (1, 2, 2.5, 5, 10)
+"""Largest number of bins of a histogram, and their widths up to a power of ten."""
 
 
 class Audit:
-    """What was found in the rows of a mixture.
+    """Holds what was found in the rows of a mixture.
 
     Attributes:
       rows: ROW of every row, source by source.
-      images: how many different ones there are.
-      counts: findings by kind, of every source.
-      unknown: number of rows by key that nothing reads, of every source.
-      first, shown: the first KEPT findings, and the first KEPT_OF_KIND of every kind.
+      images: number of distinct images.
+      counts: number of findings by kind, for every source.
+      unknown: number of rows by key that nothing reads, for every source.
+      first, shown: the first KEPT_FINDINGS findings, and the first KEPT_OF_KIND of every kind.
     """
 
     def __init__(self, mixture: Mixture, save: Callable[[Finding], Any] | None):
@@ -42,13 +45,13 @@ class Audit:
         self._shown: collections.Counter[str] = collections.Counter()
 
     def wants(self, kind: str) -> bool:
-        """Whether a finding of this kind would be more than counted."""
-        return self._save is not None or len(self.first) < KEPT or self._shown[kind] < KEPT_OF_KIND
+        """Returns whether a finding of this kind would be saved or kept, not only counted."""
+        return self._save is not None or len(self.first) < KEPT_FINDINGS or self._shown[kind] < KEPT_OF_KIND
 
     def add(self, which: int, finding: Finding) -> None:
-        """Counts a finding in source number `which`, and saves and keeps it."""
+        """Counts, saves and keeps a finding in the source with index `which`."""
         self.counts[which][finding.kind] += 1
-        if len(self.first) < KEPT:
+        if len(self.first) < KEPT_FINDINGS:
             self.first.append(finding)
         if self._shown[finding.kind] < KEPT_OF_KIND:
             self._shown[finding.kind] += 1
@@ -56,9 +59,9 @@ class Audit:
         if self._save is not None:
             self._save(finding)
 
-    def report(self, max_length: int, tiles_per_sequence: int | None, rows: int, allowed: Sequence[str]
+    def report(self, max_length: int, tiles_per_sequence: int | None, batch_size: int, allowed: Sequence[str]
                ) -> dict[str, Any]:
-        """All of it as a JSON object, whose fields are those that `prepare check --help` explains."""
+        """Returns the JSON object that `prepare check --help` explains."""
         if tiles_per_sequence is None:
             good = self.rows["images"][self.rows["good"]]
             tiles_per_sequence = max(Data.tiles_per_sequence, int(good.max(initial=0)))
@@ -77,16 +80,16 @@ class Audit:
             "findings": findings,
             "allowed": list(allowed),
             "unknown_keys": dict(sorted(sum(self.unknown, collections.Counter()).items())),
-            "packing": figures["tokens"] and self._estimate_packing(max_length, tiles_per_sequence, rows),
+            "packing": figures["tokens"] and self._estimate_packing(max_length, tiles_per_sequence, batch_size),
             "sources": sources,
             "bad_rows": [finding.as_json() for finding in self.first],
         }
 
-    def _estimate_packing(self, max_length: int, tiles_per_sequence: int, rows: int) -> dict[str, Any]:
-        """Packs an epoch as training does, windows of a random order; of a long epoch a random part, to be quick."""
+    def _estimate_packing(self, max_length: int, tiles_per_sequence: int, batch_size: int) -> dict[str, Any]:
+        """Packs windows of an epoch in random order, as training does; a long epoch only in part, to be quick."""
         rng = np.random.default_rng(0)
         starts, counts = self.mixture.starts, self.mixture.counts
-        share = min(1, PACKED / sum(counts))
+        share = min(1, PACKED_RECORDS / sum(counts))
         parts = []
         for start, stop, count in zip(starts[:-1], starts[1:], counts, strict=True):
             times, rest = divmod(round(count * share), stop - start)
@@ -102,52 +105,51 @@ class Audit:
         return {
             "sequence_length": max_length,
             "tiles_per_sequence": tiles_per_sequence,
-            "rows": expected,
+            "sequences": expected,
             "token_fill": _total(drawn["tokens"]) / max(packed * max_length, 1),
-            "image_fill": _total(drawn["images"]) / max(packed * tiles_per_sequence, 1),
-            "rows_per_step": rows,
-            "steps": max(1, expected // rows),
+            "tile_fill": _total(drawn["images"]) / max(packed * tiles_per_sequence, 1),
+            "batch_size": batch_size,
+            "steps": max(1, expected // batch_size),
         }
 
 
 def audit(checker: Checker, mixture: Mixture, workers: int, save: Callable[[Finding], Any] | None = None) -> Audit:
     """Reads every row and every image of the mixture's sources once, in `workers` processes.
 
-    `save` is called with every finding: those of single rows in their order, then the repeated rows. Keeps ROW of every
-    row and 8 bytes of every image in memory. The result does not depend on `workers`.
+    `save` is called with every finding: first those of single rows in their order, then those of repeated rows. The
+    memory needed is ROW for every row and 8 bytes for every image. The result does not depend on `workers`.
     """
     result, starts, images = Audit(mixture, save), mixture.starts, []
-    step = min(CHUNK, starts[-1] // (8 * (workers or 1)) + 1)
+    step = min(TASK_ROWS, starts[-1] // (8 * (workers or 1)) + 1)
     tasks = [(which, start, min(start + step, len(source)))
              for which, source in enumerate(mixture.sources) for start in range(0, len(source), step)]
-    with Pool(checker, workers) as pool, tqdm(total=starts[-1], unit=" rows", disable=None) as bar:
-        for (which, start, stop), chunk in zip(tasks, pool.map(tasks), strict=True):
-            result.rows[starts[which] + start : starts[which] + stop] = chunk.rows
-            images.append(chunk.images)
-            result.unknown[which] += chunk.unknown
-            for finding in chunk.findings:
-                result.add(which, finding)
-            bar.update(stop - start)
+    chunks = run_tasks(checker, tasks, [stop - start for _, start, stop in tasks], workers)
+    for (which, start, stop), chunk in zip(tasks, chunks, strict=True):
+        result.rows[starts[which] + start : starts[which] + stop] = chunk.rows
+        images.append(chunk.images)
+        result.unknown[which] += chunk.unknown
+        for finding in chunk.findings:
+            result.add(which, finding)
     result.images = len(np.unique(np.concatenate(images)))
     for kind, number, first in _find_repeats(result.rows):
         which = bisect.bisect_right(starts, number) - 1
         if result.wants(kind):
             result.add(which, _repeat(kind, mixture, number, first))
-        else:  # not worth reading the row again for its id
+        else:  # only counted, so the row need not be read again for its id
             result.counts[which][kind] += 1
     return result
 
 
 def _find_repeats(rows: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """(kind, row, the first row that it repeats), of each kind in the order of the rows."""
+    """Yields (kind, row, first row that it repeats), kind by kind in the order of the rows."""
     yield from _earlier("duplicate_id", rows["id"], rows["id"] != 0)
     read = rows["question"] != 0
-    others = read & (rows["images"] > 0)
-    whole = rows["question"] ^ (rows["answer"].astype(np.uint64) << np.uint64(32))
-    for kind, number, first in _earlier("duplicate", whole, read):
-        others[number] = False
+    candidates = read & (rows["images"] > 0)
+    content = rows["question"] ^ (rows["answer"].astype(np.uint64) << np.uint64(32))
+    for kind, number, first in _earlier("duplicate", content, read):
+        candidates[number] = False
         yield kind, number, first
-    yield from _earlier("duplicate_question", rows["question"], others)
+    yield from _earlier("duplicate_question", rows["question"], candidates)
 
 
 def _earlier(kind: str, values: np.ndarray, among: np.ndarray) -> Iterator[tuple[str, int, int]]:
@@ -162,7 +164,7 @@ def _earlier(kind: str, values: np.ndarray, among: np.ndarray) -> Iterator[tuple
 
 def _repeat(kind: str, mixture: Mixture, number: int, first: int) -> Finding:
     source, index = mixture.locate(number)
-    own, (file, row, line) = place(source, index), place(*mixture.locate(first))
+    own, (file, row, line) = locate_row(source, index), locate_row(*mixture.locate(first))
     earlier = ("" if file == own[0] else f"{file}, ") + f"row {row}" + (f" (line {line})" if line else "")
     same = {"duplicate_id": "id", "duplicate": "images and texts", "duplicate_question": "images and questions"}[kind]
     return Finding(*own, read_id(source, index), kind, f"same {same} as {earlier}")
@@ -177,32 +179,32 @@ def _figures(rows: np.ndarray) -> dict[str, Any]:
         "text_only_rows": int(np.count_nonzero(good["images"] == 0)),
         "images": {"references": _total(rows["images"]),
                    "per_row": dict(zip(map(str, images.tolist()), counts.tolist(), strict=True))},
-        "tokens": _token_figures(good["tokens"], good["learned"]) if good["tokens"].any() else None,
+        "tokens": _token_figures(good["tokens"], good["supervised"]) if good["tokens"].any() else None,
     }
 
 
-def _token_figures(lengths: np.ndarray, learned: np.ndarray) -> dict[str, Any]:
+def _token_figures(lengths: np.ndarray, supervised: np.ndarray) -> dict[str, Any]:
     shortest, longest = int(lengths.min()), int(lengths.max())
     width = _bin_width(longest - shortest + 1)
-    begin = shortest // width
+    first = shortest // width
     return {
         "total": _total(lengths),
-        "learned": _total(learned),
-        "learned_share": _total(learned) / _total(lengths),
+        "supervised": _total(supervised),
+        "supervised_share": _total(supervised) / _total(lengths),
         "min": shortest,
         "median": float(np.median(lengths)),
         "mean": float(lengths.mean()),
         "p95": float(np.percentile(lengths, 95)),
         "max": longest,
         "histogram": [[k * width, (k + 1) * width, n]
-                      for k, n in enumerate(np.bincount(lengths // width - begin).tolist(), begin)],
+                      for k, n in enumerate(np.bincount(lengths // width - first).tolist(), first)],
     }
 
 
 def _bin_width(span: int) -> int:
-    """The smallest nice number of which BINS cover a span."""
-    power = 10 ** (len(str(-(-span // BINS))) - 1)
-    return next(int(nice * power) for nice in NICE if nice * power * BINS >= span and nice * power % 1 == 0)
+    """Returns the smallest width of BIN_WIDTHS, times a power of ten, with which MAX_BINS bins cover the span."""
+    power = 10 ** (len(str(-(-span // MAX_BINS))) - 1)
+    return next(int(nice * power) for nice in BIN_WIDTHS if nice * power * MAX_BINS >= span and nice * power % 1 == 0)
 
 
 def _total(values: np.ndarray) -> int:

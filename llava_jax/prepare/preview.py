@@ -1,4 +1,4 @@
-"""`prepare preview`: some records of a data set as one HTML page."""
+"""`prepare preview`: shows some records of a data set on one HTML page."""
 
 import bisect
 import dataclasses
@@ -15,16 +15,17 @@ from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError
 from llava_jax.pages import page
+from llava_jax.prepare.options import Flag, require_at_least
 from llava_jax.prepare.preview_page import PreviewRecord, render_page
-from llava_jax.prepare.settings import Settings
+from llava_jax.prepare.settings import ModelOptions
 
 
 def draw_rows(mixture: Mixture, count: int, seed: int) -> list[int]:
-    """Numbers of `count` rows of the mixture, each once, drawn as often from each source as an epoch reads it."""
+    """Draws `count` different rows of the mixture, from every source in proportion to its rows in an epoch."""
     draw = random.Random(seed)
     ends = list(itertools.accumulate(mixture.counts))
     drawn = draw.sample(range(ends[-1]), min(count, ends[-1]))
-    which = [bisect.bisect_right(ends, place) for place in drawn]
+    which = [bisect.bisect_right(ends, position) for position in drawn]
     rows = [iter(draw.sample(range(len(source)), min(which.count(i), len(source))))
             for i, source in enumerate(mixture.sources)]
     found = [(i, next(rows[i], None)) for i in which]
@@ -32,7 +33,7 @@ def draw_rows(mixture: Mixture, count: int, seed: int) -> list[int]:
 
 
 def read_rows(numbers: Sequence[int], loader: Loader) -> list[PreviewRecord]:
-    """Reads rows as training does, and keeps what is wrong with one."""
+    """Reads rows as training does; the error of a bad row is part of its record."""
     shown, mixture = [], loader.mixture
     for position, number in enumerate(numbers, 1):
         source, index = mixture.locate(number)
@@ -48,50 +49,34 @@ def read_rows(numbers: Sequence[int], loader: Loader) -> list[PreviewRecord]:
     return shown
 
 
-@dataclasses.dataclass(frozen=True)
-class Preview:
-    """Shows some records as the model gets them, on one HTML page: the pictures after padding or cropping, every token
-    and whether it is learned, and the packed rows."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preview(ModelOptions):
+    """Shows some records as the model gets them, on one HTML page.
 
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """data file or folder of any format, or a mixture file"""
-    model: str = ""
-    """directory of a LLaVA, which says tokens, template and image size; or of a tokenizer, for sizes as LLaVA-1.5's"""
-    count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 12
-    """records to show, drawn at random"""
-    output: str = "preview.html"
-    """the page"""
-    image_root: str = ""
-    """folder to which image paths are relative; the data's own folder if empty"""
-    template: str = ""
-    """conversation template; the model's if empty"""
-    max_length: int = Data.sequence_length
-    """tokens of a packed row, data.sequence_length of a recipe"""
+    The page has the tiles, every token and whether it is supervised, and the packed sequences.
+    """
+
     tiles_per_sequence: int = Data.tiles_per_sequence
-    """image slots of a packed row, data.tiles_per_sequence of a recipe"""
-    exif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """turn images as their EXIF orientation says, data.exif of a recipe"""
-    max_pixels: int = Data.max_pixels
-    """pixels of an image at most, data.max_pixels of a recipe"""
+    """Number of tiles of a packed sequence (data.tiles_per_sequence of a recipe)."""
+    count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 12
+    """Number of records to show, drawn at random."""
+    out: str = "preview.html"
+    """Path of the page."""
     seed: int = 0
-    """of the draw"""
-    first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """show the first records instead"""
+    """Random seed of the draw."""
+    first: Flag = False
+    """Whether to show the first records instead."""
     rows: tuple[int, ...] = ()
-    """show these rows instead, numbered from 1 through all files of a mixture"""
+    """Numbers of the rows to show instead, from 1 through all files of a mixture."""
 
     def run(self) -> int:
         if not self.model:
             raise UserError("preview shows tokens: give --model, the directory of a model or of a tokenizer")
-        for name in ("count", "max_length", "tiles_per_sequence"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        page.check_page(self.output)
+        require_at_least(1, self, "count", "max_length", "tiles_per_sequence")
+        page.check_page(self.out, "--out")
         mixture = open_mixture(self.data, self.image_root)
-        settings = dataclasses.replace(
-            Settings.load(self.model, self.template), exif=self.exif, max_pixels=self.max_pixels
-        )
-        loader = Loader(mixture=mixture, **vars(settings), sequence_length=self.max_length,
+        settings, max_length = self.load_settings(), self.max_length or Data.sequence_length
+        loader = Loader(mixture=mixture, **vars(settings), sequence_length=max_length,
                         tiles_per_sequence=self.tiles_per_sequence, bad_rows="error")
         shown = read_rows(self._numbers(mixture), loader)
         bad = sum(one.bad is not None for one in shown)
@@ -104,9 +89,9 @@ class Preview:
             "template": settings.template.name,
             "images": f"{settings.image_mode}, {settings.image_size} × {settings.image_size}",
         }
-        page.write(self.output, render_page(f"Preview of {self.data}", about, shown, settings, self.max_length,
-                                            self.tiles_per_sequence))
-        print(f"{self.output}: {len(shown)} record{'s' * (len(shown) != 1)}, {bad} bad")
+        page.write(self.out, render_page(f"Preview of {self.data}", about, shown, settings, max_length,
+                                         self.tiles_per_sequence))
+        print(f"{self.out}: {len(shown)} record{'s' * (len(shown) != 1)}, {bad} bad")
         return 0
 
     def _numbers(self, mixture: Mixture) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a model asks of its data, as far as it can be told without loading the model."""
+"""Reads from a model's files how its conversations and images are prepared."""
 
 import dataclasses
 import os
@@ -7,26 +7,32 @@ from pathlib import Path
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
+from llava_jax.prepare.options import DataOptions, ImageOptions
 from llava_jax.text import agreement, templates
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
-"""Decoders that can be joined; a directory of another language model gives its tokenizer alone."""
+"""Model types of decoders that can be joined; other language models give only their tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a model's conversations and images are prepared; by default as LLaVA-1.5's. Can be pickled."""
+    """Says how conversations and images are prepared for a model; LLaVA-1.5's by default. Can be pickled."""
 
-    tokenizer: Tokenizer | None = None  # None: no model was named, so nothing can be said about tokens
+    tokenizer: Tokenizer | None = None
+    """Tokenizer of the model; None if no model was named, and then tokens cannot be counted."""
     template: Template = templates.TEMPLATES["vicuna_v1"]
     tokens_per_image: int = 576
-    image_size: int = 336  # pixels of a tile's side
+    image_size: int = 336
+    """Side of a tile in pixels."""
     image_mode: str = "pad"
-    context: int | None = None  # the most tokens of a conversation that the model takes; None: not known
-    exif: bool = False  # whether images are turned as their EXIF orientation says
-    max_pixels: int = MAX_PIXELS  # of an image, at most
+    context: int | None = None
+    """Largest number of tokens of a conversation that the model takes, if known."""
+    exif: bool = False
+    """Whether images are rotated by their EXIF orientation."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image."""
 
     def __post_init__(self):
         if not 1 <= self.max_pixels <= LARGEST_LIMIT:
@@ -34,17 +40,17 @@ class Settings:
 
     @classmethod
     def load(cls, model: str = "", template: str = "") -> "Settings":
-        """The settings of `model`; a `template` that is named takes the place of the model's own.
+        """Reads the settings of `model`. A named `template` replaces the model's own.
 
-        `model` is the directory of a LLaVA in any layout that llava_jax reads; or of a language model or tokenizer, or
-        a tokenizer's file, which give the tokenizer alone; or "". Raises UserError with one line.
+        `model` is the directory of a LLaVA in any layout that llava_jax reads. It may also be the directory of a
+        language model or tokenizer, or a tokenizer's file, which give only the tokenizer; or "". Raises UserError.
         """
         settings = cls(template=templates.get(template)) if template else cls()
         if not model:
             return settings
         if not os.path.exists(model):
             raise UserError(f"{model}: no such model or tokenizer; to fetch one from the hub: "
-                                    "hf download NAME --local-dir DIR")
+                            "hf download NAME --local-dir DIR")
         kind = _model_type(Path(model) / "config.json")
         if not (kind.startswith("llava") or kind in TEXT_MODELS):
             return dataclasses.replace(settings, tokenizer=Tokenizer.load(model))
@@ -64,5 +70,20 @@ class Settings:
 
 
 def _model_type(file: Path) -> str:
-    """What config.json says that a model is; "" without the file."""
+    """Returns the `model_type` of a config.json, or "" without the file."""
     return str(read_json(file).get("model_type")) if file.is_file() else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(ImageOptions, DataOptions):
+    """Says for which model, and for which sequences, data are prepared."""
+
+    model: str = ""
+    """Directory of the LLaVA to train, or of its language model or tokenizer. Without it tokens are not counted."""
+    template: str = ""
+    """Conversation template; by default that of the model, or vicuna_v1."""
+    max_length: int | None = None
+    """Number of tokens of a packed sequence (data.sequence_length of a recipe); 2048 by default."""
+
+    def load_settings(self) -> Settings:
+        return dataclasses.replace(Settings.load(self.model, self.template), exif=self.exif, max_pixels=self.max_pixels)

@@ -134,7 +134,7 @@ DEFECTS = {
     "answer without text": (row(0, answer=""), [("no_supervised_tokens", "no answer with text")]),
     "too many tokens": (row(0, answer=LONG), [("too_long", "tokens, {over} more than --max-length 1200")]),
     "too many images": (row(0, image=["good.jpg"] * 3),
-                        [("too_long", "3 images, but a packed row has 2 slots (--tiles-per-sequence)"),
+                        [("too_long", "3 images, but a packed sequence has 2 tiles (--tiles-per-sequence)"),
                          ("too_long", "tokens, {over} more than --max-length 1200")]),
     "missing, broken and too long": (
         row(0, image=["none.jpg", "empty.jpg"], answer=LONG),
@@ -146,18 +146,18 @@ DEFECTS = {
                           [("empty_question", "turn 3 has neither text nor image")]),
     "an image is a question": (row(0, image="grey.png", conversations=turns("<image>", "Ho")), []),
     "an empty opening that is left out": (row(0, conversations=turns("", "Hi r0", "Ho", first="gpt")), []),
-    "PNG as JPEG": (row(0, image="png.jpg"), [("wrong_type", "png.jpg: holds PNG, but is named .jpg")]),
-    "EXIF rotation": (row(0, image="turned.jpg"), [("rotated", "turned.jpg: EXIF orientation 6: viewers turn it")]),
+    "PNG as JPEG": (row(0, image="png.jpg"), [("wrong_type", "png.jpg: contains PNG, but is named .jpg")]),
+    "EXIF rotation": (row(0, image="turned.jpg"), [("rotated", "turned.jpg: EXIF orientation 6: viewers rotate it")]),
     "hardly a difference": (row(0, image="faint.png"), [("faint", "its values from 0 to 299 become 0 to 1 of 255")]),
     "glass": (row(0, image="glass.png"), [("transparent", "glass.png: has transparent pixels")]),
     "GIF of three frames": (row(0, image="moving.gif"), [("animated", "moving.gif: has several frames")]),
     "TIFF of three pages": (row(0, image="pages.tiff"), [("animated", "pages.tiff: has several frames")]),
     "GIF as JPEG": (row(0, image="moving.jpg"),
-                    [("wrong_type", "holds GIF, but is named .jpg"), ("animated", "moving.jpg: has several")]),
+                    [("wrong_type", "contains GIF, but is named .jpg"), ("animated", "moving.jpg: has several")]),
     "separators": (row(0, conversations=turns("r0 </s>", "USER: a </s> ASSISTANT: b")),
-                   [("separator", "turn 1 holds '</s>', turn 2 holds 'USER:', turn 2 holds 'ASSISTANT:'")]),
+                   [("separator", "turn 1 contains '</s>', turn 2 contains 'USER:', turn 2 contains 'ASSISTANT:'")]),
     "no separators": (row(0, question="r0 user: <div> [1] <br/> # Assistant"), []),
-    "special token": (row(0, question="r0 <unk>"), [("separator", "turn 1 holds '<unk>'")]),
+    "special token": (row(0, question="r0 <unk>"), [("separator", "turn 1 contains '<unk>'")]),
 }
 
 

@@ -67,7 +67,7 @@ def test_all_defects_at_once_with_any_number_of_workers(tmp_path, with_tokens, m
     here = run(path, with_tokens)
     expected = [(i + 1, kind) for i, (_, kinds) in enumerate(DEFECTS.values()) for kind, _ in kinds]
     assert [(finding.row, finding.kind) for finding in here[0]] == expected
-    monkeypatch.setattr(audit_module, "CHUNK", 7)
+    monkeypatch.setattr(audit_module, "TASK_ROWS", 7)
     assert run(path, with_tokens, workers=2) == here
 
 
@@ -126,8 +126,8 @@ def test_figures_against_brute_force(tmp_path, with_tokens):
     _, report = run(path, settings, max_length=limit, batch_size=7)
     tokens = report["tokens"]
     learned = sum(int((examples[i].labels != IGNORE).sum()) for i in good)
-    assert (tokens["total"], tokens["learned"]) == (sum(lengths), learned)
-    assert tokens["learned_share"] == learned / sum(lengths)
+    assert (tokens["total"], tokens["supervised"]) == (sum(lengths), learned)
+    assert tokens["supervised_share"] == learned / sum(lengths)
     assert (tokens["min"], tokens["max"], tokens["median"]) == (min(lengths), max(lengths), statistics.median(lengths))
     assert tokens["mean"] == pytest.approx(statistics.mean(lengths))
     assert tokens["p95"] == pytest.approx(statistics.quantiles(lengths, n=20, method="inclusive")[-1])
@@ -139,8 +139,8 @@ def test_figures_against_brute_force(tmp_path, with_tokens):
     packed = pack(lengths, images, limit, 2)  # of one window: the order makes no difference
     assert report["packing"] == {
         "sequence_length": limit, "tiles_per_sequence": 2,
-        "rows": len(packed), "rows_per_step": 7, "steps": len(packed) // 7,
-        "token_fill": sum(lengths) / len(packed) / limit, "image_fill": sum(images) / len(packed) / 2}
+        "sequences": len(packed), "batch_size": 7, "steps": len(packed) // 7,
+        "token_fill": sum(lengths) / len(packed) / limit, "tile_fill": sum(images) / len(packed) / 2}
     batches = Batches(7, open_mixture(path), tokenizer=settings.tokenizer, template="vicuna_v1", tokens_per_image=576,
                       image_size=28, image_mode="pad", sequence_length=limit, tiles_per_sequence=2, bad_rows="skip")
     assert batches.count_rows() == len(packed)
@@ -153,11 +153,11 @@ def test_an_epoch_of_a_mixture_packs_as_often_as_it_is_read(tmp_path, with_token
     whole = run(path, with_tokens, max_length=1900, tiles_per_sequence=8)[1]["packing"]
     mixture = open_mixture(path)
     rows = audit(Checker(mixture.sources, with_tokens, 1900, 8), mixture, 0).rows
-    assert whole["rows"] == len(pack(np.tile(rows["tokens"], 30), np.tile(rows["images"], 30), 1900, 8))
-    monkeypatch.setattr(audit_module, "PACKED", 1500)  # a quarter of the epoch
+    assert whole["sequences"] == len(pack(np.tile(rows["tokens"], 30), np.tile(rows["images"], 30), 1900, 8))
+    monkeypatch.setattr(audit_module, "PACKED_RECORDS", 1500)  # a quarter of the epoch
     part = run(path, with_tokens, max_length=1900, tiles_per_sequence=8)[1]["packing"]
     assert part["token_fill"] != whole["token_fill"] == pytest.approx(part["token_fill"], rel=0.03)
-    assert part["rows"] == pytest.approx(whole["rows"], rel=0.03)
+    assert part["sequences"] == pytest.approx(whole["sequences"], rel=0.03)
 
 
 @pytest.mark.parametrize("span", [1, 9, 10, 11, 25, 26, 99, 101, 2047, 123456])
@@ -211,7 +211,7 @@ def test_a_tokenizer_s_own_tokens(tmp_path):
     (folder / "added_tokens.json").write_text(json.dumps({"<image>": 2000, "[PAD]": 2001}))
     path = write(tmp_path, [row(1, image="good.jpg"), row(2, answer="[PAD] and <s>, not <p> [p]")])
     found, _ = run(path, Settings.load(str(folder)))
-    assert [(f.row, f.message) for f in found] == [(2, "turn 2 holds '[PAD]', turn 2 holds '<s>'")]
+    assert [(f.row, f.message) for f in found] == [(2, "turn 2 contains '[PAD]', turn 2 contains '<s>'")]
 
 
 @pytest.mark.parametrize("mode, refused", [("square", 1), ("pad", 0)])

@@ -45,8 +45,10 @@ def test_the_file_of_bad_rows_is_whole_or_not_there(tmp_path, monkeypatch):
         patch.setattr(audit_module, "_find_repeats", lambda rows: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             check(path, "--bad-rows", file, "--workers", 0)
-    for target in (path, tmp_path, tmp_path / "none" / "bad.jsonl"):
-        with pytest.raises(UserError, match="--bad-rows .*: (there is something|this is a folder|cannot be written)"):
+    with pytest.raises(UserError, match="none/bad.jsonl: no such folder"):
+        check(path, "--bad-rows", tmp_path / "none" / "bad.jsonl", "--workers", 0)
+    for target in (path, tmp_path):
+        with pytest.raises(UserError, match="--bad-rows .*: (there is something|this is a folder)"):
             check(path, "--bad-rows", target, "--workers", 0)
     assert sorted(tmp_path.iterdir()) == before
     assert check(path, "--bad-rows", file, "--workers", 0) == 1 and file.exists()

@@ -73,7 +73,7 @@ def test_no_command_lets_data_rule_the_terminal(rows, tmp_path, capsys, monkeypa
         (1, "check", data, "--workers", 0, "--bad-rows", bad), (1, "check", data, "--workers", 0, "--json"),
         (1, "check", data, "--workers", 0, "--model", TOKENIZER),
         (2, "pack", data, tmp_path / "out", "--workers", 0), (0, "pack", data, tmp_path / "out", "--workers", 0, *skip),
-        (0, "preview", data, "--model", TOKENIZER, "--output", tmp_path / "page.html"),
+        (0, "preview", data, "--model", TOKENIZER, "--out", tmp_path / "page.html"),
         (0, "split", good, tmp_path / "parts", "--parts", "a=1,b=1", "--by", "row", "--workers", 0),
         (0, "sample", data, tmp_path / "sample.json", "--count", 1, "--exclude", bad, "--workers", 0),
         (2, "sample", data, tmp_path / "sample.json", "--count", 99, "--workers", 0),

@@ -221,7 +221,7 @@ def test_nothing_of_the_data_is_markup(settings, tmp_path):
     folder.mkdir()
     (folder / "data.json").write_text(json.dumps(rows))
     output = tmp_path / "page.html"
-    assert run(folder / "data.json", "--model", GOLDEN, "--image-root", tmp_path, "--output", output, "--first") == 0
+    assert run(folder / "data.json", "--model", GOLDEN, "--image-root", tmp_path, "--out", output, "--first") == 0
     page = parse(output.read_text())
     tags = "page html head meta title style body h1 h2 h3 div span b p a i article figure figcaption img br details"
     tags += " summary pre"
@@ -357,7 +357,7 @@ def test_the_same_seed_draws_the_same_page(data, tmp_path, capsys):
     for name, args in {"a": [], "b": ["--seed", 0], "c": ["--seed", 1], "first": ["--first"], "rows": ["--rows", 24, 3],
                        "all": ["-n", 99]}.items():
         output = tmp_path / f"{name}.html"
-        assert run(data, "-n", 5, "--model", GOLDEN, "--output", output, *args) == 0
+        assert run(data, "-n", 5, "--model", GOLDEN, "--out", output, *args) == 0
         assert capsys.readouterr().out.startswith(f"{output}: ")
         pages[name] = output.read_bytes()
         cards = parse(pages[name].decode()).find("card")
@@ -390,7 +390,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(data, tmp_path):
             run(data, *args)
         assert "\n" not in str(caught.value)
 
-    page = ("--model", GOLDEN, "-n", 1, "--output")
+    page = ("--model", GOLDEN, "-n", 1, "--out")
     mistake("--model, the directory of a model or of a tokenizer")
     mistake("no such model or tokenizer", "--model", tmp_path / "none")
     mistake("page.html: no such folder", *page, tmp_path / "none" / "page.html")
@@ -398,7 +398,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(data, tmp_path):
     mistake("no row 25; the rows are 1 to 24", *page, tmp_path / "page.html", "--rows", 3, 25)
     mistake("--count is 0", *page, tmp_path / "page.html", "-n", 0)
     before = data.read_bytes()
-    mistake("something else than a page; give --output another name", *page, data)
+    mistake("something else than a page; give --out another name", *page, data)
     assert data.read_bytes() == before and sorted(tmp_path.iterdir()) == listed
 
 
@@ -406,7 +406,7 @@ def test_an_earlier_page_stays_whole_when_the_disk_is_full(data, tmp_path, monke
     output = tmp_path / "page.html"
     link = tmp_path / "link.html"
     link.symlink_to(output)
-    assert run(data, "--model", GOLDEN, "-n", 1, "--output", output) == 0
+    assert run(data, "--model", GOLDEN, "-n", 1, "--out", output) == 0
     before = output.read_bytes()
 
     def full(*_):
@@ -415,9 +415,9 @@ def test_an_earlier_page_stays_whole_when_the_disk_is_full(data, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", full)
         with pytest.raises(UserError, match="page.html: No space left on device; make room"):
-            run(data, "--model", GOLDEN, "-n", 2, "--output", output)
+            run(data, "--model", GOLDEN, "-n", 2, "--out", output)
     assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == [link, output]
-    assert run(data, "--model", GOLDEN, "-n", 2, "--output", link) == 0
+    assert run(data, "--model", GOLDEN, "-n", 2, "--out", link) == 0
     assert output.read_bytes() != before and link.is_symlink()
 
 
@@ -430,7 +430,7 @@ def test_a_turned_image_and_an_answer_that_is_not_supervised(tmp_path, capsys):
         {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "red"}]}]
     path = write_rows(tmp_path, rows)
     for options, size in (((), "50 × 20"), (("--exif",), "20 × 50")):
-        assert run(path, "--model", GOLDEN, "--output", tmp_path / "page.html", *options) == 0
+        assert run(path, "--model", GOLDEN, "--out", tmp_path / "page.html", *options) == 0
         page = (tmp_path / "page.html").read_text()
         assert f"original: {size}" in page
     supervised = re.findall(r'<span class="t l[^"]*"[^>]*>([^<]*)', page)

@@ -66,7 +66,7 @@ def test_a_coco_file_gives_one_caption_of_every_image(tmp_path, questions):
     assert [record["image"] for record in records] == sorted(image["file_name"] for image in coco["images"])
     chosen = [captions[int(record["id"])].index(record["conversations"][1]["value"]) for record in records]
     assert len(set(chosen)) == 5
-    check = Check(str(tmp_path / "out.json"), image_root=str(tmp_path / "train"), workers=0)
+    check = Check(data=str(tmp_path / "out.json"), image_root=str(tmp_path / "train"), workers=0)
     assert check.run() == 0
 
 
