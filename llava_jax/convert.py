@@ -12,12 +12,12 @@ from llava_jax.errors import UserError
 from llava_jax.text import agreement, templates
 from llava_jax.text.tokenizer import Tokenizer
 
-USAGE = """%(prog)s SRC DST --to {hf,llava_jax}
-       %(prog)s --vision CLIP --language LLAMA DST --to {hf,llava_jax}"""
+USAGE = """%(prog)s SRC DST --to {hf,native}
+       %(prog)s --vision CLIP --language LLAMA DST --to {hf,native}"""
 HELP = """Converts a checkpoint, one tensor at a time: memory for the largest one is enough.
 
 hf         opens in transformers' LlavaForConditionalGeneration, with tokenizer, processor and chat template
-llava_jax  our own layout, with stacked layers
+native  this project's layout, with stacked layers
 
 SRC, CLIP and LLAMA are directories with safetensors, whose layout is told from their files. The second form joins a
 CLIP and a LLaMA (or Mistral, or Qwen2) by a new, untrained projector. DST must not exist or be empty; it appears when
@@ -33,7 +33,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("python -m llava_jax.convert", USAGE, HELP, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="SRC DST", help="DST alone for a join")
-    parser.add_argument("--to", required=True, choices=["hf", "llava_jax"], help="layout of DST")
+    parser.add_argument("--to", required=True, choices=["hf", "native"], help="layout of DST")
     parser.add_argument("--template", help="conversation template (default: SRC's; for a join vicuna_v1, llava_llama_3 "
                         "or qwen_1_5: one whose end of an answer is a token of LLAMA's tokenizer)")
     parser.add_argument("--image-mode", choices=["square", "pad"],
@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
         config, parameters, tokenizer_dir = _join(options)
     else:
         config, parameters, tokenizer_dir = _open(options)
-    save = checkpoint.save_huggingface if options.to == "hf" else checkpoint.save_own
+    save = checkpoint.save_hf if options.to == "hf" else checkpoint.save_native
     save(target, config, parameters, tokenizer_dir, dtype=options.dtype, shard_bytes=_bytes(options.shard_size))
     files = list(target.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)

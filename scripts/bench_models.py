@@ -9,7 +9,7 @@ from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, Parameters
 from llava_jax.models.vit import VisionConfig
 from llava_jax.weights.checkpoint import load_checkpoint
-from llava_jax.weights.configs import hub_config
+from llava_jax.weights.configs import hf_config
 
 SIZES = {
     # That of configs/mini.py.
@@ -37,7 +37,7 @@ def torch_model(config: LlavaConfig, device: str = "cpu", dtype: str = "float32"
     from transformers import LlavaForConditionalGeneration
 
     image = image_id(config)
-    raw = hub_config(config, {"image": image, "pad": 0, "bos": 1, "eos": 2}, config.text.vocab_size, dtype)
+    raw = hf_config(config, {"image": image, "pad": 0, "bos": 1, "eos": 2}, config.text.vocab_size, dtype)
     torch.manual_seed(0)
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(

@@ -91,7 +91,7 @@ def talker(tmp_path_factory) -> Path:
     from llava_jax.models.llama import LlamaConfig
     from llava_jax.models.llava import LlavaConfig, init_params
     from llava_jax.models.vit import VisionConfig
-    from llava_jax.weights.checkpoint import save_own
+    from llava_jax.weights.checkpoint import save_native
 
     config = LlavaConfig(
         vision=VisionConfig(image_size=14, patch_size=7, hidden_size=16, intermediate_size=16, num_layers=1,
@@ -102,5 +102,5 @@ def talker(tmp_path_factory) -> Path:
     parameters = {path: value if path.endswith("norm/scale") else 20 * value
                   for path, value in init_params(config, seed=1).items()}
     directory = tmp_path_factory.mktemp("talker") / "model"
-    save_own(directory, config, parameters, GOLDEN)
+    save_native(directory, config, parameters, GOLDEN)
     return directory

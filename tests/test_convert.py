@@ -57,7 +57,7 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
     bound = 1 / kernel.shape[0] ** 0.5  # torch.nn.Linear's default, from which LLaVA starts
     assert 0.95 * bound < np.abs(kernel).max() < bound and np.abs(bias).max() < bound
 
-    arguments = ["--vision", str(parts[0]), "--language", str(parts[1]), "--to", "llava_jax"]
+    arguments = ["--vision", str(parts[0]), "--language", str(parts[1]), "--to", "native"]
     for seed, same in [("0", True), ("1", False)]:
         convert.main([*arguments, str(tmp_path / seed), "--seed", seed])
         again = load_checkpoint(tmp_path / seed)[1]["projector/layers_0/kernel"]
@@ -74,7 +74,7 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
 def test_there_and_back_again_is_the_same(parts, tmp_path, dtype, projector):
     convert.main(["--vision", str(parts[0]), "--language", str(parts[1]), str(tmp_path / "a"), "--to", "hf",
                   "--dtype", dtype, "--projector", projector, "--template", "llava_llama_2", "--image-mode", "square"])
-    convert.main([str(tmp_path / "a"), str(tmp_path / "own"), "--to", "llava_jax", "--shard-size", "20KB"])
+    convert.main([str(tmp_path / "a"), str(tmp_path / "own"), "--to", "native", "--shard-size", "20KB"])
     convert.main([str(tmp_path / "own"), str(tmp_path / "b"), "--to", "hf", "--shard-size", "100KB"])
     assert {str(tensor.dtype) for tensor in tensors(tmp_path / "a").values()} == {f"torch.{dtype}"}
     assert_identical(tmp_path / "b", tmp_path / "a")
@@ -89,7 +89,7 @@ def test_parts_of_different_dtypes_stay_as_they_are(parts, tmp_path):
     shutil.copytree(parts[1], half)
     safetensors.torch.save_file({name: tensor.half() for name, tensor in tensors(half).items()},
                                 half / "model.safetensors")
-    convert.main(["--vision", str(parts[0]), "--language", str(half), str(tmp_path / "own"), "--to", "llava_jax"])
+    convert.main(["--vision", str(parts[0]), "--language", str(half), str(tmp_path / "own"), "--to", "native"])
     convert.main([str(tmp_path / "own"), str(tmp_path / "hf"), "--to", "hf"])
     for name, tensor in tensors(tmp_path / "hf").items():
         assert tensor.dtype == (torch.float16 if name.startswith("language_model") else torch.float32), name
@@ -154,12 +154,12 @@ def make_hub_directory(directory, config, tokenizer):
     shutil.copy(tokenizer, directory)
     dtype = np.dtype(np.float16)
     entries = [
-        files.Entry(name, dtype, place.hub_shape, lambda place=place: [np.zeros(place.hub_shape, dtype)])
-        for name, place in tables.places(shapes(config)).items()
+        files.TensorSpec(name, dtype, place.hf_shape, lambda place=place: [np.zeros(place.hf_shape, dtype)])
+        for name, place in tables.tensor_mappings(shapes(config)).items()
     ]
     files.write(directory, entries, 140 * 10**6)
     ids = {"image": 2000, "pad": 2001, "bos": 1, "eos": 2}
-    files.write_json(directory / "config.json", configs.hub_config(config, ids, config.text.vocab_size, "float16"))
+    files.write_json(directory / "config.json", configs.hf_config(config, ids, config.text.vocab_size, "float16"))
 
 
 MEASURE = """
@@ -194,7 +194,7 @@ def test_memory_stays_below_the_largest_file(tmp_path):
     make_hub_directory(tmp_path / "large", large, tokenizer)
     total = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
     source = ""
-    for to in ["llava_jax", "hf"]:
+    for to in ["native", "hf"]:
         # The largest tensor, the embedding, fills a file.
         peak = peak_memory(tmp_path / f"small{source}", tmp_path / f"large{source}", "--to", to,
                            "--shard-size", "140MB")

@@ -18,7 +18,7 @@ from llava_jax.inference.detokenizer import Completion
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
 from llava_jax.models.vit import VisionConfig
-from llava_jax.weights.checkpoint import save_own
+from llava_jax.weights.checkpoint import save_native
 
 CONFIG = LlavaConfig(
     vision=VisionConfig(image_size=14, patch_size=7, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1),
@@ -38,7 +38,7 @@ def model_dir(tmp_path_factory):
         for path, value in init_params(CONFIG, seed=1).items()
     }
     directory = tmp_path_factory.mktemp("model") / "own"
-    save_own(directory, CONFIG, parameters, Path(__file__).parent / "golden")
+    save_native(directory, CONFIG, parameters, Path(__file__).parent / "golden")
     return directory
 
 

@@ -21,7 +21,7 @@ from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.train import output
 from llava_jax.train.setup import TrainContext
-from llava_jax.weights.companions import TOKENIZER_FILES
+from llava_jax.weights.tokenizer_files import TOKENIZER_FILES
 
 HASHED_WHOLE = 2**32
 """Largest size in bytes of a source that is hashed as a whole. Of a larger one, or one in a bucket, samples are."""

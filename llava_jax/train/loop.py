@@ -41,7 +41,7 @@ from llava_jax.train.optimizer import make_optimizer, schedule, trainable_paths
 from llava_jax.train.setup import TrainContext, load_parameters, setup
 from llava_jax.train.step import init_state, make_loss, make_train_step
 from llava_jax.train.validation import Evaluations
-from llava_jax.weights import save_huggingface
+from llava_jax.weights import save_hf
 
 MAX_STEPS_IN_FLIGHT = 2
 """Steps that may wait on the devices. The loop runs ahead of them, and all that it ran ahead is done before a stop."""
@@ -112,10 +112,10 @@ def finish(run: TrainContext) -> Path:
     allgather_object("the trained parameters are loaded", None, LOAD_TIMEOUT)
     check_finite(digests(parameters), f"{target}: not written", "the checkpoints that the recipe starts from hold them")
     if isinstance(target, Path):
-        save_huggingface(target, run.model, parameters, run.tokenizer_directory)
+        save_hf(target, run.model, parameters, run.tokenizer_directory)
         return target
     with tempfile.TemporaryDirectory() as folder:
-        save_huggingface(Path(folder) / "model", run.model, parameters, run.tokenizer_directory)
+        save_hf(Path(folder) / "model", run.model, parameters, run.tokenizer_directory)
         if jax.process_index() == 0:
             target.mkdir(parents=True, exist_ok=True)
             for path in sorted((Path(folder) / "model").iterdir(), key=lambda path: path.name == "config.json"):

@@ -15,9 +15,9 @@ import numpy as np
 
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, Parameters
-from llava_jax.weights import companions, configs, files, source, tables
-from llava_jax.weights.files import Entry
-from llava_jax.weights.source import Config, Source
+from llava_jax.weights import configs, files, source, tables, tokenizer_files
+from llava_jax.weights.files import TensorSpec
+from llava_jax.weights.source import Config, ParameterSource
 
 SHARD_BYTES = 5 * 10**9
 
@@ -65,14 +65,15 @@ def load_checkpoint(
     return config, {name: _to_devices(path, parameters, name, dtype_of(name), sharding) for name in parameters.shapes}
 
 
-def open_checkpoint(directory: Path, template: str | None = None) -> tuple[Config, Source]:
+def open_checkpoint(directory: Path, template: str | None = None) -> tuple[Config, ParameterSource]:
     """The configuration and the parameters of a checkpoint, of which nothing but the headers is read yet."""
     config = read_config(directory, template)
-    own = files.read_json(directory / "config.json")["model_type"] == configs.OWN
-    return config, (source.from_own_files if own else source.from_hub_files)(directory, config)
+    own = files.read_json(directory / "config.json")["model_type"] == configs.MODEL_TYPE
+    return config, (source.from_native_files if own else source.from_hf_files)(directory, config)
 
 
-def _to_devices(name: str | Path, parameters: Source, path: str, dtype: str, sharding: Callable | None) -> jax.Array:
+def _to_devices(name: str | Path, parameters: ParameterSource, path: str, dtype: str,
+                sharding: Callable | None) -> jax.Array:
     shape = parameters.shapes[path]
     host = np.empty(shape, jnp.dtype(dtype))
     for layer in range(shape[0]) if tables.is_stacked(path) else [...]:
@@ -86,30 +87,30 @@ def _to_devices(name: str | Path, parameters: Source, path: str, dtype: str, sha
     return jax.make_array_from_callback(shape, sharding(path, shape), lambda index: host[index])
 
 
-def save_own(
+def save_native(
     directory: str | Path,
     config: LlavaConfig,
-    parameters: Parameters | Source,
+    parameters: Parameters | ParameterSource,
     tokenizer_dir: str | Path,
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes our own layout; the arguments are those of `save_huggingface`."""
+    """Writes our own layout; the arguments are those of `save_hf`."""
 
-    def write(target: Path | None, parameters: Source) -> files.NotFinite:
+    def write(target: Path | None, parameters: ParameterSource) -> files.NotFinite:
         if target:
-            companions.copy(Path(tokenizer_dir), target, config.template)
-            files.write_json(target / "config.json", configs.own_config(config))
+            tokenizer_files.copy(Path(tokenizer_dir), target, config.template)
+            files.write_json(target / "config.json", configs.native_config(config))
         return files.write(target, [_own_entry(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
 
     _save(Path(directory), parameters, write)
 
 
-def save_huggingface(
+def save_hf(
     directory: str | Path,
     config: LlavaConfig,
-    parameters: Parameters | Source,
+    parameters: Parameters | ParameterSource,
     tokenizer_dir: str | Path,
     *,
     dtype: str | None = None,
@@ -130,23 +131,23 @@ def save_huggingface(
     that are not finite.
     """
 
-    def write(target: Path | None, parameters: Source) -> files.NotFinite:
+    def write(target: Path | None, parameters: ParameterSource) -> files.NotFinite:
         rows = config.text.vocab_size
         if target:
-            tokens = companions.export(Path(tokenizer_dir), target, config)
+            tokens = tokenizer_files.export(Path(tokenizer_dir), target, config)
             rows = padded_rows(rows, max(tokens["image"], tokens["pad"]))
             widest = max((_dtype(parameters, path, dtype) for path in parameters.shapes), key=lambda d: d.itemsize)
-            files.write_json(target / "config.json", configs.hub_config(config, tokens, rows, widest.name))
+            files.write_json(target / "config.json", configs.hf_config(config, tokens, rows, widest.name))
         return files.write(target, _hub_entries(parameters, rows, dtype), shard_bytes)
 
     _save(Path(directory), parameters, write)
 
 
 def check_export(config: LlavaConfig, tokenizer_dir: str | Path) -> None:
-    """Raises UserError if `save_huggingface` could not write this model, whatever its parameters are."""
+    """Raises UserError if `save_hf` could not write this model, whatever its parameters are."""
     with tempfile.TemporaryDirectory() as folder:
-        tokens = companions.export(Path(tokenizer_dir), Path(folder), config)
-    configs.hub_config(config, tokens, config.text.vocab_size, "float32")
+        tokens = tokenizer_files.export(Path(tokenizer_dir), Path(folder), config)
+    configs.hf_config(config, tokens, config.text.vocab_size, "float32")
 
 
 def padded_rows(rows: int, largest_id: int) -> int:
@@ -154,9 +155,9 @@ def padded_rows(rows: int, largest_id: int) -> int:
     return rows if largest_id < rows else -(-(largest_id + 1) // 64) * 64
 
 
-def _save(directory: Path, parameters: Parameters | Source,
-          write: Callable[[Path | None, Source], files.NotFinite]) -> None:
-    if not isinstance(parameters, Source):
+def _save(directory: Path, parameters: Parameters | ParameterSource,
+          write: Callable[[Path | None, ParameterSource], files.NotFinite]) -> None:
+    if not isinstance(parameters, ParameterSource):
         parameters = source.from_memory(parameters)
     if jax.process_index() == 0:
         with files.new_directory(directory) as target:
@@ -172,33 +173,33 @@ def _save(directory: Path, parameters: Parameters | Source,
         multihost_utils.sync_global_devices(f"{directory} is complete")  # for processes that JAX joined without a group
 
 
-def _own_entry(parameters: Source, path: str, dtype: str | None) -> Entry:
+def _own_entry(parameters: ParameterSource, path: str, dtype: str | None) -> TensorSpec:
     shape = parameters.shapes[path]
     layers = range(shape[0]) if tables.is_stacked(path) else [None]
 
     def blocks() -> Iterator[np.ndarray]:
         return (parameters.read(path, layer) for layer in layers)
 
-    return Entry(path, _dtype(parameters, path, dtype), shape, blocks)
+    return TensorSpec(path, _dtype(parameters, path, dtype), shape, blocks)
 
 
-def _hub_entries(parameters: Source, rows: int, dtype: str | None) -> list[Entry]:
+def _hub_entries(parameters: ParameterSource, rows: int, dtype: str | None) -> list[TensorSpec]:
     """The tensors of Hugging Face's layout, embedding and head with `rows` rows."""
     entries = []
-    for name, place in tables.places(parameters.shapes).items():
-        shape = place.hub_shape
+    for name, place in tables.tensor_mappings(parameters.shapes).items():
+        shape = place.hf_shape
         more = rows - shape[0] if name in (tables.EMBEDDING, tables.HEAD) else 0
 
-        def blocks(place: tables.Place = place, more: int = more) -> Iterator[np.ndarray]:
-            x = place.transform.to_hub(parameters.read(place.path, place.layer))
+        def blocks(place: tables.TensorMapping = place, more: int = more) -> Iterator[np.ndarray]:
+            x = place.transform.to_hf(parameters.read(place.path, place.layer))
             yield x
             if more:
                 yield np.broadcast_to(_mean_row(x), (more, x.shape[1]))
 
-        entries.append(Entry(name, _dtype(parameters, place.path, dtype), (shape[0] + more, *shape[1:]), blocks))
+        entries.append(TensorSpec(name, _dtype(parameters, place.path, dtype), (shape[0] + more, *shape[1:]), blocks))
     projector = _dtype(parameters, "projector/layers_0/kernel", dtype)
     for name, x in source.second_linear(parameters.shapes, projector).items():
-        entries.append(Entry(name, projector, x.shape, lambda x=x: [x]))
+        entries.append(TensorSpec(name, projector, x.shape, lambda x=x: [x]))
     return entries
 
 
@@ -208,5 +209,5 @@ def _mean_row(x: np.ndarray) -> np.ndarray:
     return (total / len(x)).astype(x.dtype)
 
 
-def _dtype(parameters: Source, path: str, dtype: str | None) -> np.dtype:
+def _dtype(parameters: ParameterSource, path: str, dtype: str | None) -> np.dtype:
     return parameters.dtypes[path] if dtype is None else np.dtype(jnp.dtype(dtype))

@@ -18,7 +18,7 @@ from llava_jax.weights import fields
 from llava_jax.weights.chat_templates import template_name
 from llava_jax.weights.files import has_tensors, other_kind
 
-OWN = "llava_jax"
+MODEL_TYPE = "llava_jax"
 VERSION = 1
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
@@ -43,14 +43,14 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
         raise UserError(other_kind(directory) or f"{file}: no such file, so this is not the directory of a model")
     raw = read_json(file)
     kind = raw.get("model_type")
-    if kind == OWN:
-        return _read_own(raw | ({"template": template} if template else {}), file)
+    if kind == MODEL_TYPE:
+        return _read_native(raw | ({"template": template} if template else {}), file)
     if "mm_vision_tower" in raw:
         raise UserError(f"{file}: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
                          "take the checkpoint of the same name under llava-hf/ on the hub")
     if kind not in ("llava", "clip", "clip_vision_model", *TEXT_MODELS):
         raise UserError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
-                         f"{', '.join(TEXT_MODELS)} and {OWN} are")
+                         f"{', '.join(TEXT_MODELS)} and {MODEL_TYPE} are")
     for name in ("quantization_config", "text_config.quantization_config"):
         part = raw.get("text_config") if "." in name else raw
         if isinstance(part, dict) and part.get("quantization_config") is not None:
@@ -61,8 +61,8 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
         return _vision(file, "", _parse(file, kind, fields.tower(file, raw)))
     if kind == "clip":
         return _vision(file, "vision_config.", _parse(file, kind, fields.clip(file, raw)).vision_config)
-    own = fields.known(file, raw, {OWN: fields.Field(dict)}).get(OWN, {})
-    own = fields.known(file, own, fields.HUB, f"{OWN}.")
+    own = fields.known(file, raw, {MODEL_TYPE: fields.Field(dict)}).get(MODEL_TYPE, {})
+    own = fields.known(file, own, fields.HF_EXTRAS, f"{MODEL_TYPE}.")
     return _llava(directory, file, _parse_llava(file, raw), own | ({"template": template} if template else {}))
 
 
@@ -193,9 +193,10 @@ def _is_close(given: Any, value: Any) -> bool:
     return isinstance(given, bool | int | float) and 0.999 * value <= given <= 1.001 * value
 
 
-def _read_own(raw: dict, file: Path) -> LlavaConfig:
+def _read_native(raw: dict, file: Path) -> LlavaConfig:
     if raw.get("version") != VERSION:
-        raise UserError(f"{file}: version {raw.get('version')!r} of the {OWN} layout is not known here; {VERSION} is")
+        raise UserError(f"{file}: version {raw.get('version')!r} of the {MODEL_TYPE} layout is not known here; "
+                        f"{VERSION} is")
     found = fields.native(file, {key: value for key, value in raw.items() if key not in ("model_type", "version")})
     scaling = found["text"]["rope_scaling"]
     text = found["text"] | {"rope_scaling": scaling and _build(file, RopeScaling, **scaling)}
@@ -205,12 +206,12 @@ def _read_own(raw: dict, file: Path) -> LlavaConfig:
     return dataclasses.replace(config, template=_build(file, templates.get, template=config.template).name)
 
 
-def own_config(config: LlavaConfig) -> dict:
+def native_config(config: LlavaConfig) -> dict:
     """The config.json of our own layout."""
-    return {"model_type": OWN, "version": VERSION, **dataclasses.asdict(config)}
+    return {"model_type": MODEL_TYPE, "version": VERSION, **dataclasses.asdict(config)}
 
 
-def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtype: str) -> dict:
+def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtype: str) -> dict:
     """The config.json of Hugging Face's LLaVA, with every field that matters, since defaults change.
 
     `tokens`: ids of "image", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the tensors.
@@ -233,13 +234,13 @@ def hub_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dty
         "vision_feature_select_strategy": select[config.feature_select],
         "tie_word_embeddings": config.text.tie_word_embeddings,
         **ids,
-        "vision_config": hub_vision(config.vision),
-        "text_config": hub_text(config.text, vocab_size) | ids,
-        OWN: {"template": config.template, "image_mode": config.image_mode, "exif": config.exif},
+        "vision_config": hf_vision(config.vision),
+        "text_config": hf_text(config.text, vocab_size) | ids,
+        MODEL_TYPE: {"template": config.template, "image_mode": config.image_mode, "exif": config.exif},
     }
 
 
-def hub_vision(config: VisionConfig) -> dict:
+def hf_vision(config: VisionConfig) -> dict:
     return {
         "model_type": "clip_vision_model",
         "image_size": config.image_size,
@@ -256,7 +257,7 @@ def hub_vision(config: VisionConfig) -> dict:
     }
 
 
-def hub_text(config: LlamaConfig, vocab_size: int) -> dict:
+def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
     """A Qwen2 if only queries, keys and values have biases, else a LLaMA: a Mistral without window is one too."""
     qwen2 = config.qkv_bias and not config.out_bias
     if config.out_bias and not config.qkv_bias or qwen2 and config.mlp_bias:

@@ -81,7 +81,7 @@ NATIVE = {
     "vision": Field(dict), "text": Field(dict), "projector": TEXT, "feature_layer": LLAVA["vision_feature_layer"],
     "feature_select": TEXT, "image_mode": TEXT, "template": TEXT, "exif": FLAG,
 }
-HUB = {name: NATIVE[name] for name in ("template", "image_mode", "exif")}
+HF_EXTRAS = {name: NATIVE[name] for name in ("template", "image_mode", "exif")}
 """Fields of `llava_jax` in a config.json of Hugging Face's layout."""
 LATER = {"exif"}
 """Fields that the first files of our own layout lack."""

@@ -34,7 +34,7 @@ CHUNK = 2**22  # bytes that a write copies at a time
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInfo:
     """A tensor in a file."""
 
     file: Path
@@ -72,7 +72,7 @@ def has_tensors(directory: Path) -> bool:
     return any((directory / name).exists() for name in (SINGLE, INDEX))
 
 
-def find(directory: Path) -> dict[str, Stored]:
+def find(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a directory's `model.safetensors`, or of the files that its index names.
 
     UserError with one line if there are none, or if one is missing, damaged, outside the directory or lacks a tensor.
@@ -126,7 +126,7 @@ def other_kind(directory: Path) -> str:
     return ""
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a file. UserError unless they fill it from the header's end to its own, without gap or overlap."""
     with user_path(file), open(file, "rb") as f:
         size = os.fstat(f.fileno()).st_size
@@ -146,7 +146,7 @@ def _header(file: Path) -> dict[str, Stored]:
     tensors, spans = {}, []
     for name, entry in header.items():
         spans.append((*_span(file, name, entry), name))
-        tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + spans[-1][0])
+        tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + spans[-1][0])
     end = 0
     for first, last, name in sorted(spans):
         if first != end:
@@ -201,7 +201,7 @@ def write_json(file: Path, value: dict) -> None:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """A tensor to be written: `blocks` yields it in pieces of whole slices of its first axis, or of one slice each."""
 
     name: str
@@ -214,7 +214,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(directory: Path | None, entries: Sequence[Entry], shard_bytes: int) -> NotFinite:
+def write(directory: Path | None, entries: Sequence[TensorSpec], shard_bytes: int) -> NotFinite:
     """Writes `model.safetensors`, or numbered files of at most `shard_bytes` (or one tensor) each and their index.
 
     The memory that it needs is that of one block. With None nothing is written, but every block is made: processes
@@ -240,7 +240,7 @@ def write(directory: Path | None, entries: Sequence[Entry], shard_bytes: int) ->
     return found
 
 
-def _shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
+def _shards(entries: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
     shards, room = [[]], shard_bytes
     for entry in entries:
         if entry.nbytes > room and shards[-1]:
@@ -251,7 +251,7 @@ def _shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def _make_header(entries: Sequence[Entry]) -> bytes:
+def _make_header(entries: Sequence[TensorSpec]) -> bytes:
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses files without the format
     for entry in entries:
         header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape),
@@ -262,7 +262,7 @@ def _make_header(entries: Sequence[Entry]) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def _write_block(file: BinaryIO | None, block: np.ndarray, entry: Entry, found: NotFinite) -> int:
+def _write_block(file: BinaryIO | None, block: np.ndarray, entry: TensorSpec, found: NotFinite) -> int:
     # A transposed view is made contiguous, and its dtype changed, a few rows at a time.
     rows = max(1, CHUNK // max(1, block[0].size * entry.dtype.itemsize))
     for start in range(0, len(block) if file else 0, rows):

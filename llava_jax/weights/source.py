@@ -21,7 +21,7 @@ Config = LlavaConfig | VisionConfig | LlamaConfig
 
 
 @dataclass(frozen=True)
-class Source:
+class ParameterSource:
     """Shapes and dtypes of parameters, and `read(path, layer)`, which brings one layer of a stacked parameter, or a
     whole other one (layer None), to the host."""
 
@@ -41,27 +41,28 @@ def shapes(config: Config) -> dict[str, Shape]:
     return {path: parameter.shape for path, parameter in parameters.items()}
 
 
-def from_own_files(directory: Path, config: Config) -> Source:
+def from_native_files(directory: Path, config: Config) -> ParameterSource:
     """A checkpoint of our own layout: one stacked tensor for each parameter, under its path."""
     wanted = shapes(config)
     stored = files.find(directory)
     _check(directory, {path: tensor.shape for path, tensor in stored.items()}, wanted, [])
-    return Source(wanted, {path: stored[path].dtype for path in wanted}, lambda path, layer: stored[path].read(layer))
+    dtypes = {path: stored[path].dtype for path in wanted}
+    return ParameterSource(wanted, dtypes, lambda path, layer: stored[path].read(layer))
 
 
-def from_hub_files(directory: Path, config: Config) -> Source:
+def from_hf_files(directory: Path, config: Config) -> ParameterSource:
     """A checkpoint in any of Hugging Face's spellings.
 
     UserError that lists the tensors that are left over, missing or of another shape than `config` asks for.
     """
     wanted = shapes(config)
-    places = tables.places(wanted)
-    expected = {name: place.hub_shape for name, place in places.items()}
+    places = tables.tensor_mappings(wanted)
+    expected = {name: place.hf_shape for name, place in places.items()}
     expected |= _second_linear_shapes(wanted)
     tied = "decoder/embedding" in wanted and "decoder/lm_head/kernel" not in wanted
 
     found, stored, unused = files.find(directory), {}, []
-    names = [tables.hub_name(original) for original in found]
+    names = [tables.hf_name(original) for original in found]
     for name, (original, tensor) in zip(names, found.items(), strict=True):
         if tables.IGNORED.fullmatch(name):
             continue
@@ -87,14 +88,14 @@ def from_hub_files(directory: Path, config: Config) -> Source:
 
     def read(path: str, layer: int | None) -> np.ndarray:
         name = names[path, layer]
-        return places[name].transform.from_hub(stored[name].read(), places[name].shape)
+        return places[name].transform.from_hf(stored[name].read(), places[name].shape)
 
-    return Source(wanted, {path: _common(found) for path, found in dtypes.items()}, read)
+    return ParameterSource(wanted, {path: _common(found) for path, found in dtypes.items()}, read)
 
 
-def has_own_head(tensors: Mapping[str, files.Stored]) -> bool:
+def has_own_head(tensors: Mapping[str, files.TensorInfo]) -> bool:
     """Whether Hugging Face's files hold a head that differs from the embedding."""
-    found = {tables.hub_name(name): tensor for name, tensor in tensors.items()}
+    found = {tables.hf_name(name): tensor for name, tensor in tensors.items()}
     head, embedding = found.get(tables.HEAD), found.get(tables.EMBEDDING)
     if head is None or embedding is None:
         return False
@@ -104,7 +105,7 @@ def has_own_head(tensors: Mapping[str, files.Stored]) -> bool:
     return any(not np.array_equal(one.astype(np.float32), other.astype(np.float32)) for one, other in pairs)
 
 
-def from_memory(parameters: llava.Parameters) -> Source:
+def from_memory(parameters: llava.Parameters) -> ParameterSource:
     """Parameters on devices; if they are spread over several processes, all of them must read the same."""
 
     def read(path: str, layer: int | None) -> np.ndarray:
@@ -114,20 +115,20 @@ def from_memory(parameters: llava.Parameters) -> Source:
             return multihost_utils.process_allgather(x, tiled=True)
         return np.asarray(x)
 
-    return Source({path: x.shape for path, x in parameters.items()},
+    return ParameterSource({path: x.shape for path, x in parameters.items()},
                   {path: np.dtype(x.dtype) for path, x in parameters.items()}, read)
 
 
-def new_projector(config: LlavaConfig, seed: int) -> Source:
+def new_projector(config: LlavaConfig, seed: int) -> ParameterSource:
     """A projector as it is before training."""
     projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=nnx.Rngs(seed))
     return from_memory({f"projector/{path}": x for path, x in llava.to_params(projector)[1].items()})
 
 
-def join(*sources: Source) -> Source:
+def join(*sources: ParameterSource) -> ParameterSource:
     """The parameters of all sources, whose paths differ."""
     owner = {path: source for source in sources for path in source.shapes}
-    return Source({path: source.shapes[path] for path, source in owner.items()},
+    return ParameterSource({path: source.shapes[path] for path, source in owner.items()},
                   {path: source.dtypes[path] for path, source in owner.items()},
                   lambda path, layer: owner[path].read(path, layer))
 

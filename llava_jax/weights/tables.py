@@ -1,7 +1,7 @@
 """Tensors of Hugging Face's layout and the parameters they are: one table, read in both directions.
 
 Names are those of the checkpoints under llava-hf/ on the hub, which every version of transformers opens. Other
-spellings become these by their prefixes (`hub_name`).
+spellings become these by their prefixes (`hf_name`).
 """
 
 import math
@@ -23,14 +23,14 @@ class Transform:
     merge: Callable[[Shape], Shape]
     order: Shape
 
-    def hub_shape(self, shape: Shape) -> Shape:
+    def hf_shape(self, shape: Shape) -> Shape:
         merged = self.merge(shape)
         return tuple(merged[axis] for axis in self.order)
 
-    def to_hub(self, x: np.ndarray) -> np.ndarray:
+    def to_hf(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(self.merge(x.shape)).transpose(self.order)
 
-    def from_hub(self, x: np.ndarray, shape: Shape) -> np.ndarray:
+    def from_hf(self, x: np.ndarray, shape: Shape) -> np.ndarray:
         return x.transpose(np.argsort(self.order)).reshape(shape)
 
 
@@ -90,7 +90,7 @@ PREFIXES = (
 IGNORED = re.compile(r".*\.(position_ids|inv_freq)|text_model\..*|(text|visual)_projection\.weight|logit_scale")
 
 
-def hub_name(name: str) -> str:
+def hf_name(name: str) -> str:
     """The name that a tensor has in the layout of the hub; itself if no prefix fits."""
     for pattern, prefix in PREFIXES:
         if match := re.match(pattern, name):
@@ -99,7 +99,7 @@ def hub_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorMapping:
     """What one tensor of the hub's layout is here: a parameter, or one layer of a stacked one."""
 
     path: str
@@ -108,11 +108,11 @@ class Place:
     transform: Transform
 
     @property
-    def hub_shape(self) -> Shape:
-        return self.transform.hub_shape(self.shape)
+    def hf_shape(self) -> Shape:
+        return self.transform.hf_shape(self.shape)
 
 
-def places(shapes: Mapping[str, Shape]) -> dict[str, Place]:
+def tensor_mappings(shapes: Mapping[str, Shape]) -> dict[str, TensorMapping]:
     """The tensors of the hub's layout that hold parameters of these shapes, by name.
 
     UserError if a parameter has no place there: a projector of more than two layers, for example.
@@ -122,15 +122,15 @@ def places(shapes: Mapping[str, Shape]) -> dict[str, Place]:
         rows.append((f"{module}.weight", path, transform))
         if path.endswith(("/kernel", "/scale")):
             rows.append((f"{module}.bias", re.sub(r"\w+$", "bias", path), VECTOR))
-    found: dict[str, Place] = {}
+    found: dict[str, TensorMapping] = {}
     for name, path, transform in rows:
         if path not in shapes:
             continue
         if is_stacked(path):
             layers, *shape = shapes[path]
-            found |= {name.replace("*", str(i)): Place(path, i, tuple(shape), transform) for i in range(layers)}
+            found |= {name.replace("*", str(i)): TensorMapping(path, i, tuple(shape), transform) for i in range(layers)}
         else:
-            found[name] = Place(path, None, tuple(shapes[path]), transform)
+            found[name] = TensorMapping(path, None, tuple(shapes[path]), transform)
     if homeless := sorted(shapes.keys() - {place.path for place in found.values()}):
         raise UserError(f"Hugging Face's layout has no place for {', '.join(homeless)}")
     return found

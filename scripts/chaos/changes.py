@@ -68,7 +68,7 @@ def edit_tokenizer(folder: Path) -> None:
 
 def other_tokenizer(folder: Path) -> None:
     """The same pieces with two ids exchanged."""
-    from llava_jax.weights.companions import tokenizer_json
+    from llava_jax.weights.tokenizer_files import tokenizer_json
 
     language = folder.parent / "language"
     spec = tokenizer_json(language / "tokenizer.model", legacy=True)

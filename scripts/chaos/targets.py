@@ -62,7 +62,7 @@ def _request(everything: Path):
 
 def models() -> Iterator[Target]:
     check = cli(prepare.main, "check", "{world}/data/data.json", "--model", "{}", "--workers", "0")
-    for template, other in (("hf", "llava_jax"), ("own", "hf")):
+    for template, other in (("hf", "native"), ("own", "hf")):
         commands = (load, cli(convert.main, "{}", "{}/../converted", "--to", other), check,
                     cli(convert.main, "{}", "{}/../converted", "--to", "hf"), answer)
         for path in sorted((everything() / template).iterdir()):

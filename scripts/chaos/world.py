@@ -44,7 +44,7 @@ def make_models(folder: Path) -> None:
     join = ("--vision", vision, "--language", language, "--template", "vicuna_v1")
     run_quietly(convert.main, *join, folder / "hf", "--to", "hf")
     run_quietly(convert.main, folder / "hf", folder / "sharded", "--to", "hf", "--shard-size", "200KB")
-    run_quietly(convert.main, folder / "hf", folder / "own", "--to", "llava_jax")
+    run_quietly(convert.main, folder / "hf", folder / "own", "--to", "native")
 
 
 def make_records(folder: Path) -> None:

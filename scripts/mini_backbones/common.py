@@ -101,10 +101,10 @@ def save(folder: Path, parameters: Parameters, config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {path: np.asarray(value) for path, value in parameters.items()}
     tensors = {}
-    for name, place in tables.places({path: array.shape for path, array in arrays.items()}).items():
+    for name, place in tables.tensor_mappings({path: array.shape for path, array in arrays.items()}).items():
         array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer]
         name = name.replace("vision_tower.", "").replace("language_model.", "")
-        tensors[name] = np.ascontiguousarray(place.transform.to_hub(array))
+        tensors[name] = np.ascontiguousarray(place.transform.to_hf(array))
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     write_json(folder / "config.json", config)
 

@@ -215,7 +215,7 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
         save(
             out / "language",
             parameters,
-            configs.hub_text(LANGUAGE, LANGUAGE.vocab_size)
+            configs.hf_text(LANGUAGE, LANGUAGE.vocab_size)
             | {
                 "architectures": ["LlamaForCausalLM"],
                 "bos_token_id": BOS,

@@ -215,7 +215,7 @@ def make_vision(
     save(
         out / "vision",
         {k: v for k, v in parameters.items() if k.startswith("vision/")},
-        configs.hub_vision(VISION),
+        configs.hf_vision(VISION),
     )
     write_json(
         out / "vision" / "preprocessor_config.json",

@@ -32,7 +32,7 @@ def pictures():
 
 
 @pytest.fixture(scope="session")
-def hub_model():
+def hf_model():
     """A random LlavaForConditionalGeneration, scaled so that its choices are sharp and its answers varied."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -57,9 +57,9 @@ def hub_model():
 
 
 @pytest.fixture(scope="session")
-def model_dir(hub_model, tmp_path_factory):
+def model_dir(hf_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    hub_model.save_pretrained(directory)
+    hf_model.save_pretrained(directory)
     shutil.copy(TOKENIZER, directory)
     (directory / "preprocessor_config.json").write_text(json.dumps({"do_pad": True}))
     return directory

@@ -52,7 +52,7 @@ def tiles(images):
     return np.concatenate([prepare(image, 28, "pad") for image in images]) if images else None
 
 
-def test_greedy_equals_transformers_token_for_token(hub_model, llava, requests, alone):
+def test_greedy_equals_transformers_token_for_token(hf_model, llava, requests, alone):
     import torch
 
     for request, answer in zip(requests, alone, strict=True):
@@ -62,7 +62,7 @@ def test_greedy_equals_transformers_token_for_token(hub_model, llava, requests, 
         if request["images"]:
             inputs["pixel_values"] = torch.tensor(normalise(tiles(request["images"])).transpose(0, 3, 1, 2))
         with torch.no_grad():
-            expected = hub_model.generate(
+            expected = hf_model.generate(
                 **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=LIMIT, do_sample=False,
                 eos_token_id=2, pad_token_id=0,
             )

@@ -22,7 +22,7 @@ def asked(pictures):
             Request("Go on from there.", pictures[2:3], assistant_prefix=" It is")]
 
 
-def expected(hub_model, llava, request, text):
+def expected(hf_model, llava, request, text):
     """What transformers gives the tokens that follow the prompt."""
     import torch
 
@@ -38,13 +38,13 @@ def expected(hub_model, llava, request, text):
         tiles = np.concatenate([prepare(image, 28, "pad") for image in request.images])
         inputs["pixel_values"] = torch.tensor(normalise(tiles).transpose(0, 3, 1, 2))
     with torch.no_grad():
-        logits = hub_model(**inputs).logits[0].double().log_softmax(-1)
+        logits = hf_model(**inputs).logits[0].double().log_softmax(-1)
     return sum(logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
 
 
-def test_equals_transformers(hub_model, llava, asked):
+def test_equals_transformers(hf_model, llava, asked):
     for request in asked:
-        wanted = [expected(hub_model, llava, request, text) for text in CONTINUATIONS]
+        wanted = [expected(hf_model, llava, request, text) for text in CONTINUATIONS]
         assert llava.log_likelihood(request, CONTINUATIONS) == pytest.approx(wanted, abs=2e-4)
         assert len(set(np.round(wanted, 2))) == len(CONTINUATIONS)
 

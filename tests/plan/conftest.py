@@ -10,7 +10,7 @@ import pytest
 from llava_jax import config
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.vit import VisionConfig
-from llava_jax.weights.configs import hub_text, hub_vision
+from llava_jax.weights.configs import hf_text, hf_vision
 
 VISION = VisionConfig(image_size=28, patch_size=14, hidden_size=64, intermediate_size=128, num_layers=3, num_heads=2)
 TEXT = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=2, num_kv_heads=2,
@@ -35,7 +35,7 @@ def needs_libtpu() -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> config.Recipe:
     folder = tmp_path_factory.mktemp("tiny")
-    for name, raw in (("vision", hub_vision(VISION)), ("language", hub_text(TEXT, TEXT.vocab_size))):
+    for name, raw in (("vision", hf_vision(VISION)), ("language", hf_text(TEXT, TEXT.vocab_size))):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(raw))
     data = config.Data(path="nowhere.json", sequence_length=128, tiles_per_sequence=2)

@@ -13,7 +13,7 @@ from llava_jax.plan.models import planned_config
 from llava_jax.plan.search import Candidate, Found, candidates, policies, search
 from llava_jax.plan.step import compile_step
 from llava_jax.plan.topologies import parse
-from llava_jax.weights.configs import hub_text
+from llava_jax.weights.configs import hf_text
 
 WHERE = parse("v5e-4")
 GIB = 2**30
@@ -25,7 +25,7 @@ def ways(needs_libtpu, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     text = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2816, num_layers=12, num_heads=8,
                        num_kv_heads=8, head_dim=128)
-    (folder / "config.json").write_text(json.dumps(hub_text(text, 512)))
+    (folder / "config.json").write_text(json.dumps(hf_text(text, 512)))
     data = dataclasses.replace(tiny.stages["instruct"].data, sequence_length=1024)
     recipe = dataclasses.replace(
         tiny, model=config.Model(vision=tiny.model.vision, language=str(folder), attention="xla"),

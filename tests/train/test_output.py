@@ -109,7 +109,7 @@ def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):
             (folder / name).write_text(name)
 
     monkeypatch.setattr(loop, "load_parameters", lambda *_, **__: {})
-    monkeypatch.setattr(loop, "save_huggingface", save)
+    monkeypatch.setattr(loop, "save_hf", save)
     written, original = [], Bucket.open
     monkeypatch.setattr(Bucket, "open", lambda self, path, *mode, **options: written.append(path.rpartition("/")[2]) or
                         original(self, path, *mode, **options))

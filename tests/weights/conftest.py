@@ -7,7 +7,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def hub_model():
+def hf_model():
     """A small LlavaForConditionalGeneration with random weights, its vocabulary that of the golden tokenizer."""
     import torch
     import transformers
@@ -27,9 +27,9 @@ def hub_model():
 
 
 @pytest.fixture(scope="session")
-def hub_dir(hub_model, tmp_path_factory):
+def hf_dir(hf_model, tmp_path_factory):
     """The model's directory as transformers writes it, with the tokenizer."""
     directory = tmp_path_factory.mktemp("hub") / "model"
-    hub_model.save_pretrained(directory)
+    hf_model.save_pretrained(directory)
     shutil.copy(GOLDEN / "tokenizer.model", directory)
     return directory

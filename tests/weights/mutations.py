@@ -87,7 +87,7 @@ def actions(model: Path) -> list:
     from llava_jax.text.tokenizer import Tokenizer
 
     return [lambda: convert.main([str(model), f"{model}_hf", "--to", "hf"]),
-            lambda: convert.main([str(model), f"{model}_own", "--to", "llava_jax"]),
+            lambda: convert.main([str(model), f"{model}_own", "--to", "native"]),
             lambda: Settings.load(str(model)),
             lambda: Tokenizer.load(model).decode([0, 5, 10**6, -1])]
 

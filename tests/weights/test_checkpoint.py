@@ -24,12 +24,12 @@ import transformers
 from llava_jax.errors import UserError
 from llava_jax.models import llava
 from llava_jax.text.encode import IMAGE_TOKEN_ID
-from llava_jax.weights import files, load_checkpoint, save_huggingface, save_own
+from llava_jax.weights import files, load_checkpoint, save_hf, save_native
 
 VISION = r"^vision_tower\.vision_model\."
 
 
-def hub_tensors(directory):
+def hf_tensors(directory):
     """The tensors of a directory under the names of the hub."""
     tensors = {}
     for file in directory.glob("*.safetensors"):
@@ -41,7 +41,7 @@ def hub_tensors(directory):
 def rewrite(source, target, rename, shards=1):
     """A copy of a checkpoint with other tensor names, in one or several files."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = {rename(name): tensor.contiguous() for name, tensor in hub_tensors(source).items() if rename(name)}
+    tensors = {rename(name): tensor.contiguous() for name, tensor in hf_tensors(source).items() if rename(name)}
     if shards == 1:
         safetensors.torch.save_file(tensors, target / "model.safetensors")
         return target
@@ -69,8 +69,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def loaded(hub_dir):
-    return load_checkpoint(hub_dir)
+def loaded(hf_dir):
+    return load_checkpoint(hf_dir)
 
 
 def assert_same(found, expected):
@@ -82,8 +82,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_spelling_is_the_same_model(hub_dir, tmp_path, loaded, layout, shards):
-    config, parameters = load_checkpoint(rewrite(hub_dir, tmp_path / "copy", LAYOUTS[layout], shards))
+def test_every_spelling_is_the_same_model(hf_dir, tmp_path, loaded, layout, shards):
+    config, parameters = load_checkpoint(rewrite(hf_dir, tmp_path / "copy", LAYOUTS[layout], shards))
     assert config == loaded[0]
     assert_same(parameters, loaded[1])
 
@@ -130,7 +130,7 @@ def test_a_llama_alone(tmp_path, tied):
 
 
 def spoil(directory, change):
-    tensors = hub_tensors(directory)
+    tensors = hf_tensors(directory)
     change(tensors)
     safetensors.torch.save_file(tensors, directory / "model.safetensors")
 
@@ -148,8 +148,8 @@ def spoil(directory, change):
     (lambda t: (t.pop("language_model.lm_head.weight"), t.update({"head.weight": torch.ones(2)})),
      "missing: language_model.lm_head.weight; left over: head.weight$"),
 ])
-def test_tensors_that_do_not_fit_are_listed(hub_dir, tmp_path, change, message):
-    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+def test_tensors_that_do_not_fit_are_listed(hf_dir, tmp_path, change, message):
+    copy = rewrite(hf_dir, tmp_path / "copy", lambda name: name)
     spoil(copy, change)
     with pytest.raises(UserError, match=f"copy: the tensors do not fit config.json; {message}"):
         load_checkpoint(copy)
@@ -157,8 +157,8 @@ def test_tensors_that_do_not_fit_are_listed(hub_dir, tmp_path, change, message):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtypes(hub_dir, tmp_path, loaded, stored, dtype):
-    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+def test_dtypes(hf_dir, tmp_path, loaded, stored, dtype):
+    copy = rewrite(hf_dir, tmp_path / "copy", lambda name: name)
     spoil(copy, lambda t: t.update({name: tensor.to(stored) for name, tensor in t.items()}))
     _, parameters = load_checkpoint(copy, dtype=dtype)
     for path, x in loaded[1].items():
@@ -186,7 +186,7 @@ def make_batch():
 
 
 @pytest.mark.parametrize("change", ["none", "linear", "qwen2 tied", "biases"])
-def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
+def test_transformers_opens_what_is_saved(hf_dir, tmp_path, loaded, change):
     config, _ = loaded
     text = {"none": {}, "linear": {"head_dim": 20}, "qwen2 tied": {"qkv_bias": True, "tie_word_embeddings": True},
             "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True}}[change]
@@ -196,7 +196,7 @@ def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
     rng = np.random.default_rng(0)
     parameters = {path: rng.normal(path.endswith("scale"), 0.1, x.shape).astype(np.float32)
                   for path, x in llava.abstract_params(config)[1].items()}
-    save_huggingface(tmp_path / "saved", config, parameters, hub_dir)
+    save_hf(tmp_path / "saved", config, parameters, hf_dir)
 
     model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
         tmp_path / "saved", output_loading_info=True)
@@ -224,8 +224,8 @@ def test_transformers_opens_what_is_saved(hub_dir, tmp_path, loaded, change):
         np.testing.assert_array_equal(reread[path], x, err_msg=path)
 
 
-def test_a_second_linear_that_does_something(hub_dir, tmp_path):
-    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+def test_a_second_linear_that_does_something(hf_dir, tmp_path):
+    copy = rewrite(hf_dir, tmp_path / "copy", lambda name: name)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "linear"}))
     with pytest.raises(UserError, match="config.json: projector_hidden_act linear .* linear_2 is the identity"):
@@ -236,17 +236,17 @@ def test_a_second_linear_that_does_something(hub_dir, tmp_path):
     assert config.projector == "linear" and "projector/layers_1/kernel" not in parameters
 
 
-def test_our_own_layout(hub_dir, tmp_path, loaded):
+def test_our_own_layout(hf_dir, tmp_path, loaded):
     config, parameters = loaded
     mixed = {path: x.astype(jnp.bfloat16) if path.startswith("vision") else x for path, x in parameters.items()}
-    save_own(tmp_path / "own", config, mixed, hub_dir, shard_bytes=50_000)
+    save_native(tmp_path / "own", config, mixed, hf_dir, shard_bytes=50_000)
     stored = files.find(tmp_path / "own")
     assert stored.keys() == parameters.keys() and len({tensor.file for tensor in stored.values()}) > 3
     assert stored["vision/patch/kernel"].dtype == ml_dtypes.bfloat16
     again, reread = load_checkpoint(tmp_path / "own")
     assert again == config
     assert_same(reread, {path: x.astype(jnp.float32) for path, x in mixed.items()})
-    assert (tmp_path / "own" / "tokenizer.model").read_bytes() == (hub_dir / "tokenizer.model").read_bytes()
+    assert (tmp_path / "own" / "tokenizer.model").read_bytes() == (hf_dir / "tokenizer.model").read_bytes()
 
     tensors = {path: np.asarray(x) for path, x in parameters.items() if path != "decoder/norm/scale"}
     for file in (tmp_path / "own").glob("model*"):
@@ -256,17 +256,17 @@ def test_our_own_layout(hub_dir, tmp_path, loaded):
         load_checkpoint(tmp_path / "own")
 
 
-def test_saving_over_something_is_refused(hub_dir, loaded):
-    for save in (save_own, save_huggingface):
+def test_saving_over_something_is_refused(hf_dir, loaded):
+    for save in (save_native, save_hf):
         with pytest.raises(UserError, match="exists already"):
-            save(hub_dir, *loaded, hub_dir)
+            save(hf_dir, *loaded, hf_dir)
 
 
-def test_nothing_half_written_remains(hub_dir, tmp_path, loaded):
+def test_nothing_half_written_remains(hf_dir, tmp_path, loaded):
     config, parameters = loaded
     with pytest.raises(UserError, match="no place for projector/layers_2/bias, projector/layers_2/kernel"):
-        save_huggingface(tmp_path / "saved", config, parameters | {
-            "projector/layers_2/kernel": jnp.ones((48, 48)), "projector/layers_2/bias": jnp.ones(48)}, hub_dir)
+        save_hf(tmp_path / "saved", config, parameters | {
+            "projector/layers_2/kernel": jnp.ones((48, 48)), "projector/layers_2/bias": jnp.ones(48)}, hf_dir)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,7 +277,7 @@ SHARDED = """
     jax.distributed.initialize(address, num_processes=2, process_id=int(process))
     from llava_jax import config
     from llava_jax.parallel import sharding
-    from llava_jax.weights import load_checkpoint, read_config, save_huggingface
+    from llava_jax.weights import load_checkpoint, read_config, save_hf
     from llava_jax.weights.source import shapes
 
     mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=2, tensor=2))
@@ -294,37 +294,37 @@ SHARDED = """
         for shard in x.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[path][shard.index])
     assert not parameters["decoder/layers/mlp/up_proj/kernel"].is_fully_addressable
-    save_huggingface(target, settings, parameters, source)
+    save_hf(target, settings, parameters, source)
 """
 
 
-def test_parameters_on_several_processes(hub_dir, tmp_path, loaded):
+def test_parameters_on_several_processes(hf_dir, tmp_path, loaded):
     """Two processes with two devices each: loaded where the table says, and saved from there by the first."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
                                 "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", textwrap.dedent(SHARDED), hub_dir, tmp_path / "sharded", address]
+    command = [sys.executable, "-c", textwrap.dedent(SHARDED), hf_dir, tmp_path / "sharded", address]
     processes = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    save_huggingface(tmp_path / "whole", *loaded, hub_dir)
+    save_hf(tmp_path / "whole", *loaded, hf_dir)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "sharded" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.parametrize("save", [save_own, save_huggingface])
-def test_what_is_not_finite_is_not_written(hub_dir, tmp_path, loaded, save):
+@pytest.mark.parametrize("save", [save_native, save_hf])
+def test_what_is_not_finite_is_not_written(hf_dir, tmp_path, loaded, save):
     config, parameters = loaded
     wrong = {path: np.array(x) for path, x in parameters.items()}
     wrong["decoder/layers/mlp/down_proj/kernel"][1, 3, 4] = 1e5
-    save(tmp_path / "wide", config, wrong, hub_dir, dtype="bfloat16")
+    save(tmp_path / "wide", config, wrong, hf_dir, dtype="bfloat16")
     with pytest.raises(UserError, match="half: not written: .*beyond the range .* bfloat16 holds: .*mlp.down[^,;]*$"):
-        save(tmp_path / "half", config, wrong, hub_dir, dtype="float16")
+        save(tmp_path / "half", config, wrong, hf_dir, dtype="float16")
     wrong["projector/layers_0/bias"][2] = np.nan
     wrong["vision/layers/mlp/up_proj/kernel"][0, 0, 0] = -np.inf
     with pytest.raises(UserError, match=r"nan: not written: .*not finite \(NaN .*: .*(bias|kernel|weight), "):
-        save(tmp_path / "nan", config, wrong, hub_dir)
+        save(tmp_path / "nan", config, wrong, hf_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["wide"]
 
 
@@ -334,8 +334,8 @@ def test_what_is_not_finite_is_not_written(hub_dir, tmp_path, loaded, save):
      "decoder/layers/mlp/down_proj/kernel of layer 1 has"),
 ])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_is_not_finite_is_not_opened(hub_dir, tmp_path, name, value, message, dtype):
-    copy = rewrite(hub_dir, tmp_path / "copy", lambda name: name)
+def test_a_model_that_is_not_finite_is_not_opened(hf_dir, tmp_path, name, value, message, dtype):
+    copy = rewrite(hf_dir, tmp_path / "copy", lambda name: name)
     spoil(copy, lambda t: t[name].view(-1)[3:4].fill_(value))
     with pytest.raises(UserError, match=message):
         load_checkpoint(copy, dtype=dtype)

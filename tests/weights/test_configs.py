@@ -155,7 +155,7 @@ def test_a_template_that_is_named_replaces_the_files(tmp_path, read):
     with pytest.raises(UserError, match="unknown template 'v7'"):
         read_config(tmp_path, "v7")
     own = LlavaConfig(template="mpt")
-    (tmp_path / "config.json").write_text(json.dumps(configs.own_config(own)))
+    (tmp_path / "config.json").write_text(json.dumps(configs.native_config(own)))
     assert read_config(tmp_path) == own and read_config(tmp_path, "llava_v1").template == "llava_v1"
 
 
@@ -176,8 +176,8 @@ def changed(config, **fields):
     LlavaConfig(), FULL, changed(FULL, rope_scaling=RopeScaling("linear", 2.0), tie_word_embeddings=False),
     changed(FULL, out_bias=False, mlp_bias=False)])
 def test_both_layouts_keep_every_field(read, config):
-    assert read(configs.own_config(config)) == config
-    hub = configs.hub_config(config, TOKENS, config.text.vocab_size, "float32")
+    assert read(configs.native_config(config)) == config
+    hub = configs.hf_config(config, TOKENS, config.text.vocab_size, "float32")
     assert read(hub) == config
     # Nothing is left to the reader's defaults, which change from version to version.
     parsed = transformers.AutoConfig.for_model(**hub)
@@ -193,11 +193,11 @@ def test_both_layouts_keep_every_field(read, config):
 ])
 def test_what_hugging_face_cannot_compute(config, message):
     with pytest.raises(UserError, match=message):
-        configs.hub_config(config, TOKENS, 256, "float32")
+        configs.hf_config(config, TOKENS, 256, "float32")
 
 
 def test_an_unknown_field_of_our_own_layout(read):
-    raw = configs.own_config(FULL)
+    raw = configs.native_config(FULL)
     assert read({name: value for name, value in raw.items() if name != "exif"}).exif is False  # an older file
     with pytest.raises(UserError, match="config.json: not a configuration.*colour"):
         read(raw | {"colour": 1})
@@ -206,7 +206,7 @@ def test_an_unknown_field_of_our_own_layout(read):
         read(raw)
 
 
-NATIVE = configs.own_config(FULL)
+NATIVE = configs.native_config(FULL)
 
 
 @pytest.mark.parametrize("config, field", [

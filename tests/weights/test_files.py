@@ -36,7 +36,7 @@ def test_the_library_reads_what_is_written(tmp_path, shard_bytes, count):
         "bf16": RNG.normal(size=(4, 2)).astype(ml_dtypes.bfloat16),
     }
     entries = [
-        files.Entry(name, x.dtype, x.shape, lambda name=name, x=x: x if name == "stacked" else [x[:1], x[1:]])
+        files.TensorSpec(name, x.dtype, x.shape, lambda name=name, x=x: x if name == "stacked" else [x[:1], x[1:]])
         for name, x in arrays.items()
     ]
     files.write(tmp_path, entries, shard_bytes)
@@ -60,20 +60,21 @@ def test_the_library_reads_what_is_written(tmp_path, shard_bytes, count):
 
 def test_a_dtype_may_change_on_the_way(tmp_path):
     x = RNG.normal(size=(300, 70)).astype(np.float32)
-    files.write(tmp_path, [files.Entry("x", np.dtype(ml_dtypes.bfloat16), x.shape, lambda: [x])], 10**9)
+    files.write(tmp_path, [files.TensorSpec("x", np.dtype(ml_dtypes.bfloat16), x.shape, lambda: [x])], 10**9)
     np.testing.assert_array_equal(files.find(tmp_path)["x"].read(), x.astype(ml_dtypes.bfloat16))
 
 
 def test_large_blocks_are_written_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK", 64)
     x = RNG.normal(size=(33, 9)).astype(np.float32)
-    files.write(tmp_path, [files.Entry("x", x.dtype, (9, 33), lambda: [x.T])], 10**9)
+    files.write(tmp_path, [files.TensorSpec("x", x.dtype, (9, 33), lambda: [x.T])], 10**9)
     np.testing.assert_array_equal(files.find(tmp_path)["x"].read(), x.T)
 
 
 @pytest.fixture
 def sharded(tmp_path):
-    entries = [files.Entry(name, np.dtype(np.float32), (4, 4), lambda: [np.ones((4, 4), np.float32)]) for name in "ab"]
+    entries = [files.TensorSpec(name, np.dtype(np.float32), (4, 4), lambda: [np.ones((4, 4), np.float32)])
+               for name in "ab"]
     files.write(tmp_path, entries, 64)
     return tmp_path
 
@@ -248,10 +249,11 @@ def test_what_is_not_finite_when_written_is_named(tmp_path):
     arrays = {name: rng.normal(size=(3, 400)).astype(np.float32) for name in "abcd"}
     arrays["b"][1, 7] = 1e5
     arrays["c"][2, 399] = np.nan
-    entries = [files.Entry(name, np.dtype(np.float16), x.shape, lambda x=x: [x[:1], x[1:]])
+    entries = [files.TensorSpec(name, np.dtype(np.float16), x.shape, lambda x=x: [x[:1], x[1:]])
                for name, x in arrays.items()]
     assert files.write(tmp_path, entries, 10**9) == (["c"], ["b"])
-    wide = [files.Entry(name, np.dtype(ml_dtypes.bfloat16), x.shape, lambda x=x: [x.T.T]) for name, x in arrays.items()]
+    wide = [files.TensorSpec(name, np.dtype(ml_dtypes.bfloat16), x.shape, lambda x=x: [x.T.T])
+            for name, x in arrays.items()]
     assert files.write(tmp_path, wide, 10**9) == (["c"], [])
 
 

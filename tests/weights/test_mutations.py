@@ -15,15 +15,15 @@ TOKENIZER = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spec
 FILES = {
     "hf": ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
            "model.safetensors.index.json", "chat_template.jinja", *TOKENIZER],
-    "llava_jax": ["config.json", "generation_config.json", "model.safetensors.index.json"],
+    "native": ["config.json", "generation_config.json", "model.safetensors.index.json"],
 }
 
 
 @pytest.mark.parametrize("layout", FILES)
 @pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
-def test_damaged_files_are_told(hub_dir, tmp_path, layout, count):
+def test_damaged_files_are_told(hf_dir, tmp_path, layout, count):
     model = tmp_path / "model"
-    convert.main([str(hub_dir), str(model), "--to", layout, "--shard-size", "100KB"])
+    convert.main([str(hf_dir), str(model), "--to", layout, "--shard-size", "100KB"])
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
     done = subprocess.run([sys.executable, SCRIPT, model, "0", str(count), *FILES[layout]], env=environment, text=True,
                           capture_output=True, timeout=3600)

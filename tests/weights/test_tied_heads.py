@@ -54,8 +54,8 @@ def their_logits(directory):
 @pytest.mark.parametrize("stored", ["equal", "different", "absent", "alone"])
 @pytest.mark.parametrize("text", [True, False, None])
 @pytest.mark.parametrize("top", [True, False, None])
-def test_the_head_is_transformers(hub_dir, tmp_path, top, text, stored):
-    directory = write(hub_dir, tmp_path / "model", top, text, stored)
+def test_the_head_is_transformers(hf_dir, tmp_path, top, text, stored):
+    directory = write(hf_dir, tmp_path / "model", top, text, stored)
     expected = their_logits(directory)
     if expected is None:  # it initialises what is missing
         with pytest.raises(UserError, match="missing: language_model"):
@@ -66,10 +66,10 @@ def test_the_head_is_transformers(hub_dir, tmp_path, top, text, stored):
 
 
 @pytest.mark.parametrize("stored", ["equal", "different"])
-def test_it_stays_so_in_every_layout(hub_dir, tmp_path, stored):
-    directory = write(hub_dir, tmp_path / "model", None, True, stored)
+def test_it_stays_so_in_every_layout(hf_dir, tmp_path, stored):
+    directory = write(hf_dir, tmp_path / "model", None, True, stored)
     expected = their_logits(directory)
-    convert.main([str(directory), str(tmp_path / "own"), "--to", "llava_jax"])
+    convert.main([str(directory), str(tmp_path / "own"), "--to", "native"])
     convert.main([str(tmp_path / "own"), str(tmp_path / "hf"), "--to", "hf"])
     rows = expected.shape[-1]
     for found in (our_logits(tmp_path / "own"), our_logits(tmp_path / "hf"), their_logits(tmp_path / "hf")):
@@ -90,8 +90,8 @@ def test_a_decoder_alone(tmp_path):
     np.testing.assert_array_equal(parameters["decoder/lm_head/kernel"], tensors["lm_head.weight"].T)
 
 
-def test_a_head_of_another_shape_is_told(hub_dir, tmp_path):
-    directory = write(hub_dir, tmp_path / "model", True, True, "different")
+def test_a_head_of_another_shape_is_told(hf_dir, tmp_path):
+    directory = write(hf_dir, tmp_path / "model", True, True, "different")
     tensors = safetensors.torch.load_file(directory / "model.safetensors")
     tensors[HEAD] = tensors[HEAD][:-1].clone()
     safetensors.torch.save_file(tensors, directory / "model.safetensors")

@@ -17,7 +17,7 @@ from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
 from llava_jax.text.tokenizer import Tokenizer
-from llava_jax.weights import companions
+from llava_jax.weights import tokenizer_files
 
 MODEL = Path(__file__).parent.parent / "golden" / "tokenizer.model"
 TEXTS = ["", "a", "What is this?", " two  blanks\n\n\tand a tab ", "naïve 汉字 한글 🙂 e\u0301", "<0x0A>▁", "x" * 60,
@@ -38,7 +38,7 @@ INTERLEAVED = [
 
 
 def test_tokenizer_json_gives_sentencepieces_ids():
-    ours = tokenizers.Tokenizer.from_str(json.dumps(companions.tokenizer_json(MODEL, legacy=True)))
+    ours = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_files.tokenizer_json(MODEL, legacy=True)))
     sentencepiece = SentencePieceProcessor(model_file=str(MODEL))
     rng = np.random.default_rng(0)
     pieces = [sentencepiece.id_to_piece(i).replace("▁", " ") for i in range(300, 2000)]
@@ -51,7 +51,8 @@ def test_tokenizer_json_gives_sentencepieces_ids():
 def make_source(directory, legacy, only_json):
     directory.mkdir()
     if only_json:
-        (directory / "tokenizer.json").write_text(json.dumps(companions.tokenizer_json(MODEL, legacy is not False)))
+        text = json.dumps(tokenizer_files.tokenizer_json(MODEL, legacy is not False))
+        (directory / "tokenizer.json").write_text(text)
     else:
         shutil.copy(MODEL, directory)
     if legacy is not None:
@@ -62,7 +63,7 @@ def make_source(directory, legacy, only_json):
 def export(source, target, **fields):
     target.mkdir()
     config = LlavaConfig(vision=VisionConfig(image_size=28, patch_size=14), **fields)
-    ids = companions.export(source, target, config)
+    ids = tokenizer_files.export(source, target, config)
     (target / "config.json").write_text('{"model_type": "llava"}')
     return ids, transformers.AutoProcessor.from_pretrained(target)
 
