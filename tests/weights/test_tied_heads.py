@@ -81,7 +81,7 @@ def test_a_decoder_alone(tmp_path):
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         tie_word_embeddings=True))
     model.save_pretrained(tmp_path)
-    assert read_config(tmp_path).tied
+    assert read_config(tmp_path).tie_word_embeddings
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
