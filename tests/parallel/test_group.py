@@ -1,6 +1,7 @@
 """Several processes on this machine: what they agree on, and how all end when one of them does."""
 
 import asyncio
+import io
 import json
 import re
 import signal
@@ -12,6 +13,7 @@ from starting import finish, start
 
 from llava_jax.parallel import coordinator
 from llava_jax.parallel import processes as group
+from llava_jax.parallel.cluster import ClusterInfo
 
 
 def test_all_hear_all_and_stop_after_the_same_step(tmp_path):
@@ -31,29 +33,26 @@ def test_all_hear_all_and_stop_after_the_same_step(tmp_path):
 
 def test_no_step_begins_while_the_last_one_is_agreed_on():
     ours, theirs = socket.socketpair()
-    member = group.Group.__new__(group.Group)
-    member.socket, member.sending, member.changed = ours, threading.Lock(), threading.Condition()
-    member.calls, member.asked, member.paused, member.stop_at = 6, False, False, None
-    member._on_where()
+    member = group.ProcessGroup(ClusterInfo("a:1", 0, 2), ours, io.StringIO())
+    member.steps = 6
+    member.receive({"kind": "where"})
     assert json.loads(theirs.recv(100)) == {"kind": "here", "step": 6}
     answers = []
     step = threading.Thread(target=lambda: answers.append(member.should_stop(0)))
     step.start()
     step.join(0.2)
     assert answers == []
-    with member.changed:
-        member._on_stop(step=8, number=15)
-        member.changed.notify_all()
+    member.receive({"kind": "stop", "step": 8, "signal": 15})
     step.join()
     assert answers + [member.should_stop(0)] == [0, 15]
 
 
 def test_a_death_goes_before_the_errors_that_it_causes(monkeypatch):
     """Process 0 reports that a connection broke; a moment later process 1 is found dead."""
-    monkeypatch.setattr(coordinator, "ECHO", 0.01)
+    monkeypatch.setattr(coordinator, "ERROR_DELAY", 0.01)
 
     async def meet() -> str:
-        told = coordinator.Coordinator(2, ["a", "b"], 60, 1, close=lambda: None)
+        told = coordinator.Coordinator(2, ["a", "b"], 60, 1)
         told.on_failed(0, "Gloo: connection reset by peer", coordinator.FAULT)
         told.lose(1, "has ended")
         await asyncio.sleep(0.02)

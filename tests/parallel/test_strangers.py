@@ -38,7 +38,7 @@ class Member:
 
 
 def hello(process: int = 0, count: int = 2, host: str = "a", secret: str = "") -> bytes:
-    fields = {"process": process, "count": count, "host": host, "secret": coordinator.proof(secret)}
+    fields = {"kind": "hello", "process": process, "count": count, "host": host, "secret": coordinator.proof(secret)}
     return json.dumps(fields).encode() + b"\n"
 
 
@@ -46,7 +46,7 @@ def hello(process: int = 0, count: int = 2, host: str = "a", secret: str = "") -
 def running(host: str = "127.0.0.1", files: int | None = None, **environment: str) -> Iterator[int]:
     """A coordinator of two processes; its port."""
     port = free_port()
-    settings = {"host": host, "port": port, "count": 2, "hosts": [], "silence": 60}
+    settings = {"host": host, "port": port, "count": 2, "hosts": [], "heartbeat_timeout": 60, "jax_port": 1}
     limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
     process = subprocess.Popen(
         [sys.executable, "-P", coordinator.__file__, json.dumps(settings)], stdout=subprocess.PIPE, text=True,
@@ -68,8 +68,8 @@ def meet(port: int, **options) -> list[Member]:
 
 def assert_a_round_works(members: list[Member]) -> None:
     for member in members:
-        member.say(kind="round", number=0, name="start", value=[1], seconds=30)
-    assert [member.hear() for member in members] == 2 * [{"kind": "round", "number": 0, "values": [[1], [1]]}]
+        member.say(kind="round", name="start", value=[1], seconds=30)
+    assert [member.hear() for member in members] == 2 * [{"kind": "round", "values": [[1], [1]]}]
 
 
 GREETINGS = [
@@ -77,7 +77,8 @@ GREETINGS = [
     b"{}\n", b"1" * 5000 + b"\n", b"[" * 3000 + b"\n", b'{"a":' * 700 + b"\n", b"\xff\xfe\n", hello()[:-2] + b"\n",
     hello()[:-1] + hello(1), hello(process=-1), hello(process=-2), hello(process=True), hello(process=0.0),
     hello(process="0"), hello(host="\x1b[2Jx"), hello(host="x" * 300), hello(host=7), hello(count=None),
-    hello()[:-2] + b', "kind": "serve"}\n', b'{"kind": "alive"}\n', b'{"kind": "__init__"}\n',
+    hello()[:-2] + b', "kinds": "serve"}\n', hello()[:-2] + b', "kind": "alive"}\n',
+    b'{"kind": "alive"}\n', b'{"kind": "__init__"}\n',
 ]
 
 
@@ -130,13 +131,13 @@ def test_a_greeting_without_end_is_cut_off():
 
 
 def test_a_slow_greeting_is_not_waited_for(monkeypatch):
-    """Strangers are let go after GREETING seconds."""
+    """Strangers are let go after GREETING_SECONDS."""
     import asyncio
 
-    monkeypatch.setattr(coordinator, "GREETING", 0.01)
+    monkeypatch.setattr(coordinator, "GREETING_SECONDS", 0.01)
 
     async def meet() -> bytes:
-        told = coordinator.Coordinator(2, [], 60, 1, close=lambda: None)
+        told = coordinator.Coordinator(2, [], 60, 1)
         server = await asyncio.start_server(told.serve, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         writer.write(hello()[:10])
@@ -149,9 +150,9 @@ def test_a_slow_greeting_is_not_waited_for(monkeypatch):
 
 @pytest.mark.parametrize("line", [
     b"\xff\n", b"{}\n", b"[]\n", b'{"kind": "serve"}\n', b'{"kind": ["round"]}\n', b'{"kind": "end", "line": "x"}\n',
-    b'{"kind": "tell"}\n', b'{"kind": "here", "step": 3}\n', b'{"kind": "stop", "number": "15"}\n',
+    b'{"kind": "tell"}\n', b'{"kind": "here", "step": 3}\n', b'{"kind": "stop", "signal": "15"}\n', hello(),
     b'{"kind": "round", "number": 7, "name": "start", "value": 1, "seconds": 1}\n',
-    b'{"kind": "round", "number": 0, "name": "start", "value": 1, "seconds": null}\n',
+    b'{"kind": "round", "name": "start", "value": 1, "seconds": null}\n',
     b'{"kind": "failed", "line": "x", "code": 0}\n', b'{"kind": "alive", "step": 1}\n', b"[" * 100_000 + b"\n",
     b"1" * (coordinator.MESSAGE_BYTES + 2) + b"\n",
 ])
@@ -162,7 +163,7 @@ def test_a_process_that_sends_no_message_ends_the_run_by_name(line):
             second.socket.sendall(line)
         told = first.hear()
         assert (told["kind"], told["code"]) == ("end", 1)
-        assert re.match(r"process 1 \(a\) sent what is no message of a run \(", told["line"])
+        assert re.match(r"process 1 \(a\) sent an invalid message \(", told["line"])
 
 
 def test_a_run_meets_among_strangers():
