@@ -142,7 +142,7 @@ def draw_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, s
     for context in contexts[:pictures]:
         for kind in KINDS:
             try:
-                turns = parse(kind, teacher.reply(kind, context), question=draw.choice(pool))
+                turns = parse(kind, teacher.answer(kind, context), question=draw.choice(pool))
             except Reject:  # too short: there is little to see
                 continue
             place = 2 * draw.randrange(len(turns) // 2)

@@ -145,7 +145,7 @@ def answers(make: Callable, number: int, seed: int) -> Iterator[tuple[str, tuple
         context = make(index, rng)
         for kind in KINDS:
             try:
-                yield kind, parse.parse(kind, teacher.reply(kind, context), question="What do you see?"), context
+                yield kind, parse.parse(kind, teacher.answer(kind, context), question="What do you see?"), context
             except parse.Reject:
                 continue
 

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 
 import llava_jax
-from llava_jax.synthesize.rules.short import conversation, read_coco, reasoning
+from llava_jax.annotations.scene import Scene
+from llava_jax.synthesize import rules
 
 TURNS = 4  # of short answers; then comes one that takes a comparison
 SIZES = (2, 3, 4)  # objects of the three scenes
@@ -25,23 +26,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/mini/data"))
     parser.add_argument("--out", type=Path, default=Path("scripts/chats"))
     args = parser.parse_args()
-    annotations, categories = read_coco(args.data, "test")
+    contexts = rules.open_split(args.data, "test")
     llava = llava_jax.load(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
     for size in SIZES:
-        scene = next(annotation for annotation in annotations if len(annotation.things) == size)
+        context = next(context for context in contexts if len(context.boxes) == size)
+        scene = Scene(context)
         rng = random.Random(f"chat {size}")
-        asked = conversation(scene.things, rng, categories, TURNS) + [reasoning(scene.things, rng)]
+        asked = rules.conversation(scene, rng, contexts.categories, TURNS) + [rules.reasoning(scene, rng)]
         messages, lines = [], []
         for question in asked:
             messages.append({"role": "user", "content": question.question})
-            answer = llava.generate(messages, [args.data / scene.image], max_new_tokens=60).text.strip()
+            answer = llava.generate(messages, [args.data / context.image], max_new_tokens=60).text.strip()
             messages.append({"role": "assistant", "content": answer})
             right = answer.rstrip(".").lower() == question.answer.rstrip(".").lower()
             lines.append(f"> **{question.question}** {answer}" + ("" if right else f" *(no: {question.answer})*"))
         picture = args.out / f"{size}.jpg"
-        shutil.copyfile(args.data / scene.image, picture)
-        print(f'<img src="{picture.as_posix()}" width="150" alt="{scene.captions[0]}">\n')
+        shutil.copyfile(args.data / context.image, picture)
+        print(f'<img src="{picture.as_posix()}" width="150" alt="{context.captions[0]}">\n')
         print("\\\n".join(lines) + "\n")
 
 

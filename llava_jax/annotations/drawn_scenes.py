@@ -1,10 +1,10 @@
-"""The embedded data set: pictures of coloured shapes, written to disk as a COCO-format data set.
+"""The drawn scenes: pictures of coloured shapes, written to disk as a data set in COCO's format.
 
-A picture is 60 x 60 pixels and holds one to four objects, each somewhere within its own cell of a 3 x 3 grid:
-small or large, of eight colours and five shapes, over a plain, shaded or patterned background, anti-aliased and
-with noise. What is written is what COCO gives (images, five captions and the boxes of each), so everything
-downstream reads it as it would read COCO. Four of the forty colour-shape pairs are held back from the `train`
-and `test` splits; every picture of the `unseen` split shows at least one of them.
+A picture has 60 x 60 pixels and one to four objects, each within its own cell of a 3 x 3 grid. Objects are small or
+large, of eight colours and five shapes, over a plain, shaded or patterned background, anti-aliased and with noise.
+The files are COCO's (images, five captions and the boxes of each), so other code reads them as it reads COCO. Four of
+the forty colour-shape pairs are absent from the splits `train` and `test`. Every picture of the split `unseen` shows
+at least one of them.
 """
 
 import json
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from llava_jax.annotations.context import Box
 
 SIZE = 60
 CELL = SIZE // 3
@@ -29,28 +31,21 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = ("small", "large")
-PLACES = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
+POSITIONS = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 UNSEEN = (("red", "triangle"), ("green", "ring"), ("blue", "circle"), ("pink", "cross"))
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
 NUMBERS = ("zero", "one", "two", "three", "four")
 
-_BACKGROUNDS = (
-    (235, 235, 230),
-    (200, 205, 215),
-    (225, 215, 190),
-    (120, 120, 120),
-    (70, 75, 85),
-    (35, 35, 45),
-    (95, 80, 70),
-)
-_RADII = {"small": (6.0, 7.0), "large": (8.6, 9.6)}
+_BACKGROUNDS = ((235, 235, 230), (200, 205, 215), (225, 215, 190), (120, 120, 120), (70, 75, 85), (35, 35, 45),
+                (95, 80, 70))
+RADII = {"small": (6.0, 7.0), "large": (8.6, 9.6)}
 _SUPERSAMPLING = 3
 
 
 @dataclass(frozen=True)
 class Object:
-    """One coloured shape: `cell` 0..8 in reading order; centre and radius in pixels."""
+    """A coloured shape. `cell` is 0..8 in reading order; centre and radius are in pixels."""
 
     colour: str
     shape: str
@@ -61,52 +56,42 @@ class Object:
     radius: float
 
     @property
-    def place(self) -> str:
-        return PLACES[self.cell]
+    def position(self) -> str:
+        return POSITIONS[self.cell]
 
     @property
     def box(self) -> list[float]:
         """COCO's [x, y, width, height] in pixels."""
-        return [
-            round(self.x - self.radius, 1),
-            round(self.y - self.radius, 1),
-            round(2 * self.radius, 1),
-            round(2 * self.radius, 1),
-        ]
+        return [round(value, 1) for value in
+                (self.x - self.radius, self.y - self.radius, 2 * self.radius, 2 * self.radius)]
+
+    def to_box(self) -> Box:
+        """Returns the box in fractions of the picture, as it is read from COCO's files."""
+        x, y, width, height = self.box
+        return Box(f"{self.colour} {self.shape}", x / SIZE, y / SIZE, (x + width) / SIZE, (y + height) / SIZE)
 
 
 def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: int = 4) -> tuple[Object, ...]:
-    """The objects of one scene in reading order. `required`: pairs of which at least one object is."""
+    """Draws the objects of one scene, in reading order. At least one object is of a pair in `required`, if given."""
     count = rng.randint(1, most)
     objects = []
     for index, cell in enumerate(rng.sample(range(9), count)):
         colour, shape = rng.choice(required if required and (index == 0 or rng.random() < 0.3) else pairs)
-        if (
-            index and not required and rng.random() < 0.4
-        ):  # repeat a colour or a shape, so that counting is not trivial
+        if index and not required and rng.random() < 0.4:  # repeat a colour or a shape, so that counting is not trivial
             other = rng.choice(objects)
             twin = (other.colour, shape) if rng.random() < 0.5 else (colour, other.shape)
             colour, shape = twin if twin in pairs else (colour, shape)
         size = rng.choice(SIZES)
-        radius = rng.uniform(*_RADII[size])
+        radius = rng.uniform(*RADII[size])
         slack = CELL / 2 - radius
         row, column = divmod(cell, 3)
-        objects.append(
-            Object(
-                colour,
-                shape,
-                size,
-                cell,
-                x=column * CELL + CELL / 2 + rng.uniform(-slack, slack),
-                y=row * CELL + CELL / 2 + rng.uniform(-slack, slack),
-                radius=radius,
-            )
-        )
+        x, y = (CELL * i + CELL / 2 + rng.uniform(-slack, slack) for i in (column, row))
+        objects.append(Object(colour, shape, size, cell, x, y, radius))
     return tuple(sorted(objects, key=lambda thing: thing.cell))
 
 
 def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Generator) -> Image.Image:
-    """The picture of a scene: RGB, 60 x 60."""
+    """Draws the picture of a scene: RGB, 60 x 60."""
     scale = _SUPERSAMPLING
     canvas = Image.new("RGB", (SIZE * scale, SIZE * scale))
     draw = ImageDraw.Draw(canvas)
@@ -115,9 +100,7 @@ def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Gen
         fill = tuple(channel + rng.randint(-18, 18) for channel in COLOURS[thing.colour])
         _shape(draw, thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, fill)
     pixels = np.asarray(canvas.reduce(scale), np.float32)
-    pixels = pixels * rng.uniform(0.88, 1.1) + noise.standard_normal(pixels.shape, np.float32) * rng.uniform(
-        2, 8
-    )
+    pixels = pixels * rng.uniform(0.88, 1.1) + noise.standard_normal(pixels.shape, np.float32) * rng.uniform(2, 8)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -130,10 +113,8 @@ def _background(draw: ImageDraw.ImageDraw, rng: random.Random, side: int) -> Non
     if kind == "shaded":
         for y in range(0, side, 6):
             mix = y / side
-            draw.rectangle(
-                (0, y, side, y + 6),
-                fill=tuple(int(a + (b - a) * mix) for a, b in zip(base, other, strict=True)),
-            )
+            fill = tuple(int(a + (b - a) * mix) for a, b in zip(base, other, strict=True))
+            draw.rectangle((0, y, side, y + 6), fill=fill)
     elif kind == "striped":
         for x in range(0, side, 2 * step):
             draw.rectangle((x, 0, x + step - 1, side), fill=other)
@@ -159,17 +140,18 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, 
 
 
 def captions(objects: tuple[Object, ...]) -> list[str]:
-    """Five captions of a scene, in reading order of its objects."""
+    """Returns five captions of a scene, with its objects in reading order."""
     full = [f"{thing.size} {thing.colour} {thing.shape}" for thing in objects]
     short = [f"{thing.colour} {thing.shape}" for thing in objects]
-    places = [thing.place for thing in objects]
+    positions = [thing.position for thing in objects]
     noun = "object" if len(objects) == 1 else "objects"
+    located = _join(f"a {name} at the {position}" for position, name in zip(positions, short, strict=True))
     return [
-        ", ".join(f"{place} {name}" for place, name in zip(places, full, strict=True)),
-        _sentence(f"a {name} at the {place}" for place, name in zip(places, full, strict=True)),
-        _sentence(f"at the {place} a {name}" for place, name in zip(places, short, strict=True)),
+        ", ".join(f"{position} {name}" for position, name in zip(positions, full, strict=True)),
+        _sentence(f"a {name} at the {position}" for position, name in zip(positions, full, strict=True)),
+        _sentence(f"at the {position} a {name}" for position, name in zip(positions, short, strict=True)),
         f"{NUMBERS[len(objects)].capitalize()} {noun}: {_join(f'a {name}' for name in full)}.",
-        f"A picture of {_join(f'a {name} at the {place}' for place, name in zip(places, short, strict=True))}.",
+        f"A picture of {located}.",
     ]
 
 
@@ -184,11 +166,11 @@ def _sentence(parts) -> str:
 
 
 def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe: int = 0, seed: int = 0) -> Path:
-    """Write the splits `train`, `test`, `unseen` and `probe` (number of pictures each) in COCO's layout; the same seed
-    gives the same bytes. A split of no pictures is not written.
+    """Writes the splits `train`, `test`, `unseen` and `probe` in COCO's layout, and returns `out_dir`.
 
-    `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and `instances_SPLIT.json`.
-    A split's `categories` are the colour-shape pairs that its pictures may show. Returns `out_dir`.
+    The arguments are numbers of pictures; a split of 0 pictures is not written. The same seed gives the same bytes.
+    Files are `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and
+    `instances_SPLIT.json`. The `categories` of a split are the colour-shape pairs that its pictures may show.
     """
     out_dir = Path(out_dir)
     (out_dir / "annotations").mkdir(parents=True, exist_ok=True)
@@ -217,22 +199,11 @@ def _write_split(out_dir: Path, split: str, count: int, pairs: tuple, required: 
         for caption in captions(objects):
             texts.append({"id": len(texts) + 1, "image_id": image_id, "caption": caption})
         for thing in objects:
-            boxes.append(
-                {
-                    "id": len(boxes) + 1,
-                    "image_id": image_id,
-                    "category_id": ids[thing.colour, thing.shape],
-                    "bbox": thing.box,
-                    "area": round(thing.box[2] * thing.box[3], 1),
-                    "iscrowd": 0,
-                }
-            )
-    categories = [
-        {"id": number, "name": f"{colour} {shape}", "supercategory": shape}
-        for (colour, shape), number in ids.items()
-    ]
+            boxes.append({"id": len(boxes) + 1, "image_id": image_id, "category_id": ids[thing.colour, thing.shape],
+                          "bbox": thing.box, "area": round(thing.box[2] * thing.box[3], 1), "iscrowd": 0})
+    categories = [{"id": number, "name": f"{colour} {shape}", "supercategory": shape}
+                  for (colour, shape), number in ids.items()]
     folder = out_dir / "annotations"
     (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": texts}))
-    (folder / f"instances_{split}.json").write_text(
-        json.dumps({"images": images, "annotations": boxes, "categories": categories})
-    )
+    instances = {"images": images, "annotations": boxes, "categories": categories}
+    (folder / f"instances_{split}.json").write_text(json.dumps(instances))

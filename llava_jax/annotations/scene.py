@@ -1,4 +1,4 @@
-"""What boxes say for certain: names, counts, places and relations, each with a margin on the side of silence."""
+"""What boxes show for certain: names, counts, positions and relations. A margin leaves unclear cases out."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ from llava_jax.annotations.context import Box, Context
 from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES
 
 LARGE = 0.265
-"""A box whose longer side is at least this part of the image's side is a large object."""
-MOST = 10
-"""Above this annotators mark crowds instead of counting, so no larger number is claimed."""
+"""Minimum length of a large object's longer side, as a fraction of the image's side."""
+MAX_COUNT = 10
+"""Largest number that is claimed, because annotators mark larger numbers of objects as crowds."""
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top", "above": "below", "below": "above"}
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 
@@ -21,7 +21,7 @@ _ACROSS, _DOWN = ("left", "centre", "right"), ("top", "centre", "bottom")
 
 @dataclass(frozen=True)
 class Name:
-    """What something is called, in no language yet: a noun ("dog", "circle", "object"), its colour and size."""
+    """Names an object in no particular language: a noun ("dog", "circle", "object"), a colour and a size."""
 
     noun: str
     colour: str = ""
@@ -31,32 +31,39 @@ class Name:
     def plain(self) -> "Name":
         return replace(self, size="")
 
+    def __str__(self) -> str:
+        return " ".join(word for word in (self.size, self.colour, self.noun) if word)
+
 
 OBJECT = Name("object")
 
 
 @dataclass(frozen=True)
 class Count:
+    """Says how many objects have a name."""
+
     number: int
     name: Name
 
 
 @dataclass(frozen=True)
 class Position:
-    """One of nine or of four halves, as `SceneObject.place` has it."""
+    """Holds the word for a ninth or a half of the image, as in `SceneObject.position`."""
 
     word: str
 
 
 @dataclass(frozen=True)
 class Side:
-    """Where one thing is, seen from another, as `side` has it."""
+    """Holds the word for where one object is relative to another, as `side` returns it."""
 
     word: str
 
 
 @dataclass(frozen=True)
 class SceneObject:
+    """An object that a box shows."""
+
     name: Name
     box: Box
 
@@ -70,26 +77,35 @@ class SceneObject:
 
     @property
     def across(self) -> str:
-        """left, centre or right; empty where the centre is near a border of the thirds or the box is wide."""
+        """left, centre or right. Empty if the centre is near a border of the thirds, or if the box is wide."""
         return _third(self.x, self.box.x2 - self.box.x1, _ACROSS)
 
     @property
     def down(self) -> str:
+        """top, centre or bottom. Empty if the centre is near a border of the thirds, or if the box is high."""
         return _third(self.y, self.box.y2 - self.box.y1, _DOWN)
 
     @property
-    def place(self) -> str:
-        """One of nine ("top-left", "top", ..., "centre"); "left side", "upper part", ... where only one direction is
-        clear; empty where none is."""
+    def position(self) -> str:
+        """One of nine words such as "top-left" or "centre"; a half such as "left side" if one direction is unclear.
+
+        Empty if both directions are unclear.
+        """
         if self.across and self.down:
             return "-".join(word for word in (self.down, self.across) if word != "centre") or "centre"
-        sides = {"left": "left side", "right": "right side", "top": "upper part", "bottom": "lower part"}
-        return sides.get(self.across or self.down, "")
+        halves = {"left": "left side", "right": "right side", "top": "upper part", "bottom": "lower part"}
+        return halves.get(self.across or self.down, "")
 
 
 class Scene:
-    """A context's boxes. `shapes`: all of it is the embedded data set's coloured shapes, where the boxes are all that
-    there is; elsewhere there may be more in the picture than what has a box."""
+    """The objects of a context's boxes.
+
+    Attributes:
+      shapes: Whether all boxes are coloured shapes of the drawn scenes. The boxes are then all that the image shows.
+        Photographs may show more than what has a box.
+      objects: Objects that can be counted, in the order of the boxes.
+      crowds: Names of objects that are too many to count.
+    """
 
     def __init__(self, context: Context):
         names = [coloured_name(box.category) for box in context.boxes]
@@ -97,53 +113,51 @@ class Scene:
         if not self.shapes:
             names = [Name(box.category) for box in context.boxes]
         self.captions = context.captions
-        counts = Counter(name.plain for name in names)
-        crowded = {name.plain for name, box in zip(names, context.boxes, strict=True) if box.crowd}
-        self.crowds = [name for name, number in counts.items() if name in crowded or number > MOST]
-        self.things = [
-            SceneObject(name if not self.shapes else replace(name, size=_size(box)), box)
+        counts = Counter(names)
+        crowded = {name for name, box in zip(names, context.boxes, strict=True) if box.crowd}
+        self.crowds = [name for name, number in counts.items() if name in crowded or number > MAX_COUNT]
+        self.objects = [
+            SceneObject(replace(name, size=_size(box)) if self.shapes else name, box)
             for name, box in zip(names, context.boxes, strict=True)
-            if name.plain not in self.crowds
+            if name not in self.crowds
         ]
 
     @cached_property
     def counts(self) -> list[Count]:
-        """How many of each name, in the order of the boxes."""
-        counted = Counter(thing.name.plain for thing in self.things)
+        """Number of objects by name, in the order of the boxes."""
+        counted = Counter(thing.name.plain for thing in self.objects)
         return [Count(number, name) for name, number in counted.items()]
 
     @cached_property
     def groups(self) -> list[Count]:
-        """`counts`, and for coloured shapes those of each colour and of each shape."""
+        """`counts`; for coloured shapes the numbers by colour and by shape."""
         if not self.shapes:
             return self.counts
-        colours = Counter(thing.name.colour for thing in self.things)
-        nouns = Counter(thing.name.noun for thing in self.things)
-        return (
-            [Count(number, Name("object", colour)) for colour, number in colours.items()]
-            + [Count(number, Name(noun)) for noun, number in nouns.items()]
-        )
+        colours = Counter(Name("object", thing.name.colour) for thing in self.objects)
+        nouns = Counter(Name(thing.name.noun) for thing in self.objects)
+        return [Count(number, name) for counted in (colours, nouns) for name, number in counted.items()]
 
     @cached_property
-    def single(self) -> list[SceneObject]:
-        """Things whose name is theirs alone."""
+    def unique(self) -> list[SceneObject]:
+        """Objects whose name no other object has."""
         once = {count.name for count in self.counts if count.number == 1}
-        return [thing for thing in self.things if thing.name.plain in once]
+        return [thing for thing in self.objects if thing.name.plain in once]
 
     @cached_property
     def pairs(self) -> list[tuple[SceneObject, SceneObject]]:
-        return [pair for a, b in combinations(self.single, 2) for pair in ((a, b), (b, a))]
+        """Ordered pairs of unique objects."""
+        return [pair for a, b in combinations(self.unique, 2) for pair in ((a, b), (b, a))]
 
 
 def side(a: SceneObject, b: SceneObject) -> str:
-    """Where `a` clearly is, seen from `b`: left, right, above, below, "above-left", ...; empty where it is unclear."""
-    across = "left" if _before(a, b, "x") else "right" if _before(b, a, "x") else ""
-    down = "above" if _before(a, b, "y") else "below" if _before(b, a, "y") else ""
+    """Returns where `a` clearly is relative to `b`: left, right, above, below, "above-left", ...; "" if unclear."""
+    across = "left" if _is_before(a, b, "x") else "right" if _is_before(b, a, "x") else ""
+    down = "above" if _is_before(a, b, "y") else "below" if _is_before(b, a, "y") else ""
     return "-".join(word for word in (down, across) if word)
 
 
 def larger(a: SceneObject, b: SceneObject) -> bool:
-    """Whether `a` takes up clearly more of the picture, and is longer too."""
+    """Whether `a` covers clearly more of the image than `b`, and is longer too."""
     (width, height), (other_width, other_height) = (
         (thing.box.x2 - thing.box.x1, thing.box.y2 - thing.box.y1) for thing in (a, b)
     )
@@ -156,16 +170,16 @@ def distance(a: SceneObject, b: SceneObject) -> float:
 
 
 def coloured_name(category: str) -> Name | None:
-    """Of the embedded data set's shapes ("red circle"); None for other categories."""
+    """Returns the name of a drawn scene's shape ("red circle"), or None for another category."""
     colour, _, noun = category.partition(" ")
     return Name(noun, colour) if colour in COLOURS and noun in SHAPES else None
 
 
-def _before(a: SceneObject, b: SceneObject, axis: str) -> bool:
+def _is_before(a: SceneObject, b: SceneObject, axis: str) -> bool:
     """Whether `a` is left of (above) `b`: by its centre, with boxes that hardly overlap in this direction."""
-    begin, end = axis + "1", axis + "2"
-    overlap = getattr(a.box, end) - getattr(b.box, begin)
-    shorter = min(getattr(thing.box, end) - getattr(thing.box, begin) for thing in (a, b))
+    start, end = axis + "1", axis + "2"
+    overlap = getattr(a.box, end) - getattr(b.box, start)
+    shorter = min(getattr(thing.box, end) - getattr(thing.box, start) for thing in (a, b))
     return getattr(b, axis) - getattr(a, axis) > 0.1 and overlap <= 0.2 * shorter
 
 

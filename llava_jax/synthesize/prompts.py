@@ -1,11 +1,10 @@
-"""What is sent to the teacher: a folder of plain texts, put together for an image.
+"""Prompts for a teacher that is a language model: a folder of plain texts, combined with an image's context.
 
-A folder holds one folder per kind, named as in KINDS, in the layout that the original published: system_message.txt,
-and worked examples NNN_caps.txt (what the teacher is given) and NNN_conv.txt (what it should answer). Beside these may
-be questions.txt: ways to ask, one a line, of which each record takes one at random; questions.ko.txt are those in
-Korean, and so on.
+A folder holds one folder per kind in KINDS, in the layout that LLaVA published: system_message.txt, and worked
+examples NNN_caps.txt (the teacher's input) and NNN_conv.txt (the answer it should give). questions.txt beside them
+lists ways to ask, one a line, of which every record draws one; questions.ko.txt lists Korean ones, and so on.
 
-Everything that is the same for all images comes first, so that a provider's prompt cache can keep it.
+Text that all images share comes first, so that a provider's prompt cache can keep it.
 """
 
 import dataclasses
@@ -13,15 +12,16 @@ import hashlib
 import json
 import os
 import re
+from typing import Any
 
 from llava_jax.annotations.context import Context
 from llava_jax.data.records import check_text
+from llava_jax.endpoint.request import ChatRequest
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import read_text
 from llava_jax.synthesize.language import language_name
 
 KINDS = ("conversation", "detail_description", "complex_reasoning")
-ASKED = ("detail_description", "pairs")  # whose questions are drawn from a pool, not written by the teacher
 EXAMPLE = re.compile(r"(.+)_(?:caps|conv)\.txt")
 OWN = os.path.join(os.path.dirname(__file__), "prompts")
 
@@ -37,62 +37,75 @@ Messages = tuple[dict[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of some kinds in one language."""
+    """The prompts of some kinds in one language.
+
+    Attributes:
+      shared: System message and worked examples of each kind.
+    """
 
     language: str
-    stable: dict[str, Messages]  # of each kind: system message and worked examples
-    pools: dict[str, tuple[str, ...]]  # of each kind in ASKED
+    shared: dict[str, Messages]
 
     @classmethod
-    def load(
-        cls, folder: str = "", language: str = "en", kinds: tuple[str, ...] = KINDS, questions: str = ""
-    ) -> "Prompts":
-        """The project's own prompts, or those in `folder`. `questions`: a file of ways to ask for a detailed
-        description, in place of the pool.
+    def load(cls, folder: str = "", language: str = "en", kinds: tuple[str, ...] = KINDS) -> "Prompts":
+        """Loads the project's own prompts, or those in `folder`.
 
-        In another language than English the system message ends with the demand for it; the worked examples stay as
-        they are. A pool that a user's folder lacks is the project's. Raises UserError, one line,
-        for a kind, file or pool that is missing or empty, an example that is half there, and unknown languages.
+        For another language than English, the system message ends with the demand for it. The worked examples stay as
+        they are. Raises UserError, one line, for an unknown language, for a missing or empty kind or file, and for an
+        incomplete example.
         """
         name = language_name(language)
         folder = folder or OWN
         if not os.path.isdir(folder):
             raise UserError(f"{folder}: no such folder of prompts")
-        stable = {}
+        shared = {}
         for kind in kinds:
             demand = ""
             if language != "en":
-                demand = LANGUAGE[kind].format(language=name)
-                demand = f"\n\n{demand}" if kind == "detail_description" else f"\n\n{demand} {FORMAT}"
-            stable[kind] = _read_kind(os.path.join(folder, kind), demand)
-        pools = {kind: read_questions(kind, language, folder, questions) for kind in kinds if kind in ASKED}
-        return cls(language, stable, pools)
+                demand = "\n\n" + LANGUAGE[kind].format(language=name)
+                demand += "" if kind == "detail_description" else f" {FORMAT}"
+            shared[kind] = _read_kind(os.path.join(folder, kind), demand)
+        return cls(language, shared)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(self.stable)
+        return tuple(self.shared)
 
     def messages(self, kind: str, context: Context) -> Messages:
-        """{"role", "content"}: the system message, the worked examples, and last the image; of conversations the
-        teacher sees captions alone, as in the paper."""
-        image = context.captions_text if kind == "conversation" else context.text
-        return (*self.stable[kind], {"role": "user", "content": image})
+        """Returns the system message, the worked examples and the image's context, as {"role", "content"}.
 
-    def questions(self, kind: str) -> tuple[str, ...]:
-        """The pool of a kind whose questions the teacher does not write."""
-        return self.pools[kind]
+        For conversations the context is the captions alone, as in the paper.
+        """
+        image = context.captions_text if kind == "conversation" else context.text
+        return (*self.shared[kind], {"role": "user", "content": image})
 
     @property
     def hash(self) -> str:
-        """sha256, in hex, of all that messages are made of but the image."""
-        return hashlib.sha256(json.dumps(self.stable, sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hex, of the messages without images."""
+        return hashlib.sha256(json.dumps(self.shared, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptedTeacher:
+    """Makes the requests for a language model. An `Endpoint` sends them."""
+
+    model: str
+    prompts: Prompts
+    parameters: dict[str, Any]
+
+    @property
+    def prompts_hash(self) -> str:
+        return self.prompts.hash
+
+    def request(self, kind: str, context: Context, attempt: int = 0) -> ChatRequest:
+        return ChatRequest(self.prompts.messages(kind, context), self.parameters, attempt)
 
 
 def read_questions(name: str, language: str = "en", folder: str = "", file: str = "") -> tuple[str, ...]:
-    """A pool of ways to ask: `name` is "detail_description", or "pairs" for a brief description.
+    """Reads ways to ask for a detailed description, or for a brief one if `name` is "pairs".
 
-    Taken from `file`, else from the user's `folder`, else the project's, which has English and Korean. A file holds
-    one question a line. Raises UserError, one line.
+    They come from `file` if given, otherwise from the user's `folder`, otherwise from the project, which has English
+    and Korean ones. A file holds one question a line. Raises UserError, one line.
     """
     if file:
         return _read_pool(file)

@@ -26,8 +26,8 @@ from llava_jax.files import parse_json, read_json, require_fields
 from llava_jax.synthesize import evidence, parse
 from llava_jax.synthesize.evidence import Evidence
 from llava_jax.synthesize.parse import Turn
-from llava_jax.synthesize.prompts import KINDS, Prompts
-from llava_jax.synthesize.teachers import Prompted, Rules
+from llava_jax.synthesize.prompts import KINDS, PromptedTeacher, Prompts, read_questions
+from llava_jax.synthesize.rules import RulesTeacher
 from llava_jax.text.templates import IMAGE
 
 T = TypeVar("T")
@@ -97,6 +97,7 @@ class SynthesisSettings:
         """Raises UserError, one line, for what cannot be meant, and for prompts that cannot be read."""
         self.check_values()
         _open_teacher(self)
+        _read_questions(self)
 
     def check_values(self) -> None:
         """As `check`, without reading any file."""
@@ -262,11 +263,11 @@ class Synthesis(Sequence[Task]):
 
     def __init__(self, settings: SynthesisSettings):
         self.settings = settings
-        self.teacher = _open_teacher(settings)
+        self.teacher, self.questions = _open_teacher(settings), _read_questions(settings)
         # A rule answers the same however often it is asked.
         self.attempts = 1 if settings.teacher == "rules" else settings.attempts
         self.contexts = open_contexts(settings.source)
-        if isinstance(self.teacher, Rules):
+        if isinstance(self.teacher, RulesTeacher):
             self.teacher.check(self.contexts.categories)
         # int64 [tasks, 2]: image, and number of the kind
         self._places = np.argwhere(np.stack([self._draw(kind) for kind in KINDS], axis=1))
@@ -279,7 +280,7 @@ class Synthesis(Sequence[Task]):
         kind, context, question = KINDS[number], self.contexts[image], None
         if kind == "detail_description":
             draw = random.Random(f"{self.settings.seed} question {context.id}")
-            question = draw.choice(self.teacher.questions)
+            question = draw.choice(self.questions)
         return Task(kind, context, question, self)
 
     def count(self, kind: str) -> int:
@@ -310,8 +311,15 @@ class Synthesis(Sequence[Task]):
         return chosen
 
 
-def _open_teacher(settings: SynthesisSettings) -> Prompted | Rules:
+def _open_teacher(settings: SynthesisSettings) -> PromptedTeacher | RulesTeacher:
     if settings.teacher == "rules":
-        return Rules(settings.language, settings.seed, settings.questions)
-    prompts = Prompts.load(settings.prompts, settings.language, settings.kinds, settings.questions)
-    return Prompted(settings.model, prompts, settings.request_parameters)
+        return RulesTeacher(settings.language, settings.seed)
+    prompts = Prompts.load(settings.prompts, settings.language, settings.kinds)
+    return PromptedTeacher(settings.model, prompts, settings.request_parameters)
+
+
+def _read_questions(settings: SynthesisSettings) -> tuple[str, ...]:
+    """Returns ways to ask for a detailed description, if the run makes any."""
+    if "detail_description" not in settings.kinds:
+        return ()
+    return read_questions("detail_description", settings.language, settings.prompts, settings.questions)

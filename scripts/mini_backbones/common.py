@@ -13,10 +13,10 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.context import Context
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import Parameters
 from llava_jax.models.vit import VisionConfig
-from llava_jax.synthesize import rules
 from llava_jax.weights import tables
 
 CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)
@@ -37,10 +37,9 @@ LANGUAGE = LlamaConfig(
 )
 
 
-def annotate(objects) -> rules.Annotation:
-    """What the teacher would read of a scene that was never drawn."""
-    things = tuple(rules.read_box(f"{o.colour} {o.shape}", o.box, scenes.SIZE, scenes.SIZE) for o in objects)
-    return rules.Annotation("", tuple(scenes.captions(objects)), things)
+def annotate(objects) -> Context:
+    """Returns captions and boxes of a scene that was never drawn."""
+    return Context("", "", tuple(scenes.captions(objects)), tuple(thing.to_box() for thing in objects))
 
 
 class Encoder:

@@ -11,6 +11,8 @@ import optax
 from flax import nnx
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.context import Context
+from llava_jax.annotations.scene import Scene, SceneObject
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import Parameters, from_params, to_params
 from llava_jax.synthesize import rules
@@ -53,47 +55,53 @@ class Page:
         self.labels += [""] * len(sums)
 
 
-def describe(page: Page, things: list[rules.GridObject], rng: random.Random, form: str) -> None:
+def describe(page: Page, things: list[SceneObject], rng: random.Random, form: str) -> None:
     """`text`: "top-left small red circle, centre ..."; `list`: one sum of words per object; `grid`: one per
     patch of a picture.
     """
     order = rng.sample(things, len(things)) if rng.random() < 0.5 else things
-    words = [(thing.place, thing.size, thing.colour, thing.shape) for thing in order]
+    words = [(thing.position, *name_words(thing)) for thing in order]
     if form == "text":
         page.add(page.encode(", ".join(map(" ".join, words))))
     elif form == "list":
         page.add_sums(words)
     else:
-        by_cell = {(thing.row, thing.column): thing for thing in things}
-        for row, column in ((i // 2, j // 2) for i in range(6) for j in range(6)):
-            thing = by_cell.get((row, column))
-            place = rules.GridObject("", "", "", row, column).place
-            page.add_sums([(place, thing.size, thing.colour, thing.shape) if thing else (place,)])
+        by_position = {thing.position: thing for thing in things}
+        for position in (scenes.POSITIONS[i // 2 * 3 + j // 2] for i in range(6) for j in range(6)):
+            thing = by_position.get(position)
+            page.add_sums([(position, *name_words(thing)) if thing else (position,)])
 
 
-def restate(page: Page, things: list[rules.GridObject], rng: random.Random) -> None:
+def name_words(thing: SceneObject) -> tuple[str, str, str]:
+    return thing.name.size, thing.name.colour, thing.name.noun
+
+
+def restate(page: Page, things: list[SceneObject], rng: random.Random) -> None:
     """All objects in a new order: the place and then what is there, or what it is and then its place."""
     for thing in rng.sample(things, len(things)):
         page.add([page.encode.comma])
-        content = [thing.size, thing.colour, thing.shape]
+        content = list(name_words(thing))
         if rng.random() < 0.5:
-            page.add([page.encode.word(thing.place)])
+            page.add([page.encode.word(thing.position)])
             page.add(map_words(page, content), "place to content")
         else:
             page.add(map_words(page, content if rng.random() < 0.7 else content[1:]))
-            page.add(map_words(page, [thing.place]), "content to place")
+            page.add(map_words(page, [thing.position]), "content to place")
 
 
 def map_words(page: Page, words: list[str]) -> list[int]:
     return [page.encode.word(word) for word in words]
 
 
-def crowd(rng: random.Random) -> list[rules.GridObject]:
+def crowd(rng: random.Random) -> list[SceneObject]:
     """More objects than a picture holds: guessing among them pays little, so looking up is learned early."""
     cells = rng.sample(range(9), rng.choice((3, 6, 9)))
-    return [
-        rules.GridObject(*rng.choice(scenes.PAIRS), rng.choice(scenes.SIZES), cell // 3, cell % 3) for cell in cells
-    ]
+    objects = []
+    for cell in cells:
+        pair, size = rng.choice(scenes.PAIRS), rng.choice(scenes.SIZES)
+        x, y = (scenes.CELL * (i + 0.5) for i in (cell % 3, cell // 3))
+        objects.append(scenes.Object(*pair, size, cell, x, y, scenes.RADII[size][0]))
+    return Scene(Context("", "", (), tuple(thing.to_box() for thing in objects))).objects
 
 
 def lookup_page(encode: Encoder, rng: random.Random) -> Page:
@@ -108,24 +116,24 @@ def domain_page(encode: Encoder, rng: random.Random, form: str = "") -> Page:
     kind = rng.random()
     if not form and kind < 0.2:
         return lookup_page(encode, rng)
-    annotation = annotate(scenes.sample(rng, scenes.PAIRS))
-    things, page = list(annotation.things), Page(encode)
+    context = annotate(scenes.sample(rng, scenes.PAIRS))
+    scene, page = Scene(context), Page(encode)
     form = form or rng.choice(("text", "grid", "grid", "grid"))
     if kind < 0.3:
-        describe(page, things, rng, form)
-        page.add(encode(rng.choice(annotation.captions) + "\n"), "caption")
+        describe(page, scene.objects, rng, form)
+        page.add(encode(rng.choice(context.captions) + "\n"), "caption")
         return page
-    questions = rules.conversation(things, rng, CATEGORIES, rng.choice((4, 12)))
+    questions = rules.conversation(scene, rng, CATEGORIES, rng.choice((4, 12)))
     if kind < 0.42:
         extra = rng.choice(
-            (rules.caption(annotation, rng), rules.detail(annotation, rng), rules.reasoning(things, rng))
+            (rules.caption(context, rng), rules.detail(scene, rng), rules.reasoning(scene, rng))
         )
         questions = [*questions[:3], *([extra] if extra else [])]
         rng.shuffle(questions)
     for i, question in enumerate(questions):
         if i == 0:
             page.add(encode("[INST] "))
-            describe(page, things, rng, form)
+            describe(page, scene.objects, rng, form)
         page.add(encode(f"\n{question.question} [/INST]" if i == 0 else f"[INST] {question.question} [/INST]"))
         page.add([*encode(question.answer), EOS], question.kind)
     return page

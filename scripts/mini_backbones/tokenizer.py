@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.scene import Scene
 from llava_jax.synthesize import rules
 from mini_backbones.common import BOS, CATEGORIES, LANGUAGE, annotate, write_json
 
@@ -15,20 +16,21 @@ from mini_backbones.common import BOS, CATEGORIES, LANGUAGE, annotate, write_jso
 def corpus(rng: random.Random, scenes_count: int = 3000):
     """Text of the domain, each sentence with and without a blank in front (a word after a newline has none)."""
     for _ in range(scenes_count):
-        annotation = annotate(scenes.sample(rng, scenes.PAIRS))
-        questions = rules.conversation(annotation.things, rng, CATEGORIES, 8)
+        context = annotate(scenes.sample(rng, scenes.PAIRS))
+        scene = Scene(context)
+        questions = rules.conversation(scene, rng, CATEGORIES, 8)
         questions += [
             q
             for q in (
-                rules.caption(annotation, rng),
-                rules.detail(annotation, rng),
-                rules.reasoning(annotation.things, rng),
+                rules.caption(context, rng),
+                rules.detail(scene, rng),
+                rules.reasoning(scene, rng),
             )
             if q
         ]
         for q in questions:
             yield from (q.question, q.answer, f" [INST] {q.question} [/INST] {q.answer}")
-        for caption in annotation.captions:
+        for caption in context.captions:
             yield from (caption, f" {caption}")
 
 

@@ -20,7 +20,7 @@ from mini_backbones.common import LANGUAGE, VISION, Encoder, save, start, train,
 REGIONS, REGION_TOKENS, SCENE_TOKENS = 5, 12, 40
 ATTRIBUTES = {
     word: i + 1
-    for i, word in enumerate((*scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES, "background", *scenes.PLACES))
+    for i, word in enumerate((*scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES, "background", *scenes.POSITIONS))
 }
 
 
@@ -129,8 +129,8 @@ def region_batch(pictures: tuple, encode: Encoder, rng: random.Random, size: int
     chosen = [rng.randrange(len(images)) for _ in range(size)]
     for b, objects in enumerate(scenes_[i] for i in chosen):
         empty = rng.choice(sorted(set(range(9)) - {thing.cell for thing in objects}))
-        regions = [((o.size, o.colour, o.shape, o.place), list(covered(o))) for o in objects]
-        regions.append((("", "", "background", scenes.PLACES[empty]), cell_patches(empty)))
+        regions = [((o.size, o.colour, o.shape, o.position), list(covered(o))) for o in objects]
+        regions.append((("", "", "background", scenes.POSITIONS[empty]), cell_patches(empty)))
         for r, (words, patches) in enumerate(regions):
             # A part of the patches, so that each of them comes to tell of the whole object.
             some = rng.sample(patches, rng.randint(1, len(patches)))
@@ -183,7 +183,7 @@ def probe(features, pictures: tuple) -> dict[str, float]:
     kinds = {
         "colour": tuple(scenes.COLOURS),
         "shape": scenes.SHAPES,
-        "place": scenes.PLACES,
+        "place": scenes.POSITIONS,
         "size": scenes.SIZES,
     }
     rows = [(i, thing, patch) for i, scene in enumerate(objects) for thing in scene for patch in covered(thing)]

@@ -83,6 +83,6 @@ def test_captions_tell_every_object(folder):
         assert len(captions) == len(set(captions)) == 5
         for thing in objects:
             assert all(f"{thing.colour} {thing.shape}" in caption for caption in captions)
-            assert f"{thing.size} {thing.colour} {thing.shape} at the {thing.place}" in captions[1].replace(
+            assert f"{thing.size} {thing.colour} {thing.shape} at the {thing.position}" in captions[1].replace(
                 "A ", "a "
             )

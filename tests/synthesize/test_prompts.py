@@ -15,7 +15,7 @@ from llava_jax.errors import UserError
 from llava_jax.synthesize import prompts
 from llava_jax.synthesize.language import is_language
 from llava_jax.synthesize.parse import parse
-from llava_jax.synthesize.prompts import ASKED, KINDS, OWN, Prompts, read_questions
+from llava_jax.synthesize.prompts import KINDS, OWN, Prompts, read_questions
 
 CONTEXT = Context("1", "1.jpg", ("A dog.", "A big dog."), (Box("dog", 0, 0, 0.5, 1),))
 LINE = re.compile(r"([a-z ]+?)( \(crowd\))?: \[([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\]")
@@ -139,23 +139,23 @@ def test_languages():
         assert ours[1:] == theirs[1:]
         demand = ours[0]["content"].removeprefix(theirs[0]["content"]).strip()
         assert "in Korean." in demand and ("===" in demand) == (kind != "detail_description")
-    assert all(is_language(question, "ko") for question in korean.questions("detail_description"))
+    assert all(is_language(question, "ko") for question in read_questions("detail_description", "ko"))
     with pytest.raises(UserError, match="no questions in French for detail_description: write a file .*--questions"):
-        Prompts.load(language="fr")
+        read_questions("detail_description", "fr")
     assert Prompts.load(language="fr", kinds=("conversation",)).kinds == ("conversation",)
     with pytest.raises(UserError, match="did you mean ko"):
         Prompts.load(language="korean")
 
 
 def test_pools(tmp_path):
-    sizes = {(name, language): len(read_questions(name, language)) for name in ASKED for language in ("en", "ko")}
+    sizes = {(name, language): len(read_questions(name, language)) for name in ("detail_description", "pairs")
+             for language in ("en", "ko")}
     assert min(sizes["detail_description", "en"], sizes["detail_description", "ko"]) >= 16
     assert min(sizes["pairs", "en"], sizes["pairs", "ko"]) >= 11
     file = tmp_path / "own.txt"
     file.write_text("\ufeffWhat is it?\n\n  Tell   me. \nWhat is it?\n", encoding="utf-8")
     assert read_questions("pairs", "fr", file=str(file)) == ("What is it?", "Tell me.")
-    loaded = Prompts.load(language="fr", questions=str(file))
-    assert loaded.questions("detail_description") == ("What is it?", "Tell me.")
+    assert read_questions("detail_description", "fr", file=str(file)) == ("What is it?", "Tell me.")
     file.write_text("<image> What?")
     with pytest.raises(UserError, match="own.txt: a question holds <image>"):
         read_questions("pairs", file=str(file))
@@ -177,11 +177,11 @@ def test_a_folder_in_the_layout_of_the_original(tmp_path):
     loaded = Prompts.load(user_folder(tmp_path))
     assert [message["content"] for message in loaded.messages("complex_reasoning", CONTEXT)] == [
         "Be complex_reasoning.", "A.", "a", "B.", "b", CONTEXT.text]
-    assert loaded.questions("detail_description") == read_questions("detail_description")
+    assert read_questions("detail_description", "en", str(tmp_path)) == read_questions("detail_description")
     (tmp_path / "detail_description" / "questions.txt").write_text("What?")
     (tmp_path / "detail_description" / "questions.fr.txt").write_text("Quoi ?")
-    assert Prompts.load(str(tmp_path)).questions("detail_description") == ("What?",)
-    assert Prompts.load(str(tmp_path), "fr").questions("detail_description") == ("Quoi ?",)
+    assert read_questions("detail_description", "en", str(tmp_path)) == ("What?",)
+    assert read_questions("detail_description", "fr", str(tmp_path)) == ("Quoi ?",)
 
 
 def test_folders_that_are_not_whole(tmp_path):

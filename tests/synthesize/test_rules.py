@@ -7,6 +7,8 @@ from hashlib import sha256
 import pytest
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.context import Context
+from llava_jax.annotations.scene import Scene
 from llava_jax.errors import UserError
 from llava_jax.synthesize import rules
 
@@ -14,8 +16,12 @@ CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 
-def things_of(objects):
-    return tuple(rules.read_box(f"{o.colour} {o.shape}", o.box, scenes.SIZE, scenes.SIZE) for o in objects)
+def context_of(objects):
+    return Context("", "x.jpg", tuple(scenes.captions(objects)), tuple(thing.to_box() for thing in objects))
+
+
+def scene_of(objects):
+    return Scene(context_of(objects))
 
 
 def fits(phrase, thing):
@@ -35,7 +41,7 @@ def fits(phrase, thing):
             "objects",
         )
     }
-    return all(word in words for word in phrase.split()) and place in ("", thing.place)
+    return all(word in words for word in phrase.split()) and place in ("", thing.position)
 
 
 def answer(question, objects):
@@ -47,7 +53,7 @@ def answer(question, objects):
         return NUMBERS[sum(fits(match[1], o) for o in objects)]
     if match := re.fullmatch(r"Where is the (.*)\?", question):
         [thing] = [o for o in objects if fits(match[1], o)]
-        return thing.place
+        return thing.position
     if match := re.fullmatch(r"Is there a (.*)\?", question):
         return "yes" if any(fits(match[1], o) for o in objects) else "no"
     match = re.fullmatch(r"On which side of the (.*) is the (.*)\?", question)
@@ -61,7 +67,7 @@ def test_short_answers_agree_with_the_hidden_scene():
     rng, counts = random.Random(0), Counter()
     for _ in range(400):
         objects = scenes.sample(rng, scenes.PAIRS)
-        for question in rules.conversation(things_of(objects), rng, CATEGORIES, turns=8):
+        for question in rules.conversation(scene_of(objects), rng, CATEGORIES, turns=8):
             assert question.answer == answer(question.question, objects), (question, objects)
             counts[question.kind] += 1
     assert set(counts) == set(rules.KINDS) and min(counts.values()) > 100
@@ -72,7 +78,7 @@ def test_no_answer_gives_itself_away():
     for _ in range(3000):
         objects = scenes.sample(rng)
         for kind in rules.KINDS:
-            if question := rules.ask(kind, things_of(objects), rng, CATEGORIES):
+            if question := rules.ask(kind, scene_of(objects), rng, CATEGORIES):
                 answers[kind][question.answer] += 1
     most = {kind: max(counts.values()) / counts.total() for kind, counts in answers.items()}
     assert most["existence"] < 0.53 and most["relation"] < 0.28 and most["position"] < 0.14
@@ -84,11 +90,10 @@ def test_reasoning_and_detail_hold():
     for _ in range(300):
         objects = scenes.sample(rng)
         by_name = {f"{o.colour} {o.shape}": o for o in objects}
-        annotation = rules.Annotation("x.jpg", tuple(scenes.captions(objects)), things_of(objects))
-        text = rules.detail(annotation, rng).answer
+        text = rules.detail(scene_of(objects), rng).answer
         for thing in objects:
-            assert f"{thing.size} {thing.colour} {thing.shape} is at the {thing.place}." in text
-        question = rules.reasoning(annotation.things, rng)
+            assert f"{thing.size} {thing.colour} {thing.shape} is at the {thing.position}." in text
+        question = rules.reasoning(scene_of(objects), rng)
         if question is None:
             continue
         if match := re.fullmatch(r"Which is (larger|higher), the (.*) or the (.*)\?", question.question):
@@ -132,8 +137,8 @@ def test_records_are_llava_json(coco, tmp_path):
 def test_questions_about_unseen_pairs(coco, tmp_path):
     unseen = tuple(f"{colour} {shape}" for colour, shape in scenes.UNSEEN)
     count = rules.write_questions(coco, "unseen", tmp_path / "q.jsonl", about=unseen)
-    annotations, _ = rules.read_coco(coco, "unseen")
-    shown = {annotation.image: {thing.name for thing in annotation.things} for annotation in annotations}
+    contexts = rules.open_split(coco, "unseen")
+    shown = {context.image: {box.category for box in context.boxes} for context in contexts}
     lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert len(lines) == count > 100
     assert {line["kind"] for line in lines} == set(rules.KINDS)
@@ -147,7 +152,7 @@ def test_questions_about_unseen_pairs(coco, tmp_path):
 
 def test_a_missing_split_is_named(coco):
     with pytest.raises(UserError, match="captions_absent"):
-        rules.read_coco(coco, "absent")
+        rules.open_split(coco, "absent")
 
 
 def test_the_miniature_is_what_its_backbones_were_trained_for(coco, tmp_path):
@@ -162,12 +167,11 @@ def test_the_miniature_is_what_its_backbones_were_trained_for(coco, tmp_path):
     rng, asked = random.Random(3), []
     for _ in range(200):
         objects = scenes.sample(rng, scenes.PAIRS)
-        annotation = rules.Annotation("x.jpg", tuple(scenes.captions(objects)), things_of(objects))
         asked += [
-            *rules.conversation(annotation.things, rng, CATEGORIES, 8),
-            rules.caption(annotation, rng),
-            rules.detail(annotation, rng),
-            rules.reasoning(annotation.things, rng),
+            *rules.conversation(scene_of(objects), rng, CATEGORIES, 8),
+            rules.caption(context_of(objects), rng),
+            rules.detail(scene_of(objects), rng),
+            rules.reasoning(scene_of(objects), rng),
         ]
     text = json.dumps([[question.kind, question.question, question.answer] for question in asked if question])
     assert sha256(text.encode()).hexdigest() == "d0e36d2cc52dcb7329877bcf8c69eb823dc8270f7f6b29e52fa5a299809851b6"

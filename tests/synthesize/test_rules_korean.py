@@ -44,7 +44,7 @@ def replies(make, number):
     for index in range(number):
         context = make(index, rng)
         for kind in KINDS:
-            yield kind, teacher.reply(kind, context), context
+            yield kind, teacher.answer(kind, context), context
 
 
 def find(name, boxes):
@@ -203,7 +203,7 @@ def test_more_than_two_hundred_forms_of_each_kind():
 def test_a_category_without_a_korean_name_is_an_error():
     context = Context("1", "", ("A picture",), (Box("wombat", 0.1, 0.1, 0.2, 0.2),))
     with pytest.raises(UserError, match="no Korean name for the category 'wombat'"):
-        RulesTeacher("ko").reply("detail_description", context)
+        RulesTeacher("ko").answer("detail_description", context)
     with pytest.raises(UserError, match="no Korean name for the category 'wombat'"):
         RulesTeacher("ko").check(["dog", "red circle", "wombat"])
     RulesTeacher("ko").check([*COCO, "red circle"])

@@ -31,7 +31,7 @@ def replies(make, number, **options):
     for index in range(number):
         context = make(index, rng)
         for kind in KINDS:
-            yield kind, teacher.reply(kind, context), context
+            yield kind, teacher.answer(kind, context), context
 
 
 def form(sentence):
@@ -115,11 +115,11 @@ def test_the_same_seed_says_the_same():
 def test_what_has_no_boxes_is_told_by_its_captions():
     teacher = RulesTeacher()
     bare = Context("1", "", ("A dog on a beach", "Two people watch a dog."))
-    assert set(re.split(r"(?<=\.) ", teacher.reply("detail_description", bare))) <= {
+    assert set(re.split(r"(?<=\.) ", teacher.answer("detail_description", bare))) <= {
         "A dog on a beach.", "Two people watch a dog."}  # fmt: skip
-    assert teacher.reply("conversation", bare).count("Question:") == 1
-    assert teacher.reply("complex_reasoning", bare) == ""
-    assert RulesTeacher("ko").reply("conversation", bare) == ""
+    assert teacher.answer("conversation", bare).count("Question:") == 1
+    assert teacher.answer("complex_reasoning", bare) == ""
+    assert RulesTeacher("ko").answer("conversation", bare) == ""
 
 
 def test_a_crowd_is_not_counted():
@@ -129,7 +129,7 @@ def test_a_crowd_is_not_counted():
         for seed in range(40):
             context = Context(str(seed), "", ("A place.",), (*crowd, Box("dog", 0.7, 0.7, 0.9, 0.9)))
             for kind in KINDS:
-                text = teacher.reply(kind, context)
+                text = teacher.answer(kind, context)
                 assert not re.search(rf"\b(?:{NUM}|both|person) (?:people|person)", text), text
 
 
@@ -137,10 +137,10 @@ def test_only_english_and_korean():
     with pytest.raises(UserError, match="writes en and ko, not 'fr'"):
         RulesTeacher("fr")
     with pytest.raises(KeyError):
-        RulesTeacher().reply("poem", Context("1", "", ("A dog.",)))
+        RulesTeacher().answer("poem", Context("1", "", ("A dog.",)))
 
 
 def test_brackets_of_a_category_stay():
     context = Context("1", "", ("A picture",), (Box("dog [big]", 0.1, 0.1, 0.2, 0.2), Box("{n}", 0.7, 0.1, 0.9, 0.3)))
-    text = " ".join(RulesTeacher(seed=seed).reply("detail_description", context) for seed in range(5))
+    text = " ".join(RulesTeacher(seed=seed).answer("detail_description", context) for seed in range(5))
     assert "dog [big]" in text and "{n}" in text and "dog big" not in text

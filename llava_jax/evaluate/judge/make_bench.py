@@ -188,7 +188,7 @@ class Maker:
 
     def _say_by_rules(self, kind: str, context: Context, pooled: str) -> Asked | None:
         try:
-            turns = parse.parse(kind, self._rules.reply(kind, context), "stop", pooled)
+            turns = parse.parse(kind, self._rules.answer(kind, context), "stop", pooled)
         except parse.Reject as reject:
             self.rejects[reject.reason] += 1
             return None

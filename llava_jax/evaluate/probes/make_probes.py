@@ -143,8 +143,8 @@ def insides(scene: Scene, image: str) -> Iterator[Ask]:
 
 def betweens(scene: Scene, image: str, draw: random.Random) -> Iterator[list[Ask]]:
     """Is the middle one of three things in a line between the others? Is an outer one?"""
-    for a, c, b in permutations(scene.single[:8], 3):
-        if scene.single.index(a) < scene.single.index(b) and _between(c, a, b) and _seen(a, b, c):
+    for a, c, b in permutations(scene.unique[:8], 3):
+        if scene.unique.index(a) < scene.unique.index(b) and _between(c, a, b) and _seen(a, b, c):
             names = [thing.name.plain for thing in draw.sample((a, b), 2)]
             middle, outer, other = c.name.plain, *names
             yes, no = {"c": middle, "a": outer, "b": other}, {"c": outer, "a": middle, "b": other}
@@ -154,9 +154,9 @@ def betweens(scene: Scene, image: str, draw: random.Random) -> Iterator[list[Ask
 
 def counts(scene: Scene, image: str) -> Iterator[Ask]:
     """How many are there? None is not asked for, for that is a question of existence."""
-    groups = [*scene.groups, *([Count(len(scene.things), OBJECT)] if scene.shapes else [])]
+    groups = [*scene.groups, *([Count(len(scene.objects), OBJECT)] if scene.shapes else [])]
     for count in groups:
-        counted = [thing for thing in scene.things if _is(thing.name, count.name)]
+        counted = [thing for thing in scene.objects if _is(thing.name, count.name)]
         if 1 <= count.number <= len(NUMBERS) and _seen(*counted):
             number = NUMBERS[count.number - 1]
             yield Ask("counting", "count", {"n": Count(2, count.name)}, number, NUMBERS, image)
@@ -165,8 +165,8 @@ def counts(scene: Scene, image: str) -> Iterator[Ask]:
 def bindings(scene: Scene, image: str) -> Iterator[list[Ask]]:
     """Beside a blue square: is there a red circle? Is there a red square? The first is there, and nothing like the
     second, nor a blue circle."""
-    names = list(dict.fromkeys(thing.name.plain for thing in scene.things if _seen(thing)))
-    there = {thing.name.plain for thing in scene.things} | set(scene.crowds)
+    names = list(dict.fromkeys(thing.name.plain for thing in scene.objects if _seen(thing)))
+    there = {thing.name.plain for thing in scene.objects} | set(scene.crowds)
     for one, other in permutations(names, 2):
         crossed = _cross(one, other), _cross(other, one)
         if all(crossed) and not there & set(crossed):

@@ -1,20 +1,18 @@
 """A teacher without a model: instruction data by rules, from captions and boxes alone.
 
-It stands in for GPT-4 of the paper (Visual Instruction Tuning, section 3), which never saw the picture either.
-`short` writes the miniature's records of short answers; `RulesTeacher` answers as a language model would, in sentences.
+It takes the place of GPT-4 in the paper (Visual Instruction Tuning, section 3), which saw captions and boxes only.
+`RulesTeacher` answers as a language model would, in sentences; `short` writes the miniature's short answers.
+Both read `annotations.scene` and one table of phrases.
 """
 
 from llava_jax.synthesize.rules.short import (
     KINDS,
-    Annotation,
-    GridObject,
     QuestionAnswer,
     ask,
     caption,
     conversation,
     detail,
-    read_box,
-    read_coco,
+    open_split,
     reasoning,
     write_captions,
     write_instructions,
@@ -24,16 +22,13 @@ from llava_jax.synthesize.rules.teacher import RulesTeacher
 
 __all__ = [
     "KINDS",
-    "Annotation",
     "QuestionAnswer",
     "RulesTeacher",
-    "GridObject",
     "ask",
     "caption",
     "conversation",
     "detail",
-    "read_box",
-    "read_coco",
+    "open_split",
     "reasoning",
     "write_captions",
     "write_instructions",

@@ -11,7 +11,7 @@ from typing import Any
 from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES
 from llava_jax.annotations.scene import (
     CORNERS,
-    MOST,
+    MAX_COUNT,
     OBJECT,
     OPPOSITE,
     Count,
@@ -50,15 +50,15 @@ def fact(key: str, **values: Any) -> Fact:
 
 def questions(scene: Scene, rng: random.Random) -> list[list[Fact]]:
     """Facts of conversations; those of one list are alike, and a conversation takes one of each."""
-    things = scene.things
+    things = scene.objects
     found = [
         [*_totals(scene), *(fact("list", items=tuple(scene.counts)) for _ in range(2) if 1 < len(scene.counts) < 6)],
         [fact("count_one" if c.number == 1 else "count", n=c) for c in scene.groups],
-        [fact("exists", a=t.name.plain, p=Position(t.place)) for t in scene.single if t.place]
+        [fact("exists", a=t.name.plain, p=Position(t.position)) for t in scene.unique if t.position]
         + [fact("exists_many", n=c) for c in scene.counts if c.number > 1]
         + [fact("absent", a=name) for name in _absent(scene, rng)],
-        [fact("where", a=t.name.plain, p=Position(t.place)) for t in scene.single if t.place],
-        [fact("what_at", n=Count(1, t.name), p=Position(t.place)) for t in things if _alone(t, scene)],
+        [fact("where", a=t.name.plain, p=Position(t.position)) for t in scene.unique if t.position],
+        [fact("what_at", n=Count(1, t.name), p=Position(t.position)) for t in things if _alone(t, scene)],
         [fact("all_at", n=c, p=Position(word)) for c, word in _together(scene)],
         [fact("larger", a=a.name.plain, b=b.name.plain) for a, b in scene.pairs if larger(a, b)],
         [fact("first", a=a.name.plain, b=b.name.plain, s=Side(word))
@@ -98,8 +98,8 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
     for name in scene.crowds:
         yield fact("crowd", n=Count(2, name))
     for count in scene.counts[:8]:
-        things = [thing for thing in scene.things if thing.name.plain == count.name]
-        places = [Position(thing.place) for thing in things]
+        things = [thing for thing in scene.objects if thing.name.plain == count.name]
+        places = [Position(thing.position) for thing in things]
         if count.number == 1:
             yield (
                 fact("thing", n=Count(1, things[0].name), a=things[0].name, p=places[0])
@@ -118,29 +118,29 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
 
 def inferences(scene: Scene) -> list[list[Fact]]:
     """Facts of reasoning; those of one list are alike."""
-    single, groups = scene.single, scene.groups
-    total = Count(len(scene.things), OBJECT)
+    unique, groups = scene.unique, scene.groups
+    total = Count(len(scene.objects), OBJECT)
     pairs = [(a, b) for a in groups for b in groups if a != b and not _overlap(a.name, b.name)]
     found = [
         [fact("remove", a=t.name.plain, n=total, m=Count(total.number - 1, OBJECT))
-         for t in single if scene.shapes and 1 < total.number <= MOST],
+         for t in unique if scene.shapes and 1 < total.number <= MAX_COUNT],
         [fact("remove_one", n=c, m=Count(c.number - 1, c.name)) for c in groups if c.number > 1],
         [fact("add", n=c, k=Count(k, c.name), m=Count(c.number + k, c.name))
-         for c in groups for k in (1, 2, 3) if c.number + k <= MOST],
+         for c in groups for k in (1, 2, 3) if c.number + k <= MAX_COUNT],
         [fact("more" if a.number > b.number else "equal", n=a, m=b, d=Count(abs(a.number - b.number), a.name))
          for a, b in pairs if a.number >= b.number],
         [_enough(a, b) for a, b in pairs if a.number + b.number > 2],
-        [fact("mirror", a=t.name.plain, p=Position(t.place), q=Position(_flip(t.place, "left", "right")))
-         for t in single if t.across in ("left", "right") and t.down],
-        [fact("upside_down", a=t.name.plain, p=Position(t.place), q=Position(_flip(t.place, "top", "bottom")))
-         for t in single if t.down in ("top", "bottom") and t.across],
+        [fact("mirror", a=t.name.plain, p=Position(t.position), q=Position(_flip(t.position, "left", "right")))
+         for t in unique if t.across in ("left", "right") and t.down],
+        [fact("upside_down", a=t.name.plain, p=Position(t.position), q=Position(_flip(t.position, "top", "bottom")))
+         for t in unique if t.down in ("top", "bottom") and t.across],
         [fact("covered" if hidden else "open", a=t.name.plain, s=Side(half), o=Side(OPPOSITE[half]))
-         for t in single for half, hidden in _halves(t)],
+         for t in unique for half, hidden in _halves(t)],
         [fact("order", a=a.name.plain, b=b.name.plain, c=c.name.plain)
-         for a, b, c in permutations(single[:6], 3) if "left" in side(a, b) and "left" in side(b, c)],
+         for a, b, c in permutations(unique[:6], 3) if "left" in side(a, b) and "left" in side(b, c)],
         [fact("way", a=a.name.plain, b=b.name.plain, s=Side(word)) for b, a, word in _sides(scene)],
         [fact("nearest", a=a.name.plain, b=b.name.plain, c=c.name.plain)
-         for a, b, c in permutations(single[:6], 3) if 1.4 * distance(a, b) < distance(a, c)],
+         for a, b, c in permutations(unique[:6], 3) if 1.4 * distance(a, b) < distance(a, c)],
         [fact("look", a=a.name.plain, b=b.name.plain) for a, b in scene.pairs if larger(a, b)],
     ]  # fmt: skip
     if scene.shapes:
@@ -148,7 +148,7 @@ def inferences(scene: Scene) -> list[list[Fact]]:
         found.append(list(_odd(scene)))
         if len(empty := _empty_corners(scene)) in (1, 2, 3):
             found.append([fact("corners", places=tuple(map(Position, empty)), n=Count(len(empty), Name("corner")))])
-        counted = Counter(thing.across for thing in scene.things)
+        counted = Counter(thing.across for thing in scene.objects)
         if "" not in counted and counted["left"] + counted["right"]:
             n, m = Count(counted["left"], OBJECT), Count(counted["right"], OBJECT)
             key = "balance" if n.number == m.number else "left_heavy" if n.number > m.number else "right_heavy"
@@ -159,12 +159,12 @@ def inferences(scene: Scene) -> list[list[Fact]]:
 def _totals(scene: Scene) -> list[Fact]:
     if not scene.shapes:
         return []
-    return [fact("total" if len(scene.things) > 1 else "total_one", n=Count(len(scene.things), OBJECT))]
+    return [fact("total" if len(scene.objects) > 1 else "total_one", n=Count(len(scene.objects), OBJECT))]
 
 
 def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
     """What a description can add to the places of the things."""
-    for pair in combinations(scene.single, 2):
+    for pair in combinations(scene.unique, 2):
         a, b = rng.sample(pair, 2)
         names = {"a": a.name.plain, "b": b.name.plain}
         if word := side(a, b):
@@ -175,7 +175,7 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
             yield fact("same_colour", **names, c=a.name)
         if scene.shapes and a.name.noun == b.name.noun:
             yield fact("same_shape", **names, n=Count(2, Name(a.name.noun)))
-    for thing in scene.single:
+    for thing in scene.unique:
         if _area(thing) > 0.3:
             yield fact("fills", a=thing.name.plain)
         yield from (fact("half", a=thing.name.plain, s=Side(half)) for half, hidden in _halves(thing) if hidden)
@@ -187,11 +187,11 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
         for count in scene.groups:
             if count.number > 1:
                 yield fact("alike_colour" if count.name.colour else "alike_shape", n=count)
-        missing = [noun for noun in SHAPES if noun not in {thing.name.noun for thing in scene.things}]
+        missing = [noun for noun in SHAPES if noun not in {thing.name.noun for thing in scene.objects}]
         yield fact("missing", a=Name(rng.choice(missing)))
-        for thing in scene.single:
+        for thing in scene.unique:
             for word in ("left", "right", "above", "below"):
-                others = [other for other in scene.things if other is not thing]
+                others = [other for other in scene.objects if other is not thing]
                 if others and all(word in side(thing, other).split("-") for other in others):
                     yield fact("furthest", a=thing.name.plain, s=Side(word))
 
@@ -208,13 +208,13 @@ def _single_by(things: list[SceneObject], attribute: str) -> list[SceneObject]:
 def _alone(thing: SceneObject, scene: Scene) -> bool:
     """Whether "what is there?" has this thing as its one answer."""
     clear = scene.shapes and thing.across and thing.down
-    return bool(clear) and sum(other.place == thing.place for other in scene.things) == 1
+    return bool(clear) and sum(other.position == thing.position for other in scene.objects) == 1
 
 
 def _together(scene: Scene) -> Iterator[tuple[Count, str]]:
     """Groups of which every one is on the same side."""
     for count in scene.counts:
-        things = [thing for thing in scene.things if thing.name.plain == count.name]
+        things = [thing for thing in scene.objects if thing.name.plain == count.name]
         if count.number > 1:
             for attribute, word, place in (
                 ("across", "left", "left side"), ("across", "right", "right side"),
@@ -234,7 +234,7 @@ def _absent(scene: Scene, rng: random.Random) -> list[Name]:
         near = {"airplane": "plane", "surfboard": "surf", "pizza": "slice"}
         names = [n for n in RARE if n not in shown and n not in text and near.get(n, n) not in text]
         return [Name(name) for name in rng.sample(names, min(2, len(names)))]
-    present = {thing.name.plain for thing in scene.things}
+    present = {thing.name.plain for thing in scene.objects}
     near = [Name(noun, colour) for colour in COLOURS for noun in SHAPES]
     near = [n for n in near if n not in present and any(n.colour == p.colour or n.noun == p.noun for p in present)]
     return rng.sample(near, min(3, len(near)))
@@ -242,14 +242,14 @@ def _absent(scene: Scene, rng: random.Random) -> list[Name]:
 
 def _empty_corners(scene: Scene) -> list[str]:
     """Corners without anything; none where some place is unclear."""
-    if not all(thing.across and thing.down for thing in scene.things):
+    if not all(thing.across and thing.down for thing in scene.objects):
         return []
-    taken = {thing.place for thing in scene.things}
+    taken = {thing.position for thing in scene.objects}
     return [corner for corner in CORNERS if corner not in taken]
 
 
 def _colours(scene: Scene) -> tuple[Name, ...]:
-    return tuple(Name("object", colour) for colour in dict.fromkeys(thing.name.colour for thing in scene.things))
+    return tuple(Name("object", colour) for colour in dict.fromkeys(thing.name.colour for thing in scene.objects))
 
 
 def _area(thing: SceneObject) -> float:
@@ -281,7 +281,7 @@ def _halves(thing: SceneObject) -> Iterator[tuple[str, bool]]:
 
 
 def _shared(scene: Scene) -> Iterator[Fact]:
-    for a, b in combinations(scene.single, 2):
+    for a, b in combinations(scene.unique, 2):
         names = {"a": a.name.plain, "b": b.name.plain}
         if a.name.colour == b.name.colour:
             yield fact("share_colour", **names, c=a.name)
@@ -293,12 +293,12 @@ def _shared(scene: Scene) -> Iterator[Fact]:
 
 def _odd(scene: Scene) -> Iterator[Fact]:
     """One thing of another colour or shape than all the rest, which are alike in it."""
-    number = len(scene.things)
+    number = len(scene.objects)
     for attribute in ("colour", "noun"):
-        counts = Counter(getattr(thing.name, attribute) for thing in scene.things)
+        counts = Counter(getattr(thing.name, attribute) for thing in scene.objects)
         if number > 2 and sorted(counts.values()) == [1, number - 1]:
-            [odd] = [thing for thing in scene.things if counts[getattr(thing.name, attribute)] == 1]
+            [odd] = [thing for thing in scene.objects if counts[getattr(thing.name, attribute)] == 1]
             rest = next(value for value, times in counts.items() if times > 1)
-            if odd in scene.single:
+            if odd in scene.unique:
                 name = Name("object", rest) if attribute == "colour" else Name(rest)
                 yield fact(f"odd_{attribute}", a=odd.name.plain, n=Count(number - 1, name))

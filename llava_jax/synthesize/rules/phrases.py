@@ -47,6 +47,16 @@ class PhraseTable:
         question, answer = (self.words.finish(_draw(text, rng).format_map(fields)) for text in (question, answer))
         return question, answer
 
+    def fill(self, key: str, rng: random.Random | None = None, **texts: object) -> tuple[str, str]:
+        """Returns question and answer of a short answer, with `texts` in place of the fields.
+
+        `rng` draws the question if the table has several. Nothing else is drawn, and capitals stay as they are.
+        """
+        [entry] = self.entries["short", key]
+        question = rng.choice(entry.questions) if len(entry.questions) > 1 else "".join(entry.questions)
+        answer = " ".join(lines[0] for lines in entry.sentences)
+        return question.format_map(texts), answer.format_map(texts)
+
 
 def _read(path: Path) -> dict[tuple[str, str], list[Phrasing]]:
     entries: dict[tuple[str, str], list[Phrasing]] = {}
