@@ -1,4 +1,4 @@
-"""The two functions that run on the device: `prefill` reads the prompts, `decode` writes some tokens."""
+"""The functions that run on the device: `prefill`, `extend`, `insert` and `decode`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,23 +12,26 @@ from llava_jax.models.llama import LlamaBlock
 from llava_jax.models.llava import Llava
 
 MAX_DECODE_STEPS = 16
-"""The most tokens that `decode` writes before the host sees them."""
+"""Maximum number of tokens that `decode` writes before the host sees them."""
 
 NO_TOKEN = -1
-"""In the output: the row had ended, there is no token."""
+"""Value in the output of a slot that wrote no token."""
+
+Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
+"""Keys and values of all layers, as `Llama.extend` takes them."""
 
 
-class State(NamedTuple):
-    """A batch of answers in the making.
+class DecodeState(NamedTuple):
+    """Slots with one answer in progress each.
 
-    Prompts are padded on the right, so a token's position is its slot in the cache. The slots behind a row's last
-    token hold what padding left there; each is overwritten before `Llama.extend` lets a query look at it.
+    Prompts are padded on the right, so a token's position is its index in the cache. Cache entries behind a slot's
+    newest token are padding, or left from an earlier request. Each is overwritten before a query attends to it.
     """
 
-    cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]  # as `Llama.extend` takes it
-    token: Int[Array, "B"]  # the newest token, whose keys and values are not in the cache yet
-    position: Int[Array, "B"]  # its place
-    left: Int[Array, "B"]  # tokens that the row may still write; 0: it has ended
+    cache: Cache
+    token: Int[Array, "B"]  # newest token, whose keys and values are not in the cache yet
+    position: Int[Array, "B"]  # position of `token`
+    remaining: Int[Array, "B"]  # number of tokens that the slot may still write; 0 in a free slot
     sampling: Sampling
 
 
@@ -36,92 +39,110 @@ def prefill(
     model: Llava,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    images: UInt8[Array, "B I H W 3"] | None,
-    limits: Int[Array, "B"],
+    tiles: UInt8[Array, "B I H W 3"] | None,
+    max_new_tokens: Int[Array, "B"],
     sampling: Sampling,
-    ends: tuple[int, ...],
-    size: int,
-) -> tuple[State, Int[Array, "B 1"]]:
-    """Reads prompts of `lengths` tokens and writes one token each; the cache has `size` slots per row.
+    eos_ids: tuple[int, ...],
+    length: int,
+) -> tuple[DecodeState, Int[Array, "B 1"]]:
+    """Computes prompts and writes one token after each.
 
-    `limits`: how many tokens a row may write, the first included; 0 for a row that only fills the batch. A row also
-    ends with a token of `ends`. `size` must be at least a row's length + limit.
+    Args:
+      lengths: number of tokens of each prompt; `tokens` is padded behind them.
+      max_new_tokens: number of tokens that a row may write, the first one included; 0 for a row that is padding.
+      eos_ids: token ids that end a row.
+      length: cache length of the result, at least a prompt's length + max_new_tokens for a state that is decoded.
     """
-    hidden, cache = model.hidden(tokens, images, with_cache=True)
-    return _first(model, hidden, lengths, _grown(cache, size), lengths, limits, sampling, ends)
+    hidden, cache = model.hidden(tokens, tiles, with_cache=True)
+    return _write_first(model, hidden, lengths, _pad_cache(cache, length), lengths, max_new_tokens, sampling, eos_ids)
 
 
-def prefill_shared(
+def extend(
     model: Llava,
-    beginnings: Int[Array, "U P"],
-    images: UInt8[Array, "U I H W 3"],
-    which: Int[Array, "B"],
+    prefix: DecodeState,
+    rows: Int[Array, "B"],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    limits: Int[Array, "B"],
+    max_new_tokens: Int[Array, "B"],
     sampling: Sampling,
-    ends: tuple[int, ...],
-    size: int,
-) -> tuple[State, Int[Array, "B 1"]]:
-    """The same for prompts of which several begin alike, with the same images: each beginning is read once.
+    eos_ids: tuple[int, ...],
+    length: int,
+) -> tuple[DecodeState, Int[Array, "B 1"]]:
+    """Continues computed prefixes with further tokens of prompts, without images, as `prefill` does.
 
-    `which`: the number of a row's beginning; `tokens`, `lengths`: of the rest of its prompt, which has no images.
+    `rows` holds the row of `prefix` that each prompt starts with; several prompts may start with the same one. The
+    prefix has written no token: its max_new_tokens was 0.
     """
-    _, cache = model.hidden(beginnings, images, with_cache=True)
-    cache = _grown(tuple(part[:, which] for part in cache), size)
-    start = beginnings.shape[1]
-    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    cache = _pad_cache(tuple(part[:, rows] for part in prefix.cache), length)
+    start = prefix.position[rows] + 1
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
     hidden, cache = model.decoder.extend(model.decoder.embed(tokens, model.dtype), positions, cache)
-    return _first(model, hidden, lengths, cache, start + lengths, limits, sampling, ends)
+    return _write_first(model, hidden, lengths, cache, start + lengths, max_new_tokens, sampling, eos_ids)
+
+
+def insert(state: DecodeState, prefix: DecodeState, slots: Int[Array, "B"], length_axis: int = 2) -> DecodeState:
+    """Copies the rows of `prefix` into `slots`; a row whose slot is out of range is dropped.
+
+    The cache of `prefix` may be shorter than that of `state`. `length_axis`: axis of positions in the caches.
+    """
+    positions = (slice(None),) * (length_axis - 2) + (slice(prefix.cache[0].shape[length_axis]),)
+    cache = tuple(old.at[:, slots, *positions].set(new, mode="drop")
+                  for old, new in zip(state.cache, prefix.cache, strict=True))
+    others = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state[1:], prefix[1:])
+    return DecodeState(cache, *others)
 
 
 def decode(
     model: Llava,
-    state: State,
-    going: Bool[Array, "B"],
+    state: DecodeState,
+    active: Bool[Array, "B"],
     steps: Int[Array, ""],
-    ends: tuple[int, ...],
+    eos_ids: tuple[int, ...],
     layers: Sequence[LlamaBlock] | None = None,
-) -> tuple[State, Int[Array, "B C"]]:
-    """Writes up to `steps` (at most MAX_DECODE_STEPS) tokens in every row that is `going`; stops early.
+) -> tuple[DecodeState, Int[Array, "B C"]]:
+    """Writes up to `steps` (at most MAX_DECODE_STEPS) tokens in every slot that is `active`.
 
-    `layers`: see `Llama.extend`.
+    The other slots become free. It stops early when no slot has tokens remaining. `layers`: see `Llama.extend`.
     """
 
     def step(carry):
         i, state, written = carry
         x = model.decoder.embed(state.token[:, None], model.dtype)
         x, cache = model.decoder.extend(x, state.position[:, None], state.cache, layers)
-        state, token = write(model, state._replace(cache=cache), x[:, 0], ends)
+        state, token = write(model, state._replace(cache=cache), x[:, 0], eos_ids)
         return i + 1, state, written.at[:, i].set(token)
 
-    state = state._replace(left=jnp.where(going, state.left, 0))
-    written = jnp.full((going.shape[0], MAX_DECODE_STEPS), NO_TOKEN)
-    more = lambda carry: (carry[0] < steps) & jnp.any(carry[1].left > 0)  # noqa: E731
-    _, state, written = jax.lax.while_loop(more, step, (0, state, written))
+    def is_unfinished(carry):
+        i, state, _ = carry
+        return (i < steps) & jnp.any(state.remaining > 0)
+
+    state = state._replace(remaining=jnp.where(active, state.remaining, 0))
+    written = jnp.full((active.shape[0], MAX_DECODE_STEPS), NO_TOKEN)
+    _, state, written = jax.lax.while_loop(is_unfinished, step, (0, state, written))
     return state, written
 
 
-def _grown(cache: tuple[Array, Array], size: int) -> tuple[Array, Array]:
-    return tuple(jnp.pad(part, [(0, 0), (0, 0), (0, size - part.shape[2]), (0, 0), (0, 0)]) for part in cache)
-
-
-def _first(model: Llava, hidden: Float[Array, "B T D"], lengths, cache, read, limits, sampling, ends):
-    """The state after prompts of `read` tokens, the last of which are `lengths` of `hidden`; and their first tokens."""
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    state = State(cache, jnp.zeros_like(read), read - 1, limits, sampling)
-    state, token = write(model, state, last, ends)
-    return state, token[:, None]
-
-
 def write(
-    model: Llava, state: State, hidden: Float[Array, "B D"], ends: tuple[int, ...]
-) -> tuple[State, Int[Array, "B"]]:
-    """Chooses each row's next token from the hidden state of its newest one; NO_TOKEN where the row had ended."""
-    alive = state.left > 0
-    position = jnp.where(alive, state.position + 1, state.position)
+    model: Llava, state: DecodeState, hidden: Float[Array, "B D"], eos_ids: tuple[int, ...]
+) -> tuple[DecodeState, Int[Array, "B"]]:
+    """Chooses the next token of each slot from the hidden state of its newest one; NO_TOKEN in a free slot."""
+    active = state.remaining > 0
+    position = jnp.where(active, state.position + 1, state.position)
     token = sample(model.decoder.logits(hidden), state.sampling, position)
-    ended = jnp.isin(token, jnp.array(ends, jnp.int32))
-    left = jnp.where(alive & ~ended, state.left - 1, 0)
-    token = jnp.where(alive, token, state.token)
-    return state._replace(token=token, position=position, left=left), jnp.where(alive, token, NO_TOKEN)
+    ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32))
+    remaining = jnp.where(active & ~ended, state.remaining - 1, 0)
+    state = state._replace(token=jnp.where(active, token, state.token), position=position, remaining=remaining)
+    return state, jnp.where(active, token, NO_TOKEN)
+
+
+def _pad_cache(cache: Cache, length: int) -> Cache:
+    return tuple(jnp.pad(part, [(0, 0), (0, 0), (0, length - part.shape[2]), (0, 0), (0, 0)]) for part in cache)
+
+
+def _write_first(model: Llava, hidden: Float[Array, "B T D"], lengths, cache, prompt_lengths, max_new_tokens,
+                 sampling, eos_ids) -> tuple[DecodeState, Int[Array, "B 1"]]:
+    """Writes the first token of prompts whose last `lengths` tokens are computed in `hidden`."""
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    state = DecodeState(cache, jnp.zeros_like(prompt_lengths), prompt_lengths - 1, max_new_tokens, sampling)
+    state, token = write(model, state, last, eos_ids)
+    return state, token[:, None]

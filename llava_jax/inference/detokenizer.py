@@ -1,4 +1,4 @@
-"""An answer as it grows: token ids in, text out, until it ends."""
+"""From token ids to the text of an answer, as they come, until it ends."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,31 +11,31 @@ class Completion:
     """A finished answer."""
 
     text: str  # without the stop string and without outer blanks, as LLaVA's scripts keep an answer
-    tokens: list[int]  # every id that was written for `text`, the end token or the stop string's included
+    tokens: list[int]  # all ids that were written, with the end token or those of the stop string
     finish_reason: str  # "stop": the model ended it, or a stop string came; "length": max_new_tokens were written
-    prompt_tokens: list[int]  # IMAGE_TOKEN_ID at the place of every visual token
+    prompt_tokens: list[int]  # IMAGE_TOKEN_ID at the position of every visual token
 
 
 class Detokenizer:
-    """Ends with a token of `ends`, with one of the strings `stops`, or after `limit` tokens, whichever comes first.
+    """Collects one answer. It ends with a token of `eos_ids`, a string of `stop`, or after `max_new_tokens` tokens.
 
-    It looks at one token after the other, so where it ends depends on the tokens alone, not on how many came at once.
-    Outer blanks are no part of its text: a template puts some around an answer, and would put them there once more.
+    Tokens are looked at one after another, so the end depends on the tokens alone, not on how many came at once.
+    Outer blanks are not part of the text, because a template adds its own when the answer is shown to a model again.
     """
 
-    def __init__(self, decoder: StreamDecoder, ends: Collection[int], stops: Sequence[str], limit: int):
+    def __init__(self, decoder: StreamDecoder, eos_ids: Collection[int], stop: Sequence[str], max_new_tokens: int):
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
         self._decoder = decoder
-        self._ends = ends
-        self._stops = stops
-        self._limit = limit
-        self._held = ""  # decoded, but it may turn out to be the beginning of a stop string
-        self._blanks = ""  # decoded behind `text`, but they may turn out to be the last
+        self._eos_ids = eos_ids
+        self._stop = stop
+        self._max_new_tokens = max_new_tokens
+        self._pending = ""  # decoded, but it may turn out to be the start of a stop string
+        self._blanks = ""  # decoded behind `text`, but they may turn out to be outer ones
 
     def add(self, tokens: Iterable[int]) -> str:
-        """Takes further tokens, up to the end, and returns the text that is certain now: the next piece of `text`."""
+        """Adds tokens up to the end of the answer, and returns the text that is certain now: the next piece."""
         before = len(self.text)
         for token in tokens:
             if self.finish_reason:
@@ -45,27 +45,26 @@ class Detokenizer:
 
     def _add(self, token: int) -> None:
         self.tokens.append(token)
-        if token in self._ends:
+        if token in self._eos_ids:
             self.finish_reason = "stop"
         else:
-            self._held += self._decoder.push(token)
-            if len(self.tokens) == self._limit:
+            self._pending += self._decoder.push(token)
+            if len(self.tokens) == self._max_new_tokens:
                 self.finish_reason = "length"
         if self.finish_reason:
-            self._held += self._decoder.finish()
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+            self._pending += self._decoder.finish()
+        found = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if found:
-            self._held = self._held[: min(found)]
+            self._pending = self._pending[: min(found)]
             self.finish_reason = "stop"
-        safe = len(self._held) - (0 if self.finish_reason else _beginning(self._held, self._stops))
-        piece, self._held = self._blanks + self._held[:safe], self._held[safe:]
+        certain = len(self._pending) - (0 if self.finish_reason else self._length_of_stop_start())
+        piece, self._pending = self._blanks + self._pending[:certain], self._pending[certain:]
         if not self.text:
             piece = piece.lstrip()
         self.text += piece.rstrip()
         self._blanks = piece[len(piece.rstrip()) :]
 
-
-def _beginning(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` could be the beginning of a stop string."""
-    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return max(lengths, default=0)
+    def _length_of_stop_start(self) -> int:
+        """Returns the number of characters at the end of the pending text that may be the start of a stop string."""
+        lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._pending.endswith(stop[:n]))
+        return max(lengths, default=0)

@@ -1,7 +1,7 @@
-"""Batches of token ids through the jitted functions: shapes come in buckets, so that few programs are compiled."""
+"""Prefill, insert and decode of one model, jitted, for prompts of any length."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,66 +11,83 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
-from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, State, decode, prefill, prefill_shared
+from llava_jax.inference import decode as programs
+from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, DecodeState
 from llava_jax.inference.detokenizer import Detokenizer
 from llava_jax.inference.sampling import Sampling, seed_words
-from llava_jax.inference.scoring import ScoringRow, log_probabilities, positions_of
-from llava_jax.models.llava import Parameters, from_params
+from llava_jax.inference.scoring import ScoringRow, log_probabilities, score_positions
+from llava_jax.inference.shapes import bucket, length_bucket, pad_tiles, pad_tokens, prefix_bucket, short_bucket
+from llava_jax.models.llava import Llava, Parameters, from_params
 from llava_jax.parallel.sharding import ROWS
 
 
 @dataclass(frozen=True)
-class Job:
-    """A request as the model sees it."""
+class Prompt:
+    """A request as arrays."""
 
-    tokens: np.ndarray  # int32 [T], IMAGE_TOKEN_ID at the place of every visual token
-    images: np.ndarray  # uint8 [I, H, W, 3]
-    limit: int  # the most tokens to write
+    tokens: np.ndarray  # int32 [T], IMAGE_TOKEN_ID at the position of every visual token
+    tiles: np.ndarray  # uint8 [I, H, W, 3]
+    max_new_tokens: int
     temperature: float
     top_p: float
     seed: int
-    begins: int = 0  # tokens up to and with those of the last image
-    beginning: Hashable = None  # equal in jobs with the same images and first tokens; None where that is not known
+    prefix_length: int = 0  # number of tokens up to the last visual one
+    prefix_key: Hashable = None  # equal for prompts with the same images and first tokens; None if that is unknown
 
 
 class Engine:
-    """Writes answers with one model.
+    """Writes answers with one model, in the slots of a decode state.
 
-    `prefill` is compiled once for each (rows, prompt length, image slots, cache length), `decode` once for each (rows,
-    cache length). All of these are rounded up: rows and image slots to powers of two, lengths to 2^k or 3 * 2^k from
-    64 on. A conversation that grows from nothing to a context of 4096 so compiles `decode` at most 13 times.
+        prefix, tokens = engine.prefill([prompt])                # one row, and its first token [1, 1]
+        state = engine.insert(state, prefix, [3])                # the row's answer continues in slot 3
+        state, tokens = engine.decode(state, active, steps=16)   # tokens [slots, 16], NO_TOKEN where none was written
+
+    A request may be inserted between any two calls of `decode`. A slot is free once its answer has ended, or once
+    `active` is False for it. What `prefill` returns is a decode state too: requests that start together are decoded in
+    it, without an insertion.
+
+    All shapes are rounded up: rows and tile slots to powers of two, lengths to 2^k or 3 * 2^k from 64 on. `prefill` is
+    compiled once for each (rows, prompt length, tile slots, cache length), and `decode` once for each (slots, cache
+    length).
     """
 
-    def __init__(self, graph: nnx.GraphDef, parameters: Parameters, ends: Iterable[int],
+    def __init__(self, graph: nnx.GraphDef, parameters: Parameters, eos_ids: Iterable[int],
                  mesh: jax.sharding.Mesh | None = None):
-        """`graph`, `parameters`: of a model, split; `ends`: the token ids with which an answer ends.
+        """Jits the model with this graph and these parameters; a token of `eos_ids` ends an answer.
 
-        `mesh`: the devices on which the parameters lie, as `sharding.TABLE` says; rows are shared out over its data
-        axes, and filled up to a multiple of them. None: one device.
+        `mesh`: devices that have the parameters, laid out by `sharding.TABLE`. Rows are split over its data axes, and
+        padded to a multiple of them. None: one device.
         """
-        ends = tuple(sorted(ends))
-
-        def prefill_(parameters, *inputs, size, read=prefill):
-            state, token = read(from_params(graph, parameters), *inputs, ends, size)
-            if self._layers is not None:
-                state = state._replace(cache=tuple(part.swapaxes(2, 3) for part in state.cache))
-            return state, token
-
-        def decode_(parameters, layers, state, going, steps):
-            return decode(from_params(graph, parameters), state, going, steps, ends, layers)
-
-        self.graph = graph
+        self.graph, self.eos_ids = graph, tuple(sorted(eos_ids))
         self.parameters = parameters
-        self.ends = ends
-        self._mesh, layouts = mesh, {}
+        self._mesh, self._layouts = mesh, {}
         if mesh is not None:
             rows, cache = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, *ROWS, None, "tensor"))
-            # The host of every process reads what is written.
-            layouts["out_shardings"] = State((cache, cache), rows, rows, rows, rows), NamedSharding(mesh, P())
-        self._prefill = jax.jit(prefill_, static_argnames=("size", "read"), **layouts)
-        # The cache is by far the largest thing that a step changes: it is given away, and updated in its place.
-        self._decode = jax.jit(decode_, donate_argnames="state", **layouts)
+            state = DecodeState((cache, cache), rows, rows, rows, rows)
+            self._layouts["out_shardings"] = state, NamedSharding(mesh, P())  # every process reads the tokens
+
+        def prefill(parameters, *inputs, length):
+            state, tokens = programs.prefill(from_params(graph, parameters), *inputs, self.eos_ids, length)
+            return self._swap_cache(state), tokens
+
+        def extend(parameters, prefix, *inputs, length):
+            prefix = self._swap_cache(prefix)
+            state, tokens = programs.extend(from_params(graph, parameters), prefix, *inputs, self.eos_ids, length)
+            return self._swap_cache(state), tokens
+
+        def insert(state, prefix, slots):
+            return programs.insert(state, prefix, slots, self._length_axis), ()
+
+        def decode(parameters, layers, state, active, steps):
+            return programs.decode(from_params(graph, parameters), state, active, steps, self.eos_ids, layers)
+
+        self._prefill = jax.jit(prefill, static_argnames="length", **self._layouts)
+        self._extend = jax.jit(extend, static_argnames="length", **self._layouts)
+        # The cache is donated, so that a step updates it in place.
+        self._insert = jax.jit(insert, donate_argnames="state", **self._layouts)
+        self._decode = jax.jit(decode, donate_argnames="state", **self._layouts)
         self._score = jax.jit(lambda parameters, *inputs: log_probabilities(from_params(graph, parameters), *inputs))
 
     @property
@@ -80,86 +97,147 @@ class Engine:
     @parameters.setter
     def parameters(self, parameters: Parameters) -> None:
         self._parameters = jax.tree.map(jnp.asarray, parameters)
-        self._layers = layers_on_cpu(from_params(self.graph, self._parameters).decoder.layers)
+        self._layers = unstack_on_cpu(self._model().decoder.layers)
+        self._length_axis = 2 if self._layers is None else 3
 
-    def run(
-        self, jobs: Sequence[Job], answers: Sequence[Detokenizer], steps: int = MAX_DECODE_STEPS, rows: int = 1
-    ) -> Iterator[list[str]]:
-        """Answers one batch: adds tokens to `answers` until all have ended, and yields each one's next piece of text.
+    def empty_state(self, slots: int, length: int) -> DecodeState:
+        """Returns a state of free slots for prompts and answers of together `length` tokens, both rounded up."""
+        slots, length, model = self._rows(slots), length_bucket(length), self._model()
+        config = model.decoder.config
 
-        The first pieces come after one token, the others after up to `steps` (at most MAX_DECODE_STEPS) tokens. The
-        batch is filled up to `rows`, if it has fewer.
+        def zeros() -> tuple[DecodeState, tuple]:
+            shape = (config.num_layers, slots, length, config.num_kv_heads, config.head_dim)
+            cache = tuple(jnp.zeros(shape, model.dtype) for _ in range(2))
+            free = jnp.zeros(slots, jnp.int32)
+            sampling = Sampling(jnp.zeros((slots, 2), jnp.uint32), jnp.zeros(slots), jnp.ones(slots))
+            return self._swap_cache(DecodeState(cache, free, free, free, sampling)), ()
+
+        return jax.jit(zeros, **self._layouts)()[0]
+
+    def prefill(self, prompts: Sequence[Prompt], rows: int = 1,
+                length: int | None = None) -> tuple[DecodeState, Int[Array, "B 1"]]:
+        """Computes prompts and writes the first token of each answer.
+
+        Prompts that start with the same images and tokens are computed once up to there, if they are few enough for
+        that to be worth it.
+
+        Args:
+          rows: number of rows of the result, if that is more than there are prompts.
+          length: cache length of the result, rounded up. By default it has room for the prompts alone.
         """
-        rows = self._rows(max(rows, len(jobs)))
-        size = length_bucket(max(len(job.tokens) + job.limit for job in jobs))
-        sampling = Sampling(np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.ones(rows, np.float32))
-        limits = np.zeros(rows, np.int32)
-        for row, job in enumerate(jobs):
-            limits[row] = job.limit
-            sampling.seed[row] = seed_words(job.seed)
-            sampling.temperature[row], sampling.top_p[row] = job.temperature, job.top_p
-        read, inputs = self._prompts(jobs, rows)
-        with self._on_mesh():
-            state, written = self._prefill(self.parameters, *self._share((*inputs, limits, sampling)), size=size,
-                                           read=read)
-        going = np.zeros(rows, bool)
-        while True:
-            fresh = np.asarray(written)[: len(jobs)]
-            yield [answer.add(row[row != NO_TOKEN]) for answer, row in zip(answers, fresh, strict=True)]
-            going[: len(jobs)] = [answer.finish_reason is None for answer in answers]
-            if not going.any():
-                return
+        rows = self._rows(max(rows, len(prompts)))
+        length = length_bucket(max(length or 0, *(len(prompt.tokens) for prompt in prompts)))
+        owners = self._prefix_owners(prompts, rows)
+        if owners is None:
+            inputs = (*pad_tokens([prompt.tokens for prompt in prompts], rows, length_bucket),
+                      pad_tiles([prompt.tiles for prompt in prompts], rows), *_settings(prompts, rows))
             with self._on_mesh():
-                state, written = self._decode(self.parameters, self._layers, state, self._share(going),
-                                              np.int32(steps))
+                return self._prefill(self.parameters, *self._split(inputs), length=length)
+        # The prefixes are rows of a state of their own, which have nothing to write.
+        count = max(rows // 4, bucket(len(owners)))
+        tokens, lengths = pad_tokens([prompt.tokens[: prompt.prefix_length] for prompt in owners.values()], count,
+                                     prefix_bucket)
+        tiles = pad_tiles([prompt.tiles for prompt in owners.values()], count)
+        prefix, _ = self._prefill(self.parameters, tokens, lengths, tiles, *_settings((), count),
+                                  length=tokens.shape[1])
+        prefix_rows = np.zeros(rows, np.int32)
+        prefix_rows[: len(prompts)] = [list(owners).index(prompt.prefix_key) for prompt in prompts]
+        further = pad_tokens([prompt.tokens[prompt.prefix_length :] for prompt in prompts], rows, short_bucket)
+        return self._extend(self.parameters, prefix, prefix_rows, *further, *_settings(prompts, rows), length=length)
 
-    def score(self, readings: Sequence[ScoringRow], images: Sequence[np.ndarray],
-              rows: int = 1) -> list[dict[int, float]]:
-        """For each reading, with the images of its prompt: its continuations' numbers and log-probabilities."""
-        rows = self._rows(max(rows, len(readings)))
-        places = bucket(max(4, *(len(tokens) for reading in readings for _, tokens in reading.scored)))
-        count = bucket(max(4, *(len(reading.scored) for reading in readings)))
-        inputs = (pad_tokens([reading.tokens for reading in readings], rows, length_bucket), pad_images(images, rows),
-                  *positions_of(readings, rows, places, count))
+    def insert(self, state: DecodeState, prefix: DecodeState, slots: Sequence[int]) -> DecodeState:
+        """Moves the first rows of `prefix` into `slots` of `state`, which is donated. Other slots keep their bits.
+
+        Raises ValueError if the cache of `prefix` is longer than that of `state`.
+        """
+        if prefix.cache[0].shape[self._length_axis] > state.cache[0].shape[self._length_axis]:
+            raise ValueError("the prompt is longer than the cache of the state")
+        count = len(state.token)
+        padded = np.full(len(prefix.token), count, np.int32)  # out of range: dropped
+        padded[: len(slots)] = slots
         with self._on_mesh():
-            found = np.asarray(self._score(self.parameters, *self._share(inputs)), np.float64)
-        return [{number: found[row, : len(tokens), column].sum().item()
-                 for column, (number, tokens) in enumerate(reading.scored)} for row, reading in enumerate(readings)]
+            return self._insert(state, prefix, padded)[0]
 
-    def _prompts(self, jobs: Sequence[Job], rows: int) -> tuple[Callable, tuple]:
-        """The function that reads the prompts, and its first arguments."""
-        tokens = [job.tokens for job in jobs]
-        firsts: dict[Hashable, int] = {}
-        which = [firsts.setdefault(job.beginning, len(firsts)) for job in jobs]
-        start, slots = jobs[0].begins, max(rows // 4, bucket(len(firsts)))
-        # Worth it only where beginnings are few; on data axes they would have to travel between devices.
-        if slots > rows // 2 or None in firsts or any(job.begins != start for job in jobs) or self._shares > 1:
-            images = pad_images([job.images for job in jobs], rows)
-            return prefill, (pad_tokens(tokens, rows, length_bucket), lengths_of(tokens, rows), images)
-        own = [jobs[which.index(number)] for number in range(len(firsts))]
-        beginnings = pad_tokens([job.tokens[:start] for job in own], slots, lambda length: length)
-        rest, which = [prompt[start:] for prompt in tokens], np.pad(np.array(which, np.int32), (0, rows - len(jobs)))
-        return prefill_shared, (beginnings, pad_images([job.images for job in own], slots), which,
-                                pad_tokens(rest, rows, short_bucket), lengths_of(rest, rows))
+    def decode(self, state: DecodeState, active: Sequence[bool],
+               steps: int = MAX_DECODE_STEPS) -> tuple[DecodeState, Int[Array, "B C"]]:
+        """Writes up to `steps` tokens in each slot that is active and has tokens remaining; `state` is donated."""
+        with self._on_mesh():
+            return self._decode(self.parameters, self._layers, state, self._split(np.asarray(active)), np.int32(steps))
+
+    def generate(self, prompts: Sequence[Prompt], answers: Sequence[Detokenizer], steps: int = MAX_DECODE_STEPS,
+                 rows: int = 1) -> Iterator[list[str]]:
+        """Answers prompts that start together. Yields the next piece of each text, until all answers have ended.
+
+        The first pieces come after one token, the next ones after up to `steps` tokens.
+        """
+        length = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
+        state, tokens = self.prefill(prompts, rows, length)
+        active = np.zeros(len(state.token), bool)
+        while True:
+            fresh = np.asarray(tokens)[: len(prompts)]
+            yield [answer.add(row[row != NO_TOKEN]) for answer, row in zip(answers, fresh, strict=True)]
+            active[: len(prompts)] = [answer.finish_reason is None for answer in answers]
+            if not active.any():
+                return
+            state, tokens = self.decode(state, active, steps)
+
+    def score(self, scoring_rows: Sequence[ScoringRow], tiles: Sequence[np.ndarray],
+              rows: int = 1) -> list[dict[int, float]]:
+        """Returns for each row, with the tiles of its prompt, the log-probabilities of its continuations by number."""
+        rows = self._rows(max(rows, len(scoring_rows)))
+        tokens, _ = pad_tokens([row.tokens for row in scoring_rows], rows, length_bucket)
+        inputs = tokens, pad_tiles(tiles, rows), *score_positions(scoring_rows, rows)
+        with self._on_mesh():
+            found = np.asarray(self._score(self.parameters, *self._split(inputs)), np.float64)
+        return [{number: found[row, : len(tokens), column].sum().item()
+                 for column, (number, tokens) in enumerate(scored.continuations)}
+                for row, scored in enumerate(scoring_rows)]
+
+    def _prefix_owners(self, prompts: Sequence[Prompt], rows: int) -> dict[Hashable, Prompt] | None:
+        """Returns one prompt for each different prefix; None if computing prefixes once is not worth it."""
+        owners: dict[Hashable, Prompt] = {}
+        for prompt in prompts:
+            owners.setdefault(prompt.prefix_key, prompt)
+        # On data axes prefixes would have to travel between devices.
+        if None in owners or max(rows // 4, bucket(len(owners))) > rows // 2 or self._data_devices > 1:
+            return None
+        return owners
+
+    def _model(self) -> Llava:
+        return from_params(self.graph, self.parameters)
+
+    def _swap_cache(self, state: DecodeState) -> DecodeState:
+        """Swaps positions and heads of the cache on a CPU, whose layers take them the other way round."""
+        return state if self._layers is None else state._replace(cache=tuple(x.swapaxes(2, 3) for x in state.cache))
 
     @property
-    def _shares(self) -> int:
+    def _data_devices(self) -> int:
         return self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
     def _rows(self, count: int) -> int:
-        """Rows of a batch of `count`: few different numbers, which the devices of the data axes can share."""
-        return -(-bucket(count) // self._shares) * self._shares
+        """Returns the number of rows for `count` prompts: one of few, and a multiple of the data axes."""
+        return -(-bucket(count) // self._data_devices) * self._data_devices
 
-    def _share(self, inputs: Any) -> Any:
-        """Arrays of as many rows, each device's own rows on it."""
+    def _split(self, inputs: Any) -> Any:
+        """Splits the rows of arrays over the data axes."""
         return jax.device_put(inputs, NamedSharding(self._mesh, ROWS)) if self._mesh else inputs
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
 
-def layers_on_cpu(stack: nnx.Module) -> list[nnx.Module] | None:
-    """Stacked layers one by one, in the memory of the stack; None where that is not the first CPU's alone.
+def _settings(prompts: Sequence[Prompt], rows: int) -> tuple[np.ndarray, Sampling]:
+    """Returns max_new_tokens and sampling of each row; a row of padding has nothing to write."""
+    max_new_tokens = np.zeros(rows, np.int32)
+    sampling = Sampling(np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.ones(rows, np.float32))
+    for row, prompt in enumerate(prompts):
+        max_new_tokens[row], sampling.seed[row] = prompt.max_new_tokens, seed_words(prompt.seed)
+        sampling.temperature[row], sampling.top_p[row] = prompt.temperature, prompt.top_p
+    return max_new_tokens, sampling
+
+
+def unstack_on_cpu(stack: nnx.Module) -> list[nnx.Module] | None:
+    """Returns stacked layers one by one, as views of the stack's memory; None if that is not on the first CPU alone.
 
     XLA for CPUs would copy each layer's weights out of the stack for every token.
     """
@@ -168,50 +246,3 @@ def layers_on_cpu(stack: nnx.Module) -> list[nnx.Module] | None:
         return None
     stack = jax.tree.map(np.asarray, stack)
     return jax.device_put([jax.tree.map(lambda x, i=i: x[i], stack) for i in range(len(arrays[0]))], may_alias=True)
-
-
-def shape(images: int, tokens: int) -> tuple[int, int]:
-    """What prompts share that are read together without waste: image slots and length, in buckets."""
-    return bucket(images), length_bucket(tokens)
-
-
-def bucket(count: int) -> int:
-    """The next power of two; 0 stays 0."""
-    return 1 << (count - 1).bit_length() if count else 0
-
-
-def length_bucket(length: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, ...: at most a third of a padded row is padding."""
-    length = max(length, 64)
-    size = bucket(length)
-    return size * 3 // 4 if length <= size * 3 // 4 else size
-
-
-def short_bucket(length: int) -> int:
-    """As `length_bucket`, from 16 on: for what is read behind images that were read before."""
-    return length_bucket(4 * length) // 4
-
-
-def pad_tokens(prompts: Sequence[Sequence[int]], rows: int, bucket: Callable[[int], int]) -> np.ndarray:
-    """Prompts side by side, int32 [rows, T], zeros behind them; `bucket` makes T of the longest one's length."""
-    padded = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
-    return padded
-
-
-def lengths_of(prompts: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """int32 [rows]; 1 for rows that only fill the batch."""
-    return np.array([*map(len, prompts), *[1] * (rows - len(prompts))], np.int32)
-
-
-def pad_images(images: Sequence[np.ndarray], rows: int) -> np.ndarray | None:
-    """The rows' images in equally many slots, uint8 [rows, I, H, W, 3]; None if there are none."""
-    slots = bucket(max(len(row) for row in images))
-    if not slots:
-        return None
-    side = next(row.shape[1:] for row in images if len(row))
-    padded = np.zeros((rows, slots, *side), np.uint8)
-    for row, own in enumerate(images):
-        padded[row, : len(own)] = own
-    return padded

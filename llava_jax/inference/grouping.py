@@ -1,4 +1,4 @@
-"""Requests of like shape together, their images opened ahead of the device."""
+"""Groups requests of similar shape into batches, and opens their images while the device works."""
 
 import contextlib
 import functools
@@ -11,46 +11,46 @@ Row = TypeVar("Row")
 Opened = TypeVar("Opened")
 
 PREFETCHED_BATCHES = 2
-"""Batches that are made ready while the device works on one."""
+"""Number of batches that are prepared while the device works on one."""
 
 IMAGE_THREADS = 4
-"""Threads that open images."""
+"""Number of threads that open images."""
 
 CACHED_IMAGES = 64
-"""Opened images that are kept for the next requests."""
+"""Number of recently opened images that later requests may use again."""
 
 
 def group_batches(rows: Iterable[tuple[Hashable, Row]], size: int) -> Iterator[tuple[list[Row], int]]:
-    """Rows of one kind, up to `size` of them, and how many the batch is to be filled up to.
+    """Yields up to `size` rows with the same key, and the number of rows that the batch is to be padded to.
 
-    A batch comes when its kind has enough rows, the smaller ones at the end. Where there was a whole batch of a kind, a
-    smaller one gets its size, so that no program is compiled for it.
+    Full batches come first, smaller ones at the end. A smaller batch is padded to `size` if there was a full one with
+    its key, so that no other program is compiled.
     """
     bins: dict[Hashable, list[Row]] = defaultdict(list)
-    ready, whole = deque(), set()
-    for kind, row in rows:
-        bins[kind].append(row)
-        if len(bins[kind]) == size:
-            whole.add(kind)
-            ready.append((bins.pop(kind), size))
+    ready, full = deque(), set()
+    for key, row in rows:
+        bins[key].append(row)
+        if len(bins[key]) == size:
+            full.add(key)
+            ready.append((bins.pop(key), size))
         if len(ready) > PREFETCHED_BATCHES:
             yield ready.popleft()
     yield from ready
-    yield from ((rows, size if kind in whole else len(rows)) for kind, rows in bins.items())
+    yield from ((rows, size if key in full else len(rows)) for key, rows in bins.items())
 
 
 @contextlib.contextmanager
 def image_opener(function: Callable[[Sequence], Opened]) -> Iterator[Callable[[Sequence], Future[Opened]]]:
-    """`function` of some images, in threads; once for requests that follow each other with the same paths or bytes.
+    """Runs `function` of some images in threads, once for recent requests with the same paths or bytes.
 
-    After an error what is not begun is left.
+    On an error it drops images that no thread has started on.
     """
     pool = ThreadPoolExecutor(IMAGE_THREADS)
     recent = functools.lru_cache(CACHED_IMAGES)(lambda images: pool.submit(function, images))
 
     def submit(images: Sequence) -> Future[Opened]:
-        known = all(isinstance(image, Hashable) for image in images)  # PIL's are not
-        return recent(tuple(images)) if known else pool.submit(function, images)
+        hashable = all(isinstance(image, Hashable) for image in images)  # PIL's are not
+        return recent(tuple(images)) if hashable else pool.submit(function, images)
 
     try:
         yield submit

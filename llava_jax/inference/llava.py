@@ -1,4 +1,4 @@
-"""A loaded model: text and images in, text out."""
+"""The public model: loads a checkpoint, answers requests, scores continuations."""
 
 import collections
 import dataclasses
@@ -15,9 +15,10 @@ from llava_jax.errors import UserError
 from llava_jax.image_files import open_image, turn_upright
 from llava_jax.images import prepare
 from llava_jax.inference.detokenizer import Completion, Detokenizer
-from llava_jax.inference.engine import Engine, Job, shape
+from llava_jax.inference.engine import Engine, Prompt
 from llava_jax.inference.grouping import group_batches, image_opener
 from llava_jax.inference.scoring import scoring_rows
+from llava_jax.inference.shapes import batch_key
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, from_params
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
@@ -29,11 +30,11 @@ ImageSource = Image.Image | str | os.PathLike | bytes
 Messages = str | Sequence[Mapping[str, str]]
 
 STREAM_STEPS = 4
-"""Tokens between two pieces of a stream: few enough to look alive, enough to keep the device busy."""
+"""Number of tokens between two pieces of a stream. Fewer look smoother, more keep the device busier."""
 
 
 class PromptTooLong(UserError):
-    """A prompt that leaves no room for an answer in the model's context."""
+    """Raised for a prompt that leaves no room for an answer in the model's context."""
 
     def __init__(self, tokens: int, visual: int, limit: int):
         super().__init__(f"the prompt has {tokens} tokens, {visual} of them for images, and the model's context holds "
@@ -43,11 +44,12 @@ class PromptTooLong(UserError):
 
 @dataclass(frozen=True)
 class Request:
-    """What `Llava.generate` takes, as one value. UserError for a figure out of range.
+    """The arguments of `Llava.generate` as one value. Raises UserError if a number is out of range.
 
-    `assistant_prefix`: text that the answer is forced to start with, appended right after the template's assistant tag;
-    include a leading space if you need one. The completion is what the model adds, without outer blanks.
-    `verbatim` keeps outer blanks of the texts and writes a bare `<image>`, as LLaVA's benchmark scripts do.
+    Args:
+      assistant_prefix: text that the answer is forced to start with, appended right after the template's assistant
+        tag; include a leading space if you need one. The completion is what the model adds to it.
+      verbatim: keep outer blanks of the texts and write a bare `<image>`, as LLaVA's benchmark scripts do.
     """
 
     messages: Messages
@@ -61,7 +63,7 @@ class Request:
     verbatim: bool = False
 
     def __post_init__(self):
-        # A lone image or stop string is what people write first, and what iterating over would take apart.
+        # A single image or string is wrapped because iterating over it would split it.
         if isinstance(self.images, ImageSource):
             object.__setattr__(self, "images", (self.images,))
         if isinstance(self.stop, str):
@@ -69,11 +71,11 @@ class Request:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (the most likely token) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if "" in self.stop:
-            raise UserError("stop holds an empty string, with which every answer ends at once")
+            raise UserError("stop contains an empty string, which ends every answer at once")
 
 
 class Llava:
@@ -82,9 +84,9 @@ class Llava:
     Attributes:
       config: the model's `LlavaConfig`.
       tokenizer: its `Tokenizer`.
-      template: the name of its conversation format, one of `text/templates.py`.
-      attention: the implementations that its decoder and vision tower compute with (models/attention.py).
-      parameters: its arrays by path; others of the same shapes can be put in their place.
+      template: name of its conversation template (text/templates.py).
+      attention: attention implementations of its decoder and vision tower (models/attention.py).
+      parameters: arrays by path. They can be replaced by others of the same shapes.
     """
 
     def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32",
@@ -96,8 +98,8 @@ class Llava:
         self.attention = choose_attention(attention, platform, config, dtype)
         graph, _ = abstract_params(config, dtype, self.attention)
         self._logits = jax.jit(lambda parameters, *inputs: from_params(graph, parameters)(*inputs))
-        ends, self._stops = answer_ends(config.template, tokenizer)
-        self._engine = Engine(graph, parameters, ends, mesh)
+        eos_ids, self._stop = answer_ends(config.template, tokenizer)
+        self._engine = Engine(graph, parameters, eos_ids, mesh)
 
     @property
     def parameters(self) -> Parameters:
@@ -114,12 +116,14 @@ class Llava:
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Scores of the next token at every place, float32, jitted.
+        """Returns the logits of the next token at every position, float32, jitted.
 
-        `tokens`: every visual token's place holds IMAGE_TOKEN_ID, and the k-th such place of a row takes the k-th
-        visual token of that row's images, in order. `images`: float32, normalised with CLIP's statistics, or uint8;
-        None for text alone. `positions`: 0, 1, 2 ... when None. `segment_ids`: tokens see their own segment only; one
-        segment when None.
+        Args:
+          tokens: every visual token's position has IMAGE_TOKEN_ID. The k-th such position of a row stands for the k-th
+            visual token of that row's images, in order.
+          images: float32, normalised with CLIP's statistics, or uint8; None for text alone.
+          positions: 0, 1, 2 ... by default.
+          segment_ids: a token attends to its own segment only. By default a row is one segment.
         """
         return self._logits(self.parameters, tokens, images, positions, segment_ids)
 
@@ -137,16 +141,16 @@ class Llava:
 
         Args:
           messages: a question, or [{"role": "user" | "assistant" | "system", "content": str}, ...].
-          images: PIL images, paths or files' bytes, one for each `<image>` in the messages, in order. If the messages
-            hold no `<image>`, all of them stand before the first user message.
-          max_new_tokens: where less of the model's context is left, that is the limit.
-          temperature: 0 takes the likeliest token; above 0 tokens are drawn, the more evenly the higher it is.
-          top_p: draws only from the likeliest tokens that together have this probability.
-          stop: texts that end the answer, in addition to the template's; they are not part of its text.
+          images: PIL images, paths or bytes of files, one for each `<image>` in the messages, in order. If the
+            messages have no `<image>`, all images come before the first user message.
+          max_new_tokens: maximum number of tokens of the answer. The model's context may leave room for fewer.
+          temperature: 0 chooses the most likely token; above 0 tokens are drawn, the more evenly the higher it is.
+          top_p: draws only from the most likely tokens that together have this probability.
+          stop: texts that end the answer, in addition to the template's. They are not part of its text.
           seed: the same request with the same seed draws the same answer, alone or in a batch.
 
-        Raises UserError for malformed messages, images that do not match them, a missing or unreadable image, and a
-        figure out of range; PromptTooLong for a prompt that leaves no room for an answer.
+        Raises UserError for invalid messages, images that do not match them, a missing or unreadable image, and a
+        number out of range. Raises PromptTooLong for a prompt that leaves no room for an answer.
         """
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
         return self.batch([request])[0]
@@ -161,129 +165,147 @@ class Llava:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[str]:
-        """The text of `generate` in pieces, as it is written. No piece splits a character or shows part of a stop."""
+        """Yields the text of `generate` in pieces, as it is written.
+
+        No piece splits a character or shows part of a stop string.
+        """
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
-        job = self._job(request, self.prompt_tokens(request), self._tiles(request.images))
-        pieces = self._engine.run([job], [self._answer(request, job)], STREAM_STEPS)
+        prompt = self._prompt(request, self.prompt_tokens(request), self._tiles(request.images))
+        pieces = self._engine.generate([prompt], [self._detokenizer(request, prompt)], STREAM_STEPS)
         return (piece for (piece,) in pieces if piece)
 
     def batch(self, requests: Iterable[Request | Mapping], batch_size: int = 8) -> list[Completion]:
-        """`generate` for many requests (or dicts of its arguments), up to `batch_size` of them at once.
+        """Answers many requests (or dicts of its fields), up to `batch_size` of them at once.
 
-        Requests of like length and number of images go together. An answer is the one that the request gets alone,
-        up to the rounding of matrix products in another order: in bfloat16 that may tip a near tie.
+        Requests of similar length and number of images share a batch. An answer equals that of the request alone, up
+        to the rounding of matrix products in another order, which in bfloat16 may decide between near ties.
         """
         pairs = self.batch_unordered(requests, batch_size)
         return [completion for _, completion in sorted(pairs, key=lambda pair: pair[0])]
 
     def batch_unordered(self, requests: Iterable[Request | Mapping],
                         batch_size: int = 8) -> Iterator[tuple[int, Completion]]:
-        """`batch` for any number of requests: yields their numbers, from 0, and answers as these are made.
+        """Answers any number of requests: yields pairs of a request's index and its answer, as they are finished.
 
-        Requests are read as far ahead as the next batches need; their images are opened meanwhile, in threads.
+        Requests are read as far ahead as the next batches need. Threads open their images meanwhile.
         """
-        with image_opener(self._tiles) as opened:
+        with image_opener(self._tiles) as open_tiles:
 
-            def waiting():
-                for number, request in enumerate(requests):
-                    request = request if isinstance(request, Request) else Request(**request)
-                    prompt = self.prompt_tokens(request)
-                    yield shape(len(request.images), len(prompt)), (number, request, prompt, opened(request.images))
+            def rows():
+                for index, request in enumerate(map(_as_request, requests)):
+                    tokens = self.prompt_tokens(request)
+                    yield batch_key(len(request.images), len(tokens)), (index, request, tokens,
+                                                                        open_tiles(request.images))
 
-            for rows, size in group_batches(waiting(), batch_size):
-                jobs = [self._job(request, prompt, tiles.result()) for _, request, prompt, tiles in rows]
-                answers = [self._answer(row[1], job) for row, job in zip(rows, jobs, strict=True)]
-                for _ in self._engine.run(jobs, answers, rows=size):
+            for batch, size in group_batches(rows(), batch_size):
+                prompts = [self._prompt(request, tokens, tiles.result()) for _, request, tokens, tiles in batch]
+                answers = [self._detokenizer(row[1], prompt) for row, prompt in zip(batch, prompts, strict=True)]
+                for _ in self._engine.generate(prompts, answers, rows=size):
                     pass
-                for (number, *_), job, answer in zip(rows, jobs, answers, strict=True):
-                    yield number, Completion(answer.text, answer.tokens, answer.finish_reason, job.tokens.tolist())
+                for (index, *_), prompt, answer in zip(batch, prompts, answers, strict=True):
+                    yield index, Completion(answer.text, answer.tokens, answer.finish_reason, prompt.tokens.tolist())
 
     def log_likelihood(self, request: Request | Mapping, continuations: Sequence[str]) -> list[float]:
-        """How likely each of some answers is: the sum of the natural log-probabilities of its tokens.
+        """Returns for each continuation the sum of its tokens' natural log-probabilities.
 
-        An answer stands where the model would write it, as in training (`ASSISTANT: Yes`), or right behind the
-        request's `assistant_prefix`; the end of its turn is not counted. What the request says of sampling is not used.
+        A continuation comes where the model would write it, as in training (`ASSISTANT: Yes`), or right after the
+        request's `assistant_prefix`. The end of its turn is not counted. Sampling settings are ignored.
         """
         return next(self.log_likelihoods([(request, continuations)]))[1]
 
     def log_likelihoods(
         self, pairs: Iterable[tuple[Request | Mapping, Sequence[str]]], batch_size: int = 8
     ) -> Iterator[tuple[int, list[float]]]:
-        """`log_likelihood` for any number of requests: yields pairs of index and result."""
+        """Runs `log_likelihood` for any number of requests: yields pairs of index and result, as they are finished."""
         counts: dict[int, int] = {}
         found: dict[int, dict[int, float]] = collections.defaultdict(dict)
         gap = templates.get(self.template).gap
-        with image_opener(self._tiles) as opened:
+        with image_opener(self._tiles) as open_tiles:
 
-            def waiting():
-                for number, (request, continuations) in enumerate(pairs):
-                    request = request if isinstance(request, Request) else Request(**request)
+            def rows():
+                for index, (request, continuations) in enumerate(pairs):
+                    request = _as_request(request)
                     if not continuations or "" in continuations:
-                        raise UserError("log_likelihood needs continuations, and each needs text")
-                    prefix, tiles = request.assistant_prefix or gap, opened(request.images)
-                    texts = [self.prompt_tokens(dataclasses.replace(request, assistant_prefix=prefix + text))
+                        raise UserError("log_likelihood needs at least one continuation, and none may be empty")
+                    counts[index], tiles = len(continuations), open_tiles(request.images)
+                    prefix, prompt = request.assistant_prefix or gap, self.prompt_tokens(request).tolist()
+                    texts = [self.prompt_tokens(dataclasses.replace(request, assistant_prefix=prefix + text)).tolist()
                              for text in continuations]
-                    counts[number] = len(texts)
-                    prompt = self.prompt_tokens(request).tolist()
-                    for reading in scoring_rows(prompt, [text.tolist() for text in texts]):
-                        yield shape(len(request.images), len(reading.tokens)), (number, reading, tiles)
+                    for row in scoring_rows(prompt, texts):
+                        yield batch_key(len(request.images), len(row.tokens)), (index, row, tiles)
 
-            for rows, size in group_batches(waiting(), batch_size):
-                scored = self._engine.score([reading for _, reading, _ in rows],
-                                            [tiles.result() for _, _, tiles in rows], size)
-                for (number, _, _), scores in zip(rows, scored, strict=True):
-                    found[number] |= scores
-                    if len(found[number]) == counts[number]:
-                        yield number, [score for _, score in sorted(found.pop(number).items())]
+            for batch, size in group_batches(rows(), batch_size):
+                scored = self._engine.score([row for _, row, _ in batch], [tiles.result() for *_, tiles in batch], size)
+                for (index, *_), scores in zip(batch, scored, strict=True):
+                    found[index] |= scores
+                    if len(found[index]) == counts[index]:
+                        yield index, [score for _, score in sorted(found.pop(index).items())]
+
+    def encode(self, messages: Messages, images: Sequence[ImageSource] = ()) -> dict[str, np.ndarray]:
+        """Returns what `model` takes, for one prompt: `tokens` [1, T] and `tiles` [1, I, H, W, 3], uint8."""
+        request = Request(messages, images)
+        return {"tokens": self.prompt_tokens(request)[None], "tiles": self._tiles(request.images)[None]}
 
     def prompt_tokens(self, request: Request) -> Int[np.ndarray, "T"]:
-        """The prompt's ids. Raises UserError if images and marks differ, PromptTooLong if no room is left to answer."""
-        messages = request.messages
-        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        messages = add_image_marks(messages, len(request.images))
-        tokens = encode_prompt(messages, self.template, self.tokenizer, self.config.tokens_per_image,
-                               request.assistant_prefix, request.verbatim)
+        """Returns the ids of a request's prompt.
+
+        Raises UserError if images and marks differ, and PromptTooLong if no room is left for an answer.
+        """
+        tokens = encode_prompt(as_messages(request.messages, len(request.images)), self.template, self.tokenizer,
+                               self.config.tokens_per_image, request.assistant_prefix, request.verbatim)
         if len(tokens) >= self.config.text.max_length:
             raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
         return tokens
 
     def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:
-        side = self.config.vision.image_size
-        exif = self.config.exif
-        opened = [turn_upright(image) if exif and isinstance(image, Image.Image) else image for image in images]
-        opened = [image if isinstance(image, Image.Image) else open_image(image, exif) for image in opened]
-        tiles = [prepare(image, side, self.config.image_mode) for image in opened]
-        return np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles])
+        side, exif = self.config.vision.image_size, self.config.exif
+        tiles = [np.zeros((0, side, side, 3), np.uint8)]
+        for image in images:
+            if not isinstance(image, Image.Image):
+                image = open_image(image, exif)
+            elif exif:
+                image = turn_upright(image)
+            tiles.append(prepare(image, side, self.config.image_mode))
+        return np.concatenate(tiles)
 
-    def _job(self, request: Request, prompt: Int[np.ndarray, "T"], tiles: UInt8[np.ndarray, "I H W 3"]) -> Job:
-        [visual] = np.nonzero(prompt == IMAGE_TOKEN_ID)
-        begins = int(visual[-1]) + 1 if len(visual) else 0
-        known = begins and all(isinstance(image, str | bytes | os.PathLike) for image in request.images)
-        return Job(
-            tokens=prompt,
-            images=tiles,
-            limit=min(request.max_new_tokens, self.config.text.max_length - len(prompt)),
+    def _prompt(self, request: Request, tokens: Int[np.ndarray, "T"], tiles: UInt8[np.ndarray, "I H W 3"]) -> Prompt:
+        [visual] = np.nonzero(tokens == IMAGE_TOKEN_ID)
+        prefix_length = int(visual[-1]) + 1 if len(visual) else 0
+        hashable = prefix_length and all(isinstance(image, str | bytes | os.PathLike) for image in request.images)
+        return Prompt(
+            tokens=tokens,
+            tiles=tiles,
+            max_new_tokens=min(request.max_new_tokens, self.config.text.max_length - len(tokens)),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
-            begins=begins,
-            beginning=(tuple(request.images), prompt[:begins].tobytes()) if known else None,
+            prefix_length=prefix_length,
+            prefix_key=(tuple(request.images), tokens[:prefix_length].tobytes()) if hashable else None,
         )
 
-    def _answer(self, request: Request, job: Job) -> Detokenizer:
-        return Detokenizer(StreamDecoder(self.tokenizer), self._engine.ends, (*self._stops, *request.stop), job.limit)
+    def _detokenizer(self, request: Request, prompt: Prompt) -> Detokenizer:
+        return Detokenizer(StreamDecoder(self.tokenizer), self._engine.eos_ids, (*self._stop, *request.stop),
+                           prompt.max_new_tokens)
 
 
-def add_image_marks(messages: Sequence[Mapping[str, str]], count: int) -> list[dict[str, str]]:
-    """The messages with a mark for each of `count` images: their own, or, if they have none, before the first turn."""
+def _as_request(request: Request | Mapping) -> Request:
+    return request if isinstance(request, Request) else Request(**request)
+
+
+def as_messages(messages: Messages, num_images: int) -> list[dict[str, str]]:
+    """Returns messages with a mark for each image: their own, or, if they have none, before the first turn.
+
+    Raises UserError if they have marks, but not `num_images` of them.
+    """
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     system, turns = templates.read_messages(messages)
     marks = sum(text.count(templates.IMAGE) for text in (system or "", *(text for _, text in turns)))
     if not marks and turns:
         role, text = turns[0]
-        turns[0] = role, f"{templates.IMAGE}\n" * count + text
-    elif marks != count:
+        turns[0] = role, f"{templates.IMAGE}\n" * num_images + text
+    elif marks != num_images:
         raise UserError(
-            f"{count} images were given, but the messages have {marks} {templates.IMAGE} marks; each needs one"
+            f"{num_images} images were given, but the messages have {marks} {templates.IMAGE} marks; each needs one"
         )
     system = [] if system is None else [("system", system)]
     return [{"role": role, "content": text} for role, text in (*system, *turns)]
@@ -291,17 +313,17 @@ def add_image_marks(messages: Sequence[Mapping[str, str]], count: int) -> list[d
 
 def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
          template: str | None = None, attention: str = "auto") -> Llava:
-    """Opens a model directory of any supported layout, told from its files.
+    """Opens a model directory of any supported layout, which its files tell.
 
     Args:
-      path: a directory as `llava_jax.train`, `llava_jax.convert` or transformers writes it.
-      dtype: "bfloat16" or "float32", of parameters and computation; by default bfloat16 on TPU and GPU, else float32.
-      mesh: devices that share the parameters and the rows of a batch (`sharding.make_mesh`); None takes one device.
-      attention: xla, splash (TPU) or cudnn (GPU), as in training; auto takes the platform's and says which.
-      template: name of the conversation template, where the model's files do not tell the one it was trained with.
+      path: directory that `llava_jax.train`, `llava_jax.convert` or transformers has written.
+      dtype: "bfloat16" or "float32", of parameters and computation. By default bfloat16 on TPU and GPU, else float32.
+      mesh: devices that the parameters and rows are split over (`sharding.make_mesh`). None uses one device.
+      attention: xla, splash (TPU) or cudnn (GPU), in prefill as in training. auto uses the platform's and reports it.
+      template: name of the conversation template, if the model's files do not tell the one of its training.
 
-    Raises UserError that names the file for whatever is missing, broken or not supported, for a tokenizer with ids
-    beyond the embedding, and for a parameter that does not divide by the mesh.
+    Raises UserError that names the file if something is missing, damaged or not supported, for a tokenizer with ids
+    beyond the embedding, and for a parameter that the mesh does not divide.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the likeliest, or one drawn by temperature and top-p."""
+"""Chooses the next token: the most likely one, or one drawn by temperature and top-p."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 
 class Sampling(NamedTuple):
-    """What every row of a batch asks for, as arrays; `temperature` 0 takes the likeliest token."""
+    """Sampling settings of each row; temperature 0 is greedy."""
 
     seed: UInt32[Array, "B 2"]
     temperature: Float[Array, "B"]
@@ -16,27 +16,28 @@ class Sampling(NamedTuple):
 
 
 def seed_words(seed: int) -> tuple[int, int]:
-    """The high and low word of any integer's last 64 bits; what `jax.random.key` makes of it, without a device."""
+    """Returns the high and low word of an integer's last 64 bits: the data of `jax.random.key(seed)`."""
     return seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
 
 
 def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, "B"]) -> Int[Array, "B"]:
-    """One token id per row. Its randomness depends on the row's seed and position alone, never on the other rows."""
+    """Chooses one token id per row. A draw depends on the row's seed and position alone, never on other rows."""
 
-    def likeliest():
+    def greedy():
         return jnp.argmax(logits, axis=-1)
 
     def drawn():
-        greedy = sampling.temperature[:, None] <= 0
-        scaled = nucleus(logits / jnp.where(greedy, 1.0, sampling.temperature[:, None]), sampling.top_p)
+        is_greedy = sampling.temperature[:, None] <= 0
+        scaled = nucleus(logits / jnp.where(is_greedy, 1.0, sampling.temperature[:, None]), sampling.top_p)
         # The argmax of log-probabilities with Gumbel noise is a draw from them.
-        return jnp.argmax(jnp.where(greedy, logits, scaled + noise(sampling.seed, positions, logits.shape[1])), axis=-1)
+        scaled += noise(sampling.seed, positions, logits.shape[1])
+        return jnp.argmax(jnp.where(is_greedy, logits, scaled), axis=-1)
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, likeliest).astype(jnp.int32)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, greedy).astype(jnp.int32)
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """Top-p (Holtzman et al. 2020): -inf outside of the fewest likeliest tokens that together reach `top_p`.
+    """Sets logits to -inf outside the smallest set of most likely tokens that reaches `top_p` (Holtzman et al. 2020).
 
     Tokens exactly as likely as the last one that is kept are kept too.
     """
@@ -44,12 +45,12 @@ def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Arra
     weights = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(weights, axis=-1) - weights
     smallest = jnp.min(jnp.where(before < top_p[:, None], ordered, jnp.inf), axis=-1, keepdims=True)
-    # In float32 the tail's sum may round up to 1, so 1 must be a case of its own.
+    # top_p 1 is a case of its own because the sum of the tail may round up to 1 in float32.
     return jnp.where((logits >= smallest) | (top_p[:, None] >= 1), logits, -jnp.inf)
 
 
 def noise(seed: UInt32[Array, "B 2"], positions: Int[Array, "B"], size: int) -> Float[Array, "B V"]:
-    """Gumbel noise of each row's own random stream, a fresh draw at each position."""
+    """Returns Gumbel noise from each row's own random stream, a fresh draw at each position."""
 
     def row(words, position):
         key = jax.random.wrap_key_data(words, impl="threefry2x32")

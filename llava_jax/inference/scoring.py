@@ -1,5 +1,6 @@
-"""How likely given texts are after a prompt."""
+"""Log-probabilities of given continuations of a prompt."""
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,62 +9,56 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from llava_jax.inference.shapes import bucket
 from llava_jax.models.llava import Llava
 
 
 def log_probabilities(
     model: Llava,
     tokens: Int[Array, "B T"],
-    images: UInt8[Array, "B I H W 3"] | None,
-    places: Int[Array, "B P"],
-    following: Int[Array, "B P C"],
+    tiles: UInt8[Array, "B I H W 3"] | None,
+    positions: Int[Array, "B P"],
+    next_tokens: Int[Array, "B P C"],
 ) -> Float[Array, "B P C"]:
-    """The log-probability of each token of `following`, after those up to and with the one at its place; float32."""
-    hidden = jnp.take_along_axis(model.hidden(tokens, images), places[..., None], axis=1)
-    return jnp.take_along_axis(jax.nn.log_softmax(model.decoder.logits(hidden)), following, axis=-1)
+    """Returns the log-probability of each of `next_tokens` after the tokens up to its position, float32."""
+    hidden = jnp.take_along_axis(model.hidden(tokens, tiles), positions[..., None], axis=1)
+    return jnp.take_along_axis(jax.nn.log_softmax(model.decoder.logits(hidden)), next_tokens, axis=-1)
 
 
 class ScoringRow(NamedTuple):
-    """A row that the model reads to score some continuations: their last tokens need not be read.
+    """A row of tokens that scores some continuations of a prompt."""
 
-    `tokens` begins with the prompt; `scored` are the continuations, by number, and their tokens, the first of which
-    stands at `start`, or would.
-    """
-
-    tokens: list[int]
-    start: int
-    scored: list[tuple[int, list[int]]]
+    tokens: list[int]  # the prompt and the longest continuation, without its last token
+    start: int  # position of the first token that is scored
+    continuations: list[tuple[int, list[int]]]  # numbers of the continuations, and their tokens from `start` on
 
 
 def scoring_rows(prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> list[ScoringRow]:
-    """The fewest rows that score `texts`, each the tokens of the prompt and of a continuation together.
+    """Returns the fewest rows that score `texts`: the tokens of the prompt together with each continuation.
 
-    Continuations share a row if they differ in their last token alone, as letters do, or if one goes on where another
-    ends. Where a tokenizer merges the prompt's end with a continuation, all of them are scored from there on.
+    Continuations share a row if they differ in their last token alone, as letters do, or if one continues another.
+    If a tokenizer merges the prompt's end with a continuation, all of them are scored from there on.
     """
-    start = min(_common(prompt, text) for text in texts)
+    start = min(len(os.path.commonprefix([list(prompt), list(text)])) for text in texts)
     start = min(start, *(len(text) - 1 for text in texts))
     rows: list[ScoringRow] = []
     for number in sorted(range(len(texts)), key=lambda number: -len(texts[number])):
-        read, scored = list(texts[number][:-1]), (number, list(texts[number][start:]))
-        row = next((row for row in rows if row.tokens[: len(read)] == read), None)
+        tokens = list(texts[number][:-1])
+        row = next((row for row in rows if row.tokens[: len(tokens)] == tokens), None)
         if row is None:
-            rows.append(row := ScoringRow(read, start, []))
-        row.scored.append(scored)
+            rows.append(row := ScoringRow(tokens, start, []))
+        row.continuations.append((number, list(texts[number][start:])))
     return rows
 
 
-def positions_of(readings: Sequence[ScoringRow], rows: int, places: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`places` and `following` of `log_probabilities`, padded to so many rows, places and continuations."""
-    at, following = np.zeros((rows, places), np.int32), np.zeros((rows, places, count), np.int32)
-    for row, reading in enumerate(readings):
-        at[row] = np.minimum(reading.start - 1 + np.arange(places), len(reading.tokens) - 1)
-        for column, (_, tokens) in enumerate(reading.scored):
-            following[row, : len(tokens), column] = tokens
-    return at, following
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens at the beginning are the same."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
+def score_positions(rows: Sequence[ScoringRow], padded_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `positions` and `next_tokens` of `log_probabilities`, padded to shapes from a fixed set."""
+    num_positions = bucket(max(4, *(len(tokens) for row in rows for _, tokens in row.continuations)))
+    num_continuations = bucket(max(4, *(len(row.continuations) for row in rows)))
+    positions = np.zeros((padded_rows, num_positions), np.int32)
+    next_tokens = np.zeros((padded_rows, num_positions, num_continuations), np.int32)
+    for i, row in enumerate(rows):
+        positions[i] = np.minimum(row.start - 1 + np.arange(num_positions), len(row.tokens) - 1)
+        for column, (_, tokens) in enumerate(row.continuations):
+            next_tokens[i, : len(tokens), column] = tokens
+    return positions, next_tokens

@@ -32,7 +32,7 @@ def started(reciting, chain):
     tokens[:, 4] = reciting.tokenizer.encode("ASSISTANT:")[-1]
     tokens[3, 4] = chain[-5]
     sampling = Sampling(np.zeros((ROWS, 2), np.uint32), np.zeros(ROWS, np.float32), np.ones(ROWS, np.float32))
-    ends = (reciting.tokenizer.eos_id,)
+    eos_ids = (reciting.tokenizer.eos_id,)
     write = module.write
 
     def counting(*args):
@@ -42,11 +42,11 @@ def started(reciting, chain):
     @jax.jit
     def read(parameters):
         lengths = np.full(ROWS, 5, np.int32)
-        return prefill(from_params(graph, parameters), tokens, lengths, None, LIMITS, sampling, ends, size=64)
+        return prefill(from_params(graph, parameters), tokens, lengths, None, LIMITS, sampling, eos_ids, length=64)
 
     @jax.jit
     def go_on(parameters, state, going, steps):
-        return decode(from_params(graph, parameters), state, going, steps, ends)
+        return decode(from_params(graph, parameters), state, going, steps, eos_ids)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "write", counting)
@@ -56,11 +56,11 @@ def started(reciting, chain):
 def test_rows_end_at_their_limit_and_at_the_end_token(started, chain):
     state, first, go_on = started
     assert first[:, 0].tolist() == [chain[0], chain[0], NO_TOKEN, chain[-4]]
-    assert state.left.tolist() == [49, 2, 0, 49]
+    assert state.remaining.tolist() == [49, 2, 0, 49]
     state, written = go_on(state, np.ones(ROWS, bool), MAX_DECODE_STEPS)
     nothing = [NO_TOKEN] * MAX_DECODE_STEPS
     assert written.tolist() == [chain[1:17], chain[1:3] + nothing[2:], nothing, chain[-3:] + nothing[3:]]
-    assert state.left.tolist() == [33, 0, 0, 0]
+    assert state.remaining.tolist() == [33, 0, 0, 0]
     assert state.position.tolist() == [5 + 16, 5 + 2, 4 + 1 + 16, 5 + 3]
 
 
@@ -72,5 +72,5 @@ def test_the_loop_stops_when_told_and_when_all_rows_ended(started, chain):
                                        [*chain[-3:-1], NO_TOKEN]]
     state, written = go_on(state, np.array([False, True, True, True]), MAX_DECODE_STEPS)
     assert (np.array(written) != NO_TOKEN).sum() == 1 and written[3, 0] == chain[-1]
-    assert not state.left.any()
+    assert not state.remaining.any()
     assert state.position[2] == start + 2 + 1

@@ -45,7 +45,7 @@ def test_stop_strings_across_tokens_against_brute_force():
             if found:
                 expected, used, reason = "".join(texts[:n])[: min(found)], n, "stop"
                 break
-        answer = Detokenizer(Spelling(texts), (END + 100,), stops, limit=12)
+        answer = Detokenizer(Spelling(texts), (END + 100,), stops, max_new_tokens=12)
         pieces = grow(answer, list(range(12)), rng)
         assert "".join(pieces) == answer.text == expected.strip()
         assert (answer.tokens, answer.finish_reason) == (list(range(used)), reason)
@@ -54,32 +54,32 @@ def test_stop_strings_across_tokens_against_brute_force():
 
 
 def test_text_is_released_as_soon_as_no_stop_can_claim_it():
-    answer = Detokenizer(Spelling(["a#", "#b", "##", "#"]), (), ["###"], limit=9)
+    answer = Detokenizer(Spelling(["a#", "#b", "##", "#"]), (), ["###"], max_new_tokens=9)
     assert [answer.add([i]) for i in range(4)] == ["a", "##b", "", ""]
     assert answer.text == "a##b" and answer.finish_reason == "stop"
 
 
 def test_held_back_text_comes_when_the_answer_ends_otherwise():
-    answer = Detokenizer(Spelling(["a#", "#"]), (5,), ["###"], limit=9)
+    answer = Detokenizer(Spelling(["a#", "#"]), (5,), ["###"], max_new_tokens=9)
     assert [answer.add([0, 1]), answer.add([5])] == ["a", "##"]
     assert answer.finish_reason == "stop" and answer.tokens == [0, 1, 5]
 
 
 def test_outer_blanks_are_no_part_of_the_text():
     """What the template puts around an answer would stand there twice in the next prompt."""
-    answer = Detokenizer(Spelling([" ", "\n a", " ", "b", "\u3000\n", " ", "#"]), (6,), ["##"], limit=9)
+    answer = Detokenizer(Spelling([" ", "\n a", " ", "b", "\u3000\n", " ", "#"]), (6,), ["##"], max_new_tokens=9)
     assert [answer.add([i]) for i in range(7)] == ["", "a", "", " b", "", "", ""]
     assert answer.text == "a b" and answer.tokens == list(range(7))
 
 
 def test_what_follows_the_end_is_ignored():
-    answer = Detokenizer(Spelling(["a", "b", "c"]), (1,), [], limit=9)
+    answer = Detokenizer(Spelling(["a", "b", "c"]), (1,), [], max_new_tokens=9)
     assert answer.add([0, 1, 2]) == "a" and answer.tokens == [0, 1]
     assert answer.add([2]) == "" and answer.text == "a"
 
 
 def test_the_end_token_as_the_last_allowed_one_is_a_stop():
-    answer = Detokenizer(Spelling(["a", "b"]), (1,), [], limit=2)
+    answer = Detokenizer(Spelling(["a", "b"]), (1,), [], max_new_tokens=2)
     answer.add([0, 1])
     assert answer.finish_reason == "stop"
 
@@ -88,7 +88,7 @@ def test_the_end_token_as_the_last_allowed_one_is_a_stop():
 def test_no_piece_splits_a_character(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert len(tokens) > len(text.split()) + 1  # byte tokens are among them
-    answer = Detokenizer(StreamDecoder(tokenizer), (END,), ["###"], limit=99)
+    answer = Detokenizer(StreamDecoder(tokenizer), (END,), ["###"], max_new_tokens=99)
     pieces = [answer.add([token]) for token in [*tokens, END]]
     assert "".join(pieces) == answer.text == text
     assert "\ufffd" not in "".join(pieces)
@@ -96,7 +96,7 @@ def test_no_piece_splits_a_character(tokenizer, text):
 
 def test_a_character_that_the_limit_cuts(tokenizer):
     tokens = tokenizer.encode("a 🙂")[:-1]
-    answer = Detokenizer(StreamDecoder(tokenizer), (END,), [], limit=len(tokens))
+    answer = Detokenizer(StreamDecoder(tokenizer), (END,), [], max_new_tokens=len(tokens))
     pieces = [answer.add([token]) for token in tokens]
     assert "".join(pieces) == answer.text == "a \ufffd" == tokenizer.decode(tokens)
     assert "\ufffd" not in "".join(pieces[:-1])

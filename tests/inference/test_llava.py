@@ -12,8 +12,8 @@ import llava_jax
 from llava_jax import IMAGE_TOKEN_ID
 from llava_jax.errors import UserError
 from llava_jax.images import normalise, prepare
-from llava_jax.inference.engine import length_bucket
-from llava_jax.inference.llava import PromptTooLong, Request, add_image_marks
+from llava_jax.inference.llava import PromptTooLong, Request, as_messages
+from llava_jax.inference.shapes import length_bucket
 from llava_jax.text.encode import encode_prompt
 from llava_jax.text.templates import render
 
@@ -242,7 +242,7 @@ def test_length_buckets():
 
 
 def test_images_are_placed():
-    marks = lambda messages, count: [m["content"] for m in add_image_marks(messages, count)]  # noqa: E731
+    marks = lambda messages, count: [m["content"] for m in as_messages(messages, count)]  # noqa: E731
     user = lambda text: [{"role": "user", "content": text}]  # noqa: E731
     system = [{"role": "system", "content": "Be brief."}]
     assert marks(user("Hi"), 0) == ["Hi"]
@@ -281,25 +281,26 @@ def test_mistakes_are_told(llava, tmp_path):
         llava_jax.load(tmp_path / "missing")
 
 
-def test_questions_about_one_image_read_it_once(llava, pictures, tmp_path, monkeypatch):
-    """Alike beginnings are read together, and the answers stay those of each question alone."""
+def test_questions_about_one_image_compute_it_once(llava, pictures, tmp_path, monkeypatch):
+    """Shared prefixes are computed together, and the answers stay those of each question alone."""
     paths = []
     for number, picture in enumerate(pictures[:3]):
         paths.append(tmp_path / f"{number}.png")
         picture.save(paths[-1])
     requests = [Request(f"What is thing number {i}?" + " Why?" * (i % 5), paths[i // 6 : i // 6 + 1], LIMIT)
                 for i in range(16)]
-    read, run = [], llava._engine._prefill
-    monkeypatch.setattr(llava._engine, "_prefill", lambda parameters, tokens, images, *rest, **options: (
-        read.append((options["read"].__name__, len(tokens))), run(parameters, tokens, images, *rest, **options))[1])
-    together = llava.batch(requests, batch_size=16)
-    assert read == [("prefill_shared", 4)]
-    read.clear()
-    assert together == [llava.generate(request.messages, request.images, LIMIT) for request in requests]
-    assert set(read) == {("prefill", 1)} and len({answer.text for answer in together}) == 16
-    # Where beginnings are many, unknown, or not of one length, each prompt is read by itself.
-    apart = [Request(text, paths[:2]) for text in ("Is <image> <image> it?", "Is <image> it, or is it <image>?")]
+    requests[3] = Request("See: <image>\nWhat is thing number 3?", paths[:1], LIMIT)
+    alone = [llava.generate(request.messages, request.images, LIMIT) for request in requests]
+    rows, engine = [], llava._engine
+    for name in ("_prefill", "_extend"):
+        run = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *inputs, name=name, run=run, **options: (
+            rows.append((name, len(inputs[-1].seed))), run(*inputs, **options))[1])
+    assert llava.batch(requests, batch_size=16) == alone  # four prefixes, one of them longer than the others
+    assert rows == [("_prefill", 4), ("_extend", 16)] and len({answer.text for answer in alone}) == 16
+    # Where prefixes are many or unknown, each prompt is computed by itself.
     for others in ([requests[0], requests[6], requests[12]], [Request("Is it?", pictures[:1])] * 3,
-                   [Request("Is it?"), Request("Or not?"), Request("Is it?")], apart * 2):
-        jobs = [llava._job(one, llava.prompt_tokens(one), llava._tiles(one.images)) for one in others]
-        assert llava._engine._prompts(jobs, 4)[0].__name__ == "prefill"
+                   [Request("Is it?"), Request("Or not?"), Request("Is it?")]):
+        rows.clear()
+        llava.batch(others)
+        assert rows == [("_prefill", 4)]

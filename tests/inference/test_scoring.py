@@ -59,7 +59,7 @@ def test_many_at_once_are_as_one_by_one(llava, asked):
 
 def test_what_cannot_be_scored_is_told(llava, asked):
     for continuations in ([], ["A", ""]):
-        with pytest.raises(UserError, match="needs continuations"):
+        with pytest.raises(UserError, match="needs at least one continuation"):
             llava.log_likelihood(asked[0], continuations)
 
 
@@ -69,7 +69,7 @@ def test_rows_are_shared():
     def rows(*texts):
         found = scoring_rows(prompt, [prompt + text for text in texts])
         for number, text in enumerate(texts):  # every text is scored once, in a row that reads all but its last token
-            [(row, tokens)] = [(row, tokens) for row in found for n, tokens in row.scored if n == number]
+            [(row, tokens)] = [(row, tokens) for row in found for n, tokens in row.continuations if n == number]
             assert tokens == text and row.tokens[: 3 + len(text) - 1] == prompt + text[:-1] and row.start == 3
         return sorted(row.tokens[3:] for row in found)
 
@@ -81,4 +81,4 @@ def test_rows_are_shared():
 def test_a_merged_token_is_scored_for_all():
     """The tokenizer made one token of the prompt's last and the first of one text: there all of them begin."""
     [row] = scoring_rows([1, 2, 3], [[1, 2, 9], [1, 2, 3, 4]])
-    assert row.start == 2 and row.tokens == [1, 2, 3] and dict(row.scored) == {0: [9], 1: [3, 4]}
+    assert row.start == 2 and row.tokens == [1, 2, 3] and dict(row.continuations) == {0: [9], 1: [3, 4]}
