@@ -1,1 +1,1 @@
-"""The commands of `python -m llava_jax.prepare`: data checked, shown, packed, divided and fetched."""
+"""Commands that check, show, pack, split, sample, mix, filter and fetch instruction data."""

@@ -1,4 +1,7 @@
-"""Checks, shows, packs and divides instruction data: `python -m llava_jax.prepare COMMAND ...`."""
+"""Checks, shows, packs, splits, samples, mixes, filters and fetches instruction data.
+
+`python -m llava_jax.prepare COMMAND ...`
+"""
 
 import importlib
 
@@ -13,7 +16,7 @@ COMMANDS = {
     "sample": ("llava_jax.prepare.subsets", "Sample"),
     "mix": ("llava_jax.prepare.subsets", "Mix"),
     "filter": ("llava_jax.prepare.filter", "Filter"),
-    "fetch": ("llava_jax.prepare.published", "Fetch"),
+    "fetch": ("llava_jax.prepare.fetch", "Fetch"),
 }
 
 
@@ -22,7 +25,7 @@ def main(args: list[str]) -> int:
         print(f"{__doc__}\n")
         for name in COMMANDS:
             print(f"  {name:8} {(_command(name).__doc__ or '').splitlines()[0]}")
-        print("\nEach command explains itself: python -m llava_jax.prepare COMMAND --help")
+        print("\nHelp of a command: python -m llava_jax.prepare COMMAND --help")
         return 0 if args else 2
     if args[0] not in COMMANDS:
         raise UserError(f"prepare has no command {args[0]!r}; there are {', '.join(COMMANDS)}")

@@ -1,4 +1,4 @@
-"""Zip files of images, unpacked so that it can be stopped and goes on, and so that nothing lands outside the folder."""
+"""Unpacks zip files of images. An interrupted run can continue, and nothing is written outside the folder."""
 
 import errno
 import lzma
@@ -15,35 +15,37 @@ from tqdm import tqdm
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import replacing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+"""Extensions of images."""
 
 
 def unpack(archive: str, folder: str, names: Set[str]) -> int:
-    """Unpacks the images of a zip file into `folder` and returns how many it wrote.
+    """Unpacks the images of a zip file into `folder` and returns the number of images that it wrote.
 
-    `names` are names that images shall have in the folder; the archive must hold one of them, which tells the leading
-    folders of its members that are left out. An image appears under its name when it is whole, and one that is there
-    in full stays. Raises UserError, before anything is written, if the file is no zip file, holds none of `names`, or
-    has a member that is a link or would leave the folder, or the disk is too small; later if a member is broken.
+    `names` are the expected names in the folder. The first member that has such a name behind leading folders tells
+    which leading folders are removed. An image appears when it is complete, and complete images are kept.
+
+    Raises UserError before anything is written if the file is no zip file, has none of `names`, has a member that is a
+    link or would leave the folder, or if the disk is too small. Raises UserError later if a member is damaged.
     """
     try:
         with user_path(archive):
             zipped = zipfile.ZipFile(archive)
         with zipped:
-            members = _place(archive, zipped.infolist(), names)
+            members = _images(archive, zipped.infolist(), names)
             targets = {_inside(folder, name, archive): member for name, member in members.items()}
             absent = {target: member for target, member in targets.items() if not _has_size(target, member.file_size)}
             require_space(folder, sum(member.file_size for member in absent.values()), f"unpacking {archive}")
             for parent in {os.path.dirname(target) for target in absent}:
                 with user_path(parent):
                     os.makedirs(parent, exist_ok=True)
-            for target, member in tqdm(absent.items(), archive, unit="images", disable=not sys.stderr.isatty()):
+            for target, member in tqdm(absent.items(), archive, unit="images", disable=None):
                 _write(zipped, member, target)
             return len(absent)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
         raise _broken(archive, error) from None
     except OSError as error:
-        # bz2 has no class of its own for damaged data, and a damaged offset lets a seek fail.
+        # bz2 raises a plain OSError for damaged data, and a damaged offset makes a seek fail.
         if error.errno is None or error.errno == errno.EINVAL and error.filename is None:
             raise _broken(archive, error) from None
         raise
@@ -54,7 +56,7 @@ def _broken(archive: str, error: Exception) -> UserError:
 
 
 def require_space(folder: str, size: float, what: str) -> None:
-    """Says on stderr how many bytes `what` takes and how many are free; UserError, one line, if these are too few."""
+    """Prints on stderr how many bytes `what` takes and how many are free. Raises UserError if they are too few."""
     while folder and not os.path.exists(folder):
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder or ".").free
@@ -64,12 +66,12 @@ def require_space(folder: str, size: float, what: str) -> None:
     print(need, file=sys.stderr)
 
 
-def _place(archive: str, members: Iterable[zipfile.ZipInfo], names: Set[str]) -> dict[str, zipfile.ZipInfo]:
-    """The images of a zip file by their names in the folder."""
+def _images(archive: str, members: Iterable[zipfile.ZipInfo], names: Set[str]) -> dict[str, zipfile.ZipInfo]:
+    """Returns the images of a zip file by their names in the folder."""
     images = []
     for member in members:
         name = member.filename
-        # An empty part would make what follows it an absolute path, once the leading folders are left out.
+        # An empty part would make the rest an absolute path, once the leading folders are removed.
         if {"", ".", ".."} & {*name.removesuffix("/").split("/")} or "\\" in name or ":" in name:
             raise UserError(f"{archive}: the name {name!r:.200} would leave the folder; nothing was unpacked")
         if stat.S_ISLNK(member.external_attr >> 16):
@@ -78,12 +80,12 @@ def _place(archive: str, members: Iterable[zipfile.ZipInfo], names: Set[str]) ->
             images.append(member)
     lead = next((lead for image in images if (lead := _leading_folders(image.filename, names)) is not None), None)
     if lead is None:
-        raise UserError(f"{archive}: holds none of the images that are looked for; is it another archive?")
+        raise UserError(f"{archive}: contains none of the expected images; is it another archive?")
     return {image.filename.removeprefix(lead): image for image in images if image.filename.startswith(lead)}
 
 
 def _inside(folder: str, name: str, archive: str) -> str:
-    """The path of a member, which is checked once more as a path: it must be within the folder, wherever links lead."""
+    """Returns the path of a member. It is checked again here, because links may lead outside the folder."""
     target, root = os.path.join(folder, name), os.path.realpath(folder)
     if os.path.commonpath([os.path.realpath(target), root]) != root:
         raise UserError(f"{archive}: {name!r:.200} would be written outside of {folder}; nothing was unpacked")
@@ -91,7 +93,7 @@ def _inside(folder: str, name: str, archive: str) -> str:
 
 
 def _leading_folders(name: str, names: Set[str]) -> str | None:
-    """What to leave out of a member's name to make it one of `names`."""
+    """Returns the leading folders to remove from a member's name to get one of `names`."""
     parts = name.split("/")
     return next(("/".join([*parts[:i], ""]) for i in range(len(parts)) if "/".join(parts[i:]) in names), None)
 

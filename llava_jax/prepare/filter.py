@@ -20,7 +20,7 @@ from llava_jax.prepare.writing import check_absent
 class Filter(WorkerOptions):
     """Selects captions so that rare concepts are covered and common ones do not prevail (CC3M to 595K in the paper).
 
-    DATA holds one caption a row: a JSON list or JSON lines of rows with a `caption` (metadata.json) or a conversation
+    DATA has one caption per row: a JSON list or JSON lines of rows with a `caption` (metadata.json) or a conversation
     of one answer (chat.json), or lines of caption, tab, URL, as CC3M is published. OUT gets the chosen rows as they
     are.
     """

@@ -1,6 +1,6 @@
 """`prepare pack`: instruction data of any format, images included, as a TFDS data set of ArrayRecord shards.
 
-A shard holds the rows between two numbers, so the files do not depend on the number of workers. OUT becomes a readable
+A shard contains the rows between two numbers, so the files do not depend on the number of workers. OUT becomes a readable
 data set at the very end, when dataset_info.json is written. The state of an unfinished pack is in OUT/.pack: the plan
 (data, options, bounds of the shards), shards in progress, and a note on each finished shard.
 """
@@ -111,9 +111,9 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             raise UserError(f"{self.out}: is a file; give a folder")
         found = set(os.listdir(self.out)) if os.path.isdir(self.out) else set()
         if "dataset_info.json" in found and not self.overwrite:
-            raise UserError(f"{self.out}: holds a data set already; give another folder, or --overwrite")
+            raise UserError(f"{self.out}: contains a data set already; give another folder, or --overwrite")
         if found and not found & {"dataset_info.json", ".pack"}:
-            raise UserError(f"{self.out}: holds other things ({min(found)}); give an empty folder or a new one")
+            raise UserError(f"{self.out}: contains other files ({min(found)}); give an empty folder or a new one")
 
     def _open(self) -> Mixture:
         mixture = open_mixture(self.data, self.image_root)
@@ -125,7 +125,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         for source in mixture.sources:
             inside = os.path.realpath(self.out) + os.sep
             if any(os.path.realpath(file).startswith(inside) for file in _files(source)):
-                raise UserError(f"{self.out}: {source.path} lies in this folder; give another one")
+                raise UserError(f"{self.out}: {source.path} is in this folder; give another one")
         return mixture
 
     def _name(self) -> tuple[str, str]:
@@ -167,7 +167,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             return bounds
         for key in changed:
             seen = f": {_text(before.get(key))} before, {_text(plan[key])} now" if key != "data" else " or image root"
-            raise UserError(f"{self.out}: holds part of a pack with other {key}{seen}; give the same to continue, "
+            raise UserError(f"{self.out}: contains part of a pack with other {key}{seen}; give the same to continue, "
                             "another folder, or --overwrite")
         for file in glob.glob(_state(glob.escape(self.out), "*.json-*")):  # shards in progress when it was stopped
             os.unlink(file)

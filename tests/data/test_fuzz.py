@@ -139,7 +139,7 @@ def test_metadata_of_tfds(name, tmp_path, monkeypatch):
     from llava_jax.prepare.pack import Pack
 
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": TURNS[1:] + [TURNS[1] | {"from": "human"}]}] * 3))
-    assert Pack(str(tmp_path / "data.json"), str(tmp_path / "set"), workers=0).run() == 0
+    assert Pack(data=str(tmp_path / "data.json"), out=str(tmp_path / "set"), workers=0).run() == 0
     rng, path, good = random.Random(5), tmp_path / "set" / name, 0
     whole = path.read_text()
     for number in range(1500):

@@ -141,7 +141,7 @@ def test_a_second_run_writes_only_what_is_missing_or_cut_off(tmp_path):
 
 def test_another_archive_is_told(tmp_path):
     archive = write(tmp_path / "x.zip", IMAGES)
-    with pytest.raises(UserError, match="holds none of the images that are looked for"):
+    with pytest.raises(UserError, match="contains none of the expected images"):
         unpack(archive, str(tmp_path / "to"), {"000000000009.jpg"})
 
 

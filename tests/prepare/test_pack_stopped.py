@@ -135,7 +135,7 @@ def test_data_that_has_changed_since_is_not_mixed_in(begun, tmp_path):
 def test_a_finished_set_is_not_overwritten_unasked(data, tmp_path):
     out = run(data, tmp_path / "set")
     before = contents(out)
-    with pytest.raises(UserError, match="holds a data set already; give another folder, or --overwrite"):
+    with pytest.raises(UserError, match="contains a data set already; give another folder, or --overwrite"):
         run(data, out)
     assert contents(out) == before
     run(data, out, overwrite=True, shards=2)
@@ -144,7 +144,7 @@ def test_a_finished_set_is_not_overwritten_unasked(data, tmp_path):
 
 def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds other things .thesis.tex.; give an empty folder or a new one"):
+    with pytest.raises(UserError, match="contains other files .thesis.tex.; give an empty folder or a new one"):
         run(data, tmp_path, overwrite=True)
     with pytest.raises(UserError, match="thesis.tex: is a file; give a folder"):
         run(data, tmp_path / "thesis.tex")
@@ -194,7 +194,7 @@ def test_ctrl_c_stops_at_once(data, tmp_path):
 def test_a_set_is_not_packed_onto_itself(data, tmp_path):
     out = run(data, tmp_path / "set")
     before = contents(out)
-    with pytest.raises(UserError, match="lies in this folder; give another one"):
+    with pytest.raises(UserError, match="is in this folder; give another one"):
         run(out, out, overwrite=True)
     assert contents(out) == before
 

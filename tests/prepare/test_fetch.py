@@ -19,7 +19,8 @@ from huggingface_hub import constants
 from llava_jax import cli
 from llava_jax.errors import UserError
 from llava_jax.prepare import published
-from llava_jax.prepare.published import SETS, Fetch, File, Folder, Published
+from llava_jax.prepare.fetch import Fetch
+from llava_jax.prepare.published import SETS, File, Folder, Published
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,7 +190,7 @@ def test_what_is_there_is_not_downloaded_again(captions, tmp_path):
     assert fetch.run() == 0
     captions.log.clear()
     assert fetch.run() == 0 and not captions.log
-    (tmp_path / "captions/images.zip").unlink()  # it was said to be needed no more
+    (tmp_path / "captions/images.zip").unlink()  # it was said to be no longer needed
     assert fetch.run() == 0 and not captions.log
     (tmp_path / "captions" / CAPTIONS[5]).unlink()
     assert fetch.run() == 0
@@ -256,7 +257,7 @@ def test_no_network_is_one_line(captions, tmp_path, monkeypatch):
 
 
 def test_offline_as_a_command(tmp_path):
-    code = ("from llava_jax import cli; from llava_jax.prepare.published import Fetch; "
+    code = ("from llava_jax import cli; from llava_jax.prepare.fetch import Fetch; "
             "cli.run(lambda args: cli.parse(Fetch, args, prog='fetch').run())")
     done = subprocess.run([sys.executable, "-c", code, "lcs_558k", "--to", tmp_path], capture_output=True, text=True,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=ROOT)
