@@ -1,8 +1,8 @@
 """`prepare pack`: instruction data of any format, images included, as a TFDS data set of ArrayRecord shards.
 
-A shard contains the rows between two numbers, so the files do not depend on the number of workers. OUT becomes a readable
-data set at the very end, when dataset_info.json is written. The state of an unfinished pack is in OUT/.pack: the plan
-(data, options, bounds of the shards), shards in progress, and a note on each finished shard.
+A shard contains the rows between two numbers, so the files do not depend on the number of workers. OUT becomes a
+readable data set at the very end, when dataset_info.json is written. The state of an unfinished pack is in OUT/.pack:
+the plan (data, options, bounds of the shards), shards in progress, and a note on each finished shard.
 """
 
 import contextlib

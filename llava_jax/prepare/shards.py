@@ -150,12 +150,13 @@ class Examples:
         try:
             return StoredRow(serialise(record, kept, sizes), list(map(len, read)), list(map(len, kept)))
         except UnicodeEncodeError:
-            raise BadRow("malformed", f"{record.source}: contains half of a UTF-16 pair, which is no character") from None
+            message = f"{record.source}: contains half of a UTF-16 pair, which is no character"
+            raise BadRow("malformed", message) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardWriter:
-    """Writes shards, and a note on each shard that counts its rows and the rows that it leaves out. Small when pickled."""
+    """Writes shards, and a note on each shard that counts its rows and those left out. Small when pickled."""
 
     examples: Examples
     bounds: tuple[int, ...]

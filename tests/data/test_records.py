@@ -191,7 +191,7 @@ def test_ms_swift_rows():
         ({"id": 1, "image": "http://x/1.jpg", "conversations": [ASK]}, "malformed", "not on this machine; download it"),
         ({"id": 1, "image": "data:image/png;base64,%%", "conversations": [ASK]}, "broken_image", "image is not base64"),
         ({"id": 1, "image": "data:,", "conversations": [ASK]}, "broken_image", "holds an image of 0 bytes"),
-        ({"id": "\ud800", "conversations": TEXT_ONLY}, "malformed", "id contains half of a UTF-16 pair"),
+        ({"id": "\ud800", "conversations": TEXT_ONLY}, "malformed", "id holds half of a UTF-16 pair"),
         ({"id": 1, "image": "a\0", "conversations": [ASK]}, "malformed", "image holds a NUL"),
         ({"id": 1, "messages": [user({"type": "video"})]}, "unsupported", "part 1: type 'video'"),
         ({"id": 1, "messages": [user(7)]}, "malformed", "part 1: type None"),
