@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from llava_jax.errors import FULL, UserError, user_path
@@ -213,3 +213,51 @@ def json_type(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return {dict: "an object", list: "a list", str: "a text"}.get(type(value), "a number")
+
+
+def matches_schema(value: Any, schema: Any) -> bool:
+    """Whether a JSON value matches a schema.
+
+    A schema is a type, a list with the schema of all items, or an object with the schemas of required keys. True and
+    False match `bool` alone.
+    """
+    if isinstance(schema, list):
+        return isinstance(value, list) and all(matches_schema(item, schema[0]) for item in value)
+    if isinstance(schema, dict):
+        return isinstance(value, dict) and all(
+            key in value and matches_schema(value[key], item) for key, item in schema.items())
+    return isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
+
+
+def read_json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number, from 1, and the object of every line that is not blank. Raises UserError for other lines."""
+    with user_path(path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except RecursionError:
+                raise UserError(f"{path}, line {number}: broken JSON (nested too deeply)") from None
+            except ValueError as error:  # invalid UTF-8 as well
+                raise UserError(f"{path}, line {number}: broken JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object")
+            yield number, row
+
+
+def write_file(path: str, content: bytes | str) -> None:
+    """Writes a whole file at once. Halves of surrogate pairs, which UTF-8 cannot hold, are escaped as JSON does it."""
+    with replacing(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+
+
+def write_json_lines(path: str, rows: Iterable[Any]) -> None:
+    """Writes one JSON value per line, all of them at once."""
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def make_folder(path: str) -> None:
+    """Creates a folder and its parents. Raises UserError if that is forbidden, or if a file has the name."""
+    with user_path(path):
+        os.makedirs(path, exist_ok=True)

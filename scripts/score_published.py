@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import printable
 from llava_jax.evaluate.judge.command import JudgeRules
-from llava_jax.evaluate.judge.reviews import read_reviews, summarise_as_published
+from llava_jax.evaluate.judge.reviews import read_reviews, summarize_as_published
 from llava_jax.evaluate.runner import answer_file, generation
 from llava_jax.evaluate.scienceqa.task import ScienceQA
 from llava_jax.evaluate.tasks.base import Question, Task
@@ -41,9 +41,10 @@ from llava_jax.evaluate.tasks.mmbench import MMBench
 from llava_jax.evaluate.tasks.mme import Mme
 from llava_jax.evaluate.tasks.mmvet import MMVet
 from llava_jax.evaluate.tasks.pope import Pope
-from llava_jax.evaluate.tasks.question_file import QuestionFileTask, read_json_lines
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask
 from llava_jax.evaluate.tasks.textvqa import TextVqa
 from llava_jax.evaluate.tasks.vqa import VizWiz
+from llava_jax.files import read_json_lines
 from llava_jax.inference.llava import Llava
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 from llava_jax.text.tokenizer import Tokenizer
@@ -129,7 +130,7 @@ def wild(folder: Folder) -> Iterator[Row]:
     for size, published in (("13b", "72.5"), ("7b", "65.4")):
         name = f"{EVAL}/llava-bench-in-the-wild/reviews/llava-v1.5-{size}-eval"
         paths = [folder(f"{name}{run}.jsonl") for run in (1, 2, 3)]
-        ratios = [summarise_as_published(read_reviews(str(path)))["all"].ratio for path in paths]
+        ratios = [summarize_as_published(read_reviews(str(path)))["all"].ratio for path in paths]
         yield Row(f"LLaVA-Bench (In-the-Wild), LLaVA-1.5 {size.upper()}", f"{statistics.fmean(ratios):.1f}", published)
 
 

@@ -6,7 +6,7 @@ from odd_texts import odd_texts
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Answer
-from llava_jax.evaluate.tasks.gqa import Gqa, prediction, steps
+from llava_jax.evaluate.tasks.gqa import Gqa, count_steps, parse_answer
 
 STRUCTURES = ("verify", "query", "choose", "logical", "compare")
 MEANINGS = ("attr", "cat", "global", "obj", "rel")
@@ -45,14 +45,14 @@ def answers_to(questions, texts):
 @pytest.mark.parametrize("text, expected", [
     ("Yes.", "yes"), ("YES...", "yes"), ("yes. ", "yes. "), (" red", " red"), ("A.B.", "a.b"), ("", ""), ("...", ""),
 ])
-def test_prediction(text, expected):
-    assert prediction(text) == expected
+def test_parse_answer(text, expected):
+    assert parse_answer(text) == expected
 
 
 def test_steps():
     row = {"semantic": [step("select", "dog"), step("exist", "?"), step("query", "name"), step("choose name", "a|b"),
                         step("query", "color"), step("relate", "to the left of,existing,o")]}
-    assert steps(row) == 2  # the last one's argument has "exist" in it
+    assert count_steps(row) == 2  # the last one's argument has "exist" in it
 
 
 @pytest.mark.parametrize("seed", range(8))

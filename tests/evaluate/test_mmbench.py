@@ -7,7 +7,7 @@ from odd_texts import odd_texts
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Answer
-from llava_jax.evaluate.tasks.mmbench import MMBench, MMBenchCN, no_value, read_letter
+from llava_jax.evaluate.tasks.mmbench import MMBench, MMBenchCN, is_missing, parse_letter
 
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
            "comment", "split")
@@ -71,12 +71,12 @@ def test_rounds_turn_the_options(folder):
     ("Red.", "A"),
 ])
 def test_read_letter(text, letter):
-    assert read_letter(text, OPTIONS) == letter
+    assert parse_letter(text, OPTIONS) == letter
 
 
 def test_letters_beyond_the_options():
-    assert read_letter("D", OPTIONS[:3]) is None and read_letter("D. black", OPTIONS[:3]) is None
-    assert read_letter("b", ("b", "a")) == "B" and read_letter("x", ("x", "X")) is None
+    assert parse_letter("D", OPTIONS[:3]) is None and parse_letter("D. black", OPTIONS[:3]) is None
+    assert parse_letter("b", ("b", "a")) == "B" and parse_letter("x", ("x", "X")) is None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,7 +92,7 @@ def test_all_rounds_right_or_wrong(folder, seed):
     scores = task.score(str(folder), questions, answers)
     right = {}
     for question, text in zip(questions, texts, strict=True):
-        letter = read_letter(text, question.fields["options"])
+        letter = parse_letter(text, question.fields["options"])
         said = letter and question.fields["options"]["ABCD".index(letter)]
         right.setdefault(question.id, []).append(said == question.row[question.row["answer"]])
     assert scores.main == "circular"
@@ -151,12 +151,12 @@ def test_upload_without_openpyxl(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [None, "", "nan", "NaN", "NAN", "None", "none", "NONE", "NA", "N/A", "null", "<NA>"])
 def test_no_value(value):
-    assert no_value(value)
+    assert is_missing(value)
 
 
 @pytest.mark.parametrize("value", ["0", "na", "Nope", " ", "nil", "NaN."])
 def test_a_value(value):
-    assert not no_value(value)
+    assert not is_missing(value)
 
 
 @pytest.mark.parametrize("rows, message", [

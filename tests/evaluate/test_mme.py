@@ -6,7 +6,7 @@ from odd_texts import odd_texts
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Answer
-from llava_jax.evaluate.tasks.mme import COGNITION, PERCEPTION, TASK, Mme, lookup, parse_yes_no
+from llava_jax.evaluate.tasks.mme import COGNITION, INSTRUCTION, PERCEPTION, Mme, find_question, parse_yes_no
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 IN_IMAGES = ("posters", "celebrity", "scene", "landmark", "artwork")  # categories with folders of their own inside
@@ -27,7 +27,7 @@ def folder(tmp_path):
             blanks = "  " if name == "0002" else " "
             file = pairs / f"{name.split('.')[0]}.txt"
             labelled = zip(asked, ("Yes", "No"), strict=True)
-            file.write_text("".join(f"{question}{blanks}{TASK}\t{label}\n" for question, label in labelled))
+            file.write_text("".join(f"{question}{blanks}{INSTRUCTION}\t{label}\n" for question, label in labelled))
             image = f"{category}/images/{name}.jpg" if category in IN_IMAGES else f"{category}/{name}.jpg"
             questions += [{"question_id": image, "image": image, "text": question + SUFFIX, "category": category}
                           for question in asked]
@@ -127,26 +127,27 @@ def test_writes_what_the_official_tool_reads(folder, tmp_path):
     paths = Mme().write_submission(str(folder), questions, answers_to(questions, texts), str(tmp_path / "out"))
     assert len(paths) == 14
     lines = (tmp_path / "out/mme/posters.txt").read_text().splitlines()
-    assert lines[0] == f"0001.txt\tIs this 0001 of posters? {TASK}\tYes\tYes"
-    assert lines[2] == f"0002.txt\tIs this 0002 of posters?  {TASK}\tYes\tYes" and len(lines) == 6
+    assert lines[0] == f"0001.txt\tIs this 0001 of posters? {INSTRUCTION}\tYes\tYes"
+    assert lines[2] == f"0002.txt\tIs this 0002 of posters?  {INSTRUCTION}\tYes\tYes" and len(lines) == 6
     last = (tmp_path / "out/mme/OCR.txt").read_text().splitlines()
-    assert last[-2:] == [f"a.txt\tIs this a.b of OCR? {TASK}\tYes\ta b c", f"a.txt\tIs there a OCR, a.b? {TASK}\tNo\t?"]
+    assert last[-2:] == [
+        f"a.txt\tIs this a.b of OCR? {INSTRUCTION}\tYes\ta b c", f"a.txt\tIs there a OCR, a.b? {INSTRUCTION}\tNo\t?"]
 
 
 def test_lookup_of_prompts_as_the_original_changes_them():
-    truth = {("c", "x.txt", f"Q? {TASK}"): "Yes", ("c", "x.txt", f"R?  {TASK}"): "No"}
-    for prompt in ("Q?" + SUFFIX, "Q?", f"Q? {TASK}", f"Q? {TASK}{SUFFIX}", "  Q? " + SUFFIX):
-        assert lookup(truth, "c/images/x.y.png", prompt) == ("c", "x.txt", f"Q? {TASK}", "Yes")
-    assert lookup(truth, "c/x.png", "R?" + SUFFIX)[3] == "No"
-    for id, prompt in (("c/x.png", "S?"), ("d/x.png", "Q?"), ("c/x.png", "Q? "), ("c/x.png", f"R? {TASK}")):
+    truth = {("c", "x.txt", f"Q? {INSTRUCTION}"): "Yes", ("c", "x.txt", f"R?  {INSTRUCTION}"): "No"}
+    for prompt in ("Q?" + SUFFIX, "Q?", f"Q? {INSTRUCTION}", f"Q? {INSTRUCTION}{SUFFIX}", "  Q? " + SUFFIX):
+        assert find_question(truth, "c/images/x.y.png", prompt) == ("c", "x.txt", f"Q? {INSTRUCTION}", "Yes")
+    assert find_question(truth, "c/x.png", "R?" + SUFFIX)[3] == "No"
+    for id, prompt in (("c/x.png", "S?"), ("d/x.png", "Q?"), ("c/x.png", "Q? "), ("c/x.png", f"R? {INSTRUCTION}")):
         with pytest.raises(UserError, match="has no question"):
-            lookup(truth, id, prompt)
+            find_question(truth, id, prompt)
 
 
 @pytest.mark.parametrize("file, content, message", [
     ("count/0001.txt", "Is it? Yes\n", "line 1: not a question, a tab and Yes or No"),
     ("count/0001.txt", "Is it?\tmaybe\n", "not a question"),
-    ("count/0001.txt", f"Another question? {TASK}\tYes\n", "count/0001.txt has no question"),
+    ("count/0001.txt", f"Another question? {INSTRUCTION}\tYes\n", "count/0001.txt has no question"),
 ])
 def test_folder_of_another_version(folder, file, content, message):
     (folder / "MME_Benchmark_release_version" / file).write_text(content)

@@ -196,20 +196,20 @@ def test_builds_questions_from_instances(tmp_path, instances):
 
 
 def test_building_again_gives_the_same(tmp_path, instances):
-    things = pope_data.read_things(str(instances[0]))
-    assert pope_data.make(things, 10, 1) == pope_data.make(things, 10, 1)
-    assert pope_data.make(things, 10, 1) != pope_data.make(things, 10, 2)
+    things = pope_data.read_objects(str(instances[0]))
+    assert pope_data.make_questions(things, 10, 1) == pope_data.make_questions(things, 10, 1)
+    assert pope_data.make_questions(things, 10, 1) != pope_data.make_questions(things, 10, 2)
     lines = tmp_path / "things.jsonl"
     write_lines(lines, [{"image": image, "objects": kinds} for image, kinds in things.items()])
-    assert pope_data.read_things(str(lines)) == things
+    assert pope_data.read_objects(str(lines)) == things
 
 
 def test_too_few_pictures_or_things(instances, tmp_path):
     with pytest.raises(UserError, match="3 kinds of things or more; 1,000 are wanted"):
         PopeData(str(instances[0]), str(tmp_path / "out"), pictures=1000).run()
     with pytest.raises(UserError, match="fewer than 3 are not in it"):
-        pope_data.make({"a.jpg": ["cup", "dog", "car"]}, 1, 0)
+        pope_data.make_questions({"a.jpg": ["cup", "dog", "car"]}, 1, 0)
     assert not (tmp_path / "out").exists()
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="not COCO's instances"):
-        pope_data.read_things(str(tmp_path / "x.json"))
+        pope_data.read_objects(str(tmp_path / "x.json"))

@@ -5,7 +5,8 @@ import pytest
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import LETTER_INSTRUCTION, PHRASE_INSTRUCTION, TASKS, Answer, Task, get_task
 from llava_jax.evaluate.tasks.mmvet import MMVet
-from llava_jax.evaluate.tasks.question_file import QuestionFileTask, fits
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask
+from llava_jax.files import matches_schema
 
 SHORT_TASKS = ("pope", "mme", "vqav2", "vizwiz", "gqa", "textvqa", "mmbench", "mmbench-cn", "seed", "mm-vet")
 
@@ -35,7 +36,7 @@ def test_folder_that_is_not_there(name, tmp_path):
     ({"a": [{"b": "x"}]}, {"a": [{"b": str}]}, True), ({"a": [{"b": 1}]}, {"a": [{"b": str}]}, False),
 ])
 def test_forms_of_json(value, form, good):
-    assert fits(value, form) is good
+    assert matches_schema(value, form) is good
 
 
 def test_instructions():

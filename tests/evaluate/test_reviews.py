@@ -16,8 +16,8 @@ from llava_jax.evaluate.judge.reviews import (
     parse_as_published,
     parse_scores,
     read_reviews,
-    summarise,
-    summarise_as_published,
+    summarize,
+    summarize_as_published,
 )
 
 SEPARATOR = "================================="
@@ -138,20 +138,20 @@ def test_a_failed_judgement_lowers_both_means_in_compat_and_none_otherwise(tmp_p
     assert "3 reviews, 1 without scores left out" in printed.out and "--max-failed 0.05" in printed.err
     assert "| score              | 66.7 | 66.7 |" in printed.out
     assert Reviews((path,), max_failed=0.34).run() == 0
-    figure = summarise(rows)["conv"]
-    assert figure == summarise(rows)["all"]
+    figure = summarize(rows)["conv"]
+    assert figure == summarize(rows)["all"]
     assert (figure.ratio, figure.reference, figure.candidate, figure.count) == (pytest.approx(200 / 3), 60, 40, 2)
 
 
 def test_the_score_is_the_ratio_of_means_and_not_the_mean_of_ratios():
-    figures = summarise([review([10, 5], "llava_bench_detail"), review([2, 2], "llava_bench_conv")])
+    figures = summarize([review([10, 5], "llava_bench_detail"), review([2, 2], "llava_bench_conv")])
     assert list(figures) == ["llava_bench_conv", "llava_bench_detail", "all"]
     assert figures["all"].ratio == pytest.approx(100 * 7 / 12) and figures["llava_bench_detail"].ratio == 50
 
 
 def test_a_score_of_nought_is_a_score(tmp_path, capsys):
     rows = [review([8, 0]), review([4, 4], question=1), review([0, 2], question=2)]
-    figure = summarise(rows)["all"]
+    figure = summarize(rows)["all"]
     assert (figure.ratio, figure.count) == (50, 3) and len(reviews.scored(rows)) == 3
     assert Reviews((write(tmp_path / "reviews_1.jsonl", rows),)).run() == 0
     assert "without scores" not in capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_several_reviews_of_the_same_answers_get_their_mean(tmp_path, capsys):
     mean, deviation = statistics.fmean(ratios), statistics.stdev(ratios)
     assert f"the mean of 3 files: {first}, {second}, {part}\n" in told
     assert f"| score              | {mean:.1f} ± {deviation:.1f} |" in told
-    rounded = [summarise_as_published(read_reviews(path))["all"].ratio for path in (first, second, part)]
+    rounded = [summarize_as_published(read_reviews(path))["all"].ratio for path in (first, second, part)]
     assert f"| as published       | {statistics.fmean(rounded):.1f} ± " in told
     assert "1 of 3 judgements failed, and are left out (question 2: '')" in printed
     assert Reviews((first, second), compat=True).run() == 0

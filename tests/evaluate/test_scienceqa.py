@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.scienceqa.problems import compose_listed, write_file
+from llava_jax.evaluate.scienceqa.problems import compose_listed, write_conversations
 from llava_jax.evaluate.scienceqa.task import ScienceQA, choice, read_answer, read_statement
 from llava_jax.evaluate.tasks import base
 from llava_jax.evaluate.tasks.base import Answer
@@ -79,7 +79,7 @@ def test_the_questions_of_eval_zip_are_asked_where_they_are(folder):
     assert ScienceQA(input="CQM").load(str(folder))[1].text.startswith("Context: N/A")
     assert ScienceQA(style="reason").load(str(folder))[1].text.startswith("Which is a mammal?")
     # The converter writes a file of the same name in another layout.
-    write_file({pid: PROBLEMS[pid] for pid in ("3", "1", "2")}, str(path), "CQM-A")
+    write_conversations({pid: PROBLEMS[pid] for pid in ("3", "1", "2")}, str(path), "CQM-A")
     assert ScienceQA().load(str(folder)) == own
     for content, message in (
             ({}, "not LLaVA's questions"), ([{"id": "3", "conversations": []}], "not LLaVA's questions"),

@@ -17,7 +17,7 @@ from llava_jax.evaluate.scienceqa.problems import (
     compose,
     find_image,
     read_problems,
-    write_file,
+    write_conversations,
 )
 
 # What LLaVA's converter makes of three made-up problems, run once: all its forms of questions and of answers.
@@ -64,7 +64,7 @@ def test_answers_are_the_converters(form):
 def test_files_are_the_converters_to_the_byte(folder):
     problems = {"1": PROBLEMS["1"] | {"question": "é?", "lecture": "", "solution": ""},
                 "2": PROBLEMS["2"] | {"question": "Question: a colony?"}}
-    write_file(problems, str(folder / "a.json"), "CQM-A")
+    write_conversations(problems, str(folder / "a.json"), "CQM-A")
     assert (folder / "a.json").read_bytes() == rb"""[
   {
     "id": "1",
@@ -94,7 +94,7 @@ def test_files_are_the_converters_to_the_byte(folder):
     ]
   }
 ]"""
-    write_file(problems, str(folder / "a.jsonl"), "QCM-A", "jsonl")
+    write_conversations(problems, str(folder / "a.jsonl"), "QCM-A", "jsonl")
     assert (folder / "a.jsonl").read_bytes() == (
         rb'{"id": "1", "instruction": "\u00e9?\nContext: N/A\nOptions: (A) newt (B) cat fish (C) a cow", '
         rb'"output": "The answer is C."}' b"\n"

@@ -6,7 +6,7 @@ from odd_texts import odd_texts
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks import evalai
 from llava_jax.evaluate.tasks.base import Answer
-from llava_jax.evaluate.tasks.textvqa import TextVqa, question_of
+from llava_jax.evaluate.tasks.textvqa import TextVqa, parse_question
 
 SUFFIX = "Answer the question using a single word or phrase."
 
@@ -19,15 +19,15 @@ SUFFIX = "Answer the question using a single word or phrase."
     ("OCR tokens: Question: x. Question: y Short answer: z Short answer:", "x. question: y"),
     (f"Reference OCR token: A\n{SUFFIX}", "reference ocr token: a"),  # two lines: the first, whatever it is
 ])
-def test_question_of(prompt, question):
-    assert question_of(prompt) == question
+def test_parse_question(prompt, question):
+    assert parse_question(prompt) == question
 
 
 @pytest.mark.parametrize("prompt", ["", "one line", "1\n2\n3", "a\nReference OCR token: x\nb\nc", "OCR tokens: x",
                                     "a\nReference OCR token:\nb"])
 def test_prompts_of_no_form(prompt):
     with pytest.raises(UserError, match="none of the known forms"):
-        question_of(prompt)
+        parse_question(prompt)
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ from llava_jax.evaluate.judge.report import Report, write_report
 from llava_jax.evaluate.judge.reviews import TOO_MANY_FAILED, Unscored, parse_as_published, parse_scores
 from llava_jax.evaluate.runner import answer_file
 from llava_jax.evaluate.tasks.base import get_task
-from llava_jax.evaluate.tasks.llava_bench import Case, LlavaBench
-from llava_jax.evaluate.tasks.question_file import make_folder, read_json
+from llava_jax.evaluate.tasks.llava_bench import JudgeCase, LlavaBench
+from llava_jax.files import make_folder, read_json
 from llava_jax.progress import Progress
 
 LOG = "judged.jsonl"
@@ -64,7 +64,7 @@ class JudgeRules:
             texts = {"": coco, "llava_bench_": wild}
             return cls(system, {prefix + category: JudgeRule("Assistant", text) for prefix, text in texts.items()
                                 for category in ("conv", "detail", "complex")})
-        table, rules = read_json(path), {}
+        table, rules = read_json(path, (dict, list)), {}
         if not isinstance(table, dict):
             raise UserError(f"{path}: not a table of rules, {{category: {{\"role\": ..., \"prompt\": ...}}}}")
         for category, rule in table.items():
@@ -73,7 +73,7 @@ class JudgeRules:
             rules[category] = JudgeRule(rule["role"], rule["prompt"])
         return cls(PUBLISHED_SYSTEM, rules)
 
-    def messages(self, case: Case, candidate: str, swapped: bool = False) -> tuple[Message, ...]:
+    def messages(self, case: JudgeCase, candidate: str, swapped: bool = False) -> tuple[Message, ...]:
         """The layout of LLaVA's scripts: the reference comes first, or second if `swapped`. KeyError for a category
         without a rule."""
         role, prompt = self.rules[case.category]
@@ -97,7 +97,7 @@ class Job:
     id: int  # place among the questions, from 1
     run: int  # from 1
     swapped: bool
-    case: Case
+    case: JudgeCase
     line: Mapping[str, Any]  # the candidate's answer
     messages: tuple[Message, ...]
     parameters: Mapping[str, Any]

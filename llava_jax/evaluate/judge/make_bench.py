@@ -28,8 +28,7 @@ from llava_jax.endpoint.wording import find_refusal, find_source
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
 from llava_jax.evaluate.judge.command import PROMPTS
-from llava_jax.evaluate.tasks.question_file import make_folder
-from llava_jax.files import replacing
+from llava_jax.files import make_folder, replacing
 from llava_jax.progress import Progress
 from llava_jax.synthesize import evidence, parse
 from llava_jax.synthesize.prompts import KINDS, Prompts, read_questions

@@ -17,11 +17,11 @@ from llava_jax.evaluate.judge.reviews import (
     Review,
     published_lines,
     short,
-    summarise,
-    summarise_as_published,
+    summarize,
+    summarize_as_published,
     table,
 )
-from llava_jax.evaluate.tasks.base import EXAMPLES, quote
+from llava_jax.evaluate.tasks.base import MAX_EXAMPLES, quote
 from llava_jax.files import replacing
 
 REVIEWS = "reviews"  # a folder
@@ -56,7 +56,7 @@ class Report:
         self.judgements += 1
 
     def summary(self, reviews: Sequence[Review]) -> dict[str, Figure]:
-        return summarise_as_published(reviews) if self.compat else summarise(reviews)
+        return summarize_as_published(reviews) if self.compat else summarize(reviews)
 
     def runs(self, swapped: bool) -> list[list[Review]]:
         return [reviews for (_, order), reviews in sorted(self.reviews.items()) if order == swapped]
@@ -115,7 +115,7 @@ def write_report(report: Report, folder: str, paths: Mapping[str, str], judge: M
     }
     with replacing(os.path.join(folder, "judge.json")) as file:
         file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
-    text = _markdown(rows, content, report.failed[:EXAMPLES])
+    text = _markdown(rows, content, report.failed[:MAX_EXAMPLES])
     with replacing(os.path.join(folder, "judge.md")) as file:
         file.write(text.encode() + b"\n")
     return "\n".join(lines) if report.compat else text

@@ -21,8 +21,8 @@ from llava_jax.cli import printable
 from llava_jax.endpoint.wording import find_refusal
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.tables import markdown
-from llava_jax.evaluate.tasks.base import EXAMPLES, quote
-from llava_jax.evaluate.tasks.question_file import fits, read_json_lines
+from llava_jax.evaluate.tasks.base import MAX_EXAMPLES, quote
+from llava_jax.files import matches_schema, read_json_lines
 
 ALL = "all"
 ORDER = ("conv", "detail", "complex")  # of the published tables
@@ -123,12 +123,12 @@ def failure_notes(reviews: Sequence[Review], compat: bool) -> list[str]:
     there = set(map(id, scored(reviews)))
     failed = [review for review in reviews if id(review) not in there]
     named = "; ".join(f"question {review['question_id']!r}: {quote(str(review.get('content', '')))}"
-                      for review in failed[:EXAMPLES])
+                      for review in failed[:MAX_EXAMPLES])
     how = "count as they are in both means" if compat else "are left out"
     return [f"{len(failed):,} of {len(reviews):,} judgements failed, and {how} ({named})"] * bool(failed)
 
 
-def summarise(reviews: Iterable[Review]) -> dict[str, Figure]:
+def summarize(reviews: Iterable[Review]) -> dict[str, Figure]:
     """By category, in the order of the published tables, and last `all`; nothing is rounded. Reviews without scores
     are left out."""
     figures = {}
@@ -140,7 +140,7 @@ def summarise(reviews: Iterable[Review]) -> dict[str, Figure]:
     return dict(sorted(figures.items(), key=lambda item: _place(item[0])))
 
 
-def summarise_as_published(reviews: Iterable[Review]) -> dict[str, Figure]:
+def summarize_as_published(reviews: Iterable[Review]) -> dict[str, Figure]:
     """By category and `all`, in the order of their names, with the arithmetic of LLaVA's summary: -1 is a score like
     any other, means are rounded to three decimals, what comes of them to one. UserError where it divides by zero."""
     figures = {}
@@ -186,7 +186,8 @@ def read_reviews(path: str) -> list[Review]:
     reviews = []
     for number, row in read_json_lines(path):
         pair = _pair(row)
-        if not (fits(pair, [int | float]) and len(pair) == 2 and fits(row, {"question_id": int | str})
+        if not (matches_schema(pair, [int | float]) and len(pair) == 2
+                and matches_schema(row, {"question_id": int | str})
                 and isinstance(row.get("category", ""), str) and all(abs(score) < 1e300 for score in pair)):
             raise UserError(f"{path}, line {number}: not a review, which has question_id, category and tuple, a list "
                              "of two scores")
@@ -225,7 +226,7 @@ class Reviews:
         for path in paths:
             reviews = [review for review in read_reviews(path) if str(review["question_id"]) not in self.ignore]
             try:
-                figures = (summarise_as_published if self.compat else summarise)(reviews)
+                figures = (summarize_as_published if self.compat else summarize)(reviews)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
             runs.append((path, reviews))
@@ -266,7 +267,7 @@ class Reviews:
 def describe_mean(files: Mapping[str, Sequence[Review]]) -> str:
     """A table of the mean score of several files with the deviation of one, and of the mean after LLaVA's rounding."""
     rows = {}
-    for name, summary in (("score", summarise), ("as published", summarise_as_published)):
+    for name, summary in (("score", summarize), ("as published", summarize_as_published)):
         try:
             runs = [summary(reviews) for reviews in files.values()]
         except UserError:  # without a ratio

@@ -18,8 +18,7 @@ from llava_jax.annotations.context import AnnotationSource, Context, open_contex
 from llava_jax.annotations.scene import OBJECT, Count, Name, Scene, SceneObject, side
 from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.words import LANGUAGES, NUMBERS, say
-from llava_jax.evaluate.tasks.question_file import make_folder
-from llava_jax.files import replacing
+from llava_jax.files import make_folder, replacing
 
 FILE = "probes.jsonl"
 KINDS = ("left/right", "above/below", "inside", "between", "counting", "binding")

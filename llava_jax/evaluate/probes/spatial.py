@@ -9,7 +9,8 @@ from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.make_probes import FILE, KINDS
 from llava_jax.evaluate.probes.words import FORMS, name_choices, understand
 from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.question_file import QuestionFileTask, fits
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask
+from llava_jax.files import matches_schema
 
 ROW = {"category": str, "set": int | str}
 SAID = {"text": str, "answer": str, "choices": [str]}
@@ -40,7 +41,8 @@ class Probe(QuestionFileTask):
         if not whole:
             raise UserError(f"{path}: no question is there in all of these languages: {', '.join(self.languages)}")
         for question, said in whole:
-            if not fits(question.row, ROW) or not all(fits(said[language], SAID) for language in self.languages):
+            if not (matches_schema(question.row, ROW)
+                    and all(matches_schema(said[language], SAID) for language in self.languages)):
                 raise UserError(f"{path}: question {question.id!r} is no probe, which has {', '.join([*SAID, *ROW])}")
             for language in self.languages:
                 answer, choices = said[language]["answer"], said[language]["choices"]

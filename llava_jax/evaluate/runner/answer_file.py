@@ -11,8 +11,7 @@ from typing import Any
 
 from llava_jax.errors import FULL, UserError, user_path
 from llava_jax.evaluate.tasks.base import Answer, Question
-from llava_jax.evaluate.tasks.question_file import fits
-from llava_jax.files import replacing
+from llava_jax.files import matches_schema, replacing
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each
 
@@ -74,7 +73,7 @@ def scan(path: str) -> tuple[list[Line], int]:
                     if not data.endswith(b"\n"):
                         break
                     raise UserError(f"{path}, line {number}: not a line of JSON ({error})") from None
-                if not fits(line, LINE) or not isinstance(line.get("prompt", ""), str):
+                if not matches_schema(line, LINE) or not isinstance(line.get("prompt", ""), str):
                     raise UserError(f"{path}, line {number}: not an answer with question_id and text")
                 lines.append(line)
             end += len(data)

@@ -21,8 +21,7 @@ from llava_jax.evaluate.runner.answer_file import NOT_ASKED, AnswerFile, Line
 from llava_jax.evaluate.runner.published import published_results
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import Question, Task, get_task
-from llava_jax.evaluate.tasks.question_file import make_folder
-from llava_jax.files import read_json, replacing
+from llava_jax.files import make_folder, read_json, replacing
 from llava_jax.text import templates
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]

@@ -17,8 +17,7 @@ from llava_jax.evaluate.runner.answer_file import match
 from llava_jax.evaluate.runner.results_page import QuestionCard, ShownAnswer
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import TASKS, get_task
-from llava_jax.evaluate.tasks.question_file import fits, read_json_lines
-from llava_jax.files import json_type, read_json
+from llava_jax.files import json_type, matches_schema, read_json, read_json_lines
 from llava_jax.pages import page
 
 Row = Mapping[str, Any]
@@ -83,10 +82,10 @@ def read_run(folder: str) -> Row:
     run = read_json(path, (dict, list), missing=told)
     if isinstance(run, list):
         raise UserError(f"{path}: not results of evaluate, but a list")
-    if wrong := [key for key, form in RUN.items() if key not in run or not fits(run[key], form)]:
+    if wrong := [key for key, form in RUN.items() if key not in run or not matches_schema(run[key], form)]:
         raise UserError(f"{path}: not results of evaluate, or of another version: {wrong[0]!r} is "
                         f"{json_type(run[wrong[0]]) if wrong[0] in run else 'missing'}")
-    if not fits([*run["figures"].values()], [int | float]) or not fits(run.get("main", ""), str):
+    if not matches_schema([*run["figures"].values()], [int | float]) or not matches_schema(run.get("main", ""), str):
         raise UserError(f"{path}: the figures must be numbers, and their main one a name")
     if run["benchmark"] not in TASKS:
         raise UserError(f"{path}: there is no benchmark {run['benchmark']!r}")
@@ -96,7 +95,7 @@ def read_run(folder: str) -> Row:
 def read_items(folder: str) -> list[Row]:
     path, rows = os.path.join(folder, "items.jsonl"), []
     for line, row in read_json_lines(path):
-        if not fits(row, ITEM):
+        if not matches_schema(row, ITEM):
             raise UserError(f"{path}, line {line}: not a scored answer with {', '.join(ITEM)}")
         rows.append(row)
     return rows

@@ -27,8 +27,7 @@ from llava_jax.evaluate.scienceqa.problems import Problem, read_problems
 from llava_jax.evaluate.scienceqa.task import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.evaluate.scienceqa.teacher import PROMPTS_HASH, Asker
 from llava_jax.evaluate.tasks.base import Answer, unparsed_notes
-from llava_jax.evaluate.tasks.question_file import fits, make_folder, read_json
-from llava_jax.files import replacing
+from llava_jax.files import make_folder, matches_schema, read_json, replacing
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,9 @@ def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, whole:
 def _read_pairs(path: str) -> list[tuple[str | int, str]]:
     try:
         result = read_json(path)
-    except ValueError:
+    except UserError:
         result = None
-    if not fits(result, {"outputs": dict}):
+    if not matches_schema(result, {"outputs": dict}):
         return [(line["question_id"], line["text"]) for line in answer_file.read(path)[0]]
     for pid, text in result["outputs"].items():
         if not isinstance(text, str):

@@ -1,12 +1,12 @@
-"""ScienceQA's problems, read from its own files or from Hugging Face's rows, and the files that LLaVA makes of them.
+"""ScienceQA's problems, from its own files or from Hugging Face's rows, and the files that LLaVA makes of them.
 
-`write_file` makes what LLaVA's converter makes, byte for byte, oddities included: the formats AL and AE have each
-other's content, and a question that begins with `Question: ` loses every `Question: ` in it.
+`write_conversations` writes what LLaVA's converter writes, byte for byte, with its oddities: the formats AL and AE have
+each other's content, and a question that starts with `Question: ` loses every `Question: ` in it.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,23 +15,23 @@ import tyro
 from llava_jax.cli import printable
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.errors import UserError
-from llava_jax.evaluate.tasks.question_file import fits, make_folder, read_json
-from llava_jax.files import replacing
+from llava_jax.evaluate.tasks.question_file import read_json
+from llava_jax.files import make_folder, matches_schema, write_file
 
 Problem = Mapping[str, Any]
-"""As problems.json has it: question, choices, answer (an index), hint, lecture, solution, subject, grade, ...; `image`
-is a file's name, None, or, from Hugging Face's rows, the image file itself."""
+"""A problem as problems.json has it: question, choices, answer (an index), hint, lecture, solution, subject, grade, ...
+`image` is a file's name, None, or the content of an image file from Hugging Face's rows."""
 
 LETTERS = "ABCDE"
 SIZES = {"train": 12_726, "val": 4_241, "test": 4_241}
-"""Problems in the published splits."""
+"""Number of problems in the published splits."""
 HUB = "derek-thomas/ScienceQA"
-_HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}
+HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 INPUTS = {
     "QCM": "Question: {question}\nContext: {context}\nOptions: {options}\n",
     "CQM": "Context: {context}\nQuestion: {question}\nOptions: {options}\n",
-    # These give the reasoning away, to see what is the most that it could be worth.
+    # These contain the reasoning, which gives an upper bound of its worth.
     "QCML": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture}\n",
     "QCME": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {solution}\n",
     "QCMLE": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture} {solution}\n",
@@ -54,12 +54,12 @@ OUTPUTS = {
 
 
 def compose(problem: Problem, prompt_format: str) -> tuple[str, str]:
-    """The question and the answer of a problem in a format such as "QCM-LEA"; no mark for the image is in them.
+    """Returns question and answer of a problem in a format such as "QCM-LEA", without a mark for the image.
 
-    Raises UserError for a format that there is not, KeyError for a field that the problem lacks.
+    Raises UserError for an unknown format, KeyError for a field that the problem lacks.
     """
-    question_format, answer_format = _read_format(prompt_format)
-    # LLaVA writes line breaks as \n and reads them back, so that a \n that was in the text becomes a line break too.
+    question_format, answer_format = _parse_format(prompt_format)
+    # LLaVA writes line breaks as \\n and reads them back, so a \\n in the text becomes a line break as well.
     lecture, solution = (problem[key].replace("\\n", "\n") for key in ("lecture", "solution"))
     parts = {
         "question": problem["question"],
@@ -76,7 +76,7 @@ def compose(problem: Problem, prompt_format: str) -> tuple[str, str]:
 
 
 def compose_listed(problem: Problem) -> str:
-    """The question in the layout of LLaVA-1.5's published run: the hint if there is one, and a choice a line."""
+    """Returns the question in the layout of LLaVA-1.5's published run: the hint, if any, and one choice per line."""
     hint = problem["hint"].strip()
     choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
     lines = [*([f"Context: {hint}"] if hint else []), problem["question"], *choices]
@@ -84,36 +84,35 @@ def compose_listed(problem: Problem) -> str:
 
 
 def read_listed(data: str, split: str, problems: Mapping[str, Problem]) -> dict[str, str] | None:
-    """The questions that LLaVA's eval.zip has for a split, by id, without the image's mark; None without its file.
+    """Returns the questions of LLaVA's eval.zip for a split by id, without image marks, or None without that file.
 
-    The converter's file of the same name has another layout, and is none. Raises UserError for a file of another form
-    or version than `problems`.
+    The converter's file of the same name has another layout, and gives None. Raises UserError for a file of another
+    form or version than `problems`.
     """
     path = os.path.join(data, f"llava_{split}_CQM-A.json")
     if not os.path.isfile(path) or not os.path.isfile(os.path.join(data, "problems.json")):
         return None
-    rows = read_json(path)
-    if not fits(rows, [{"id": str, "conversations": [{"value": str}]}]) or not all(
-            row["conversations"] for row in rows):
-        raise UserError(f"{path}: not LLaVA's questions: [{{id, conversations: [{{value}}]}}]")
+    schema = [{"id": str, "conversations": [{"value": str}]}]
+    rows = read_json(path, lambda x: matches_schema(x, schema) and all(row["conversations"] for row in x),
+                     "not LLaVA's questions: [{id, conversations: [{value}]}]")
     questions = {row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() for row in rows}
-    if lost := [pid for pid in problems if pid not in questions]:
-        raise UserError(f"{path}: {len(lost):,} problems of the split {split} are not in it, the first is {lost[0]!r}; "
-                        "it is of another version than problems.json")
-    shown = {row["id"] for row in rows if "image" in row}
-    if other := [pid for pid, problem in problems.items() if (pid in shown) != (problem["image"] is not None)]:
-        raise UserError(f"{path}: problem {other[0]!r} has {'an' if other[0] in shown else 'no'} image there, unlike "
-                        "in problems.json; they are of different versions")
+    if missing := [pid for pid in problems if pid not in questions]:
+        raise UserError(f"{path}: {len(missing):,} problems of the split {split} are not in it, the first is "
+                        f"{missing[0]!r}; it is of another version than problems.json")
+    with_image = {row["id"] for row in rows if "image" in row}
+    if other := [pid for pid, problem in problems.items() if (pid in with_image) != (problem["image"] is not None)]:
+        raise UserError(f"{path}: problem {other[0]!r} has {'an' if other[0] in with_image else 'no'} image there, "
+                        "unlike in problems.json; they are of different versions")
     if all(questions[pid] == compose(problem, "CQM-A")[0] for pid, problem in problems.items()):
         return None
     return {pid: questions[pid] for pid in problems}
 
 
 def read_problems(data: str, split: str = "test") -> dict[str, Problem]:
-    """The problems of a split by their ids, in the split's order.
+    """Returns the problems of a split by id, in the split's order.
 
-    `data` is a folder with problems.json and pid_splits.json, or a folder of Hugging Face's parquet files, or one such
-    file; these have no ids, and their rows get test-0, test-1, ... Raises UserError, one line.
+    `data` is a folder with problems.json and pid_splits.json, a folder of Hugging Face's parquet files, or one such
+    file. Hugging Face's rows have no ids, and get test-0, test-1, ... Raises UserError for other files.
     """
     path = os.path.join(data, "problems.json")
     if os.path.exists(path):
@@ -121,8 +120,8 @@ def read_problems(data: str, split: str = "test") -> dict[str, Problem]:
     elif os.path.isfile(data) or find_parquet(data):
         path, problems = data, _read_rows(data, split)
     else:
-        raise UserError(f"{data}: has neither problems.json, with pid_splits.json and images, nor Hugging "
-                                f"Face's parquet files of ScienceQA; scienceqa-data {data} --download gets these")
+        raise UserError(f"{data}: has neither problems.json, with pid_splits.json and images, nor Hugging Face's "
+                        f"parquet files of ScienceQA; scienceqa-data {data} --download gets these")
     if not problems:
         raise UserError(f"{data}: the split {split} has no problems")
     for pid, problem in problems.items():
@@ -131,20 +130,19 @@ def read_problems(data: str, split: str = "test") -> dict[str, Problem]:
 
 
 def find_image(data: str, split: str, pid: str, problem: Problem) -> str | bytes | None:
-    """A problem's image, or the path where it is or, if it is nowhere, should be; None if the problem has none."""
+    """Returns a problem's image, the path of its file (where it is, or should be), or None if it has no image."""
     name = problem["image"]
     if name is None or isinstance(name, bytes):
         return name
     folder = problem.get("split") or split  # minitest is a part of test, trainval is train and val
-    places = [os.path.join(data, *parts, pid, name) for parts in (("images", folder), (folder,), ("images",), ())]
-    return next((place for place in places if os.path.exists(place)), places[0])
+    paths = [os.path.join(data, *parts, pid, name) for parts in (("images", folder), (folder,), ("images",), ())]
+    return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
-def write_file(problems: Mapping[str, Problem], path: str, prompt_format: str, kind: str = "llava") -> None:
+def write_conversations(problems: Mapping[str, Problem], path: str, prompt_format: str, kind: str = "llava") -> None:
     """Writes one file as LLaVA's converter does, with images named `ID/image.png`.
 
-    kind "llava": a list of conversations, to train on, and what LLaVA's own script is tested on; "jsonl": lines with
-    instruction and output.
+    The kind "llava" is a list of conversations, to train on. "jsonl" is lines with instruction and output.
     """
     rows = []
     for pid, problem in problems.items():
@@ -158,48 +156,44 @@ def write_file(problems: Mapping[str, Problem], path: str, prompt_format: str, k
         else:
             row |= {"instruction": question, "output": answer}
         rows.append(row)
-    text = json.dumps(rows, indent=2) if kind == "llava" else "".join(json.dumps(row) + "\n" for row in rows)
-    with replacing(path) as file:
-        file.write(text.encode())
+    write_file(path, json.dumps(rows, indent=2) if kind == "llava" else "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def unpack(data: str, out: str, splits: Sequence[str]) -> None:
     """Writes Hugging Face's rows in ScienceQA's layout: problems.json, pid_splits.json, images/SPLIT/ID/image.png."""
     problems, ids = {}, {}
     for split in splits:
-        found = read_problems(data, split)
-        ids[split] = list(found)
-        for pid, problem in found.items():
+        in_split = read_problems(data, split)
+        ids[split] = list(in_split)
+        for pid, problem in in_split.items():
             image = problem["image"]
             if image is not None:
                 folder = os.path.join(out, "images", split, pid)
                 make_folder(folder)
-                with replacing(os.path.join(folder, "image.png")) as file:
-                    file.write(image)
+                write_file(os.path.join(folder, "image.png"), image)
             problems[pid] = {**problem, "image": None if image is None else "image.png", "split": split}
     make_folder(out)
-    for name, content in (("pid_splits.json", ids), ("problems.json", problems)):
-        with replacing(os.path.join(out, name)) as file:
-            file.write(json.dumps(content).encode())
+    write_file(os.path.join(out, "pid_splits.json"), json.dumps(ids))
+    write_file(os.path.join(out, "problems.json"), json.dumps(problems))
 
 
-def download(to: str) -> None:
-    """Gets Hugging Face's parquet files (0.6 GB); goes on where it was stopped. UserError, one line."""
+def download(folder: str) -> None:
+    """Downloads Hugging Face's parquet files (0.6 GB), and continues an interrupted download."""
     import huggingface_hub
 
     try:
-        huggingface_hub.snapshot_download(HUB, repo_type="dataset", allow_patterns="data/*.parquet", local_dir=to)
-    except Exception as error:  # the library's errors and those of two HTTP libraries
+        huggingface_hub.snapshot_download(HUB, repo_type="dataset", allow_patterns="data/*.parquet", local_dir=folder)
+    except Exception as error:  # the library raises its own errors and those of two HTTP libraries
         why = " ".join(str(error).split())
-        raise UserError(f"{HUB} cannot be downloaded to {to} ({why:.200}); try again, or put its parquet files "
-                              "there yourself") from None
+        raise UserError(f"{HUB} cannot be downloaded to {folder} ({why:.200}); try again, or put its parquet files "
+                        "there yourself") from None
 
 
-def _read_format(prompt_format: str) -> tuple[str, str]:
+def _parse_format(prompt_format: str) -> tuple[str, str]:
     question, _, answer = prompt_format.partition("-")
     if question not in INPUTS or answer not in OUTPUTS:
         raise UserError(f"format {prompt_format!r}: it must be QUESTION-ANSWER, such as QCM-LEA, with one of "
-                         f"{', '.join(INPUTS)} and one of {', '.join(OUTPUTS)}")
+                        f"{', '.join(INPUTS)} and one of {', '.join(OUTPUTS)}")
     return question, answer
 
 
@@ -211,52 +205,41 @@ def _tidy(text: str, opening: str) -> str:
 
 
 def _read_json_files(data: str, split: str) -> dict[str, Problem]:
-    paths = [os.path.join(data, name) for name in ("problems.json", "pid_splits.json")]
-    problems, splits = map(read_json, paths)
-    for path, content in zip(paths, (problems, splits), strict=True):
-        if not fits(content, dict):
-            raise UserError(f"{path}: must hold an object, and is none of ScienceQA's files")
-    if split not in splits or not fits(splits[split], [str]):
-        raise UserError(f"{paths[1]}: there is no split {split!r}; there are {', '.join(splits)}")
-    missing = [pid for pid in splits[split] if pid not in problems]
-    if missing:
+    problems, splits = (
+        read_json(os.path.join(data, name), lambda x: isinstance(x, dict),
+                  "must hold an object, and is none of ScienceQA's files") for name in ("problems.json",
+                                                                                        "pid_splits.json"))
+    if split not in splits or not matches_schema(splits[split], [str]):
+        raise UserError(f"{os.path.join(data, 'pid_splits.json')}: there is no split {split!r}; there are "
+                        f"{', '.join(splits)}")
+    if missing := [pid for pid in splits[split] if pid not in problems]:
         raise UserError(f"{data}/problems.json: {len(missing):,} problems of the split {split} are not in it, the "
-                         f"first is {missing[0]!r}; it is of another version than pid_splits.json")
+                        f"first is {missing[0]!r}; it is of another version than pid_splits.json")
     return {pid: problems[pid] for pid in splits[split]}
 
 
 def _read_rows(data: str, split: str) -> dict[str, Problem]:
-    rows = ParquetRows(data if os.path.isfile(data) else f"{data}:{_HUB_NAMES.get(split, split)}")
-    problems = {}
-    for i in range(len(rows)):
-        row = rows[i]
-        image = row.get("image")
-        problems[f"{split}-{i}"] = {**row, "image": image["bytes"] if image else None}
-    return problems
+    rows = ParquetRows(data if os.path.isfile(data) else f"{data}:{HUB_SPLITS.get(split, split)}")
+    return {f"{split}-{i}": {**row, "image": row["image"]["bytes"] if row.get("image") else None}
+            for i, row in enumerate(rows[i] for i in range(len(rows)))}
+
+
+REQUIRED = {"question": str, "choices": list, "answer": int, "hint": str, "lecture": str, "solution": str,
+            "image": str | bytes | None}
+OPTIONAL = {"split": str | None, "subject": str | None}
 
 
 def _check(problem: Any, where: str) -> None:
-    """UserError, one line, for a problem that lacks what every use of it needs."""
+    """Raises UserError for a problem without the fields that every use of it needs."""
     if not isinstance(problem, Mapping):
         raise UserError(f"{where}: must be an object")
-    wanted: dict[str, Callable[[Any], bool]] = {
-        "question": lambda x: isinstance(x, str),
-        "choices": lambda x: isinstance(x, list) and 0 < len(x) <= len(LETTERS),
-        "answer": lambda x: isinstance(x, int) and 0 <= x < len(problem["choices"]),
-        "hint": lambda x: isinstance(x, str),
-        "lecture": lambda x: isinstance(x, str),
-        "solution": lambda x: isinstance(x, str),
-        "image": lambda x: x is None or isinstance(x, str | bytes),
-        "split": lambda x: x is None or isinstance(x, str),
-        "subject": lambda x: x is None or isinstance(x, str),
-    }
-    for key, good in wanted.items():
-        if key not in problem and key in ("split", "subject"):
-            continue
-        if key not in problem:
+    for key, schema in (REQUIRED | OPTIONAL).items():
+        if key not in problem and key in REQUIRED:
             raise UserError(f"{where}: has no {key!r}; it has {', '.join(map(str, problem))}")
-        if not good(problem[key]):
-            raise UserError(f"{where}: {key!r} is {problem[key]!r:.80}, which is not ScienceQA's form of it")
+        value = problem.get(key)
+        if not matches_schema(value, schema) or key == "choices" and not 0 < len(value) <= len(LETTERS) \
+                or key == "answer" and not 0 <= value < len(problem["choices"]):
+            raise UserError(f"{where}: {key!r} is {value!r:.80}, which is not ScienceQA's form of it")
 
 
 @dataclass(frozen=True)
@@ -283,7 +266,7 @@ class ScienceQAData:
 
     def run(self) -> int:
         for prompt_format in self.formats:
-            _read_format(prompt_format)
+            _parse_format(prompt_format)
         single = os.path.isfile(self.data)
         out = self.out or (os.path.dirname(self.data) if single else self.data)
         paths = {(split, name): os.path.join(out, self._name(split, name))
@@ -298,7 +281,7 @@ class ScienceQAData:
             self._refuse([os.path.join(out, "problems.json")])
             names = [os.path.basename(path) for path in find_parquet(source)]
             unpack(source, out, self.splits if single else [
-                split for split, start in _HUB_NAMES.items() if any(name.startswith(start) for name in names)])
+                split for split, start in HUB_SPLITS.items() if any(name.startswith(start) for name in names)])
             source = out
         make_folder(out)
         for split in self.splits:
@@ -309,7 +292,7 @@ class ScienceQAData:
             count = len(images) - images.count(None)
             print(f"{source}, {split}: {len(problems):,} problems, {count:,} with an image{lost}")
             for prompt_format in self.formats:
-                write_file(problems, paths[split, prompt_format], prompt_format, self.kind)
+                write_conversations(problems, paths[split, prompt_format], prompt_format, self.kind)
                 print(f"{paths[split, prompt_format]}: {len(problems):,} records")
         return 0
 

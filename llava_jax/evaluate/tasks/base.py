@@ -1,17 +1,19 @@
-"""What a benchmark is: questions from its files, and scores from answers.
+"""A task is a benchmark: it loads questions from the benchmark's files, and scores answers.
 
-A task knows nothing about models. `runner.generation` asks a model the questions, and a file of answers from elsewhere
-is scored in the same way.
+Tasks know nothing about models. `runner.generation` asks a model the questions of any task. A file of answers from
+elsewhere is scored in the same way.
 """
 
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from llava_jax.errors import UserError
+from llava_jax.files import make_folder, write_file
 
 TASKS = {
     "scenes": "llava_jax.evaluate.tasks.scenes:Scenes",
@@ -31,42 +33,45 @@ TASKS = {
     "llava-bench-coco": "llava_jax.evaluate.tasks.llava_bench:LlavaBenchCoco",
     "llava-bench-wild": "llava_jax.evaluate.tasks.llava_bench:LlavaBenchWild",
 }
-"""Name -> "module:class"; a module is imported when its benchmark is used."""
+"""Name of a task -> "module:class". A module is imported when its task is used."""
 
 LETTER_INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 PHRASE_INSTRUCTION = "\nAnswer the question using a single word or phrase."
-"""What LLaVA-1.5 appends to a question, as its training data do (Improved Baselines with Visual Instruction Tuning)."""
+"""Instructions that LLaVA-1.5 appends to questions, as its training data do."""
 
+MAX_EXAMPLES, MAX_QUOTED = 3, 60
+"""Number of answers that a note quotes, and number of characters of a quotation."""
 
-EXAMPLES, QUOTED = 3, 60  # answers that a note quotes, and characters of each
+MAX_PHRASE_WORDS = 10
 NOT_A_PHRASE = "are no word or short phrase, which is all that an exact match finds"
 EMPTY = "are empty, with nothing to judge"
-LONGEST_PHRASE = 10  # words
 _MARKUP = re.compile(r"\*\*|__|```|^[#(\[<\"']|[!?:]$")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question as the model gets it.
-
-    `text` has no mark for the image: images stand before it, as `<image>\\n`. No images: the model reads text alone.
-    """
+    """One question as the model gets it. The images come before the text, each with a line break after it."""
 
     id: str | int
     text: str
-    images: tuple[str | bytes, ...] = ()  # paths, or the bytes of image files
-    row: Mapping[str, Any] = field(default_factory=dict)  # the benchmark's own row
-    choices: tuple[str, ...] = ()  # possible answers, to choose among by likelihood
-    prompt: str | None = None  # what the answer's line says was asked, where that is not `text`
-    fields: Mapping[str, Any] = field(default_factory=dict)  # what the answer's line holds besides
-    assistant_prefix: str = ""  # text that the answer is forced to start with (`Request.assistant_prefix`)
+    images: tuple[str | bytes, ...] = ()  # paths, or contents of image files
+    row: Mapping[str, Any] = field(default_factory=dict)  # row of the benchmark's file
+    choices: tuple[str, ...] = ()  # possible answers, for choosing by likelihood
+    prompt: str | None = None  # prompt in the answer's line; None: the text
+    fields: Mapping[str, Any] = field(default_factory=dict)  # additional fields of the answer's line
+    assistant_prefix: str = ""  # text that the answer is forced to start with
     stop: tuple[str, ...] = ()  # texts that end the answer, in addition to the template's
-    max_new_tokens: int | None = None  # None: the benchmark's
+    max_new_tokens: int | None = None  # None: the task's
+
+    @property
+    def logged_prompt(self) -> str:
+        """Prompt in the answer's line."""
+        return self.text if self.prompt is None else self.prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of an answer file; `line` is all of it."""
+    """One line of an answer file. `line` has all its fields."""
 
     id: str | int
     text: str
@@ -76,18 +81,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """How one answer was scored: `score` 0..1, or None where nothing here can score it."""
+    """The score of one answer, from 0 to 1, or None if nothing here can score it."""
 
     id: str | int
     score: float | None
     reference: str = ""
-    parsed: str = ""  # what the scorer made of the answer
+    parsed: str = ""  # answer as the scorer read it
     category: str = ""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`figures`: name -> value, unrounded, in the order of the published table; `main` names the published figure."""
+    """Unrounded figures in the order of the published table. `main` is the name of the published one."""
 
     figures: Mapping[str, float]
     main: str
@@ -96,86 +101,111 @@ class Scores:
 
 
 class Task:
-    """A benchmark; subclasses override what they have.
+    """A benchmark. Subclasses override `load` and `score`, and the other methods if they need to.
 
-    A benchmark's options are the fields of its class, a frozen dataclass; each has a default.
+    The options of a benchmark are the fields of its class, a frozen dataclass. Each option has a default.
     """
 
     title: ClassVar[str]
-    required_files: ClassVar[str]  # the files of its folder, and where they come from
+    required_files: ClassVar[str]  # description of the files, and where they come from
     max_new_tokens: ClassVar[int] = 128
     uses_answer_order: ClassVar[bool] = False  # whether the score depends on the order of the answers
-    uses_prompts: ClassVar[bool] = False  # whether the score depends on the prompts of the answers' lines
-    required_packages: ClassVar[tuple[str, ...]] = ()  # packages that `write_submission` imports
+    uses_prompts: ClassVar[bool] = False  # whether the score depends on the prompts in the answers' lines
+    required_packages: ClassVar[tuple[str, ...]] = ()  # packages that `submission` imports
 
     def load(self, data: str) -> list[Question]:
-        """The questions of the folder (or file) `data`, in the order of its files.
+        """Returns the questions of the folder (or file) `data`, in the order of its files.
 
-        Raises UserError, one line each, for a file or image that is missing, and for files of
-        another version or benchmark.
+        Raises UserError for a missing file, or for files of another version or benchmark.
         """
         raise NotImplementedError
 
     def resolve_image_root(self, data: str) -> str:
-        """The folder of the images; a page shows none from outside of it."""
+        """Returns the folder of the images. A page shows no image from outside of it."""
         return data if os.path.isdir(data) else os.path.dirname(data)
 
     def question_path(self, data: str) -> str:
-        """The file of the questions, as messages name it."""
+        """Returns the file of the questions, for messages."""
         return data
 
     def check_ground_truth(self, data: str, questions: Sequence[Question]) -> None:
-        """Raises UserError for a file that the score or upload of `questions` needs and `read` has not opened, so that
-        it is told before hours of answers.
-        """
+        """Raises UserError if a file is invalid that scoring needs and `load` does not open."""
 
     def follow_up(self, question: Question, texts: Sequence[str]) -> Question | str:
-        """What comes after the model has said `texts`, one for each time it was asked, of this `question`.
+        """Returns the next question after the model's answers `texts`, or the final text of the answer.
 
-        That is a Question with which it is asked again, under the same id; or, at the end, the text of its answer.
+        A task with several rounds returns a Question with the same id until it has its answer.
         """
         return texts[-1]
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """Scores `answers`, which stand in the order of the answer file.
+        """Scores answers in the order of their file.
 
-        There is one for each question, unless the user asked to score a part: then a missing one counts as the
-        original's scorer counts it.
+        There is one answer per question. With --partial answers may be missing: they count as in the original scorer.
         """
         raise NotImplementedError
 
+    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, bytes]:
+        """Returns the files that the benchmark's server accepts: path in the results folder -> content."""
+        return {}
+
     def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
                          folder: str) -> list[str]:
-        """Writes what the benchmark's server takes into `folder`; returns the paths."""
-        return []
-
-
-def unparsed_notes(unread: Sequence[Answer], total: int, how: str) -> list[str]:
-    """A note on the answers from which the rules of scoring read nothing, with a few of them. `how` says what they lack
-    and how they count. Nothing if there are none.
-    """
-    if not unread:
-        return []
-    named = "; ".join(f"question {answer.id!r}: {quote(answer.text)}" for answer in unread[:EXAMPLES])
-    return [f"{len(unread):,} of {total:,} answers {how} ({named})"]
-
-
-def quote(text: str) -> str:
-    """The start of a text in quotation marks, safe to print."""
-    return repr(text if len(text) <= QUOTED else text[: QUOTED - 3] + "...")
-
-
-def is_short_phrase(text: str, form: str) -> bool:
-    """Whether an answer is a word or a short phrase, the only kind that an exact match finds: one line of a few words
-    with a Latin letter or digit, and no markup in `form`, the answer as it is compared.
-    """
-    return bool(re.search("[a-z0-9]", form)) and "\n" not in text.strip() and len(form.split()) <= LONGEST_PHRASE \
-        and not _MARKUP.search(form)
+        """Writes the files of `submission` to a folder, and returns their paths."""
+        paths = []
+        for name, content in self.submission(data, questions, answers).items():
+            paths.append(os.path.join(folder, name))
+            make_folder(os.path.dirname(paths[-1]))
+            write_file(paths[-1], content)
+        return paths
 
 
 def get_task(name: str) -> type[Task]:
-    """The class of a benchmark; UserError that lists them all if there is none of that name."""
+    """Returns the class of a task. Raises UserError with all names for an unknown one."""
     if name not in TASKS:
         raise UserError(f"there is no benchmark {name!r}; there are {', '.join(TASKS)}")
     module, kind = TASKS[name].split(":")
     return getattr(importlib.import_module(module), kind)
+
+
+def index_questions(questions: Sequence[Question], answers: Sequence[Answer], title: str = "") -> dict[Any, Question]:
+    """Returns the questions by id. Raises UserError for an answer to another question."""
+    by_id = {question.id: question for question in questions}
+    for answer in answers:
+        if answer.id not in by_id:
+            raise UserError(f"{title}there is no question {answer.id!r}; these are answers to other questions")
+    return by_id
+
+
+def group_scores(scores: Iterable[tuple[Any, Iterable[str]]]) -> dict[str, list]:
+    """Groups scores by name, in the order of first appearance. `scores` has each score with the names of its groups."""
+    groups = defaultdict(list)
+    for score, names in scores:
+        for name in names:
+            groups[name].append(score)
+    return groups
+
+
+def unparsed_notes(unparsed: Sequence[Answer], total: int, how: str) -> list[str]:
+    """Returns a note that counts and quotes the answers that the scorer could not read, or nothing without any.
+
+    `how` completes the sentence "3 of 100 answers ...".
+    """
+    if not unparsed:
+        return []
+    quoted = "; ".join(f"question {answer.id!r}: {quote(answer.text)}" for answer in unparsed[:MAX_EXAMPLES])
+    return [f"{len(unparsed):,} of {total:,} answers {how} ({quoted})"]
+
+
+def quote(text: str) -> str:
+    """Returns the start of a text in quotation marks, safe to print."""
+    return repr(text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "...")
+
+
+def is_short_phrase(text: str, normalized: str) -> bool:
+    """Whether an answer is a word or a short phrase, which is all that an exact match finds.
+
+    That is one line of a few words with a Latin letter or digit, and no markup in `normalized`, the compared form.
+    """
+    return bool(re.search("[a-z0-9]", normalized)) and "\n" not in text.strip() \
+        and len(normalized.split()) <= MAX_PHRASE_WORDS and not _MARKUP.search(normalized)

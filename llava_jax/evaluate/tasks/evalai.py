@@ -1,7 +1,7 @@
-"""Answers of a few words as the VQA challenge compares them: numbers, articles, punctuation, contractions.
+"""The VQA challenge normalizes short answers before it compares them: numbers, articles, punctuation, contractions.
 
-The rules are those of the challenge's Python tools and of the processor that Pythia and LLaVA have from them, with
-what is odd about them: an answer is compared by what comes out here, so what looks like a mistake is part of it.
+The rules are those of the challenge's Python tools and of the answer processor in Pythia and LLaVA. What looks like a
+mistake here is part of the rules.
 """
 
 import re
@@ -12,7 +12,7 @@ NUMBERS = dict(none="0", zero="0", one="1", two="2", three="3", four="4", five="
                nine="9", ten="10")
 ARTICLES = ("a", "an", "the")
 
-# The challenge's table but for its four words with a capital I, which no lower-cased word equals.
+# The challenge's table without its four words with a capital I, which no word in lower case equals.
 CONTRACTIONS = dict(pair.split(":") for pair in """
 aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
 didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't havent:haven't
@@ -35,44 +35,45 @@ y'all'dve:y'all'd've youd:you'd youd've:you'd've you'dve:you'd've youll:you'll y
 
 _digit_comma = re.compile(r"\d,\d")
 _period = re.compile(r"\.(?!\d)")
-PERIODS = 32  # the original hands the flag re.UNICODE, which is 32, to `sub` as the number of replacements
+MAX_PERIODS = 32
+"""Number of removed periods: the original passes the flag re.UNICODE, which is 32, to `sub` as the count."""
 
 
 def process(answer: str) -> str:
-    """The form in which LLaVA compares answers (TextVQA) and uploads them (VQAv2, VizWiz)."""
-    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return words(punctuation(blanks(text)))
+    """Returns the form in which LLaVA compares answers (TextVQA) and uploads them (VQAv2, VizWiz)."""
+    return challenge_form(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
 def challenge_form(answer: str) -> str:
-    """The form that the VQA challenge's own tool gives an uploaded answer."""
-    return words(punctuation(blanks(answer)))
-
-
-def blanks(text: str) -> str:
-    """Without line ends, tabs and outer blanks."""
-    return text.replace("\n", " ").replace("\t", " ").strip()
+    """Returns the form that the VQA challenge's own tool gives an uploaded answer."""
+    return words(punctuation(answer.replace("\n", " ").replace("\t", " ").strip()))
 
 
 def punctuation(text: str) -> str:
-    """Every mark becomes a blank; or nothing, where it stands beside a blank anywhere in `text`, or where `text` has
-    a comma between digits. Of the periods that no digit follows, the first 32 go."""
+    """Replaces every mark by a blank, and removes the first 32 periods that no digit follows.
+
+    A mark is removed instead if it occurs beside a blank anywhere in the text, or if the text has a comma between
+    digits.
+    """
     joined = _digit_comma.search(text) is not None
     out = text
     for mark in MARKS:
         beside_blank = mark + " " in text or " " + mark in text
         out = out.replace(mark, "" if joined or beside_blank else " ")
-    return _period.sub("", out, count=PERIODS)
+    return _period.sub("", out, count=MAX_PERIODS)
 
 
 def words(text: str) -> str:
-    """Lower case, numbers up to ten as digits, no articles, contractions with their apostrophes."""
+    """Returns the text in lower case, with digits for numbers up to ten, apostrophes, and no articles."""
     numbered = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in numbered if word not in ARTICLES)
 
 
 def soft_accuracy(answer: str, references: Sequence[str]) -> float:
-    """0..1: for each reference left out in turn, a third for each other one that equals the answer, at most 1; the
-    mean of these (VQA, Antol et al. 2015)."""
+    """Returns the VQA score from 0 to 1 (Antol et al. 2015).
+
+    With each reference left out in turn, every other reference that equals the answer gives a third, at most 1 in all.
+    The score is the mean of these values.
+    """
     same = sum(reference == answer for reference in references)
     return sum(min(1, (same - (reference == answer)) / 3) for reference in references) / len(references)

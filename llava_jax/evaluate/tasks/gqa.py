@@ -1,7 +1,6 @@
-"""GQA: compositional questions about pictures, made from scene graphs (Hudson and Manning 2019)."""
+"""GQA: compositional questions about images, made from scene graphs (Hudson and Manning 2019)."""
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +13,21 @@ from llava_jax.evaluate.tasks.base import (
     Question,
     ScoredAnswer,
     Scores,
+    group_scores,
     is_short_phrase,
     unparsed_notes,
 )
-from llava_jax.evaluate.tasks.question_file import QuestionFileTask, find, fits, read_json
-from llava_jax.files import replacing
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, find_file, read_json
+from llava_jax.files import matches_schema
 
 TRUTH = "testdev_balanced_questions.json"
 CHOICES = "testdev_balanced_choices.json"
-NO_STEPS = ("exist", "query: name", "choose name")  # operations that the official tool does not count as reasoning
-COMMON = ("color", "material", "shape")
+NOT_REASONING = ("exist", "query: name", "choose name")  # operations that the official tool does not count as steps
+COMMON_ANSWERS = ("color", "material", "shape")
 QUESTION = {"question": str, "answer": str, "isBalanced": bool, "groups": {"global": str | None},
             "types": {"structural": str, "semantic": str, "detailed": str},
             "semantic": [{"operation": str, "argument": str | None}]}
-"""What is read of a row of GQA's own file."""
+"""Schema of a row of GQA's own file."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Gqa(QuestionFileTask):
     num_published = 12_578
 
     def load(self, data: str) -> list[Question]:
-        """UserError as well for a question that GQA's own file, where there is one, does not have."""
+        """Returns the questions. Raises UserError for a question that GQA's own file, if it is there, lacks."""
         questions, truth = super().load(data), self._truth(data)
         for question in questions if truth else ():
             if question.id not in truth:
@@ -52,112 +52,98 @@ class Gqa(QuestionFileTask):
         self._choices(data)
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """What the official tool prints, in percent; `distribution` is its chi-square statistic, lower is better.
+        """Returns what the official tool prints for the balanced questions of GQA's own file, in percent.
 
-        Over the balanced questions of GQA's own file. Validity and plausibility need its choices; consistency and
-        grounding, for which more than answers to these questions is needed, are left out.
+        `distribution` is its chi-square statistic, lower is better. Validity and plausibility need the file of
+        choices. Consistency and grounding are left out, because they need more than answers to these questions.
         """
-        truth, notes = self._truth(data), self.size_notes(questions)
-        said = {answer.id: prediction(answer.text) for answer in answers}  # of doubled ones the last
-        unread = [answer for answer in answers if not is_short_phrase(answer.text, prediction(answer.text))]
-        notes += unparsed_notes(unread, len(answers), f"{NOT_A_PHRASE}, and are wrong")
+        truth, choices, notes = self._truth(data), self._choices(data), self.size_notes(questions)
+        parsed = {answer.id: parse_answer(answer.text) for answer in answers}  # the last of several counts
+        unparsed = [answer for answer in answers if not is_short_phrase(answer.text, parse_answer(answer.text))]
+        notes += unparsed_notes(unparsed, len(answers), f"{NOT_A_PHRASE}, and are wrong")
         if truth is None:
             notes.append(f"no score without {TRUTH}")
-            return Scores({}, "", [ScoredAnswer(answer.id, None, parsed=said[answer.id]) for answer in answers], notes)
-        balanced = {id: row for id, row in truth.items() if row["isBalanced"]}
-        missing = sum(id not in said for id in balanced)
-        if missing:
+            items = [ScoredAnswer(answer.id, None, parsed=parsed[answer.id]) for answer in answers]
+            return Scores({}, "", items, notes)
+        rows = {id: row for id, row in truth.items() if row["isBalanced"]}
+        if missing := sum(id not in parsed for id in rows):
             notes.append(f"{missing:,} of GQA's questions have no answer and are wrong; the official tool ends with an "
                          "error")
-        choices = self._choices(data)
-        groups: dict[str, dict[Any, list[bool]]] = {kind: defaultdict(list) for kind in ("", *_DETAILS)}
-        for id, row in balanced.items():
-            right = said.get(id) == row["answer"]
-            groups[""]["binary" if row["types"]["structural"] != "query" else "open"].append(right)
-            groups[""]["accuracy"].append(right)
-            for kind, detail in _DETAILS.items():
-                groups[kind][detail(row)].append(right)
-            if choices:
-                if id not in choices:
-                    raise UserError(f"{CHOICES} has no question {id!r}; the files are of different versions")
-                allowed = {name: choices[id][name] for name in ("valid", "plausible")}
-                if "Common" in row["types"]["detailed"]:
-                    allowed = dict.fromkeys(allowed, COMMON)
-                groups[""]["validity"].append(said.get(id) in allowed["valid"])
-                groups[""]["plausibility"].append(said.get(id) in allowed["plausible"])
-        names = ("accuracy", "binary", "open", "validity", "plausibility")
-        figures = {name: _percent(groups[""][name]) for name in names if name in groups[""]}
-        distance = chi_square(balanced, said)
+        if choices and (lost := [id for id in rows if id not in choices]):
+            raise UserError(f"{CHOICES} has no question {lost[0]!r}; the files are of different versions")
+        right = {id: parsed.get(id) == row["answer"] for id, row in rows.items()}
+        structure = {id: row["types"]["structural"] for id, row in rows.items()}
+        groups = group_scores((right[id], ["accuracy", "open" if structure[id] == "query" else "binary"])
+                              for id in rows)
+        groups = {name: groups[name] for name in ("accuracy", "binary", "open") if name in groups}
+        for name, key in (("validity", "valid"), ("plausibility", "plausible")) if choices else ():
+            groups[name] = [parsed.get(id) in (COMMON_ANSWERS if "Common" in row["types"]["detailed"]
+                                               else choices[id][key]) for id, row in rows.items()]
+        figures = {name: _percent(values) for name, values in groups.items()}
+        distance = chi_square(rows, parsed)
         if distance is not None:
             figures["distribution"] = distance / 100
-        for kind in _DETAILS:
-            figures |= {f"{kind}: {name}": _percent(groups[kind][name]) for name in sorted(groups[kind])}
-        items = [ScoredAnswer(answer.id, float(said[answer.id] == row["answer"]), row["answer"], said[answer.id],
-                      row["types"]["structural"]) for answer in answers if (row := balanced.get(answer.id))]
+        for kind, detail in DETAILS.items():
+            by_detail = group_scores((right[id], [detail(row)]) for id, row in rows.items())
+            figures |= {f"{kind}: {name}": _percent(by_detail[name]) for name in sorted(by_detail)}
+        items = [ScoredAnswer(answer.id, float(parsed[answer.id] == rows[answer.id]["answer"]),
+                              rows[answer.id]["answer"], parsed[answer.id], structure[answer.id])
+                 for answer in answers if answer.id in rows]
         return Scores(figures, "accuracy", items, notes)
 
-    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
-                         folder: str) -> list[str]:
-        """[{questionId, prediction}], which the official tool and the server take."""
-        path = os.path.join(folder, "testdev_balanced_predictions.json")
-        rows = [{"questionId": answer.id, "prediction": prediction(answer.text)} for answer in answers]
-        with replacing(path) as file:
-            file.write(json.dumps(rows).encode())
-        return [path]
+    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, bytes]:
+        """Returns [{questionId, prediction}], which the official tool and the server accept."""
+        rows = [{"questionId": answer.id, "prediction": parse_answer(answer.text)} for answer in answers]
+        return {"testdev_balanced_predictions.json": json.dumps(rows).encode()}
 
     def _truth(self, data: str) -> Mapping[str, Any] | None:
-        path = find(data, TRUTH, f"data/{TRUTH}", f"data/questions/{TRUTH}", f"questions/{TRUTH}")
-        if path is None:
-            return None
-        rows = read_json(path)
-        if not rows or not fits(rows, dict) or not all(fits(row, QUESTION) for row in rows.values()):
-            raise UserError(f"{path}: not GQA's questions: {{id: {{question, answer, isBalanced, types, groups, "
-                             "semantic}}")
-        return rows
+        path = find_file(data, TRUTH, f"data/{TRUTH}", f"data/questions/{TRUTH}", f"questions/{TRUTH}")
+        return read_json(
+            path, lambda x: x and isinstance(x, dict) and matches_schema([*x.values()], [QUESTION]),
+            "not GQA's questions: {id: {question, answer, isBalanced, types, groups, semantic}}") if path else None
 
     def _choices(self, data: str) -> Mapping[str, Any] | None:
-        path = find(data, CHOICES, f"data/{CHOICES}")
-        rows = read_json(path) if path else None
-        if path and not (fits(rows, dict) and all(fits(row, {"valid": [str], "plausible": [str]})
-                                                  for row in rows.values())):
-            raise UserError(f"{path}: not GQA's choices: {{id: {{valid: [...], plausible: [...]}}}}")
-        return rows
+        path, schema = find_file(data, CHOICES, f"data/{CHOICES}"), {"valid": [str], "plausible": [str]}
+        return read_json(path, lambda x: isinstance(x, dict) and matches_schema([*x.values()], [schema]),
+                         "not GQA's choices: {id: {valid: [...], plausible: [...]}}") if path else None
 
 
-def prediction(text: str) -> str:
-    """Without final periods, in lower case."""
+def parse_answer(text: str) -> str:
+    """Returns an answer in lower case, without final full stops."""
     return text.rstrip(".").lower()
 
 
-def steps(row: Mapping[str, Any]) -> int:
-    """Steps of reasoning."""
-    named = [f"{step['operation']}: {step['argument']}" for step in row["semantic"]]
-    return sum(not any(part in name for part in NO_STEPS) for name in named)
+def count_steps(row: Mapping[str, Any]) -> int:
+    """Returns the number of reasoning steps of a question."""
+    steps = [f"{step['operation']}: {step['argument']}" for step in row["semantic"]]
+    return sum(not any(part in step for part in NOT_REASONING) for step in steps)
 
 
-def chi_square(truth: Mapping[str, Mapping[str, Any]], said: Mapping[str, str]) -> float | None:
-    """How far the distribution of what was said is from that of the answers: the chi-square statistic over the
-    answers of each group of questions, its mean by the groups' sizes. None if no question has a group."""
+def chi_square(truth: Mapping[str, Mapping[str, Any]], parsed: Mapping[str, str]) -> float | None:
+    """Returns the chi-square statistic between the given and the right answers, or None without groups of questions.
+
+    It is the mean over the groups, weighted by their sizes.
+    """
     gold: dict[str, Counter] = defaultdict(Counter)
     predicted: dict[str, Counter] = defaultdict(Counter)
     for id, row in truth.items():
         group = row["groups"]["global"]
         if group is not None:
             gold[group][row["answer"]] += 1
-            predicted[group][said.get(id)] += 1
+            predicted[group][parsed.get(id)] += 1
     total = sum(counts.total() for counts in gold.values())
     weighted = (counts.total() * sum((predicted[group][answer] - n) ** 2 / n for answer, n in counts.items())
                 for group, counts in gold.items())
     return sum(weighted) / total if total else None
 
 
-_DETAILS = {
+DETAILS = {
     "structural type": lambda row: row["types"]["structural"],
     "semantic type": lambda row: row["types"]["semantic"],
-    "steps": steps,
+    "steps": count_steps,
     "words": lambda row: len(row["question"].split()),
 }
 
 
-def _percent(rights: Sequence[bool]) -> float:
-    return sum(rights) / len(rights) * 100
+def _percent(values: Sequence[bool]) -> float:
+    return sum(values) / len(values) * 100

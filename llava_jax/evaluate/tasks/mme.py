@@ -1,4 +1,4 @@
-"""MME: two yes-or-no questions about a picture, one of either answer, in 14 categories (Fu et al. 2023)."""
+"""MME: two yes-or-no questions about an image, one with either answer, in 14 categories (Fu et al. 2023)."""
 
 import io
 import os
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION, Answer, Question, ScoredAnswer, Scores, unparsed_notes
-from llava_jax.evaluate.tasks.question_file import QuestionFileTask, make_folder, need
-from llava_jax.files import read_text, replacing
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, require_file
+from llava_jax.files import read_text
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-TASK = "Please answer yes or no."  # what MME's own questions end with
+INSTRUCTION = "Please answer yes or no."
+"""Last sentence of MME's own questions."""
 
 Truth = Mapping[tuple[str, str, str], str]
 """(category, file, question) -> "Yes" or "No"."""
@@ -33,44 +34,44 @@ class Mme(QuestionFileTask):
     uses_answer_order = uses_prompts = True
 
     def load(self, data: str) -> list[Question]:
-        """UserError as well for a question that MME's own files do not have."""
+        """Returns the questions. Raises UserError for a question that MME's own files lack."""
         questions = super().load(data)
         truth = self._truth(data, questions)
         for question in questions:
-            lookup(truth, str(question.id), question.text)
+            find_question(truth, str(question.id), question.text)
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """As the official tool: an answer is "other", and wrong, if its first four characters have no yes or no; two
-        answers of a category that follow each other are a pair.
+        """Returns the figures of the official tool.
 
-        A category is worth 200. Figures: perception and cognition, then the categories' scores, then for each
-        category accuracy and accuracy+ (percent) and how many answers are "other".
+        An answer is "other", and wrong, if its first four characters have no yes or no. Two consecutive answers of a
+        category are a pair. A category is worth 200. The figures are perception and cognition, then the categories'
+        scores, then for each category accuracy and accuracy+ in percent and the number of "other" answers.
         """
         truth = self._truth(data, questions)
         lines, items = defaultdict(list), []
         for answer in answers:
-            category, _, _, label = lookup(truth, str(answer.id), answer.prompt)
+            category, _, _, label = find_question(truth, str(answer.id), answer.prompt)
             word = parse_yes_no(answer.text)
             lines[category].append((word, word == label.lower()))
             items.append(ScoredAnswer(answer.id, float(word == label.lower()), label, word, category))
         notes, sums, scores, parts = self.size_notes(questions), {}, {}, {}
         for name, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
-            there = [category for category in categories if category in lines]
-            if len(there) < len(categories):
+            answered = [category for category in categories if category in lines]
+            if len(answered) < len(categories):
                 notes.append(f"{name} without {', '.join(c for c in categories if c not in lines)}")
-            for category in there:
-                scores[category], rates = _category(lines[category])
+            for category in answered:
+                scores[category], rates = _score_category(lines[category])
                 parts |= {f"{category} {rate}": value for rate, value in rates.items()}
                 if len(lines[category]) % 2:
                     notes.append(f"{category}: an odd number of answers; the official tool ends with an error")
-            if there:
-                sums[name] = sum(scores[category] for category in there)
+            if answered:
+                sums[name] = sum(scores[category] for category in answered)
         if not sums:
             raise UserError("MME: there are no answers of its categories to score")
-        unread = [answer for answer in answers if parse_yes_no(answer.text) == "other"]
-        notes += unparsed_notes(unread, len(answers), "have neither yes nor no in their first four characters, and "
-                              "are wrong")
+        unparsed = [answer for answer in answers if parse_yes_no(answer.text) == "other"]
+        notes += unparsed_notes(unparsed, len(answers), "have neither yes nor no in their first four characters, and "
+                                "are wrong")
         unknown = sorted(set(lines) - {*PERCEPTION, *COGNITION})
         if unknown:
             notes.append(f"not counted: {', '.join(unknown)}")
@@ -78,26 +79,20 @@ class Mme(QuestionFileTask):
         if [(answer.id, answer.prompt) for answer in answers] != order:
             notes.append("the answers are in another order than the questions, or some are missing; pairs are made by "
                          "their order, as in the official tool")
-        return Scores({**sums, **scores, **parts}, "perception" if "perception" in sums else "cognition", items, notes)
+        return Scores({**sums, **scores, **parts}, next(iter(sums)), items, notes)
 
-    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
-                         folder: str) -> list[str]:
-        """What the official tool reads: for each category lines of picture, question, truth and answer."""
-        truth, lines = self._truth(data, questions), defaultdict(list)
+    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, bytes]:
+        """Returns the input of the official tool: for each category lines of image, question, truth and answer."""
+        truth, lines = self._truth(data, questions), defaultdict(str)
         for answer in answers:
-            category, *row = lookup(truth, str(answer.id), answer.prompt)
-            text = re.sub("[\t\r\n]", " ", answer.text)  # they would be tabs and line ends of the file to the tool
-            lines[category].append("\t".join([*row, text]) + "\n")
-        make_folder(os.path.join(folder, "mme"))
-        paths = []
-        for category, rows in lines.items():
-            paths.append(os.path.join(folder, "mme", f"{category}.txt"))
-            with replacing(paths[-1]) as file:
-                file.write("".join(rows).encode(errors="replace"))  # an answer may have half a surrogate pair
-        return paths
+            category, *row = find_question(truth, str(answer.id), answer.prompt)
+            text = re.sub("[\t\r\n]", " ", answer.text)  # because the tool splits at tabs and line breaks
+            lines[category] += "\t".join([*row, text]) + "\n"
+        # An answer may have half a surrogate pair, which UTF-8 cannot hold.
+        return {f"mme/{category}.txt": text.encode(errors="replace") for category, text in lines.items()}
 
     def _truth(self, data: str, questions: Sequence[Question]) -> Truth:
-        root = self.image_root or need(data, self.image_folder)
+        root = self.image_root or require_file(data, self.image_folder)
         truth = {}
         for category in sorted({str(question.id).split("/")[0] for question in questions}):
             folder = os.path.join(root, category)
@@ -115,34 +110,35 @@ class Mme(QuestionFileTask):
 
 
 def parse_yes_no(text: str) -> str:
-    """ "yes" or "no", whichever stands in the first four characters, in any case; else "other"."""
+    """Returns "yes" or "no" if the first four characters have it, in any case, else "other"."""
     start = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), "other")
 
 
-def lookup(truth: Truth, id: str, prompt: str) -> tuple[str, str, str, str]:
-    """Category, file, question and label of an answer's id and prompt. UserError if MME has no such question.
+def find_question(truth: Truth, id: str, prompt: str) -> tuple[str, str, str, str]:
+    """Returns category, file, question and label of a prompt. Raises UserError if MME has no such question.
 
-    In place of LLaVA's instruction comes MME's, after one blank or, as some of its files have it, two.
+    MME's instruction replaces LLaVA's, after one blank or, as in some of MME's files, two.
     """
     parts = id.split("/")
     category, name = parts[0], parts[-1].split(".")[0] + ".txt"
-    question = prompt.replace(PHRASE_INSTRUCTION[1:], "").strip() if PHRASE_INSTRUCTION[1:] in prompt else prompt
-    if TASK not in question:
-        question += f" {TASK}"
+    llava_instruction = PHRASE_INSTRUCTION[1:]
+    question = prompt.replace(llava_instruction, "").strip() if llava_instruction in prompt else prompt
+    if INSTRUCTION not in question:
+        question += f" {INSTRUCTION}"
         if (category, name, question) not in truth:
-            question = question.replace(f" {TASK}", f"  {TASK}")
+            question = question.replace(f" {INSTRUCTION}", f"  {INSTRUCTION}")
     if (category, name, question) not in truth:
         raise UserError(f"MME: {category}/{name} has no question {question!r}; the files are of different versions")
     return category, name, question, truth[category, name, question]
 
 
-def _category(lines: Sequence[tuple[str, bool]]) -> tuple[float, dict[str, float]]:
+def _score_category(lines: Sequence[tuple[str, bool]]) -> tuple[float, dict[str, float]]:
     pairs = [lines[n : n + 2] for n in range(0, len(lines), 2)]
-    right = sum(right for _, right in lines) / len(lines)
+    accuracy = sum(right for _, right in lines) / len(lines)
     both = sum(len(pair) == 2 and all(right for _, right in pair) for pair in pairs) / len(pairs)
     others = sum(word == "other" for word, _ in lines)
-    return 100 * right + 100 * both, {"accuracy": 100 * right, "accuracy+": 100 * both, "other": others}
+    return 100 * accuracy + 100 * both, {"accuracy": 100 * accuracy, "accuracy+": 100 * both, "other": others}
 
 
 def _read_pairs(path: str) -> list[tuple[str, str]]:

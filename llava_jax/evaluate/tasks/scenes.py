@@ -1,16 +1,16 @@
-"""The miniature's questions about its own scenes: their answer is a word."""
+"""The miniature's questions about its own scenes, with answers of one word."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import (
     NOT_A_PHRASE,
     Answer,
     Question,
     ScoredAnswer,
     Scores,
+    group_scores,
+    index_questions,
     is_short_phrase,
     unparsed_notes,
 )
@@ -24,35 +24,24 @@ class Scenes(QuestionFileTask):
     title = "Scenes of coloured shapes (the miniature)"
     required_files = "questions.jsonl and its pictures; the miniature's training leaves them in runs/mini/data"
     question_file = "questions.jsonl"
-    image_folder = ""  # the questions name the folders
-    max_new_tokens = 8  # an answer that is longer is wrong in any case
-
-    def load(self, data: str) -> list[Question]:
-        questions = super().load(data)
-        for question in questions:
-            if not all(isinstance(question.row.get(key), str) for key in ("answer", "kind")):
-                raise UserError(f"{self.question_path(data)}: question {question.id} has no answer or kind")
-        return questions
+    row_fields = {"answer": str, "kind": str}
+    max_new_tokens = 8  # because a longer answer is wrong in any case
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """Percent of right answers, `overall` and by kind; one that is missing is wrong, of doubled ones the last
-        counts."""
-        rows, right, items = {question.id: question.row for question in questions}, {}, []
-        for answer in answers:
-            if answer.id not in rows:
-                raise UserError(f"there is no question {answer.id!r}; these are answers to other questions")
-            row, read = rows[answer.id], normal(answer.text)
-            right[answer.id] = read == normal(row["answer"])
-            items.append(ScoredAnswer(answer.id, float(right[answer.id]), row["answer"], read, row["kind"]))
-        kinds = defaultdict(list)
-        for id, row in rows.items():
-            for kind in ("overall", row["kind"]):
-                kinds[kind].append(right.get(id, False))
-        unread = [answer for answer in answers if not is_short_phrase(answer.text, normal(answer.text))]
-        notes = unparsed_notes(unread, len(answers), f"{NOT_A_PHRASE}, and are wrong")
-        return Scores({kind: 100 * sum(found) / len(found) for kind, found in kinds.items()}, "overall", items, notes)
+        """Returns the percentage of right answers, `overall` and by kind. Missing answers are wrong."""
+        by_id, right, items = index_questions(questions, answers), {}, []
+        for answer in answers:  # the last of several to one question counts
+            row, parsed = by_id[answer.id].row, normalize(answer.text)
+            right[answer.id] = parsed == normalize(row["answer"])
+            items.append(ScoredAnswer(answer.id, float(right[answer.id]), row["answer"], parsed, row["kind"]))
+        groups = group_scores((right.get(id, False), ("overall", question.row["kind"]))
+                              for id, question in by_id.items())
+        unparsed = [answer for answer in answers if not is_short_phrase(answer.text, normalize(answer.text))]
+        notes = unparsed_notes(unparsed, len(answers), f"{NOT_A_PHRASE}, and are wrong")
+        return Scores({kind: 100 * sum(scores) / len(scores) for kind, scores in groups.items()}, "overall", items,
+                      notes)
 
 
-def normal(answer: str) -> str:
-    """An answer without capitals, outer blanks and final full stop."""
+def normalize(answer: str) -> str:
+    """Returns an answer in lower case, without outer blanks and final full stops."""
     return answer.strip().rstrip(".").lower()

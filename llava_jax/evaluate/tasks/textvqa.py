@@ -1,4 +1,4 @@
-"""TextVQA: questions whose answer is written in the picture; the published ones come with what an OCR read."""
+"""TextVQA: questions whose answer is written in the image. The published prompts contain what an OCR read."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,16 @@ from llava_jax.evaluate.tasks.base import (
     is_short_phrase,
     unparsed_notes,
 )
-from llava_jax.evaluate.tasks.question_file import QuestionFileTask, find_question_file, fits, need, read_json
+from llava_jax.evaluate.tasks.question_file import QuestionFileTask, read_json, require_file
+from llava_jax.files import matches_schema
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
-REFERENCES = 10  # human answers to a question
+SCHEMA = {"data": [{"image_id": int | str, "question": str, "answers": [str]}]}
+NUM_REFERENCES = 10
+"""Number of human answers to a question."""
 
-Annotations = Mapping[tuple[Any, str], Mapping[str, Any]]
+References = Mapping[tuple[Any, str], Sequence[str]]
+"""(image, question in lower case) -> human answers."""
 
 
 @dataclass(frozen=True)
@@ -36,52 +40,44 @@ class TextVqa(QuestionFileTask):
     uses_prompts = True
 
     def load(self, data: str) -> list[Question]:
-        """UserError as well for a question that the annotations do not have."""
-        questions, annotations = super().load(data), self._annotations(data)
+        """Returns the questions. Raises UserError for a question that the annotations lack."""
+        questions, references = super().load(data), self._references(data)
         for question in questions:
-            try:
-                _annotation(annotations, question.id, question.text)
-            except UserError as error:
-                path = find_question_file(data, self.question_file)
-                raise UserError(f"{path}, question {question.id!r}: {error}") from None
+            _find(references, question.id, question.text, f"{self.question_path(data)}, question {question.id!r}")
         return questions
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """The mean over the answers that there are, each matched by image and question as its line gives them."""
-        annotations, items = self._annotations(data), []
+        """Returns the mean over the answers. An answer's references follow from its image and its line's prompt."""
+        references_of, items = self._references(data), []
         for answer in answers:
-            try:
-                references = _annotation(annotations, answer.id, answer.prompt)["answers"]
-            except UserError as error:
-                raise UserError(f"{data}: the answer to question {answer.id!r}: {error}") from None
-            read = evalai.process(answer.text)
-            score = evalai.soft_accuracy(read, [evalai.process(reference) for reference in references])
-            items.append(ScoredAnswer(answer.id, score, " | ".join(references), read))
+            references = _find(references_of, answer.id, answer.prompt, f"{data}: the answer to question {answer.id!r}")
+            parsed = evalai.process(answer.text)
+            score = evalai.soft_accuracy(parsed, [evalai.process(reference) for reference in references])
+            items.append(ScoredAnswer(answer.id, score, " | ".join(references), parsed))
         if not items:
             raise UserError("TextVQA: there are no answers to score")
         mean = 100 * (sum(item.score for item in items) / len(items))
-        unread = [answer for answer, item in zip(answers, items, strict=True)
-                  if not item.score and not is_short_phrase(answer.text, item.parsed)]
-        notes = [*self.size_notes(questions), *unparsed_notes(unread, len(answers), f"{NOT_A_PHRASE}, and are wrong")]
+        unparsed = [answer for answer, item in zip(answers, items, strict=True)
+                    if not item.score and not is_short_phrase(answer.text, item.parsed)]
+        notes = [*self.size_notes(questions),
+                 *unparsed_notes(unparsed, len(answers), f"{NOT_A_PHRASE}, and are wrong")]
         return Scores({"accuracy": mean}, "accuracy", items, notes)
 
-    def _annotations(self, data: str) -> Annotations:
-        path = need(data, ANNOTATIONS)
-        content = read_json(path)
-        if not fits(content, {"data": [{"image_id": int | str, "question": str, "answers": [str]}]}):
-            raise UserError(f"{path}: not TextVQA's annotations: {{data: [{{image_id, question, answers}}]}}; "
-                             "the test split has no answers")
-        counts = {len(row["answers"]) for row in content["data"]}
-        if counts != {REFERENCES}:
-            raise UserError(f"{path}: every question needs {REFERENCES} human answers; the counts here are "
-                             f"{', '.join(map(str, sorted(counts))) or 'none'}")
-        return {(row["image_id"], row["question"].lower()): row for row in content["data"]}
+    def _references(self, data: str) -> References:
+        path = require_file(data, ANNOTATIONS)
+        rows = read_json(path, lambda x: matches_schema(x, SCHEMA), "not TextVQA's annotations: {data: [{image_id, "
+                         "question, answers}]}; the test split has no answers")["data"]
+        counts = {len(row["answers"]) for row in rows}
+        if counts != {NUM_REFERENCES}:
+            raise UserError(f"{path}: every question needs {NUM_REFERENCES} human answers; the counts here are "
+                            f"{', '.join(map(str, sorted(counts))) or 'none'}")
+        return {(row["image_id"], row["question"].lower()): row["answers"] for row in rows}
 
 
-def question_of(prompt: str) -> str:
-    """The question in a prompt, in lower case; UserError for a prompt of none of LLaVA's three forms.
+def parse_question(prompt: str) -> str:
+    """Returns the question of a prompt in lower case. Raises UserError if it has none of LLaVA's three forms.
 
-    These are `OCR tokens: ... Question: Q Short answer:`; Q, a line of OCR tokens (before or after it) and the
+    The forms are `OCR tokens: ... Question: Q Short answer:`; Q, a line of OCR tokens (before or after it) and the
     instruction; and Q and the instruction alone.
     """
     lines = prompt.split("\n")
@@ -96,9 +92,12 @@ def question_of(prompt: str) -> str:
     raise UserError(f"TextVQA: a prompt of none of the known forms: {prompt!r}")
 
 
-def _annotation(annotations: Annotations, image: Any, prompt: str) -> Mapping[str, Any]:
-    question = question_of(prompt)
-    if (image, question) not in annotations:
-        raise UserError(f"TextVQA: {ANNOTATIONS} has no question {question!r} of image {image!r}; "
-                         "the files are of different versions")
-    return annotations[image, question]
+def _find(references: References, image: Any, prompt: str, where: str) -> Sequence[str]:
+    try:
+        question = parse_question(prompt)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if (image, question) not in references:
+        raise UserError(f"{where}: TextVQA: {ANNOTATIONS} has no question {question!r} of image {image!r}; "
+                        "the files are of different versions")
+    return references[image, question]
