@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 from PIL import Image
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +22,8 @@ if OWN_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+shapes.install()  # before the modules are imported
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -30,7 +30,7 @@ COMPILER_OPTIONS = {"tpu": {
 class TrainState:
     """What a step changes: the number of steps done, the trainable subtree in float32, and the optimizer's state."""
 
-    step: Int[Array, ""]
+    step: Array  # int32 []
     trainable: Parameters
     optimizer: optax.OptState
 
