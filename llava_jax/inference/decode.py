@@ -135,7 +135,8 @@ def write(
     return state, jnp.where(active, token, NO_TOKEN)
 
 
-def _pad_cache(cache: Cache, length: int) -> Cache:
+def _pad_cache(cache: Cache, length: int) -> tuple[Array, Array]:
+    """Pads S of the cache to `length`."""
     return tuple(jnp.pad(part, [(0, 0), (0, 0), (0, length - part.shape[2]), (0, 0), (0, 0)]) for part in cache)
 
 
