@@ -50,6 +50,9 @@ class Model:
     """the patches' features alone (the default), or the class token's before them"""
     image_mode: Literal["square", "pad"] | None = None
     """square crops the centre (the paper), pad fills up to a square (LLaVA-1.5, the default)"""
+    fresh: tuple[str, ...] | None = None
+    """Regular expressions for the paths of parameters that no checkpoint has, initialised from the seed. By default the
+    projector if `vision` and `language` are joined, otherwise none."""
     template: str | None = None
     """conversation template of the finished model; by default the last stage's, or the checkpoint's or decoder's own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -66,6 +69,7 @@ class Model:
         for name in ("projector", "feature_layer", "feature_select", "image_mode"):
             if self.llava and getattr(self, name) is not None:
                 raise UserError(f"model.{name} is fixed by the checkpoint model.llava; leave it out")
+        _check_table("model.fresh", tuple((pattern, None) for pattern in self.fresh or ()))
 
 
 @dataclass(frozen=True)

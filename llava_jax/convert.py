@@ -100,7 +100,7 @@ def _open(options: argparse.Namespace) -> tuple:
 
 def _join(options: argparse.Namespace) -> tuple:
     from llava_jax.models.llama import LlamaConfig
-    from llava_jax.models.llava import LlavaConfig
+    from llava_jax.models.llava import LlavaConfig, fresh_params
     from llava_jax.models.vit import VisionConfig
     from llava_jax.weights import checkpoint, source
 
@@ -116,7 +116,8 @@ def _join(options: argparse.Namespace) -> tuple:
                          **_chosen(options, "projector", "feature_layer", "image_mode"))
     agreement.check(template, tokenizer, text.vocab_size, options.language, visual_tokens=config.tokens_per_image,
                     context=text.max_length)
-    projector = source.new_projector(config, options.seed or 0)
+    fresh = {path for path in source.shapes(config) if path.startswith("projector/")}
+    projector = source.from_memory(fresh_params(config, fresh, options.seed or 0))
     return config, source.join(vision_parameters, projector, text_parameters), Path(options.language)
 
 

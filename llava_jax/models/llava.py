@@ -1,5 +1,6 @@
 """LLaVA: visual features, projected, take the places of a prompt's image tokens (Visual Instruction Tuning, 4.1)."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -139,24 +140,41 @@ Parameters = dict[str, jax.Array]
 
 
 def to_params(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
-    """A module's structure and its parameters by path."""
+    """Splits a module into its structure and its parameters by path."""
     graph, state = nnx.split(model)
     return graph, {"/".join(path): value.get_value() for path, value in nnx.to_flat_state(state)}
 
 
 def from_params(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
-    """The module again; the inverse of `to_params`, cheap enough to be called inside a traced function."""
+    """Builds the module again: the inverse of `to_params`, cheap enough to be called inside a traced function."""
     flat = {tuple(path.split("/")): nnx.Param(value) for path, value in parameters.items()}
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def abstract_params(config: LlavaConfig, dtype: str = "float32", attention: str | AttentionChoice = "xla",
-             remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
+                    remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
     """`to_params` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
     return to_params(nnx.eval_shape(
         lambda: Llava(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))
 
 
 def init_params(config: LlavaConfig, seed: int = 0) -> Parameters:
-    """Random parameters, float32. Call it inside jit with output shardings where the model is large."""
+    """Random parameters, float32. Call it inside jit with output shardings if the model is large."""
     return to_params(Llava(config, rngs=nnx.Rngs(seed)))[1]
+
+
+def fresh_params(config: LlavaConfig, paths: Collection[str], seed: int) -> Parameters:
+    """Initial values, float32, of the parameters at `paths`. Every part of the model draws from the seed by itself.
+
+    Call it inside jit, which drops the parameters of a part that `paths` does not name.
+    """
+    parts = {
+        "vision": lambda: Vit(config.vision, rngs=nnx.Rngs(seed)),
+        "projector": lambda: Projector(config.projector, config.vision.hidden_size, config.text.hidden_size,
+                                       rngs=nnx.Rngs(seed)),
+        "decoder": lambda: Llama(config.text, rngs=nnx.Rngs(seed)),
+    }
+    fresh = {}
+    for part in sorted({path.split("/")[0] for path in paths}):
+        fresh |= {f"{part}/{path}": x for path, x in to_params(parts[part]())[1].items() if f"{part}/{path}" in paths}
+    return fresh

@@ -16,8 +16,7 @@ from jax.sharding import NamedSharding
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, to_params
-from llava_jax.models.projector import Projector
+from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention
 from llava_jax.parallel import sharding
 from llava_jax.parallel.processes import assert_equal_across_processes
 from llava_jax.text import agreement, templates
@@ -25,7 +24,7 @@ from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train import output
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.optimizer import trainable_paths
-from llava_jax.weights import load_checkpoint, read_config
+from llava_jax.weights import fresh_paths, load_model, read_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 """Those whose versions must be the same on all hosts."""
@@ -132,6 +131,7 @@ def model_layout(
     graphs = {}
     for name, stage in recipe.stages.items():
         graphs[name], shapes = abstract_params(model, dtype, attention, stage.remat)
+    fresh_paths(recipe.model, shapes)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     sharding.check_rows(mesh)
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -174,13 +174,8 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
 
 def load_parameters(run: TrainContext, dtype: Callable[[str], str], before: str | None) -> Parameters:
     """All parameters as they are before the stage `before` (None: after the last), each in the dtype of its path."""
-    source = run.recipe.model
-    if source.llava:
-        parameters = load_checkpoint(source.llava, dtype=dtype, sharding=lambda path, shape: run.shardings[path])[1]
-    else:
-        parameters = init_projector(run, dtype)
-        for part in (source.vision, source.language):
-            parameters |= load_checkpoint(part, dtype=dtype, sharding=lambda path, shape: run.shardings[path])[1]
+    parameters = load_model(run.recipe.model, run.model, run.recipe.seed, dtype=dtype,
+                            sharding=lambda path, shape: run.shardings[path])
     for stage in run.recipe.stages:
         if stage == before:
             break
@@ -192,15 +187,3 @@ def load_parameters(run: TrainContext, dtype: Callable[[str], str], before: str 
         parameters |= {path: x.astype(dtype(path)) for path, x in trained.items()}
         checkpoints.close()
     return parameters
-
-
-def init_projector(run: TrainContext, dtype: Callable[[str], str]) -> Parameters:
-    """A new projector by the recipe's seed, made where it lies."""
-    def make():
-        model = Projector(run.model.projector, run.model.vision.hidden_size, run.model.text.hidden_size,
-                          rngs=nnx.Rngs(run.recipe.seed))
-        named = {f"projector/{path}": x for path, x in to_params(model)[1].items()}
-        return {path: x.astype(dtype(path)) for path, x in named.items()}
-
-    shardings = {path: s for path, s in run.shardings.items() if path.startswith("projector/")}
-    return jax.jit(make, out_shardings=shardings)()

@@ -1,5 +1,6 @@
-"""Checkpoints in and out: our own layout and Hugging Face's, in files and on devices."""
+"""Checkpoints in and out: the native layout and Hugging Face's, in files and on devices."""
 
-from llava_jax.weights.checkpoint import check_export, load_checkpoint, read_config, save_hf, save_native
+from llava_jax.weights.checkpoint import check_export, load_checkpoint, load_model, read_config, save_hf, save_native
+from llava_jax.weights.source import fresh_paths
 
-__all__ = ["check_export", "load_checkpoint", "read_config", "save_hf", "save_native"]
+__all__ = ["check_export", "fresh_paths", "load_checkpoint", "load_model", "read_config", "save_hf", "save_native"]

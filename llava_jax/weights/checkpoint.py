@@ -1,20 +1,21 @@
-"""Whole checkpoints: told apart, opened, loaded onto devices, and written in our own layout or Hugging Face's.
+"""Checkpoints: reading them onto devices, and writing them in the native layout or in Hugging Face's (hf).
 
-Our own layout is a directory with config.json ("model_type": "llava_jax"), the stacked parameters under their paths
-in model.safetensors (or numbered files and an index), and the tokenizer's files as they came.
+The native layout is a directory with config.json ("model_type": "llava_jax"), the stacked parameters under their paths
+in model.safetensors (or numbered files and an index), and the tokenizer's files unchanged.
 """
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.config import Model
 from llava_jax.errors import UserError
-from llava_jax.models.llava import LlavaConfig, Parameters
+from llava_jax.models.llava import LlavaConfig, Parameters, fresh_params
 from llava_jax.weights import configs, files, source, tables, tokenizer_files
 from llava_jax.weights.files import TensorSpec
 from llava_jax.weights.source import Config, ParameterSource
@@ -23,16 +24,16 @@ SHARD_BYTES = 5 * 10**9
 
 
 def read_config(path: str | Path, template: str | None = None) -> Config:
-    """`configs.read_config`, and whether the head is tied as the tensors say, where config.json says otherwise.
+    """Reads `configs.read_config`, and tells from the tensors whether embeddings are tied if config.json is wrong.
 
-    A config may tie a head that the files hold apart (of LLaVA's two flags one is often left at its default). As in
-    transformers, the stored head then counts if it differs from the embedding.
+    A config may tie a head that the files store separately: of LLaVA's two flags one is often left at its default. As
+    in transformers, the stored head then counts if it differs from the embedding.
     """
     config, directory = configs.read_config(path, template), Path(path)
     text = getattr(config, "text", config)
     if not getattr(text, "tie_word_embeddings", False) or not files.has_tensors(directory):
         return config
-    if not source.has_own_head(files.find(directory)):
+    if not source.has_own_head(files.list_tensors(directory)):
         return config
     text = dataclasses.replace(text, tie_word_embeddings=False)
     return dataclasses.replace(config, text=text) if isinstance(config, LlavaConfig) else text
@@ -48,28 +49,67 @@ def load_checkpoint(
     """Reads a checkpoint directory of any supported layout onto devices.
 
     Args:
-      path: a directory of LLaVA (Hugging Face's layout as any transformers wrote it, or our own), or of a CLIP or a
-        LLaMA, Mistral or Qwen2 alone; told from its files. A CLIP's text tower is left out.
-      dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them; the files may be
+      path: a directory of a LLaVA (Hugging Face's layout as any transformers wrote it, or the native one), or of a
+        CLIP, SigLIP, LLaMA, Mistral or Qwen2. Its files tell which. The text tower of a CLIP is left out.
+      dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them. The files may be
         either, or float16.
       template: see `read_config`.
-      sharding: where the parameter of a path and shape goes; the default device if None.
+      sharding: function from a parameter's path and shape to its sharding; the default device if None.
 
-    Returns the configuration (LlavaConfig; VisionConfig or LlamaConfig of a part) and the parameters by path; those
-    of a part begin with `vision/` or `decoder/`. The host holds one stacked parameter at a time.
-    UserError with one line if a file is missing or broken or does not fit, and for a value that is not finite: such a
-    model answers nothing, and to look at its tensors the safetensors library is enough.
+    Returns the configuration (LlavaConfig; VisionConfig or LlamaConfig of a part) and the parameters by path. Paths of
+    a part start with `vision/` or `decoder/`. The host needs the memory of one stacked parameter.
+    Raises UserError if a file is missing, damaged or does not match, or if a value is not finite.
     """
     config, parameters = open_checkpoint(Path(path), template)
-    dtype_of = dtype if callable(dtype) else lambda path: dtype
-    return config, {name: _to_devices(path, parameters, name, dtype_of(name), sharding) for name in parameters.shapes}
+    return config, _load(path, parameters, dtype, sharding)
+
+
+def load_model(
+    sources: Model,
+    model: LlavaConfig,
+    seed: int,
+    *,
+    dtype: str | Callable[[str], str] = "float32",
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> Parameters:
+    """Loads the parameters of a recipe's model, and initialises those that its table of fresh parameters names.
+
+    `dtype` and `sharding` are as in `load_checkpoint`. Raises UserError if a parameter is missing or left over.
+    """
+    shapes = source.shapes(model)
+    fresh = source.fresh_paths(sources, shapes)
+    parts = {sources.llava: model} if sources.llava else {sources.vision: model.vision, sources.language: model.text}
+    parameters = {}
+    if fresh:
+        dtype_of = dtype if callable(dtype) else lambda path: dtype
+
+        def initialise() -> Parameters:
+            return {path: x.astype(dtype_of(path)) for path, x in fresh_params(model, fresh, seed).items()}
+
+        shardings = sharding and {path: sharding(path, shapes[path]) for path in fresh}
+        parameters = jax.jit(initialise, out_shardings=shardings)()
+    for path, part in parts.items():
+        parameters |= _load(path, _open(Path(path), part, fresh), dtype, sharding)
+    if missing := sorted(shapes.keys() - parameters.keys()):
+        raise UserError(f"model.fresh: no checkpoint has {files.shorten(missing)}, and no row names it")
+    return parameters
 
 
 def open_checkpoint(directory: Path, template: str | None = None) -> tuple[Config, ParameterSource]:
-    """The configuration and the parameters of a checkpoint, of which nothing but the headers is read yet."""
+    """Opens a checkpoint: its configuration and its parameters, of which only the headers are read."""
     config = read_config(directory, template)
-    own = files.read_json(directory / "config.json")["model_type"] == configs.MODEL_TYPE
-    return config, (source.from_native_files if own else source.from_hf_files)(directory, config)
+    return config, _open(directory, config)
+
+
+def _open(directory: Path, config: Config, fresh: Collection[str] = ()) -> ParameterSource:
+    native = files.read_json(directory / "config.json")["model_type"] == configs.MODEL_TYPE
+    return (source.from_native_files if native else source.from_hf_files)(directory, config, fresh)
+
+
+def _load(name: str | Path, parameters: ParameterSource, dtype: str | Callable[[str], str],
+          sharding: Callable | None) -> Parameters:
+    dtype_of = dtype if callable(dtype) else lambda path: dtype
+    return {path: _to_devices(name, parameters, path, dtype_of(path), sharding) for path in parameters.shapes}
 
 
 def _to_devices(name: str | Path, parameters: ParameterSource, path: str, dtype: str,
@@ -96,13 +136,13 @@ def save_native(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes our own layout; the arguments are those of `save_hf`."""
+    """Writes the native layout. The arguments are those of `save_hf`."""
 
     def write(target: Path | None, parameters: ParameterSource) -> files.NotFinite:
         if target:
             tokenizer_files.copy(Path(tokenizer_dir), target, config.template)
             files.write_json(target / "config.json", configs.native_config(config))
-        return files.write(target, [_own_entry(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
+        return files.write(target, [_native_spec(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
 
     _save(Path(directory), parameters, write)
 
@@ -116,19 +156,19 @@ def save_hf(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a directory that transformers' LlavaForConditionalGeneration and AutoProcessor open, named as on the hub.
+    """Writes a directory that transformers' LlavaForConditionalGeneration and AutoProcessor open.
 
     Args:
-      directory: must not exist or be empty; it appears when it is complete.
-      config, parameters: of the model. Arrays that are spread over processes are gathered one layer at a time, for
-        which every process must make this call; the first one writes.
-      tokenizer_dir: a checkpoint with the tokenizer's files; `<image>` and `<pad>` are added where they are missing,
-        and the embedding and head get further rows, their mean, up to a multiple of 64 where the new ids need them.
-      dtype: "float32", "bfloat16" or "float16" for all tensors; as they are if None.
+      directory: path of a missing or empty directory. It appears when it is complete.
+      config, parameters: of the model. Arrays that several processes share are gathered one layer at a time. Every
+        process must make this call, and the first process writes.
+      tokenizer_dir: a checkpoint with the tokenizer's files. Missing `<image>` and `<pad>` tokens are added. If their
+        ids need it, the embedding and the head are padded with their mean row to a multiple of 64.
+      dtype: "float32", "bfloat16" or "float16" for all tensors; unchanged if None.
       shard_bytes: largest size of a file of tensors.
 
-    UserError if `directory` holds something, if Hugging Face's model cannot compute what ours does, and for values
-    that are not finite.
+    Raises UserError if `directory` is not empty, if Hugging Face's model cannot compute the same function, or if a
+    value is not finite.
     """
 
     def write(target: Path | None, parameters: ParameterSource) -> files.NotFinite:
@@ -138,7 +178,7 @@ def save_hf(
             rows = padded_rows(rows, max(tokens["image"], tokens["pad"]))
             widest = max((_dtype(parameters, path, dtype) for path in parameters.shapes), key=lambda d: d.itemsize)
             files.write_json(target / "config.json", configs.hf_config(config, tokens, rows, widest.name))
-        return files.write(target, _hub_entries(parameters, rows, dtype), shard_bytes)
+        return files.write(target, _hf_specs(parameters, rows, dtype), shard_bytes)
 
     _save(Path(directory), parameters, write)
 
@@ -151,7 +191,7 @@ def check_export(config: LlavaConfig, tokenizer_dir: str | Path) -> None:
 
 
 def padded_rows(rows: int, largest_id: int) -> int:
-    """Rows of an embedding that has a place for `largest_id`: as it is, or else a multiple of 64."""
+    """Number of rows of an embedding that includes `largest_id`: unchanged, or else a multiple of 64."""
     return rows if largest_id < rows else -(-(largest_id + 1) // 64) * 64
 
 
@@ -173,7 +213,7 @@ def _save(directory: Path, parameters: Parameters | ParameterSource,
         multihost_utils.sync_global_devices(f"{directory} is complete")  # for processes that JAX joined without a group
 
 
-def _own_entry(parameters: ParameterSource, path: str, dtype: str | None) -> TensorSpec:
+def _native_spec(parameters: ParameterSource, path: str, dtype: str | None) -> TensorSpec:
     shape = parameters.shapes[path]
     layers = range(shape[0]) if tables.is_stacked(path) else [None]
 
@@ -183,28 +223,28 @@ def _own_entry(parameters: ParameterSource, path: str, dtype: str | None) -> Ten
     return TensorSpec(path, _dtype(parameters, path, dtype), shape, blocks)
 
 
-def _hub_entries(parameters: ParameterSource, rows: int, dtype: str | None) -> list[TensorSpec]:
-    """The tensors of Hugging Face's layout, embedding and head with `rows` rows."""
-    entries = []
-    for name, place in tables.tensor_mappings(parameters.shapes).items():
-        shape = place.hf_shape
+def _hf_specs(parameters: ParameterSource, rows: int, dtype: str | None) -> list[TensorSpec]:
+    """Lists the tensors of Hugging Face's layout, with `rows` rows of the embedding and the head."""
+    specs = []
+    for name, mapping in tables.tensor_mappings(parameters.shapes).items():
+        shape = mapping.hf_shape
         more = rows - shape[0] if name in (tables.EMBEDDING, tables.HEAD) else 0
 
-        def blocks(place: tables.TensorMapping = place, more: int = more) -> Iterator[np.ndarray]:
-            x = place.transform.to_hf(parameters.read(place.path, place.layer))
+        def blocks(mapping: tables.TensorMapping = mapping, more: int = more) -> Iterator[np.ndarray]:
+            x = mapping.transform.to_hf(parameters.read(mapping.path, mapping.layer))
             yield x
             if more:
                 yield np.broadcast_to(_mean_row(x), (more, x.shape[1]))
 
-        entries.append(TensorSpec(name, _dtype(parameters, place.path, dtype), (shape[0] + more, *shape[1:]), blocks))
+        specs.append(TensorSpec(name, _dtype(parameters, mapping.path, dtype), (shape[0] + more, *shape[1:]), blocks))
     projector = _dtype(parameters, "projector/layers_0/kernel", dtype)
     for name, x in source.second_linear(parameters.shapes, projector).items():
-        entries.append(TensorSpec(name, projector, x.shape, lambda x=x: [x]))
-    return entries
+        specs.append(TensorSpec(name, projector, x.shape, lambda x=x: [x]))
+    return specs
 
 
 def _mean_row(x: np.ndarray) -> np.ndarray:
-    # Summed in float64 a part at a time, so that neither the memory nor the result depends on the dtype's range.
+    # Summed in float64, 256 rows at a time, to need little memory and never overflow the dtype.
     total = sum(x[start : start + 256].astype(np.float64).sum(0) for start in range(0, len(x), 256))
     return (total / len(x)).astype(x.dtype)
 

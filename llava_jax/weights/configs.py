@@ -16,10 +16,10 @@ from llava_jax.models.vit import ACTIVATIONS, VisionConfig
 from llava_jax.text import templates
 from llava_jax.weights import fields
 from llava_jax.weights.chat_templates import template_name
-from llava_jax.weights.files import has_tensors, other_kind
+from llava_jax.weights.files import has_tensors, other_format
 
 MODEL_TYPE = "llava_jax"
-VERSION = 1
+VERSION = 2
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
 PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
@@ -40,7 +40,7 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
                                        "fetch a model from the hub: hf download NAME --local-dir DIR"))
     file = directory / "config.json"
     if not file.exists() or (directory / "adapter_config.json").exists() and not has_tensors(directory):
-        raise UserError(other_kind(directory) or f"{file}: no such file, so this is not the directory of a model")
+        raise UserError(other_format(directory) or f"{file}: no such file, so this is not the directory of a model")
     raw = read_json(file)
     kind = raw.get("model_type")
     if kind == MODEL_TYPE:
@@ -194,6 +194,9 @@ def _is_close(given: Any, value: Any) -> bool:
 
 
 def _read_native(raw: dict, file: Path) -> LlavaConfig:
+    if raw.get("version") == 1:
+        raise UserError(f"{file}: version 1 of the {MODEL_TYPE} layout has parameter and field names of an earlier "
+                        "version; convert the model again from its hf layout (python -m llava_jax.convert)")
     if raw.get("version") != VERSION:
         raise UserError(f"{file}: version {raw.get('version')!r} of the {MODEL_TYPE} layout is not known here; "
                         f"{VERSION} is")

@@ -1,8 +1,7 @@
-"""Safetensors files, read and written one piece of a tensor at a time, and directories that appear whole or not at all.
+"""Safetensors files: reading through the safetensors library, and writing one block of a tensor at a time.
 
-A safetensors file is eight bytes with the header's length, the header (JSON: name -> dtype, shape, first and last
-byte), and the tensors' bytes, row-major and little-endian. Large models are cut into several files; an index names
-the file of every tensor.
+Large models are cut into several files; an index names the file of each tensor. The library writes a file only from
+tensors that are all in memory, so this module has a writer of its own.
 """
 
 import contextlib
@@ -17,30 +16,28 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import check_fetched, making, parse_json, read_json
+from llava_jax.files import check_fetched, making, read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
-        "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
-"""Bits of an element of every type of the format, read here or not."""
 EXPONENTS = {DTYPES["F32"]: np.uint32(0x7F800000), DTYPES["F16"]: np.uint16(0x7C00), DTYPES["BF16"]: np.uint16(0x7F80)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LARGEST_HEADER = 10**8  # bytes; the library's limit
-CHUNK = 2**22  # bytes that a write copies at a time
+WRITE_BYTES = 2**22
+"""Number of bytes that a write copies at a time."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file."""
+    """A tensor in a safetensors file. Its data is read on demand."""
 
     file: Path
+    name: str
     kind: str
     shape: tuple[int, ...]
-    offset: int
 
     @property
     def dtype(self) -> np.dtype:
@@ -48,40 +45,28 @@ class TensorInfo:
             raise UserError(f"{self.file}: tensors of type {self.kind} cannot be read; {', '.join(DTYPES)} can")
         return DTYPES[self.kind]
 
-    def read(self, layer: int | None = None) -> np.ndarray:
-        """The tensor, or the slice `layer` of its first axis."""
-        shape = self.shape if layer is None else self.shape[1:]
-        count = math.prod(shape)
-        with open(self.file, "rb") as file:
-            file.seek(self.offset + (layer or 0) * count * self.dtype.itemsize)
-            return np.fromfile(file, self.dtype, count).reshape(shape)
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The elements in their order, in pieces of at most CHUNK bytes."""
-        left = math.prod(self.shape)
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            while left:
-                piece = np.fromfile(file, self.dtype, min(left, CHUNK // self.dtype.itemsize))
-                left -= piece.size
-                yield piece
+    def read(self, index: int | slice | None = None) -> np.ndarray:
+        """Reads the tensor, or an index or slice of its first axis."""
+        assert self.dtype
+        with safe_open(self.file, "numpy") as file:
+            return file.get_tensor(self.name) if index is None else file.get_slice(self.name)[index]
 
 
 def has_tensors(directory: Path) -> bool:
-    """Whether a directory has files for `find`, which may still be broken."""
+    """Tells whether a directory has files for `list_tensors`, which may still be damaged."""
     return any((directory / name).exists() for name in (SINGLE, INDEX))
 
 
-def find(directory: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a directory's `model.safetensors`, or of the files that its index names.
+def list_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """Lists the tensors of a directory's `model.safetensors`, or of the files that its index names.
 
-    UserError with one line if there are none, or if one is missing, damaged, outside the directory or lacks a tensor.
+    Raises UserError if there is no such file, or if one is missing, damaged, outside the directory or lacks a tensor.
     """
     single, index = directory / SINGLE, directory / INDEX
     if single.exists():
-        return _header(single)
+        return _tensors_in_file(single)
     if not index.exists():
-        raise UserError(other_kind(directory) or f"{single}: no such file, nor an index of several beside it")
+        raise UserError(other_format(directory) or f"{single}: no such file, nor an index of several beside it")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no weight_map; download it again")
@@ -90,7 +75,7 @@ def find(directory: Path) -> dict[str, TensorInfo]:
         file = directory / name
         if not file.exists():
             raise UserError(f"{file} is missing, which {index.name} names; download it")
-        tensors |= _header(file)
+        tensors |= _tensors_in_file(file)
     for name, file in weight_map.items():
         if name not in tensors:
             raise UserError(f"{directory / file} lacks the tensor {name}, which {index.name} names; "
@@ -99,9 +84,9 @@ def find(directory: Path) -> dict[str, TensorInfo]:
 
 
 def _is_inside(directory: Path, name: Any, index: Path) -> bool:
-    """Whether an index names a file of its directory. Raises UserError otherwise: an index must open no other files.
+    """Returns True if `name` is a file of the index's directory. Raises UserError otherwise: no index may open others.
 
-    Links are followed only into the `blobs` of Hugging Face's cache, where its snapshots are made of links.
+    Links are followed only into `blobs` of Hugging Face's cache, because its snapshots consist of links.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w .+=-]{1,200}", name, re.ASCII) or not name.strip("."):
         raise UserError(f"{index}: weight_map names {name!r}, which is not the name of a file beside it")
@@ -111,10 +96,10 @@ def _is_inside(directory: Path, name: Any, index: Path) -> bool:
     return True
 
 
-def other_kind(directory: Path) -> str:
-    """What a directory is that holds no model for this project, and how to mend that; "" if nothing is known of it."""
+def other_format(directory: Path) -> str:
+    """Says which other format a directory contains and how to convert it; "" if the format is unknown."""
     if (directory / "adapter_config.json").exists():
-        return (f"{directory}: a LoRA (PEFT) adapter, which holds changes to another model; merge it into that one "
+        return (f"{directory}: a LoRA (PEFT) adapter, which contains changes to another model; merge it into that one "
                 "with PEFT's merge_and_unload, save_pretrained the result, and name its directory")
     if any(directory.glob("*.gguf")):
         return f"{directory}: a GGUF model, llama.cpp's format, is not read; take the model's safetensors"
@@ -126,72 +111,39 @@ def other_kind(directory: Path) -> str:
     return ""
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file. UserError unless they fill it from the header's end to its own, without gap or overlap."""
-    with user_path(file), open(file, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        begin = f.read(8)
-        check_fetched(file, begin + f.read(32))
-        length = int.from_bytes(begin, "little")
-        broken = f"{file}: truncated or not a safetensors file ({size:,} bytes); download it again"
-        if len(begin) < 8 or 8 + length > size or length > LARGEST_HEADER:
-            raise UserError(broken)
-        f.seek(8)
-        text = f.read(length)
-    try:
-        header = parse_json(text.decode(), str(file))
-    except ValueError:
-        raise UserError(broken) from None
-    header.pop("__metadata__", None)
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        spans.append((*_span(file, name, entry), name))
-        tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + spans[-1][0])
-    end = 0
-    for first, last, name in sorted(spans):
-        if first != end:
-            raise UserError(f"{file}: damaged: {name} begins at byte {first:,} of the data, where {end:,} is expected; "
-                            "download it again")
-        end = last
-    if 8 + length + end != size:
-        kind = "truncated" if size < 8 + length + end else "damaged"
-        raise UserError(f"{file}: {kind}: {size:,} of {8 + length + end:,} bytes; download it again")
-    return tensors
-
-
-def _span(file: Path, name: str, entry: Any) -> tuple[int, int]:
-    """The first byte of a tensor's data, and the one behind it. UserError unless they suit its type and shape."""
-    damaged = f"{file}: damaged: the header's entry of {name}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{damaged} is not dtype, shape and data_offsets; download it again")
-    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = (shape, offsets) if isinstance(shape, list) and isinstance(offsets, list) else ([None],)
-    if any(type(number) is not int or number < 0 for numbers in numbers for number in numbers) or len(offsets) != 2:
-        raise UserError(f"{damaged} has no numbers as shape and data_offsets; download it again")
-    if not isinstance(kind, str) or kind not in BITS:
-        raise UserError(f"{damaged} has dtype {kind!r}, which is none of {', '.join(BITS)}")
-    if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[kind]:
-        raise UserError(f"{damaged} has {offsets[1] - offsets[0]:,} bytes for {kind} {shape}; download it again")
-    return offsets[0], offsets[1]
+def _tensors_in_file(file: Path) -> dict[str, TensorInfo]:
+    """Lists the tensors of a file. Raises UserError if the file is missing, truncated or damaged."""
+    with user_path(file):
+        with open(file, "rb") as start:
+            check_fetched(file, start.read(40))
+        try:
+            with safe_open(file, "numpy") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                return {name: TensorInfo(file, name, part.get_dtype(), tuple(part.get_shape()))
+                        for name, part in slices.items()}
+        except SafetensorError as error:
+            raise UserError(f"{file}: truncated, damaged or not a safetensors file ({os.stat(file).st_size:,} bytes: "
+                            f"{' '.join(str(error).split())}); download it again") from None
 
 
 class NotFinite(NamedTuple):
-    """Names of tensors with values that are not finite: as they were given, or made so by a dtype of less range."""
+    """Names of tensors with non-finite values: as they were given, or after a cast to a dtype of less range."""
 
     stored: list[str]
     overflowed: list[str]
 
     def message(self) -> str:
-        """What is wrong, and how to mend it; "" if all is finite."""
+        """Describes the tensors and the remedy; "" if all values are finite."""
         lines = []
         if self.overflowed:
-            lines.append(f"values beyond the range of the dtype, which bfloat16 holds: {some(self.overflowed)}")
+            lines.append(f"values beyond the range of the dtype (bfloat16 has enough): {shorten(self.overflowed)}")
         if self.stored:
-            lines.append(f"values that are not finite (NaN or infinite): {some(self.stored)}")
+            lines.append(f"values that are not finite (NaN or infinite): {shorten(self.stored)}")
         return "; ".join(lines)
 
 
-def some(names: Sequence[str], most: int = 10) -> str:
+def shorten(names: Sequence[str], most: int = 10) -> str:
+    """Joins names for a message, at most `most` of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -202,7 +154,7 @@ def write_json(file: Path, value: dict) -> None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: `blocks` yields it in pieces of whole slices of its first axis, or of one slice each."""
+    """A tensor to write. `blocks` yields it in order: several slices of its first axis at a time, or one slice."""
 
     name: str
     dtype: np.dtype
@@ -214,84 +166,84 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(directory: Path | None, entries: Sequence[TensorSpec], shard_bytes: int) -> NotFinite:
-    """Writes `model.safetensors`, or numbered files of at most `shard_bytes` (or one tensor) each and their index.
+def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: int) -> NotFinite:
+    """Writes `model.safetensors`, or an index and numbered files of at most `shard_bytes` (or one tensor).
 
-    The memory that it needs is that of one block. With None nothing is written, but every block is made: processes
-    that share the parameters must all take part in gathering them. Returns what was not finite in what it wrote.
+    It needs the memory of one block. With `directory` None it computes every block and writes nothing: processes that
+    share the parameters must all take part in gathering them. Returns the tensors that were not finite.
     """
-    shards = _shards(entries, shard_bytes)
-    total = sum(entry.nbytes for entry in entries)
+    shards = _shards(tensors, shard_bytes)
+    total = sum(tensor.nbytes for tensor in tensors)
     weight_map, found = {}, NotFinite([], [])
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal only
         for i, shard in enumerate(shards, 1):
             name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
-            weight_map |= {entry.name: name for entry in shard}
+            weight_map |= {tensor.name: name for tensor in shard}
             with open(directory / name, "wb") if directory else contextlib.nullcontext() as file:
                 if file:
                     file.write(_make_header(shard))
-                for entry in shard:
-                    written = sum(_write_block(file, block, entry, found) for block in entry.blocks())
-                    assert written == math.prod(entry.shape), f"{entry.name}: {written} elements for {entry.shape}"
-                    bar.update(entry.nbytes)
+                for tensor in shard:
+                    written = sum(_write_block(file, block, tensor, found) for block in tensor.blocks())
+                    assert written == math.prod(tensor.shape), f"{tensor.name}: {written} elements for {tensor.shape}"
+                    bar.update(tensor.nbytes)
     if directory and len(shards) > 1:
         write_json(directory / INDEX,
                    {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     return found
 
 
-def _shards(entries: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+def _shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
     shards, room = [[]], shard_bytes
-    for entry in entries:
-        if entry.nbytes > room and shards[-1]:
+    for tensor in tensors:
+        if tensor.nbytes > room and shards[-1]:
             shards.append([])
             room = shard_bytes
-        shards[-1].append(entry)
-        room -= entry.nbytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
     return shards
 
 
-def _make_header(entries: Sequence[TensorSpec]) -> bytes:
+def _make_header(tensors: Sequence[TensorSpec]) -> bytes:
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses files without the format
-    for entry in entries:
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape),
-                              "data_offsets": [offset, offset + entry.nbytes]}
-        offset += entry.nbytes
+    for tensor in tensors:
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+                               "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
     data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)  # readers that map the file want the tensors aligned
+    data += b" " * (-len(data) % 8)  # readers that map the file want aligned tensors
     return len(data).to_bytes(8, "little") + data
 
 
-def _write_block(file: BinaryIO | None, block: np.ndarray, entry: TensorSpec, found: NotFinite) -> int:
-    # A transposed view is made contiguous, and its dtype changed, a few rows at a time.
-    rows = max(1, CHUNK // max(1, block[0].size * entry.dtype.itemsize))
+def _write_block(file: BinaryIO | None, block: np.ndarray, tensor: TensorSpec, found: NotFinite) -> int:
+    # A transposed view becomes contiguous, and its dtype changes, a few rows at a time, which saves memory.
+    rows = max(1, WRITE_BYTES // max(1, block[0].size * tensor.dtype.itemsize))
     for start in range(0, len(block) if file else 0, rows):
         piece = block[start : start + rows]
-        with np.errstate(over="ignore"):  # it is looked for below
-            stored = piece.astype(entry.dtype, order="C", copy=False)
+        with np.errstate(over="ignore"):  # reported below
+            stored = piece.astype(tensor.dtype, order="C", copy=False)
         if not is_finite(stored):
             names = found.overflowed if is_finite(np.ascontiguousarray(piece)) else found.stored
-            if entry.name not in names:
-                names.append(entry.name)
+            if tensor.name not in names:
+                names.append(tensor.name)
         file.write(stored.view(np.uint8).data)
     return block.size
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Whether no element of a contiguous array of DTYPES is NaN or infinite: an exponent of ones is either."""
+    """Tells whether a contiguous array of DTYPES has no NaN or infinity: their exponents have all bits set."""
     mask = EXPONENTS[x.dtype]
     bits = x.reshape(-1).view(mask.dtype)
-    return all((bits[at : at + CHUNK] & mask).max() != mask for at in range(0, bits.size, CHUNK))
+    return all((bits[at : at + WRITE_BYTES] & mask).max() != mask for at in range(0, bits.size, WRITE_BYTES))
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the block ends, and vanishes if the block fails.
+    """Yields a temporary sibling that becomes `target` when the block ends, and is removed if the block fails.
 
-    UserError if `target` exists and is not an empty directory.
+    Raises UserError if `target` exists and is not an empty directory.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; choose another place or remove it")
+        raise UserError(f"{target} exists already; choose another path or remove it")
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     with making(str(target), folder=True) as temporary:

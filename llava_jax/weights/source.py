@@ -1,29 +1,34 @@
-"""Parameters by path, wherever they are: in files of either layout, or in memory. Read one layer at a time."""
+"""Parameters by path, in files of either layout or in memory, read one layer at a time."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
+from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models import llava
-from llava_jax.models.llama import Llama, LlamaConfig
+from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.projector import Projector
-from llava_jax.models.vit import VisionConfig, Vit
+from llava_jax.models.vit import VisionConfig
 from llava_jax.weights import files, tables
 from llava_jax.weights.tables import Shape
 
 Config = LlavaConfig | VisionConfig | LlamaConfig
 
+OLD_NAMES = re.compile(r".*/(attention/(query|key|value|out)|mlp/(gate|up|down))/\w+|decoder/head/kernel")
+"""Parameter names in native checkpoints of version 1."""
+
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """Shapes and dtypes of parameters, and `read(path, layer)`, which brings one layer of a stacked parameter, or a
-    whole other one (layer None), to the host."""
+    """Shapes and dtypes of parameters, and a function that reads them.
+
+    `read(path, layer)` returns one layer of a stacked parameter, or another parameter (layer None), on the host.
+    """
 
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, np.dtype]
@@ -31,37 +36,54 @@ class ParameterSource:
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """Every parameter of a model, or of its vision tower or decoder alone, by path."""
-    if isinstance(config, LlavaConfig):
-        parameters = llava.abstract_params(config)[1]
-    else:
-        part, module = ("vision", Vit) if isinstance(config, VisionConfig) else ("decoder", Llama)
-        parameters = llava.to_params(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))[1]
-        parameters = {f"{part}/{path}": parameter for path, parameter in parameters.items()}
-    return {path: parameter.shape for path, parameter in parameters.items()}
+    """Shapes by path of the parameters of a model, or of a vision tower or decoder."""
+    part, model = "", config
+    if isinstance(config, VisionConfig):
+        part, model = "vision/", LlavaConfig(vision=config, feature_layer=0)
+    elif isinstance(config, LlamaConfig):
+        part, model = "decoder/", LlavaConfig(text=config)
+    parameters = llava.abstract_params(model)[1]
+    return {path: parameter.shape for path, parameter in parameters.items() if path.startswith(part)}
 
 
-def from_native_files(directory: Path, config: Config) -> ParameterSource:
-    """A checkpoint of our own layout: one stacked tensor for each parameter, under its path."""
-    wanted = shapes(config)
-    stored = files.find(directory)
-    _check(directory, {path: tensor.shape for path, tensor in stored.items()}, wanted, [])
-    dtypes = {path: stored[path].dtype for path in wanted}
-    return ParameterSource(wanted, dtypes, lambda path, layer: stored[path].read(layer))
+def fresh_paths(model: Model, paths: Collection[str]) -> set[str]:
+    """Paths of the parameters that a recipe initialises. Raises UserError if an expression matches no parameter."""
+    if model.fresh is None:
+        return set() if model.llava else {path for path in paths if path.startswith("projector/")}
+    matches = {pattern: {path for path in paths if re.fullmatch(pattern, path)} for pattern in model.fresh}
+    if unused := [pattern for pattern, matched in matches.items() if not matched]:
+        raise UserError(f"model.fresh: {', '.join(unused)}: matches no parameter")
+    return set().union(*matches.values())
 
 
-def from_hf_files(directory: Path, config: Config) -> ParameterSource:
-    """A checkpoint in any of Hugging Face's spellings.
+def from_native_files(directory: Path, config: Config, fresh: Collection[str] = ()) -> ParameterSource:
+    """Opens a native checkpoint: one stacked tensor for every parameter, named by the parameter's path.
 
-    UserError that lists the tensors that are left over, missing or of another shape than `config` asks for.
+    `fresh`: paths of parameters that the checkpoint must not have.
     """
-    wanted = shapes(config)
-    places = tables.tensor_mappings(wanted)
-    expected = {name: place.hf_shape for name, place in places.items()}
+    expected = {path: shape for path, shape in shapes(config).items() if path not in fresh}
+    stored = files.list_tensors(directory)
+    if old := sorted(filter(OLD_NAMES.fullmatch, stored)):
+        raise UserError(f"{directory}: a native checkpoint with parameter names of an earlier version ({old[0]}); "
+                        "convert the model again from its hf layout (python -m llava_jax.convert)")
+    _check(directory, {path: tensor.shape for path, tensor in stored.items()}, expected, [])
+    dtypes = {path: stored[path].dtype for path in expected}
+    return ParameterSource(expected, dtypes, lambda path, layer: stored[path].read(layer))
+
+
+def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) -> ParameterSource:
+    """Opens a checkpoint in any spelling of Hugging Face's layout.
+
+    `fresh`: paths of parameters that the checkpoint must not have. Raises UserError that lists the tensors which are
+    missing, left over or of another shape than `config` asks for.
+    """
+    wanted = {path: shape for path, shape in shapes(config).items() if path not in fresh}
+    mappings = tables.tensor_mappings(wanted)
+    expected = {name: mapping.hf_shape for name, mapping in mappings.items()}
     expected |= _second_linear_shapes(wanted)
     tied = "decoder/embedding" in wanted and "decoder/lm_head/kernel" not in wanted
 
-    found, stored, unused = files.find(directory), {}, []
+    found, stored, unused = files.list_tensors(directory), {}, []
     names = [tables.hf_name(original) for original in found]
     for name, (original, tensor) in zip(names, found.items(), strict=True):
         if tables.IGNORED.fullmatch(name):
@@ -79,34 +101,35 @@ def from_hf_files(directory: Path, config: Config) -> ParameterSource:
     for name, x in second_linear(wanted, np.dtype(np.float32)).items():
         if not np.array_equal(stored[name].read().astype(np.float32), x):
             raise UserError(f"{directory}/config.json: projector_hidden_act linear is read where linear_2 is the "
-                             f"identity (LLaVA's one-layer projector), but {name} is not")
+                            f"identity (LLaVA's one-layer projector), but {name} is not")
 
-    names = {(place.path, place.layer): name for name, place in places.items()}
+    names = {(mapping.path, mapping.layer): name for name, mapping in mappings.items()}
     dtypes: dict[str, set[np.dtype]] = {path: set() for path in wanted}
-    for name, place in places.items():
-        dtypes[place.path].add(stored[name].dtype)
+    for name, mapping in mappings.items():
+        dtypes[mapping.path].add(stored[name].dtype)
 
     def read(path: str, layer: int | None) -> np.ndarray:
         name = names[path, layer]
-        return places[name].transform.from_hf(stored[name].read(), places[name].shape)
+        return mappings[name].transform.from_hf(stored[name].read(), mappings[name].shape)
 
     return ParameterSource(wanted, {path: _common(found) for path, found in dtypes.items()}, read)
 
 
 def has_own_head(tensors: Mapping[str, files.TensorInfo]) -> bool:
-    """Whether Hugging Face's files hold a head that differs from the embedding."""
+    """Tells whether Hugging Face's files contain a head that differs from the embedding."""
     found = {tables.hf_name(name): tensor for name, tensor in tensors.items()}
     head, embedding = found.get(tables.HEAD), found.get(tables.EMBEDDING)
     if head is None or embedding is None:
         return False
     if head.shape != embedding.shape:
         return True
-    pairs = zip(head.pieces(), embedding.pieces(), strict=True)
-    return any(not np.array_equal(one.astype(np.float32), other.astype(np.float32)) for one, other in pairs)
+    slices = [slice(start, min(start + 1024, head.shape[0])) for start in range(0, head.shape[0], 1024)]
+    return any(not np.array_equal(head.read(rows).astype(np.float32), embedding.read(rows).astype(np.float32))
+               for rows in slices)
 
 
 def from_memory(parameters: llava.Parameters) -> ParameterSource:
-    """Parameters on devices; if they are spread over several processes, all of them must read the same."""
+    """Wraps parameters on devices. If several processes share them, all of these must read the same parameters."""
 
     def read(path: str, layer: int | None) -> np.ndarray:
         x = parameters[path] if layer is None else parameters[path][layer]
@@ -116,25 +139,19 @@ def from_memory(parameters: llava.Parameters) -> ParameterSource:
         return np.asarray(x)
 
     return ParameterSource({path: x.shape for path, x in parameters.items()},
-                  {path: np.dtype(x.dtype) for path, x in parameters.items()}, read)
-
-
-def new_projector(config: LlavaConfig, seed: int) -> ParameterSource:
-    """A projector as it is before training."""
-    projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=nnx.Rngs(seed))
-    return from_memory({f"projector/{path}": x for path, x in llava.to_params(projector)[1].items()})
+                           {path: np.dtype(x.dtype) for path, x in parameters.items()}, read)
 
 
 def join(*sources: ParameterSource) -> ParameterSource:
-    """The parameters of all sources, whose paths differ."""
+    """Joins the parameters of several sources, whose paths differ."""
     owner = {path: source for source in sources for path in source.shapes}
     return ParameterSource({path: source.shapes[path] for path, source in owner.items()},
-                  {path: source.dtypes[path] for path, source in owner.items()},
-                  lambda path, layer: owner[path].read(path, layer))
+                           {path: source.dtypes[path] for path, source in owner.items()},
+                           lambda path, layer: owner[path].read(path, layer))
 
 
 def second_linear(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, np.ndarray]:
-    """The second layer of a one-layer projector in Hugging Face's layout, which always has two: it changes nothing."""
+    """Makes the second layer of a one-layer projector: the identity. Hugging Face's layout always has two layers."""
     return {name: np.eye(*shape, dtype=dtype) if len(shape) == 2 else np.zeros(shape, dtype)
             for name, shape in _second_linear_shapes(shapes).items()}
 
@@ -147,7 +164,7 @@ def _second_linear_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def _common(dtypes: set[np.dtype]) -> np.dtype:
-    """The dtype of a stack of layers; float32 holds what float16 and bfloat16 hold."""
+    """The dtype of a stack of layers. float32 represents all values of float16 and bfloat16."""
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
@@ -156,8 +173,7 @@ def _check(directory: Path, found: Mapping[str, Shape], expected: Mapping[str, S
     missing = [name for name in expected if name not in found]
     wrong = [f"{name} {list(found[name])} instead of {list(shape)}" for name, shape in expected.items()
              if name in found and found[name] != shape]
-    problems = [f"{title}: {files.some(names)}" for title, names in
+    problems = [f"{title}: {files.shorten(names)}" for title, names in
                 [("missing", missing), ("of another shape", wrong), ("left over", unused)] if names]
     if problems:
-        raise UserError(f"{directory}: the tensors do not fit config.json; {'; '.join(problems)}")
-
+        raise UserError(f"{directory}: the tensors do not match config.json; {'; '.join(problems)}")

@@ -20,11 +20,14 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
+from flax import nnx
 
+from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models import llava
+from llava_jax.models.projector import Projector
 from llava_jax.text.encode import IMAGE_TOKEN_ID
-from llava_jax.weights import files, load_checkpoint, save_hf, save_native
+from llava_jax.weights import files, load_checkpoint, load_model, save_hf, save_native
 
 VISION = r"^vision_tower\.vision_model\."
 
@@ -151,7 +154,7 @@ def spoil(directory, change):
 def test_tensors_that_do_not_fit_are_listed(hf_dir, tmp_path, change, message):
     copy = rewrite(hf_dir, tmp_path / "copy", lambda name: name)
     spoil(copy, change)
-    with pytest.raises(UserError, match=f"copy: the tensors do not fit config.json; {message}"):
+    with pytest.raises(UserError, match=f"copy: the tensors do not match config.json; {message}"):
         load_checkpoint(copy)
 
 
@@ -210,7 +213,7 @@ def test_transformers_opens_what_is_saved(hf_dir, tmp_path, loaded, change):
     expected = our_logits(config, parameters, tokens, images)
     assert np.abs(found - expected).max() <= 1e-5 * expected.std()
 
-    names = {".".join(name.split(".")[:2]) for name in files.find(tmp_path / "saved")}
+    names = {".".join(name.split(".")[:2]) for name in files.list_tensors(tmp_path / "saved")}
     assert names - {"language_model.lm_head"} == {
         "vision_tower.vision_model", "multi_modal_projector.linear_1", "multi_modal_projector.linear_2",
         "language_model.model"}
@@ -240,7 +243,7 @@ def test_our_own_layout(hf_dir, tmp_path, loaded):
     config, parameters = loaded
     mixed = {path: x.astype(jnp.bfloat16) if path.startswith("vision") else x for path, x in parameters.items()}
     save_native(tmp_path / "own", config, mixed, hf_dir, shard_bytes=50_000)
-    stored = files.find(tmp_path / "own")
+    stored = files.list_tensors(tmp_path / "own")
     assert stored.keys() == parameters.keys() and len({tensor.file for tensor in stored.values()}) > 3
     assert stored["vision/patch/kernel"].dtype == ml_dtypes.bfloat16
     again, reread = load_checkpoint(tmp_path / "own")
@@ -252,7 +255,7 @@ def test_our_own_layout(hf_dir, tmp_path, loaded):
     for file in (tmp_path / "own").glob("model*"):
         file.unlink()
     safetensors.numpy.save_file(tensors, tmp_path / "own" / "model.safetensors")
-    with pytest.raises(UserError, match="own: the tensors do not fit config.json; missing: decoder/norm/scale$"):
+    with pytest.raises(UserError, match="own: the tensors do not match config.json; missing: decoder/norm/scale$"):
         load_checkpoint(tmp_path / "own")
 
 
@@ -319,7 +322,7 @@ def test_what_is_not_finite_is_not_written(hf_dir, tmp_path, loaded, save):
     wrong = {path: np.array(x) for path, x in parameters.items()}
     wrong["decoder/layers/mlp/down_proj/kernel"][1, 3, 4] = 1e5
     save(tmp_path / "wide", config, wrong, hf_dir, dtype="bfloat16")
-    with pytest.raises(UserError, match="half: not written: .*beyond the range .* bfloat16 holds: .*mlp.down[^,;]*$"):
+    with pytest.raises(UserError, match=r"half: not written: .*beyond the range .*enough\): .*mlp.down[^,;]*$"):
         save(tmp_path / "half", config, wrong, hf_dir, dtype="float16")
     wrong["projector/layers_0/bias"][2] = np.nan
     wrong["vision/layers/mlp/up_proj/kernel"][0, 0, 0] = -np.inf
@@ -339,3 +342,61 @@ def test_a_model_that_is_not_finite_is_not_opened(hf_dir, tmp_path, name, value,
     spoil(copy, lambda t: t[name].view(-1)[3:4].fill_(value))
     with pytest.raises(UserError, match=message):
         load_checkpoint(copy, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def native_dir(hf_dir, tmp_path_factory, loaded):
+    directory = tmp_path_factory.mktemp("native") / "model"
+    save_native(directory, *loaded, hf_dir)
+    return directory
+
+
+def drop(source, target, pattern):
+    """A copy of a checkpoint in one file, without the tensors whose names match."""
+    shutil.copytree(source, target)
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if not re.fullmatch(pattern, name)}
+    safetensors.numpy.save_file(kept, target / "model.safetensors", {"format": "pt"})
+    return str(target)
+
+
+def test_parameters_that_no_checkpoint_has_are_named_by_the_recipe(hf_dir, native_dir, tmp_path, loaded):
+    config, parameters = loaded
+    for directory, name, pattern in ((hf_dir, "hf", ".*projector.*"), (native_dir, "native", "projector/.*")):
+        partial = drop(directory, tmp_path / name, pattern)
+        with pytest.raises(UserError, match="missing: .*projector"):
+            load_model(Model(llava=partial), config, 3)
+        found = load_model(Model(llava=partial, fresh=("projector/.*",)), config, 3)
+        assert found.keys() == parameters.keys()
+        for path, x in parameters.items():
+            if not path.startswith("projector/"):
+                np.testing.assert_array_equal(found[path], x)
+        # A projector alone is drawn, as if the model had no other part.
+        projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=nnx.Rngs(3))
+        for path, x in llava.to_params(projector)[1].items():
+            np.testing.assert_array_equal(found[f"projector/{path}"], x)
+
+
+@pytest.mark.parametrize("fresh, message", [
+    (("projector/.*",), "left over: .*multi_modal_projector"),  # the checkpoint has them
+    (("adapter/.*",), "model.fresh: adapter/.*: matches no parameter"),
+])
+def test_a_table_of_fresh_parameters_must_match_the_checkpoint(hf_dir, loaded, fresh, message):
+    with pytest.raises(UserError, match=message):
+        load_model(Model(llava=str(hf_dir), fresh=fresh), loaded[0], 0)
+
+
+def test_fresh_expressions_are_checked_when_the_recipe_is_made():
+    with pytest.raises(UserError, match=r"model.fresh: '\(' is no regular expression"):
+        Model(llava="a", fresh=("(",))
+
+
+def test_names_of_an_earlier_version_are_told_in_one_line(native_dir, tmp_path):
+    directory = tmp_path / "old"
+    shutil.copytree(native_dir, directory)
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    old = {name.replace("q_proj", "query").replace("lm_head", "head"): x for name, x in tensors.items()}
+    safetensors.numpy.save_file(old, directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"old: .*names of an earlier version \(.*\); convert the model again") as error:
+        load_checkpoint(directory)
+    assert "\n" not in str(error.value)

@@ -100,8 +100,9 @@ def with_vision(**fields):
     ({"model_type": "mistral"}, "sliding_window is 4096, shorter than max_position_embeddings 131072"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},
      "sliding_window is 512"),
-    ({"model_type": "llava_jax", "version": 2}, "version 2 of the llava_jax layout is not known here; 1 is"),
-    ({"model_type": "llava_jax", "version": 1}, "not a configuration of the llava_jax layout"),
+    ({"model_type": "llava_jax", "version": 3}, "version 3 of the llava_jax layout is not known here; 2 is"),
+    ({"model_type": "llava_jax", "version": 2}, "not a configuration of the llava_jax layout"),
+    ({"model_type": "llava_jax", "version": 1}, "version 1 .* convert the model again from its hf layout"),
 ])
 def test_what_does_not_fit_is_named(read, config, message):
     with pytest.raises(UserError, match=f"config.json: .*{message}") as error:

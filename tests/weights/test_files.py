@@ -19,12 +19,12 @@ RNG = np.random.default_rng(0)
 def test_reads_what_the_library_writes(tmp_path, dtype):
     tensors = {"a": torch.randn(3, 4, 5).to(dtype), "b.weight": torch.randn(7).to(dtype), "empty": torch.zeros(0, 2)}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
-    found = files.find(tmp_path)
+    found = files.list_tensors(tmp_path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(found[name].read().astype(np.float32), tensor.float().numpy())
-    assert found["a"].read(layer=1).shape == (4, 5)
-    np.testing.assert_array_equal(found["a"].read(layer=1).astype(np.float32), tensors["a"][1].float().numpy())
+    assert found["a"].read(1).shape == (4, 5)
+    np.testing.assert_array_equal(found["a"].read(1).astype(np.float32), tensors["a"][1].float().numpy())
 
 
 @pytest.mark.parametrize("shard_bytes, count", [(10**9, 1), (2000, 3), (1, 4)])
@@ -51,7 +51,7 @@ def test_the_library_reads_what_is_written(tmp_path, shard_bytes, count):
     for name, x in arrays.items():
         assert found[name].dtype == x.dtype
         np.testing.assert_array_equal(found[name], x)
-    assert files.find(tmp_path).keys() == arrays.keys()
+    assert files.list_tensors(tmp_path).keys() == arrays.keys()
     if count > 1:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(x.nbytes for x in arrays.values())
@@ -61,14 +61,14 @@ def test_the_library_reads_what_is_written(tmp_path, shard_bytes, count):
 def test_a_dtype_may_change_on_the_way(tmp_path):
     x = RNG.normal(size=(300, 70)).astype(np.float32)
     files.write(tmp_path, [files.TensorSpec("x", np.dtype(ml_dtypes.bfloat16), x.shape, lambda: [x])], 10**9)
-    np.testing.assert_array_equal(files.find(tmp_path)["x"].read(), x.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(files.list_tensors(tmp_path)["x"].read(), x.astype(ml_dtypes.bfloat16))
 
 
 def test_large_blocks_are_written_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 64)
+    monkeypatch.setattr(files, "WRITE_BYTES", 64)
     x = RNG.normal(size=(33, 9)).astype(np.float32)
     files.write(tmp_path, [files.TensorSpec("x", x.dtype, (9, 33), lambda: [x.T])], 10**9)
-    np.testing.assert_array_equal(files.find(tmp_path)["x"].read(), x.T)
+    np.testing.assert_array_equal(files.list_tensors(tmp_path)["x"].read(), x.T)
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def cut(file, size):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda d: first(d).unlink(), "00001-of-00002.safetensors is missing, which .*index.json names"),
-    (lambda d: cut(first(d), -5), "00001-of-00002.safetensors: truncated: .* bytes; download it again"),
-    (lambda d: cut(first(d), 40), "00001-of-00002.safetensors: truncated or not a safetensors file"),
-    (lambda d: cut(first(d), 0), "00001-of-00002.safetensors: truncated or not a safetensors file"),
+    (lambda d: cut(first(d), -5), "00001-of-00002.safetensors: truncated, damaged .* bytes: .*; download it again"),
+    (lambda d: cut(first(d), 40), "00001-of-00002.safetensors: truncated, damaged or not a safetensors file"),
+    (lambda d: cut(first(d), 0), "00001-of-00002.safetensors: truncated, damaged or not a safetensors file"),
     (lambda d: first(d).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"),
      "00001-of-00002.safetensors: a Git LFS pointer, not the file itself; fetch that by `git lfs pull`"),
     (lambda d: first(d).write_bytes((2).to_bytes(8, "little") + b"[]" + bytes(64)), "not a safetensors file"),
@@ -105,7 +105,7 @@ def cut(file, size):
 def test_broken_files_are_one_clear_line(sharded, spoil, message):
     spoil(sharded)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        files.find(sharded)
+        files.list_tensors(sharded)
     assert "\n" not in str(error.value)
 
 
@@ -142,7 +142,7 @@ def test_an_index_names_files_of_its_directory_alone(tmp_path, name):
     safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError, match="index.json: weight_map names .* not the name of a file beside it"):
-        files.find(directory)
+        files.list_tensors(directory)
 
 
 def test_links_lead_into_the_hubs_cache_alone(tmp_path):
@@ -153,12 +153,12 @@ def test_links_lead_into_the_hubs_cache_alone(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, cache / "blobs/8f3c")
     (snapshot / "model-1.safetensors").symlink_to("../../blobs/8f3c")
-    assert files.find(snapshot).keys() == {"a"}
+    assert files.list_tensors(snapshot).keys() == {"a"}
     (snapshot / "model-1.safetensors").unlink()
     (cache / "blobs/8f3c").rename(tmp_path / "elsewhere.safetensors")
     (snapshot / "model-1.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(UserError, match="model-1.safetensors: a link out of the directory"):
-        files.find(snapshot)
+        files.list_tensors(snapshot)
 
 
 def entry(dtype, shape, *offsets):
@@ -195,8 +195,8 @@ def mutated(header, rng):
     return header
 
 
-def test_damaged_headers_are_refused_as_the_library_refuses_them(tmp_path):
-    """Headers and bytes are changed at random; what is read is what the library reads, or nothing."""
+def test_damaged_headers_are_refused_in_one_line(tmp_path):
+    """Headers and bytes are changed at random. Reading returns what the library loads, or raises UserError."""
     arrays = {"a": RNG.normal(size=(2, 3)).astype(np.float32), "b": RNG.normal(size=6).astype(np.float32),
               "c": RNG.normal(size=(3, 4)).astype(np.float16), "d": np.zeros((0, 2), np.float32)}
     file = tmp_path / "model.safetensors"
@@ -205,7 +205,7 @@ def test_damaged_headers_are_refused_as_the_library_refuses_them(tmp_path):
     length = int.from_bytes(whole[:8], "little")
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
     rng, refused = np.random.default_rng(1), 0
-    for trial in range(1500):
+    for trial in range(150):
         if trial % 3:
             text = json.dumps(mutated(header, rng)).encode()
             content = len(text).to_bytes(8, "little") + text + data + bytes(4 * (trial % 11 == 0))
@@ -219,7 +219,7 @@ def test_damaged_headers_are_refused_as_the_library_refuses_them(tmp_path):
         except Exception:
             expected = None
         try:
-            found = {name: tensor.read() for name, tensor in files.find(tmp_path).items()}
+            found = {name: tensor.read() for name, tensor in files.list_tensors(tmp_path).items()}
         except UserError as error:
             refused += 1
             assert str(file) in str(error) and "\n" not in str(error), content[:300]
@@ -228,7 +228,7 @@ def test_damaged_headers_are_refused_as_the_library_refuses_them(tmp_path):
         assert found.keys() == expected.keys(), content[:300]
         for name, x in found.items():
             np.testing.assert_array_equal(x, expected[name], err_msg=str(content[:300]))
-    assert refused > 1000
+    assert refused > 100
 
 
 @pytest.mark.parametrize("dtype", files.DTYPES.values(), ids=files.DTYPES)
@@ -260,7 +260,7 @@ def test_what_is_not_finite_when_written_is_named(tmp_path):
 def test_tensors_of_integers(tmp_path):
     safetensors.numpy.save_file({"a": np.arange(3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="type I64 cannot be read; F32, F16, BF16 can"):
-        files.find(tmp_path)["a"].read()
+        files.list_tensors(tmp_path)["a"].read()
 
 
 def test_a_directory_appears_whole(tmp_path):
