@@ -163,22 +163,21 @@ def test_choices_beyond_the_context_are_not_scored(llava, questions, cut):
     assert bool(said[1].text) == (NOT_ASKED not in said[1].metadata) == bool(cut)
 
 
-def test_progress_scores_what_is_answered_from_the_start(monkeypatch, questions):
+def test_a_running_score_counts_what_is_answered_from_the_start(monkeypatch, questions):
     clock = [100.0]
     monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
     lines = [make_line(question, "x", "m") for question in questions]
-    progress = generation.Progress(Twice(), "", questions, [lines[0], None, lines[2], *[None] * 10])
-    assert progress.line() == "2 of 13 answers, 0.0 a second"
+    score = generation.RunningScore(Twice(), "", questions, [lines[0], None, lines[2], *[None] * 10])
     for number in (1, 5, 3):
         clock[0] += 10
-        progress.add(number, lines[number])
+        score.add(number, lines[number])
     # Scored up to question 3, which has no score: 0, 1, 0.
-    assert progress.line() == "5 of 13 answers, 0.1 a second, 0:01:20 left, 33.3 % right so far"
+    assert score.text == "33.3 % right so far"
     clock[0] += 1
-    progress.add(4, lines[4])  # too soon
-    assert "33.3 %" in progress.line()
+    score.add(4, lines[4])  # too soon
+    assert "33.3 %" in score.text
     clock[0] += 100
-    progress.add(6, lines[6])
+    score.add(6, lines[6])
     clock[0] += 10_000
-    progress.add(7, lines[7])
-    assert "42.9 % right" in progress.line()  # 0, 1, 0, -, 0, 1, 0, 1
+    score.add(7, lines[7])
+    assert "42.9 % right" in score.text  # 0, 1, 0, -, 0, 1, 0, 1

@@ -22,6 +22,7 @@ from llava_jax.evaluate.runner.published import published_results
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import Question, Task, get_task
 from llava_jax.files import make_folder, read_json, replacing
+from llava_jax.progress import Progress
 from llava_jax.text import templates
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -250,7 +251,7 @@ class EvaluateCommand:
                 settings: Mapping[str, Any]) -> None:
         """Adds the answers that are missing of `mine` to `found` and to the file, one by one."""
         from llava_jax.evaluate.runner.baselines import shown
-        from llava_jax.evaluate.runner.generation import Progress, choose, generate
+        from llava_jax.evaluate.runner.generation import RunningScore, choose, generate
         from llava_jax.inference.llava import load
 
         todo = [n for n in mine if n not in found]
@@ -258,7 +259,8 @@ class EvaluateCommand:
         llava = load(self.model, settings["model"]["dtype"], mesh, template)
         # By their order answers meet labels from the first question on.
         scored = None if self.task.uses_answer_order and mine.start else self.task
-        progress = Progress(scored, self.data, [questions[n] for n in mine], [found.get(n) for n in mine])
+        score = RunningScore(scored, self.data, [questions[n] for n in mine], [found.get(n) for n in mine])
+        progress = Progress(len(mine), len(mine) - len(todo), "answers", note=lambda: score.text)
         told = 0
         ask = generate if self.score_by == "generation" else choose
         try:
@@ -272,10 +274,11 @@ class EvaluateCommand:
                         print(f"{source}, question {questions[n].id!r} is not asked: {why}", file=sys.stderr)
                 found[n] = answer_file.make_line(questions[n], said.text, settings["name"], said.metadata)
                 file.add(found[n])
-                progress.add(n - mine.start, found[n])
+                score.add(n - mine.start, found[n])
+                progress.update()
         finally:
             progress.close()
-            print(progress.line(), file=sys.stderr, flush=True)
+            progress.print(progress.line())
 
     def _mesh(self):
         """This host's devices, if it has several."""

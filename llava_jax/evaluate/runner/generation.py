@@ -22,7 +22,6 @@ from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
 
 READERS = 16  # threads that check images
-SECONDS_PER_LINE = 60.0  # of progress, where there is no terminal
 SCORE_AFTER, SCORING_SHARE = 5.0, 0.02  # seconds between two running scores, and the most of the time they may take
 
 
@@ -180,59 +179,40 @@ def too_long(llava: Llava, request: Request, choices: Sequence[str] = ()) -> str
     return ""
 
 
-class Progress:
-    """A bar on a terminal, else a line a minute: how many are answered, how long it still takes, how many are right.
+class RunningScore:
+    """Scores the answers so far, now and then: their mean as `text`.
+
+    Only the questions up to the first one without an answer are scored, because some benchmarks depend on the order.
 
     Args:
-      task, data: what scores the answers; `task` None leaves the score out.
-      questions: all of this process.
-      lines: for each question the line of its answer, or None; of those that are there now, and take no time.
+      task, data: the benchmark and its data. Without a task there is no score.
+      questions: all questions of this process.
+      lines: the line of each question's answer, None where there is none yet.
     """
 
     def __init__(self, task: Task | None, data: str, questions: Sequence[Question], lines: Sequence[Line | None]):
         self.task, self.data, self.questions, self.lines = task, data, questions, list(lines)
-        self.done = self.found = sum(line is not None for line in lines)
-        self.right, self.begun = "", time.monotonic()
-        self.told, self.scored, self.first = self.begun, self.begun + SCORE_AFTER, 0
-        self.bar = tqdm(total=len(questions), initial=self.found, unit=" answers", smoothing=0.05,
-                        disable=not sys.stderr.isatty())
+        self.text = ""
+        self._missing = sum(line is None for line in lines)
+        self._next, self._first = time.monotonic() + SCORE_AFTER, 0
 
     def add(self, number: int, line: Line) -> None:
-        """Another answer is written."""
+        """Adds an answer, and scores again if the last time was long enough ago."""
         self.lines[number] = line
-        self.done += 1
-        now = time.monotonic()
-        if self.task and (now >= self.scored or self.done == len(self.lines)):
-            self._score(now)
-        self.bar.update()
-        if self.bar.disable and now > self.told + SECONDS_PER_LINE:
-            self.told = now
-            print(self.line(), file=sys.stderr, flush=True)
+        self._missing -= 1
+        if self.task and (time.monotonic() >= self._next or not self._missing):
+            self._score()
 
-    def line(self) -> str:
-        """All of it in one line."""
-        seconds, fresh = time.monotonic() - self.begun, self.done - self.found
-        rate = fresh / seconds if seconds else 0.0
-        parts = [f"{self.done:,} of {len(self.lines):,} answers", f"{rate:.1f} a second"]
-        if rate:
-            minutes, rest = divmod(round((len(self.lines) - self.done) / rate), 60)
-            parts.append(f"{minutes // 60}:{minutes % 60:02}:{rest:02} left")
-        return ", ".join([*parts, *filter(None, [self.right])])
-
-    def close(self) -> None:
-        self.bar.close()
-
-    def _score(self, now: float) -> None:
-        """The mean score of the questions up to the first that has no answer: some benchmarks go by the order."""
-        while self.first < len(self.lines) and self.lines[self.first] is not None:
-            self.first += 1
-        answers = [to_answer(line) for line in self.lines[: self.first]]
+    def _score(self) -> None:
+        start = time.monotonic()
+        while self._first < len(self.lines) and self.lines[self._first] is not None:
+            self._first += 1
+        answers = [to_answer(line) for line in self.lines[: self._first]]
         try:
-            items = self.task.score(self.data, self.questions[: self.first], answers).items if answers else ()
+            items = self.task.score(self.data, self.questions[: self._first], answers).items if answers else ()
         except ValueError:  # these alone have no score
             items = ()
         scores = [item.score for item in items if item.score is not None]
         if scores:
-            self.right = f"{100 * sum(scores) / len(scores):.1f} % right so far"
-            self.bar.set_postfix_str(self.right, refresh=False)
-        self.scored = now + max(SCORE_AFTER, (time.monotonic() - now) / SCORING_SHARE)
+            self.text = f"{100 * sum(scores) / len(scores):.1f} % right so far"
+        self._next = start + max(SCORE_AFTER, (time.monotonic() - start) / SCORING_SHARE)
