@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llava_jax.annotations import drawn_scenes as scenes
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.synthesize import evidence, parse
 from llava_jax.synthesize.rules import RulesTeacher
 

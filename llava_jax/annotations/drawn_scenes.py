@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from llava_jax.annotations.context import Box
+from llava_jax.annotations.boxes import Box
 
 SIZE = 60
 CELL = SIZE // 3

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES
 
 LARGE = 0.265

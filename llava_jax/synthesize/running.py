@@ -53,7 +53,7 @@ def open_synthesis(settings: SynthesisSettings) -> Synthesis:
     synthesis = Synthesis(settings)
     for what, count in synthesis.contexts.notes.items():
         note(f"{count:,} {what}")
-    if not synthesis.contexts.boxed and settings.kinds != ("conversation",):
+    if not synthesis.contexts.has_boxes and settings.kinds != ("conversation",):
         note("there are no boxes: descriptions and reasoning are made of captions alone")
     return synthesis
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llava_jax.annotations.context import Box
+from llava_jax.annotations.boxes import Box
 from llava_jax.pages import page
 from llava_jax.pages.thumbnails import Thumbnail, load_thumbnail
 from llava_jax.synthesize.synthesis import Outcome, Task

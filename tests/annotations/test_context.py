@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from llava_jax.annotations.context import AnnotationSource, Box, Context, open_contexts
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import AnnotationSource, Context, open_contexts
 from llava_jax.data import json_rows
 from llava_jax.errors import UserError
 
@@ -102,7 +103,7 @@ def test_coco_files_in_any_order_of_their_members(tmp_path, monkeypatch, piece, 
         contexts = open_contexts(AnnotationSource(**paths))
         assert list(contexts) == expected and len(contexts) == 6
     assert contexts[2:4] == expected[2:4] and contexts[-1] == expected[-1]
-    assert contexts.categories == ("person", "dog", "traffic light") and contexts.boxed and not contexts.notes
+    assert contexts.categories == ("person", "dog", "traffic light") and contexts.has_boxes and not contexts.notes
     assert contexts.files == tuple(paths.values())
     assert contexts.where(0) == f"{paths['captions']}, image id {int(expected[0].id)}"
     with pytest.raises(IndexError):
@@ -113,7 +114,7 @@ def test_without_instances(tmp_path):
     captions, instances = coco()
     contexts = open_contexts(AnnotationSource(captions=write(tmp_path, captions, instances)["captions"]))
     assert [context.captions for context in contexts] == [context.captions for context in brute(captions, instances)]
-    assert not contexts.boxed and not any(context.boxes for context in contexts) and not contexts.notes
+    assert not contexts.has_boxes and not any(context.boxes for context in contexts) and not contexts.notes
 
 
 def test_names(tmp_path):
@@ -363,7 +364,7 @@ def test_json_lines(tmp_path):
     ]
     assert contexts.notes == {"images given twice, of which the first is kept": 1, "images without captions skipped": 1,
                               "images without boxes": 2}
-    assert contexts.where(0) == f"{path}, row 3 (line 3)" and contexts.files == (path,) and contexts.boxed
+    assert contexts.where(0) == f"{path}, row 3 (line 3)" and contexts.files == (path,) and contexts.has_boxes
 
 
 def test_an_id_of_two_images_is_refused(tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from llava_jax.annotations import drawn_scenes as scenes
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.make_probes import FILE, KINDS, ProbesData, write
 from llava_jax.evaluate.probes.multilingual import Multilingual

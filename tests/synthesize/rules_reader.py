@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 from llava_jax.annotations import drawn_scenes as scenes
-from llava_jax.annotations.context import Box
+from llava_jax.annotations.boxes import Box
 
 PLURALS = {"person": "people", "dog": "dogs", "bus": "buses", "umbrella": "umbrellas", "chair": "chairs",
            "knife": "knives", "bench": "benches", "sheep": "sheep", "traffic light": "traffic lights",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.synthesize import evidence
 
 HERE = Path(__file__).parent

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.endpoint.wording import find_source
 from llava_jax.errors import UserError
 from llava_jax.synthesize import prompts

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from drawn_scenes import shapes
 
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.errors import UserError
 from llava_jax.synthesize.evidence import COCO
 from llava_jax.synthesize.rules import RulesTeacher

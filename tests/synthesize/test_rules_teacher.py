@@ -9,7 +9,8 @@ import pytest
 from drawn_scenes import shapes
 from rules_reader import CAPTIONS, COLOURS, NAME, NUM, PLACE, SHAPES, SIDE, THINGS, Scene, evaluate
 
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.errors import UserError
 from llava_jax.synthesize.parse import Reject, parse
 from llava_jax.synthesize.rules import RulesTeacher

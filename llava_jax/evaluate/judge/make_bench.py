@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from llava_jax.annotations.context import DIGITS, AnnotationSource, Context, Contexts, open_contexts
+from llava_jax.annotations.boxes import DECIMALS
+from llava_jax.annotations.context import AnnotationSource, Context, Contexts, open_contexts
 from llava_jax.cli import one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.errors import RequestFailed
@@ -102,7 +103,7 @@ class MakeBench:
         for image in sorted(made):
             context = contexts[image]
             boxes = [{"category": box.category + " (crowd)" * box.crowd,
-                      "bbox": [round(float(place), DIGITS) for place in (box.x1, box.y1, box.x2, box.y2)]}
+                      "bbox": [round(float(value), DECIMALS) for value in (box.x1, box.y1, box.x2, box.y2)]}
                      for box in context.boxes]
             described.append({"id": context.id, "image": context.image, "captions": list(context.captions),
                               "instances": boxes})

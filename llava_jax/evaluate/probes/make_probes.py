@@ -48,7 +48,7 @@ class ProbesData:
     def run(self) -> int:
         contexts = open_contexts(AnnotationSource(captions=self.captions, instances=self.instances, data=self.data,
                                         prefix=self.prefix, names="file"))
-        if not contexts.boxed:
+        if not contexts.has_boxes:
             raise UserError(f"{contexts.files[0]}: the probes are made from boxes, and the source gives none")
         counts = write(contexts, self.out, self.each, self.seed)
         print(", ".join(f"{kind} {count:,}" for kind, count in counts.items()) + f" questions in {self.out}/{FILE}")

@@ -1,6 +1,7 @@
 """Claims held against the captions and boxes of an image."""
 
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.annotations.vocabulary import NUMBERS, Vocabulary, plural
 from llava_jax.synthesize.evidence.claims import Claim
 from llava_jax.synthesize.evidence.reading import DETERMINERS, Mention, read

@@ -6,7 +6,8 @@ import random
 import time
 from collections.abc import Iterable
 
-from llava_jax.annotations.context import Box, Context
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
 from llava_jax.annotations.scene import Name, Scene, coloured_name
 from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.synthesize.rules.facts import Fact, description, inferences, questions

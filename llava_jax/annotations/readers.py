@@ -1,10 +1,10 @@
-"""Captions and boxes out of COCO's files, JSON lines and TFDS data sets."""
+"""Readers of captions and boxes: COCO's files, JSON lines and TFDS data sets."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax.annotations.context import MANY, Boxes, Gathered
+from llava_jax.annotations.boxes import MAX_SUSPECT_SHARE, Annotations, BoxArrays, BoxCollector
 from llava_jax.data.json_rows import JsonRows, read_members
 from llava_jax.data.records import check_text
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
 
 
-def read_coco(captions: str, instances: str, names: str) -> Gathered:
-    """COCO's captions_*.json and instances_*.json ("" for none), whose boxes are [x, y, width, height] in pixels.
+def read_coco(captions: str, instances: str, names: str) -> Annotations:
+    """Reads COCO's captions_*.json and instances_*.json ("" for none).
 
-    The id of an image is COCO's number of it with twelve digits.
+    Boxes of the files are [x, y, width, height] in pixels. The id of an image is COCO's id with twelve digits.
     """
     notes: Counter[str] = Counter()
     listed, texts = _read_captions(captions, notes)
@@ -31,7 +31,7 @@ def read_coco(captions: str, instances: str, names: str) -> Gathered:
                          "take the whole file")
     notes["images without captions skipped"] += len(listed) - len(texts)
     notes["images whose file another image has too"] += len(texts) - len({listed[number] for number in texts})
-    sizes, categories, boxes = {}, [], _Boxes().made()
+    sizes, categories, boxes = {}, [], BoxCollector().to_arrays()
     if instances:
         files, sizes, categories, boxes = _read_instances(instances)
         _require_same_split(captions, instances, {number: listed[number] for number in texts}, files)
@@ -44,11 +44,11 @@ def read_coco(captions: str, instances: str, names: str) -> Gathered:
     boxes.image = np.searchsorted(ids, boxes.image)
     size = np.array([sizes[number] for number in numbers] if instances else [], np.float64).reshape(-1, 2)
     boxes = _without_fractions(boxes, size, notes, lambda image: f"{instances}, image id {numbers[image]}")
-    boxes.place[:, 2:] += boxes.place[:, :2]
-    boxes.place /= np.tile(size, 2)[boxes.image]
-    return Gathered(
+    boxes.corners[:, 2:] += boxes.corners[:, :2]
+    boxes.corners /= np.tile(size, 2)[boxes.image]
+    return Annotations(
         files=[captions, instances] if instances else [captions],
-        boxed=bool(instances),
+        has_boxes=bool(instances),
         ids=[f"{number:012d}" for number in numbers],
         names=[_name(listed[number], names) for number in numbers],
         captions=[tuple(texts[number]) for number in numbers],
@@ -60,41 +60,44 @@ def read_coco(captions: str, instances: str, names: str) -> Gathered:
     )
 
 
-def _without_fractions(boxes: Boxes, sizes: np.ndarray, notes: Counter[str], where: Callable[[int], str]) -> Boxes:
-    """The boxes in pixels, without those that fractions of the image must be. Raises UserError if these are many."""
-    fractions = (boxes.place.max(1, initial=0) <= 1) & (boxes.place[:, 2:] > 0).all(1)
+def _without_fractions(
+    boxes: BoxArrays, sizes: np.ndarray, notes: Counter[str], where: Callable[[int], str]
+) -> BoxArrays:
+    """Drops boxes that can only be fractions instead of pixels. Raises UserError if they are many."""
+    fractions = (boxes.corners.max(1, initial=0) <= 1) & (boxes.corners[:, 2:] > 0).all(1)
     fractions &= (sizes[boxes.image] > 2).all(1)
-    if fractions.sum() > MANY * len(boxes):
+    if fractions.sum() > MAX_SUSPECT_SHARE * len(boxes):
         first = int(np.argmax(fractions))
-        raise UserError(f"{where(int(boxes.image[first]))}: bbox {boxes.place[first].tolist()} must be fractions, as "
+        raise UserError(f"{where(int(boxes.image[first]))}: bbox {boxes.corners[first].tolist()} must be fractions, as "
                         f"are {fractions.sum():,} of {len(boxes):,} boxes of the file; pixels are needed")
     notes["boxes dropped: in fractions, not in pixels"] += int(fractions.sum())
     return boxes[~fractions]
 
 
-def read_data(path: str, names: str) -> Gathered:
-    """A file of JSON lines (or one list), or a TFDS folder, as FOLDER or FOLDER:SPLIT.
+def read_rows(path: str, names: str) -> Annotations:
+    """Reads a file of JSON lines (or one list), or a TFDS folder given as FOLDER or FOLDER:SPLIT.
 
-    A JSON row is an object of
-    - `image`, the image's file name; `id`, text or a whole number, by default the name without its extension;
+    A JSON row is an object with
+    - `image`: the image's file name;
+    - `id`: text or a whole number, by default the file name without its extension;
     - `captions`, a list of texts, or `caption`, one text;
-    - `boxes`, a list of {"category": text, "bbox": [x, y, width, height]} in pixels, as in COCO, for which the row
-      needs `width` and `height`; or {"category": text, "box": [x1, y1, x2, y2]} in fractions of the image. Either may
-      have "iscrowd": 1.
+    - `boxes`: a list of {"category": text, "bbox": [x, y, width, height]} in pixels, as in COCO, which also needs
+      `width` and `height` in the row; or of {"category": text, "box": [x1, y1, x2, y2]} in fractions of the image.
+      Both may have "iscrowd": 1.
 
-    A TFDS row has `captions` (texts, or dicts with a `text`), `objects` (dicts of `bbox`, `label` and maybe
-    `is_crowd`), and `image/id` and `image/filename`, as coco_captions has.
+    A TFDS row has the features of coco_captions: `captions` (texts, or dicts with a `text`), `objects` (dicts of
+    `bbox`, `label` and maybe `is_crowd`), `image/id` and `image/filename`.
     """
     if path.endswith((".json", ".jsonl")) and not os.path.exists(path):
         raise UserError(f"{path}: no such file")
     if os.path.isfile(path):
-        rows, read = JsonRows(path), _json_item
+        rows, read = JsonRows(path), _read_json_row
         files = [path]
     else:
-        rows, read = TfdsRows(path), _tfds_item
+        rows, read = TfdsRows(path), _read_tfds_row
         files = rows.files
     notes: Counter[str] = Counter()
-    boxes, categories, boxed = _Boxes(), {}, False
+    boxes, categories, has_boxes = BoxCollector(), {}, False
     kept: dict[str, tuple[int, str, tuple[str, ...]]] = {}
     for number in _progress(range(len(rows)), path):
         row = rows[number]
@@ -102,7 +105,7 @@ def read_data(path: str, names: str) -> Gathered:
             item = read(row, notes)
         except ValueError as error:
             raise UserError(f"{rows.where(number)}: {error}") from None
-        boxed |= item.boxes is not None
+        has_boxes |= item.boxes is not None
         name = _name(item.image, names)
         if item.id in kept and kept[item.id][1] != name:
             raise UserError(f"{rows.where(number)}: has the id {item.id!r} of {kept[item.id][1]}; "
@@ -112,61 +115,63 @@ def read_data(path: str, names: str) -> Gathered:
         elif not item.captions:
             notes["images without captions skipped"] += 1
         else:
-            for category, place, crowd in item.boxes or ():
-                boxes.add(len(kept), categories.setdefault(category, len(categories)), place, crowd)
+            for category, corners, crowd in item.boxes or ():
+                boxes.add(len(kept), categories.setdefault(category, len(categories)), corners, crowd)
             kept[item.id] = number, name, item.captions
     numbers = [number for number, _, _ in kept.values()]
-    return Gathered(
+    return Annotations(
         files=files,
-        boxed=boxed,
+        has_boxes=has_boxes,
         ids=list(kept),
         names=[name for _, name, _ in kept.values()],
         captions=[captions for _, _, captions in kept.values()],
         categories=list(categories),
-        boxes=boxes.made(),
+        boxes=boxes.to_arrays(),
         notes=notes,
         where=lambda image: rows.where(numbers[image]),
         where_boxes=lambda image: rows.where(numbers[image]),
-        format="bbox: [x, y, width, height] in pixels, box: [x1, y1, x2, y2] in fractions",
+        box_format="bbox: [x, y, width, height] in pixels, box: [x1, y1, x2, y2] in fractions",
     )
 
 
 def _read_captions(path: str, notes: Counter[str]) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """File names of all images, and captions of those that have any, by the images' ids."""
+    """Returns file names of all images, and captions of those that have any, by image id."""
     listed: dict[int, str] = {}
     texts: dict[int, list[str]] = {}
     for key, item in _members(path, "images", "annotations"):
-        with _Where(path, key, item):
+        with _where(path, key, item):
             if key == "images":
                 _add_image(listed, item)
             elif "caption" not in item and "bbox" in item:
                 raise UserError("has a box and no caption; is this the instances file?")
             else:
-                found = texts.setdefault(_whole(item, "image_id"), [])
+                found = texts.setdefault(_integer(item, "image_id"), [])
                 _add_caption(found, item.get("caption"), notes)
     _require_images(path, listed, texts, "captions")
     return listed, {number: found for number, found in texts.items() if found}
 
 
-def _read_instances(path: str) -> tuple[dict[int, str], dict[int, tuple[float, float]], list[str], Boxes]:
-    """File names, and width and height, of all images by their ids, names of the categories, and the boxes: image
-    holds the image's id, place x, y, width, height in pixels."""
+def _read_instances(path: str) -> tuple[dict[int, str], dict[int, tuple[float, float]], list[str], BoxArrays]:
+    """Returns file names and (width, height) by image id, names of categories, and the boxes.
+
+    `image` of the boxes is the image's id; `corners` is x, y, width, height in pixels.
+    """
     listed: dict[int, str] = {}
     sizes: dict[int, tuple[float, float]] = {}
     names: dict[int, str] = {}
-    boxes = _Boxes()
+    boxes = BoxCollector()
     for key, item in _members(path, "images", "annotations", "categories"):
-        with _Where(path, key, item):
+        with _where(path, key, item):
             if key == "images":
                 sizes[_add_image(listed, item)] = _size(item)
             elif key == "categories":
-                names[_whole(item, "id")] = _text(item, "name")
+                names[_integer(item, "id")] = _text(item, "name")
             elif "bbox" not in item and "caption" in item:
                 raise UserError("has a caption and no box; is this the captions file?")
             else:
-                place, crowd = _numbers(item, "bbox"), bool(item.get("iscrowd"))
-                boxes.add(_whole(item, "image_id"), _whole(item, "category_id"), place, crowd)
-    found = boxes.made()
+                corners, crowd = _numbers(item, "bbox"), bool(item.get("iscrowd"))
+                boxes.add(_integer(item, "image_id"), _integer(item, "category_id"), corners, crowd)
+    found = boxes.to_arrays()
     _require_images(path, sizes, set(found.image.tolist()), "boxes")
     number = {category: i for i, category in enumerate(names)}
     if unknown := sorted(set(found.category.tolist()) - names.keys()):
@@ -178,7 +183,7 @@ def _read_instances(path: str) -> tuple[dict[int, str], dict[int, tuple[float, f
 
 
 def _members(path: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Items of the lists under `keys`; UserError if one of them is missing or empty."""
+    """Yields the items of the lists under `keys`. Raises UserError if a list is missing or empty."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     seen = set()
@@ -191,23 +196,25 @@ def _members(path: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _add_image(listed: dict[int, str], item: dict[str, Any]) -> int:
-    """Notes the file name of an image, and returns its id."""
-    number, file = _whole(item, "id"), _text(item, "file_name")
+    """Adds the file name of an image, and returns its id."""
+    number, file = _integer(item, "id"), _text(item, "file_name")
     if listed.setdefault(number, file) != file:
         raise UserError(f"stands for two images, {listed[number]} and {file}")
     return number
 
 
-def _require_same_split(captions: str, instances: str, told: dict[int, str], shown: dict[int, str]) -> None:
-    """`told`, `shown`: file names by the ids of images that have captions, and that the instances file lists. Ids of
-    other data sets than COCO may begin at 1 in every split."""
-    same = told.keys() & shown.keys()
+def _require_same_split(captions: str, instances: str, captioned: dict[int, str], boxed: dict[int, str]) -> None:
+    """Raises UserError if the two files list different images under the same ids.
+
+    `captioned` and `boxed` map image ids to file names. Ids of other data sets than COCO may start at 1 in every split.
+    """
+    same = captioned.keys() & boxed.keys()
     for number in sorted(same):  # of COCO's own ids, 2014 and 2017 mean the same images
-        if _name(told[number], "short") != _name(shown[number], "short"):
-            raise UserError(f"{instances}: image id {number} is {shown[number]}, but {told[number]} in {captions}; "
-                             "take both files of the same split")
-    if 2 * len(same) < len(told):
-        raise UserError(f"{instances}: has {len(same):,} of the {len(told):,} images of {captions}; "
+        if _name(captioned[number], "short") != _name(boxed[number], "short"):
+            raise UserError(f"{instances}: image id {number} is {boxed[number]}, but {captioned[number]} in "
+                            f"{captions}; take both files of the same split")
+    if 2 * len(same) < len(captioned):
+        raise UserError(f"{instances}: has {len(same):,} of the {len(captioned):,} images of {captions}; "
                          "take both files of the same split")
 
 
@@ -217,24 +224,20 @@ def _require_images(path: str, listed: dict[int, Any], used: Iterable[int], what
                          f"id {min(lost)}; take the whole file")
 
 
-class _Where:
-    """Puts file and item before the message of a UserError."""
-
-    def __init__(self, path: str, key: str, item: Any):
-        self.path, self.key, self.item = path, key, item
-
-    def __enter__(self) -> None:
-        if not isinstance(self.item, dict):
-            raise UserError(f"{self.path}: an item of its {self.key} is no object")
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, ValueError):
-            raise UserError(f"{self.path}: of its {self.key}, id {self.item.get('id')!r:.40} {error}") from None
+@contextlib.contextmanager
+def _where(path: str, key: str, item: Any) -> Iterator[None]:
+    """Puts file and item in front of the message of a UserError."""
+    if not isinstance(item, dict):
+        raise UserError(f"{path}: an item of its {key} is no object")
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path}: of its {key}, id {item.get('id')!r:.40} {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Item:
-    """An image of a row; its boxes are (category, (x1, y1, x2, y2), crowd), or None where it tells of none."""
+class _Row:
+    """An image with captions. `boxes` are (category, (x1, y1, x2, y2), crowd), or None if the row has no such field."""
 
     id: str
     image: str
@@ -242,7 +245,7 @@ class _Item:
     boxes: list[tuple[str, Sequence[float], bool]] | None
 
 
-def _json_item(row: Any, notes: Counter[str]) -> _Item:
+def _read_json_row(row: Any, notes: Counter[str]) -> _Row:
     if not isinstance(row, dict):
         raise UserError("a row must be an object")
     image = _text(row, "image")
@@ -260,10 +263,10 @@ def _json_item(row: Any, notes: Counter[str]) -> _Item:
     for caption in given:
         _add_caption(captions, caption, notes)
     if row.get("boxes") is None:
-        return _Item(check_text(str(name), "id"), image, tuple(captions), None)
+        return _Row(check_text(str(name), "id"), image, tuple(captions), None)
     if not isinstance(row["boxes"], list) or not all(isinstance(box, dict) for box in row["boxes"]):
         raise UserError("has boxes that are no list of objects")
-    return _Item(check_text(str(name), "id"), image, tuple(captions), [_json_box(box, row) for box in row["boxes"]])
+    return _Row(check_text(str(name), "id"), image, tuple(captions), [_json_box(box, row) for box in row["boxes"]])
 
 
 def _json_box(box: dict[str, Any], row: dict[str, Any]) -> tuple[str, Sequence[float], bool]:
@@ -271,20 +274,20 @@ def _json_box(box: dict[str, Any], row: dict[str, Any]) -> tuple[str, Sequence[f
         raise UserError("has a box that needs either bbox, [x, y, width, height] in pixels, or box, [x1, y1, x2, y2] "
                          "in fractions of the image")
     if "box" in box:
-        place = _numbers(box, "box")
-        if max(map(abs, place)) > 2:
-            raise UserError(f"has as box {list(place)}, which are no fractions of the image; pixels are given as "
+        corners = _numbers(box, "box")
+        if max(map(abs, corners)) > 2:
+            raise UserError(f"has as box {list(corners)}, which are no fractions of the image; pixels are given as "
                              "bbox, [x, y, width, height]")
     else:
         (x, y, box_width, box_height), (width, height) = _numbers(box, "bbox"), _size(row)
         if 0 < max(x, y, box_width, box_height) <= 1 < min(width, height):
             raise UserError(f"has as bbox {box['bbox']}, which are no pixels; fractions are given as box, "
                              "[x1, y1, x2, y2]")
-        place = x / width, y / height, (x + box_width) / width, (y + box_height) / height
-    return _text(box, "category"), place, bool(box.get("iscrowd"))
+        corners = x / width, y / height, (x + box_width) / width, (y + box_height) / height
+    return _text(box, "category"), corners, bool(box.get("iscrowd"))
 
 
-def _tfds_item(row: dict[str, Any], notes: Counter[str]) -> _Item:
+def _read_tfds_row(row: dict[str, Any], notes: Counter[str]) -> _Row:
     if not isinstance(row.get("captions"), list) or "image/id" not in row or "image/filename" not in row:
         raise UserError("coco_captions' features captions, image/id and image/filename are needed; it has "
                          + ", ".join(row))
@@ -295,7 +298,7 @@ def _tfds_item(row: dict[str, Any], notes: Counter[str]) -> _Item:
     name = f"{number:012d}" if isinstance(number, int) else check_text(str(number), "image/id")
     objects = row.get("objects")
     if objects is None:
-        return _Item(name, _text(row, "image/filename"), tuple(captions), None)
+        return _Row(name, _text(row, "image/filename"), tuple(captions), None)
     boxes = []
     for thing in objects:
         if not isinstance(thing, dict) or "bbox" not in thing:
@@ -305,29 +308,11 @@ def _tfds_item(row: dict[str, Any], notes: Counter[str]) -> _Item:
             continue
         y1, x1, y2, x2 = thing["bbox"]
         boxes.append((_text(thing, "label"), (x1, y1, x2, y2), bool(thing.get("is_crowd"))))
-    return _Item(name, _text(row, "image/filename"), tuple(captions), boxes)
-
-
-class _Boxes:
-    """Collects boxes in little memory."""
-
-    def __init__(self):
-        self.image, self.category, self.place, self.crowd = array("q"), array("q"), array("d"), array("b")
-
-    def add(self, image: int, category: int, place: Sequence[float], crowd: bool) -> None:
-        self.image.append(image)
-        self.category.append(category)
-        self.place.extend(place)
-        self.crowd.append(crowd)
-
-    def made(self) -> Boxes:
-        place = np.array(self.place, np.float64).reshape(-1, 4)
-        return Boxes(np.array(self.image, np.int64), np.array(self.category, np.int64), place,
-                     np.array(self.crowd, bool))
+    return _Row(name, _text(row, "image/filename"), tuple(captions), boxes)
 
 
 def _add_caption(captions: list[str], caption: Any, notes: Counter[str]) -> None:
-    """Adds a caption, as one line, to those of its image."""
+    """Adds a caption, as one line, to the captions of its image."""
     if not isinstance(caption, str):
         raise UserError(f"has as caption {caption!r:.40}; it must be text")
     caption = " ".join(check_text(caption, "caption").split())
@@ -340,7 +325,7 @@ def _add_caption(captions: list[str], caption: Any, notes: Counter[str]) -> None
 
 
 def _name(file: str, names: str) -> str:
-    """An image's name: COCO_train2014_000000033471.jpg is 000000033471.jpg if names are "short"."""
+    """Returns the name of an image: COCO_train2014_000000033471.jpg becomes 000000033471.jpg if `names` is "short"."""
     return re.sub(r"(^|/)COCO_[a-z]+20\d\d_(?=[^/]+$)", r"\1", file) if names == "short" else file
 
 
@@ -351,7 +336,7 @@ def _text(item: dict[str, Any], key: str) -> str:
     return check_text(" ".join(value.split()), key) if key in ("name", "category", "label") else check_text(value, key)
 
 
-def _whole(item: dict[str, Any], key: str) -> int:
+def _integer(item: dict[str, Any], key: str) -> int:
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
         raise UserError(f"has as {key} {value!r:.40}; it must be a whole number")
