@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.annotations.captions import CaptionFile
-from llava_jax.annotations.lexicon import WORDS
-from llava_jax.annotations.noun_phrases import SpacyChunker, light_chunker
+from llava_jax.annotations.noun_phrases import SpacyChunker, light_chunker, read_word_lists
 
 # What captions are made of: J an adjective, N a noun, Z a verb in -s, G one in -ing, D one in -ed; | separates them.
 SHAPES = """a J N Z on the N|N of a J N in the N|person Z the N of N|the J N of the N at N|J N N G in a J N
@@ -51,10 +50,11 @@ def words(count: int, endings: str, rng: np.random.Generator) -> list[str]:
 def make_captions(path: Path, count: int, seed: int) -> None:
     """Writes lines of caption, tab, URL."""
     rng = np.random.default_rng(seed)
-    known = [word for word in WORDS["N"].split() + WORDS["H"].split() if len(word) > 2]
+    lists = read_word_lists()
+    known = [word for word in lists["N"] + lists["H"] if len(word) > 2]
     lists = {
         "N": known + words(30_000, "n,l,r,t,ns,ts", rng),
-        "J": WORDS["J"].split() + words(6_000, "ous,ic,al,y", rng),
+        "J": lists["J"] + words(6_000, "ous,ic,al,y", rng),
         "Z": words(1_500, "es", rng),
         "G": words(1_500, "ing", rng),
         "D": words(1_500, "ed", rng),

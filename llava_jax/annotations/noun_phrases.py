@@ -1,13 +1,13 @@
-"""Noun phrases of captions: by a light chunker of our own, or by spaCy.
+"""Noun phrases of captions, by a light chunker of this project or by spaCy.
 
-What counts as a phrase, for both: a noun with everything in front of it that belongs to it (adjectives, participles,
-numbers, other nouns, an owner with 's), in lower case, without the determiners that it begins with ("the", "his",
-"some"), words separated by single spaces and hyphens without any ("t - shirt" is "t-shirt"). Coordinated nouns are two
-phrases, adjectives that share a noun are one ("red and white flowers"). What follows the noun is not part of it.
-Pronouns and bare numbers are no phrases.
+Both chunkers use the same notion of a phrase: a noun with everything in front of it that belongs to it (adjectives,
+participles, numbers, other nouns, an owner with 's), in lower case. Leading determiners ("the", "his", "some") are
+dropped. Words are separated by single spaces, and hyphens have no spaces ("t - shirt" is "t-shirt"). Coordinated nouns
+are two phrases; adjectives that share a noun are one phrase ("red and white flowers"). Text after the noun does not
+belong to the phrase. Pronouns and bare numbers are no phrases.
 
-The light chunker gives every word of a caption one letter, so that a caption is a short string, and finds the phrases
-with regular expressions over that string.
+The light chunker maps every word of a caption to one letter, and finds phrases in the string of letters with regular
+expressions.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from llava_jax.annotations.lexicon import ADJECTIVE_ENDINGS, NOUNS_FIRST, PARTICIPLES, PAST, VERBS, VERBS_FIRST, WORDS
 from llava_jax.errors import UserError
 
 Chunker = Callable[[Sequence[str]], list[list[str]]]
-"""From captions to the distinct phrases of each, in the order of the caption. Can be pickled."""
+"""A picklable function from captions to the distinct phrases of every caption, in order."""
 
 
 def open_chunker(name: str, spacy_model: str = "") -> Chunker:
-    """`name`: "light" or "spacy"; `spacy_model` as in `SpacyChunker`. Raises what that raises."""
+    """Returns the chunker "light" or "spacy". Raises UserError if spaCy or its pipeline is missing."""
     if name == "spacy":
         chunker = SpacyChunker(spacy_model)
         chunker([""])  # what is missing is said now, not by a worker
@@ -34,12 +34,12 @@ def open_chunker(name: str, spacy_model: str = "") -> Chunker:
 
 
 def light_chunker(captions: Sequence[str]) -> list[list[str]]:
-    """The distinct noun phrases of each caption by word lists, endings and patterns; any text will do."""
+    """Finds the distinct noun phrases of every caption by word lists, endings and patterns."""
     return [light_phrases(caption) for caption in captions]
 
 
 def light_phrases(caption: str) -> list[str]:
-    """`light_chunker` for one caption."""
+    """Finds the distinct noun phrases of one caption."""
     words = split_words(caption)
     tags = "".join(map(_tag_of.__getitem__, words))
     if "E" in tags:
@@ -51,11 +51,11 @@ def light_phrases(caption: str) -> list[str]:
 
 @dataclasses.dataclass
 class SpacyChunker:
-    """The noun chunks of a spaCy pipeline, in the form of this module.
+    """Finds noun phrases with a spaCy pipeline.
 
-    `model`: the name of an installed pipeline, or a folder that holds one at any depth (what `nlp.to_disk` writes, or
-    an unpacked wheel or tar.gz: nothing is downloaded). It is loaded at the first call, in each process.
-    Raises UserError, one line, if spaCy is missing, the pipeline is not found or does not parse.
+    `model` is the name of an installed pipeline, or a folder that contains one at any depth (what `nlp.to_disk` writes,
+    or an unpacked wheel or tar.gz). Nothing is downloaded. Every process loads the pipeline at its first call. Raises
+    UserError, one line, if spaCy is missing, or if the pipeline is missing or has no parser.
     """
 
     model: str
@@ -73,7 +73,7 @@ class SpacyChunker:
 
 
 def noun_chunks(doc: Any) -> list[str]:
-    """The distinct phrases of a parsed spaCy `Doc`."""
+    """Returns the distinct phrases of a parsed spaCy `Doc`."""
     found = []
     for chunk in doc.noun_chunks:
         words = [] if chunk.root.pos_ == "PRON" else split_words(chunk.text)
@@ -86,7 +86,7 @@ def noun_chunks(doc: Any) -> list[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words, 's, and single signs."""
+    """Splits a text into lower-case words, 's, and single signs."""
     text = text.lower()
     if not text.isascii():
         text = _MARKS.sub("", unicodedata.normalize("NFC", text)).replace("\u2019", "'")
@@ -138,7 +138,7 @@ _OWNER = re.compile(r"(?<=\w)\s*'\s*s\b|(?<=s)\s?'(?=\s+[^\W\d_])")
 _SPACED_HYPHEN = re.compile(r"(?<=[^\W_]) - (?=[^\W_])")
 _WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,]\d+)+|[^\W_]+(?:[-'&][^\W_]+)*|'s|\S")
 
-# One letter for every word:
+# Every word has one letter:
 #   E  a, an      F  the, his, ...      D  other determiners      R  pronouns      W  who, while, before, ...
 #   P  prepositions, particles and adverbs, which end a phrase                     T  to, can, will, ...
 #   C  and, or    ,  comma              .  other signs            S  's            M  numbers
@@ -156,16 +156,31 @@ def _third_person(verb: str) -> str:
     return verb[:-1] + "ies" if verb[-1] == "y" and verb[-2] not in "aeou" else verb + "s"
 
 
+def read_word_lists() -> dict[str, list[str]]:
+    """Reads english_words.txt: the words of every list by its tag."""
+    lists: dict[str, list[str]] = {}
+    words: list[str] = []
+    for line in Path(__file__).with_name("english_words.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("== "):
+            words = lists[line[3:]] = []
+        elif not line.startswith("# "):
+            words += line.split()
+    return lists
+
+
 class _Tags(dict):
-    """Word -> letter; a word that is in no list gets it by its ending, once."""
+    """Maps words to letters. A word that is in no list gets its letter by its ending, once."""
 
     def __init__(self):
         super().__init__()
-        for verbs, base, third in ((VERBS, "V", "V"), (VERBS_FIRST, "b", "z"), (NOUNS_FIRST, "c", "y")):
-            self |= {_third_person(verb): third for verb in verbs} | dict.fromkeys(verbs, base)
-        self |= dict.fromkeys(PAST, "V") | dict.fromkeys(PARTICIPLES, "d") | {",": ","}
-        for letter, words in WORDS.items():
-            self |= dict.fromkeys(words.split(), letter)
+        lists = read_word_lists()
+        for tag, base, third in (("verb", "V", "V"), ("verb_first", "b", "z"), ("noun_first", "c", "y")):
+            self |= {_third_person(verb): third for verb in lists[tag]} | dict.fromkeys(lists[tag], base)
+        self |= dict.fromkeys(lists["past"], "V") | dict.fromkeys(lists["participle"], "d") | {",": ","}
+        for letter, words in lists.items():
+            if len(letter) == 1:
+                self |= dict.fromkeys(words, letter)
+        self._adjective_endings = tuple(lists["adjective_ending"])
 
     def __missing__(self, word: str) -> str:
         letter = self._by_ending(word)
@@ -187,7 +202,7 @@ class _Tags(dict):
             return "g"
         if word.endswith("ly") and len(word) > 4:
             return "A"
-        if word.endswith(ADJECTIVE_ENDINGS) and len(word) > 5 and not word.endswith("fish"):
+        if word.endswith(self._adjective_endings) and len(word) > 5 and not word.endswith("fish"):
             return "J"
         if word.endswith(("woman", "man")):
             return "H"

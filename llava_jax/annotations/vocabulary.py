@@ -1,8 +1,9 @@
-"""English words for the categories of a data set: what a text may call them, and what that says about their number."""
+"""English words for the categories of a data set, and what a word says about the number of objects."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 COLOURS = ("red orange yellow green cyan blue purple pink black white grey brown beige gold silver turquoise tan "
            "violet golden maroon teal").split()  # fmt: skip
@@ -12,9 +13,14 @@ NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a word may stand for. `categories`: any of these. `exact`: all of a category go by this word, so that a
-    number of them is the number of boxes; otherwise (a man is a person) it is at most that. `loose`: the word is often
-    used of what has no box ("plant"), so that its absence says nothing."""
+    """The meaning of a word.
+
+    Attributes:
+      categories: Categories that the word can mean.
+      exact: Whether the word fits all objects of a category, so that its number is the number of boxes. Otherwise the
+        number is at most that, as with "man" for a person.
+      loose: Whether the word is often used of objects without a box ("plant"), so that a missing box proves nothing.
+    """
 
     categories: frozenset[str]
     exact: bool = True
@@ -22,8 +28,11 @@ class Meaning:
 
 
 class Vocabulary:
-    """Words for `categories`; those of COCO with synonyms. Of categories that are a colour and a noun ("red circle")
-    the noun alone is a word too, and where all are so, "object" is as well."""
+    """Words for `categories`, with synonyms for COCO's.
+
+    For categories of a colour and a noun ("red circle") the noun alone is a word too. If all categories are of that
+    kind, "object" is a word as well.
+    """
 
     def __init__(self, categories: Iterable[str]):
         self.meanings: dict[tuple[str, ...], Meaning] = {}
@@ -48,7 +57,7 @@ class Vocabulary:
         self.longest = max(map(len, self.meanings), default=0)
 
     def is_singular(self, word: str) -> bool:
-        """Whether it is the name of one thing."""
+        """Whether a word names a single object."""
         return (word,) in self.meanings and not word.endswith("s")
 
     def _add(self, word: str, category: str) -> None:
@@ -64,12 +73,12 @@ class Vocabulary:
 
 
 def split(text: str) -> list[str]:
-    """Words in lower case, and punctuation by itself; hyphens part words."""
+    """Splits a text into lower-case words and single punctuation marks. Hyphens separate words."""
     return _WORD.findall(_plain(text))
 
 
-def hyphened(text: str) -> frozenset[int]:
-    """Indices of the words that a hyphen joins to the next one."""
+def hyphenated_indices(text: str) -> frozenset[int]:
+    """Returns the indices of words that a hyphen joins to the next one."""
     plain = _plain(text)
     words = enumerate(_WORD.finditer(plain))
     return frozenset(i for i, word in words if re.match("-[a-z]", plain[word.end() : word.end() + 2]))
@@ -95,72 +104,18 @@ _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "chil
               "policeman": "policemen", "fireman": "firemen", "lady": "ladies", "people": "people"}  # fmt: skip
 
 
-def _words(text: str) -> tuple[tuple[str, ...], ...]:
-    """`same | narrower | wider`, each words separated by commas."""
-    return tuple(tuple(filter(None, map(str.strip, part.split(",")))) for part in f"{text}||".split("|")[:3])
+def read_synonyms() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Reads english_synonyms.txt: by category, words for the same, for some of it, and for more than it."""
+    synonyms = {}
+    for line in Path(__file__).with_name("english_synonyms.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, _, text = line.partition(": ")
+            parts = f"{text}||".split("|")[:3]
+            synonyms[name] = tuple(tuple(filter(None, map(str.strip, part.split(",")))) for part in parts)
+    return synonyms
 
 
-SYNONYMS = {
-    name: _words(text)
-    for name, text in {
-        "person": """human | man, woman, boy, girl, child, kid, baby, toddler, adult, lady, gentleman, guy,
-            player, skier, surfer, snowboarder, skateboarder, rider, pedestrian, passenger, cyclist, biker,
-            motorcyclist, policeman, fireman, catcher, umpire, chef, tourist, teenager, bride,
-            groom, individual
-            | batter, pitcher""",
-        "bicycle": "bike, push bike",
-        "car": "automobile | sedan, taxi, suv, minivan, police car",
-        "motorcycle": "motorbike | scooter, moped",
-        "airplane": "aeroplane, plane | jet, airliner, biplane || aircraft",
-        "bus": "| double decker, minibus, school bus",
-        "train": "| locomotive, freight train",
-        "truck": "lorry | pickup, fire truck",
-        "boat": "| ship, sailboat, canoe, kayak, yacht, ferry, rowboat",
-        "traffic light": "traffic signal, stoplight",
-        "fire hydrant": "hydrant",
-        "bench": "| park bench",
-        "bird": "| seagull, pigeon, duck, goose, parrot, swan, owl, eagle",
-        "cat": "| kitten",
-        "dog": "| puppy",
-        "horse": "| pony, foal",
-        "sheep": "| lamb",
-        "cow": "cattle | calf, bull",
-        "backpack": "rucksack",
-        "umbrella": "| parasol",
-        "handbag": "purse || bag",
-        "tie": "necktie | bow tie",
-        "suitcase": "|| luggage, bag",
-        "skis": "ski, pair of skis",
-        "sports ball": "|| ball",
-        "baseball bat": "|| bat",
-        "baseball glove": "|| glove, mitt",
-        "tennis racket": "tennis racquet || racket, racquet",
-        "wine glass": "|| glass",
-        "cup": "| mug || glass",
-        "sandwich": "| hamburger, burger",
-        "broccoli": "piece of broccoli",
-        "donut": "doughnut",
-        "cake": "| birthday cake, cupcake",
-        "chair": "| armchair || seat, stool",
-        "couch": "sofa",
-        "potted plant": "houseplant || plant, flower",
-        "dining table": "|| table, desk",
-        "tv": "television || screen, monitor",
-        "laptop": "laptop computer || computer",
-        "mouse": "computer mouse",
-        "remote": "remote control",
-        "keyboard": "computer keyboard",
-        "cell phone": "cellphone, smartphone, mobile phone || phone",
-        "oven": "|| stove",
-        "sink": "|| basin",
-        "refrigerator": "fridge",
-        "vase": "|| pot",
-        "scissors": "pair of scissors",
-        "teddy bear": "| teddy || stuffed animal, toy",
-        "hair drier": "hair dryer",
-    }.items()
-}  # fmt: skip
-
+SYNONYMS = read_synonyms()
 HYPERNYMS = {
     "animal": "bird cat dog horse sheep cow elephant bear zebra giraffe".split(),
     "vehicle": "bicycle car motorcycle airplane bus train truck boat".split(),
@@ -173,4 +128,4 @@ COCO = tuple("""
     |fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch
     |potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|microwave|oven|toaster|sink
     |refrigerator|book|clock|vase|scissors|teddy bear|hair drier|toothbrush""".replace("\n    ", "").split("|"))
-"""COCO's categories of things, in the order of their ids."""
+"""COCO's categories, in the order of their ids."""

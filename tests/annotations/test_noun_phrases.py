@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.annotations.lexicon import NOUNS_FIRST, VERBS, VERBS_FIRST, WORDS
 from llava_jax.annotations.noun_phrases import (
     SpacyChunker,
     light_chunker,
     light_phrases,
     noun_chunks,
     open_chunker,
+    read_word_lists,
     split_words,
 )
 from llava_jax.errors import UserError
@@ -100,7 +100,7 @@ def test_definition(caption, expected):
 
 def random_texts(count):
     rng = random.Random(0)
-    words = [word for words in WORDS.values() for word in words.split()] + VERBS + VERBS_FIRST + NOUNS_FIRST
+    words = [word for words in read_word_lists().values() for word in words]
     for number in range(count):
         if number % 2:  # any code points, lone surrogates too, now and then between words
             pieces = [chr(rng.choice((rng.randrange(0x250), rng.randrange(0x3000), rng.randrange(0x110000))))
@@ -112,7 +112,7 @@ def random_texts(count):
 
 
 def test_any_text():
-    determiners = set((WORDS["D"] + " " + WORDS["E"] + " " + WORDS["F"]).split())
+    determiners = {word for tag in "DEF" for word in read_word_lists()[tag]}
     for text in random_texts(4000):
         found = light_phrases(text)
         assert found == light_phrases(text.lower())
@@ -137,9 +137,10 @@ def test_very_long_captions():
 
 
 def test_no_word_has_two_letters():
-    words = [word for words in WORDS.values() for word in words.split()]
+    lists = read_word_lists()
+    words = [word for tag, words in lists.items() if len(tag) == 1 for word in words]
     assert sorted(set(words)) == sorted(words)
-    verbs = [*VERBS, *VERBS_FIRST, *NOUNS_FIRST]
+    verbs = [*lists["verb"], *lists["verb_first"], *lists["noun_first"]]
     assert sorted(set(verbs)) == sorted(verbs)
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from llava_jax.annotations.vocabulary import COLOURS, NUMBERS, Meaning, Vocabulary, hyphened, split
+from llava_jax.annotations.vocabulary import COLOURS, NUMBERS, Meaning, Vocabulary, hyphenated_indices, split
 
 DETERMINERS = frozenset("""
     a an the this that these those his her its their my our your some any another each every several both all
@@ -82,7 +82,7 @@ def read(text: str, vocabulary: Vocabulary, caption: bool = False) -> Sentence:
 
     In a `caption`, which supports answers and claims nothing, more words count as names: "baby elephant" names a baby.
     """
-    words, joined = split(text), None if caption else hyphened(text)
+    words, joined = split(text), None if caption else hyphenated_indices(text)
     marked: list[str] = []
     mentions: list[Mention] = []
     done = start = 0
@@ -109,7 +109,7 @@ def colours(text: str) -> tuple[str, ...]:
 def _name(
     words: list[str], joined: frozenset[int] | None, start: int, vocabulary: Vocabulary
 ) -> tuple[int, Meaning | None]:
-    """Where the name that begins here ends, and what it means. `joined`: as `hyphened`, or None for a caption."""
+    """Where the name that begins here ends, and what it means. `joined`: as `hyphenated_indices`, or None for a caption."""
     for end in range(min(start + vocabulary.longest, len(words)), start, -1):
         meaning = vocabulary.meanings.get(tuple(words[start:end]))
         if not meaning:
