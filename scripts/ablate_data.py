@@ -9,7 +9,7 @@ model then gets questions of the three kinds, one of each, about held-out pictur
 In the paper GPT-4 gives each answer 1 to 10 points, and a model's score is its points relative to those of GPT-4's own
 answers. Here the points of an answer are the F1 score of its facts: the part of what it claims that the boxes do not
 contradict, and the number of different true facts relative to that in the rules teacher's answer to the same question.
-What instruct/evidence does not read, such as the conclusion of an argument, earns and costs nothing.
+What synthesize/evidence does not read, such as the conclusion of an argument, earns and costs nothing.
 
 What is there already is not made again. Ends with a Markdown table.
 """
@@ -32,8 +32,8 @@ from llava_jax.annotations.context import AnnotationSource, Context, open_contex
 from llava_jax.annotations.vocabulary import Vocabulary
 from llava_jax.config import Data, Model, Recipe, load_recipe_module
 from llava_jax.inference.llava import Request
+from llava_jax.synthesize.evidence.checker import EvidenceChecker
 from llava_jax.synthesize.evidence.claims import all_claims
-from llava_jax.synthesize.evidence.judge import Judge
 from llava_jax.synthesize.parse import Reject, parse
 from llava_jax.synthesize.prompts import KINDS, read_questions
 from llava_jax.synthesize.rules import RulesTeacher
@@ -180,7 +180,7 @@ def f1(context: Context, question: str, answer: str, expected: str) -> float | N
 
 def facts(context: Context, question: str, answer: str) -> tuple[set, set]:
     """What an answer claims, each claim once: what holds, and what does not."""
-    judge, true, false = Judge(context, WORDS), set(), set()
+    judge, true, false = EvidenceChecker(context, WORDS), set(), set()
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     for claim in all_claims(turns, WORDS):
         verdict = judge(claim)

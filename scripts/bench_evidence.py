@@ -157,13 +157,13 @@ def structured(make: Callable, categories: tuple[str, ...], number: int, seed: i
     rng, results = random.Random(f"{seed} corrupt"), {name: [0, 0] for name in CORRUPTIONS}
     clean = flagged = 0
     for kind, turns, context in answers(make, number, seed):
-        found = evidence.check(kind, turns, context, categories).findings
+        found = evidence.check(turns, context, categories).findings
         clean, flagged = clean + 1, flagged + bool(found)
         if found and show:
             print("right, but flagged:", *found, [turn["value"] for turn in turns], sep="\n    ")
         for name, how in CORRUPTIONS.items():
             if wrong := corrupt(turns, context, how, rng):
-                caught = bool(evidence.check(kind, wrong, context, categories).findings)
+                caught = bool(evidence.check(wrong, context, categories).findings)
                 results[name][0] += caught
                 results[name][1] += 1
                 if show and not caught and rng.random() < show / number / 4:
@@ -189,7 +189,7 @@ def labelled(path: str | Path, show: bool = False) -> tuple[float, float, int, i
             for text in texts:
                 question, answer = text if isinstance(text, list) else ("What do you see?", text)
                 turns = ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
-                found = evidence.check("conversation", turns, context, evidence.COCO).findings
+                found = evidence.check(turns, context, evidence.COCO).findings
                 total, wrong = total + 1, wrong + is_wrong
                 flagged, caught = flagged + bool(found), caught + (bool(found) and is_wrong)
                 if show and bool(found) != is_wrong:

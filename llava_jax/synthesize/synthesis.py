@@ -224,8 +224,7 @@ class Task:
         settings, turns, found = self.synthesis.settings, (), None
         try:
             turns = parse.parse(self.kind, reply.text, reply.finish_reason, self.question, settings.language)
-            found = evidence.check(self.kind, turns, self.context, self.synthesis.contexts.categories,
-                                   settings.language)
+            found = evidence.check(turns, self.context, self.synthesis.contexts.categories, settings.language)
             if found.findings and settings.drop_contradictions:
                 first = found.findings[0]
                 raise parse.Reject("contradiction", f"{first.kind}: {first.claim!r}, but {first.against}")

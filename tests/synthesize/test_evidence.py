@@ -25,7 +25,7 @@ PICTURE = Context(
 
 def kinds(answer, question="What do you see?", context=STREET, categories=evidence.COCO):
     turns = ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
-    return sorted({finding.kind for finding in evidence.check("conversation", turns, context, categories).findings})
+    return sorted({finding.kind for finding in evidence.check(turns, context, categories).findings})
 
 
 def bench():
@@ -237,10 +237,10 @@ def test_a_caption_supports_in_any_words():
 
 def test_what_a_finding_says():
     turns = ({"from": "human", "value": "How many dogs are there?"}, {"from": "gpt", "value": "There are four dogs."})
-    found = evidence.check("conversation", turns, STREET, evidence.COCO)
+    found = evidence.check(turns, STREET, evidence.COCO)
     assert found.checked and 0 <= found.score < 1 and found.claims >= 1
     assert found.findings[-1] == ("count", "There are four dogs.", "there are 2 dogs")
-    other = evidence.check("conversation", turns, STREET, evidence.COCO, language="ko")
+    other = evidence.check(turns, STREET, evidence.COCO, language="ko")
     assert other == ((), 0, False) and other.score == 1
 
 

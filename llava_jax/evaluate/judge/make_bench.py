@@ -232,7 +232,7 @@ class Maker:
         if found := find_source(text):
             raise parse.Reject("mentions_source", found)
         turns = ({"from": "human", "value": question}, {"from": "gpt", "value": text})
-        if found := evidence.check(job.kind, turns, self.contexts[job.image], self.contexts.categories).findings:
+        if found := evidence.check(turns, self.contexts[job.image], self.contexts.categories).findings:
             raise parse.Reject("contradiction", f"{found[0].claim!r}, but {found[0].against}")
         return text
 

@@ -1,8 +1,8 @@
-"""Answers held against the captions and boxes of their image.
+"""Contradictions between answers and the captions and boxes of their image.
 
-Found are objects named that nothing supports, numbers, places, relations and colours that contradict the boxes or, for
-colours, the captions. The text is read by patterns, so that much of free text is passed over; what is flagged is likely
-to be wrong (scripts/bench_evidence.py measures how likely). English alone is read.
+The check finds objects that nothing supports, and numbers, positions, relations and colours that contradict the boxes
+or, for colours, the captions. Patterns read the text, so much of free text is not checked; what is flagged is likely to
+be wrong (scripts/bench_evidence.py measures how likely). Only English is checked.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,15 +11,20 @@ from typing import NamedTuple
 
 from llava_jax.annotations.context import Context
 from llava_jax.annotations.vocabulary import COCO, Vocabulary
+from llava_jax.synthesize.evidence.checker import EvidenceChecker
 from llava_jax.synthesize.evidence.claims import all_claims
-from llava_jax.synthesize.evidence.judge import EvidenceChecker
 
 __all__ = ["COCO", "Evidence", "Finding", "check"]
 
 
 class Contradiction(NamedTuple):
-    """A claim that does not hold. `kind`: object, count, attribute, position or relation; `claim`: the sentence;
-    `against`: what captions and boxes say."""
+    """A claim that the image contradicts.
+
+    Attributes:
+      kind: object, count, attribute, position or relation.
+      claim: The sentence.
+      against: What captions and boxes say.
+    """
 
     kind: str
     claim: str
@@ -27,7 +32,12 @@ class Contradiction(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """`claims`: how many could be checked; `checked`: whether the language was one that is read."""
+    """The result of a check.
+
+    Attributes:
+      claims: Number of claims that could be checked.
+      checked: Whether the language can be checked.
+    """
 
     findings: tuple[Contradiction, ...] = ()
     claims: int = 0
@@ -35,16 +45,22 @@ class Evidence(NamedTuple):
 
     @property
     def score(self) -> float:
-        """The part of the claims that hold; 1 where there are none."""
+        """The fraction of claims that hold; 1 without claims."""
         return 1 - len(self.findings) / max(self.claims, 1)
 
 
 def check(
-    kind: str, turns: Sequence[dict[str, str]], context: Context, categories: Iterable[str], language: str = "en"
+    turns: Sequence[dict[str, str]], context: Context, categories: Iterable[str], language: str = "en"
 ) -> Evidence:
-    """Holds the answers of a record against its image. `turns`: as parse.py gives them, human first; `categories`: all
-    of the data set, so that what has no box can be missed. Whatever the teacher of a `kind` was shown, captions and
-    boxes both count."""
+    """Compares the answers of a record with its image.
+
+    Args:
+      turns: The conversation as parse.py returns it, human first.
+      categories: All categories of the data set, because an object without a box is a contradiction only if its
+        category has boxes elsewhere.
+
+    Captions and boxes both count, whatever the teacher saw.
+    """
     if language != "en":
         return Evidence(checked=False)
     vocabulary = _vocabulary(tuple(categories))

@@ -1,4 +1,4 @@
-"""What answers claim of the things that they name: that they are there, how many, of what colour, and where."""
+"""Claims of answers about objects: that they exist, their number, colour, position and relation."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -70,7 +70,7 @@ _RELATIONS = (
         r"(?:(?:to|on) the (?P<across>left|right))?(?: of (?:it|them))?"
     ),
 )
-_PLACE = re.compile(
+_POSITION = re.compile(
     r"\b(?:at|in|on|towards?|near|within) the (?:far |very )?(?:"
     r"(?P<down>top|upper|bottom|lower)(?: hand)?(?: (?P<across>left|right|middle|centre|center))?(?: hand)?|"
     r"(?:middle )?(?P<side>left|right)(?: hand)?|(?P<middle>centre|center|middle))"
@@ -95,9 +95,16 @@ _WORDS = {"higher up": "above", "higher up than": "above", "lower down": "below"
 
 @dataclass(frozen=True)
 class Claim:
-    """`kind`: object, absent, count, attribute, position or relation. `text`: the sentence. `values`: of a count the
-    number, of an attribute the colours, otherwise of "left", "right", "above", "below", "middle" those that hold.
-    `total`: of a count, that there are no more. `negated`: that it is not so."""
+    """A claim.
+
+    Attributes:
+      kind: object, absent, count, attribute, position or relation.
+      text: The sentence.
+      values: The number of a count, the colours of an attribute, otherwise some of "left", "right", "above", "below"
+        and "middle".
+      total: Whether a count says that there are no more.
+      negated: Whether the claim is denied.
+    """
 
     kind: str
     text: str
@@ -109,14 +116,16 @@ class Claim:
 
 
 def all_claims(turns: Sequence[dict[str, str]], vocabulary: Vocabulary) -> Iterator[Claim]:
-    """Of every answer of a record."""
+    """Yields the claims of all answers of a record."""
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield from claims(question["value"], answer["value"], vocabulary)
 
 
 def claims(question: str, answer: str, vocabulary: Vocabulary) -> Iterator[Claim]:
-    """Of an answer and, where it says yes, no, a number or a colour, of its question. What is supposed, guessed,
-    denied in part or said in general is no claim."""
+    """Yields the claims of an answer, and of its question if the answer is yes, no, a number or a colour.
+
+    Sentences that suppose, guess, deny a part or speak in general make no claim.
+    """
     *_, asked = sentences(question, vocabulary) or [read("", vocabulary)]
     yield from _replies(asked, answer, vocabulary)
     for place, sentence in enumerate(sentences(_resolved(asked, answer), vocabulary)):
@@ -133,7 +142,7 @@ def _statements(sentence: Sentence) -> Iterator[Claim]:
         int(number)
         for pattern in (_TOTALS, _TOTAL_FIRST)
         for match in pattern.finditer(marked)
-        if not _PLACE.search(marked[: match.start()])
+        if not _POSITION.search(marked[: match.start()])
         for number in re.findall(r"§(\d+)", match["list"])
     }
     for place, mention in enumerate(mentions):
@@ -171,8 +180,8 @@ def _relations(sentence: Sentence) -> Iterator[Claim]:
 
 
 def _positions(sentence: Sentence) -> Iterator[Claim]:
-    """The thing of a place is the one before it, or after "at the left there is"."""
-    for match in _PLACE.finditer(sentence.marked):
+    """A position belongs to the mention in front of it, or to the one after "at the left there is"."""
+    for match in _POSITION.finditer(sentence.marked):
         before, after = sentence.marked[: match.start()], sentence.marked[match.end() :]
         clause = re.search(r"§(\d+)[^;§]*$", before)
         then = _THEN.match(after)
@@ -181,14 +190,14 @@ def _positions(sentence: Sentence) -> Iterator[Claim]:
             mention = sentence.mentions[int(subject[1])]
             tells_which = before.endswith(f"§{subject[1]} ") and mention.text.startswith("the ")
             if not (tells_which and _BARE.fullmatch(match[0])):
-                yield Claim("position", sentence.text, mention, _places(match))
+                yield Claim("position", sentence.text, mention, _position_values(match))
     for match in _HALF.finditer(sentence.marked):
         half = match["one"] or match["other"]
         subject = sentence.mentions[int(match["a"] or match["b"])]
         yield Claim("position", sentence.text, subject, (_WORDS.get(half, half),))
 
 
-def _places(match: re.Match) -> tuple[str, ...]:
+def _position_values(match: re.Match) -> tuple[str, ...]:
     words = [match[name] for name in ("down", "across", "side", "middle") if match[name]]
     values = tuple(_WORDS.get(word, word) for word in words)
     return values if values == ("middle",) else tuple(value for value in values if value != "middle")
@@ -197,12 +206,12 @@ def _places(match: re.Match) -> tuple[str, ...]:
 def _absences(sentence: Sentence) -> Iterator[Claim]:
     for match in _ABSENT.finditer(sentence.marked):
         mention = sentence.mentions[int(match[1] or match[2])]
-        if not mention.narrowed and not _PLACE.search(sentence.marked):
+        if not mention.narrowed and not _POSITION.search(sentence.marked):
             yield Claim("absent", sentence.text, mention)
 
 
 def _replies(asked: Sentence, answer: str, vocabulary: Vocabulary) -> Iterator[Claim]:
-    """What an answer says together with its question: "How many dogs are there?" "Two." """
+    """Yields what an answer claims together with its question: "How many dogs are there?" "Two." """
     first, *_ = sentences(answer, vocabulary) or [read("", vocabulary)]
     text, mentions = f"{asked.text} {first.text}", asked.mentions
     said = re.match(r"(yes|no)\b", first.marked)
@@ -215,13 +224,13 @@ def _replies(asked: Sentence, answer: str, vocabulary: Vocabulary) -> Iterator[C
             yield Claim(claim.kind, text, claim.a, claim.values, claim.b, negated=said[1] == "no")
     if re.search(r"\bcolou?r\b", asked.marked) and len(mentions) == 1 and colours(first.text) and not said:
         yield Claim("attribute", text, mentions[0], colours(first.text)[:1])
-    place = _PLACE.search(asked.marked)
+    place = _POSITION.search(asked.marked)
     if place and not mentions and first.mentions and re.match(r"what|who|which (?!is|are)", asked.marked):
-        yield Claim("position", text, first.mentions[0], _places(place))
+        yield Claim("position", text, first.mentions[0], _position_values(place))
 
 
 def _resolved(asked: Sentence, answer: str) -> str:
-    """The answer with its first "it" or "they" replaced by what the question asks about."""
+    """Replaces the first "it" or "they" of an answer by what the question asks about."""
     about = asked.mentions
     first_of_two = re.match(r"(?:where|is|are|on which|do|can) ", asked.marked)
     if not about or _is_hedged(asked) or (len(about) > 1 and not first_of_two):

@@ -1,4 +1,4 @@
-"""What a text says in general, supposes or compares, and so does not claim of the picture."""
+"""Statements that are general, supposed or compared, and so claim nothing of the image."""
 
 import re
 
@@ -44,7 +44,7 @@ _ANYONE = frozenset("person people human humans individual individuals adult adu
 
 
 def is_general(asked: Sentence, sentence: Sentence) -> bool:
-    """Whether a sentence tells of the world and not of the picture: it says so, or its question asks for that."""
+    """Whether a sentence is about the world instead of the image, by its words or by its question."""
     if _GENERAL.search(sentence.marked) or _GENERAL.search(sentence.text.lower()):
         return True
     if sentence.marked.startswith("§0") and _is_bare(sentence.mentions[0]) and not is_claimed(sentence, 0):
@@ -53,7 +53,7 @@ def is_general(asked: Sentence, sentence: Sentence) -> bool:
 
 
 def is_claimed(sentence: Sentence, index: int) -> bool:
-    """Whether the sentence says of its mention number `index` that it is there."""
+    """Whether the sentence claims that its mention number `index` is in the image."""
     before, _, after = sentence.marked.partition(f"§{index}")
     mention = sentence.mentions[index]
     first, last = mention.text.split(" ")[0], mention.text.split(" ")[-1]
@@ -72,5 +72,5 @@ def is_claimed(sentence: Sentence, index: int) -> bool:
 
 
 def _is_bare(mention: Mention) -> bool:
-    """Whether nothing before it says which or how many."""
+    """Whether no word in front of the name says which or how many."""
     return mention.number is None and mention.text.split(" ")[0] not in (*DETERMINERS, *NUMBERS)

@@ -1,4 +1,4 @@
-"""English sentences with the things that they name marked, so that patterns can tell what is said of them."""
+"""English sentences with their mentions of objects marked, so that patterns can match what is said of them."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ DETERMINERS = frozenset("""
     a an the this that these those his her its their my our your some any another each every several both all
     single""".split())
 _AFTER_NUMBERS = frozenset("other several both all single".split())
-"""The determiners that a number can stand before: "two other dogs", but not "in room 2 a dog"."""
+"""Determiners that a number can precede: "two other dogs", but not "in room 2 a dog"."""
 _NUMBERED = frozenset("chapter floor gate highway lane level number page platform room route track".split())
 """A number after these is a name: "route 12 buses"."""
 _SIZES = ("large", "small", "big", "little")
@@ -27,11 +27,11 @@ _AFTER_NOUN = _BEFORE_NO_NOUN | frozenset("""
     visible present available ready alone together either both all each himself herself itself themselves seem appear
     am 's made seen shown worn taken caught thrown hit built drawn hidden because since though although whereas whose
     belong now again today still share away""".split()) | frozenset(NUMBERS)
-"""Words that may follow a noun in the singular, beside those that end like a verb or an adverb."""
+"""Words that may follow a noun in the singular, besides words that end like a verb or an adverb."""
 _ADJECTIVES = frozenset("individual human adult".split())
 """Names of a person that are adjectives as well: "individual pieces"."""
 _NO_VERBS = frozenset("crossing crossings seats sides doors towels toys pants seed".split())
-"""Nouns that end like verbs and make, after a name, a name of something else."""
+"""Nouns that end like verbs, and after a name make it the name of another object."""
 _VERBS = frozenset("skis ties books trains boats bears benches couches ducks sinks bats kites bikes".split())
 """Plurals that are verbs after a noun in the singular: "a man skis down"."""
 _TAILS = frozenset("""
@@ -41,7 +41,7 @@ _TAILS = frozenset("""
     shelves cloth dish riders tree stem sauce slice slices bath cage collar engine dock racing riding game match team
     stick wheel wheels tank fur lights tower face crossing pad rental repair terminal hangar stable stables trough
     market pot pots side shape""".split())
-"""After the name of a thing they make a name of something else: "bus stop"."""
+"""Nouns that after a name make it the name of another object: "bus stop"."""
 _MANY = ("people", "men", "women", "children", "mice", "geese", "cattle", "policemen", "firemen")
 
 
@@ -50,9 +50,13 @@ _QUOTED = re.compile(r"[\"“][^\"“”]{0,80}[\"”]")
 
 @dataclass(frozen=True)
 class Mention:
-    """A thing named in a sentence, with the words before its name that belong to it. `named`: they or a plural make it
-    a thing ("the train", not "to train"). `narrowed`: they are not only number, colour and size ("young people"), so
-    that there may be more of its kind."""
+    """An object that a sentence names, with the words in front of the name that belong to it.
+
+    Attributes:
+      text: The name with the words in front of it.
+      named: Whether those words, or a plural, show that it is an object ("the train", not "to train").
+      narrowed: Whether those words say more than number, colour and size ("young people"), so that there may be more.
+    """
 
     text: str
     meaning: Meaning
@@ -64,7 +68,11 @@ class Mention:
 
 @dataclass(frozen=True)
 class Sentence:
-    """`marked`: its words in lower case with §0, §1, ... in place of the mentions."""
+    """A sentence.
+
+    Attributes:
+      marked: Words in lower case, with §0, §1, ... in place of the mentions.
+    """
 
     text: str
     marked: str
@@ -72,15 +80,15 @@ class Sentence:
 
 
 def sentences(text: str, vocabulary: Vocabulary) -> list[Sentence]:
-    """What is quoted (a sign, a title) is left out: it claims nothing of the picture."""
+    """Reads the sentences of a text. Quotes (a sign, a title) are dropped, because they claim nothing of the image."""
     text = _QUOTED.sub("\"...\"", text)
     return [read(part, vocabulary) for part in re.split(r"(?<=[.!?;])\s+|\n+", text) if part.strip()]
 
 
 def read(text: str, vocabulary: Vocabulary, caption: bool = False) -> Sentence:
-    """One sentence; of names that begin at a word the longest is taken.
+    """Reads one sentence. Of several names that start at a word, the longest counts.
 
-    In a `caption`, which supports answers and claims nothing, more words count as names: "baby elephant" names a baby.
+    A `caption` supports answers and claims nothing, so more words count as names: "baby elephant" names a baby.
     """
     words, joined = split(text), None if caption else hyphenated_indices(text)
     marked: list[str] = []
@@ -98,7 +106,7 @@ def read(text: str, vocabulary: Vocabulary, caption: bool = False) -> Sentence:
 
 
 def numbers(text: str) -> list[int]:
-    """All numbers in it, as words or as digits; "no" and "none" are 0."""
+    """Returns all numbers of a text, words or digits. "no" and "none" are 0."""
     return [number for word in split(text) if (number := _number(word)) is not None]
 
 
@@ -109,7 +117,7 @@ def colours(text: str) -> tuple[str, ...]:
 def _name(
     words: list[str], joined: frozenset[int] | None, start: int, vocabulary: Vocabulary
 ) -> tuple[int, Meaning | None]:
-    """Where the name that begins here ends, and what it means. `joined`: as `hyphenated_indices`, or None for a caption."""
+    """Returns the end and the meaning of the name that starts at `start`. `joined` is None for a caption."""
     for end in range(min(start + vocabulary.longest, len(words)), start, -1):
         meaning = vocabulary.meanings.get(tuple(words[start:end]))
         if not meaning:
@@ -127,7 +135,7 @@ def _name(
 
 
 def _may_follow(noun: str, word: str) -> bool:
-    """Whether a word can stand after a noun in the singular that is no part of a longer name."""
+    """Whether a word after a noun in the singular is no part of a longer name."""
     if word in _AFTER_NOUN or word in DETERMINERS or word in _VERBS:
         return True
     if noun in _ADJECTIVES:
@@ -136,7 +144,7 @@ def _may_follow(noun: str, word: str) -> bool:
 
 
 def _mention(words: list[str], done: int, start: int, end: int, meaning: Meaning) -> tuple[int, Mention]:
-    """The mention of words[start:end] and where it begins, not before `done`."""
+    """Returns the start and the mention of the name words[start:end]. It starts at `done` or later."""
     begin, found, unknown, number, determined = start, [], 0, None, False
     for at in range(start - 1, done - 1, -1):
         word = words[at]

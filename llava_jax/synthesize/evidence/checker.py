@@ -1,4 +1,4 @@
-"""Claims held against the captions and boxes of an image."""
+"""Comparison of claims with the captions and boxes of an image."""
 
 from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
@@ -7,21 +7,24 @@ from llava_jax.synthesize.evidence.claims import Claim
 from llava_jax.synthesize.evidence.reading import DETERMINERS, Mention, read
 
 SLACK = 0.05
-"""A centre may lie this far on the wrong side, in parts of the image, before a place or relation is called wrong."""
-ALIKE = [set(group.split()) for group in (
+"""How far a centre may be on the wrong side, as a fraction of the image, before a position counts as wrong."""
+SIMILAR_COLOURS = [set(group.split()) for group in (
     "grey silver white", "grey black", "brown tan beige orange", "gold golden yellow", "blue turquoise teal cyan",
     "green teal", "purple violet pink", "red maroon", "red orange", "beige white tan",
 )]  # fmt: skip
 
 
 class EvidenceChecker:
-    """What one image says. A call gives None for what cannot be checked, () for what holds, otherwise the kind of the
-    finding, the claim, and what stands against it."""
+    """Compares claims with one image.
+
+    A call returns None if the claim cannot be checked, () if it holds, and otherwise the kind of the contradiction, the
+    claim, and what the image shows instead.
+    """
 
     def __init__(self, context: Context, vocabulary: Vocabulary):
         self.boxes = context.boxes
         self.coloured = vocabulary.coloured
-        self.told = [mention for caption in context.captions
+        self.caption_mentions = [mention for caption in context.captions
                      for mention in read(caption, vocabulary, caption=True).mentions]
 
     def __call__(self, claim: Claim) -> tuple[str, str, str] | tuple[()] | None:
@@ -45,7 +48,7 @@ class EvidenceChecker:
         return f"there {_are(len(shown), claim.a)}" if shown else ""
 
     def _count(self, claim: Claim) -> str | None:
-        """A number that a caption gives is as good as that of the boxes, which leave out what is small or hidden."""
+        """Accepts a caption's number as well as that of the boxes, because small or hidden objects have no box."""
         mention, (number,) = claim.a, claim.values
         meaning = mention.meaning
         shown = self._shown(mention)
@@ -74,7 +77,7 @@ class EvidenceChecker:
             has = {colour for other in self._named(mention) for colour in other.colours}
             if len(shown) > 1 or not has:
                 return None
-            has |= {colour for group in ALIKE if group & has for colour in group}
+            has |= {colour for group in SIMILAR_COLOURS if group & has for colour in group}
         if said & has:
             return ""
         return f"its colour is {' or '.join(sorted(has))}"
@@ -108,10 +111,12 @@ class EvidenceChecker:
         return boxes
 
     def _named(self, mention: Mention) -> list[Mention]:
-        """What captions call the same. Of coloured things the boxes say enough; and "animals" speaks for a dog only
-        where no animal has a box."""
+        """Returns mentions in captions that can mean the same.
+
+        For coloured shapes the boxes suffice. "animals" supports a dog only if no animal has a box.
+        """
         categories, found = mention.meaning.categories, []
-        for other in self.told if not categories <= self.coloured else ():
+        for other in self.caption_mentions if not categories <= self.coloured else ():
             if other.meaning.categories <= categories or (
                 other.meaning.categories & categories and not self._shown(other)
             ):
@@ -129,7 +134,7 @@ def _is_at(box: Box, value: str, slack: float) -> bool:
 
 
 def _is_beside(a: Box, b: Box, value: str, slack: float) -> bool:
-    """Whether `a` is left of, ... `b` by its centre."""
+    """Whether the centre of `a` is left of, right of, above or below that of `b`."""
     across = (b.x1 + b.x2 - a.x1 - a.x2) / 2
     down = (b.y1 + b.y2 - a.y1 - a.y2) / 2
     return {"left": across, "right": -across, "above": down, "below": -down}[value] > -slack
@@ -144,7 +149,7 @@ def _where(box: Box) -> str:
 
 
 def _name(mention: Mention) -> str:
-    """What was named, without the words before it that say which."""
+    """Returns the name without determiners and numbers."""
     words = mention.text.split(" ")
     while len(words) > 1 and words[0] in (*DETERMINERS, *NUMBERS):
         del words[0]
