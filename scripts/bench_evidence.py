@@ -140,13 +140,13 @@ def _articles(text: str) -> str:
 # ---- figures ----
 
 
-def answers(make: Callable, number: int, seed: int) -> Iterator[tuple[str, tuple[parse.Turn, ...], Context]]:
+def answers(make: Callable, number: int, seed: int) -> Iterator[tuple[tuple[parse.Turn, ...], Context]]:
     rng, teacher = random.Random(seed), RulesTeacher(seed=seed)
     for index in range(number):
         context = make(index, rng)
         for kind in KINDS:
             try:
-                yield kind, parse.parse(kind, teacher.answer(kind, context), question="What do you see?"), context
+                yield parse.parse(kind, teacher.answer(kind, context), question="What do you see?"), context
             except parse.Reject:
                 continue
 
@@ -156,7 +156,7 @@ def structured(make: Callable, categories: tuple[str, ...], number: int, seed: i
     ones there were. Shows some that were judged falsely."""
     rng, results = random.Random(f"{seed} corrupt"), {name: [0, 0] for name in CORRUPTIONS}
     clean = flagged = 0
-    for kind, turns, context in answers(make, number, seed):
+    for turns, context in answers(make, number, seed):
         found = evidence.check(turns, context, categories).findings
         clean, flagged = clean + 1, flagged + bool(found)
         if found and show:
