@@ -83,7 +83,7 @@ def test_a_name_that_no_file_can_have_is_a_mistake_and_another_value_error_is_no
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"{", "not JSON"), (b"\xff\xfe", "byte 1 is no UTF-8"), (b"[1]", "must be an object, and is a list"),
+    (b"{", "not JSON"), (b"\xff\xfe", "byte 1 is not UTF-8"), (b"[1]", "must be an object, and is a list"),
     (b"null", "must be an object, and is null"), (b"[" * 100_000, "nested too deeply"), (b"", "not JSON"),
     (b'{"a": ' + b"9" * 5000 + b"}", "not JSON")])
 def test_a_small_file_that_is_wrong_is_named(tmp_path, content, message):

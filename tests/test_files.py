@@ -7,17 +7,17 @@ import pytest
 
 from llava_jax import files
 from llava_jax.errors import UserError
-from llava_jax.files import making, replacing
+from llava_jax.files import atomic_write, temporary_path
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path):
+def test_a_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
-    with replacing(str(path)) as file:
+    with atomic_write(str(path)) as file:
         file.write(b"one")
         assert not path.exists()
     assert path.read_bytes() == b"one"
     (tmp_path / "link").symlink_to(path)
-    with replacing(str(tmp_path / "link")) as file:
+    with atomic_write(str(tmp_path / "link")) as file:
         file.write(b"two")
         assert path.read_bytes() == b"one"
     assert path.read_bytes() == b"two" and (tmp_path / "link").is_symlink()
@@ -26,33 +26,34 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(tmp_path, error):
     (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(error), replacing(str(tmp_path / "file")) as file:
+    with pytest.raises(error), atomic_write(str(tmp_path / "file")) as file:
         file.write(b"new")
         raise error
     assert (tmp_path / "file").read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_full_disk_is_told_with_the_name(tmp_path):
+def test_a_full_disk_is_named(tmp_path):
     """A limit on the size of files, one kilobyte, stands for it."""
-    write = ("import sys; from llava_jax.files import replacing\n"
-             "with replacing(sys.argv[1]) as file: file.write(bytes(2000))")
+    write = ("import sys; from llava_jax.files import atomic_write\n"
+             "with atomic_write(sys.argv[1]) as file: file.write(bytes(2000))")
     command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-c", write, str(tmp_path / "file")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1 and str(tmp_path / "file") in ended.stderr.splitlines()[-1], ended.stderr
     assert not os.listdir(tmp_path)
 
 
-def test_a_folder_where_a_file_is_meant_is_told(tmp_path):
+def test_a_folder_of_that_name_is_named(tmp_path):
     (tmp_path / "page.html").mkdir()
-    with pytest.raises(UserError, match=r"page\.html: Is a directory$"), replacing(str(tmp_path / "page.html")) as file:
+    match = r"page\.html: Is a directory$"
+    with pytest.raises(UserError, match=match), atomic_write(str(tmp_path / "page.html")) as file:
         file.write(b"x")
     assert os.listdir(tmp_path) == ["page.html"]
 
 
 MAKE = """
 import sys, time
-from llava_jax.files import making
-with making(sys.argv[1], folder=sys.argv[2] == "folder") as temporary:
+from llava_jax.files import temporary_path
+with temporary_path(sys.argv[1], folder=sys.argv[2] == "folder") as temporary:
     print(temporary, flush=True)
     if sys.argv[2] == "folder":
         open(temporary + "/part", "w").close()
@@ -61,7 +62,7 @@ with making(sys.argv[1], folder=sys.argv[2] == "folder") as temporary:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_killed_process_was_making_goes_and_what_a_living_one_makes_stays(tmp_path, kind):
+def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_kept(tmp_path, kind):
     path = str(tmp_path / "model")
     for name in (".model.bak", ".model.tmp", ".model.0123456789.tmp", ".models.123456.12345678.tmp"):
         (tmp_path / name).touch()
@@ -73,14 +74,14 @@ def test_what_a_killed_process_was_making_goes_and_what_a_living_one_makes_stays
     assert set(os.listdir(tmp_path)) == own | {left, kept}
     killed.kill()
     killed.wait()
-    with making(path) as temporary:
+    with temporary_path(path) as temporary:
         assert set(os.listdir(tmp_path)) == own | {kept, os.path.basename(temporary)}
     living.communicate("")
     assert living.returncode == 0 and set(os.listdir(tmp_path)) == own
 
 
-@pytest.mark.parametrize("age, stays", [(files.ABANDONED / 2, True), (files.ABANDONED * 2, False)])
-def test_what_another_host_was_making_stays_until_nobody_has_touched_it_for_long(tmp_path, age, stays):
+@pytest.mark.parametrize("age, stays", [(files.ABANDONED_SECONDS / 2, True), (files.ABANDONED_SECONDS * 2, False)])
+def test_another_hosts_temporary_file_is_removed_once_it_is_old(tmp_path, age, stays):
     left = tmp_path / ".model.000000.12345678.tmp"
     left.mkdir()
     (left / "part").touch()
@@ -92,7 +93,7 @@ def test_what_another_host_was_making_stays_until_nobody_has_touched_it_for_long
 
 def test_a_name_of_any_length_can_be_replaced(tmp_path):
     for name in ("x" * 255, "\ud55c" * 85):
-        with replacing(str(tmp_path / name)) as file:
+        with atomic_write(str(tmp_path / name)) as file:
             file.write(b"x")
         assert os.listdir(tmp_path) == [name]
         os.unlink(tmp_path / name)

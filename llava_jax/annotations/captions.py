@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_jax.data.json_rows import UNREADABLE, JsonRows
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 
 BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 20  # bytes that tell the form
@@ -83,7 +83,7 @@ class CaptionFile:
         """The rows where `kept`, bool [rows], in this file's form and order; all or nothing."""
         rows = itertools.compress(self, kept)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             if self.form == "list":
                 file.write(b"[\n")
                 for number, row in enumerate(rows):

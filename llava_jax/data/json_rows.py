@@ -18,7 +18,7 @@ import numpy as np
 
 from llava_jax.data.records import BadRow
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 
 PIECE = 1 << 26  # bytes of the file that are looked at together
 SMALL_PIECE = 1 << 20  # the same, where nothing but the item at hand is kept
@@ -97,7 +97,7 @@ class JsonRows:
                 return stored[1:]
         found = _find_rows(self._bytes(), self.path)
         with contextlib.suppress(OSError, ValueError):  # a folder that is full or not ours
-            with replacing(cache) as file:
+            with atomic_write(cache) as file:
                 np.save(file, np.concatenate([np.array([[*mark, _seal(found)]], np.int64), found]))
             return np.load(cache, mmap_mode="r")[1:]
         return found

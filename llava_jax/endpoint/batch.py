@@ -30,7 +30,7 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.request import ChatRequest, Response, parse_response
 from llava_jax.endpoint.run import Ending, J, RecordAnswer
 from llava_jax.errors import UserError
-from llava_jax.files import read_json, replacing, require_fields
+from llava_jax.files import atomic_write, read_json, require_fields
 from llava_jax.progress import Progress
 
 STATE = "batches.json"
@@ -195,7 +195,7 @@ class _Batches:
         line = next(rest, None)
         while line is not None:
             part = _Part(f"batch-{secrets.token_hex(8)}.jsonl", 0, 0.0, line[2])
-            with replacing(os.path.join(self._folder, part.name)) as file:
+            with atomic_write(os.path.join(self._folder, part.name)) as file:
                 size = 0
                 while line is not None and (
                     not part.requests or part.requests < requests_per_part and size + len(line[0]) <= bytes_per_part
@@ -385,7 +385,7 @@ class _Batches:
             raise UserError(f"{self.path}: cannot be read ({error}); {what}") from None
 
     def _save(self) -> None:
-        with replacing(self.path) as file:
+        with atomic_write(self.path) as file:
             file.write(json.dumps({"parts": [dataclasses.asdict(part) for part in self._parts]}, indent=1).encode())
             file.flush()
             os.fsync(file.fileno())

@@ -150,10 +150,10 @@ def report(options: argparse.Namespace, where: topologies.Slice, notes: list[str
 
 def write_hlo(path: Path, text: str, stage: str) -> None:
     """Writes a program's text as it is; says where on stderr."""
-    from llava_jax.files import replacing
+    from llava_jax.files import atomic_write
 
     path = path.with_name(f"{path.stem}.{stage}{path.suffix}") if stage else path
-    with replacing(str(path)) as file:
+    with atomic_write(str(path)) as file:
         file.write(text.encode())
     print(f"wrote {path}", file=sys.stderr)
 

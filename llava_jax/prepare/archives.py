@@ -13,7 +13,7 @@ from collections.abc import Iterable, Set
 from tqdm import tqdm
 
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 """Extensions of images."""
@@ -99,7 +99,7 @@ def _leading_folders(name: str, names: Set[str]) -> str | None:
 
 
 def _write(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, target: str) -> None:
-    with zipped.open(member) as packed, replacing(target) as file:
+    with zipped.open(member) as packed, atomic_write(target) as file:
         shutil.copyfileobj(packed, file, 1 << 20)
 
 

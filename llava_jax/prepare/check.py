@@ -14,7 +14,7 @@ from llava_jax.config import Data, Stage
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import parse_json, replacing
+from llava_jax.files import atomic_write, parse_json
 from llava_jax.prepare.audit import audit
 from llava_jax.prepare.findings import KINDS, SUSPECT, Checker, Finding
 from llava_jax.prepare.options import Flag, WorkerOptions, require_at_least
@@ -100,7 +100,7 @@ def _findings_file(path: str) -> Iterator[Callable[[Finding], Any] | None]:
         raise UserError(f"--bad-rows {path}: this is a folder; name a file")
     if not _may_replace(path):
         raise UserError(f"--bad-rows {path}: there is something else than findings; name another file")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         yield lambda finding: file.write(f"{json.dumps(finding.as_json())}\n".encode())
 
 

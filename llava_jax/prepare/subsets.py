@@ -15,7 +15,7 @@ from llava_jax.cli import printable
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import making, parse_json
+from llava_jax.files import parse_json, temporary_path
 from llava_jax.prepare.options import DataOptions, Flag, WorkerOptions
 from llava_jax.prepare.ranking import mix_rows, rank, read_rows, sample_rows, split_rows
 from llava_jax.prepare.writing import check_outputs, common_root, move_images, write_rows
@@ -130,7 +130,7 @@ class Mix(WorkerOptions):
         if not parts:
             raise UserError("mix needs at least one part")
         os.makedirs(base, exist_ok=True)
-        with making(self.out) as temporary:
+        with temporary_path(self.out) as temporary:
             try:
                 with open(temporary, "w", encoding="utf-8") as file:
                     json.dump({"mixture": parts}, file, indent=2, ensure_ascii=False)

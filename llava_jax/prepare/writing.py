@@ -13,7 +13,7 @@ from llava_jax.data.parquet_rows import ParquetRows
 from llava_jax.data.sources import Source
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
-from llava_jax.files import making
+from llava_jax.files import temporary_path
 
 FORMATS = ("json", "jsonl", "parquet")
 ROW_GROUP = 100
@@ -55,7 +55,7 @@ def write_rows(rows: Rows, outputs: Sequence[str], sources: Sequence[Source]) ->
     with contextlib.ExitStack() as stack:
         for output in outputs:
             os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-            temporaries.append(stack.enter_context(making(output)))
+            temporaries.append(stack.enter_context(temporary_path(output)))
             file = stack.enter_context(open(temporaries[-1], "wb"))
             writers.append(_WRITERS[_suffix(output)](file, schema))
             stack.push(writers[-1].abort)

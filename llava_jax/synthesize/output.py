@@ -18,7 +18,7 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 from llava_jax.synthesize.parse import Reject, Seen
 from llava_jax.synthesize.prompts import KINDS
 from llava_jax.synthesize.synthesis import LOG, SETTINGS, Outcome, Synthesis, Task, Verdict
@@ -56,7 +56,7 @@ def write_outputs(
     _sweep(folder)
     with contextlib.ExitStack() as files:
         def output(name: str) -> BinaryIO:
-            return files.enter_context(replacing(os.path.join(folder, name)))
+            return files.enter_context(atomic_write(os.path.join(folder, name)))
 
         lists = {kind: JsonList(output(FILES[kind])) for kind in synthesis.settings.kinds}
         rejected, flagged = output(REJECTED), output(FLAGGED)
@@ -83,7 +83,7 @@ def write_outputs(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, FILES[kind]))
     manifest = _manifest(synthesis, records, tally)
-    with replacing(os.path.join(folder, MANIFEST)) as file:
+    with atomic_write(os.path.join(folder, MANIFEST)) as file:
         file.write(to_json(manifest, indent=1))
     return manifest
 

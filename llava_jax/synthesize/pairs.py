@@ -26,7 +26,7 @@ from llava_jax.annotations.noun_phrases import light_chunker
 from llava_jax.data.records import check_text
 from llava_jax.endpoint.server import note
 from llava_jax.errors import UserError
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 from llava_jax.synthesize.output import JsonList
 from llava_jax.synthesize.prompts import read_questions
 from llava_jax.text.templates import IMAGE
@@ -78,7 +78,7 @@ class PairsCommand:
                 kept, bad = select(phrases, seed=self.seed), len(without)
             os.makedirs(os.path.dirname(self.out) or ".", exist_ok=True)
             rows = enumerate(zip(tqdm(file, unit=" pairs", disable=not sys.stderr.isatty()), kept, strict=False))
-            made = JsonList(stack.enter_context(replacing(self.out)))
+            made = JsonList(stack.enter_context(atomic_write(self.out)))
             for number, (row, wanted) in rows:
                 read += 1
                 if not wanted:

@@ -23,7 +23,7 @@ from llava_jax.endpoint.request import Response
 from llava_jax.endpoint.run import Ending, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import read_json, replacing, require_fields
+from llava_jax.files import atomic_write, read_json, require_fields
 from llava_jax.progress import Progress
 from llava_jax.synthesize.output import check_folder, date, to_json, write_outputs
 from llava_jax.synthesize.synthesis import SETTINGS, Synthesis, SynthesisSettings, Task
@@ -101,7 +101,7 @@ class RunStatus:
                  "rejected_answers": dict(self.rejects.most_common()), "requests": self._budget.requests,
                  "tokens": dict(tokens), "cost_usd": self._budget.cost if self._budget.price else None,
                  "lost_usd": self._budget.lost}
-        with replacing(self._path) as file:
+        with atomic_write(self._path) as file:
             file.write(to_json(about, indent=1))
         self._written = time.monotonic()
 
@@ -168,7 +168,7 @@ class RunCommand:
             self.server.look(settings.model, settings.base_url)
         synthesis = open_synthesis(settings)
         with open_log(settings) as log:
-            with replacing(os.path.join(settings.out, SETTINGS)) as file:
+            with atomic_write(os.path.join(settings.out, SETTINGS)) as file:
                 file.write(to_json(settings.as_json(), indent=1))
             spent = sum(price.cost(reply) for _, reply in log.items()) if price else 0.0
             lost = (read_status(settings) or {}).get("lost_usd", 0.0)

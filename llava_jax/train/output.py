@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax import config, files
 from llava_jax.errors import UserError
-from llava_jax.files import read_json, replacing
+from llava_jax.files import atomic_write, read_json
 from llava_jax.parallel.processes import CollectiveError, allgather_object
 
 # What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
@@ -125,7 +125,7 @@ def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(path, Path):
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(text.encode())
     else:
         path.write_text(text)

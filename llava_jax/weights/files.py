@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import check_fetched, making, read_json
+from llava_jax.files import check_fetched, read_json, temporary_path
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -246,6 +246,6 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} exists already; choose another path or remove it")
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with making(str(target), folder=True) as temporary:
+    with temporary_path(str(target), folder=True) as temporary:
         yield Path(temporary)
         os.rename(temporary, target)

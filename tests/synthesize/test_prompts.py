@@ -193,7 +193,7 @@ def test_folders_that_are_not_whole(tmp_path):
     with pytest.raises(UserError, match="002_conv.txt: the file is empty"):
         Prompts.load(folder)
     (tmp_path / "conversation/002_conv.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="002_conv.txt: byte 1 is no UTF-8"):
+    with pytest.raises(UserError, match="002_conv.txt: byte 1 is not UTF-8"):
         Prompts.load(folder)
     (tmp_path / "detail_description/system_message.txt").unlink()
     with pytest.raises(UserError, match="detail_description/system_message.txt: no such file"):

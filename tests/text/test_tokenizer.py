@@ -243,7 +243,7 @@ def test_disagreeing_files(golden, raw, tmp_path):
         ("tokenizer.json", b'{"model": {"type": "BP', "not JSON"),
         ("tokenizer.json", b'{"model": {"type": "BPX"}}', f"tokenizers {tokenizers.__version__} cannot read it"),
         ("tokenizer.json", b"[]", "must be an object, and is a list"),
-        ("tokenizer.json", b"\xff\xfe", "byte 1 is no UTF-8"),
+        ("tokenizer.json", b"\xff\xfe", "byte 1 is not UTF-8"),
     ],
 )
 def test_broken_files(tmp_path, name, content, line):

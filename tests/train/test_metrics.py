@@ -62,7 +62,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     path.write_text('{"stage": "a", "step": 1}\n{"stage": "a", "st')
     assert read_lines(path) == [{"stage": "a", "step": 1}]
     path.write_bytes(b'{"stage": "a", "step": 1}\n\xff\n')
-    with pytest.raises(UserError, match="metrics.jsonl: byte 27 is no UTF-8"):
+    with pytest.raises(UserError, match="metrics.jsonl: byte 27 is not UTF-8"):
         read_lines(path)
 
 

@@ -62,7 +62,8 @@ def test_another_recipe_is_refused(recipe):
 
 
 @pytest.mark.parametrize("content, problem", [
-    (b"[]", "must be an object, and is a list"), (b"{", "not JSON"), (b"\xff", "byte 1 is no UTF-8"), (b"", "not JSON"),
+    (b"[]", "must be an object, and is a list"), (b"{", "not JSON"), (b"\xff", "byte 1 is not UTF-8"),
+    (b"", "not JSON"),
     (b"{}", "stages is missing or no object"), (b'{"stages": []}', "stages is missing or no object"),
 ])
 def test_a_damaged_recipe_is_named(recipe, tmp_path, content, problem):

@@ -93,7 +93,7 @@ def cut(file, size):
     (lambda d: cut(first(d), 40), "00001-of-00002.safetensors: truncated, damaged or not a safetensors file"),
     (lambda d: cut(first(d), 0), "00001-of-00002.safetensors: truncated, damaged or not a safetensors file"),
     (lambda d: first(d).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"),
-     "00001-of-00002.safetensors: a Git LFS pointer, not the file itself; fetch that by `git lfs pull`"),
+     "00001-of-00002.safetensors: a Git LFS pointer, not the file; fetch it with `git lfs pull`"),
     (lambda d: first(d).write_bytes((2).to_bytes(8, "little") + b"[]" + bytes(64)), "not a safetensors file"),
     (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map"'), "index.json: not JSON"),
     (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json has no weight_map"),

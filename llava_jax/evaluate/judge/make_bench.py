@@ -29,7 +29,7 @@ from llava_jax.endpoint.wording import find_refusal, find_source
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
 from llava_jax.evaluate.judge.command import PROMPTS
-from llava_jax.files import make_folder, replacing
+from llava_jax.files import atomic_write, make_folder
 from llava_jax.progress import Progress
 from llava_jax.synthesize import evidence, parse
 from llava_jax.synthesize.prompts import KINDS, Prompts, read_questions
@@ -119,9 +119,9 @@ class MakeBench:
             "notes": dict(contexts.notes), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         for name, rows in ((CONTEXT, described), (REFERENCES, references), (QUESTIONS, questions)):
-            with replacing(os.path.join(self.out, name)) as file:
+            with atomic_write(os.path.join(self.out, name)) as file:
                 file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-        with replacing(os.path.join(self.out, MANIFEST)) as file:
+        with atomic_write(os.path.join(self.out, MANIFEST)) as file:
             file.write(json.dumps(manifest, ensure_ascii=False, indent=1).encode() + b"\n")
 
 

@@ -22,7 +22,7 @@ from llava_jax.evaluate.judge.reviews import (
     table,
 )
 from llava_jax.evaluate.tasks.base import MAX_EXAMPLES, quote
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 
 REVIEWS = "reviews"  # a folder
 OWN = re.compile(r"reviews_\d+(_swapped)?\.jsonl")
@@ -113,10 +113,10 @@ def write_report(report: Report, folder: str, paths: Mapping[str, str], judge: M
         "options": dict(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    with replacing(os.path.join(folder, "judge.json")) as file:
+    with atomic_write(os.path.join(folder, "judge.json")) as file:
         file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
     text = _markdown(rows, content, report.failed[:MAX_EXAMPLES])
-    with replacing(os.path.join(folder, "judge.md")) as file:
+    with atomic_write(os.path.join(folder, "judge.md")) as file:
         file.write(text.encode() + b"\n")
     return "\n".join(lines) if report.compat else text
 
@@ -150,7 +150,7 @@ def _markdown(rows: Mapping[str, tuple[Ratios, Ratios]], content: Mapping[str, A
 
 
 def _write_lines(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 

@@ -18,7 +18,7 @@ from llava_jax.annotations.context import AnnotationSource, Context, open_contex
 from llava_jax.annotations.scene import OBJECT, Count, Name, Scene, SceneObject, side
 from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.words import LANGUAGES, NUMBERS, say
-from llava_jax.files import make_folder, replacing
+from llava_jax.files import atomic_write, make_folder
 
 FILE = "probes.jsonl"
 KINDS = ("left/right", "above/below", "inside", "between", "counting", "binding")
@@ -85,7 +85,7 @@ def write(contexts: Iterable[Context], folder: str, each: int, seed: int = 0) ->
                         "set": f"{kind} {number}"}
                 lines.append(line | {language: row for language, row in said.items() if row and language != "en"})
     make_folder(folder)
-    with replacing(os.path.join(folder, FILE)) as file:
+    with atomic_write(os.path.join(folder, FILE)) as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return {kind: sum(map(len, found)) for kind, found in sets.items() if found}
 

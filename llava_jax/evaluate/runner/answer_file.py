@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_jax.errors import FULL, UserError, user_path
 from llava_jax.evaluate.tasks.base import Answer, Question
-from llava_jax.files import matches_schema, replacing
+from llava_jax.files import atomic_write, matches_schema
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of the original's ids, 22 characters each
 
@@ -195,7 +195,7 @@ class AnswerFile:
 
 def write(path: str, lines: Iterable[Line]) -> None:
     """A whole answer file, at once."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.writelines(_encode(line) for line in lines)
 
 

@@ -21,7 +21,7 @@ from llava_jax.evaluate.runner.answer_file import NOT_ASKED, AnswerFile, Line
 from llava_jax.evaluate.runner.published import published_results
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import Question, Task, get_task
-from llava_jax.files import make_folder, read_json, replacing
+from llava_jax.files import atomic_write, make_folder, read_json
 from llava_jax.progress import Progress
 from llava_jax.text import templates
 
@@ -229,7 +229,7 @@ class EvaluateCommand:
             raise UserError(f"{self._files()[0]}: no {RUN} beside it says which model's answers these are; --answers "
                              "scores such a file, and --overwrite throws it away")
         else:
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write(json.dumps(settings, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
         found = self._found(questions)
         if found:

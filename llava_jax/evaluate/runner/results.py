@@ -16,7 +16,7 @@ from llava_jax.evaluate.runner.answer_file import Line, match
 from llava_jax.evaluate.runner.published import PublishedResult, published_results
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 
 SAMPLED = 4096  # bytes of each of SAMPLES places of a file of weights, from which its hash is made
 SAMPLES = 256
@@ -121,7 +121,7 @@ def write(
     }
     paths = [os.path.join(folder, name) for name in contents]
     for path, content in zip(paths, contents.values(), strict=True):
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(content.encode(errors="backslashreplace"))
     return paths
 

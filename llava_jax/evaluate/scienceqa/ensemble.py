@@ -27,7 +27,7 @@ from llava_jax.evaluate.scienceqa.problems import Problem, read_problems
 from llava_jax.evaluate.scienceqa.task import FAILED, GROUPS, choice, read_statement, table
 from llava_jax.evaluate.scienceqa.teacher import PROMPTS_HASH, Asker
 from llava_jax.evaluate.tasks.base import Answer, unparsed_notes
-from llava_jax.files import make_folder, matches_schema, read_json, replacing
+from llava_jax.files import atomic_write, make_folder, matches_schema, read_json
 
 
 @dataclass(frozen=True)
@@ -236,5 +236,5 @@ class ScienceQAEnsemble:
                   f"(seed {self.seed}); --unread wrong counts them as wrong")
 
     def _write_json(self, name: str, content: dict) -> None:
-        with replacing(os.path.join(self.out, name)) as file:
+        with atomic_write(os.path.join(self.out, name)) as file:
             file.write(json.dumps(content, indent=2).encode())

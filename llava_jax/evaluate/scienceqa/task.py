@@ -32,7 +32,7 @@ from llava_jax.evaluate.tasks.base import (
     Task,
     unparsed_notes,
 )
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 
 FAILED = "FAILED"  # what an answer is read as that names no letter
 THE_ANSWER = re.compile("The answer is ([A-Z]).")  # any character may follow, and one must: the original's full stop
@@ -185,7 +185,7 @@ class ScienceQA(Task):
         """Writes what LLaVA's scorer writes; the second file is what ScienceQA's own evaluation reads."""
         paths = [os.path.join(folder, f"scienceqa_{name}.json") for name in ("output", "result")]
         for path, content in zip(paths, _score(questions, answers), strict=True):
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write(json.dumps(content, indent=2).encode())
         return paths
 

@@ -15,7 +15,7 @@ from llava_jax.endpoint.server import UNANSWERED, check_answered
 from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
 from llava_jax.evaluate.scienceqa.problems import Problem, compose
 from llava_jax.evaluate.scienceqa.task import FAILED, read_statement
-from llava_jax.files import replacing
+from llava_jax.files import atomic_write
 from llava_jax.progress import Progress
 
 JUDGEMENTS = 2  # how often the judge is asked, at most, until it names one letter
@@ -95,7 +95,7 @@ class Asker:
             raise Unfinished(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is "
                              f"{printable(failures[0])}; the same command asks them again, --partial goes on without "
                              "them", UNANSWERED)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             for job in jobs:
                 if job.pid in replies:
                     reply = replies[job.pid]
