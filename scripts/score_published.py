@@ -30,8 +30,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from llava_jax.cli import printable
-from llava_jax.evaluate.judge.command import JudgeRules
 from llava_jax.evaluate.judge.reviews import read_reviews, summarize_as_published
+from llava_jax.evaluate.judge.rules import JudgeRules
 from llava_jax.evaluate.runner import answer_file, generation
 from llava_jax.evaluate.scienceqa.task import ScienceQA
 from llava_jax.evaluate.tasks.base import Question, Task

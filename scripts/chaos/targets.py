@@ -207,8 +207,12 @@ def judged(copy: Path, everything: Path) -> object:
     from llava_jax.evaluate.judge.command import JudgeAnswers
 
     reply = Response("8 7", "stop", 10, 0, 2, "judge", None, 0)
-    JudgeAnswers._ask = lambda self, jobs, log, failures: [
-        log.append(key, reply) for key in dict.fromkeys(job.request(0).key(self.model.model) for job in jobs)]
+    def answer_all(self, jobs, log):
+        for key in dict.fromkeys(job.request(0).key(self.model.model) for job in jobs):
+            log.append(key, reply)
+        return {}
+
+    JudgeAnswers._ask = answer_all
     return evaluate.main(["judge", "llava-bench-wild", "--data", str(copy), "--answers", str(copy / "answers.jsonl"),
                           "--rules", str(copy / "rule.json"), "--model", "judge", "--out", str(copy / "out")])
 

@@ -15,8 +15,9 @@ from fake_openai import FakeOpenAI, share_of_faults
 
 from llava_jax import cli
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.command import PUBLISHED_SYSTEM, JudgeAnswers, JudgeRules
+from llava_jax.evaluate.judge.command import JudgeAnswers
 from llava_jax.evaluate.judge.reviews import Reviews
+from llava_jax.evaluate.judge.rules import PUBLISHED_SYSTEM, JudgeRules
 
 CATEGORIES = ("conv", "detail", "complex")
 COUNT = 12
@@ -115,7 +116,8 @@ def test_a_rule_file_of_the_users(task):
     rules = {f"llava_bench_{name}": {"role": "Expert", "prompt": f"Rate {name}."} for name in CATEGORIES}
     (task / "rule.json").write_text(json.dumps({"coding": {"role": "A", "prompt": "B"}, **rules}))
     fake = FakeOpenAI(answer=lambda messages: "8 7")
-    assert judge(task, fake, "--rules", str(task / "rule.json"), "--temperature", "0.2", "--max-tokens", "1024") == 0
+    assert judge(task, fake, "--rules", str(task / "rule.json"), "--temperature", "0.2",
+                 "--max-new-tokens", "1024") == 0
     system, user = fake.bodies[0]["messages"]
     assert system["content"] == PUBLISHED_SYSTEM and "[Expert 1]\nR" in user["content"]
     assert user["content"].endswith(".\n\n[End of Expert 2]\n\n[System]\nRate "

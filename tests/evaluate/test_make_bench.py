@@ -204,7 +204,7 @@ def test_a_server_that_does_not_answer_makes_no_smaller_bench(tmp_path, capsys):
     fake = FakeOpenAI(answer=answer, faults=lambda number: "500" if number == 3 else None)
     assert make(tmp_path, fake, "--retries", "0") == 1
     told = capsys.readouterr().err
-    assert "1 requests got no answer, the first by no_answer" in told and "asks them again" in told
+    assert "requests got no answer, the first is no_answer" in told and "asks them again" in told
     assert not (tmp_path / "out/questions.jsonl").exists()
     assert make(tmp_path, fake) == 0 and set(fake.paid.values()) == {1}
 

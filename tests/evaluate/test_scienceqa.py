@@ -7,7 +7,7 @@ import pytest
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.scienceqa.problems import compose_listed, write_conversations
-from llava_jax.evaluate.scienceqa.task import ScienceQA, choice, read_answer, read_statement
+from llava_jax.evaluate.scienceqa.task import ScienceQA, choice, parse_answer, parse_statement
 from llava_jax.evaluate.tasks import base
 from llava_jax.evaluate.tasks.base import Answer
 
@@ -34,9 +34,9 @@ def answers(texts: dict[str, str], prompts=None) -> list[Answer]:
     ("D. But The answer is C.", "D"), ("The answer is A. The answer is B", "A"), ("LECTURE\n The answer is A.", "A"),
 ])
 def test_answers_are_read_as_the_original_reads_them(text, letter):
-    assert read_answer(text) == letter
+    assert parse_answer(text) == letter
     if text[:2] not in ("A", "E", "B.", "D."):
-        assert read_statement(text) == letter
+        assert parse_statement(text) == letter
 
 
 def test_a_letter_that_no_choice_has_is_none():
@@ -120,7 +120,7 @@ def test_two_passes_ask_for_the_answer_behind_the_reasoning(folder):
     assert (second.id, second.text, second.images, second.max_new_tokens) == (
         question.id, question.text, question.images, 64)
     text = benchmark.follow_up(question, ["LECTURE: Cows. \n", " B. "])
-    assert text == "LECTURE: Cows.\n The answer is B." and read_answer(text) == "B"
+    assert text == "LECTURE: Cows.\n The answer is B." and parse_answer(text) == "B"
     assert ScienceQA(style="reason").follow_up(question, ["as it is "]) == "as it is "
 
 

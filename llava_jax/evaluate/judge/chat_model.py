@@ -1,25 +1,29 @@
-"""A language model at a server, as the commands of benchmarks ask it: options, and one call for many questions."""
+"""Asks a language model behind OpenAI's chat API many questions: options of the model, jobs and their answers."""
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
+from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.cancel import CancelToken
+from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.run import AnswerJob, Ending, RecordAnswer, answer_all
-from llava_jax.endpoint.server import OVER_BUDGET, Server, code_of, note
+from llava_jax.endpoint.request import ChatRequest, Message, Response
+from llava_jax.endpoint.run import Ending, answer_all
+from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
 from llava_jax.errors import UserError
 from llava_jax.progress import Progress
 
 
 class Unfinished(Exception):
-    """The run was stopped before all was asked; `code` is the exit code."""
+    """Raised if the run stopped before all questions were asked. `code` is the exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -27,27 +31,43 @@ class Unfinished(Exception):
 
 
 @dataclass(frozen=True)
+class ChatJob:
+    """One question to a chat model.
+
+    Requests of equal content are told apart by their attempt, so `first_attempt` separates several runs.
+    """
+
+    key: Hashable
+    messages: tuple[Message, ...]
+    parameters: Mapping[str, Any]
+    first_attempt: int = 0
+
+    def request(self, attempt: int) -> ChatRequest:
+        return ChatRequest(self.messages, self.parameters, self.first_attempt + attempt)
+
+
+@dataclass(frozen=True)
 class ChatModel:
-    """Any model behind a server that speaks OpenAI's chat API, and how it is asked."""
+    """Any model behind a server with OpenAI's chat API, and the parameters of its requests."""
 
     model: str = ""
-    """name of the model, as the server knows it; there is no default, for models come and go"""
+    """name of the model at the server; there is no default, because models come and go"""
     base_url: str = ""
     """address of the server's API, such as http://127.0.0.1:8000/v1; OPENAI_BASE_URL or OpenAI's own if empty"""
-    max_tokens: int = 2048
-    """of an answer, hidden reasoning included"""
+    max_new_tokens: int = 2048
+    """largest number of tokens of an answer, hidden reasoning included"""
     temperature: float | None = None
-    """sent only if given: many models refuse it"""
+    """sampling temperature; sent only if given, because many models refuse it"""
     max_requests: int | None = None
-    """requests that this command may start"""
+    """largest number of requests of this command"""
     server: Annotated[Server, tyro.conf.arg(name="")] = field(default_factory=Server)
 
     def check(self) -> None:
-        """Raises UserError, one line, for what cannot be meant."""
+        """Raises UserError for an invalid option."""
         if not self.model:
             raise UserError("name the model that is asked with --model NAME")
-        if self.max_tokens < 1:
-            raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens is {self.max_new_tokens}: it must be at least 1")
         if self.max_requests is not None and self.max_requests < 0:
             raise UserError(f"--max-requests is {self.max_requests}: it cannot be negative")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
@@ -56,24 +76,40 @@ class ChatModel:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Of a request."""
-        heat = {} if self.temperature is None else {"temperature": self.temperature}
-        return {"max_completion_tokens": self.max_tokens, **heat}
+        """Parameters of a request."""
+        temperature = {} if self.temperature is None else {"temperature": self.temperature}
+        return {"max_completion_tokens": self.max_new_tokens, **temperature}
 
-    def ask(self, jobs: Sequence[AnswerJob], log: AnswerLog, record: RecordAnswer, budget: Budget,
-            progress: Progress) -> None:
-        """`answer_all`, with what it found out told on stderr. Raises Unfinished where the user or a limit ended it."""
+    def ask(self, jobs: Sequence[ChatJob], log: AnswerLog, budget: Budget, unit: str, attempts: int,
+            accept: Callable[[ChatJob, Response], bool], rejects: Counter[str] | None = None
+            ) -> dict[Hashable, RequestFailed]:
+        """Asks what the log does not hold yet. Returns the failures by key of their job.
+
+        A response that `accept` does not accept is asked for again, up to `attempts` times. Progress shows `rejects`.
+        Raises Unfinished if the user or a limit stopped the run.
+        """
+        failures: dict[Hashable, RequestFailed] = {}
+        rejects = Counter() if rejects is None else rejects
+
+        def record(job: ChatJob, attempt: int, response: Response | RequestFailed) -> bool:
+            if isinstance(response, RequestFailed):
+                failures[job.key] = response
+                rejects["request_failed"] += 1
+                return True
+            return accept(job, response) or attempt + 1 >= attempts
+
         cancel = CancelToken()
+        progress = Progress(len(jobs), unit=unit, note=lambda: budget.summary(rejects))
         with closing(progress):
             ending = asyncio.run(self._ask(jobs, log, record, budget, progress, cancel))
-        if ending == "done":
-            return
         if ending == "interrupted":
             raise Unfinished("stopped; the same command goes on", code_of(cancel))
-        raise Unfinished(f"--max-requests {self.max_requests} are used up; the same command goes on", OVER_BUDGET)
+        if ending != "done":
+            raise Unfinished(f"--max-requests {self.max_requests} are used up; the same command goes on", OVER_BUDGET)
+        return failures
 
-    async def _ask(self, jobs: Sequence[AnswerJob], log: AnswerLog, record: RecordAnswer, budget: Budget,
-                   progress: Progress, cancel: CancelToken) -> Ending:
+    async def _ask(self, jobs: Sequence[ChatJob], log: AnswerLog, record: Any, budget: Budget, progress: Progress,
+                   cancel: CancelToken) -> Ending:
         async with self.server.open(self.model, self.base_url, cancel) as endpoint:
             for line in await endpoint.check():
                 note(line)
@@ -84,3 +120,11 @@ class ChatModel:
                 finally:
                     for line in endpoint.notes:
                         note(line)
+
+
+def require_answers(failures: Sequence[str], num_asked: int, unit: str, how_to_continue: str) -> None:
+    """Raises Unfinished if requests got no answer, EndpointStopped if none of them did."""
+    check_answered(num_asked, failures)
+    if failures:
+        raise Unfinished(f"{len(failures):,} of {num_asked:,} {unit} got no answer, the first is "
+                         f"{printable(failures[0])}; {how_to_continue}", UNANSWERED)

@@ -1,7 +1,7 @@
-"""Makes a bench as LLaVA-Bench (COCO) is, of any images with captions and boxes (Visual Instruction Tuning, 5.1).
+"""Makes a bench like LLaVA-Bench (COCO) from images with captions and boxes (Visual Instruction Tuning, 5.1).
 
-Of each image there are three questions: one of a conversation, a request to describe it, and one that needs reasoning.
-The reference answers are of a language model that is given the image in words, or of rules.
+Each image gets three questions: the first of a conversation, a request to describe it, and one that needs reasoning.
+The reference answers come from a language model that is given the image in words, or from rules.
 """
 
 import datetime
@@ -11,51 +11,53 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
 from llava_jax.annotations.boxes import DECIMALS
 from llava_jax.annotations.context import AnnotationSource, Context, Contexts, open_contexts
-from llava_jax.cli import one_line, printable
+from llava_jax.cli import one_line
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import ChatRequest, Response
-from llava_jax.endpoint.server import UNANSWERED, check_answered
+from llava_jax.endpoint.request import Message, Response
 from llava_jax.endpoint.wording import find_refusal, find_source
 from llava_jax.errors import UserError
-from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
-from llava_jax.evaluate.judge.command import PROMPTS
-from llava_jax.files import atomic_write, make_folder
-from llava_jax.progress import Progress
+from llava_jax.evaluate.judge.chat_model import ChatJob, ChatModel, Unfinished, require_answers
+from llava_jax.evaluate.judge.rules import read_prompt
+from llava_jax.files import make_folder, write_file, write_json_lines
 from llava_jax.synthesize import evidence, parse
 from llava_jax.synthesize.prompts import KINDS, Prompts, read_questions
 from llava_jax.synthesize.rules import RulesTeacher
 
 CATEGORIES = dict(zip(KINDS, ("conv", "detail", "complex"), strict=True))
-WRITTEN = ("conversation", "complex_reasoning")  # kinds whose question the teacher writes
+WRITTEN_KINDS = ("conversation", "complex_reasoning")
+"""Kinds whose question the model writes."""
 QUESTIONS, REFERENCES, CONTEXT = "questions.jsonl", "answers_reference.jsonl", "context.jsonl"
 MANIFEST, LOG = "manifest.json", "asked.jsonl"
 
 
-class Asked(NamedTuple):
-    """A question about an image, by rules with its answer."""
+class QuestionAnswer(NamedTuple):
+    """A question about an image, and its reference answer if it is known."""
 
     question: str
-    answer: str
+    answer: str = ""
+
+
+Asked = dict[tuple[int, str], QuestionAnswer]
+"""(index of an image, kind) -> question."""
 
 
 @dataclass(frozen=True)
 class MakeBench:
     """Make a bench like LLaVA-Bench (COCO) from images with captions and boxes.
 
-    OUT gets questions.jsonl, answers_reference.jsonl and context.jsonl, which `evaluate llava-bench-coco` and `judge
-    llava-bench-coco` take (and LLaVA's scripts), and manifest.json. Without --model the rules write everything, and
-    need boxes. An image of which not all three questions and answers can be had gives its place to the next one drawn.
-    Every reply is kept in OUT/asked.jsonl: the same command asks only what is missing.
+    OUT gets questions.jsonl, answers_reference.jsonl and context.jsonl, which `evaluate llava-bench-coco`, `judge
+    llava-bench-coco` and LLaVA's scripts accept, and manifest.json. Without --model the rules write everything, and
+    need boxes. An image without all three questions and answers is replaced by the next one drawn. Every reply is kept
+    in OUT/asked.jsonl: the same command asks only what is missing.
 
     Exit codes: 0; 1, some requests got no answer; 2, a mistake, in one line, or no request at all was answered; 3,
     --max-requests; 130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command goes on."""
@@ -65,13 +67,13 @@ class MakeBench:
     out: str
     """folder for the bench"""
     count: int = 30
-    """images, drawn by seed; each gives three questions"""
+    """number of images; each gives three questions"""
     questions: Literal["model", "rules"] = "model"
-    """who writes the questions, where there is a --model; the reference answers are the model's"""
+    """author of the questions if there is a --model; the reference answers are the model's"""
     seed: int = 0
-    """of the draw, and of the questions that ask for descriptions"""
+    """random seed for the images and for the requests for descriptions"""
     attempts: int = 3
-    """how often something is asked for, at most, when the reply cannot be taken"""
+    """largest number of requests for a text, if replies are rejected"""
 
     def run(self) -> int:
         if self.count < 1 or self.attempts < 1:
@@ -85,194 +87,170 @@ class MakeBench:
             raise UserError(f"--count {self.count}: there are only {len(contexts):,} images")
         make_folder(self.out)
         with AnswerLog(os.path.join(self.out, LOG)) as log:
-            maker = Maker(self, contexts, log)
+            maker = BenchMaker(self, contexts, log)
             try:
                 made = maker.make()
             except Unfinished as unfinished:
                 print(one_line(unfinished), file=sys.stderr)
                 return unfinished.code
-        self._write(made, maker, contexts)
-        rejects = ", ".join(f"{reason} {number:,}" for reason, number in maker.rejects.most_common())
-        print(f"{self.out}: {3 * len(made):,} questions about {len(made):,} images"
-              + f"; {maker.tried - len(made):,} images were passed over ({rejects})" * (maker.tried > len(made)))
+        self._write(made, maker)
+        images, passed_over = len(made) // len(KINDS), maker.num_tried - len(made) // len(KINDS)
+        print(f"{self.out}: {len(made):,} questions about {images:,} images"
+              + f"; {passed_over:,} images were passed over ({maker.reject_counts})" * (passed_over > 0))
         return 0
 
-    def _write(self, made: Mapping[int, Mapping[str, Asked]], maker: "Maker", contexts: Contexts) -> None:
-        questions, references, described = [], [], []
-        author = maker.author
-        for image in sorted(made):
-            context = contexts[image]
-            boxes = [{"category": box.category + " (crowd)" * box.crowd,
-                      "bbox": [round(float(value), DECIMALS) for value in (box.x1, box.y1, box.x2, box.y2)]}
-                     for box in context.boxes]
-            described.append({"id": context.id, "image": context.image, "captions": list(context.captions),
-                              "instances": boxes})
-            for kind, (question, answer) in made[image].items():
+    def _write(self, made: Asked, maker: "BenchMaker") -> None:
+        questions, references, author, contexts = [], [], maker.author, maker.contexts
+        images = sorted({image for image, _ in made})
+        described = [{
+            "id": context.id, "image": context.image, "captions": list(context.captions),
+            "instances": [{"category": box.category + " (crowd)" * box.crowd,
+                           "bbox": [round(float(edge), DECIMALS) for edge in (box.x1, box.y1, box.x2, box.y2)]}
+                          for box in context.boxes]} for context in map(contexts.__getitem__, images)]
+        for image in images:
+            name = contexts[image].image
+            for kind in KINDS:
+                question, answer = made[image, kind]
                 row = {"question_id": len(questions), "category": CATEGORIES[kind]}
-                questions.append({**row, "image": context.image, "text": question})
-                name = hashlib.sha256(json.dumps([author, context.image, question, answer]).encode()).hexdigest()[:22]
-                references.append({**row, "text": answer, "answer_id": name, "model_id": author})
+                questions.append({**row, "image": name, "text": question})
+                id = hashlib.sha256(json.dumps([author, name, question, answer]).encode()).hexdigest()[:22]
+                references.append({**row, "text": answer, "answer_id": id, "model_id": author})
         manifest = {
-            "questions_by": "rules" if maker.by_rules else author, "references_by": author, "images": len(made),
-            "prompts": maker.prompts_hash, "passed_over": maker.tried - len(made), "rejects": dict(maker.rejects),
-            "count": self.count, "seed": self.seed, "attempts": self.attempts, "files": list(contexts.files),
-            "notes": dict(contexts.notes), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "questions_by": "rules" if maker.by_rules else author, "references_by": author, "images": len(images),
+            "prompts": maker.prompts_hash, "passed_over": maker.num_tried - len(images),
+            "rejects": dict(maker.rejects), "count": self.count, "seed": self.seed, "attempts": self.attempts,
+            "files": list(contexts.files), "notes": dict(contexts.notes),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        for name, rows in ((CONTEXT, described), (REFERENCES, references), (QUESTIONS, questions)):
-            with atomic_write(os.path.join(self.out, name)) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-        with atomic_write(os.path.join(self.out, MANIFEST)) as file:
-            file.write(json.dumps(manifest, ensure_ascii=False, indent=1).encode() + b"\n")
+        for file, rows in ((CONTEXT, described), (REFERENCES, references), (QUESTIONS, questions)):
+            write_json_lines(os.path.join(self.out, file), rows)
+        write_file(os.path.join(self.out, MANIFEST), json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
 
 
-class Maker:
-    """Asks for questions and answers; what it takes follows from options, images and replies alone.
+class BenchMaker:
+    """Asks for questions and answers. Its choices follow from options, images and replies alone.
 
     Attributes:
-      author: of the reference answers. by_rules: whether the questions are of rules.
-      rejects: replies that could not be taken, by reason. tried: images.
+      author: Author of the reference answers.
+      by_rules: Whether rules write the questions.
+      rejects: Number of rejected replies by reason.
+      num_tried: Number of images that were tried.
+      prompts_hash: SHA-256 of the prompts, "" without a model.
     """
 
     def __init__(self, options: MakeBench, contexts: Contexts, log: AnswerLog):
-        self.options, self.contexts, self.log = options, contexts, log
-        self.author = options.model.model or "rules"
-        self.by_rules = not options.model.model or options.questions == "rules"
+        self.options, self.contexts, self.log, self.model = options, contexts, log, options.model
+        self.author = self.model.model or "rules"
+        self.by_rules = not self.model.model or options.questions == "rules"
         self.rejects: Counter[str] = Counter()
-        self.tried = self._answered = 0
+        self.num_tried = self._num_answered = 0
         self.prompts_hash = ""
         self._rules = RulesTeacher(seed=options.seed)
         self._pool = read_questions("detail_description")
-        self._budget = Budget(max_requests=options.model.max_requests)
-        if options.model.model:
-            self._prompts = Prompts.load(kinds=WRITTEN)
-            with open(os.path.join(PROMPTS, "reference.txt"), encoding="utf-8") as file:
-                self._reference = file.read().strip()
-            told = [self._reference, "" if self.by_rules else self._prompts.hash]
-            self.prompts_hash = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        self._budget = Budget(max_requests=self.model.max_requests)
+        if self.model.model:
+            self._prompts, self._reference_prompt = Prompts.load(kinds=WRITTEN_KINDS), read_prompt("reference")
+            prompts = [self._reference_prompt, "" if self.by_rules else self._prompts.hash]
+            self.prompts_hash = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
-    def make(self) -> dict[int, dict[str, Asked]]:
-        """Number of an image -> kind -> question and reference answer. UserError if there are too few images that
-        give all; Unfinished."""
+    @property
+    def reject_counts(self) -> str:
+        return ", ".join(f"{reason} {number:,}" for reason, number in self.rejects.most_common())
+
+    def make(self) -> Asked:
+        """Returns all questions and answers. Raises UserError if too few images give all three, or Unfinished."""
         order = random.Random(self.options.seed).sample(range(len(self.contexts)), len(self.contexts))
-        made: dict[int, dict[str, Asked]] = {}
-        while len(made) < self.options.count:
-            drawn = order[self.tried : self.tried + self.options.count - len(made)]
+        made: Asked = {}
+        while lacking := self.options.count - len(made) // len(KINDS):
+            drawn = order[self.num_tried : self.num_tried + lacking]
             if not drawn:
-                why = ", ".join(f"{reason} {number:,}" for reason, number in self.rejects.most_common())
-                raise UserError(f"--count {self.options.count}: only {len(made):,} of {len(order):,} images give all "
-                                 f"three questions and answers ({why})")
-            self.tried += len(drawn)
-            asked = self._questions(drawn)
-            if self.options.model.model:
-                asked = self._references(asked)
-            made.update((image, kinds) for image, kinds in asked.items() if len(kinds) == len(KINDS))
+                raise UserError(f"--count {self.options.count}: only {len(made) // len(KINDS):,} of {len(order):,} "
+                                f"images give all three questions and answers ({self.reject_counts})")
+            self.num_tried += len(drawn)
+            asked = _complete(self._ask_by_rules(drawn) if self.by_rules else self._ask_for_questions(drawn))
+            made |= _complete(self._ask_for_answers(asked)) if self.model.model else asked
         return made
 
-    def _questions(self, drawn: Sequence[int]) -> dict[int, dict[str, Asked]]:
-        """By rules with their answers, by the model without."""
-        replies = {} if self.by_rules else self._written(drawn)
-        asked: dict[int, dict[str, Asked]] = {}
-        for image in drawn:
-            context = self.contexts[image]
-            pooled = random.Random(f"{self.options.seed} question {context.id}").choice(self._pool)
-            for kind in KINDS:
-                if kind == "detail_description" and not self.by_rules:
-                    found = Asked(pooled, "")
-                elif self.by_rules:
-                    found = self._say_by_rules(kind, context, pooled)
-                else:
-                    found = replies.get((image, kind))
-                if found:
-                    asked.setdefault(image, {})[kind] = found
-        return {image: kinds for image, kinds in asked.items() if len(kinds) == len(KINDS)}
+    def _pooled(self, image: int) -> str:
+        """Returns the request to describe an image."""
+        return random.Random(f"{self.options.seed} question {self.contexts[image].id}").choice(self._pool)
 
-    def _say_by_rules(self, kind: str, context: Context, pooled: str) -> Asked | None:
-        try:
-            turns = parse.parse(kind, self._rules.answer(kind, context), "stop", pooled)
-        except parse.Reject as reject:
-            self.rejects[reject.reason] += 1
-            return None
-        return Asked(turns[0]["value"], turns[1]["value"])
+    def _ask_by_rules(self, drawn: Sequence[int]) -> Asked:
+        asked = {}
+        for image, kind in ((image, kind) for image in drawn for kind in KINDS):
+            try:
+                answer = self._rules.answer(kind, self.contexts[image])
+                turns = parse.parse(kind, answer, "stop", self._pooled(image))
+                asked[image, kind] = QuestionAnswer(turns[0]["value"], turns[1]["value"])
+            except parse.Reject as reject:
+                self.rejects[reject.reason] += 1
+        return asked
 
-    def _written(self, drawn: Sequence[int]) -> dict[tuple[int, str], Asked]:
-        """The first question of what the model writes: those after it may lean on it."""
-        def accept(job: "Job", reply: Response) -> Asked:
-            question = parse.parse(job.kind, reply.text, reply.finish_reason)[0]["value"]
-            return Asked(question, "")
+    def _ask_for_questions(self, drawn: Sequence[int]) -> Asked:
+        """Returns the first question of each text of the model, because later ones may depend on it."""
+        def parse_question(job: ChatJob, response: Response) -> QuestionAnswer:
+            return QuestionAnswer(parse.parse(job.key[1], response.text, response.finish_reason)[0]["value"])
 
-        jobs = [Job(image, kind, self._prompts.messages(kind, self.contexts[image]), self.options.model.parameters)
-                for image in drawn for kind in WRITTEN]
-        return self._ask(jobs, accept, "questions")
+        written = self._ask([ChatJob((image, kind), self._prompts.messages(kind, self.contexts[image]),
+                                     self.model.parameters) for image in drawn for kind in WRITTEN_KINDS],
+                            parse_question, "questions")
+        return written | {(image, "detail_description"): QuestionAnswer(self._pooled(image)) for image in drawn}
 
-    def _references(self, asked: Mapping[int, Mapping[str, Asked]]) -> dict[int, dict[str, Asked]]:
-        def accept(job: "Job", reply: Response) -> Asked:
-            question = asked[job.image][job.kind].question
-            return Asked(question, self._check_answer(job, question, reply))
+    def _ask_for_answers(self, asked: Asked) -> Asked:
+        def parse_answer(job: ChatJob, response: Response) -> QuestionAnswer:
+            question = asked[job.key].question
+            return QuestionAnswer(question, self._parse_answer(job, question, response))
 
-        jobs = [Job(image, kind, self._answer_messages(self.contexts[image], kinds[kind].question),
-                    self.options.model.parameters) for image, kinds in asked.items() for kind in KINDS]
-        found: dict[int, dict[str, Asked]] = {}
-        for (image, kind), answered in self._ask(jobs, accept, "answers").items():
-            found.setdefault(image, {})[kind] = answered
-        return {image: {kind: kinds[kind] for kind in KINDS if kind in kinds} for image, kinds in found.items()}
+        return self._ask([ChatJob(key, self._answer_messages(self.contexts[key[0]], question), self.model.parameters)
+                          for key, (question, _) in asked.items()], parse_answer, "answers")
 
-    def _answer_messages(self, context: Context, question: str) -> tuple[dict[str, str], ...]:
+    def _answer_messages(self, context: Context, question: str) -> tuple[Message, ...]:
         content = f"{context.text}\n\nQuestion:\n{question}"
-        return {"role": "system", "content": self._reference}, {"role": "user", "content": content}
+        return {"role": "system", "content": self._reference_prompt}, {"role": "user", "content": content}
 
-    def _check_answer(self, job: "Job", question: str, reply: Response) -> str:
-        """The text of a reply, if it may stand as a reference. Raises parse.Reject."""
-        text = parse.THINKING.sub("", reply.text).strip()
-        if reply.finish_reason == "length":
+    def _parse_answer(self, job: ChatJob, question: str, response: Response) -> str:
+        """Returns the text of a response that can be a reference. Raises parse.Reject for others."""
+        image, text = job.key[0], parse.THINKING.sub("", response.text).strip()
+        if response.finish_reason == "length":
             raise parse.Reject("truncated", "the reply hit the limit of tokens")
-        if reply.finish_reason == "content_filter" or find_refusal(text):
+        if response.finish_reason == "content_filter" or find_refusal(text):
             raise parse.Reject("refusal", text[:60])
         if not text:
             raise parse.Reject("empty", "the reply is empty")
-        if found := find_source(text):
-            raise parse.Reject("mentions_source", found)
+        if source := find_source(text):
+            raise parse.Reject("mentions_source", source)
         turns = ({"from": "human", "value": question}, {"from": "gpt", "value": text})
-        if found := evidence.check(turns, self.contexts[job.image], self.contexts.categories).findings:
+        if found := evidence.check(turns, self.contexts[image], self.contexts.categories).findings:
             raise parse.Reject("contradiction", f"{found[0].claim!r}, but {found[0].against}")
         return text
 
-    def _ask(self, jobs: Sequence["Job"], accept: Any, unit: str) -> dict[tuple[int, str], Asked]:
-        """What was accepted. Raises Unfinished where requests failed that may have more luck later: what is made must
-        not depend on them."""
-        found: dict[tuple[int, str], Asked] = {}
-        failures: list[str] = []
+    def _ask(self, jobs: Sequence[ChatJob], parse_response: Callable[[ChatJob, Response], QuestionAnswer], unit: str
+             ) -> Asked:
+        """Returns the accepted responses.
 
-        def record(job: Job, attempt: int, answer: Response | RequestFailed) -> bool:
-            if isinstance(answer, RequestFailed):
-                self.rejects["request_failed"] += 1
-                failures.extend([str(answer)] if answer.reason == "no_answer" else [])
-                return True
-            self._answered += 1
+        Raises Unfinished for failures that a later run may not have, because the bench must not depend on them.
+        """
+        accepted: Asked = {}
+
+        def accept(job: ChatJob, response: Response) -> bool:
+            self._num_answered += 1
             try:
-                found[job.image, job.kind] = accept(job, answer)
+                accepted[job.key] = parse_response(job, response)
             except parse.Reject as reject:
                 self.rejects[reject.reason] += 1
-                return attempt + 1 >= self.options.attempts
+                return False
             return True
 
-        if jobs:
-            progress = Progress(len(jobs), unit=unit, note=lambda: self._budget.summary(self.rejects))
-            self.options.model.ask(jobs, self.log, record, self._budget, progress)
-        if failures:
-            check_answered(len(failures) + self._answered, failures)
-            raise Unfinished(f"{len(failures):,} requests got no answer, the first by {printable(failures[0])}; the "
-                             "same command asks them again", UNANSWERED)
-        return found
+        failed = jobs and self.model.ask(jobs, self.log, self._budget, unit, self.options.attempts, accept,
+                                         self.rejects)
+        failures = [str(failure) for failure in dict(failed).values() if failure.reason == "no_answer"]
+        require_answers(failures, len(failures) + self._num_answered, "requests",
+                        "the same command asks them again")
+        return accepted
 
 
-@dataclass(frozen=True)
-class Job:
-    """A question to the model about an image."""
-
-    image: int
-    kind: str
-    messages: tuple[dict[str, str], ...]
-    parameters: Mapping[str, Any]
-
-    def request(self, attempt: int) -> ChatRequest:
-        return ChatRequest(self.messages, self.parameters, attempt)
+def _complete(asked: Asked) -> Asked:
+    """Returns the questions of the images that have all kinds, in order."""
+    images = dict.fromkeys(image for image, _ in asked)
+    return {(image, kind): asked[image, kind] for image in images
+            if all((image, kind) in asked for kind in KINDS) for kind in KINDS}

@@ -31,7 +31,7 @@ Ratios = dict[str, float]  # by category
 
 
 @dataclass
-class Report:
+class JudgeReport:
     """Reviews by run, from 1, and order; what has failed; and who replied."""
 
     compat: bool
@@ -79,7 +79,7 @@ class Report:
         return {category: figure.ratio for category, figure in self.summary(reviews).items()}
 
 
-def write_report(report: Report, folder: str, paths: Mapping[str, str], judge: Mapping[str, Any],
+def write_report(report: JudgeReport, folder: str, paths: Mapping[str, str], judge: Mapping[str, Any],
                  options: Mapping[str, Any]) -> str:
     """Writes judge.json, judge.md, failed.jsonl and the reviews; returns what to print."""
     rows = {name: _means(ratios) for name, ratios in report.by_order().items()}

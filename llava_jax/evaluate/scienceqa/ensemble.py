@@ -1,8 +1,8 @@
-"""A LLaVA and a language model that sees no image, together on ScienceQA (Visual Instruction Tuning, section 5.2).
+"""Combines a LLaVA with a language model that sees no image, on ScienceQA (Visual Instruction Tuning, section 5.2).
 
-Complement: the language model's answer, and LLaVA's where that has none. Judge: where the two differ, the language
-model is asked once more, with both answers before it. The arithmetic is that of LLaVA's scripts, which draw a choice
-where an answer names none.
+Complement: the language model's answer, or LLaVA's if that names no letter. Judge: if the two differ, the language
+model is asked once more with both answers. The arithmetic is that of LLaVA's scripts, which draw a random choice if an
+answer names none.
 """
 
 import dataclasses
@@ -23,38 +23,41 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
 from llava_jax.evaluate.runner import answer_file
+from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.scienceqa.problems import Problem, read_problems
-from llava_jax.evaluate.scienceqa.task import FAILED, GROUPS, choice, read_statement, table
-from llava_jax.evaluate.scienceqa.teacher import PROMPTS_HASH, Asker
+from llava_jax.evaluate.scienceqa.task import FAILED, GROUPS, choice, parse_statement, score_groups
+from llava_jax.evaluate.scienceqa.teacher import PROMPTS_HASH, ScienceQATeacher
 from llava_jax.evaluate.tasks.base import Answer, unparsed_notes
-from llava_jax.files import atomic_write, make_folder, matches_schema, read_json
+from llava_jax.files import make_folder, matches_schema, read_json, write_file
+
+Texts = Mapping[str, str]
+"""Texts of one model by the problems' ids."""
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """`choices`: method -> problem's id -> index of the choice, -1 for none; `counts`: what the scripts print.
+    """Choices of each method, and counts.
 
-    The methods are ours, teacher (the language model), complement and, if it was asked again, judge. Counts are of
-    right answers by method, `upper` (either is right), `no_answer` (the teacher names no letter), `drawn` (choices that
-    are luck) and `total`.
+    Attributes:
+      choices: Method -> id of a problem -> index of the choice, -1 for none. The methods are ours, teacher (the
+        language model), complement and, if it was asked again, judge.
+      counts: Number of right answers by method, `upper` (either is right), `no_answer` (the teacher names no letter),
+        `drawn` (random choices) and `total`.
     """
 
     choices: Mapping[str, Mapping[str, int]]
     counts: Mapping[str, int]
 
 
-def combine(
-    problems: Mapping[str, Problem],
-    ours: Mapping[str, str],
-    teacher: Mapping[str, str],
-    judge: Mapping[str, str] | None = None,
-    seed: int | None = 0,
-) -> Ensemble:
-    """Puts the texts of two models' answers together, by the problems' ids, for the problems that both answered.
+def combine(problems: Mapping[str, Problem], ours: Texts, teacher: Texts, judge: Texts | None = None,
+            seed: int | None = 0) -> Ensemble:
+    """Combines the texts of two models for the problems that both answered.
 
-    judge: its texts, where it was asked; None leaves it out. A letter is read where a text says exactly once `The
-    answer is X.` Where it does not, or no choice has that letter, a choice is drawn: `random.Random(seed)` gives those
-    that the original gives after `random.seed(seed)`. With None such an answer is wrong instead.
+    A text must say exactly once `The answer is X.` Otherwise, or if no choice has that letter, a choice is drawn:
+    `random.Random(seed)` gives those of the original after `random.seed(seed)`. Without a seed such an answer is wrong.
+
+    Args:
+      judge: The judge's texts for the problems on which it was asked. None leaves the judge out.
     """
     rng = random.Random(seed)
     methods = ("ours", "teacher", "complement") if judge is None else ("ours", "teacher", "complement", "judge")
@@ -66,13 +69,13 @@ def combine(
         texts = {"ours": ours[pid], "teacher": teacher[pid]}
         if judge is not None:
             texts["judge"] = judge.get(pid, "")
-        letters = {method: read_statement(text) for method, text in texts.items()}
+        letters = {method: parse_statement(text) for method, text in texts.items()}
         chosen = {}
-        for method, letter in letters.items():  # in this order, which is that of the original's draws
+        for method, letter in letters.items():  # the order of the original's draws
             chosen[method] = choice(letter, problem)
             if chosen[method] == -1 and seed is not None:
                 chosen[method] = rng.choice(range(len(problem["choices"])))
-                # Of a judge who names no letter, nothing counts.
+                # The draw for a judge who names no letter is not used.
                 counts["drawn"] += method != "judge" or letter != FAILED
         chosen["complement"] = chosen["ours" if letters["teacher"] == FAILED else "teacher"]
         if letters.get("judge") == FAILED:
@@ -88,17 +91,17 @@ def combine(
     return Ensemble(choices, counts)
 
 
-def disagreements(problems: Mapping[str, Problem], ours: Mapping[str, str], teacher: Mapping[str, str]) -> list[str]:
-    """The ids of the problems on which the two name different letters, or only one names any."""
+def disagreements(problems: Mapping[str, Problem], ours: Texts, teacher: Texts) -> list[str]:
+    """Returns the ids of the problems on which the two name different letters, or only one names any."""
     both = (pid for pid in problems if pid in ours and pid in teacher)
-    return [pid for pid in both if read_statement(ours[pid]) != read_statement(teacher[pid])]
+    return [pid for pid in both if parse_statement(ours[pid]) != parse_statement(teacher[pid])]
 
 
-def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, whole: bool = True) -> dict[str, str]:
-    """Texts by question id, from JSON lines with question_id and text, or from a result file (JSON with outputs).
+def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, complete: bool = True) -> dict[str, str]:
+    """Returns texts by question id, from JSON lines with question_id and text, or from a result file (JSON, outputs).
 
-    Unless `partial`, an id that is none of the problems', or stands there twice, or is missing (from a `whole` file),
-    is a UserError of one line. UserError if there is no file.
+    Raises UserError if the file is missing. Unless `partial`, it also raises UserError for an id that is unknown,
+    occurs twice, or is missing although the file should be `complete`.
     """
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file of answers")
@@ -110,23 +113,23 @@ def read_texts(path: str, problems: Mapping[str, Problem], partial: bool, whole:
                 raise UserError(f"{path}: has an answer to {pid!r}, which is no question of this split of ScienceQA")
         if len(texts) < len(pairs):
             raise UserError(f"{path}: answers {len(pairs) - len(texts):,} questions more than once")
-        if missing := [pid for pid in problems if whole and pid not in texts]:
+        if missing := [pid for pid in problems if complete and pid not in texts]:
             raise UserError(f"{path}: {len(missing):,} of {len(problems):,} questions have no answer, the first is "
-                             f"{missing[0]!r}; --partial counts those that all files answer")
+                            f"{missing[0]!r}; --partial counts those that all files answer")
     return texts
 
 
 def _read_pairs(path: str) -> list[tuple[str | int, str]]:
     try:
-        result = read_json(path)
-    except UserError:
-        result = None
-    if not matches_schema(result, {"outputs": dict}):
+        outputs = read_json(path)["outputs"]
+    except (UserError, KeyError):
         return [(line["question_id"], line["text"]) for line in answer_file.read(path)[0]]
-    for pid, text in result["outputs"].items():
+    if not matches_schema(outputs, dict):
+        return [(line["question_id"], line["text"]) for line in answer_file.read(path)[0]]
+    for pid, text in outputs.items():
         if not isinstance(text, str):
             raise UserError(f"{path}: the output of {pid!r} is no text")
-    return list(result["outputs"].items())
+    return list(outputs.items())
 
 
 @dataclass(frozen=True)
@@ -147,18 +150,18 @@ class ScienceQAEnsemble:
     split: str = "test"
     """test, val, minitest, ..."""
     teacher: str = ""
-    """the language model's answers: a result file (JSON with outputs) or JSON lines; without it, --model is asked"""
+    """the language model's answers: a result file (JSON with outputs) or JSON lines; by default --model is asked"""
     judge: str = ""
-    """its judgements, JSON lines; without it, --model is asked, or there is no judge"""
+    """file of its judgements, JSON lines; by default --model is asked, and without a model there is no judge"""
     unread: Literal["draw", "wrong"] = "draw"
-    """an answer without a letter: draw a choice, as LLaVA's scripts do, or count it as wrong"""
+    """treatment of an answer without a letter: draw a choice, as LLaVA's scripts do, or count it as wrong"""
     seed: int = 0
-    """of these draws, and of the examples that the language model is shown"""
+    """random seed for these draws and for the examples that the language model is shown"""
     partial: bool = False
-    """count the questions that both have answered, instead of refusing files that miss some"""
+    """count the questions that both have answered, instead of refusing incomplete files"""
     model: Annotated[ChatModel, tyro.conf.arg(name="")] = field(default_factory=ChatModel)
     shots: int = 2
-    """solved questions of the train split that the language model is shown first"""
+    """number of solved questions of the train split that the language model is shown first"""
 
     def run(self) -> int:
         if not self.teacher and not self.model.model:
@@ -168,7 +171,7 @@ class ScienceQAEnsemble:
         problems = read_problems(self.data, self.split)
         ours = read_texts(self.answers, problems, self.partial)
         teacher = read_texts(self.teacher, problems, self.partial) if self.teacher else None
-        judge = read_texts(self.judge, problems, self.partial, whole=False) if self.judge else None
+        judge = read_texts(self.judge, problems, self.partial, complete=False) if self.judge else None
         make_folder(self.out)
         if self.model.model and (teacher is None or judge is None):
             shots = self._shots() if teacher is None else []
@@ -181,7 +184,7 @@ class ScienceQAEnsemble:
         both = [pid for pid in problems if pid in ours and pid in teacher]
         for name, texts in (("LLaVA", ours), ("the language model", teacher)):
             unread = [Answer(pid, texts[pid]) for pid in both
-                      if choice(read_statement(texts[pid]), problems[pid]) == -1]
+                      if choice(parse_statement(texts[pid]), problems[pid]) == -1]
             for note in unparsed_notes(unread, len(both), f"of {name} name no choice in the words `The answer is X.`"):
                 print(printable(note))
         return 0
@@ -189,7 +192,7 @@ class ScienceQAEnsemble:
     def _ask(self, problems: Mapping[str, Problem], ours: dict[str, str], teacher: dict[str, str] | None,
              judge: dict[str, str] | None, shots: Sequence[Problem]) -> tuple[dict[str, str], dict[str, str]]:
         with AnswerLog(os.path.join(self.out, "asked.jsonl")) as log:
-            asker = Asker(self.model, log, Budget(max_requests=self.model.max_requests), self.partial)
+            asker = ScienceQATeacher(self.model, log, Budget(max_requests=self.model.max_requests), self.partial)
             if teacher is None:
                 asked = {pid: problem for pid, problem in problems.items() if pid in ours}
                 teacher = asker.solve(asked, shots, os.path.join(self.out, "teacher.jsonl"))
@@ -210,31 +213,23 @@ class ScienceQAEnsemble:
         counts, total = ensemble.counts, ensemble.counts["total"]
         if not total:
             raise UserError(f"{self.answers} and {self.teacher or self.model.model} have no question in common")
-        tables = {method: table(problems, chosen) for method, chosen in ensemble.choices.items()}
+        tables = {method: score_groups(problems, chosen) for method, chosen in ensemble.choices.items()}
         for method in ("complement", "judge"):
             if method in ensemble.choices:
                 result = {"acc": counts[method] / total * 100, "correct": counts[method], "count": total,
                           "results": ensemble.choices[method], "outputs": {}}
-                self._write_json(f"{method}.json", result)
-        self._write_json("results.json", {
-            "counts": dict(counts),
-            "table": tables,
-            "settings": dataclasses.asdict(self),
-            "prompts": PROMPTS_HASH,
+                write_file(os.path.join(self.out, f"{method}.json"), json.dumps(result, indent=2))
+        results = {
+            "counts": dict(counts), "table": tables, "settings": dataclasses.asdict(self), "prompts": PROMPTS_HASH,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        })
+        }
+        write_file(os.path.join(self.out, "results.json"), json.dumps(results, indent=2))
         columns = [*GROUPS, "Avg"]
-        print("| % | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
-        for method, figures in tables.items():
-            cells = (f"{figures[column]:.2f}" if column in figures else "" for column in columns)
-            print(f"| {method} | " + " | ".join(cells) + " |")
+        print(markdown([["%", *columns], *([method, *(number(figures.get(column)) for column in columns)]
+                                           for method, figures in tables.items())]))
         share = {name: f"{counts[name]:,} ({counts[name] / total * 100:.2f} %)" for name in ("upper", "no_answer")}
         print(f"\n{total:,} questions; either is right: {share['upper']}; the language model names no letter: "
               f"{share['no_answer']}")
         if counts["drawn"]:
             print(f"{counts['drawn']:,} answers name no choice in the words `The answer is X.`, and one was drawn "
                   f"(seed {self.seed}); --unread wrong counts them as wrong")
-
-    def _write_json(self, name: str, content: dict) -> None:
-        with atomic_write(os.path.join(self.out, name)) as file:
-            file.write(json.dumps(content, indent=2).encode())

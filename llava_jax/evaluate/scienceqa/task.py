@@ -1,7 +1,7 @@
-"""ScienceQA: questions with choices, most with a lecture behind them, half with an image.
+"""ScienceQA: multiple choice, mostly with a lecture, half of the questions with an image.
 
-Answers are read and scored as LLaVA's script does it (`read_answer`), and the table of the paper is made as ScienceQA's
-own evaluation makes it (`table`).
+`parse_answer` and the scores follow LLaVA's script. `score_groups` makes the paper's table as ScienceQA's own
+evaluation does.
 """
 
 import json
@@ -30,12 +30,13 @@ from llava_jax.evaluate.tasks.base import (
     ScoredAnswer,
     Scores,
     Task,
+    group_scores,
     unparsed_notes,
 )
-from llava_jax.files import atomic_write
 
-FAILED = "FAILED"  # what an answer is read as that names no letter
-THE_ANSWER = re.compile("The answer is ([A-Z]).")  # any character may follow, and one must: the original's full stop
+FAILED = "FAILED"
+"""Result of parsing an answer that names no letter."""
+THE_ANSWER = re.compile("The answer is ([A-Z]).")  # the full stop matches any character, as in the original
 PROMPTER = " ###\nANSWER:"
 
 GROUPS = {
@@ -51,40 +52,38 @@ GROUPS = {
 """Columns of the table in ScienceQA's paper: subject, context (a hint, an image, neither), grade."""
 
 
-def read_answer(text: str) -> str:
-    """The letter that an answer names, or FAILED.
+def parse_answer(text: str) -> str:
+    """Returns the letter that an answer names, or FAILED.
 
-    A text that is one of A to E; or begins with one of them and `. `; or says exactly once `The answer is X.`
+    That is a text that is one of A to E, starts with one of them and `. `, or says exactly once `The answer is X.`
     """
     if text in tuple(LETTERS):
         return text
     if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
         return text[0]
-    return read_statement(text)
+    return parse_statement(text)
 
 
-def read_statement(text: str) -> str:
-    """X where a text says exactly once `The answer is X.`, or FAILED. X may be a letter that no choice has."""
+def parse_statement(text: str) -> str:
+    """Returns X if a text says exactly once `The answer is X.`, else FAILED. X may be a letter that no choice has."""
     found = THE_ANSWER.findall(text)
     return found[0] if len(found) == 1 else FAILED
 
 
 def choice(letter: str, problem: Problem) -> int:
-    """The index of the choice that has this letter, or -1."""
+    """Returns the index of the choice with this letter, or -1."""
     return LETTERS.find(letter) if letter in LETTERS[: len(problem["choices"])] else -1
 
 
-def table(problems: Mapping[str, Problem], results: Mapping[str, int]) -> dict[str, float]:
-    """Percent of right answers in each of GROUPS that has questions, and of all as `Avg`.
+def score_groups(problems: Mapping[str, Problem], results: Mapping[str, int]) -> dict[str, float]:
+    """Returns the percentage of right answers for all of GROUPS that have questions, and for all questions as `Avg`.
 
-    results: the index that was chosen, by the problems' ids; of at least one.
+    `results` has the index of the chosen answer by the problems' ids, of at least one problem.
     """
     right = {pid: chosen == problems[pid]["answer"] for pid, chosen in results.items()}
-    figures = {}
-    for name, belongs in GROUPS.items():
-        group = [right[pid] for pid in results if belongs(problems[pid])]
-        if group:
-            figures[name] = sum(group) / len(group) * 100
+    groups = group_scores((right[pid], [name for name, belongs in GROUPS.items() if belongs(problems[pid])])
+                          for pid in results)
+    figures = {name: sum(groups[name]) / len(groups[name]) * 100 for name in GROUPS if name in groups}
     return figures | {"Avg": sum(right.values()) / len(right) * 100}
 
 
@@ -101,14 +100,14 @@ class ScienceQA(Task):
     uses_prompts = True
 
     style: Literal["letter", "reason", "prompter"] = "letter"
-    """letter asks for it (compare IMG-accuracy with LLaVA-1.5's 71.6 and 66.8); reason, for models tuned on QCM-LEA and
-    the like (compare Avg with 91.09, Vicuna 13B v1.3); prompter, for models tuned on QCM-LEPA, which reason and are
-    then asked for the answer (compare Avg with the paper's 90.92)"""
+    """form of the answer. letter: the letter alone (compare IMG-accuracy with LLaVA-1.5's 71.6 and 66.8). reason: for
+    models tuned on QCM-LEA and the like (compare Avg with 91.09, Vicuna 13B v1.3). prompter: for models tuned on
+    QCM-LEPA, which reason and are then asked for the answer (compare Avg with the paper's 90.92)"""
     input: str = ""
-    """form of the question: QCM, CQM, or QCML and others that give the reasoning away; by default QCM, and for letter
-    the layout of LLaVA-1.5's published run, read from llava_test_CQM-A.json of LLaVA's eval.zip where data has it"""
+    """form of the question: QCM, CQM, or QCML and others that contain the reasoning; by default QCM, and for letter
+    the layout of LLaVA-1.5's published run, from llava_test_CQM-A.json of LLaVA's eval.zip if data has it"""
     split: str = "test"
-    """test, val, minitest, ..."""
+    """split: test, val, minitest, ..."""
 
     def load(self, data: str) -> list[Question]:
         if self.input and self.input not in INPUTS:
@@ -123,14 +122,10 @@ class ScienceQA(Task):
             text += LETTER_INSTRUCTION * (self.style == "letter")
             image = find_image(data, self.split, pid, problem)
             questions.append(Question(
-                id=pid,
-                text=text,
-                images=() if image is None else (image,),
-                row=problem,
+                pid, text, () if image is None else (image,), problem,
                 choices=tuple(LETTERS[: len(problem["choices"])]) if self.style == "letter" else (),
                 prompt=text if image is None else f"<image>\n{text}",
-                stop=("###",) if self.style == "prompter" else (),
-            ))
+                stop=("###",) if self.style == "prompter" else ()))
         return questions
 
     def question_path(self, data: str) -> str:
@@ -148,30 +143,28 @@ class ScienceQA(Task):
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
         detailed, result = _score(questions, answers)
         problems = {question.id: question.row for question in questions}
-        figures = table(problems, result["results"])
+        figures = score_groups(problems, result["results"])
         notes = [f"Total: {result['count']}, Correct: {result['correct']}, Accuracy: {result['acc']:.2f}%"]
-        shown = {kind: [row for row in rows if row["is_multimodal"]] for kind, rows in detailed.items()}
-        if count := sum(map(len, shown.values())):
-            figures["IMG-accuracy"] = len(shown["correct"]) / count * 100
+        with_image = {kind: sum(row["is_multimodal"] for row in rows) for kind, rows in detailed.items()}
+        if any(with_image.values()):
+            figures["IMG-accuracy"] = with_image["correct"] / sum(with_image.values()) * 100
             notes[0] += f", IMG-Accuracy: {figures['IMG-accuracy']:.2f}%"
         notes.append(self._comparable())
-        unread = [Answer(pid, result["outputs"][pid]) for pid, chosen in result["results"].items() if chosen == -1]
-        notes += unparsed_notes(unread, len(problems), "name none of their question's choices, and count as wrong")
+        unparsed = [Answer(pid, result["outputs"][pid]) for pid, chosen in result["results"].items() if chosen == -1]
+        notes += unparsed_notes(unparsed, len(problems), "name none of their question's choices, and count as wrong")
         if empty := [name for name in GROUPS if name not in figures]:
             notes.append(f"no questions of {', '.join(empty)}")
         if len(questions) != SIZES.get(self.split, len(questions)):
             notes.append(f"{len(questions):,} questions; the published split has {SIZES[self.split]:,}")
         main = "IMG-accuracy" if self.style == "letter" and "IMG-accuracy" in figures else "Avg"
-        read = {row["question_id"]: row["parsed_ans"] for rows in detailed.values() for row in rows}
-        items = [
-            ScoredAnswer(pid, float(result["results"][pid] == problem["answer"]), _named(problem), read[pid],
-                 str(problem.get("subject") or ""))
-            for pid, problem in problems.items()
-        ]
+        parsed = {row["question_id"]: row["parsed_ans"] for rows in detailed.values() for row in rows}
+        items = [ScoredAnswer(pid, float(result["results"][pid] == problem["answer"]),
+                              f"{LETTERS[problem['answer']]}. {problem['choices'][problem['answer']]}", parsed[pid],
+                              str(problem.get("subject") or "")) for pid, problem in problems.items()]
         return Scores(figures, main, items, notes)
 
     def _comparable(self) -> str:
-        """Which published figure this style and form can be compared with."""
+        """Returns a note on the published figure that this style and form can be compared with."""
         if self.style == "letter":
             return "not asked as a published run was" if self.input else (
                 "asked as LLaVA-1.5's published runs were: IMG-accuracy 71.6 (13B), 66.8 (7B)")
@@ -180,27 +173,23 @@ class ScienceQA(Task):
         return ("compare Avg with 91.09, LLaVA of Vicuna 13B v1.3, tuned on QCM-LEA" if self.style == "reason" else
                 "compare Avg with 90.92, the paper's LLaVA, tuned on QCM-LEPA")
 
-    def write_submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer],
-                         folder: str) -> list[str]:
-        """Writes what LLaVA's scorer writes; the second file is what ScienceQA's own evaluation reads."""
-        paths = [os.path.join(folder, f"scienceqa_{name}.json") for name in ("output", "result")]
-        for path, content in zip(paths, _score(questions, answers), strict=True):
-            with atomic_write(path) as file:
-                file.write(json.dumps(content, indent=2).encode())
-        return paths
+    def submission(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, bytes]:
+        """Returns what LLaVA's scorer writes. ScienceQA's own evaluation reads the second file."""
+        contents = zip(("scienceqa_output.json", "scienceqa_result.json"), _score(questions, answers), strict=True)
+        return {name: json.dumps(content, indent=2).encode() for name, content in contents}
 
 
 def _score(questions: Sequence[Question], answers: Sequence[Answer]) -> tuple[dict, dict]:
-    """The two files of LLaVA's scorer: the answers, right and wrong ones, as they were read; and the result.
+    """Returns the two files of LLaVA's scorer: parsed answers, right and wrong ones, and the result.
 
-    A question without an answer is wrong, and as no prompt tells of its image, not one of those with an image.
+    A question without an answer is wrong. It counts as one without an image, because no prompt has its mark.
     """
     given = {answer.id: answer for answer in answers}
     missing = Answer("", FAILED, "Unknown")
     detailed, results, outputs = {"correct": [], "incorrect": []}, {}, {}
     for question in questions:
         problem, answer = question.row, given.get(question.id, missing)
-        letter = read_answer(answer.text)
+        letter = parse_answer(answer.text)
         results[question.id], outputs[question.id] = choice(letter, problem), answer.text
         detailed["correct" if results[question.id] == problem["answer"] else "incorrect"].append({
             "question_id": question.id,
@@ -213,7 +202,3 @@ def _score(questions: Sequence[Question], answers: Sequence[Answer]) -> tuple[di
     correct, count = len(detailed["correct"]), len(questions)
     return detailed, {"acc": correct / count * 100, "correct": correct, "count": count, "results": results,
                       "outputs": outputs}
-
-
-def _named(problem: Problem) -> str:
-    return f"{LETTERS[problem['answer']]}. {problem['choices'][problem['answer']]}"

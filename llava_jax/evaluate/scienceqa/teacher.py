@@ -1,24 +1,20 @@
-"""What a language model that sees no image is asked about ScienceQA: to solve it, and to judge between two answers."""
+"""Questions to a language model that sees no image: to solve ScienceQA, and to judge between two answers."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from llava_jax.cli import printable
 from llava_jax.endpoint.budget import Budget
-from llava_jax.endpoint.errors import RequestFailed
 from llava_jax.endpoint.log import AnswerLog
-from llava_jax.endpoint.request import ChatRequest, Response
-from llava_jax.endpoint.server import UNANSWERED, check_answered
-from llava_jax.evaluate.judge.chat_model import ChatModel, Unfinished
+from llava_jax.endpoint.request import Message, Response
+from llava_jax.endpoint.server import check_answered
+from llava_jax.evaluate.judge.chat_model import ChatJob, ChatModel, require_answers
 from llava_jax.evaluate.scienceqa.problems import Problem, compose
-from llava_jax.evaluate.scienceqa.task import FAILED, read_statement
-from llava_jax.files import atomic_write
-from llava_jax.progress import Progress
+from llava_jax.evaluate.scienceqa.task import FAILED, parse_statement
+from llava_jax.files import write_json_lines
 
-JUDGEMENTS = 2  # how often the judge is asked, at most, until it names one letter
+MAX_JUDGEMENTS = 2
+"""Largest number of requests for a judgement, until it names one letter."""
 
 SOLVE = (
     "You solve multiple-choice questions on school science. Recall what one has to know, reason in a few sentences, "
@@ -34,11 +30,9 @@ JUDGE = (
 )
 PROMPTS_HASH = hashlib.sha256((SOLVE + JUDGE).encode()).hexdigest()[:12]
 
-Messages = tuple[dict[str, str], ...]
 
-
-def solve_messages(problem: Problem, shots: Sequence[Problem]) -> Messages:
-    """The problem without its image, after `shots` that are solved."""
+def solve_messages(problem: Problem, shots: Sequence[Problem]) -> tuple[Message, ...]:
+    """Returns the problem without its image, after the solved problems `shots`."""
     messages = [{"role": "system", "content": SOLVE}]
     for shot in shots:
         question, answer = compose(shot, "QCM-LEA")
@@ -46,19 +40,19 @@ def solve_messages(problem: Problem, shots: Sequence[Problem]) -> Messages:
     return (*messages, {"role": "user", "content": compose(problem, "QCM-A")[0]})
 
 
-def judge_messages(problem: Problem, ours: str, teacher: str) -> Messages:
-    """The problem and two answers: the first of a model that saw the image, the second of one that did not."""
+def judge_messages(problem: Problem, ours: str, teacher: str) -> tuple[Message, ...]:
+    """Returns the problem and two answers: the first of a model that saw the image, the second of one that did not."""
     question = compose(problem, "QCM-A")[0]
     content = f"{question}\n\n[First student]\n{ours}\n\n[Second student]\n{teacher}"
     return {"role": "system", "content": JUDGE}, {"role": "user", "content": content}
 
 
 @dataclass(frozen=True)
-class Asker:
-    """Asks one language model, and writes its answers to files; what the log holds is not asked again.
+class ScienceQATeacher:
+    """Asks one language model, and writes its answers to files. What the log holds is not asked again.
 
-    Both methods return texts by problem. They raise Unfinished, also where requests failed, unless `partial` goes on
-    without these.
+    Both methods return texts by problem. They raise Unfinished if the run was stopped, or if requests failed and
+    `partial` is False.
     """
 
     model: ChatModel
@@ -67,50 +61,34 @@ class Asker:
     partial: bool
 
     def solve(self, problems: Mapping[str, Problem], shots: Sequence[Problem], path: str) -> dict[str, str]:
-        """Asks for answers. One without a letter is an answer: the model may have said that it needs the image."""
+        """Asks for answers. A text without a letter counts as one: the model may have said that it needs the image."""
         return self._ask({pid: solve_messages(problem, shots) for pid, problem in problems.items()}, 1, path)
 
     def judge(self, problems: Mapping[str, Problem], ours: Mapping[str, str], teacher: Mapping[str, str],
               path: str) -> dict[str, str]:
-        """Asks for judgements; once more where one names no letter, and then the last one stands."""
-        asked = {pid: judge_messages(problem, ours[pid], teacher[pid]) for pid, problem in problems.items()}
-        return self._ask(asked, JUDGEMENTS, path)
+        """Asks for judgements, once more if one names no letter. Then the last one counts."""
+        messages = {pid: judge_messages(problem, ours[pid], teacher[pid]) for pid, problem in problems.items()}
+        return self._ask(messages, MAX_JUDGEMENTS, path)
 
-    def _ask(self, asked: Mapping[str, Messages], tries: int, path: str) -> dict[str, str]:
-        replies: dict[str, Response] = {}
-        failures: list[str] = []
+    def _ask(self, messages: Mapping[str, tuple[Message, ...]], attempts: int, path: str) -> dict[str, str]:
+        responses: dict[str, Response] = {}
 
-        def record(job: _Job, attempt: int, answer: Response | RequestFailed) -> bool:
-            if isinstance(answer, RequestFailed):
-                failures.append(f"question {job.pid}: {answer}")
-                return True
-            replies[job.pid] = answer
-            return attempt + 1 >= tries or read_statement(answer.text) != FAILED
+        def accept(job: ChatJob, response: Response) -> bool:
+            responses[job.key] = response
+            return parse_statement(response.text) != FAILED
 
-        jobs = [_Job(pid, messages, self.model.parameters) for pid, messages in asked.items()]
-        progress = Progress(len(jobs), unit="questions", note=self.budget.summary)
-        self.model.ask(jobs, self.log, record, self.budget, progress)
-        check_answered(len(jobs), failures)
-        if failures and not self.partial:
-            raise Unfinished(f"{len(failures):,} of {len(jobs):,} questions got no answer, the first is "
-                             f"{printable(failures[0])}; the same command asks them again, --partial goes on without "
-                             "them", UNANSWERED)
-        with atomic_write(path) as file:
-            for job in jobs:
-                if job.pid in replies:
-                    reply = replies[job.pid]
-                    row = {"question_id": job.pid, "prompt": job.messages[-1]["content"], "text": reply.text,
-                           "answer_id": job.request(0).key(self.model.model)[:22], "model_id": reply.model,
-                           "metadata": {"fingerprint": reply.fingerprint, "created": reply.created}}
-                    file.write(json.dumps(row).encode() + b"\n")
-        return {pid: reply.text for pid, reply in replies.items()}
-
-
-@dataclass(frozen=True)
-class _Job:
-    pid: str
-    messages: Messages
-    parameters: Mapping[str, Any]
-
-    def request(self, attempt: int) -> ChatRequest:
-        return ChatRequest(self.messages, self.parameters, attempt)
+        jobs = [ChatJob(pid, asked, self.model.parameters) for pid, asked in messages.items()]
+        failed = self.model.ask(jobs, self.log, self.budget, "questions", attempts, accept)
+        failures = [f"question {pid}: {failure}" for pid, failure in failed.items()]
+        if self.partial:
+            check_answered(len(jobs), failures)
+        else:
+            require_answers(failures, len(jobs), "questions",
+                            "the same command asks them again, --partial goes on without them")
+        answered = [(job, responses[job.key]) for job in jobs if job.key in responses]
+        write_json_lines(path, (
+            {"question_id": job.key, "prompt": job.messages[-1]["content"], "text": response.text,
+             "answer_id": job.request(0).key(self.model.model)[:22], "model_id": response.model,
+             "metadata": {"fingerprint": response.fingerprint, "created": response.created}}
+            for job, response in answered))
+        return {job.key: response.text for job, response in answered}
