@@ -1,8 +1,8 @@
-"""Plans a recipe on TPUs that are not there: `python -m llava_jax.plan RECIPE --topology v5e-64 [--FIELD VALUE ...]`.
+"""Plans a recipe on a TPU slice: `python -m llava_jax.plan RECIPE --topology v5e-64 [--FIELD VALUE ...]`.
 
-RECIPE and the fields are those of train. The recipe's train step is compiled for the slice by the real TPU compiler
-(pip install 'llava_jax[plan]'), on any machine; a TPU of this machine is left alone. Exit code 0 if all planned stages
-fit, 1 if one does not, 2 for a mistake.
+RECIPE and its fields are those of train. The TPU compiler (pip install 'llava_jax[plan]') compiles the recipe's train
+step for the slice, on any machine; a TPU of this machine is not used. The exit code is 0 if all planned stages fit, 1
+if one does not, 2 for a mistake.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from llava_jax import cli, config
 from llava_jax.errors import UserError
 from llava_jax.plan import topologies
 
-if TYPE_CHECKING:  # JAX is imported when its environment is set
+if TYPE_CHECKING:  # JAX must be imported after topologies.quiet()
     from llava_jax.models.llava import LlavaConfig
 
 
@@ -31,22 +31,25 @@ def parser() -> Parser:
                      formatter_class=argparse.RawDescriptionHelpFormatter,
                      epilog="fields of the recipe: python -m llava_jax.train RECIPE --help")
     add = options.add_argument
-    add("recipe", help="a recipe's file, or its name in configs/")
-    add("--topology", required=True, help="v5e-64, v5p-128, v6e-32, ..., or several slices: v5e-256x2")
-    add("--stage", help="plan this stage alone")
+    add("recipe", help="file of a recipe, or its name in configs/")
+    add("--topology", required=True, help="name of a slice, such as v5e-64, v5p-128, v6e-32; several slices: v5e-256x2")
+    add("--stage", help="stage to plan; all by default")
     add("--json", action="store_true", help="print one JSON object")
-    add("--dump-hlo", metavar="FILE", help="write the optimised program's text, with the compiler's cycles; where "
-        "several stages are planned, each into a file of its own (FILE's name with the stage's before the suffix)")
-    add("--rows-per-epoch", type=int, metavar="N", help="packed rows of an epoch, instead of asking the data")
-    add("--search", action="store_true", help="look for the fastest mesh, micro-batches and recomputation of a stage "
-        "(the last one without --stage) that fit; the rows of a step stay as they are")
-    add("--tries", type=int, default=8, metavar="N", help="with --search: programs that fit to compile (default 8)")
+    add("--dump-hlo", metavar="FILE", help="file for the text of the optimised program, with the compiler's cycles; "
+        "for several stages, the stage's name is added before the suffix")
+    add("--rows-per-epoch", type=int, metavar="N", help="number of packed sequences of an epoch; by default they are "
+        "counted in the data")
+    add("--search", action="store_true", help="search the fastest mesh, micro-batches and remat of a stage (by default "
+        "the last one) that fit; the batch size does not change")
+    add("--tries", type=int, default=8, metavar="N", help="with --search, number of fitting candidates to compile "
+        "(default 8)")
     add("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), metavar="N",
-        help="with --search: compilations at one time, each with 2 cores and some GB (default: half the cores)")
+        help="with --search, number of parallel compilations; one needs 2 cores and some GB (default: half the cores)")
     add("--inference", action="store_true", help="plan prefill and decode of the recipe's model instead of training")
-    add("--batch", type=int, default=1, metavar="B", help="with --inference: rows (default 1)")
-    add("--context", type=int, default=2048, metavar="S", help="with --inference: tokens of a row (default 2048)")
-    add("--price-per-chip-hour", type=float, metavar="PRICE", help="adds what the stage costs")
+    add("--batch", type=int, default=1, metavar="B", help="with --inference, number of prompts (default 1)")
+    add("--context", type=int, default=2048, metavar="S", help="with --inference, tokens of a prompt (default "
+        "2048)")
+    add("--price-per-chip-hour", type=float, metavar="PRICE", help="price of a chip for an hour, to report the cost")
     return options
 
 
@@ -99,8 +102,8 @@ def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: topol
         if not options.json:
             print("\n" + show.text(plan, options.price_per_chip_hour), flush=True)
     if options.json:
-        report(options, where, notes, mesh=dict(mesh.shape),
-               stages=[show.data(plan, options.price_per_chip_hour) for plan in plans])
+        print_json(options, where, notes, mesh=dict(mesh.shape),
+                   stages=[show.data(plan, options.price_per_chip_hour) for plan in plans])
     return 0 if all(plan.memory.fits for plan in plans) else 1
 
 
@@ -111,16 +114,19 @@ def plan_search(options: argparse.Namespace, recipe: config.Recipe, overrides: l
     stage = options.stage or list(recipe.stages)[-1]
     if not options.json:
         print(show.header(options.recipe, where, {}, notes))
-    ways = search.candidates(recipe, stage, where, model)
-    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    tell(f"{len(ways)} ways to run {stage} may fit by formula; compiling until {options.tries} do")
-    found = search.search(options.recipe, overrides, stage, where, ways, options.tries, options.jobs, tell)
+    candidates = search.candidates(recipe, stage, where, model)
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report(f"{len(candidates)} ways to run {stage} may fit by formula; compiling until {options.tries} do")
+    found = search.search(options.recipe, overrides, stage, where, candidates, options.tries, options.jobs, report)
     if options.json:
-        report(options, where, notes, stage=stage, ways=len(ways), found=[
-            {"flags": each.candidate.flags(stage), "error": each.error} | each.plan for each in found])
+        print_json(options, where, notes, stage=stage, candidates=len(candidates), found=[
+            {"flags": compiled.candidate.flags(stage), "error": compiled.error} | compiled.plan for compiled in found])
     else:
         print("\n" + show.ranking(found, stage))
-    return 0 if any(each.fits for each in found) else 1
+    return 0 if any(compiled.fits for compiled in found) else 1
 
 
 def plan_inference(options: argparse.Namespace, where: topologies.Slice, model: "LlavaConfig", notes: list[str]
@@ -131,25 +137,25 @@ def plan_inference(options: argparse.Namespace, where: topologies.Slice, model: 
     notes = [*notes, f"attention {choose_attention('auto', 'tpu', model, 'bfloat16')}"]
     phases = inference.plan_inference(model, where, options.batch, options.context)
     if options.json:
-        report(options, where, notes, batch=options.batch, context=options.context,
-               phases=[show.phase_data(phase) for phase in phases])
+        print_json(options, where, notes, batch=options.batch, context=options.context,
+                   phases=[show.phase_data(phase) for phase in phases])
     else:
         print(show.header(options.recipe, where, {"tensor": where.devices}, notes))
-        print(f"{options.batch} rows of {options.context:,} tokens, an image in each\n")
+        print(f"{options.batch} prompts of {options.context:,} tokens, with one image in every prompt\n")
         print("\n\n".join(show.phase_text(phase) for phase in phases))
     return 0 if all(phase.memory.fits for phase in phases) else 1
 
 
-def report(options: argparse.Namespace, where: topologies.Slice, notes: list[str], **found) -> None:
+def print_json(options: argparse.Namespace, where: topologies.Slice, notes: list[str], **content) -> None:
     """Prints a plan as one JSON object."""
     from llava_jax.plan.show import versions
 
     print(json.dumps({"recipe": options.recipe, "topology": where.name, "chips": where.chips, "devices": where.devices,
-                      "notes": notes, "versions": versions()} | found, indent=1))
+                      "notes": notes, "versions": versions()} | content, indent=1))
 
 
 def write_hlo(path: Path, text: str, stage: str) -> None:
-    """Writes a program's text as it is; says where on stderr."""
+    """Writes the text of a program, and prints the path on stderr."""
     from llava_jax.files import atomic_write
 
     path = path.with_name(f"{path.stem}.{stage}{path.suffix}") if stage else path

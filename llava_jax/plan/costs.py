@@ -1,4 +1,4 @@
-"""What single instructions of optimised HLO cost: floating-point operations, bytes of HBM, bytes between chips."""
+"""Computes what instructions of optimised HLO cost: floating-point operations, bytes of HBM, bytes between chips."""
 
 import json
 import math
@@ -16,15 +16,15 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")
 TRANSFER = "_xla_megascale_transfer_type"
-"""marks what is sent to other slices, after the reduction within each"""
+"""Attribute of an instruction that sends to other slices, after the reduction within every slice."""
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 def flops(instruction: Instruction, computation: Computation) -> float:
-    """Of a dot or a convolution, which is what XLA makes of a matrix product on a TPU; 0 for anything else."""
+    """Returns the operations of a dot or a convolution, to which XLA for TPUs compiles matrix products; else 0."""
     if instruction.opcode not in ("dot", "convolution"):
         return 0.0
-    left, right = (each.shape[0] for each in computation.operands(instruction))
+    left, right = (operand.shape[0] for operand in computation.operands(instruction))
     result = instruction.shape[0]
     if instruction.opcode == "dot":
         contracted = _numbers(instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
@@ -44,32 +44,33 @@ def flops(instruction: Instruction, computation: Computation) -> float:
 
 @lru_cache
 def _valid(length: int, size: int, results: int, stride: int, pad: int, dilate: int, spread: int) -> int:
-    """Pairs of a result and a kernel position along one axis that meet an element and not padding or a hole.
+    """Returns the number of pairs of a result and a kernel position, along one axis, that meet an element.
 
-    Batched products become convolutions whose window is mostly holes.
+    The other pairs meet padding or a hole. Batched products become convolutions whose window is mostly holes.
     """
-    places = np.arange(results)[:, None] * stride + np.arange(size) * spread - pad
-    return int(((places % dilate == 0) & (places >= 0) & (places // dilate < length)).sum())
+    positions = np.arange(results)[:, None] * stride + np.arange(size) * spread - pad
+    return int(((positions % dilate == 0) & (positions >= 0) & (positions // dilate < length)).sum())
 
 
 def kernel_flops(kernel: Instruction, computation: Computation) -> float:
-    """Of splash attention's Pallas kernels, by their shapes and blocks; 0 for a kernel that is not known.
+    """Returns the operations of a splash attention kernel, from its shapes and blocks; 0 for an unknown kernel.
 
-    A causal kernel visits the blocks on and below the diagonal whole (it has tables of them, int8, among its operands;
-    without a mask it has none). Forward it makes two products of a block of scores' size, in the fused backward five.
+    A causal kernel computes the blocks on and below the diagonal completely. It has int8 tables of them among its
+    operands; without a mask there are none. A block takes two products forward, and five in the fused backward pass.
     """
     found = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", kernel.op_name + kernel.name)
-    heads = [each.shape[0] for each in computation.operands(kernel)
-             if each.shape and each.shape[0].dtype in ("bf16", "f32") and len(each.shape[0].dims) >= 3]
+    operands = [array for operand in computation.operands(kernel) for array in operand.shape]
+    heads = [operand.shape[0] for operand in computation.operands(kernel)
+             if operand.shape and operand.shape[0].dtype in ("bf16", "f32") and len(operand.shape[0].dims) >= 3]
     if not found or len(heads) < 2:
         return 0.0
     query, key = heads[0], heads[1]
     length, keys = query.dims[-2], key.dims[-2]
     block = max(_blocks(kernel, "block_q", length), _blocks(kernel, "block_kv", keys))
     products = {"fwd": 2, "dkv": 5, "dq": 3}[found[1]]
-    causal = any(array.dtype == "s8" for each in computation.operands(kernel) for array in each.shape)
-    seen = length * keys * ((1 + block / length) / 2 if causal else 1)
-    return 2.0 * products * math.prod(query.dims[:-2]) * seen * query.dims[-1]
+    causal = any(array.dtype == "s8" for array in operands)
+    pairs = length * keys * ((1 + block / length) / 2 if causal else 1)
+    return 2.0 * products * math.prod(query.dims[:-2]) * pairs * query.dims[-1]
 
 
 def _blocks(kernel: Instruction, name: str, default: int) -> int:
@@ -78,88 +79,92 @@ def _blocks(kernel: Instruction, name: str, default: int) -> int:
 
 
 def hbm_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
-    """Bytes that an instruction reads from HBM and writes there: operands and results that lie in HBM.
+    """Returns the bytes that an instruction reads from HBM and writes to it: operands and results in HBM.
 
-    Of an operand that a fusion only slices, the slices count; of a result that it only updates, the update. What a
-    collective inside a fusion moves passes through and counts with the collective.
+    If a fusion only slices an operand, the slices count. If it only updates a part of its result, the update counts.
+    Data of a collective inside a fusion are not counted here, but with the collective.
     """
     if instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-update")):
         return 0.0
     if instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
         target, source = instruction.shape[0], instruction.shape[1]
-        return target.bytes * ((not target.fast) + (not source.fast))
-    reads = [each.shape for each in computation.operands(instruction)]
+        return target.bytes * ((not target.in_vmem) + (not source.in_vmem))
+    reads = [operand.shape for operand in computation.operands(instruction)]
     if instruction.opcode == "fusion":
-        inside = module.computations[instruction.calls]
-        return _fused_bytes(instruction, reads, inside)
+        return _fused_bytes(instruction, reads, module.computations[instruction.calls])
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * _slow(instruction.shape)
+        return 2 * _bytes_in_hbm(instruction.shape)
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * _slow(reads[1])
-    return _slow(instruction.shape) + sum(_slow(shape) for shape in reads)
+        return 2 * _bytes_in_hbm(reads[1])
+    return _bytes_in_hbm(instruction.shape) + sum(map(_bytes_in_hbm, reads))
 
 
 def _fused_bytes(fusion: Instruction, reads: list[tuple[Array, ...]], inside: Computation) -> float:
-    parameters = {int(each.attributes): each.name
-                  for each in inside.instructions.values() if each.opcode == "parameter"}
+    parameters: dict[int, str] = {}
     users: dict[str, list[Instruction]] = {}
-    for each in inside.instructions.values():
-        for name in each.operands:
-            users.setdefault(name, []).append(each)
-    moved = {array for each in inside.instructions.values() if is_collective(each)
-             for shape in (each.shape, *(operand.shape for operand in inside.operands(each))) for array in shape}
-    moved = {(array.dtype, array.dims) for array in moved}
-    keep = lambda shape: [array for array in shape if (array.dtype, array.dims) not in moved]  # noqa: E731
+    moved: set[tuple] = set()
+    for instruction in inside.instructions.values():
+        if instruction.opcode == "parameter":
+            parameters[int(instruction.attributes)] = instruction.name
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+        if is_collective(instruction):
+            moved |= {(array.dtype, array.dims)
+                      for part in (instruction, *inside.operands(instruction)) for array in part.shape}
+
+    def own_bytes(shape: Sequence[Array]) -> float:
+        return _bytes_in_hbm([array for array in shape if (array.dtype, array.dims) not in moved])
+
     total = 0.0
     for number, shape in enumerate(reads):
         uses = users.get(parameters.get(number, ""), [])
         if uses and all(use.opcode in ("dynamic-slice", "slice") for use in uses):
-            total += 0 if shape[0].fast else sum(use.shape[0].bytes for use in uses)
+            total += 0 if shape[0].in_vmem else sum(use.shape[0].bytes for use in uses)
         elif not (uses and all(_is_updated(use, parameters[number]) for use in uses)):
-            total += _slow(keep(shape))
+            total += own_bytes(shape)
     root = inside.root
     while root.opcode in ("bitcast", "copy") and root.operands:
         root = inside.instructions[root.operands[0]]
     if root.opcode == "dynamic-update-slice":
         update = inside.instructions[root.operands[1]]
-        return total + (0 if fusion.shape[0].fast else update.shape[0].bytes)
-    return total + _slow(keep(fusion.shape))
+        return total + (0 if fusion.shape[0].in_vmem else update.shape[0].bytes)
+    return total + own_bytes(fusion.shape)
 
 
 def _is_updated(use: Instruction, name: str) -> bool:
     return use.opcode == "dynamic-update-slice" and use.operands[0] == name
 
 
-def _slow(shape: Sequence[Array]) -> float:
-    return sum(array.bytes for array in shape if not array.fast)
+def _bytes_in_hbm(shape: Sequence[Array]) -> float:
+    return sum(array.bytes for array in shape if not array.in_vmem)
 
 
 @dataclass(frozen=True)
 class Collective:
-    """What one device sends in one collective operation."""
+    """Describes a collective operation, and what one device sends in it."""
 
     kind: str
     bytes: float
-    """of the whole array: what an all-gather makes, what a reduction reads"""
+    """Bytes of the complete array: the result of an all-gather, the operand of a reduction."""
     group: int
-    """devices that take part"""
+    """Number of participating devices."""
     slices: int
-    """slices that they lie on"""
+    """Number of slices that they belong to."""
     channel: str | None = None
 
     @property
     def key(self) -> tuple:
-        """The same in all pieces of one operation; what goes between slices has channels of its own."""
+        """Identity of the operation, shared by all its pieces."""
         return self.kind, self.slices, self.channel
 
     @property
     def ici_bytes(self) -> float:
-        """Sent within a slice, along a ring (its lower bound for any algorithm)."""
+        """Bytes sent within a slice along a ring, the lower bound of any algorithm."""
         return self._sent(self.group // self.slices)
 
     @property
     def dcn_bytes(self) -> float:
-        """Sent to other slices, where every device of a slice carries its share."""
+        """Bytes sent to other slices, if every device of a slice sends its share."""
         return self._sent(self.slices) / (self.group // self.slices)
 
     def _sent(self, ring: int) -> float:
@@ -174,7 +179,7 @@ def is_collective(instruction: Instruction) -> bool:
 
 
 def collective(instruction: Instruction, computation: Computation, slices: Sequence[int]) -> Collective | None:
-    """The collective operation that an instruction is; None if it is none. `slices`: the slice of every device."""
+    """Returns the collective operation of an instruction, or None. `slices` has the slice of every device."""
     if not is_collective(instruction):
         return None
     channel = instruction.attribute(r"channel_id=(\d+)")
@@ -183,9 +188,9 @@ def collective(instruction: Instruction, computation: Computation, slices: Seque
         count = len(set(slices))
         return Collective(kind, instruction.shape[0].bytes, count, count, channel)
     kind = instruction.opcode.removesuffix("-start")
-    reads = [each.shape for each in computation.operands(instruction)]
+    reads = [operand.shape for operand in computation.operands(instruction)]
     if kind in ("all-gather", "collective-broadcast"):
-        # A started one holds its operands and results side by side.
+        # The shape of an asynchronous start has the operands before the results.
         arrays = instruction.shape[len(reads):] if instruction.opcode.endswith("-start") else instruction.shape
     else:
         arrays = [array for shape in reads for array in shape]
@@ -197,13 +202,13 @@ def collective(instruction: Instruction, computation: Computation, slices: Seque
 
 
 def _is_sliced(reduction: Instruction, computation: Computation) -> bool:
-    """Whether each device goes on with its part alone, inside one fusion: XLA's reduce-scatter on TPUs."""
-    users = [each for each in computation.instructions.values() if reduction.name in each.operands]
-    return bool(users) and all(use.opcode == "dynamic-slice" for use in users)
+    """Returns whether every device uses only its part of the result, which is XLA's reduce-scatter on TPUs."""
+    users = [user for user in computation.instructions.values() if reduction.name in user.operands]
+    return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
 def replica_groups(instruction: Instruction, devices: int) -> np.ndarray:
-    """The groups of devices of a collective, [groups, members], from any of the ways in which HLO writes them."""
+    """Returns the groups of devices of a collective, [groups, members], from any of HLO's notations."""
     text = instruction.attributes
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
         axes = re.findall(r"'(\w+)'=(\d+)", found[1])
@@ -222,7 +227,7 @@ def replica_groups(instruction: Instruction, devices: int) -> np.ndarray:
 
 
 def _over_axes(ids: np.ndarray, names: list[str], chosen: list[tuple[str, str, str]]) -> np.ndarray:
-    """Groups along some axes of a mesh; of an axis, `:(m)k` is its part of size k that has m before it."""
+    """Returns groups along some axes of a mesh. `:(m)k` of an axis is its part of size k that has m before it."""
     shape, labels = [], []
     for name, size in zip(names, ids.shape, strict=True):
         parts = sorted((int(before), int(part)) for other, before, part in chosen if other == name and part)

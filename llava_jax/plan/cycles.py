@@ -1,60 +1,60 @@
-"""Where a compiled program spends its time: every executed instruction with its cycles, summed in several ways."""
+"""Profiles a compiled program: every executed instruction with its cycles, and sums over them."""
 
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llava_jax.plan import costs
 from llava_jax.plan.hlo import Computation, Instruction, Module, parse
-from llava_jax.plan.loops import Known, trips
+from llava_jax.plan.loops import Value, trip_count
 
 PARTS = ("vision", "projector", "decoder", "loss", "optimizer")
-"""The scopes that the model's and the step's code opens, by which instructions are told apart."""
+"""Names of the scopes that the model and the step open."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """An instruction that runs, `times` times in a step."""
+    """Represents an instruction that runs `times` times in a step. Costs are those of one run."""
 
     instruction: Instruction
     times: int
     loops: tuple[str, ...]
-    """the bodies of the loops around it, outermost first"""
+    """Names of the bodies of the loops around it, outermost first."""
     flops: float
-    """of its matrix products, once"""
+    """Floating-point operations of its matrix products."""
     bytes: float
-    """to and from HBM, once"""
+    """Bytes to and from HBM."""
     collectives: tuple[costs.Collective, ...]
-    """that run in it, once"""
+    """Collectives that run in it."""
     kernel: bool
-    """a Pallas kernel: the compiler gives it no cycles"""
-    started: bool = False
-    """whether it runs beside what comes between its start and its end"""
+    """Whether it is a Pallas kernel, for which the compiler gives no cycles."""
+    asynchronous: bool = False
+    """Whether it runs beside the instructions between its start and its end."""
 
     @property
     def cycles(self) -> int:
-        """Of all its times; none for what runs beside the rest."""
-        return 0 if self.started else self.instruction.cycles * self.times
+        """Cycles of all runs; 0 for an asynchronous instruction."""
+        return 0 if self.asynchronous else self.instruction.cycles * self.times
 
     @property
     def hides(self) -> bool:
-        """Whether its collectives run beside computation: started and awaited apart, or fused with it."""
+        """Whether its collectives overlap with computation: asynchronous, or fused with it."""
         name, opcode = self.instruction.name, self.instruction.opcode
         fused = opcode == "fusion" and (self.instruction.cycles > 0 or "-start" in name)
-        return self.started or fused or opcode == "send" or opcode.endswith("-start")
+        return self.asynchronous or fused or opcode == "send" or opcode.endswith("-start")
 
     @property
     def scope(self) -> str | None:
-        """The outermost of PARTS in whose scope it was traced; None outside of all."""
+        """Outermost of PARTS in whose scope it was traced; None outside of them."""
         name = self.instruction.op_name
         found = re.search(rf"\b({'|'.join(PARTS)})\b", name) if name.startswith("jit(") else None
         return found[1] if found else None
 
     @property
     def direction(self) -> str:
-        """forward, recompute (the forward pass again, in the backward pass) or backward."""
+        """Pass that it belongs to: forward, backward, or recompute (the forward pass inside the backward pass)."""
         name = self.instruction.op_name
         if "rematted_computation" in name:
             return "recompute"
@@ -62,46 +62,45 @@ class Op:
 
     @property
     def kind(self) -> str:
-        """products, kernels, collectives, copies, or elementwise for all else."""
-        opcode = self.instruction.opcode
-        if self.flops and not self.kernel:
-            return "products"
+        """Kind of work: kernels, products, collectives, copies or elementwise."""
         if self.kernel:
             return "kernels"
+        if self.flops:
+            return "products"
         if self.collectives:
             return "collectives"
-        return "copies" if opcode.startswith(("copy", "slice", "dynamic-slice")) else "elementwise"
+        return "copies" if self.instruction.opcode.startswith(("copy", "slice", "dynamic-slice")) else "elementwise"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The executed instructions of a program on one device."""
+    """Holds the executed instructions of a program on one device."""
 
     ops: tuple[Op, ...]
 
     @property
     def cycles(self) -> int:
-        """All that the compiler estimates; kernels and collectives that stand alone have none."""
+        """Cycles that the compiler estimates; kernels and exposed collectives have none."""
         return sum(op.cycles for op in self.ops)
 
     @property
     def flops(self) -> float:
-        """Of all matrix products and known kernels, what is computed again included."""
+        """Operations of all matrix products and known kernels, recomputation included."""
         return sum(op.flops * op.times for op in self.ops)
 
     @property
     def bytes(self) -> float:
-        """Read from HBM and written there; what a hidden collective brings is written once."""
-        brought = sum(each.bytes * op.times for op in self.ops if op.hides for each in op.collectives)
-        return brought + sum(op.bytes * op.times for op in self.ops)
+        """Bytes to and from HBM; what a hidden collective receives is written once."""
+        received = self._collectives(lambda collective: collective.bytes, (op for op in self.ops if op.hides))
+        return received + sum(op.bytes * op.times for op in self.ops)
 
     @property
     def ici_bytes(self) -> float:
-        return sum(each.ici_bytes * op.times for op in self.ops for each in op.collectives)
+        return self._collectives(lambda collective: collective.ici_bytes, self.ops)
 
     @property
     def dcn_bytes(self) -> float:
-        return sum(each.dcn_bytes * op.times for op in self.ops for each in op.collectives)
+        return self._collectives(lambda collective: collective.dcn_bytes, self.ops)
 
     @property
     def kernels(self) -> list[Op]:
@@ -113,67 +112,80 @@ class Profile:
         return [op for op in self.ops if op.collectives and not op.hides]
 
     def by_part(self) -> Counter[tuple[str, str]]:
-        """Cycles by (part, direction). What has no scope of its own goes to the part that fills its loop."""
-        return self._by(lambda op, part: (part, "" if part == "optimizer" else op.direction))
-
-    def by_kind(self) -> Counter[str]:
-        return self._by(lambda op, part: op.kind)
-
-    def _by(self, key) -> Counter:
-        loops: dict[tuple[str, ...], Counter[str]] = {}
+        """Returns cycles by (part, direction). Instructions outside of all scopes belong to the main part of their
+        loop."""
+        main: dict[tuple[str, ...], Counter[str]] = {}
         for op in self.ops:
             if op.scope and op.loops:
-                loops.setdefault(op.loops, Counter())[op.scope] += op.cycles
+                main.setdefault(op.loops, Counter())[op.scope] += op.cycles
         counts = Counter()
         for op in self.ops:
-            own = op.scope or (loops[op.loops].most_common(1)[0][0] if op.loops in loops else "other")
-            counts[key(op, own)] += op.cycles
+            part = op.scope or (main[op.loops].most_common(1)[0][0] if op.loops in main else "other")
+            counts[part, "" if part == "optimizer" else op.direction] += op.cycles
         return +counts  # without zeros
+
+    def by_kind(self) -> Counter[str]:
+        counts = Counter()
+        for op in self.ops:
+            counts[op.kind] += op.cycles
+        return +counts
+
+    def _collectives(self, size: Callable[[costs.Collective], float], ops: Iterator[Op] | Sequence[Op]) -> float:
+        return sum(size(collective) * op.times for op in ops for collective in op.collectives)
 
 
 def profile(text: str, slices: Sequence[int]) -> Profile:
-    """The profile of a module's text; `slices` names the slice of each of the program's devices."""
+    """Returns the profile of a module's text. `slices` has the slice of every device of the program."""
     module = parse(text)
-    ops = list(_executed(module, module.entry, 1, (), slices, {}))
-    # A collective that is spread over several fusions, and even over the rounds of a loop, is in each of them under one
-    # channel; it runs as often as the one that runs least, which begins it.
-    begins: dict[tuple, int] = {}
+    ops = list(_executed(module, module.entry, 1, (), slices, []))
+    # XLA may spread a collective over several fusions, or over the rounds of a loop. All pieces have its channel. It
+    # is counted in the piece that runs least often, which starts it.
+    first: dict[tuple, int] = {}
     for i, op in enumerate(ops):
-        for each in op.collectives:
-            if each.channel and (each.key not in begins or op.times < ops[begins[each.key]].times):
-                begins[each.key] = i
+        for collective in op.collectives:
+            key = collective.key
+            if collective.channel and (key not in first or op.times < ops[first[key]].times):
+                first[key] = i
     return Profile(tuple(dataclasses.replace(op, collectives=tuple(
-        each for each in op.collectives if begins.get(each.key, i) == i)) for i, op in enumerate(ops)))
+        collective for collective in op.collectives if first.get(collective.key, i) == i))
+        for i, op in enumerate(ops)))
 
 
 def _executed(module: Module, computation: Computation, times: int, loops: tuple[str, ...], slices: Sequence[int],
-              known: Known) -> Iterator[Op]:
+              arguments: list[Value]) -> Iterator[Op]:
+    """Yields the instructions that a computation executes, those of loops, calls and branches included."""
+
+    def inner(name: str) -> Iterator[Op]:
+        return _executed(module, module.computations[name], times, loops, slices, [])
+
     for instruction in computation.instructions.values():
-        opcode = instruction.opcode
+        opcode, called = instruction.opcode, instruction.calls
         if opcode == "while":
             body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)")]
-            count, entry = trips(module, computation, instruction, known)
-            # A loop whose length is known at run time alone counts as one round.
-            count = 1 if count is None else count
-            yield from _executed(module, body, times * count, (*loops, body.name), slices, entry)
-            continue
-        if opcode in ("call", "async-start") or opcode == "custom-call" and instruction.calls in module.computations:
-            inner = _executed(module, module.computations[instruction.calls], times, loops, slices, {})
-            yield from (dataclasses.replace(op, started=op.started or opcode == "async-start") for op in inner)
+            rounds, state = trip_count(module, computation, instruction, arguments)
+            rounds = 1 if rounds is None else rounds  # a length that is known only at run time
+            yield from _executed(module, body, times * rounds, (*loops, body.name), slices, [state])
+        elif opcode == "async-start":
+            yield from (dataclasses.replace(op, asynchronous=True) for op in inner(called))
+        elif opcode == "call" or opcode == "custom-call" and called in module.computations:
+            yield from inner(called)
         elif opcode == "conditional":
             names = re.findall(r"%?([\w.\-]+)", instruction.attribute(r"branch_computations=\{([^}]*)\}") or "")
             names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
-            branches = [list(_executed(module, module.computations[name], times, loops, slices, {}))
-                        for name in names]
+            branches = [list(inner(name)) for name in names]
             yield from max(branches, key=lambda ops: sum(op.cycles for op in ops), default=[])
-        if opcode in costs.FREE and not costs.is_collective(instruction):
-            continue
-        inner = [(instruction, computation)]
-        if opcode == "fusion":
-            inside = module.computations[instruction.calls]
-            inner = [(each, inside) for each in inside.instructions.values()]
-        found = (costs.collective(each, place, slices) for each, place in inner)
-        kernel = costs.KERNEL in instruction.attributes
-        work = costs.kernel_flops(instruction, computation) if kernel else sum(costs.flops(*pair) for pair in inner)
-        yield Op(instruction, times, loops, work, costs.hbm_bytes(instruction, computation, module),
-                 tuple(filter(None, found)), kernel)
+        if opcode not in costs.FREE or costs.is_collective(instruction):
+            yield _op(module, computation, instruction, times, loops, slices)
+
+
+def _op(module: Module, computation: Computation, instruction: Instruction, times: int, loops: tuple[str, ...],
+        slices: Sequence[int]) -> Op:
+    parts = [(instruction, computation)]
+    if instruction.opcode == "fusion":
+        inside = module.computations[instruction.calls]
+        parts = [(part, inside) for part in inside.instructions.values()]
+    collectives = (costs.collective(part, parent, slices) for part, parent in parts)
+    kernel = costs.KERNEL in instruction.attributes
+    work = costs.kernel_flops(instruction, computation) if kernel else sum(costs.flops(*part) for part in parts)
+    return Op(instruction, times, loops, work, costs.hbm_bytes(instruction, computation, module),
+              tuple(filter(None, collectives)), kernel)

@@ -1,4 +1,4 @@
-"""How long a stage is: from its recipe, from its data file, or estimated for the published sets."""
+"""Finds the number of steps of a stage: from its recipe, from its data file, or estimated for published sets."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from llava_jax.data.packing import WINDOW, pack
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.tokenizer import Tokenizer
 
-COUNTED = 4
-"""windows of a data file that are tokenised to tell how many rows all give"""
+COUNTED_WINDOWS = 4
+"""Number of windows of a long data file that are tokenised to estimate its packed sequences."""
 
-DRAWN = 4 * WINDOW
-"""records of a published set that are drawn"""
+DRAWN_RECORDS = 4 * WINDOW
+"""Number of records of a published set that are drawn."""
 
-SYSTEM = 36
-"""tokens of a conversation beside its turns and images: the system text and the roles"""
+SYSTEM_TOKENS = 36
+"""Number of tokens of a conversation besides turns and images: the system text and the roles."""
 
-# Parts of the published sets: records, images of each, and mean and standard deviation of the tokens of their turns.
-# The counts are the published ones; the lengths are estimates from the kind of text, drawn log-normally.
+# Parts of the published sets: name, records, images of a record, and mean and standard deviation of its tokens without
+# images. The counts are published. The tokens are estimates by kind of text, drawn from a log-normal distribution.
 INSTRUCT_150K = (("conversations", 56_681, 1, 280, 90), ("descriptions", 23_240, 1, 150, 40),
                  ("reasoning", 76_643, 1, 240, 60))
 MIX_665K = (
@@ -32,7 +32,6 @@ MIX_665K = (
     ("RefCOCO", 48_447, 1, 350, 200), ("VG", 86_417, 1, 550, 250), ("ShareGPT", 40_688, 0, 1000, 800),
 )
 SCIENCEQA = (("with an image", 6_218, 1, 280, 120), ("text alone", 6_508, 0, 280, 120))
-# How a data file's path ends -> its parts, and whether its conversations have a system text and roles.
 PUBLISHED = {
     "llava_v1_5_mix665k.json": (MIX_665K, True),
     "llava_instruct_150k.json": (INSTRUCT_150K, True),
@@ -40,23 +39,25 @@ PUBLISHED = {
     "scienceqa/llava_train_QCM-LEA.json": (SCIENCEQA, True),
     "cc3m_595k/chat.json": ((("captions", 595_375, 1, 16, 6),), False),
 }
+"""Parts of published data files by the end of their paths, and whether conversations have a system text and roles."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """Steps of a stage, and where the number is from."""
+    """Number of steps of a stage."""
 
     steps: int
     source: str
+    """Source of the number, in words."""
     rows: int | None = None
-    """packed rows of one epoch; None where the recipe gives the steps"""
+    """Number of packed sequences of an epoch; None if the recipe gives the steps."""
 
 
 def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | None = None) -> Length | None:
-    """The length of the stage `name`; None if nothing tells it. `rows` of an epoch overrule the data.
+    """Returns the length of the stage `name`, or None if it is unknown. `rows` of an epoch replace those of the data.
 
-    The stage's own steps; else its data file, of which a part is tokenised, if it and the tokenizer are there; else
-    the file's name, if it is that of a published set.
+    The length is the stage's own steps if it has them. Otherwise it follows from its data file, a part of which is
+    tokenised, if the file and the tokenizer exist, or from the file's name if it is that of a published set.
     """
     stage = recipe.stages[name]
     if stage.steps is not None and rows is None:
@@ -79,7 +80,7 @@ def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tok
     from llava_jax.train.loop import read_data
     run = SimpleNamespace(recipe=recipe, model=model, tokenizer=Tokenizer.load(tokenizer))
     whole = read_data(run, stage, stage.data.path)
-    every = max(1, whole.order.windows // COUNTED)
+    every = max(1, whole.order.windows // COUNTED_WINDOWS)
     if every == 1:
         return whole.count_rows(), f"counted in {stage.data.path}"
     part = read_data(run, stage, stage.data.path, batch_size=every, process_count=every)
@@ -87,23 +88,24 @@ def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tok
     return round(part.count_rows() / share), f"estimated from a part of {stage.data.path}"
 
 
-def _estimated(data: config.Data, model: LlavaConfig, parts: tuple, talks: bool) -> int:
+def _estimated(data: config.Data, model: LlavaConfig, parts: tuple, has_system: bool) -> int:
     records = sum(part[1] for part in parts)
-    turns, images = draw(parts, DRAWN / records, np.random.default_rng(0))
-    tokens = turns + model.tokens_per_image * images + (SYSTEM if talks else 0)
+    turns, images = draw(parts, DRAWN_RECORDS / records, np.random.default_rng(0))
+    tokens = turns + model.tokens_per_image * images + (SYSTEM_TOKENS if has_system else 0)
     tokens = np.minimum(tokens, data.sequence_length).astype(int)
     images = np.minimum(images, data.tiles_per_sequence)
     order = np.random.default_rng(1).permutation(len(tokens))
-    windows = [order[at : at + WINDOW] for at in range(0, len(order), WINDOW)]
-    rows = sum(len(pack(tokens[each], images[each], data.sequence_length, data.tiles_per_sequence)) for each in windows)
+    windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
+    rows = sum(len(pack(tokens[window], images[window], data.sequence_length, data.tiles_per_sequence))
+               for window in windows)
     return round(rows * records / len(tokens))
 
 
 def draw(parts: tuple, scale: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the turns, and images, of `scale` times as many records as the parts have."""
+    """Draws tokens of the turns, and images, of `scale` times the records of the parts."""
     turns, images = [], []
-    for _, records, each, mean, sd in parts:
+    for _, records, image_count, mean, sd in parts:
         count, spread = round(records * scale), np.log(1 + (sd / mean) ** 2)
         turns.append(rng.lognormal(np.log(mean) - spread / 2, np.sqrt(spread), count))
-        images.append(np.full(count, each))
+        images.append(np.full(count, image_count))
     return np.concatenate(turns), np.concatenate(images)

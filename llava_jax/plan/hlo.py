@@ -1,8 +1,8 @@
-"""Optimised HLO text, read: computations of instructions, their shapes, operands and attributes.
+"""Parses optimised HLO text into computations of instructions, with their shapes, operands and attributes.
 
-The text is what XLA prints for a scheduled module. An instruction begins on a line of its own, indented by two spaces,
-and may go on over further lines (a kernel's metadata holds line breaks); a computation ends with a line that is `}`, or
-`}` and the name of the core that it runs on.
+The text is what XLA prints for a scheduled module. An instruction starts on its own line, indented by two spaces, and
+may continue on further lines, because a kernel's metadata contains line breaks. A computation ends with a line `}`, or
+`}` and the name of the core that runs it.
 """
 
 import math
@@ -21,11 +21,12 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 @dataclass(frozen=True)
 class Array:
-    """An array's type; `fast` where it lies in the chip's own memory (VMEM or SMEM) and not in HBM."""
+    """Describes the type of an array."""
 
     dtype: str
     dims: tuple[int, ...]
-    fast: bool = False
+    in_vmem: bool = False
+    """Whether it is in the chip's own memory (VMEM or SMEM), not in HBM."""
 
     @property
     def size(self) -> int:
@@ -38,46 +39,48 @@ class Array:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """Represents an instruction of a computation."""
 
     name: str
     opcode: str
     shape: tuple[Array, ...]
-    """the result's arrays; one unless it is a tuple"""
+    """Arrays of the result; one unless it is a tuple."""
     operands: tuple[str, ...]
     attributes: str
-    """everything behind the operands"""
+    """Text behind the operands; of a constant its value, of a parameter its number."""
     root: bool = False
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a regular expression in the attributes."""
+        """Returns the first group of a regular expression in the attributes."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
     @cached_property
     def cycles(self) -> int:
-        """The compiler's estimate of what it takes; 0 where it gives none."""
+        """Cycles that the compiler estimates; 0 without an estimate."""
         return int(self.attribute(r'"estimated_cycles":"?(\d+)') or 0)
 
     @cached_property
     def op_name(self) -> str:
-        """Where in the traced program it comes from, scopes joined by slashes; "" if unknown."""
+        """Scopes of the traced program that it comes from, joined by slashes; "" if unknown."""
         return self.attribute(r'op_name="((?:[^"\\]|\\.)*)"') or ""
 
     @cached_property
     def calls(self) -> str | None:
-        """The computation inside a fusion, a call or an asynchronous operation."""
+        """Name of the computation inside a fusion, a call or an asynchronous operation."""
         return self.attribute(r"(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)")
 
 
 @dataclass
 class Computation:
+    """Holds the instructions of a computation by their names."""
+
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @property
     def root(self) -> Instruction:
-        return next(each for each in self.instructions.values() if each.root)
+        return next(instruction for instruction in self.instructions.values() if instruction.root)
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self.instructions[name] for name in instruction.operands if name in self.instructions]
@@ -85,12 +88,14 @@ class Computation:
 
 @dataclass
 class Module:
+    """Holds the computations of a program by their names."""
+
     computations: dict[str, Computation]
     entry: Computation
 
 
 def parse(text: str) -> Module:
-    """The module of a text; UserError if it has no entry computation."""
+    """Parses a module. Raises UserError if the text has no entry computation."""
     computations: dict[str, Computation] = {}
     current, entry, lines = None, None, []
 
@@ -119,7 +124,7 @@ def parse(text: str) -> Module:
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a printed shape such as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
+    """Parses a printed shape such as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
     return tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" in (layout or ""))
                  for dtype, dims, layout in _ARRAY.findall(shape))
 
@@ -131,20 +136,20 @@ def _instruction(text: str) -> Instruction:
     opcode, _, rest = rest.partition("(")
     end = _balanced("(" + rest) - 1
     inside, attributes = rest[: end - 1], rest[end:].lstrip(", ")
-    if opcode in ("constant", "parameter"):  # a value, a number: no operands
+    if opcode in ("constant", "parameter"):
         return Instruction(name, opcode, arrays(shape), (), inside, bool(root))
     operands = tuple(part.split()[-1].lstrip("%") for part in _split(inside))
     return Instruction(name, opcode, arrays(shape), operands, attributes, bool(root))
 
 
 def _split(text: str) -> list[str]:
-    """Operands, which older texts write with their types: at commas outside of brackets and comments."""
+    """Splits operands at commas outside of comments and of the types that older texts write before them."""
     text = re.sub(r"/\*.*?\*/|\[[^\]]*\]|\{[^}]*\}", "", text)
     return [part for part in text.split(",") if part.strip()]
 
 
 def _balanced(text: str) -> int:
-    """The length of the parenthesised part that `text` begins with."""
+    """Returns the length of the parenthesised part at the start of `text`."""
     depth = 0
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -1,4 +1,4 @@
-"""Prefill and decode of a recipe's model, compiled for the chips of one host."""
+"""Compiles prefill and decode of a recipe's model for the chips of one host."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from llava_jax.plan.predict import Times, times
 from llava_jax.plan.step import Memory, Program, compile_program, device_bytes
 from llava_jax.plan.topologies import Slice
 
-ENDS = (2,)
-"""A token that ends an answer; which one changes nothing."""
+EOS_IDS = (2,)
+"""Token ids that end an answer; they do not change the program's cost."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Prefill of a batch, or the writing of one token in each of its rows."""
+    """Predicts prefill of a batch, or decoding of one token in every row."""
 
     name: str
     where: Slice
     memory: Memory
     cache: int
-    """bytes of keys and values on one device, for the whole context"""
+    """Bytes of keys and values of the full context on one device."""
     tokens: int
-    """that it reads or writes"""
+    """Number of tokens that are read or written."""
     needed: int
-    """bytes of HBM that one device must read at least: the weights and the cache, once"""
+    """Lower bound of the bytes of HBM that one device reads: the weights and the cache, once."""
     profile: Profile | None
     times: Times | None
     compile_seconds: float
@@ -45,21 +45,21 @@ class Phase:
         return self.tokens / self.times.step
 
     @property
-    def roof(self) -> float:
-        """Tokens/s if `needed` bytes took all the time."""
+    def roofline(self) -> float:
+        """Tokens/s if reading `needed` bytes took all the time."""
         return self.tokens * self.where.chip.bandwidth / self.where.chip.devices / self.needed
 
     @property
     def bandwidth(self) -> float:
-        """The part of the chip's HBM bandwidth that `needed` takes in the predicted time."""
-        return self.tokens_per_second / self.roof
+        """Share of the HBM bandwidth that `needed` takes in the predicted time."""
+        return self.tokens_per_second / self.roofline
 
 
 def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -> list[Phase]:
-    """Prefill of `batch` prompts of `context` tokens with an image each, and decode with that many in the cache.
+    """Plans prefill of `batch` prompts of `context` tokens, with one image in every prompt, and decode after them.
 
-    Parameters are bfloat16, matrices shared by all devices of the slice (`mesh.tensor`). UserError if these are of
-    several hosts, or the model does not divide over them, or `context` has no room for an image.
+    Parameters are bfloat16 and tensor parallel over all devices of the slice. Raises UserError if the slice has several
+    hosts, if the model is not divisible by its devices, or if `context` has no room for an image.
     """
     if where.hosts > 1:
         raise UserError(f"--inference: {where.name} has {where.hosts} hosts, and inference runs on one; "
@@ -84,31 +84,33 @@ def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -
     side = model.vision.image_size
     inputs = (array((batch, context), "int32"), array(rows, "int32"), array((batch, 1, side, side, 3), "uint8"),
               array(rows, "int32"), sampling)
-    # As the engine calls them: the state is given away to decode.
-    first = jax.jit(lambda parameters, *inputs: prefill(from_params(graph, parameters), *inputs, ENDS, context))
-    rest = jax.jit(lambda parameters, state, going, steps: decode(
-                       from_params(graph, parameters), state, going, steps, ENDS),
-                   donate_argnums=1)
+    prefill_step = jax.jit(
+        lambda parameters, *inputs: prefill(from_params(graph, parameters), *inputs, EOS_IDS, context))
+    # The engine donates the state to decode too.
+    decode_step = jax.jit(lambda parameters, *inputs: decode(from_params(graph, parameters), *inputs, EOS_IDS),
+                          donate_argnums=1)
+    fixed = {"trained": 0, "frozen": device_bytes(parameters), "optimizer": 0}
     with jax.set_mesh(mesh):
-        bytes_of = {"trained": 0, "frozen": device_bytes(parameters), "optimizer": 0}
-        reading = compile_program(first.lower(parameters, *inputs), bytes_of | {"batch": device_bytes(inputs)}, where,
-                                  mesh)
-        state = jax.eval_shape(first, parameters, *inputs)[0]
-        layouts = reading.outputs[0] if reading.outputs else jax.tree.map(lambda _: everywhere, state)
+        prefill_program = compile_program(prefill_step.lower(parameters, *inputs),
+                                          fixed | {"batch": device_bytes(inputs)}, where, mesh)
+        state = jax.eval_shape(prefill_step, parameters, *inputs)[0]
+        outputs = prefill_program.outputs
+        layouts = outputs[0] if outputs else jax.tree.map(lambda _: everywhere, state)
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layouts)
-        more = (array(rows, "bool"), array((), "int32"))
-        bytes_of["batch"] = device_bytes((state, more))
-        writing = compile_program(rest.lower(parameters, state, *more), bytes_of, where, mesh)
+        inputs = (state, array(rows, "bool"), array((), "int32"))
+        decode_program = compile_program(decode_step.lower(parameters, *inputs),
+                                         fixed | {"batch": device_bytes(inputs)}, where, mesh)
     cache = device_bytes(state.cache)
-    return [_phase("prefill", where, reading, cache, batch * context, decoder, whole=True),
-            _phase("decode", where, writing, cache, batch, decoder + cache, whole=False)]
+    return [_phase("prefill", where, prefill_program, cache, batch * context, decoder, loop_only=False),
+            _phase("decode", where, decode_program, cache, batch, decoder + cache, loop_only=True)]
 
 
-def _phase(name: str, where: Slice, program: Program, cache: int, tokens: int, needed: int, whole: bool) -> Phase:
+def _phase(name: str, where: Slice, program: Program, cache: int, tokens: int, needed: int, loop_only: bool
+           ) -> Phase:
     found = profile(program.hlo, program.slices) if program.hlo else None
-    if found and not whole:
-        # The loop over tokens, whose length is known at run time alone, counts as one round; what is around it runs
-        # once for many tokens.
+    if found and loop_only:
+        # The loop over tokens counts as one round, because its length is known only at run time. Instructions around
+        # it are dropped, because they run once for many tokens.
         found = dataclasses.replace(found, ops=tuple(op for op in found.ops if op.loops))
     return Phase(name, where, program.memory, cache, tokens, needed, found, times(found, where) if found else None,
                  program.seconds)

@@ -1,4 +1,4 @@
-"""The model of a recipe where its checkpoints may not be at hand: published models are known by their names."""
+"""Finds the model of a recipe without its checkpoints: sizes of published models are known by their names."""
 
 import re
 from pathlib import Path
@@ -17,8 +17,6 @@ _MISTRAL = {"intermediate_size": 14336, "num_kv_heads": 8, "max_length": 32768}
 _QWEN2 = {"qkv_bias": True, "max_length": 32768}
 _HUB_VOCABULARY = 32064
 
-# Names of directories, in lower case, as the hub has them -> what shapes the program. What does not (the rotary
-# embedding's base, the norms' epsilon) is left as it is by default.
 KNOWN = tuple((re.compile(pattern), sizes) for pattern, sizes in (
     (r"clip-vit-large-patch14", VisionConfig(image_size=224)),
     (r"clip-vit-large-patch14-336(px)?", VisionConfig()),
@@ -36,12 +34,14 @@ KNOWN = tuple((re.compile(pattern), sizes) for pattern, sizes in (
     (r"llava-(v?1\.5)-7b(-hf)?", LlavaConfig(text=LlamaConfig(vocab_size=_HUB_VOCABULARY))),
     (r"llava-(v?1\.5)-13b(-hf)?", LlavaConfig(text=LlamaConfig(vocab_size=_HUB_VOCABULARY, **_LLAMA_13B))),
 ))
+"""Sizes by the names of directories on the hub, in lower case. Values that do not shape the program (the base of the
+rotary embedding, the epsilon of norms) are defaults."""
 
 
 def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
-    """The configuration of a recipe's model, and a line for every part whose published sizes stand in for its files.
+    """Returns the configuration of a recipe's model, and a note for every part whose published sizes are used.
 
-    UserError naming the directory if it does not exist and its name is none of a published model.
+    Raises UserError if a directory does not exist and its name is not that of a published model.
     """
     notes = []
 
@@ -49,14 +49,14 @@ def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
         if Path(directory).is_dir():
             return read_config(directory, template)
         sizes = known(directory)
-        notes.append(f"{directory} is not here: the published sizes of {Path(directory).name} are taken")
+        notes.append(f"{directory} does not exist: the published sizes of {Path(directory).name} are used")
         return sizes
 
     return model_config(model, read), notes
 
 
 def known(directory: str) -> LlavaConfig | VisionConfig | LlamaConfig:
-    """The sizes of the published model that a directory is named after; UserError if it is none."""
+    """Returns the sizes of the published model with the name of a directory. Raises UserError if there is none."""
     name = Path(directory).name.lower()
     for pattern, sizes in KNOWN:
         if found := pattern.fullmatch(name):

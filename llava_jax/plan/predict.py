@@ -1,4 +1,4 @@
-"""What a compiled step says about a run: time, memory, throughput, hours. Nothing here is measured on a TPU."""
+"""Predicts time, memory, throughput and hours of a stage from its compiled step. Nothing is measured on a TPU."""
 
 from dataclasses import dataclass
 
@@ -16,51 +16,54 @@ from llava_jax.train.optimizer import trainable_paths
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step on one device. The sum of the first three is the prediction; the rest are lower bounds."""
+    """Seconds of one step on one device: three parts of the prediction, and four lower bounds."""
 
     cycles: float
-    """the compiler's cycles over the clock"""
+    """Cycles of the compiler over the clock."""
     kernels: float
-    """Pallas kernels, by their FLOPs or bytes, whichever takes longer"""
+    """Pallas kernels, by FLOPs or bytes, whichever takes longer."""
     exposed: float
-    """collectives that nothing hides, by their bytes"""
+    """Collectives without overlap, by their bytes."""
     mxu: float
-    """all matrix products at the peak"""
+    """Lower bound: matrix products at the peak rate."""
     hbm: float
+    """Lower bound: bytes of HBM."""
     ici: float
+    """Lower bound: bytes within a slice."""
     dcn: float | None
-    """None where no data sheet gives the network's rate"""
+    """Lower bound: bytes between slices; None if no data sheet gives the rate of the network."""
 
     @property
     def step(self) -> float:
+        """Predicted seconds of a step."""
         return self.cycles + self.kernels + self.exposed
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A stage on a slice."""
+    """Predicts a stage on a slice."""
 
     stage: str
     where: Slice
     memory: Memory
     rows: int
-    """of a step"""
+    """Number of packed sequences of a step."""
     tokens: int
-    """places of a step's rows, all taken to hold tokens"""
+    """Number of tokens of a step if all sequences are full."""
     images: int
-    """image slots of a step, all taken to hold images"""
+    """Number of images of a step if all image slots are full."""
     model_flops: float
-    """of a step, by formula"""
+    """Model FLOPs of a step by formula."""
     compile_seconds: float
     profile: Profile | None
-    """None where the program does not fit, so that the compiler gives none"""
+    """Profile of the program; None if it does not fit, because then the compiler gives no program."""
     times: Times | None
     length: Length | None
-    """of the stage; None if neither recipe nor data tell"""
+    """Length of the stage; None if neither recipe nor data give it."""
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the chips could do in the predicted time."""
+        """Model FLOPs over the peak FLOPs of the chips in the predicted time."""
         return self.model_flops / self.times.step / (self.where.chip.flops * self.where.chips)
 
     @property
@@ -68,13 +71,13 @@ class Prediction:
         return self.length.steps * self.times.step / 3600 if self.length and self.times else None
 
     def per_chip(self, count: int) -> float:
-        """A step's tokens or images per second and chip."""
+        """Returns a count of a step, such as its tokens, per second and chip."""
         return count / self.times.step / self.where.chips
 
 
 def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, program: Program,
             length: Length | None) -> Prediction:
-    """Reads a compiled step of the stage `name`."""
+    """Predicts the stage `name` from its compiled step."""
     stage = recipe.stages[name]
     rows, data = stage.batch_size, stage.data
     found = profile(program.hlo, program.slices) if program.hlo else None
@@ -83,7 +86,7 @@ def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, 
 
 
 def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
-    """Model FLOPs of a step by formula, each row one conversation as long as it and all image slots taken."""
+    """Returns the model FLOPs of a step, if every sequence is one conversation and all image slots are full."""
     data = stage.data
     positions = np.broadcast_to(np.arange(data.sequence_length), (stage.batch_size, data.sequence_length))
     trained = {path.split("/")[0] for path in trainable_paths(stage, list(abstract_params(model)[1]))}
@@ -91,14 +94,12 @@ def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
 
 
 def times(found: Profile, where: Slice) -> Times:
-    """The seconds of a profile on a slice's devices."""
+    """Returns the seconds of a profile on the devices of a slice."""
     chip = where.chip
     flops, bandwidth = chip.flops / chip.devices, chip.bandwidth / chip.devices
     ici, dcn = chip.ici / chip.devices, chip.dcn and chip.dcn / chip.devices
     kernels = sum(op.times * max(op.flops / flops, op.bytes / bandwidth) for op in found.kernels)
-    exposed = 0.0
-    for op in found.exposed:
-        for each in op.collectives:
-            exposed += op.times * max(each.ici_bytes / ici, each.dcn_bytes / dcn if dcn else 0.0)
+    exposed = sum(op.times * max(collective.ici_bytes / ici, collective.dcn_bytes / dcn if dcn else 0.0)
+                  for op in found.exposed for collective in op.collectives)
     return Times(found.cycles / chip.clock, kernels, exposed, found.flops / flops, found.bytes / bandwidth,
                  found.ici_bytes / ici, found.dcn_bytes / dcn if dcn else None)

@@ -1,7 +1,7 @@
-"""Looks for the fastest way to run a stage on a slice: mesh, micro-batches, recomputation.
+"""Searches the fastest mesh, micro-batches and recomputation of a stage on a slice.
 
-Candidates whose memory cannot do are dropped by a formula, the rest are ordered by another, and the promising ones are
-compiled, several at a time, each in a process of its own.
+One formula excludes candidates that need too much memory, another orders the others. The most promising candidates are
+compiled, several at a time, each in its own process.
 """
 
 import dataclasses
@@ -9,10 +9,9 @@ import json
 import math
 import subprocess
 import sys
-import threading
 import typing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from llava_jax import config
@@ -21,35 +20,35 @@ from llava_jax.parallel.sharding import make_mesh
 from llava_jax.plan.meshes import fits, meshes
 from llava_jax.plan.predict import stage_flops
 from llava_jax.plan.step import abstract_step, device_bytes
-from llava_jax.plan.topologies import Slice
+from llava_jax.plan.topologies import GIB, Slice
 
-ON_CHIP = 128 * 2**20
-"""bytes of a chip's own memory, at most, where activations may lie instead of HBM"""
+VMEM_BYTES = 128 * 2**20
+"""Largest size of a chip's own memory, where activations may be instead of HBM."""
 
-HOST_LINK = 8e9
-"""bytes/s between a device and its host's memory, roughly; only for the order in which candidates are compiled"""
+HOST_BYTES_PER_SECOND = 8e9
+"""Approximate rate between a device and its host's memory; used only to order the candidates."""
 
-# What a policy (models/layers.py) computes again, as a share of a forward pass, which is a third of a step.
 RECOMPUTED = {"none": 0.0, "save_dots": 0.1, "save_attention": 0.7, "save_qkv": 0.75, "offload": 0.75, "full": 1.0}
+"""Share of a forward pass that a remat policy (models/layers.py) computes again."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a stage, and what formulas say of it."""
+    """Describes one way to run a stage, with estimates by formula."""
 
     mesh: config.Mesh
     gradient_accumulation: int
     remat: str
     attention: str
     offload: bool
-    """the optimizer's moments in the host's memory"""
+    """Whether the optimizer's moments are in the host's memory."""
     memory: int
-    """bytes that one device needs at least"""
+    """Lower bound of the bytes that one device needs."""
     seconds: float
-    """of a step, roughly"""
+    """Rough estimate of the seconds of a step."""
 
     def flags(self, stage: str) -> list[str]:
-        """What to write on train's command line."""
+        """Returns the options of train's command line."""
         axes = dataclasses.asdict(self.mesh)
         return [*(part for axis, size in axes.items() for part in (f"--mesh.{axis}", str(size))),
                 f"--stages.{stage}.gradient_accumulation", str(self.gradient_accumulation),
@@ -58,11 +57,12 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A candidate that was compiled; `plan` is the stage's plain data (show.data), or empty with an `error`."""
+class CompiledCandidate:
+    """Holds the result of compiling a candidate."""
 
     candidate: Candidate
     plan: dict
+    """Plan of the stage as plain data (`show.data`); empty after an error."""
     error: str = ""
 
     @property
@@ -71,77 +71,70 @@ class Found:
 
 
 def candidates(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig) -> list[Candidate]:
-    """All ways that divide over the slice and that the memory formula does not exclude, the most promising first.
+    """Returns the ways to run a stage that divide over the slice and may fit, the most promising first.
 
-    The rows of a step stay as the recipe has them: they are part of what is learned.
+    The batch size of the recipe does not change, because it affects what is learned.
     """
     devices = where.jax_devices()
     stage, work = recipe.stages[name], stage_flops(recipe.stages[name], model)
     found = []
     for axes in meshes(where):
         groups = axes.data * axes.fsdp
-        laid = dataclasses.replace(recipe, mesh=axes)
-        if stage.batch_size % groups or not fits(laid, devices, model):
+        changed = dataclasses.replace(recipe, mesh=axes)
+        if stage.batch_size % groups or not fits(changed, devices, model):
             continue
-        _, (state, frozen, batch) = abstract_step(laid, name, make_mesh(axes, devices), model)
+        _, (state, frozen, batch) = abstract_step(changed, name, make_mesh(axes, devices), model)
         fixed, gradients = device_bytes((state.step, state.trainable, frozen, batch)), device_bytes(state.trainable)
         moments = device_bytes(state.optimizer) + device_bytes(state.optimizer, "pinned_host")
         rows = stage.batch_size // groups
         for gradient_accumulation in (count for count in range(1, rows + 1) if rows % count == 0):
             for remat in policies():
-                # Sums over micro-batches are a whole copy; without them gradients can be as short-lived as layers.
+                # Micro-batches need a copy of all gradients; without them a gradient may live as short as its layer.
                 needed = (fixed + saved_bytes(model, stage, axes, gradient_accumulation, remat)
                           + gradients * (gradient_accumulation > 1))
                 for offload in (False, True):
                     memory = needed + moments * (not offload)
                     seconds = _seconds(stage, work, where, model, axes, gradient_accumulation, remat)
-                    seconds += 2 * moments / HOST_LINK * offload
+                    seconds += 2 * moments / HOST_BYTES_PER_SECOND * offload
                     if memory <= where.chip.memory:
                         found += [Candidate(axes, gradient_accumulation, remat, attention, offload, memory, seconds)
                                   for attention in attentions(recipe, stage)]
     return sorted(found, key=lambda candidate: (candidate.seconds, candidate.memory))
 
 
-def search(recipe: str, overrides: Sequence[str], stage: str, where: Slice, ways: Sequence[Candidate], tries: int,
-           jobs: int, tell: Callable[[str], None]) -> list[Found]:
-    """Compiles candidates, `jobs` at a time, until `tries` of them fit; the fastest come first, what does not fit last.
+def search(recipe: str, overrides: Sequence[str], stage: str, where: Slice, candidates: Sequence[Candidate],
+           tries: int, jobs: int, report: Callable[[str], None]) -> list[CompiledCandidate]:
+    """Compiles candidates, `jobs` at a time, until `tries` of them fit. Returns them, the fastest first.
 
-    What needs more memory than something that was found not to fit is not tried. What does not fit is found out
-    quickly and does not count, up to three times `tries`.
+    A candidate is skipped if it needs more memory than one that did not fit. Candidates that do not fit do not count,
+    up to three times `tries`, because the compiler rejects them quickly.
     """
-    waiting, running, done = list(ways), [], []
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                enough = len(running) + sum(found.fits for found in done) >= tries
-                if not waiting or enough or len(running) + len(done) >= 4 * tries:
-                    return
-                way = waiting.pop(0)
-                running.append(way)
-            found = _compile(recipe, overrides, stage, where, way)
-            with lock:
-                running.remove(way)
-                done.append(found)
-                if found.plan and not found.fits:
-                    waiting[:] = [other for other in waiting if not _needs_more(other, way)]
-                tell(f"{len(done)} compiled: {' '.join(way.flags(stage))}: {_result(found)}")
-
+    waiting, running, done = list(candidates), {}, []
     with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(work) for _ in range(jobs)]:
-            future.result()
-    return sorted(done, key=lambda found: (not found.fits, found.plan.get("step_seconds", math.inf),
-                                           found.plan.get("memory", {}).get("peak", math.inf)))
+        while True:
+            wanted = min(tries - sum(compiled.fits for compiled in done), 4 * tries - len(done), jobs) - len(running)
+            for candidate in waiting[: max(0, wanted)]:
+                running[pool.submit(_compile, recipe, overrides, stage, where, candidate)] = waiting.pop(0)
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                candidate, compiled = running.pop(future), future.result()
+                done.append(compiled)
+                if compiled.plan and not compiled.fits:
+                    waiting = [other for other in waiting if not _needs_more(other, candidate)]
+                report(f"{len(done)} compiled: {' '.join(candidate.flags(stage))}: {_result(compiled)}")
+    return sorted(done, key=lambda compiled: (not compiled.fits, compiled.plan.get("step_seconds", math.inf),
+                                              compiled.plan.get("memory", {}).get("peak", math.inf)))
 
 
 def policies() -> tuple[str, ...]:
-    """Those that a recipe can choose for recomputation."""
+    """Returns the remat policies of a recipe."""
     return typing.get_args(typing.get_type_hints(config.Stage)["remat"])
 
 
 def attentions(recipe: config.Recipe, stage: config.Stage) -> tuple[str, ...]:
-    """On short rows plain XLA may beat the kernel, whose blocks are mostly padding then; on long ones it fills HBM."""
+    """Returns the attention implementations to try."""
+    # On short sequences XLA may be faster than the kernel, whose blocks are mostly padding. On long ones it fills HBM.
     if recipe.model.attention == "auto" and stage.data.sequence_length <= 1024:
         return "splash", "xla"
     return (recipe.model.attention,)
@@ -149,10 +142,10 @@ def attentions(recipe: config.Recipe, stage: config.Stage) -> tuple[str, ...]:
 
 def saved_bytes(model: LlavaConfig, stage: config.Stage, mesh: config.Mesh, gradient_accumulation: int,
                 remat: str) -> int:
-    """Bytes of activations that one device keeps in HBM at least for the backward pass, in bfloat16.
+    """Returns a lower bound of the bytes of activations that one device keeps in HBM for the backward pass.
 
-    Every layer's input, and by policy the results of its products. The scores over the vocabulary and everything that
-    lives shortly come on top.
+    These are the input of every layer and, by policy, the results of its products, in bfloat16. The logits and
+    short-lived arrays are not included.
     """
     text = model.text
     tokens = stage.batch_size // gradient_accumulation // (mesh.data * mesh.fsdp) * stage.data.sequence_length
@@ -163,12 +156,13 @@ def saved_bytes(model: LlavaConfig, stage: config.Stage, mesh: config.Mesh, grad
     kept = {"full": text.hidden_size, "offload": 0, "save_qkv": text.hidden_size + heads,
             "save_attention": text.hidden_size + heads + mixed,
             "save_dots": dots, "none": dots + text.hidden_size + mixed + hidden}
-    return max(0, int(2 * tokens * text.num_layers * kept[remat]) - ON_CHIP)
+    return max(0, int(2 * tokens * text.num_layers * kept[remat]) - VMEM_BYTES)
 
 
 def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig, mesh: config.Mesh,
              gradient_accumulation: int, remat: str) -> float:
-    """Products at 60 % of the peak, or bytes over the links, whichever takes longer, and a little of the other."""
+    """Estimates the seconds of a step: the longer of products at 60 % of the peak and bytes over the links, plus 20 %
+    of the shorter."""
     chip, text = where.chip, model.text
     flops = work * (1 + RECOMPUTED[remat] / 3) / where.chips
     layer = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
@@ -181,27 +175,29 @@ def _seconds(stage: config.Stage, work: float, where: Slice, model: LlavaConfig,
     return max(products, links) + 0.2 * min(products, links)
 
 
-def _needs_more(other: Candidate, way: Candidate) -> bool:
-    """Whether a candidate of the same mesh keeps at least as much."""
-    return (other.mesh, other.attention, other.offload) == (way.mesh, way.attention, way.offload) and (
-        other.memory >= way.memory and other.gradient_accumulation <= way.gradient_accumulation)
+def _needs_more(other: Candidate, candidate: Candidate) -> bool:
+    """Returns whether `other` has the same mesh and needs at least as much memory as `candidate`."""
+    same = all(getattr(other, name) == getattr(candidate, name) for name in ("mesh", "attention", "offload"))
+    return same and other.memory >= candidate.memory and (
+        other.gradient_accumulation <= candidate.gradient_accumulation)
 
 
-def _compile(recipe: str, overrides: Sequence[str], stage: str, where: Slice, way: Candidate) -> Found:
+def _compile(recipe: str, overrides: Sequence[str], stage: str, where: Slice, candidate: Candidate
+             ) -> CompiledCandidate:
     command = [sys.executable, "-m", "llava_jax.plan", recipe, "--topology", where.name, "--stage", stage, "--json",
-               *overrides, *way.flags(stage)]
+               *overrides, *candidate.flags(stage)]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
-        return Found(way, json.loads(done.stdout)["stages"][0])
+        return CompiledCandidate(candidate, json.loads(done.stdout)["stages"][0])
     except (json.JSONDecodeError, KeyError, IndexError):
         lines = done.stderr.strip().splitlines()
-        return Found(way, {}, lines[-1] if lines else f"exit code {done.returncode}")
+        return CompiledCandidate(candidate, {}, lines[-1] if lines else f"exit code {done.returncode}")
 
 
-def _result(found: Found) -> str:
-    if found.error:
-        return found.error
-    gib = found.plan["memory"]["peak"] / 2**30
-    if not found.fits:
+def _result(compiled: CompiledCandidate) -> str:
+    if compiled.error:
+        return compiled.error
+    plan, gib = compiled.plan, compiled.plan["memory"]["peak"] / GIB
+    if not compiled.fits:
         return f"does not fit ({gib:.1f} GiB)"
-    return f"{found.plan['step_seconds'] * 1e3:,.0f} ms, {gib:.1f} GiB, MFU {100 * found.plan['mfu']:.1f} %"
+    return f"{plan['step_seconds'] * 1e3:,.0f} ms, {gib:.1f} GiB, MFU {100 * plan['mfu']:.1f} %"

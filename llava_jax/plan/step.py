@@ -1,4 +1,4 @@
-"""A stage's train step, compiled for TPUs that are not there: the function that train runs, on abstract arrays."""
+"""Compiles the train step of a stage for TPUs that need not exist: the function of train, on abstract arrays."""
 
 import dataclasses
 import math
@@ -22,25 +22,26 @@ from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.setup import model_layout
 from llava_jax.train.step import abstract_state, make_train_step
 
-STEPS = 1000
-"""The length of the schedule where the recipe gives none; it is a constant in the program and changes nothing else."""
+SCHEDULE_STEPS = 1000
+"""Length of the schedule if the recipe has none. It is a constant in the program and changes nothing else."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """Memory of one device in bytes."""
 
     trained: int
-    """parameters that the stage trains, float32"""
+    """Parameters that the stage trains, float32."""
     frozen: int
+    """Frozen parameters."""
     optimizer: int
     batch: int
     temporaries: int
-    """everything that exists only within the step: activations, gradients, gathered weights, fragmentation"""
+    """Arrays of the step alone: activations, gradients, gathered weights; and fragmentation."""
     host: int
-    """beside them, what the step keeps in the host's memory"""
+    """Bytes that the step keeps in the host's memory; not part of the peak."""
     limit: int
-    """what the compiler lets a program have"""
+    """Largest peak that the compiler accepts."""
 
     @property
     def peak(self) -> int:
@@ -53,23 +54,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled step, or what is known of one that needs too much memory (`hlo` is empty then)."""
+    """Represents a compiled step, or one that needs too much memory."""
 
     hlo: str
-    """the optimised and scheduled module's text, with the compiler's cycles"""
+    """Text of the optimised and scheduled module, with the compiler's cycles; empty if the step does not fit."""
     memory: Memory
     slices: tuple[int, ...]
-    """the slice of each of the program's devices, in the order in which replica groups count them"""
+    """Slice of every device of the program, in the order of the device numbers in replica groups."""
     seconds: float
-    """that compiling took"""
+    """Seconds of compilation."""
     outputs: Any = None
-    """the results' shardings"""
+    """Shardings of the results."""
 
 
 def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, model: LlavaConfig):
-    """The jitted step of the stage `name` and its arguments `(state, frozen, batch)` as ShapeDtypeStructs.
+    """Returns the jitted step of the stage `name`, and its arguments `(state, frozen, batch)` as ShapeDtypeStructs.
 
-    UserError that names the field if the recipe does not fit the mesh.
+    Raises UserError, with the name of the field, if the recipe does not fit the mesh.
     """
     stage = recipe.stages[name]
     dtype, graphs, shapes, shardings = model_layout(recipe, mesh, model)
@@ -80,7 +81,7 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
 
     trainable = {path: parameter(path, "float32") for path in rates}
     frozen = {path: parameter(path, dtype) for path in shapes if path not in rates}
-    tx = make_optimizer(stage, rates, stage.steps or STEPS)
+    tx = make_optimizer(stage, rates, stage.steps or SCHEDULE_STEPS)
     state = abstract_state(tx, trainable, stage.optimizer.offload)
     return make_train_step(graphs[name], tx, state), (state, frozen, abstract_batch(stage, mesh, model))
 
@@ -98,9 +99,9 @@ def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaCon
 
 def compile_step(recipe: config.Recipe, name: str, where: Slice, mesh: jax.sharding.Mesh, model: LlavaConfig
                  ) -> Program:
-    """Compiles the step of a stage for a slice, which takes a minute for 7B and a few GB of this host's memory.
+    """Compiles the step of a stage for a slice. For 7B this takes a minute and a few GB of this host's memory.
 
-    UserError if the recipe does not fit the slice's mesh; a program that is too large is a result, not an error.
+    Raises UserError if the recipe does not fit the mesh. A program that is too large is a result, not an error.
     """
     with jax.set_mesh(mesh):
         step, (state, frozen, batch) = abstract_step(recipe, name, mesh, model)
@@ -114,12 +115,12 @@ def compile_step(recipe: config.Recipe, name: str, where: Slice, mesh: jax.shard
 
 def compile_program(lowered: jax.stages.Lowered, parts: dict[str, int], where: Slice, mesh: jax.sharding.Mesh
                     ) -> Program:
-    """Compiles what was lowered; `parts` are the bytes of its arguments on one device, by Memory's fields."""
+    """Compiles a lowered program. `parts` has the bytes of its arguments on one device, by fields of Memory."""
     memory = Memory(temporaries=0, host=0, limit=where.chip.memory, **parts)
     slices = tuple(getattr(device, "slice_index", 0) for device in mesh.devices.flat)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="llava_jax_plan_") as folder:
-        # Some programs for v5p and v6e have no text afterwards (`as_text` fails); all are dumped on the way.
+        # `as_text` fails for some programs for v5p and v6e (libtpu 0.0.52), so the text is dumped instead.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             compiled = lowered.compile(compiler_options=options)
@@ -129,21 +130,21 @@ def compile_program(lowered: jax.stages.Lowered, parts: dict[str, int], where: S
             return Program("", memory, slices, time.perf_counter() - start)
         text = next(Path(folder).glob("*.after_codegen.txt")).read_text()
     found = compiled.memory_analysis()
-    # Results that take the place of arguments need no memory. Arguments that the program does not use are no arguments
-    # to the compiler, but they lie on the device nevertheless.
+    # Results that replace donated arguments need no memory. The compiler does not count arguments that the program does
+    # not use, but they are on the device.
     used = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     memory = dataclasses.replace(memory, temporaries=used, host=found.host_temp_size_in_bytes)
     return Program(text, memory, slices, time.perf_counter() - start, compiled.output_shardings)
 
 
 def device_bytes(tree, memory: str = "device") -> int:
-    """Bytes of abstract arrays on one device, or of its share in its host's memory (`pinned_host`)."""
-    there = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind or "device") == memory]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in there)
+    """Returns the bytes of abstract arrays on one device, or in its share of the host's memory (`pinned_host`)."""
+    arrays = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind or "device") == memory]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
 def _out_of_memory(message: str) -> tuple[int, int]:
-    """Bytes that a program needs and those there are, from the compiler's error; raises for any other message."""
+    """Returns the needed and the available bytes from the compiler's error. Raises UserError for other errors."""
     size = r"\(([\d.]+)([KMGT]?)\)"
     found = re.search(rf"{size} exceeds available \w+ {size}", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:

@@ -1,4 +1,4 @@
-"""TPU slices by the names that users know, with what the makers' data sheets say of their chips."""
+"""TPU slices by name, with the figures of their chips' data sheets."""
 
 import difflib
 import math
@@ -13,45 +13,45 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU generation. Rates are of one chip; memory and cycles of one device, as JAX counts devices."""
+    """Describes a TPU generation. Rates are those of a chip; memory and cycles those of a JAX device."""
 
     kind: str
     device_kind: str
-    """how JAX names its devices"""
+    """Name of its devices in JAX."""
     cores: int
-    """TensorCores of a chip"""
+    """Number of TensorCores of a chip."""
     devices: int
-    """devices of a chip: two TensorCores may be one device (v4, v5p) or two (tpu7x)"""
+    """Number of devices of a chip: two TensorCores are one device (v4, v5p) or two (tpu7x)."""
     counts_cores: bool
-    """whether the number in a slice's name counts TensorCores; else it counts chips"""
+    """Whether the number in a slice's name counts TensorCores instead of chips."""
     largest: int
-    """chips of the largest slice"""
+    """Number of chips of the largest slice."""
     dimensions: int
-    """of the torus"""
+    """Number of dimensions of the torus."""
     memory: int
-    """bytes of HBM that the compiler lets a program have on one device"""
+    """Bytes of HBM that the compiler accepts for a program on one device."""
     flops: float
-    """bfloat16 FLOP/s"""
+    """bfloat16 FLOP/s."""
     bandwidth: float
-    """HBM bytes/s"""
+    """HBM bytes/s."""
     ici: float
-    """bytes/s that a chip can send to its neighbours, all links together"""
+    """Bytes/s that a chip can send to its neighbours over all links."""
     dcn: float | None
-    """bytes/s that a chip can send to other slices; None where no data sheet says"""
+    """Bytes/s that a chip can send to other slices; None if no data sheet gives it."""
     flops_per_cycle: int
-    """of one device's matrix units, 2 for a multiply-add"""
+    """FLOPs of one device's matrix units in a cycle, 2 for a multiply-add."""
 
     @property
     def clock(self) -> float:
-        """Cycles/s: the peak over what the matrix units do in a cycle, since no data sheet names it."""
+        """Cycles/s: the peak over the FLOPs of a cycle, because data sheets do not give the clock."""
         return self.flops / self.devices / self.flops_per_cycle
 
 
 # Peaks, HBM and links: cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x; the links' figure there is for both
 # directions, or in Gbit/s for one; v5e's and v6e's data-centre figures are of a pod of 256). Memory: what libtpu 0.0.52
-# says is available to a program that needs too much. Operations per cycle: v4 and v5p have 2 x 4 matrix units of
-# 128 x 128, v5e 4; for v6e and for a TensorCore of tpu7x four of 256 x 256 are what the compiler's cycles for large
-# products come near to (87 and 85 % of it).
+# reports as available to a program that needs too much. FLOPs per cycle: v4 and v5p have 2 x 4 matrix units of
+# 128 x 128, v5e has 4. For v6e and a TensorCore of tpu7x, four units of 256 x 256 are assumed, because the compiler's
+# cycles for large products reach 87 and 85 % of that.
 CHIPS = {chip.kind: chip for chip in (
     Chip("v4", "TPU v4", 2, 1, True, 4096, 3, int(30.75 * GIB), 275e12, 1228e9, 300e9, None, 2 * 8 * 128**2),
     Chip("v5e", "TPU v5 lite", 1, 1, False, 256, 2, int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9, 2 * 4 * 128**2),
@@ -61,17 +61,18 @@ CHIPS = {chip.kind: chip for chip in (
 )}
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 
-# Chips of a slice -> its shape. Slices of three dimensions beyond these are cubes of 4 x 4 x 4 in the squarest box.
+# Shapes of slices by their number of chips. Larger slices of three dimensions are cubes of 4 x 4 x 4 in the box that is
+# nearest to a cube.
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 CUBE = 64
-LONGEST = 256
-"""chips along one side of a torus, at most"""
+MAX_SIDE = 256
+"""Limit of the number of chips along one side of a torus."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice, or several of the same shape that the data-centre network joins."""
+    """Describes one slice, or several of the same shape that are connected by the data-centre network."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -79,7 +80,7 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """Of all slices together."""
+        """Number of chips of all slices."""
         return self.count * math.prod(self.shape)
 
     @property
@@ -88,7 +89,7 @@ class Slice:
 
     @property
     def host_bounds(self) -> tuple[int, int, int]:
-        """The chips of one host along each dimension."""
+        """Number of chips of one host along each dimension."""
         if self.chip.dimensions == 2 and math.prod(self.shape) <= 8:
             return (*self.shape, 1)
         return (2, 2, 1)
@@ -99,7 +100,7 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As in a command line, for example `v5e-64` or `v5e-256x2`."""
+        """Name on a command line, such as `v5e-64` or `v5e-256x2`."""
         chips = math.prod(self.shape)
         size = f"{self.chip.kind}-{chips * (self.chip.cores if self.chip.counts_cores else 1)}"
         if self.shape != _shape(self.chip, chips):
@@ -108,7 +109,7 @@ class Slice:
 
     @property
     def about(self) -> str:
-        """The slice in words."""
+        """Description of the slice in words."""
         shape = "x".join(map(str, self.shape))
         devices = f", {self.devices:,} devices" if self.devices != self.chips else ""
         slices = f"{self.count} slices of {shape}" if self.count > 1 else shape
@@ -116,7 +117,7 @@ class Slice:
                 f"{self.hosts:,} host{'s' * (self.hosts > 1)}")
 
     def jax_devices(self) -> list:
-        """Devices to compile for; none of them exists. UserError if libtpu is missing."""
+        """Returns devices to compile for, which need not exist. Raises UserError if libtpu is missing."""
         quiet()
         from jax.experimental import topologies
         try:
@@ -133,10 +134,10 @@ class Slice:
 
 
 def parse(name: str) -> Slice:
-    """The slices of a name; UserError of one line, which lists what there is, for any other.
+    """Parses the name of a slice or of several. Raises UserError, with the names that exist, for any other.
 
-    v5e-64, v5litepod-64, v4-128 and v5p-128 (TensorCores, so 64 chips), tpu7x-16 (TensorCores too), a shape as in
-    v5e:4x8, several slices as in v5e-256x2 or 2xv5e-256.
+    Examples: v5e-64, v5litepod-64; v4-128, v5p-128 and tpu7x-128 (TensorCores, so 64 chips); the shape v5e:4x8; several
+    slices as v5e-256x2 or 2xv5e-256.
     """
     text = name.lower().replace(" ", "")
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+)(?:x(\d+))?|:(\d+(?:x\d+)*))", text)
@@ -162,7 +163,7 @@ def parse(name: str) -> Slice:
 
 
 def sizes(chip: Chip) -> str:
-    """The names of a kind's slices."""
+    """Returns the names of the slices of a kind, as text."""
     if chip.dimensions == 2:
         return f"there are {', '.join(f'{chip.kind}-{chips}' for chips in FLAT)}"
     cores = chip.cores
@@ -172,13 +173,13 @@ def sizes(chip: Chip) -> str:
 
 
 def quiet() -> None:
-    """Makes JAX and libtpu compile on this host's CPU alone: no TPU of it is opened, locked or asked for.
+    """Makes JAX and libtpu compile on the CPU of this host, without opening, locking or searching a TPU.
 
-    Works before JAX starts its backends; libtpu's messages to stderr are silenced too.
+    Call it before JAX starts its backends. It also silences libtpu's messages to stderr.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ |= {
-        # The compiler alone: do not look for a machine, nor for other processes that use its chips.
+        # The compiler alone: no search for a machine, or for other processes that use its chips.
         "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
         "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled",
@@ -186,7 +187,7 @@ def quiet() -> None:
 
 
 def _shape(chip: Chip, chips: int) -> tuple[int, ...] | None:
-    """The shape of a slice of so many chips; None if there is no such slice."""
+    """Returns the shape of a slice of so many chips, or None if there is no such slice."""
     if chip.dimensions == 2:
         return FLAT.get(chips)
     if chips in SMALL:
@@ -197,7 +198,7 @@ def _shape(chip: Chip, chips: int) -> tuple[int, ...] | None:
     boxes = [(a, b, cubes // (a * b)) for a in range(1, cubes + 1) for b in range(a, cubes // a + 1)
              if cubes % (a * b) == 0 and cubes // (a * b) >= b]
     shape = tuple(4 * side for side in min(boxes, key=lambda box: (box[2], sum(box))))
-    return shape if shape[-1] < LONGEST else None
+    return shape if shape[-1] < MAX_SIDE else None
 
 
 def _is_published(chip: Chip, shape: tuple[int, ...]) -> bool:
@@ -205,5 +206,5 @@ def _is_published(chip: Chip, shape: tuple[int, ...]) -> bool:
         return False
     if chip.dimensions == 2:
         return shape in FLAT.values()
-    cubes = all(side % 4 == 0 and 0 < side < LONGEST for side in shape)
+    cubes = all(side % 4 == 0 and 0 < side < MAX_SIDE for side in shape)
     return shape in SMALL.values() or cubes and math.prod(shape) <= chip.largest

@@ -53,3 +53,16 @@ def tiny_file(tiny, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("recipe") / "tiny.py"
     file.write_text(f"from llava_jax.config import *\n\n\ndef recipe():\n    return {tiny!r}\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def planned(needs_libtpu, tiny):
+    """The model, the mesh and the compiled step of stage instruct on v5e-4: the one compilation of many tests."""
+    from llava_jax.plan.meshes import plan_mesh
+    from llava_jax.plan.models import planned_config
+    from llava_jax.plan.step import compile_step
+    from llava_jax.plan.topologies import parse
+
+    where, (model, _) = parse("v5e-4"), planned_config(tiny.model)
+    mesh = plan_mesh(tiny, where, model)
+    return model, mesh, compile_step(tiny, "instruct", where, mesh, model)

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.plan import costs
+from llava_jax.plan import costs, loops
 from llava_jax.plan.cycles import profile
 from llava_jax.plan.hlo import parse
-from llava_jax.plan.loops import trips
 
 CYCLES = 'backend_config={"estimated_cycles":"%d"}'
 KERNEL = '''custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
@@ -133,7 +132,9 @@ def test_pieces_of_a_collective_spread_over_a_loop_count_once():
   %i = s32[] get-tuple-element(%p), index=0
   %x = bf16[8]{{0}} constant({{...}})
   %step = bf16[16]{{0}} fusion(%x), kind=kCustom, calls=%piece, {CYCLES % 50}
-  ROOT %out = (s32[]) tuple(%i)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[]) tuple(%next)
 }}
 ENTRY %main (x: bf16[8]) -> bf16[16] {{
   %x = bf16[8]{{0}} parameter(0)
@@ -161,7 +162,7 @@ ENTRY %main (x: bf16[8]) -> bf16[16] {{
     ("replica_groups=mesh['axis_0'=4] {'axis_0':(1)2}", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['axis_0'=4] {'axis_0':(2)2}", [[0, 1], [2, 3]]),
 ])
-def test_replica_groups_in_all_the_ways_of_writing_them(text, expected):
+def test_replica_groups_in_all_notations(text, expected):
     module = parse(f"ENTRY %e (p: f32[]) -> f32[] {{\n  ROOT %r = f32[] all-reduce(%p), {text}, to_apply=%a\n}}\n")
     np.testing.assert_array_equal(costs.replica_groups(module.entry.root, 4), expected)
 
@@ -194,10 +195,16 @@ ENTRY %main (a: f32[32,64], b: f32[32,64], c: f32[64], i: s32[]) -> f32[32,64] {
     assert costs.hbm_bytes(module.entry.instructions["done"], module.entry, module) == 0
 
 
-def test_a_loop_whose_length_is_found_while_running_has_no_count():
-    module = parse(MODULE.replace("direction=LT", "direction=GT"))
+@pytest.mark.parametrize("change,rounds", [
+    (("constant(6)", "constant(7)"), 4), (("direction=LT", "direction=LE"), 4), (("constant(6)", "constant(0)"), 0),
+    (("constant(6)", "reduce(%x)"), None), (("add(%i.5, %two.5)", "reduce(%x)"), None),
+    (("%two = s32[] constant(2)", "%two = s32[] constant(0)"), None),  # would not end
+])
+def test_rounds_of_loops(change, rounds, monkeypatch):
+    monkeypatch.setattr(loops, "MAX_ROUNDS", 50)
+    module = parse(MODULE.replace(*change))
     loop = module.entry.instructions["loop"]
-    assert trips(module, module.entry, loop, {})[0] is None
+    assert loops.trip_count(module, module.entry, loop, [])[0] == rounds
 
 
 def test_a_text_without_entry_is_an_error():

@@ -10,6 +10,7 @@ from llava_jax.plan.models import planned_config
 from llava_jax.plan.topologies import parse
 
 
+@pytest.mark.slow
 def test_bytes_and_rates_of_prefill_and_decode(needs_libtpu, tiny):
     model, _ = planned_config(tiny.model)
     where = parse("v5e-1")

@@ -14,10 +14,13 @@ from llava_jax.plan.step import Memory
 from llava_jax.plan.topologies import GIB, parse
 
 
-def test_a_plan_as_json_and_the_programs_behind_it(needs_libtpu, tiny_file, tmp_path, capsys):
-    dump = tmp_path / "step.hlo"
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_plan_as_json_and_the_programs_behind_it(compiles, planned, tiny_file, tmp_path, capsys, monkeypatch):
+    dump, options = tmp_path / "step.hlo", ["--price-per-chip-hour", "1.5", "--stages.align.epochs", "2"]
+    if not compiles:
+        monkeypatch.setattr("llava_jax.plan.step.compile_step", lambda *_: planned[2])
     assert plan.main([str(tiny_file), "--topology", "v5e-4", "--json", "--dump-hlo", str(dump), "--rows-per-epoch",
-                      "800", "--price-per-chip-hour", "1.5", "--stages.align.epochs", "2"]) == 0
+                      "800", *options]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert [stage["stage"] for stage in found["stages"]] == ["align", "instruct"]

@@ -27,13 +27,6 @@ from llava_jax.plan.topologies import parse as parse_slice
 WHERE = parse_slice("v5e-4")
 
 
-@pytest.fixture(scope="module")
-def planned(needs_libtpu, tiny):
-    model, _ = planned_config(tiny.model)
-    mesh = plan_mesh(tiny, WHERE, model)
-    return model, mesh, compile_step(tiny, "instruct", WHERE, mesh, model)
-
-
 def test_memory_is_the_compilers_and_its_parts_are_the_arrays(planned, tiny):
     model, mesh, program = planned
     _, shapes = abstract_params(model)
@@ -78,6 +71,7 @@ def test_a_plan_as_text_is_narrow_and_says_where_figures_are_from(planned, tiny)
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_stage_one_has_no_optimizer_state_of_the_decoder(planned, tiny):
     model, mesh, program = planned
     first = compile_step(tiny, "align", WHERE, mesh, model)
@@ -86,6 +80,7 @@ def test_stage_one_has_no_optimizer_state_of_the_decoder(planned, tiny):
     assert profile(first.hlo, first.slices).flops < profile(program.hlo, program.slices).flops
 
 
+@pytest.mark.slow
 def test_each_stage_computes_again_what_it_says(planned, tiny):
     model, mesh, program = planned
     align = dataclasses.replace(tiny.stages["align"], remat="none")
@@ -107,6 +102,7 @@ def compiled(function, *shapes):
     return compile_program(lowered, parts, parse_slice("v5e-1"), mesh)
 
 
+@pytest.mark.slow
 def test_temporaries_are_what_the_compiler_says_without_a_dump(needs_libtpu):
     def function(x, y):
         return jnp.tanh(x @ y) @ jnp.tanh(y @ x)
@@ -145,6 +141,7 @@ def test_what_does_not_fit_says_by_how_much(needs_libtpu):
     assert program.memory.limit == pytest.approx(parse_slice("v5e-1").chip.memory, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_slices_exchange_their_gradients_once(needs_libtpu, tiny):
     where = parse_slice("v5e-4x2")
     model, _ = planned_config(tiny.model)
@@ -203,7 +200,7 @@ def test_published_sizes_give_the_published_numbers_of_parameters(name, count):
 @pytest.mark.parametrize("mesh,rows,expected", [
     (config.Mesh(fsdp=3), 8, "fsdp 3 .* needs 3 devices, and there are 4.*these would: --mesh.data 1 --mesh.fsdp 4"),
     (config.Mesh(), 6, "6 sequences .* do not divide .* = 4 .*these would: .*--mesh.fsdp 2 --mesh.tensor 2"),
-    (config.Mesh(), 5, "5 rows .*multiple of 4"),
+    (config.Mesh(), 5, "5 sequences .*multiple of 4"),
 ])
 def test_what_does_not_divide_says_what_would(needs_libtpu, tiny, mesh, rows, expected):
     model, _ = planned_config(tiny.model)
