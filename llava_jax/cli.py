@@ -1,4 +1,4 @@
-"""What the command lines of all verbs share: fields of a dataclass as options, and errors of one line."""
+"""Command lines: dataclass fields become options, and a UserError becomes one line and exit code 2."""
 
 import contextlib
 import io
@@ -20,25 +20,26 @@ from llava_jax.errors import UserError
 T = TypeVar("T")
 
 STOPPED = 75
-"""Exit code of a command that was asked to stop: EX_TEMPFAIL of sysexits.h, the same command goes on."""
+"""Exit code of a command that was stopped: EX_TEMPFAIL of sysexits.h. The same command continues."""
 
-LINGER = 5.0
-"""Seconds that a command which has failed waits for threads that libraries have left behind."""
+THREAD_TIMEOUT = 5.0
+"""Seconds that a failed command waits for threads of libraries before it ends the process."""
 
-LONGEST_LINE = 8000
-"""Characters of an error's message that are printed, about; paths have up to 4,096."""
+MAX_LINE_LENGTH = 8000
+"""Approximate number of characters that are printed of an error message. Paths have up to 4,096."""
 
 
 def parse(
     kind: type[T], args: Sequence[str], default: T | None = None, prog: str = "", description: str | None = None
 ) -> T:
-    """A dataclass from command-line options, dotted names for nested fields. A mistake is a UserError of one line.
+    """Parses command-line options into a dataclass; nested fields have dotted names.
 
-    The help begins with `description`, or else the dataclass's docstring.
+    The help starts with `description`, or with the dataclass's docstring. Raises UserError of one line if the options
+    are invalid.
     """
     printed = io.StringIO()
     options = {"args": args, "prog": prog, "description": description}
-    if default is not None:  # a recipe, whose fields go by the names that its file has
+    if default is not None:  # a recipe: its options have the names of its fields
         options |= {"default": default, "use_underscores": True}
     if "-h" in args or "--help" in args:
         return tyro.cli(kind, **options)
@@ -50,7 +51,7 @@ def parse(
 
 
 def _first_words(report: str) -> str:
-    """The message of tyro's report, whose parts stand between rules, and the nearest option if it names one."""
+    """Returns the message of tyro's report, whose parts are separated by rules, and the most similar option, if any."""
     title, *parts = (" ".join(part.split()) for part in re.split(r"\n\s*-{5,}\s*\n", report))
     near = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts))
     return (parts[0] if parts else title) + (f"; did you mean {near[1]}?" if near else "")
@@ -59,9 +60,9 @@ def _first_words(report: str) -> str:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a verb's `main(args)` and exits with its code.
 
-    UserError is one line on stderr and code 2, Ctrl-C code 130. Every other error keeps its traceback and exits with
-    1, which the launchers retry. SIGTERM ends a command as an error would, so that nothing half made stays, with code
-    75, unless the command does better. `--debug` anywhere among the arguments shows the traceback of a UserError too.
+    A UserError prints one line on stderr and exits with 2, Ctrl-C with 130. Every other error keeps its traceback and
+    exits with 1, which the launchers retry. SIGTERM raises SystemExit with code 75, unless the command handles it, so
+    that no incomplete file stays. `--debug` anywhere among the arguments adds the traceback of a UserError.
     """
     args = sys.argv[1:]
     debug = "--debug" in args
@@ -69,40 +70,40 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is no UTF-8 shows ? for what it cannot
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for other characters
     try:
         code = main([arg for arg in args if arg != "--debug"])
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the work is done, and has its exit code
-        sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the work is done
+        sys.stdout.flush()  # so that a closed pipe raises here, not when Python exits
         sys.exit(code)
     except UserError as error:
         if debug:
             print(printable(traceback.format_exc()), end="", file=sys.stderr)
         print(f"error: {one_line(error)}", file=sys.stderr)
-        _end_within(LINGER, 2)
+        _end_within(THREAD_TIMEOUT, 2)
         sys.exit(2)
     except BrokenPipeError:
         if not _is_closed(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # because Python flushes again when it exits
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        _end_within(LINGER, 130)
+        _end_within(THREAD_TIMEOUT, 130)
         sys.exit(130)
     except Exception:
-        _end_within(LINGER, 1)
+        _end_within(THREAD_TIMEOUT, 1)
         raise
 
 
 def _stop(number: int, _: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one has nothing to add
-    print("stopped by SIGTERM; the same command goes on, or starts again", file=sys.stderr, flush=True)
-    _end_within(LINGER, STOPPED)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore a second one
+    print("stopped by SIGTERM; run the same command to continue", file=sys.stderr, flush=True)
+    _end_within(THREAD_TIMEOUT, STOPPED)
     raise SystemExit(STOPPED)
 
 
 def _end_within(seconds: float, code: int) -> None:
-    """Ends the process after so many seconds if Python does not: it waits for threads, and a library's may wait too."""
+    """Ends the process after this many seconds, because Python waits for threads of libraries that may never end."""
 
     def end() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -116,18 +117,18 @@ def _end_within(seconds: float, code: int) -> None:
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error on one line, safe for a terminal; of a very long one the start and the end."""
+    """Returns an error's message on one line, safe for a terminal. A very long one is cut in the middle."""
     line = " ".join(str(error).split())
-    if len(line) > LONGEST_LINE:  # it quotes a value of a file: the file's name is at the start, the advice at the end
-        line = f"{line[: LONGEST_LINE * 3 // 4]} ... {line[-LONGEST_LINE // 4 :]}"
+    if len(line) > MAX_LINE_LENGTH:  # cut a quoted value: the file's name is at the start, the advice at the end
+        line = f"{line[: MAX_LINE_LENGTH * 3 // 4]} ... {line[-MAX_LINE_LENGTH // 4 :]}"
     return printable(line)
 
 
 def printable(text: str) -> str:
-    """Text of others (data, checkpoints, servers, models), safe for a terminal.
+    """Returns untrusted text (of data, checkpoints, servers, models) in a form that is safe for a terminal.
 
     Control characters (ESC of colours and titles), directional marks and lone surrogates become U+FFFD. Newlines,
-    tabs, and the joiners that some scripts and emoji need stay. Every command prints such text through this function.
+    tabs, and the joiners of some scripts and emoji stay. Every command prints untrusted text through this function.
     """
     return "".join("\N{REPLACEMENT CHARACTER}" if _is_unsafe(character) else character for character in text)
 
@@ -139,7 +140,7 @@ def _is_unsafe(character: str) -> bool:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether `stream` writes to a pipe that nobody reads any more."""
+    """Returns whether `stream` writes to a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(stream.fileno(), 0)
-    return bool(poll.poll(0))  # POLLERR, which is always told
+    return bool(poll.poll(0))  # POLLERR, which is always reported

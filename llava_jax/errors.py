@@ -1,40 +1,39 @@
-"""UserError: what a user can mend. Every other error is a fault of the machine or of this code."""
+"""UserError: an error that a user can fix. Other errors are faults of the machine or of this code."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Iterator
 
-MISTAKES = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
-            errno.EEXIST, errno.EROFS, errno.EINVAL, errno.ENXIO)
-"""Codes of OSErrors that a wrong path causes. EIO, ESTALE, ENOMEM and their like are no mistake of the user."""
+USER_ERRNOS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+               errno.EEXIST, errno.EROFS, errno.EINVAL, errno.ENXIO)
+"""OSError codes that a wrong path causes. EIO, ESTALE and ENOMEM are not among them: they are the machine's."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Codes of OSErrors that ask for more room."""
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""OSError codes of a full disk or quota."""
 
 
 class UserError(ValueError):
-    """Raised with one line that names the file, row or field, and how to mend it.
+    """Raised with one line that names the file, row or field, and how to fix it.
 
-    A command prints that line and exits with code 2, and no launcher tries again. Raise it where the mistake is known;
-    never wrap an error whose cause is not known in it.
+    A command prints that line and exits with code 2, and no launcher retries. Raise it only if the cause is known.
     """
 
 
 @contextlib.contextmanager
 def user_path(path: str | os.PathLike, missing: str = "no such file") -> Iterator[None]:
-    """Raises UserError that names `path` if the block fails because the path is missing, forbidden, a folder or full.
+    """Raises UserError that names `path` if the block fails because of the path or a full disk.
 
-    Use it where a user's path is opened for the first time. An OSError of another kind (EIO, ESTALE, ...) passes.
+    Use it where a user's path is opened for the first time. Other OSErrors (EIO, ESTALE, ...) pass.
     """
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise UserError(f"{path}: {missing}") from error
-        if error.errno in FULL:
+        if error.errno in DISK_FULL_ERRNOS:
             raise UserError(f"{path}: {error.strerror}; make room") from error
-        if error.errno in MISTAKES:
+        if error.errno in USER_ERRNOS:
             raise UserError(f"{path}: {error.strerror}") from error
         raise
     except ValueError as error:
@@ -44,7 +43,7 @@ def user_path(path: str | os.PathLike, missing: str = "no such file") -> Iterato
 
 
 def _is_possible(path: str) -> bool:
-    """Whether a file can have this path: it has no NUL and no half of a surrogate pair, which JSON can write."""
+    """Returns whether a file can have this path. NUL and lone surrogates, which JSON can contain, are impossible."""
     try:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:

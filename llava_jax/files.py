@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from llava_jax.errors import FULL, UserError, user_path
+from llava_jax.errors import DISK_FULL_ERRNOS, UserError, user_path
 
 LARGEST_SMALL_FILE = 2**28
 """Maximum bytes of a small file: a configuration, an index, a table of prices."""
@@ -132,7 +132,7 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
             with user_path(path):  # a folder of that name
                 os.replace(temporary, os.path.realpath(path))
     except OSError as error:
-        if error.errno in FULL and error.filename is None:
+        if error.errno in DISK_FULL_ERRNOS and error.filename is None:
             raise UserError(f"{path}: {error.strerror}; make room") from error
         raise
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from llava_jax.errors import FULL, UserError, user_path
+from llava_jax.errors import DISK_FULL_ERRNOS, UserError, user_path
 
 LOCK_TRIES, LOCK_SECONDS = 10, 0.05
 """Number of tries to lock a file, and seconds between them, because `is_written` holds the lock for a moment."""
@@ -55,7 +55,7 @@ class JsonLinesFile:
                 written += os.write(self._file, line[written:])
         except OSError as error:
             os.ftruncate(self._file, offset)
-            if error.errno in FULL:
+            if error.errno in DISK_FULL_ERRNOS:
                 raise UserError(f"{self.path}: {error.strerror}; a line could not be written, the lines before it are "
                                 "kept; make room") from error
             raise

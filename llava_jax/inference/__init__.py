@@ -1,1 +1,1 @@
-"""Answers from a model: prompts are read at once, then tokens are written one by one with a key-value cache."""
+"""Inference: prefill, insert and decode with a key-value cache, and the public `Llava`."""

@@ -22,7 +22,7 @@ import tyro
 from llava_jax.cli import printable
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
-from llava_jax.errors import FULL, UserError
+from llava_jax.errors import DISK_FULL_ERRNOS, UserError
 from llava_jax.files import read_json
 from llava_jax.prepare.options import DataOptions, Flag, ImageOptions, WorkerOptions, require_at_least
 from llava_jax.prepare.progress import run_tasks
@@ -249,8 +249,9 @@ def _explained(out: str) -> Iterator[None]:
         if isinstance(error, BrokenExecutor):
             raise RuntimeError(f"{out}: a worker process died (was it killed for its memory?); {note}") from error
         # The error of a worker comes as ArrayRecord's text, without a code.
-        if full := [os.strerror(code) for code in FULL if code == error.errno or os.strerror(code) in str(error)]:
-            raise UserError(f"{out}: {full[0]}; make room; {note}") from error
+        for code in DISK_FULL_ERRNOS:
+            if code == error.errno or os.strerror(code) in str(error):
+                raise UserError(f"{out}: {os.strerror(code)}; make room; {note}") from error
         error.add_note(f"{out}: {note}")
         raise
 

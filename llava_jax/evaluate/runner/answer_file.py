@@ -9,7 +9,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llava_jax.errors import FULL, UserError, user_path
+from llava_jax.errors import DISK_FULL_ERRNOS, UserError, user_path
 from llava_jax.evaluate.tasks.base import Answer, Question
 from llava_jax.files import atomic_write, matches_schema
 
@@ -182,7 +182,7 @@ class AnswerFile:
                 data = data[os.write(self._file, data):]
         except OSError as error:
             os.ftruncate(self._file, before)
-            if error.errno in FULL:
+            if error.errno in DISK_FULL_ERRNOS:
                 raise UserError(f"{self.path}: {error.strerror}; the answers before are kept; make room") from error
             raise
 
