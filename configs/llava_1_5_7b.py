@@ -1,7 +1,7 @@
 """LLaVA-1.5 7B: CLIP ViT-L/14 at 336 pixels, Vicuna 7B v1.5, a two-layer projector; 558K pairs, then the 665K mix.
 
-Rows are packed; the row counts below hold about as many conversations as the published batches of
-256 and 128 do. Stage 1 crops its images to a square and stage 2 pads them in the original; here both pad.
+A batch of packed sequences has about as many conversations as the published batches of 256 and 128. As in the
+original, stage 1 crops its images to a square and stage 2 pads them.
 """
 
 from llava_jax.config import Data, Mesh, Model, Recipe, Stage
@@ -16,7 +16,8 @@ def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/lla
             "align": Stage(
                 learning_rates=(("projector/.*", 1e-3), ("(vision|decoder)/.*", None)),
                 data=Data(path="data/blip_laion_cc_sbu_558k.json", image_root="data/blip_laion_cc_sbu_558k",
-                          template="plain", sequence_length=2560, tiles_per_sequence=4, workers=16),
+                          template="plain", image_mode="crop",
+                          sequence_length=2560, tiles_per_sequence=4, workers=16),
                 # No moments and masters of the decoder fill the memory here.
                 batch_size=64, remat="save_qkv",
             ),

@@ -10,7 +10,7 @@ from llava_jax.config import Data, Mesh, Model, Recipe, Stage
 def recipe() -> Recipe:
     return Recipe(
         model=Model(vision="checkpoints/clip-vit-large-patch14", language="checkpoints/vicuna-7b-v1.3",
-                    projector="linear", image_mode="square", template="vicuna_v1"),
+                    projector="linear", image_mode="crop", template="vicuna_v1"),
         mesh=Mesh(fsdp=-1),
         stages={
             "align": Stage(

@@ -28,7 +28,7 @@ def recipe() -> Recipe:
     data = "runs/mini/data"
     return Recipe(
         model=Model(vision=str(BACKBONES / "vision"), language=str(BACKBONES / "language"),
-                    image_mode="square", template="mistral_instruct"),
+                    image_mode="crop", template="mistral_instruct"),
         stages={
             "align": Stage(
                 learning_rates=(("projector/.*", 5e-3), ("(vision|decoder)/.*", None)),

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from llava_jax.errors import UserError
 from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
+from llava_jax.images import ImageMode
 
 T = TypeVar("T")
 
@@ -48,8 +49,8 @@ class Model:
     """hidden state of the vision tower that is read, counted as transformers does; default -2"""
     feature_select: Literal["patch", "cls_patch"] | None = None
     """the patches' features alone (the default), or the class token's before them"""
-    image_mode: Literal["square", "pad"] | None = None
-    """square crops the centre (the paper), pad fills up to a square (LLaVA-1.5, the default)"""
+    image_mode: ImageMode | None = None
+    """crop to the centre (the paper), pad to a square (LLaVA-1.5, the default), or resize to a square (SigLIP)"""
     fresh: tuple[str, ...] | None = None
     """Regular expressions for the paths of parameters that no checkpoint has, initialised from the seed. By default the
     projector if `vision` and `language` are joined, otherwise none."""
@@ -102,6 +103,8 @@ class Data:
     """folder to which the image paths of the rows are relative; the file's own folder if empty"""
     template: str = ""
     """conversation template; the model's if empty"""
+    image_mode: ImageMode | None = None
+    """image mode of this stage; by default the model's"""
     validation: str = ""
     """a file of the same kind whose loss is reported; none if empty"""
     sequence_length: int = 2048

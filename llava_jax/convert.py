@@ -1,14 +1,15 @@
 """Checkpoints in and out: Hugging Face's layouts, our own, and a vision tower joined with a language model."""
 
 import argparse
-import dataclasses
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from llava_jax import cli
 from llava_jax.errors import UserError
+from llava_jax.images import ImageMode
 from llava_jax.text import agreement, templates
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -36,8 +37,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=["hf", "native"], help="layout of DST")
     parser.add_argument("--template", help="conversation template (default: SRC's; for a join vicuna_v1, llava_llama_3 "
                         "or qwen_1_5: one whose end of an answer is a token of LLAMA's tokenizer)")
-    parser.add_argument("--image-mode", choices=["square", "pad"],
-                        help="cut images at the sides, or pad them (default: SRC's; pad for a join)")
+    parser.add_argument("--image-mode", choices=get_args(ImageMode),
+                        help="crop images to the centre, pad them, or resize them to a square (default: SRC's; pad "
+                        "for a join)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="of all tensors (default: as they are)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE",
@@ -94,8 +96,8 @@ def _open(options: argparse.Namespace) -> tuple:
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
     agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True,
-                    visual_tokens=config.tokens_per_image, context=config.text.max_length)
-    return dataclasses.replace(config, **_chosen(options, "image_mode")), parameters, path
+                    visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
+    return config.with_image_mode(options.image_mode), parameters, path
 
 
 def _join(options: argparse.Namespace) -> tuple:
@@ -112,10 +114,10 @@ def _join(options: argparse.Namespace) -> tuple:
     (vision, vision_parameters), (text, text_parameters) = parts
     tokenizer = Tokenizer.load(options.language)
     template = options.template or agreement.template_for_decoder(tokenizer, options.language)
-    config = LlavaConfig(vision=vision, text=text, template=template,
-                         **_chosen(options, "projector", "feature_layer", "image_mode"))
-    agreement.check(template, tokenizer, text.vocab_size, options.language, visual_tokens=config.tokens_per_image,
-                    context=text.max_length)
+    config = LlavaConfig(vision=vision, text=text, template=template, **_chosen(options, "projector", "feature_layer"))
+    config = config.with_image_mode(options.image_mode)
+    agreement.check(template, tokenizer, text.vocab_size, options.language,
+                    visual_tokens=config.processor.features_per_tile, context=text.max_length)
     fresh = {path for path in source.shapes(config) if path.startswith("projector/")}
     projector = source.from_memory(fresh_params(config, fresh, options.seed or 0))
     return config, source.join(vision_parameters, projector, text_parameters), Path(options.language)

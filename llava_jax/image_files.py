@@ -9,6 +9,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -78,8 +79,27 @@ def open_image(
         return to_rgb(turn_upright(image) if exif else image)
 
 
+def image_size(source: str | os.PathLike | bytes, exif: bool = False, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Reads width and height of an image from its header, as `open_image` returns it. Raises what that raises."""
+    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, max_pixels) as file:
+        start = file.read(64)
+        file.seek(0)
+        with decoding(name, start):
+            _check_pixels(_webp_size(start), max_pixels)
+            with Image.open(file, formats=FORMATS) as image:
+                _check_pixels(image.size, max_pixels)
+                swap = exif and orientation(image) > 4  # turned by a quarter
+                return (image.height, image.width) if swap else image.size
+
+
 def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of an image file. Raises MissingImage, and UserError if it is no regular file, empty or very large."""
+    """Reads an image file. Raises MissingImage, and UserError if it is no regular file, empty or very large."""
+    with _open_file(path, max_pixels) as file, user_path(path):
+        return file.read()
+
+
+def _open_file(path: str | os.PathLike, max_pixels: int) -> BinaryIO:
     with user_path(path):
         try:
             about = os.stat(path)
@@ -87,13 +107,11 @@ def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes:
                 raise UserError(f"{path}: the image cannot be read (it is no regular file)")
             if about.st_size > 16 * max_pixels:  # uncompressed, 4 channels of 32 bits
                 raise UserError(f"{path}: the image cannot be read (a file of {about.st_size:,} bytes)")
-            with open(path, "rb") as file:
-                content = file.read()
+            if not about.st_size:
+                raise UserError(f"{path}: the file is empty (0 bytes)")
+            return open(path, "rb")
         except (FileNotFoundError, NotADirectoryError):
             raise MissingImage(f"{path}: no such image file") from None
-    if not content:
-        raise UserError(f"{path}: the file is empty (0 bytes)")
-    return content
 
 
 def open_header(content: bytes, max_pixels: int = MAX_PIXELS, seconds: float | None = None) -> Image.Image:

@@ -63,8 +63,8 @@ def main() -> None:
 def prompts(config: LlavaConfig, rows: int, text: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids with an image in the midst of them, int32 [rows, T], and the images, uint8 [rows, H, W, 3]."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(3, image_id(config), (rows, text + config.tokens_per_image)).astype(np.int32)
-    tokens[:, text // 2 : text // 2 + config.tokens_per_image] = IMAGE_TOKEN_ID
+    tokens = rng.integers(3, image_id(config), (rows, text + config.processor.features_per_tile)).astype(np.int32)
+    tokens[:, text // 2 : text // 2 + config.processor.features_per_tile] = IMAGE_TOKEN_ID
     side = config.vision.image_size
     return tokens, rng.integers(0, 256, (rows, side, side, 3), np.uint8)
 

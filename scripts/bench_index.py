@@ -26,10 +26,14 @@ print(f"{{seconds:8.2f}} s  {{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 OPEN = "from llava_jax.data.sources import open_mixture\nmixture = open_mixture(sys.argv[1])"
 READ = OPEN + "\nfor i in range(1000): mixture.sources[0][i * 7919 % len(mixture.sources[0])]"
 PACK = OPEN + """
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.pipeline import Batches
+from llava_jax.images import ImageProcessor
+from llava_jax.text.templates import TEMPLATES
 from llava_jax.text.tokenizer import Tokenizer
-next(iter(Batches(8, mixture, tokenizer=Tokenizer.load(sys.argv[2]), template="vicuna_v1", tokens_per_image=576,
-                  image_size=336, image_mode="pad", sequence_length=2048, tiles_per_sequence=3)))"""
+spec = DataSpec(mixture=mixture, tokenizer=Tokenizer.load(sys.argv[2]), template=TEMPLATES["vicuna_v1"],
+                processor=ImageProcessor(), sequence_length=2048, tiles_per_sequence=3)
+next(iter(Batches(spec, 8)))"""
 TOKENIZER = Path(__file__).parent.parent / "tests" / "golden" / "tokenizer.model"
 
 

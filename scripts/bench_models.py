@@ -66,13 +66,13 @@ def count(parameters: Parameters) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(parameters))
 
 
-def pixel_values(images: np.ndarray):
+def pixel_values(tiles: np.ndarray):
     """uint8 [N, H, W, 3] as transformers' model takes them: normalised, channels first, a torch tensor."""
     import torch
 
-    from llava_jax.images import normalise
+    from llava_jax.images import ImageProcessor
 
-    return torch.from_numpy(np.ascontiguousarray(normalise(images).transpose(0, 3, 1, 2)))
+    return torch.from_numpy(np.ascontiguousarray(ImageProcessor().normalise(tiles).transpose(0, 3, 1, 2)))
 
 
 def machine() -> str:

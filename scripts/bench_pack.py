@@ -23,10 +23,11 @@ from PIL import Image, ImageDraw
 
 from llava_jax.data.sources import open_source
 from llava_jax.image_files import open_image
-from llava_jax.images import prepare
+from llava_jax.images import ImageProcessor
 from llava_jax.prepare.pack import Pack
 
 SIZE = 336
+PROCESSOR = ImageProcessor(SIZE)
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
         data = write_data(Path(folder), args.count, args.images)
         before = open_source(data, "/")
         print(f"{len(before):,} rows of one image each, {mean(before, lambda c: len(c) / 1e3):.1f} kB an image")
-        base = per_row(before, lambda content: prepare(open_image(content), SIZE, "pad"))
+        base = per_row(before, lambda content: PROCESSOR(open_image(content)))
         print(f"files: read, decoded and prepared in {base * 1e3:.2f} ms an image\n")
         print("| pack | time | set | read a row at random | read, decode, prepare | tile: mean, max difference |")
         print("|---|---|---|---|---|---|")
@@ -56,7 +57,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             size = sum(file.stat().st_size for file in Path(out).iterdir())
             after = pickle.loads(pickle.dumps(open_source(out)))
-            row, seen = per_row(after, None), per_row(after, lambda content: prepare(open_image(content), SIZE, "pad"))
+            row, seen = per_row(after, None), per_row(after, lambda content: PROCESSOR(open_image(content)))
             average, largest = differences(before, after)
             print(
                 f"| {name} | {seconds:.1f} s | {size / 1e6:.1f} MB | {row * 1e6:.0f} us | {seen * 1e3:.2f} ms | "
@@ -120,7 +121,7 @@ def differences(before, after) -> tuple[float, int]:
     """Mean and largest difference of the prepared tiles, of 255."""
     found = []
     for index in range(0, len(before), max(1, len(before) // 100)):
-        tiles = [prepare(open_image(content_of(source, index)), SIZE, "pad") for source in (before, after)]
+        tiles = [PROCESSOR(open_image(content_of(source, index))) for source in (before, after)]
         found.append(np.abs(np.subtract(*tiles, dtype=int)))
     return float(np.mean([one.mean() for one in found])), int(max(one.max() for one in found))
 

@@ -64,7 +64,7 @@ def read(data: str, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             try:
                 record = source[i]
                 example = encode_conversation(record.turns, settings.template, settings.tokenizer,
-                                              settings.tokens_per_image, LONGEST)
+                                              settings.processor.features_per_tile, LONGEST)
             except ValueError:
                 bad += 1
                 continue

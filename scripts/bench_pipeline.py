@@ -15,8 +15,11 @@ import time
 import numpy as np
 from PIL import Image
 
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.sources import open_mixture
+from llava_jax.images import ImageProcessor
+from llava_jax.text.templates import TEMPLATES
 from llava_jax.text.tokenizer import Tokenizer
 
 SIZE, ROW_LENGTH, SLOTS, ROWS = 336, 3072, 4, 8
@@ -86,15 +89,15 @@ def write(folder: str, records: int) -> tuple[list[str], str]:
 
 def measure(data: str, workers: int) -> tuple[float, float]:
     """Images per second once the pipeline is running, and images of a row."""
-    batches = iter(Batches(ROWS, open_mixture(data), tokenizer=Tokenizer.load(TOKENIZER), template="vicuna_v1",
-                           tokens_per_image=576, image_size=SIZE, image_mode="pad", sequence_length=ROW_LENGTH,
-                           tiles_per_sequence=SLOTS, workers=workers))
+    spec = DataSpec(mixture=open_mixture(data), tokenizer=Tokenizer.load(TOKENIZER), template=TEMPLATES["vicuna_v1"],
+                    processor=ImageProcessor(), sequence_length=ROW_LENGTH, tiles_per_sequence=SLOTS)
+    batches = iter(Batches(spec, ROWS, workers=workers))
     for _ in range(20):
         next(batches)
     count, places, start = 0, 0, time.perf_counter()
     while time.perf_counter() - start < 20:
         batch = next(batches)
-        count, places = count + int((batch["image_segment_ids"] > 0).sum()), places + ROWS
+        count, places = count + int((batch["tile_segment_ids"] > 0).sum()), places + ROWS
     seconds = time.perf_counter() - start
     batches.close()
     return count / seconds, count / places

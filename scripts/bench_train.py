@@ -84,7 +84,7 @@ def show(config: LlavaConfig, stage: int, batch: Batch, seconds: np.ndarray) -> 
              " x ".join(map(str, batch["tokens"].shape)), *map(spread, rates), f"{np.median(rates[1] / rates[0]):.2f}"]
     peak = peak_flops(jax.devices()[0])
     trained = {"projector"} if stage == 1 else {"projector", "decoder"}
-    flops = model_flops(config, trained, batch["positions"], batch["segment_ids"], len(batch["images"]))
+    flops = model_flops(config, trained, batch["positions"], batch["segment_ids"], len(batch["tiles"]))
     cells.append(f"{flops / np.median(seconds[1]) / peak:.1%}" if peak else
                  f"{flops / np.median(seconds[1]) / 1e9:.0f} GFLOP/s")
     print(f"| {' | '.join(cells)} |", flush=True)
@@ -96,7 +96,8 @@ def spread(rates: np.ndarray) -> str:
 
 def full_rows(config: LlavaConfig, rows: int, text: int) -> Batch:
     """Rows without padding: one conversation with one image each."""
-    return collate(config, [[(text + config.tokens_per_image, 1)]] * rows, text + config.tokens_per_image, 1)
+    length = text + config.processor.features_per_tile
+    return collate(config, [[(length, 1)]] * rows, length, 1)
 
 
 def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], length: int, slots: int) -> Batch:
@@ -104,20 +105,24 @@ def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], leng
     rng, side = np.random.default_rng(0), config.vision.image_size
     shape = len(rows), length
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
+    batch["visual_index"] = np.full(shape, -1, np.int32)
     batch["labels"] = np.full(shape, IGNORE, np.int32)
-    batch["images"] = rng.integers(0, 256, (len(rows), slots, side, side, 3), np.uint8)
-    batch["image_segment_ids"] = np.zeros((len(rows), slots), np.int32)
+    batch["tiles"] = rng.integers(0, 256, (len(rows), slots, side, side, 3), np.uint8)
+    batch["tile_segment_ids"] = np.zeros((len(rows), slots), np.int32)
     for row, conversations in enumerate(rows):
         start = image = 0
         for number, (size, images) in enumerate(conversations, 1):
             at = slice(start, start + size)
             tokens = rng.integers(3, image_id(config), size)
-            tokens[2 : 2 + images * config.tokens_per_image] = IMAGE_TOKEN_ID
-            learned = min(PROMPT + images * config.tokens_per_image, size - 1)
+            per_tile = config.processor.features_per_tile
+            visual = images * per_tile
+            tokens[2 : 2 + visual] = IMAGE_TOKEN_ID
+            batch["visual_index"][row, start + 2 : start + 2 + visual] = image * per_tile + np.arange(visual)
+            learned = min(PROMPT + visual, size - 1)
             batch["tokens"][row, at], batch["positions"][row, at] = tokens, np.arange(size)
             batch["labels"][row, start + learned : start + size] = tokens[learned:]
             batch["segment_ids"][row, at] = number
-            batch["image_segment_ids"][row, image : image + images] = number
+            batch["tile_segment_ids"][row, image : image + images] = number
             start, image = start + size, image + images
     return batch
 
@@ -189,9 +194,9 @@ def hub_batch(config: LlavaConfig, batch: Batch, dtype) -> dict:
     tokens = np.where(batch["tokens"] == IMAGE_TOKEN_ID, image_id(config), batch["tokens"])
     inputs = {"input_ids": tokens, "labels": batch["labels"], "attention_mask": batch["segment_ids"]}
     inputs = {name: torch.from_numpy(x.astype(np.int64)) for name, x in inputs.items()}
-    used = batch["image_segment_ids"] > 0
+    used = batch["tile_segment_ids"] > 0
     if used.any():
-        inputs["pixel_values"] = pixel_values(batch["images"][used]).to(dtype)
+        inputs["pixel_values"] = pixel_values(batch["tiles"][used]).to(dtype)
     return inputs
 
 
@@ -240,8 +245,8 @@ def packing(config: LlavaConfig, rounds: int, batch_size: int = 16, batches: int
     """
     rng = np.random.default_rng(0)
     tokens, words, images = made_up(rng, 0.02)
-    scale = config.tokens_per_image / 576
-    tokens = np.maximum((tokens * scale).astype(int), PROMPT + 2 + images * config.tokens_per_image)
+    scale = config.processor.features_per_tile / 576
+    tokens = np.maximum((tokens * scale).astype(int), PROMPT + 2 + images * config.processor.features_per_tile)
     groups = [group for group in grouped_batches(words, images > 0, rng) if len(group) == batch_size]
     groups = [groups[i] for i in rng.permutation(len(groups))[:batches]]
     records = np.concatenate(groups)

@@ -43,7 +43,7 @@ def joined(parts, tmp_path_factory):
 
 def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
     config, parameters = load_checkpoint(joined)
-    assert (config.projector, config.feature_layer, config.template, config.image_mode) == (
+    assert (config.projector, config.feature_layer, config.template, config.processor.mode) == (
         "mlp2x_gelu", -2, "vicuna_v1", "pad")
     for part in parts:
         for path, x in load_checkpoint(part)[1].items():
@@ -65,7 +65,7 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
     convert.main([*arguments, str(tmp_path / "linear"), "--projector", "linear", "--feature-layer", "-1",
                   "--template", "llava_v1", "--image-mode", "square"])
     config = read_config(tmp_path / "linear")
-    assert (config.projector, config.feature_layer, config.template, config.image_mode) == (
+    assert (config.projector, config.feature_layer, config.template, config.processor.mode) == (
         "linear", -1, "llava_v1", "square")
 
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_keeps_or_changes_its_template(joined, tmp_path):
     assert read_config(tmp_path / "kept") == read_config(joined)
     convert.main([str(joined), str(tmp_path / "new"), "--to", "hf", "--template", "mpt", "--image-mode", "square"])
     config = read_config(tmp_path / "new")
-    assert (config.template, config.image_mode) == ("mpt", "square")
+    assert (config.template, config.processor.mode) == ("mpt", "square")
     assert not json.loads((tmp_path / "new" / "preprocessor_config.json").read_text())["do_pad"]
 
 

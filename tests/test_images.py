@@ -1,84 +1,52 @@
-"""Pixels against transformers' processors, bit for bit, and one clear line for every file that is no image."""
+"""Pixels against transformers' processors, bit for bit, and layouts of visual tokens against plain loops."""
 
-import errno
 import hashlib
-import io
 import json
+import math
 import os
-import struct
-import subprocess
-import sys
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from hypothesis import given
+from hypothesis import strategies as st
+from image_data import PIL_MODES, SIZES, image_of_mode, noise, transparent
+from PIL import Image
 
 from llava_jax.errors import UserError
-from llava_jax.image_files import open_image, orientation, turn_upright
-from llava_jax.images import normalise, prepare
+from llava_jax.image_files import open_image
+from llava_jax.images import ImageProcessor
 
-SIZES = [
-    (336, 336), (224, 224), (1, 1), (1, 97), (97, 1), (2, 301), (301, 2), (3, 3), (640, 480), (480, 640),
-    (337, 336), (336, 337), (335, 336), (500, 375), (101, 57), (333, 500), (1024, 33), (33, 1024),
-    (672, 336), (41, 1000), (999, 350), (673, 1009),
-]  # fmt: skip
-PIL_MODES = ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"]
-GREYS = ["I;16", "I;16B", "I", "F"]
-
-
-def noise(width: int, height: int, bands: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, bands), dtype=np.uint8)
-
-
-def grey_of_mode(values: np.ndarray, mode: str) -> Image.Image:
-    kinds = {"I;16": "<u2", "I;16B": ">u2", "I": np.int32, "F": np.float32}
-    return Image.fromarray(values.astype(kinds[mode]))
-
-
-def image_of_mode(mode: str, width: int = 61, height: int = 83) -> Image.Image:
-    if mode in GREYS:
-        return grey_of_mode(noise(width, height, 1)[..., 0], mode)
-    if mode == "LAB":
-        return Image.fromarray(noise(width, height, 3), "LAB")
-    rgba = Image.fromarray(noise(width, height, 4), "RGBA")
-    if mode in ("LA", "PA"):
-        grey = rgba.convert("L").convert("L" if mode == "LA" else "P")
-        return Image.merge("LA", (grey, rgba.getchannel("A"))) if mode == "LA" else grey.convert("PA")
-    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode)
-
-
-def transparent(palette: bool, alpha) -> Image.Image:
-    """An image that carries its transparency beside the pixels, as PNG and GIF files do."""
-    image = Image.fromarray(noise(45, 30, 3), "RGB")
-    image = image.quantize(16) if palette else image
-    file = io.BytesIO()
-    image.save(file, "PNG", transparency=alpha if palette else image.getpixel((3, 4)))
-    return Image.open(io.BytesIO(file.getvalue()))
-
-
-WAYS = [("square", 336), ("square", 30), ("pad", 336), ("pad", 61)]
+WAYS = [("crop", 336), ("crop", 30), ("pad", 336), ("pad", 61), ("resize", 384), ("resize", 30)]
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+ANYRES = ImageProcessor(mode="anyres", pinpoints=PINPOINTS)
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
 def processor(request):
-    """(mode, size, the pixels that transformers computes, as HWC)."""
+    """An ImageProcessor, and the pixels that transformers computes, as HWC."""
     transformers = pytest.importorskip("transformers")
     mode, size = request.param
-    kind = transformers.CLIPImageProcessorPil if mode == "square" else transformers.LlavaImageProcessorPil
-    extra = {} if mode == "square" else {"do_pad": True}
-    oracle = kind(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **extra)
-    return mode, size, lambda image: oracle(image, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    square = {"height": size, "width": size}
+    if mode == "resize":
+        oracle, half = transformers.SiglipImageProcessorPil(size=square), (0.5, 0.5, 0.5)
+        return ImageProcessor(size, mode, mean=half, std=half), pixels_of(oracle)
+    kind = transformers.CLIPImageProcessorPil if mode == "crop" else transformers.LlavaImageProcessorPil
+    extra = {} if mode == "crop" else {"do_pad": True}
+    return ImageProcessor(size, mode), pixels_of(kind(size={"shortest_edge": size}, crop_size=square, **extra))
+
+
+def pixels_of(oracle):
+    return lambda image: oracle(image, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
 
 
 def assert_identical(image: Image.Image, processor) -> None:
-    """`prepare` is transformers of what the original makes of an image, which drops transparency."""
-    mode, size, expected = processor
-    tiles = prepare(image, size, mode)
-    assert tiles.shape == (1, size, size, 3) and tiles.dtype == np.uint8
-    pixels = normalise(tiles)
+    """`processor` is transformers of what the original makes of an image, which drops transparency."""
+    processor, expected = processor
+    tiles = processor(image)
+    assert tiles.shape == (1, processor.size, processor.size, 3) and tiles.dtype == np.uint8
+    pixels = processor.normalise(tiles)
     assert pixels.dtype == np.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, of palettes
@@ -98,44 +66,55 @@ def test_modes_equal_transformers(mode, processor):
     assert_identical(image_of_mode(mode), processor)
 
 
-@pytest.mark.parametrize("mode", ["RGBa", "La"])
-def test_premultiplied_alpha(mode):
-    image = image_of_mode({"RGBa": "RGBA", "La": "LA"}[mode]).convert(mode)
-    expected = image.convert(mode.upper()).convert("RGB")
-    np.testing.assert_array_equal(prepare(image, 30), prepare(expected, 30))
+@pytest.mark.skipif("LLAVA_PHOTOS" not in os.environ, reason="LLAVA_PHOTOS: photos and original_pixels.json")
+def test_photos_are_the_original_s_to_the_bit():
+    """original_pixels.json: {file: {"SIZE_MODE": first 24 hex digits of the SHA-256 of float32 [3, SIZE, SIZE]}}."""
+    folder = Path(os.environ["LLAVA_PHOTOS"])
+    compared = 0
+    for name, about in json.loads((folder / "original_pixels.json").read_text()).items():
+        for way in (key for key in about if "_" in key):
+            size, mode = way.split("_")
+            processor = ImageProcessor(int(size), {"square": "crop"}.get(mode, mode))
+            pixels = processor.normalise(processor(open_image(folder / name)))[0].transpose(2, 0, 1)
+            assert hashlib.sha256(pixels.tobytes()).hexdigest()[:24] == about[way], (name, way)
+            compared += 1
+    assert compared > 100
 
 
-def seen(image: Image.Image, file_format: str = "TIFF") -> np.ndarray:
-    """The grey levels of an image once it has been a file."""
-    levels = np.asarray(open_image(_bytes(image, file_format)))
-    assert (levels == levels[..., :1]).all()
-    return levels[..., 0]
+@pytest.mark.parametrize("fields, message", [
+    ({"mode": "square"}, "image mode 'square' is unknown; choose one of: crop, pad, resize, anyres"),
+    ({"mode": "anyres"}, "anyres needs pinpoints"), ({"pinpoints": ((336, 336),)}, "no other mode reads them"),
+    ({"mode": "anyres", "pinpoints": ((336, 300),)}, "pinpoint 336 x 300 is no multiple of the tile's 336 pixels"),
+    ({"mode": "anyres", "pinpoints": ((336, 672),), "class_token": True}, "no position for a class token"),
+    ({"size": 0}, "must be at least 1"), ({"std": (0.5, 0.5, 0.0)}, "std above 0"),
+])
+def test_invalid_processors_are_one_line(fields, message):
+    with pytest.raises(UserError, match=message):
+        ImageProcessor(**fields)
 
 
-@pytest.mark.parametrize("mode, file_format", [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I", "TIFF")])
-def test_greys_of_16_bits_are_scaled_by_the_range_of_the_type(mode, file_format):
-    values = np.random.default_rng(1).integers(0, 65536, (83, 61))
-    values[0, :2] = 0, 65535
-    expected = np.rint(values / 257).astype(np.uint8)
-    assert len(np.unique(expected)) > 250
-    np.testing.assert_array_equal(seen(grey_of_mode(values, mode), file_format), expected)
-    eight = noise(61, 83, 1)[..., 0]
-    np.testing.assert_array_equal(seen(grey_of_mode(eight.astype(int) * 257, "I;16"), file_format), eight)
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(UserError, match="0 x 5 pixels"):
+        ImageProcessor()(Image.new("RGB", (0, 5)))
 
 
-@pytest.mark.parametrize("mode, low, high", [("I", -50, 400), ("I", 0, 10**6), ("I", -(2**31), 2**31 - 1),
-                                             ("F", 0, 1), ("F", -1, 1), ("F", 0, 4000.5), ("F", -3e38, 3e38)])
-def test_greys_of_32_bits_keep_their_contents(mode, low, high):
-    values = np.linspace(low, high, 256, dtype=np.float64).reshape(16, 16)
-    levels = seen(grey_of_mode(values, mode))
-    expected = (values - low) / (high - low) * 255
-    assert np.abs(levels - expected).max() < 1.01 and levels.min() == 0 and levels.max() == 255
+def test_elongated_images_are_refused_before_memory_runs_out():
+    for image in (Image.new("RGB", (20_000, 1)), Image.new("RGB", (1, 20_000))):
+        with pytest.raises(UserError, match="too elongated to resize"):
+            ImageProcessor(336, "crop")(image)
 
 
-def test_floats_that_are_no_numbers():
-    values = np.array([[0.0, 0.5, 1.0], [np.nan, np.inf, -np.inf]], np.float32)
-    assert seen(Image.fromarray(values)).tolist() == [[0, 128, 255], [0, 255, 0]]
-    assert seen(Image.fromarray(np.full((2, 2), np.nan, np.float32))).tolist() == [[0, 0], [0, 0]]
+@pytest.mark.parametrize("strip", [1, 5000, 2**22])
+def test_padding_in_strips_is_padding(strip, monkeypatch):
+    monkeypatch.setattr("llava_jax.image_files.STRIP_PIXELS", strip)
+    for number, (width, height) in enumerate([*SIZES, (2000, 3), (3, 2000)]):
+        image = Image.fromarray(noise(width, height, 3, number))
+        side = max(width, height)
+        padded = Image.new("RGB", (side, side), (122, 116, 104))
+        padded.paste(image, ((side - width) // 2, (side - height) // 2))
+        for size in (336, 61):
+            expected = padded.resize((size, size), Image.Resampling.BICUBIC)
+            np.testing.assert_array_equal(ImageProcessor(size)(image)[0], np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -149,279 +128,94 @@ def test_transparency_beside_the_pixels_equals_transformers(palette, alpha, proc
     assert_identical(image, processor)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in [*PIL_MODES, *GREYS] if mode not in ("PA", "HSV")])  # no file has
-def test_opening_a_file_gives_the_same_pixels(mode, tmp_path):
-    path = tmp_path / "image"
-    tiffs = ("I", "F", "I;16B", "LAB", "RGBX")
-    file_format = "JPEG" if mode in ("CMYK", "YCbCr") else "TIFF" if mode in tiffs else "PNG"
-    image_of_mode(mode).save(path, file_format)
-    opened = open_image(path)
-    assert opened.mode == "RGB"
-    with Image.open(path) as expected:
-        np.testing.assert_array_equal(prepare(opened, 30), prepare(expected, 30))
-    np.testing.assert_array_equal(np.asarray(open_image(path.read_bytes())), np.asarray(opened))
+def plain_layout(width: int, height: int, pinpoints, size: int, side: int) -> tuple[int, list[int]]:
+    """LLaVA 1.6's visual tokens of an image, one by one: the number of tiles, and each token's feature."""
+    best, canvas = (0, 0), None
+    for wide, high in pinpoints:
+        scale = min(wide / width, high / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        if canvas is None or kept > best[0] or kept == best[0] and wide * high - kept < best[1]:
+            best, canvas = (kept, wide * high - kept), (wide, high)
+    across, down = canvas[0] // size, canvas[1] // size
+    first_row = first_column = 0
+    if width / height > across / down:
+        first_row = (down * side - int(height * (across * side / width))) // 2
+    else:
+        first_column = (across * side - int(width * (down * side / height))) // 2
+    tiles = 1 + across * down
+    tokens = list(range(side * side))
+    for y in range(first_row, down * side - first_row):
+        for x in range(first_column, across * side - first_column):
+            tile = 1 + y // side * across + x // side
+            tokens.append(tile * side * side + y % side * side + x % side)
+        tokens.append(tiles * side * side)
+    return tiles, tokens
 
 
-def test_of_transparent_pixels_the_colour_stays():
-    assert open_image(_bytes(Image.new("RGBA", (2, 2), (200, 0, 0, 0)))).getpixel((0, 0)) == (200, 0, 0)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 5),
+       st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=6))
+def test_anyres_layouts_against_a_plain_loop(width, height, side, grids):
+    pinpoints = tuple((28 * across, 28 * down) for across, down in grids)
+    processor = ImageProcessor(28, "anyres", side, pinpoints=pinpoints)
+    try:
+        tiles, index = processor.layout(width, height)
+    except UserError:  # every canvas would keep nothing of so thin an image
+        assert all(min(int(width * scale), int(height * scale)) == 0
+                   for wide, high in pinpoints for scale in [min(wide / width, high / height)])
+        return
+    assert (tiles, index.tolist()) == plain_layout(width, height, pinpoints, 28, side)
 
 
-@pytest.mark.parametrize("file_format, mode", [("JPEG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "I;16"),
-                                               ("WEBP", "RGB"), ("AVIF", "RGB")])
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_exif_rotation(file_format, mode, turn):
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    content = _bytes(image_of_mode(mode), file_format, exif=exif)
-    with Image.open(io.BytesIO(content)) as image:
-        assert orientation(image) == turn
-        upright = ImageOps.exif_transpose(image)
-    as_stored, turned = open_image(content), open_image(content, exif=True)
-    assert as_stored.size == image_of_mode(mode).size and turned.size == upright.size
-    expected = prepare(upright, 30)
-    np.testing.assert_array_equal(prepare(turned, 30), expected)
-    assert (turn == 1) == np.array_equal(prepare(as_stored, 30), expected)
+@pytest.mark.parametrize("size, tiles, tokens", [
+    ((336, 336), 3, 1176), ((32, 32), 3, 1176), ((640, 480), 5, 2340), ((480, 640), 5, 2352), ((672, 672), 5, 2928),
+    ((1024, 899), 5, 2634), ((1920, 1080), 5, 1948), ((1000, 250), 4, 1890), ((300, 1000), 4, 2232),
+    ((100, 80), 3, 1076), ((25, 1), 3, 576),
+])
+def test_anyres_counts_are_those_of_the_original(size, tiles, tokens):
+    assert ANYRES.layout(*size).tiles == tiles and len(ANYRES.layout(*size).index) == tokens
 
 
-def test_pil_turns_tiffs_itself():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = _bytes(image_of_mode("RGB"), "TIFF", exif=exif)
-    with Image.open(io.BytesIO(content)) as image:
-        assert orientation(image) == 1
-    assert open_image(content).size == open_image(content, exif=True).size == (83, 61)
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1000, 250), (300, 1000), (1024, 899), (337, 700)])
+def test_anyres_tiles_equal_transformers(size):
+    """transformers breaks ties between canvases another way, so these sizes have no tie."""
+    transformers = pytest.importorskip("transformers")
+    oracle = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336},
+        image_grid_pinpoints=[[height, width] for width, height in PINPOINTS])
+    image = Image.fromarray(noise(*size, 3), "RGB")
+    expected = oracle(image, return_tensors="np").pixel_values[0]
+    tiles = ANYRES(image)
+    assert len(tiles) == ANYRES.layout(*size).tiles
+    np.testing.assert_array_equal(ANYRES.normalise(tiles).transpose(0, 3, 1, 2), expected[: len(tiles)])
+    assert not expected[len(tiles) :].any()
 
 
-def test_exif_that_is_damaged_is_none():
-    content = _bytes(image_of_mode("RGB"), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    with Image.open(io.BytesIO(content)) as image:
-        assert orientation(image) == 1
-    assert open_image(content, exif=True).size == (61, 83)
+def test_one_tile_layouts_count_through():
+    for class_token in (False, True):
+        processor = ImageProcessor(28, patches=2, class_token=class_token)
+        assert processor.is_fixed and processor.layout(7, 900).tiles == 1
+        assert processor.layout().index.tolist() == list(range(4 + class_token))
 
 
-@pytest.mark.skipif("LLAVA_PHOTOS" not in os.environ, reason="LLAVA_PHOTOS: photos and original_pixels.json")
-def test_photos_are_the_original_s_to_the_bit():
-    """original_pixels.json: {file: {"SIZE_MODE": first 24 hex digits of the SHA-256 of float32 [3, SIZE, SIZE]}}."""
-    folder = Path(os.environ["LLAVA_PHOTOS"])
-    compared = 0
-    for name, about in json.loads((folder / "original_pixels.json").read_text()).items():
-        for way in (key for key in about if "_" in key):
-            size, mode = way.split("_")
-            pixels = normalise(prepare(open_image(folder / name), int(size), mode))[0].transpose(2, 0, 1)
-            assert hashlib.sha256(pixels.tobytes()).hexdigest()[:24] == about[way], (name, way)
-            compared += 1
-    assert compared > 100
+@given(st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), max_size=4), st.integers(0, 3), st.integers(0, 3))
+def test_visual_index_moves_each_image_behind_the_one_before(sizes, before, after):
+    processor = ImageProcessor(28, "anyres", 2, pinpoints=((56, 28), (28, 84), (2800, 2800)))
+    layouts = [processor.layout(*size) for size in sizes]
+    total = before + sum(layout.tiles for layout in layouts) + after
+    expected, tile = [], before
+    for layout in layouts:
+        for feature in layout.index.tolist():
+            expected.append(total * 4 if feature == layout.tiles * 4 else tile * 4 + feature)
+        tile += layout.tiles
+    found = processor.visual_index(layouts, before, total)
+    assert found.tolist() == expected and found.dtype == np.int32
+    assert max(expected, default=0) <= total * 4
 
 
-def _bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    "content, says",
-    [
-        (b"", "the file is empty|not an image"),
-        (b"\xef\xbb\xbf<!DOCTYPE html>", "not an image but a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer.*git lfs pull"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "an HEIC image, as iPhones write it"),
-        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "a video"),
-        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "XML, such as SVG"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
-        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
-        (b"%PDF-1.7", "a PDF"),
-        (b"<html>404</html>", "not an image"),
-        (_bytes(Image.fromarray(noise(64, 64, 3)), "JPEG")[:-900], "truncated"),
-        (_bytes(Image.fromarray(noise(64, 64, 3)), "PNG")[:-900], "truncated"),
-        (_bytes(Image.fromarray(noise(64, 64, 3)), "GIF")[:900], "truncated"),
-        (b"P6 0 0 255\n", "not an image"),
-        (b"P6 3 3 255\n" + bytes(27), "not an image, or of an unknown format; known are JPEG, PNG, WebP, GIF, BMP"),
-    ],
-    ids=["empty", "page", "lfs", "heic", "mp4", "svg", "jxl", "jp2", "eps", "pdf", "html", "jpeg", "png", "gif",
-         "no-pixels", "ppm"],
-)
-def test_broken_files_are_one_line_that_names_them(content, says, tmp_path):
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=says) as raised:
-        open_image(path)
-    message = str(raised.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message and "object at" not in message
-    with pytest.raises(UserError, match=f"image of {len(content)} bytes: .*{says}"):
-        open_image(content)
-
-
-def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(UserError, match="nowhere.jpg: no such image file"):
-        open_image(tmp_path / "nowhere.jpg")
-    with pytest.raises(UserError, match=f"{tmp_path}: the image cannot be read"):
-        open_image(tmp_path)
-
-
-def test_unknown_mode_lists_the_modes():
-    with pytest.raises(UserError, match="'anyres' is unknown; choose one of: square, pad"):
-        prepare(Image.new("RGB", (4, 4)), mode="anyres")
-
-
-def test_an_image_without_pixels_is_refused():
-    with pytest.raises(UserError, match="0 x 5 pixels"):
-        prepare(Image.new("RGB", (0, 5)))
-
-
-def test_elongated_images_are_refused_before_memory_runs_out():
-    for image in (Image.new("RGB", (20_000, 1)), Image.new("RGB", (1, 20_000))):
-        with pytest.raises(UserError, match="too elongated to resize"):
-            prepare(image, 336, "square")
-
-
-@pytest.mark.parametrize("strip", [1, 5000, 2**22])
-def test_padding_in_strips_is_padding(strip, monkeypatch):
-    monkeypatch.setattr("llava_jax.image_files.STRIP_PIXELS", strip)
-    for number, (width, height) in enumerate([*SIZES, (2000, 3), (3, 2000)]):
-        image = Image.fromarray(noise(width, height, 3, number))
-        side = max(width, height)
-        padded = Image.new("RGB", (side, side), (122, 116, 104))
-        padded.paste(image, ((side - width) // 2, (side - height) // 2))
-        for size in (336, 61):
-            expected = padded.resize((size, size), Image.Resampling.BICUBIC)
-            np.testing.assert_array_equal(prepare(image, size, "pad")[0], np.asarray(expected))
-
-
-def webp_header(width: int, height: int, kind: str) -> bytes:
-    """A WebP of 34 bytes."""
-    width, height = width - 1, height - 1
-    body = {
-        "VP8L": b"\x2f" + (width | height << 14).to_bytes(4, "little"),
-        "VP8X": bytes(4) + width.to_bytes(3, "little") + height.to_bytes(3, "little"),
-        "VP8 ": b"\x10\0\0\x9d\x01\x2a" + (width + 1).to_bytes(2, "little") + (height + 1).to_bytes(2, "little"),
-    }[kind].ljust(14, b"\0")
-    return b"RIFF" + (26).to_bytes(4, "little") + b"WEBP" + kind.encode() + (14).to_bytes(4, "little") + body
-
-
-def png_bomb(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
-
-    header = width.to_bytes(4) + height.to_bytes(4) + b"\x08\x06\0\0\0"
-    packer = zlib.compressobj(9)
-    row = bytes(4 * width + 1)
-    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-BOMBS = {
-    "png": lambda: png_bomb(13_000, 13_000),
-    **{f"webp {kind} {side}": lambda kind=kind, side=side: webp_header(side, side, kind)
-       for kind in ("VP8L", "VP8X", "VP8 ") for side in (9000, 16383)},
-    "gif": lambda: b"GIF89a" + b"\xff\xff\xff\xff" + bytes(3) + b",\0\0\0\0" + b"\xff\xff\xff\xff" + b"\0\x02\x01\0\0;",
-    "bmp": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0),
-}
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_are_told_from_their_headers(bomb, tmp_path):
-    """In a process of its own that may map 100 MB more than it does: libwebp maps two canvases when it is made."""
-    (tmp_path / "bomb").write_bytes(BOMBS[bomb]())
-    script = """
-import resource, sys
-import llava_jax.image_files as image_files
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with open("/proc/self/statm") as file:
-    mapped = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (mapped + 100 * 2**20, -1))
-try:
-    image_files.open_image(sys.argv[1])
-except image_files.UserError as error:
-    print(error)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-    command = [sys.executable, "-W", "error", "-c", script, tmp_path / "bomb"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    says, grown = ran.stdout.splitlines()
-    assert "the image cannot be read (" in says and "pixels" in says and int(grown) < 50, ran
-
-
-def test_the_limit_of_pixels_is_an_option():
-    content = _bytes(Image.new("RGB", (60, 40)))
-    assert open_image(content, max_pixels=2400).size == (60, 40)
-    with pytest.raises(UserError, match=r"60 x 40 pixels, more than the limit of 2,399 \(max_pixels\)"):
-        open_image(content, max_pixels=2399)
-
-
-def test_a_tiff_whose_tiles_are_larger_than_itself():
-    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30000, 323: 30000, 324: 8, 325: 4}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    content = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
-    with Image.open(io.BytesIO(content)) as image:
-        assert image.size == (16, 16)
-    with pytest.raises(UserError, match="30,000 x 30,000 pixels"):
-        open_image(content)
-
-
-def test_a_jpeg_of_thousands_of_scans():
-    content = _bytes(image_of_mode("RGB"), "JPEG", progressive=True)
-    assert 2 < content.count(b"\xff\xda") < 20 and open_image(content)
-    start = content.rindex(b"\xff\xda")
-    with pytest.raises(UserError, match="a JPEG of 3,0.. scans, more than 100"):
-        open_image(content[:start] + 3000 * content[start:-2] + content[-2:])
-
-
-def test_a_time_limit(monkeypatch):
-    content = _bytes(Image.fromarray(noise(300, 200, 3)), "JPEG")
-    assert open_image(content, seconds=1000)
-    clock = iter(range(1000))
-    monkeypatch.setattr("llava_jax.image_files.time.monotonic", lambda: next(clock))
-    with pytest.raises(UserError, match=r"decoding takes more than 2 s"):
-        open_image(content, seconds=2)
-
-
-FAULTS = [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "stale"), OSError(errno.ENOMEM, "no memory"),
-          MemoryError()]  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=repr)
-@pytest.mark.parametrize("where", ["builtins.open", "os.stat", "PIL.Image.open", "PIL.Image.Image.load",
-                                   "PIL.Image.Image.convert"])
-def test_a_fault_of_the_machine_is_no_bad_image(where, fault, tmp_path, monkeypatch):
-    path = tmp_path / "good.png"
-    path.write_bytes(_bytes(image_of_mode("L")))
-
-    def fail(*_, **__):
-        raise fault
-
-    with monkeypatch.context() as patch:
-        patch.setattr(where, fail)
-        with pytest.raises(type(fault)) as raised:
-            open_image(path)
-    assert raised.value is fault and open_image(path)
-
-
-def test_a_decoder_without_memory_is_no_bad_image(monkeypatch):
-    content = _bytes(image_of_mode("L"))
-
-    def fail(_):
-        raise OSError("out of memory error when reading image file")  # as PIL writes it, without a code
-
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    with pytest.raises(MemoryError, match="image of .* bytes: out of memory"):
-        open_image(content)
-
-
-def test_a_mistake_of_this_code_is_no_bad_image(monkeypatch):
-    monkeypatch.setattr("llava_jax.image_files.read_image", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        open_image("any.png")
-
-
-def test_an_image_is_turned_once():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = _bytes(image_of_mode("RGB"), "JPEG", exif=exif)
-    with Image.open(io.BytesIO(content)) as image:
-        once = turn_upright(image)
-    assert once.size == (83, 61) and turn_upright(once) is once
-    assert turn_upright(open_image(content, exif=True)).size == (83, 61)
-    assert turn_upright(open_image(content)).size == (83, 61)
+def test_a_canvas_is_the_image_scaled_and_centred_on_black():
+    tiles = ImageProcessor(28, "anyres", 2, pinpoints=((56, 28),))(Image.new("RGB", (56, 56), "white"))
+    assert tiles.shape == (3, 28, 28, 3) and (tiles[0] == 255).all()
+    canvas = np.concatenate([tiles[1], tiles[2]], axis=1)
+    edge = math.ceil((56 - 28) / 2)
+    assert (canvas[:, edge : 56 - edge] == 255).all()
+    assert not canvas[:, :edge].any() and not canvas[:, 56 - edge :].any()

@@ -1,46 +1,63 @@
-"""A record's number -> its tokens, and its images. What the worker processes do; imports neither Grain nor JAX."""
+"""A record's number -> its tokens and its tiles: what the worker processes do. Imports neither Grain nor JAX."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from llava_jax.data.records import BadRow, Record
 from llava_jax.data.sources import Mixture
 from llava_jax.errors import UserError
-from llava_jax.image_files import MAX_PIXELS, MissingImage, open_image
-from llava_jax.images import prepare
-from llava_jax.text.encode import IMAGE_TOKEN_ID, Example, NoSupervisedTokens, TooLong, encode_conversation
+from llava_jax.image_files import MAX_PIXELS, MissingImage, image_size, open_image
+from llava_jax.images import ImageProcessor, Layout
+from llava_jax.text.encode import ImageCount, NoSupervisedTokens, TooLong, encode_conversation
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loader:
-    """Makes examples of the records of a mixture, numbered through.
+class EncodedRecord(NamedTuple):
+    """A record's conversation as tokens and labels (`Example`), and the layouts of its images."""
 
-    A bad row raises BadRow, with one line that names file and row, if `bad_rows` is "error", and else stands in the
-    result as its reason.
+    tokens: Int32[np.ndarray, "T"]
+    labels: Int32[np.ndarray, "T"]
+    layouts: tuple[Layout, ...]
+
+    @property
+    def tiles(self) -> int:
+        return sum(layout.tiles for layout in self.layouts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Says which records there are and how they become tokens and tiles. Can be pickled.
+
+    A record that cannot be used raises BadRow, with one line that names file and row.
     """
 
     mixture: Mixture
     tokenizer: Tokenizer
     template: Template
-    tokens_per_image: int
-    image_size: int
-    image_mode: str
+    processor: ImageProcessor
     sequence_length: int
+    """Number of tokens of a packed sequence."""
     tiles_per_sequence: int
-    bad_rows: Literal["error", "skip"]
-    context: int | None = None  # the most tokens of a conversation, where the model's context is shorter than a row
+    """Number of tiles of a packed sequence."""
+    context: int | None = None
+    """Largest number of tokens of a conversation, if the model's context is shorter than a sequence."""
     exif: bool = False
+    """Whether images are turned as their EXIF orientation says."""
     max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """Whether a record that cannot be used is an error, or is left out and counted."""
 
-    def __call__(self, what: Literal["texts", "images"], numbers: Sequence[int]) -> list:
-        """`text` or `pixels` of each record, or its reason."""
-        load, results = {"texts": self.text, "images": self.pixels}[what], []
+    def __call__(self, what: Literal["texts", "tiles"], numbers: Sequence[int]) -> list:
+        """Returns `text` or `tiles` of the records; the reason of a bad one if `bad_rows` is "skip"."""
+        load, results = {"texts": self.text, "tiles": self.tiles}[what], []
         for number in numbers:
             try:
                 results.append(load(number))
@@ -50,45 +67,70 @@ class Loader:
                 results.append(bad.reason)
         return results
 
-    def text(self, number: int) -> Example:
-        """Tokens and labels, int32 [T]."""
+    def text(self, number: int) -> EncodedRecord:
+        """Encodes the conversation of a record. Opens no image, but reads their sizes where the layout needs them."""
         record = self._record(number)
-        images = len(record.images)
-        if images > self.tiles_per_sequence:
-            message = (f"{images} images do not fit into the {self.tiles_per_sequence} slots of a row "
-                       "(data.tiles_per_sequence)")
-            raise BadRow("too_long", f"{record.source}: {message}")
+        layouts = record_layouts(record, self.processor, self.exif, self.max_pixels)
+        if (tiles := sum(layout.tiles for layout in layouts)) > self.tiles_per_sequence:
+            message = f"{tiles} tiles do not fit into the {self.tiles_per_sequence} of a sequence"
+            raise BadRow("too_long", f"{record.source}: {message} (data.tiles_per_sequence)")
+        most, limit = min((self.sequence_length, "data.sequence_length"),
+                          (self.context or math.inf, "the model's context"))
         try:
-            most, limit = min((self.sequence_length, "data.sequence_length"),
-                              (self.context or math.inf, "the model's context"))
-            example = encode_conversation(
-                record.turns, self.template, self.tokenizer, self.tokens_per_image, max_length=most
-            )
+            counts = [len(layout.index) for layout in layouts]
+            example = encode_conversation(record.turns, self.template, self.tokenizer, counts, max_length=most)
         except NoSupervisedTokens as error:
             raise BadRow("no_supervised_tokens", f"{record.source}: {error}") from None
         except TooLong as error:
             raise BadRow("too_long", f"{record.source}: {error} ({limit})") from None
+        except ImageCount as error:  # an <image> is in a turn that is left out
+            raise BadRow("image_count", f"{record.source}: {error}") from None
         except UserError as error:
             raise BadRow("malformed", f"{record.source}: {error}") from None
-        used = np.count_nonzero(example.tokens == IMAGE_TOKEN_ID) // self.tokens_per_image
-        if used != images:  # an <image> stood in a turn that is left out
-            raise BadRow("image_count", f"{record.source}: {images} images, but {used} in the turns that are used")
-        return example
+        return EncodedRecord(*example, layouts)
 
-    def pixels(self, number: int) -> np.ndarray:
-        """The images as the model sees them, uint8 [I, size, size, 3]."""
+    def tiles(self, number: int) -> UInt8[np.ndarray, "tiles size size 3"]:
+        """Decodes the images of a record and returns their tiles."""
         record = self._record(number)
-        tiles = []
-        for image in record.images:
-            try:
+        tiles = [np.zeros((0, self.processor.size, self.processor.size, 3), np.uint8)]
+        for image, size in zip(record.images, _stored_sizes(record, self.processor, self.exif), strict=True):
+            with _named(record):
                 opened = open_image(image, self.exif, self.max_pixels)
-                tiles.append(prepare(opened, self.image_size, self.image_mode)[0])
-            except MissingImage as error:
-                raise BadRow("missing_image", f"{record.source}: {error}") from None
-            except UserError as error:
-                raise BadRow("broken_image", f"{record.source}: {error}") from None
-        return np.stack(tiles) if tiles else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+                if size not in (None, opened.size):  # its layout would be another
+                    raise UserError(f"the image's size is {opened.size}, but image_widths and image_heights say {size}")
+                tiles.append(self.processor(opened))
+        return np.concatenate(tiles)
+
 
     def _record(self, number: int) -> Record:
         source, index = self.mixture.locate(number)
         return source[index]
+
+
+def record_layouts(record: Record, processor: ImageProcessor, exif: bool = False, max_pixels: int = MAX_PIXELS
+                   ) -> tuple[Layout, ...]:
+    """Returns the layout of each image of a record. Reads the images' headers only where the layout needs a size."""
+    if processor.is_fixed:
+        return (processor.layout(),) * len(record.images)
+    layouts = []
+    for image, size in zip(record.images, _stored_sizes(record, processor, exif), strict=True):
+        with _named(record):
+            layouts.append(processor.layout(*(size or image_size(image, exif, max_pixels))))
+    return tuple(layouts)
+
+
+def _stored_sizes(record: Record, processor: ImageProcessor, exif: bool) -> Sequence[tuple[int, int] | None]:
+    # Stored sizes are those before a rotation, so `exif` needs the header.
+    usable = record.image_sizes and not exif and not processor.is_fixed
+    return record.image_sizes if usable else [None] * len(record.images)
+
+
+@contextlib.contextmanager
+def _named(record: Record) -> Iterator[None]:
+    """Turns an image's UserError into a BadRow that names the record."""
+    try:
+        yield
+    except MissingImage as error:
+        raise BadRow("missing_image", f"{record.source}: {error}") from None
+    except UserError as error:
+        raise BadRow("broken_image", f"{record.source}: {error}") from None

@@ -30,14 +30,15 @@ _IMAGE = re.compile(r"<img>[^<\n]*</img>|<\|(vision_start|image(_pad|_\d+)?)\|>|
 _MEDIUM = re.compile(r"^[ \t]*<(video|audio|img)>|<(video|audio|img)>[ \t]*$", re.MULTILINE)
 ANY_MARK = re.compile(r"<(video|audio|img)>")
 
+SIZES = ("image_widths", "image_heights")  # of the images of a row, in pixels; `prepare pack` writes them
+
 # Keys of a row that a record is made of, or that make it unusable. `parse_row` sees only these of a parquet file.
 READ = frozenset({
-    "id", "image", "images", *SYSTEM, "response", "history", "label", "kto_tag", "objects", *PREFERENCES, *TOOLS,
-    *LEARNED_ROWS,
+    "id", "image", "images", *SIZES, *SYSTEM, "response", "history", "label", "kto_tag", "objects", *PREFERENCES,
+    *TOOLS, *LEARNED_ROWS,
     *(kind + plural + suffix for kind in ("video", "audio") for plural in ("", "s")
       for suffix in ("", *(f"_{what}{more}" for what in ("path", "url", "file") for more in ("", "s")))),
 })  # fmt: skip
-SIZES = ("image_widths", "image_heights")  # of the images of a row, in pixels; `prepare pack` writes them
 _KNOWN = {"id", "image", "images", *SIZES, *SYSTEM}
 _KNOWN_IN_TURNS = {"from", "role", "value", "content", *LEARNED, *MASKED}
 _KNOWN_IN_PARTS = {"type", "text", "image", "image_url", "url", "path", "base64", "index", *LEARNED, *MASKED}

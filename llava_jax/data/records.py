@@ -48,6 +48,7 @@ class Record:
     # "loss": False as well.
     turns: tuple[dict[str, Any], ...]
     source: str  # file and row, for messages
+    image_sizes: tuple[tuple[int, int], ...] | None = None  # width and height of each stored image, where known
     unknown: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # keys that nothing reads
 
 
@@ -93,7 +94,8 @@ def parse_row(row: Any, where: str) -> Record:
         fields.check_row(row)
         given = _query_turns(row) if key == "query" else _turn_list(row[key])
         turns, slots = _turns(given, _system(row))
-        images = _fill(slots, _column(row))
+        column = _column(row)
+        images = _fill(slots, column)
         unknown = fields.unknown_keys(row, key, given)
     except BadRow as bad:
         raise BadRow(bad.reason, f"{where}: {bad}") from None
@@ -101,7 +103,7 @@ def parse_row(row: Any, where: str) -> Record:
         raise BadRow("unsupported", f"{where}: {error}") from None
     except UserError as error:
         raise BadRow("malformed", f"{where}: {error}") from None
-    return Record(str(record_id), images, turns, where, unknown)
+    return Record(str(record_id), images, turns, where, _sizes(row) if images == column else None, unknown)
 
 
 def kind(value: Any) -> str:
@@ -246,6 +248,16 @@ def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_image(image, key) for image in values if not _is_empty(image))
     return ()
+
+
+def _sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...] | None:
+    """Width and height of each image of the row's column, if two more columns give them."""
+    widths, heights, images = (row.get(key) for key in (*fields.SIZES, "images"))
+    if not all(isinstance(column, list) for column in (widths, heights, images)):
+        return None
+    sizes = tuple(zip(widths, heights, strict=False))
+    good = all(type(side) is int and side > 0 for size in sizes for side in size)
+    return sizes if good and len(widths) == len(heights) == len(images) else None
 
 
 def _is_empty(cell: Any) -> bool:

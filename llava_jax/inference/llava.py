@@ -13,7 +13,6 @@ from PIL import Image
 
 from llava_jax.errors import UserError
 from llava_jax.image_files import open_image, turn_upright
-from llava_jax.images import prepare
 from llava_jax.inference.detokenizer import Completion, Detokenizer
 from llava_jax.inference.engine import Engine, Prompt
 from llava_jax.inference.grouping import group_batches, image_opener
@@ -112,20 +111,23 @@ class Llava:
     def model(
         self,
         tokens: Int[Array, "B T"],
-        images: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None,
+        tiles: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        visual_index: Int[Array, "B T"] | Int[Array, "B T 4"] | None = None,
+        visual_weight: Float[Array, "B T 4"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns the logits of the next token at every position, float32, jitted.
 
         Args:
-          tokens: every visual token's position has IMAGE_TOKEN_ID. The k-th such position of a row stands for the k-th
-            visual token of that row's images, in order.
-          images: float32, normalised with CLIP's statistics, or uint8; None for text alone.
+          tokens: every visual token's position has IMAGE_TOKEN_ID.
+          tiles: float32, as `ImageProcessor.normalise` returns them, or uint8; None for text alone.
           positions: 0, 1, 2 ... by default.
           segment_ids: a token attends to its own segment only. By default a row is one segment.
+          visual_index, visual_weight: features that the visual tokens take (models/llava.py). By default the k-th
+            visual token of a row takes the k-th feature of its tiles.
         """
-        return self._logits(self.parameters, tokens, images, positions, segment_ids)
+        return self._logits(self.parameters, tokens, tiles, positions, segment_ids, visual_index, visual_weight)
 
     def generate(
         self,
@@ -252,7 +254,7 @@ class Llava:
         Raises UserError if images and marks differ, and PromptTooLong if no room is left for an answer.
         """
         tokens = encode_prompt(as_messages(request.messages, len(request.images)), self.template, self.tokenizer,
-                               self.config.tokens_per_image, request.assistant_prefix, request.verbatim)
+                               self.config.processor.features_per_tile, request.assistant_prefix, request.verbatim)
         if len(tokens) >= self.config.text.max_length:
             raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
         return tokens
@@ -338,7 +340,7 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
         sharding = lambda path, shape: shardings[path]  # noqa: E731
     tokenizer = Tokenizer.load(path)
     agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True,
-                    visual_tokens=config.tokens_per_image, context=config.text.max_length)
+                    visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
     config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding)
     llava = Llava(config, parameters, tokenizer, dtype, mesh, attention)
     if jax.default_backend() != "cpu":  # where there is a choice

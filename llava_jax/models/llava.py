@@ -1,7 +1,7 @@
 """LLaVA: visual features, projected, take the places of a prompt's image tokens (Visual Instruction Tuning, 4.1)."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.errors import UserError
-from llava_jax.images import CLIP_MEAN, CLIP_STD, MODES
+from llava_jax.images import ImageProcessor
 from llava_jax.models import vit
 from llava_jax.models.attention import fills_lanes, resolve
 from llava_jax.models.llama import Llama, LlamaConfig
@@ -28,20 +28,30 @@ class LlavaConfig:
     projector: str = "mlp2x_gelu"
     feature_layer: int = -2
     feature_select: str = "patch"
-    image_mode: str = "pad"
+    processor: ImageProcessor | None = None
+    """How images become tiles; by default pad, with CLIP's statistics, of the vision tower's size."""
     template: str = "vicuna_v1"
-    exif: bool = False  # whether it was trained on images turned as their EXIF orientation says
+    exif: bool = False
+    """Whether the model was trained on images turned as their EXIF orientation says."""
 
     def __post_init__(self):
         if self.feature_select not in ("patch", "cls_patch"):
             raise UserError(f"feature_select {self.feature_select!r} is neither patch nor cls_patch")
-        if self.image_mode not in MODES:
-            raise UserError(f"image_mode {self.image_mode!r} is not one of {', '.join(MODES)}")
         vit.depth(self.vision, self.feature_layer)
+        expected = {"size": self.vision.image_size, "patches": self.vision.grid,
+                    "class_token": self.feature_select == "cls_patch"}
+        if self.processor is None:
+            object.__setattr__(self, "processor", ImageProcessor(**expected))
+        for name, value in expected.items():
+            if getattr(self.processor, name) != value:
+                found = getattr(self.processor, name)
+                raise UserError(f"processor.{name} is {found}, but {value} suits vision and feature_select")
 
-    @property
-    def tokens_per_image(self) -> int:
-        return self.vision.patches + (self.feature_select == "cls_patch")
+    def with_image_mode(self, mode: str | None) -> "LlavaConfig":
+        """Returns the configuration with another image mode, or itself if `mode` is None."""
+        if mode is None:
+            return self
+        return replace(self, processor=replace(self.processor, mode=mode, pinpoints=()))
 
 
 class AttentionChoice(NamedTuple):
@@ -83,52 +93,74 @@ class Llava(nnx.Module):
         self.vision = Vit(config.vision, attention=attention.vision, remat=remat, rngs=rngs)
         self.projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.decoder = Llama(config.text, attention=attention.decoder, remat=remat, rngs=rngs)
+        if not config.processor.is_fixed:
+            size = config.text.hidden_size
+            self.image_newline = nnx.Param(size**-0.5 * jax.random.normal(rngs.params(), (size,)))
 
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        images: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None,
+        tiles: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        visual_index: Int[Array, "B T"] | Int[Array, "B T 4"] | None = None,
+        visual_weight: Float[Array, "B T 4"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Scores of the next token, float32. The arguments are those of `hidden`."""
-        return self.decoder.logits(self.hidden(tokens, images, positions, segment_ids))
+        """Returns the scores of the next token, float32. The arguments are those of `hidden`."""
+        return self.decoder.logits(self.hidden(tokens, tiles, positions, segment_ids, visual_index, visual_weight))
 
-    def hidden(self, tokens, images, positions=None, segment_ids=None, with_cache: bool = False):
-        """The decoder's hidden states `[B, T, D]`, from which `decoder.logits` makes scores.
+    def hidden(self, tokens, tiles, positions=None, segment_ids=None, visual_index=None, visual_weight=None,
+               with_cache: bool = False):
+        """Returns the decoder's hidden states `[B, T, D]`, from which `decoder.logits` computes scores.
 
-        `tokens` int32 [B, T]: the place of every visual token holds IMAGE_TOKEN_ID, and the k-th such place of a row
-        takes the k-th visual token of that row's images, in order. `images` [B, I, H, W, 3]: float32 normalised with
-        CLIP's statistics, or uint8, or None for text alone. `positions` [B, T]: 0, 1, 2 ... when None. `segment_ids`
-        [B, T]: tokens see their own segment only; one segment when None. `with_cache`: see `Llama.__call__`.
+        Args:
+          tokens: int32 [B, T], with IMAGE_TOKEN_ID at the position of every visual token.
+          tiles: [B, I, H, W, 3], float32 as `ImageProcessor.normalise` returns them, or uint8; None for text alone.
+          positions: int32 [B, T]; 0, 1, 2 ... if None.
+          segment_ids: int32 [B, T]. Tokens attend to their own segment only; one segment if None.
+          visual_index: int32 [B, T], the feature of the sequence's tiles that a visual token takes. Features are
+            counted through tile by tile, and one more than the last is the newline (`ImageProcessor.visual_index`).
+            If None, the k-th visual token takes the k-th feature, which suits modes of one tile an image.
+          visual_weight: float [B, T, 4], if `visual_index` is [B, T, 4]: a visual token is the weighted sum of four.
+          with_cache: see `Llama.__call__`.
         """
-        x = self.embed(tokens, images)
+        x = self.embed(tokens, tiles, visual_index, visual_weight)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         with jax.named_scope("decoder"):
             return self.decoder(x, positions, segment_ids, with_cache)
 
-    def embed(self, tokens, images) -> Float[Array, "B T D"]:
-        """The decoder's input: text embeddings, with projected visual tokens at the places of the images."""
+    def embed(self, tokens, tiles, visual_index=None, visual_weight=None) -> Float[Array, "B T D"]:
+        """Returns the decoder's input: text embeddings, with projected features at the positions of visual tokens."""
         with jax.named_scope("decoder"):
             x = self.decoder.embed(tokens, jnp.dtype(self.dtype))
-        if images is None:
+        if tiles is None:
             return x
         with jax.named_scope("vision"):
-            features = self.features(images)
+            features = self.features(tiles)
         with jax.named_scope("projector"):
             visual = self.projector(features)
-        # A gather within each row needs no communication between devices that hold different rows.
-        places = tokens == IMAGE_TOKEN_ID
-        index = jnp.clip(jnp.cumsum(places, axis=1) - 1, 0, visual.shape[1] - 1)
-        return jnp.where(places[..., None], jnp.take_along_axis(visual, index[..., None], axis=1), x)
+        is_visual = tokens == IMAGE_TOKEN_ID
+        if visual_index is None:
+            visual_index = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, visual.shape[1] - 1)
+        if not self.config.processor.is_fixed:
+            newline = self.image_newline.get_value().astype(visual.dtype)
+            visual = jnp.append(visual, jnp.broadcast_to(newline, (len(visual), 1, len(newline))), axis=1)
+        # A gather within each sequence needs no communication between devices that hold different sequences.
+        index = jnp.maximum(visual_index, 0).reshape(len(tokens), -1, 1)
+        found = jnp.take_along_axis(visual, index, axis=1)
+        if visual_weight is not None:
+            weight = visual_weight.astype(found.dtype)
+            found = jnp.einsum("btkd,btk->btd", found.reshape(*weight.shape, -1), weight)
+        return jnp.where(is_visual[..., None], found, x)
 
-    def features(self, images) -> Float[Array, "B I*P D"]:
-        """The vision tower's features of each row's images, one after the other."""
-        B, I = images.shape[:2]
-        if images.dtype == jnp.uint8:
-            images = (images.astype(jnp.float32) / 255 - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)
-        x = images.astype(self.dtype).reshape(B * I, *images.shape[2:])
+    def features(self, tiles) -> Float[Array, "B I*P D"]:
+        """Returns the vision tower's features of each sequence's tiles, one tile after the other."""
+        B, I = tiles.shape[:2]
+        if tiles.dtype == jnp.uint8:
+            processor = self.config.processor
+            tiles = (tiles.astype(jnp.float32) / 255 - jnp.asarray(processor.mean)) / jnp.asarray(processor.std)
+        x = tiles.astype(self.dtype).reshape(B * I, *tiles.shape[2:])
         x = self.vision(x, self.config.feature_layer)
         if self.config.feature_select == "patch":
             x = x[:, 1:]

@@ -91,7 +91,7 @@ def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tok
 def _estimated(data: config.Data, model: LlavaConfig, parts: tuple, has_system: bool) -> int:
     records = sum(part[1] for part in parts)
     turns, images = draw(parts, DRAWN_RECORDS / records, np.random.default_rng(0))
-    tokens = turns + model.tokens_per_image * images + (SYSTEM_TOKENS if has_system else 0)
+    tokens = turns + model.processor.features_per_tile * images + (SYSTEM_TOKENS if has_system else 0)
     tokens = np.minimum(tokens, data.sequence_length).astype(int)
     images = np.minimum(images, data.tiles_per_sequence)
     order = np.random.default_rng(1).permutation(len(tokens))

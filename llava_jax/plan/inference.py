@@ -64,8 +64,9 @@ def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -
     if where.hosts > 1:
         raise UserError(f"--inference: {where.name} has {where.hosts} hosts, and inference runs on one; "
                          f"{where.chip.kind} hosts have up to {4 if where.chip.dimensions == 3 else 8} chips")
-    if context < model.tokens_per_image:
-        raise UserError(f"--context {context}: one image takes {model.tokens_per_image} tokens")
+    visual = model.processor.features_per_tile
+    if context < visual:
+        raise UserError(f"--context {context}: one image takes {visual} tokens")
     mesh = sharding.make_mesh(config.Mesh(1, 1, where.devices), where.jax_devices())
     graph, shapes = abstract_params(model, "bfloat16", choose_attention("auto", "tpu", model, "bfloat16"))
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)

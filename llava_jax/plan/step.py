@@ -92,9 +92,9 @@ def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaCon
     data, side = stage.data, model.vision.image_size
     rows = (stage.gradient_accumulation, stage.batch_size // stage.gradient_accumulation)
     batch = {name: jax.ShapeDtypeStruct((*rows, data.sequence_length), jnp.int32, sharding=layout)
-             for name in ("tokens", "labels", "positions", "segment_ids")}
-    images = (*rows, data.tiles_per_sequence, side, side, 3)
-    return batch | {"images": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=layout)}
+             for name in ("tokens", "labels", "positions", "segment_ids", "visual_index")}
+    tiles = (*rows, data.tiles_per_sequence, side, side, 3)
+    return batch | {"tiles": jax.ShapeDtypeStruct(tiles, jnp.uint8, sharding=layout)}
 
 
 def compile_step(recipe: config.Recipe, name: str, where: Slice, mesh: jax.sharding.Mesh, model: LlavaConfig

@@ -100,14 +100,14 @@ class Audit:
         packed = 0
         for start in range(0, len(drawn), packing.WINDOW):
             window = drawn[start : start + packing.WINDOW]
-            packed += len(packing.pack(window["tokens"], window["images"], max_length, tiles_per_sequence))
+            packed += len(packing.pack(window["tokens"], window["tiles"], max_length, tiles_per_sequence))
         expected = round(packed / share)
         return {
             "sequence_length": max_length,
             "tiles_per_sequence": tiles_per_sequence,
             "sequences": expected,
             "token_fill": _total(drawn["tokens"]) / max(packed * max_length, 1),
-            "tile_fill": _total(drawn["images"]) / max(packed * tiles_per_sequence, 1),
+            "tile_fill": _total(drawn["tiles"]) / max(packed * tiles_per_sequence, 1),
             "batch_size": batch_size,
             "steps": max(1, expected // batch_size),
         }

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import textwrap
@@ -50,8 +51,8 @@ class Check(WorkerOptions, ModelOptions):
     tiles_per_sequence: int | None = None
     """Number of tiles of a packed sequence (data.tiles_per_sequence of a recipe); by default the number that the rows
     need, at least 2."""
-    tokens_per_image: int | None = None
-    """Number of visual tokens of an image, if --model is not a complete LLaVA; 576 by default."""
+    visual_tokens: int | None = None
+    """Number of visual tokens of a tile, if --model is not a complete LLaVA; 576 by default."""
     batch_size: int = Stage.batch_size
     """Number of packed sequences per step, to report the number of steps of an epoch."""
     json: Flag = False
@@ -62,9 +63,9 @@ class Check(WorkerOptions, ModelOptions):
     """Kinds of findings that are not errors."""
 
     def __post_init__(self):
-        require_at_least(1, self, "max_length", "tiles_per_sequence", "tokens_per_image", "batch_size")
+        require_at_least(1, self, "max_length", "tiles_per_sequence", "visual_tokens", "batch_size")
         require_at_least(0, self, "workers")
-        for name in ("max_length", "tokens_per_image"):
+        for name in ("max_length", "visual_tokens"):
             if getattr(self, name) is not None and not self.model:
                 raise UserError(f"--{name.replace('_', '-')} needs --model: without its tokenizer no tokens are "
                                 "counted")
@@ -75,8 +76,13 @@ class Check(WorkerOptions, ModelOptions):
     def run(self) -> int:
         mixture = open_mixture(self.data, self.image_root)
         settings = self.load_settings()
-        if self.tokens_per_image is not None:
-            settings = dataclasses.replace(settings, tokens_per_image=self.tokens_per_image)
+        if self.visual_tokens is not None:
+            side = math.isqrt(self.visual_tokens)
+            if self.visual_tokens - side**2 > 1:
+                raise UserError(f"--visual-tokens is {self.visual_tokens}: it must be a square number, or one more")
+            processor = dataclasses.replace(settings.processor, patches=side,
+                                            class_token=self.visual_tokens > side**2)
+            settings = dataclasses.replace(settings, processor=processor)
         max_length = self.max_length or Data.sequence_length
         if settings.context is not None:
             agreement.check_length(max_length, settings.context, "--max-length")

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_jax.data.examples import record_layouts
 from llava_jax.data.fields import ANY_MARK
 from llava_jax.data.records import REASONS, BadRow, Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import UserError
+from llava_jax.images import Layout
 from llava_jax.prepare.image_checks import Problem, check_image
 from llava_jax.prepare.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, NoSupervisedTokens, encode_conversation
@@ -41,8 +43,8 @@ SUSPECT = {
 KINDS = (*REASONS, *SUSPECT)
 
 ROW = np.dtype([("id", "u8"), ("question", "u8"), ("answer", "u4"),
-                ("tokens", "i4"), ("supervised", "i4"), ("images", "u2"), ("good", "?")])
-"""What is kept of a row, in 31 bytes. Texts and images are hashes of 64 bits; `question` is 0 without a record."""
+                ("tokens", "i4"), ("supervised", "i4"), ("images", "u2"), ("tiles", "u2"), ("good", "?")])
+"""What is kept of a row, in 33 bytes. Texts and images are hashes of 64 bits; `question` is 0 without a record."""
 
 _ANGLED = re.compile(r"<+[^<>\s]+>+")  # </s>, <|im_start|>, <<SYS>>: marks of a template that may be next to words
 _TOKEN = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token can look like
@@ -144,14 +146,19 @@ class Checker:
                 seen[key] = check_image(image, self.settings)
             name = f"image {number}" if isinstance(image, bytes) else image.removeprefix(source.image_root + os.sep)
             problems += [(kind, f"{name}: {message}") for kind, message in seen[key]]
-        if self.tiles_per_sequence is not None and len(record.images) > self.tiles_per_sequence:
-            slots = f"a packed sequence has {self.tiles_per_sequence} tiles (--tiles-per-sequence)"
-            problems.append(("too_long", f"{len(record.images)} images, but {slots}"))
-        problems += self._tokenise(record, row)
+        try:
+            layouts = record_layouts(record, self.settings.processor, self.settings.exif, self.settings.max_pixels)
+        except BadRow:  # an image that cannot be read, which is in `problems` already
+            layouts = ()
+        row["tiles"] = min(sum(layout.tiles for layout in layouts), 65535)
+        if self.tiles_per_sequence is not None and row["tiles"] > self.tiles_per_sequence:
+            limit = f"a packed sequence has {self.tiles_per_sequence} (--tiles-per-sequence)"
+            problems.append(("too_long", f"{row['tiles']} tiles, but {limit}"))
+        problems += self._tokenise(record, layouts, row)
         problems += self._check_texts(record, supervised=all(kind != "no_supervised_tokens" for kind, _ in problems))
         return record, problems
 
-    def _tokenise(self, record: Record, row: np.void) -> list[Problem]:
+    def _tokenise(self, record: Record, layouts: Sequence[Layout], row: np.void) -> list[Problem]:
         """Finds what training refuses about the tokens. Fills in their numbers."""
         settings = self.settings
         try:
@@ -166,7 +173,7 @@ class Checker:
         if used != len(record.images):  # an <image> is in a turn that is left out
             problems.append(("image_count", f"{len(record.images)} images, but {used} in the turns that are used"))
         if settings.tokenizer is not None:
-            length = row["tokens"] = len(example.tokens) + used * (settings.tokens_per_image - 1)
+            length = row["tokens"] = len(example.tokens) - used + sum(len(layout.index) for layout in layouts)
             row["supervised"] = np.count_nonzero(example.labels != IGNORE)
             context = settings.context or math.inf
             longest, limit = min((self.max_length, "--max-length"), (context, "the model's context"))

@@ -6,7 +6,6 @@ from PIL import Image
 
 from llava_jax.errors import UserError
 from llava_jax.image_files import MAX_PIXELS, MissingImage, open_header, open_image, orientation, read_image
-from llava_jax.images import prepare
 from llava_jax.prepare.settings import Settings
 
 IMAGE_SECONDS = 30.0
@@ -25,8 +24,8 @@ def check_image(image: str | bytes, settings: Settings) -> list[Problem]:
         content = content or read_image(image, settings.max_pixels)
         opened = open_image(content, settings.exif, settings.max_pixels, IMAGE_SECONDS)
         # An elongated image grows when its shorter side is resized to that of a tile, and may be refused.
-        if settings.image_size**2 * max(opened.size) / min(opened.size) >= MAX_PIXELS:
-            prepare(opened, settings.image_size, settings.image_mode)
+        if settings.processor.size**2 * max(opened.size) / min(opened.size) >= MAX_PIXELS:
+            settings.processor(opened)
     except MissingImage:
         return [("missing_image", "no such image file")]
     except UserError as error:

@@ -50,8 +50,8 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
     image_size: int | None = None
     """Side in pixels of the square that the model sees (336 for LLaVA-1.5). Larger images are stored as that square,
     which is smaller and faster to read. By default image files are stored byte for byte."""
-    image_mode: Literal["pad", "square"] = "pad"
-    """With --image-size, how the model makes an image square: pad fills up (LLaVA-1.5), square crops the centre."""
+    image_mode: Literal["pad", "crop"] = "pad"
+    """With --image-size, how the model makes an image square: pad fills up (LLaVA-1.5), crop cuts out the centre."""
     image_format: Literal["jpeg", "png"] = "jpeg"
     """With --image-size, format of the squares: png changes no pixel that the model sees, but saves little."""
     quality: int = 95

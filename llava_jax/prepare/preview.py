@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from llava_jax.config import Data
-from llava_jax.data.examples import Loader
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError
@@ -32,17 +32,17 @@ def draw_rows(mixture: Mixture, count: int, seed: int) -> list[int]:
     return [mixture.starts[i] + row for i, row in found if row is not None]
 
 
-def read_rows(numbers: Sequence[int], loader: Loader) -> list[PreviewRecord]:
+def read_rows(numbers: Sequence[int], spec: DataSpec) -> list[PreviewRecord]:
     """Reads rows as training does; the error of a bad row is part of its record."""
-    shown, mixture = [], loader.mixture
+    shown, mixture = [], spec.mixture
     for position, number in enumerate(numbers, 1):
         source, index = mixture.locate(number)
         row = record = example = tiles = bad = None
         try:
             row = source.row(index)
             record = source[index]
-            example = loader.text(number)
-            tiles = loader.pixels(number)
+            example = spec.text(number)
+            tiles = spec.tiles(number)
         except BadRow as error:
             bad = error
         shown.append(PreviewRecord(position, source.where(index), row, record, example, tiles, bad))
@@ -76,9 +76,9 @@ class Preview(ModelOptions):
         page.check_page(self.out, "--out")
         mixture = open_mixture(self.data, self.image_root)
         settings, max_length = self.load_settings(), self.max_length or Data.sequence_length
-        loader = Loader(mixture=mixture, **vars(settings), sequence_length=max_length,
-                        tiles_per_sequence=self.tiles_per_sequence, bad_rows="error")
-        shown = read_rows(self._numbers(mixture), loader)
+        spec = DataSpec(mixture=mixture, **vars(settings), sequence_length=max_length,
+                        tiles_per_sequence=self.tiles_per_sequence)
+        shown = read_rows(self._numbers(mixture), spec)
         bad = sum(one.bad is not None for one in shown)
         how = "chosen" if self.rows else "the first" if self.first else f"drawn with seed {self.seed}"
         about = {
@@ -87,7 +87,7 @@ class Preview(ModelOptions):
             "shown": f"{len(shown)}, {how}, {bad} bad",
             "model": self.model,
             "template": settings.template.name,
-            "images": f"{settings.image_mode}, {settings.image_size} × {settings.image_size}",
+            "images": f"{settings.processor.mode}, {settings.processor.size} × {settings.processor.size}",
         }
         page.write(self.out, render_page(f"Preview of {self.data}", about, shown, settings, max_length,
                                          self.tiles_per_sequence))

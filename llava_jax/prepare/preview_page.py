@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from llava_jax.data.examples import EncodedRecord
 from llava_jax.data.packing import WINDOW, pack
 from llava_jax.data.records import BadRow, Record
 from llava_jax.image_files import open_header, open_image, read_image
 from llava_jax.pages import page
 from llava_jax.pages.thumbnails import make_thumbnail
 from llava_jax.prepare.settings import Settings
-from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, Example, lay_out, place_tokens
+from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, lay_out, place_tokens
 
 MAX_ORIGINAL_SIDE, MIN_TILE_SIDE = 144, 224
 """Pixels of the longer side of an original image, and of a tile after it is enlarged."""
@@ -32,15 +33,15 @@ class PreviewRecord(NamedTuple):
     where: str
     row: Any  # as stored
     record: Record | None
-    example: Example | None
+    example: EncodedRecord | None
     tiles: np.ndarray | None  # uint8 [tiles, size, size, 3]
     bad: BadRow | None
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """Numbers of tokens, supervised tokens and images."""
-        tokens, labels = self.example
-        return len(tokens), np.count_nonzero(labels != IGNORE), len(self.record.images)
+        tokens, labels, layouts = self.example
+        return len(tokens), np.count_nonzero(labels != IGNORE), len(layouts)
 
 
 class TokenText(NamedTuple):
@@ -65,17 +66,17 @@ def render_page(title: str, about: Mapping[str, str], records: Sequence[PreviewR
         sequence_length=sequence_length, tiles_per_sequence=tiles_per_sequence)
 
 
-def align_tokens(turns: Sequence[Mapping[str, str]], example: Example, settings: Settings) -> list[TokenText]:
+def align_tokens(turns: Sequence[Mapping[str, str]], example: EncodedRecord, settings: Settings) -> list[TokenText]:
     """Divides a rendered conversation among the tokens that `encode_conversation` made of it."""
     laid_out = lay_out(turns, settings.template)
     text = "".join(span.text for span in laid_out)
-    parts, ids, position = [], [], 0
+    parts, ids, position, counts = [], [], 0, (len(layout.index) for layout in example.layouts)
     for token, (start, end) in zip(*place_tokens(laid_out, settings.tokenizer), strict=True):
         if start > position:
             parts.append(TokenText(text[position:start], None, False))
             position = start
         parts.append(TokenText(text[position : max(end, 0)], token, bool(example.labels[len(ids)] != IGNORE)))
-        ids += [token] * (settings.tokens_per_image if token == IMAGE_TOKEN_ID else 1)
+        ids += [token] * (next(counts) if token == IMAGE_TOKEN_ID else 1)
         position = max(position, end)
     if position < len(text):
         parts.append(TokenText(text[position:], None, False))
@@ -88,14 +89,17 @@ def _card(record: PreviewRecord, settings: Settings) -> dict[str, Any]:
     """The values of a record's card."""
     images, tokens = [], []
     if record.tiles is not None:
-        images = [_image(image, tile, settings) for image, tile in zip(record.record.images, record.tiles, strict=True)]
+        first_tiles = np.cumsum([0, *(layout.tiles for layout in record.example.layouts)])[:-1]
+        images = [_image(image, tile, settings)
+                  for image, tile in zip(record.record.images, record.tiles[first_tiles], strict=True)]
     if record.example:
         tokens = [_token(part, settings) for part in align_tokens(record.record.turns, record.example, settings)]
     return {
         "number": record.number, "where": record.where, "id": record.record.id if record.record else "",
         "reason": record.bad.reason.replace("_", " ") if record.bad else "", "problem": str(record.bad),
         "counts": record.counts if record.example else None, "images": images, "tokens": tokens,
-        "tokens_per_image": settings.tokens_per_image, "row": None if record.row is None else _stored(record.row)}
+        "visual_tokens": [len(layout.index) for layout in (record.example.layouts if record.example else ())],
+        "row": None if record.row is None else _stored(record.row)}
 
 
 def _image(image: str | bytes, tile: np.ndarray, settings: Settings) -> dict[str, Any]:
@@ -142,15 +146,15 @@ def _sequences(good: Sequence[PreviewRecord], sequence_length: int,
                tiles_per_sequence: int) -> Iterator[dict[str, Any]]:
     """Yields the values of packed sequences: numbers of tokens and images, and segments."""
     counts = [record.counts for record in good]
-    tokens, images = [count[0] for count in counts], [count[2] for count in counts]
-    for chosen in pack(tokens, images, sequence_length, tiles_per_sequence):
-        yield {"tokens": sum(tokens[i] for i in chosen), "images": sum(images[i] for i in chosen),
+    tokens, tiles = [count[0] for count in counts], [record.example.tiles for record in good]
+    for chosen in pack(tokens, tiles, sequence_length, tiles_per_sequence):
+        yield {"tokens": sum(tokens[i] for i in chosen), "tiles": sum(tiles[i] for i in chosen),
                "segments": [(good[i], _runs(good[i].example)) for i in chosen]}
 
 
-def _runs(example: Example) -> list[tuple[str, int]]:
+def _runs(example: EncodedRecord) -> list[tuple[str, int]]:
     """Kinds of tokens with the lengths of their runs."""
-    tokens, labels = example
+    tokens, labels, _ = example
     kinds = np.where(tokens == IMAGE_TOKEN_ID, "visual", np.where(labels == IGNORE, "prompt", "supervised"))
     return [(str(kind), len([*run])) for kind, run in itertools.groupby(kinds)]
 

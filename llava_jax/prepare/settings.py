@@ -7,6 +7,7 @@ from pathlib import Path
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
+from llava_jax.images import ImageProcessor
 from llava_jax.prepare.options import DataOptions, ImageOptions
 from llava_jax.text import agreement, templates
 from llava_jax.text.templates import Template
@@ -23,10 +24,7 @@ class Settings:
     tokenizer: Tokenizer | None = None
     """Tokenizer of the model; None if no model was named, and then tokens cannot be counted."""
     template: Template = templates.TEMPLATES["vicuna_v1"]
-    tokens_per_image: int = 576
-    image_size: int = 336
-    """Side of a tile in pixels."""
-    image_mode: str = "pad"
+    processor: ImageProcessor = ImageProcessor()
     context: int | None = None
     """Largest number of tokens of a conversation that the model takes, if known."""
     exif: bool = False
@@ -62,8 +60,7 @@ class Settings:
             chosen = template or agreement.template_for_decoder(tokenizer, model)
         else:
             text, chosen = config.text, config.template
-            settings = cls(tokens_per_image=config.tokens_per_image, image_size=config.vision.image_size,
-                           image_mode=config.image_mode)
+            settings = cls(processor=config.processor)
         agreement.check(chosen, tokenizer, text.vocab_size, model, trained=kind not in TEXT_MODELS and not template)
         return dataclasses.replace(settings, tokenizer=tokenizer, template=templates.get(chosen),
                                    context=text.max_length)

@@ -17,7 +17,7 @@ from llava_jax.data.sources import Mixture
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.image_files import MAX_PIXELS, MissingImage, decoding, open_header, open_image, orientation, read_image
-from llava_jax.images import prepare
+from llava_jax.images import ImageProcessor
 
 SHOWN_BAD_ROWS = 3
 """Number of bad rows of a shard that its note quotes."""
@@ -75,7 +75,7 @@ class Encoding:
     def __call__(self, content: bytes) -> bytes:
         """Returns the image to store for an encoded image. Raises UserError if it cannot be decoded.
 
-        With a size, the result is the tile of `images.prepare`. Preparing a PNG tile once more changes no pixel of it.
+        With a size, the result is the tile of an `ImageProcessor`, which changes no pixel of a PNG tile once more.
         (Storing an unpadded smaller image would change more, because padding cannot shift it by fractions of a pixel.)
         An image that is not larger, or would take more bytes, stays as it is. With `exif`, an image that is not
         upright is always encoded again.
@@ -86,7 +86,7 @@ class Encoding:
             return content
         image = open_image(content, self.exif, self.max_pixels)
         if self.size is not None and (max if self.mode == "pad" else min)(image.size) > self.size:
-            image = Image.fromarray(prepare(image, self.size, self.mode)[0])
+            image = Image.fromarray(ImageProcessor(self.size, self.mode)(image)[0])
         elif not rotated:
             return content
         file, options = io.BytesIO(), {"quality": self.quality, "subsampling": 0} if self.format == "jpeg" else {}

@@ -23,6 +23,10 @@ class TooLong(UserError):
     """A conversation with more tokens than allowed. It is never cut: a cut could fall inside an image."""
 
 
+class ImageCount(UserError):
+    """A conversation whose number of `<image>` marks differs from the number of images."""
+
+
 class Example(NamedTuple):
     """One conversation. `labels[t]` is `tokens[t]` where that token is to be learned (not shifted), else IGNORE."""
 
@@ -34,7 +38,7 @@ def encode_conversation(
     turns: Sequence[Mapping[str, Any]],
     template: str | Template,
     tokenizer: Tokenizer,
-    tokens_per_image: int = 576,
+    visual_tokens: int | Sequence[int] = 576,
     max_length: int | None = None,
 ) -> Example:
     """Tokens and labels of one conversation: answers and what ends them are learned, nothing else.
@@ -48,12 +52,12 @@ def encode_conversation(
         moved to its front, followed by a newline; a value with several keeps each where it stands. A first turn from
         "system" replaces the template's system text. An answer with "loss": False is read and not learned.
       template: a name of `templates.TEMPLATES`, or a template.
-      tokens_per_image: visual tokens that each `<image>` stands for.
+      visual_tokens: number of visual tokens of every image, or a sequence with one number for each `<image>`.
       max_length: the most tokens allowed.
 
-    Raises NoSupervisedTokens, TooLong, and UserError that names the turn for a conversation that is none.
+    Raises NoSupervisedTokens, TooLong, ImageCount, and UserError that names an invalid turn.
     """
-    example = _encode(lay_out(turns, template), tokenizer, tokens_per_image)
+    example = _encode(lay_out(turns, template), tokenizer, visual_tokens)
     if not (example.labels != IGNORE).any():
         left_out = " that is to be learned" if any(turn.get("loss") is False for turn in turns) else ""
         raise NoSupervisedTokens(f"nothing to learn: the conversation has no answer with text{left_out}")
@@ -67,17 +71,22 @@ def encode_prompt(
     messages: Sequence[Mapping[str, Any]],
     template: str | Template,
     tokenizer: Tokenizer,
-    tokens_per_image: int = 576,
+    visual_tokens: int | Sequence[int] = 576,
     assistant_prefix: str = "",
     verbatim: bool = False,
 ) -> Int32[np.ndarray, "T"]:
-    """Tokens of a chat that ends with the assistant tag and `assistant_prefix`.
+    """Returns the tokens of a chat that ends with the assistant tag and `assistant_prefix`.
 
-    They are the first tokens of the same conversation in training. The opening ends without a blank (`ASSISTANT:`);
-    the answer, or `assistant_prefix`, brings its own.
+    They are the first tokens of the same conversation in training.
 
-    With `verbatim` the texts are written as they are, as LLaVA's benchmark scripts do (`templates.spans`).
-    Messages are as `templates.read_messages` takes them and end with the user's. Raises UserError otherwise.
+    Args:
+      messages: as `templates.read_messages` takes them; the last one is the user's.
+      visual_tokens: number of visual tokens of every image, or a sequence with one number for each `<image>`.
+      assistant_prefix: text right after the template's assistant tag (`ASSISTANT:`); include a leading space if you
+        need one.
+      verbatim: write the texts as they are, as LLaVA's benchmark scripts do (`templates.spans`).
+
+    Raises ImageCount, and UserError that names an invalid message.
     """
     system, turns = read_messages(messages)
     if not turns or turns[-1][0] != "user":
@@ -86,7 +95,7 @@ def encode_prompt(
         raise UserError(f"assistant_prefix contains {IMAGE}, but an answer has no images")
     answer = Span(check_text(assistant_prefix, "assistant_prefix"), False, cut=True)
     laid_out = [*spans(turns, get(template), system, True, verbatim), answer]
-    return _encode(laid_out, tokenizer, tokens_per_image).tokens
+    return _encode(laid_out, tokenizer, visual_tokens).tokens
 
 
 def answer_ends(template: str | Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
@@ -150,7 +159,7 @@ def place_tokens(laid_out: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
     return Tokens(ids, places)
 
 
-def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: int) -> Example:
+def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int]) -> Example:
     ids, places = place_tokens(laid_out, tokenizer)
     tokens = np.array(ids, np.int32)
     first, last = np.array(places, np.int64).reshape(-1, 2).T
@@ -160,7 +169,11 @@ def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, tokens_per_image: in
     # A token that reaches into what is learned belongs to it.
     learned = _inside(first, edges) | (_inside(last - 1, edges) & (last > first))
     labels = np.where(learned & (tokens != IMAGE_TOKEN_ID), tokens, np.int32(IGNORE))
-    counts = np.where(tokens == IMAGE_TOKEN_ID, tokens_per_image, 1)
+    images = tokens == IMAGE_TOKEN_ID
+    if not isinstance(visual_tokens, int) and len(visual_tokens) != images.sum():
+        raise ImageCount(f"{len(visual_tokens)} images, but {images.sum()} in the turns that are used")
+    counts = np.ones(len(tokens), np.int64)
+    counts[images] = visual_tokens
     return Example(np.repeat(tokens, counts), np.repeat(labels, counts))
 
 

@@ -32,14 +32,14 @@ SAMPLES, SAMPLE_BYTES = 256, 2**16
 
 def inputs(run: TrainContext, batches: Batches) -> dict[str, str]:
     """A hash of each source of the data, of the tokenizer, the template and the model's configuration, by name."""
-    loader, mixture = batches.loader, batches.order.mixture
+    spec, mixture = batches.spec, batches.spec.mixture
     found = {}
     for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1):
         found[f"data {number}: {source.path}"] = f"{_hash_source(source)} {len(source)} rows, {count} in an epoch"
     folder = Path(run.tokenizer_directory)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     found[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], whole=True)
-    found[f"template: {loader.template.name}"] = _hash_json(dataclasses.asdict(loader.template))
+    found[f"template: {spec.template.name}"] = _hash_json(dataclasses.asdict(spec.template))
     # The template of the finished model is a field of the recipe.
     found["model: the settings in its config.json"] = _hash_json(dataclasses.asdict(run.model) | {"template": None})
     return found

@@ -18,11 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax import config
 from llava_jax.cli import STOPPED
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
-from llava_jax.models.llava import Parameters, choose_attention
+from llava_jax.models.llava import LlavaConfig, Parameters, choose_attention
 from llava_jax.parallel import processes
 from llava_jax.parallel.processes import (
     LOAD_TIMEOUT,
@@ -31,6 +32,8 @@ from llava_jax.parallel.processes import (
     allreduce_sum,
     assert_equal_across_processes,
 )
+from llava_jax.text import templates
+from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train import output, preflight
 from llava_jax.train.checkpoint import DIVERGED, Checkpoints, DamagedCheckpoint
 from llava_jax.train.digests import check_finite, digests, fingerprint
@@ -229,16 +232,21 @@ def require_finite(name: str, figure: str, value: float, when: str) -> None:
 
 
 def read_data(run: TrainContext, stage: config.Stage, path: str, **changes) -> Batches:
-    """This process's share of a stage's packed rows; `changes` replace options of `Batches`."""
-    data, model = stage.data, run.model
-    options = dict(
-        batch_size=stage.batch_size, mixture=open_mixture(path, data.image_root), tokenizer=run.tokenizer,
-        template=data.template or model.template, tokens_per_image=model.tokens_per_image,
-        image_size=model.vision.image_size, image_mode=model.image_mode, sequence_length=data.sequence_length,
-        context=model.text.max_length, tiles_per_sequence=data.tiles_per_sequence, exif=data.exif,
-        max_pixels=data.max_pixels, bad_rows=data.bad_rows, workers=data.workers, seed=run.recipe.seed,
-        process_index=jax.process_index(), process_count=jax.process_count())
-    return Batches(**options | changes)
+    """This process's share of a stage's packed sequences; `changes` replace options of `Batches`."""
+    spec = data_spec(stage.data, run.model, run.tokenizer, path)
+    options = dict(batch_size=stage.batch_size, workers=stage.data.workers, seed=run.recipe.seed,
+                   process_index=jax.process_index(), process_count=jax.process_count())
+    return Batches(spec, **options | changes)
+
+
+def data_spec(data: config.Data, model: LlavaConfig, tokenizer: Tokenizer, path: str) -> DataSpec:
+    """Says how the records of `path` become what a stage's model reads."""
+    return DataSpec(
+        mixture=open_mixture(path, data.image_root), tokenizer=tokenizer,
+        template=templates.get(data.template or model.template),
+        processor=model.with_image_mode(data.image_mode).processor,
+        sequence_length=data.sequence_length, tiles_per_sequence=data.tiles_per_sequence,
+        context=model.text.max_length, exif=data.exif, max_pixels=data.max_pixels, bad_rows=data.bad_rows)
 
 
 def read_validation(run: TrainContext, stage: config.Stage, keep: bool = False) -> Batches:
@@ -259,7 +267,7 @@ def count_steps(run: TrainContext, stage: config.Stage) -> int:
 def shard_batch(run: TrainContext, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:
     """A step's rows on the mesh, cut into micro-batches on a leading axis; what only the host reads stays there."""
     sharding = NamedSharding(run.mesh, P(None, ("data", "fsdp")))
-    names = ("tokens", "labels", "positions", "segment_ids", "images")
+    names = ("tokens", "labels", "positions", "segment_ids", "tiles", "visual_index")
     return {name: jax.make_array_from_process_local_data(
                 sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])) for name in names}
 
@@ -279,13 +287,13 @@ class MetricsWindow:
 
     def add(self, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
         """A step: the device's metrics, which are not waited for, and its rows."""
-        images = int((batch["image_segment_ids"] > 0).sum())
+        images = int((batch["tile_segment_ids"] > 0).sum())
         flops = model_flops(self.run.model, self.trained, batch["positions"], batch["segment_ids"], images)
         self.steps.append(metrics)
         self.skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
         tokens = int((batch["segment_ids"] > 0).sum())
         counts = {"tokens": tokens, "images": images, "flops": flops, "places": batch["tokens"].size,
-                  "slots": batch["image_segment_ids"].size}
+                  "slots": batch["tile_segment_ids"].size}
         for name, count in counts.items():
             self.counts[name] += count
 

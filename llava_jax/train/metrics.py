@@ -62,7 +62,7 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     total += embedding * (2 if "vision" in trained else 1)
     width = vision.hidden_size
     for layer in range(projector_depth(model.projector)):
-        product = 2 * images * model.tokens_per_image * width * text.hidden_size
+        product = 2 * images * model.processor.features_per_tile * width * text.hidden_size
         below = "vision" in trained or layer > 0 and "projector" in trained
         total += product * (1 + below + ("projector" in trained))
         width = text.hidden_size

@@ -34,17 +34,17 @@ def check_image_root(name: str, data: config.Data) -> None:
 
 def check_training_data(batches: Batches) -> None:
     """Reads some records of every source, texts and images. Raises UserError if these cannot be used."""
-    loader, mixture = batches.loader, batches.order.mixture
+    spec, mixture = batches.spec, batches.spec.mixture
     for source, start in zip(mixture.sources, mixture.starts, strict=False):
         first_bad = None
-        for index in _probes(source, PROBED_IF_SKIP if loader.bad_rows == "skip" else PROBED_IF_ERROR):
+        for index in _probes(source, PROBED_IF_SKIP if spec.bad_rows == "skip" else PROBED_IF_ERROR):
             try:
-                loader.text(start + index)
-                loader.pixels(start + index)
-                if loader.bad_rows == "skip":
+                spec.text(start + index)
+                spec.tiles(start + index)
+                if spec.bad_rows == "skip":
                     break
             except BadRow as bad:
-                if loader.bad_rows == "error":
+                if spec.bad_rows == "error":
                     raise
                 first_bad = first_bad or bad
         else:

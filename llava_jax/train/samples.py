@@ -64,7 +64,7 @@ class Samples:
     def _require_room(self, messages: Sequence[dict[str, str]]) -> None:
         """Raises UserError for a question that leaves no room for an answer."""
         model = self.model
-        tokens = encode_prompt(messages, model.template, self.run.tokenizer, model.tokens_per_image)
+        tokens = encode_prompt(messages, model.template, self.run.tokenizer, model.processor.features_per_tile)
         if len(tokens) >= model.text.max_length:
             raise UserError("the question is too long")
 

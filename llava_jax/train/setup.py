@@ -90,7 +90,7 @@ def resolve_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Token
     # Only the template that a LLaVA brings itself has been trained with.
     agreement.check(model.template, tokenizer, model.text.vocab_size, source,
                     trained=bool(recipe.model.llava and not recipe.model.template),
-                    visual_tokens=model.tokens_per_image, context=model.text.max_length)
+                    visual_tokens=model.processor.features_per_tile, context=model.text.max_length)
     for name, stage in recipe.stages.items():
         data = stage.data
         if data.template:
@@ -166,10 +166,11 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
         if not isinstance(found, LlavaConfig):
             raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
         return found
-    chosen = {"projector": model.projector, "feature_layer": model.feature_layer, "image_mode": model.image_mode,
+    chosen = {"projector": model.projector, "feature_layer": model.feature_layer,
               "feature_select": model.feature_select, "template": model.template}
-    return LlavaConfig(vision=read(model.vision), text=read(model.language),
-                       **{name: value for name, value in chosen.items() if value is not None})
+    found = LlavaConfig(vision=read(model.vision), text=read(model.language),
+                        **{name: value for name, value in chosen.items() if value is not None})
+    return found.with_image_mode(model.image_mode)
 
 
 def load_parameters(run: TrainContext, dtype: Callable[[str], str], before: str | None) -> Parameters:

@@ -16,7 +16,7 @@ from llava_jax.text.encode import IGNORE
 from llava_jax.train.loss import cross_entropy
 
 Batch = dict[str, Array]
-"""Packed rows: tokens, labels, positions, segment_ids [B, T], images [B, I, H, W, 3], image_segment_ids [B, I]."""
+"""Packed rows: tokens, labels, positions, segment_ids [B, T], visual_index [B, T], tiles [B, I, H, W, 3]."""
 
 COMPILER_OPTIONS = {"tpu": {
     # Products in rounds, each with a piece of gathered weights, take several times as long on a v6e.
@@ -60,7 +60,8 @@ def abstract_state(tx: optax.GradientTransformation, trainable: Parameters, offl
 def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, ""]:
     """Summed loss of a batch; dividing by `supervised(batch)` gives the mean over all learned tokens."""
     model = from_params(graph, trainable | frozen)
-    hidden = model.hidden(batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"])
+    hidden = model.hidden(batch["tokens"], batch["tiles"], batch["positions"], batch["segment_ids"],
+                          batch["visual_index"])
     with jax.named_scope("loss"):
         return cross_entropy(hidden, model.decoder.output_kernel(), batch["labels"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, show_json
-from llava_jax.images import CLIP_MEAN, CLIP_STD
+from llava_jax.images import CLIP_MEAN, CLIP_STD, ImageProcessor
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
@@ -22,9 +22,12 @@ MODEL_TYPE = "llava_jax"
 VERSION = 2
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
-PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-               "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-"""What `images` does to every image, in the words of Hugging Face's image processors."""
+PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+CLIP_STATISTICS = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+"""What `ImageProcessor` does to every image, in the words of Hugging Face's image processors."""
+
+OLD_IMAGE_MODES = {"square": "crop"}
+"""Names of image modes in older files."""
 
 
 def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
@@ -110,7 +113,7 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
         projector="mlp2x_gelu" if config.projector_hidden_act == "gelu" else "linear",
         feature_layer=config.vision_feature_layer,
         feature_select=FEATURE_SELECT[config.vision_feature_select_strategy],
-        image_mode=own.get("image_mode") or _image_mode(directory),
+        processor=_read_processor(directory, file, config, own.get("image_mode")),
         exif=own.get("exif", False),
         template=_build(file, templates.get,
                         template=own.get("template") or template_name(directory, config.text_config.model_type)).name,
@@ -169,22 +172,49 @@ def _build(file: Path, make: Callable, /, **values: Any) -> Any:
         raise UserError(f"{file}: {error}") from None
 
 
-def _image_mode(directory: Path) -> str:
-    """`pad` if the image processor pads to a square, else `square`: it crops the centre. UserError if it prepares
-    images otherwise, as those of SigLIP do."""
+def _read_processor(directory: Path, file: Path, config: Any, mode: str | None) -> ImageProcessor:
+    """Reads the image processor of a LLaVA in Hugging Face's layout; `mode` overrules its files."""
+    vision = config.vision_config
+    found = _processor_settings(directory)
+    if mode:
+        found["mode"] = OLD_IMAGE_MODES.get(mode, mode)
+    has_class = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
+    return _build(file, ImageProcessor, size=vision.image_size, patches=vision.image_size // vision.patch_size,
+                  class_token=has_class, **found)
+
+
+def _processor_settings(directory: Path) -> dict[str, Any]:
+    """Reads mode, mean and std from the files of an image processor.
+
+    CLIP's crops the centre, or pads to a square if `do_pad` is set. SigLIP's resizes to a square. Raises UserError if
+    the files ask for something else.
+    """
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = directory / name
         if file.exists():
             settings = read_json(file)
             if "image_processor" in settings:
                 settings = fields.known(file, settings, {"image_processor": fields.Field(dict)})["image_processor"]
-            for name, value in PREPARATION.items():
+            siglip = str(settings.get("image_processor_type")).startswith("Siglip")
+            for name, value in (PREPARATION | ({} if siglip else CLIP_STATISTICS)).items():
                 if settings.get(name) is not None and not _is_close(settings[name], value):
                     raise UserError(f"{file}: {name} is {show_json(settings[name])}; images are prepared with "
                                     f"{show_json(value)} here")
+            if siglip:
+                lists = {name: settings.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std")}
+                return {"mode": "resize", **_as_tuples(file, lists)}
             if fields.known(file, settings, {"do_pad": fields.Field(bool, null=True)}).get("do_pad"):
-                return "pad"
-    return "square"
+                return {"mode": "pad"}
+    return {"mode": "crop"}
+
+
+def _as_tuples(file: Path, lists: dict[str, Any]) -> dict[str, tuple]:
+    """Lists of numbers, or of pairs of numbers, as tuples."""
+    try:
+        return {name: tuple(tuple(map(int, item)) if isinstance(item, list) else float(item) for item in items)
+                for name, items in lists.items()}
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{file}: {' and '.join(lists)} must be lists of numbers, not {show_json(lists)}") from None
 
 
 def _is_close(given: Any, value: Any) -> bool:
@@ -203,7 +233,9 @@ def _read_native(raw: dict, file: Path) -> LlavaConfig:
     found = fields.native(file, {key: value for key, value in raw.items() if key not in ("model_type", "version")})
     scaling = found["text"]["rope_scaling"]
     text = found["text"] | {"rope_scaling": scaling and _build(file, RopeScaling, **scaling)}
-    parts = {"vision": _build(file, VisionConfig, **found["vision"]), "text": _build(file, LlamaConfig, **text)}
+    lists = {name: found["processor"][name] for name in ("mean", "std", "pinpoints")}
+    parts = {"processor": _build(file, ImageProcessor, **found["processor"] | _as_tuples(file, lists)),
+             "vision": _build(file, VisionConfig, **found["vision"]), "text": _build(file, LlamaConfig, **text)}
     config = _build(file, LlavaConfig, **found | parts)
     _build(file, projector.depth, kind=config.projector)
     return dataclasses.replace(config, template=_build(file, templates.get, template=config.template).name)
@@ -230,7 +262,7 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
         "model_type": "llava",
         "torch_dtype": dtype,
         "image_token_index": tokens["image"],
-        "image_seq_length": config.tokens_per_image,
+        "image_seq_length": config.processor.features_per_tile,
         "projector_hidden_act": "gelu" if projector.depth(config.projector) == 2 else "linear",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.feature_layer,
@@ -239,7 +271,7 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
         **ids,
         "vision_config": hf_vision(config.vision),
         "text_config": hf_text(config.text, vocab_size) | ids,
-        MODEL_TYPE: {"template": config.template, "image_mode": config.image_mode, "exif": config.exif},
+        MODEL_TYPE: {"template": config.template, "image_mode": config.processor.mode, "exif": config.exif},
     }
 
 

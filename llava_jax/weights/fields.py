@@ -30,7 +30,7 @@ class Field:
         return type(value) is self.kind and (self.kind is not int or self.low <= value <= self.high)
 
     def __str__(self) -> str:
-        names = {bool: "true or false", str: "a text", dict: "an object"}
+        names = {bool: "true or false", str: "a text", dict: "an object", list: "a list"}
         if self.kind in names:
             return names[self.kind]
         kind = "whole number" if self.kind is int else "number"
@@ -74,14 +74,16 @@ NATIVE_PARTS = {  # of our own layout, whose fields are the dataclasses'
              "head_dim": Field(int, 1, 2**12), "norm_eps": EPS, "rope_theta": ROPE["rope_theta"],
              "rope_scaling": Field(dict, null=True), "qkv_bias": FLAG, "out_bias": FLAG, "mlp_bias": FLAG,
              "tie_word_embeddings": FLAG, "max_length": DECODER["max_position_embeddings"]},
+    "processor": {"size": TOWER["image_size"], "mode": TEXT, "patches": TOWER["image_size"], "class_token": FLAG,
+                  "mean": Field(list), "std": Field(list), "pinpoints": Field(list)},
     "rope_scaling": {"kind": TEXT, "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
                      "original_length": ROPE["original_max_position_embeddings"]},
 }
 NATIVE = {
     "vision": Field(dict), "text": Field(dict), "projector": TEXT, "feature_layer": LLAVA["vision_feature_layer"],
-    "feature_select": TEXT, "image_mode": TEXT, "template": TEXT, "exif": FLAG,
+    "feature_select": TEXT, "processor": Field(dict), "template": TEXT, "exif": FLAG,
 }
-HF_EXTRAS = {name: NATIVE[name] for name in ("template", "image_mode", "exif")}
+HF_EXTRAS = {"template": TEXT, "image_mode": TEXT, "exif": FLAG}
 """Fields of `llava_jax` in a config.json of Hugging Face's layout."""
 LATER = {"exif"}
 """Fields that the first files of our own layout lack."""
@@ -128,7 +130,7 @@ def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of our own layout. Raises UserError for one that is missing (but for LATER) or not known."""
     found = _exactly(file, raw, NATIVE, "")
-    for name in ("vision", "text"):
+    for name in ("vision", "text", "processor"):
         found[name] = _exactly(file, found[name], NATIVE_PARTS[name], f"{name}.")
     if found["text"]["rope_scaling"] is not None:
         found["text"]["rope_scaling"] = _exactly(

@@ -9,7 +9,6 @@ from sentencepiece import SentencePieceProcessor
 
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, show_json
-from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
 from llava_jax.text.tokenizer import MOST_IDS, SPACE, Tokenizer
@@ -147,24 +146,23 @@ def _chat_template(name: str, spec: dict[str, Any]) -> str:
 
 
 def _write_processor(directory: Path, config: LlavaConfig) -> None:
-    size = config.vision.image_size
-    pad = config.image_mode == "pad"
+    size, mode = config.processor.size, config.processor.mode
+    kinds = {"pad": "Llava", "crop": "CLIP", "resize": "Siglip"}  # only the first can pad to a square
     write_json(directory / "preprocessor_config.json", {
-        # CLIP's processor cannot pad to a square; older readers know only CLIP's.
-        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
+        "image_processor_type": f"{kinds[mode]}ImageProcessor",
         "processor_class": "LlavaProcessor",
         "do_convert_rgb": True,
-        "do_pad": pad,
+        "do_pad": mode == "pad",
         "do_resize": True,
-        "size": {"shortest_edge": size},
+        "size": {"height": size, "width": size} if mode == "resize" else {"shortest_edge": size},
         "resample": 3,  # PIL's number for bicubic
-        "do_center_crop": True,
+        "do_center_crop": mode != "resize",
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
+        "image_mean": list(config.processor.mean),
+        "image_std": list(config.processor.std),
     })
     write_json(directory / "processor_config.json", {
         "processor_class": "LlavaProcessor",

@@ -10,10 +10,11 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
-from llava_jax.data.examples import Loader
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.json_rows import JsonRows
 from llava_jax.data.sources import open_mixture, open_source
 from llava_jax.errors import UserError
+from llava_jax.images import ImageProcessor
 from llava_jax.prepare.shards import Encoding, Examples
 from llava_jax.text.templates import TEMPLATES
 from llava_jax.text.tokenizer import Tokenizer
@@ -30,10 +31,10 @@ def data(tmp_path):
     return tmp_path / "data.json"
 
 
-def loader(path) -> Loader:
-    return Loader(mixture=open_mixture(path), tokenizer=Tokenizer.load(GOLDEN / "tokenizer.model"),
-                  template=TEMPLATES["vicuna_v1"], tokens_per_image=4, image_size=28, image_mode="pad",
-                  sequence_length=100, tiles_per_sequence=1, bad_rows="skip")
+def make_spec(path) -> DataSpec:
+    return DataSpec(mixture=open_mixture(path), tokenizer=Tokenizer.load(GOLDEN / "tokenizer.model"),
+                  template=TEMPLATES["vicuna_v1"], processor=ImageProcessor(28, patches=2),
+                    sequence_length=100, tiles_per_sequence=1, bad_rows="skip")
 
 
 def failing(fault):
@@ -46,12 +47,12 @@ def failing(fault):
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)
 @pytest.mark.parametrize("where", ["llava_jax.image_files.open", "os.stat", "PIL.Image.open", "PIL.Image.Image.load"])
 def test_training_does_not_skip_it(fault, where, data, monkeypatch):
-    load = loader(data)
-    assert [type(found) for found in load("images", [0, 1])] == [np.ndarray, str]  # a missing image is skipped
+    load = make_spec(data)
+    assert [type(found) for found in load("tiles", [0, 1])] == [np.ndarray, str]  # a missing image is skipped
     with monkeypatch.context() as patch:
         patch.setattr(where, failing(fault), raising=False)
         with pytest.raises(type(fault)) as raised:
-            load("images", [0])
+            load("tiles", [0])
     assert raised.value is fault
 
 
@@ -71,7 +72,7 @@ def test_pack_does_not_skip_it(fault, size, data, monkeypatch):
 def test_a_mistake_in_encoding_is_no_bad_row(data, monkeypatch):
     monkeypatch.setattr("llava_jax.data.examples.encode_conversation", failing(ValueError("a fault of this code")))
     with pytest.raises(ValueError, match="a fault of this code") as raised:
-        loader(data)("texts", [0])
+        make_spec(data)("texts", [0])
     assert not isinstance(raised.value, UserError)
 
 

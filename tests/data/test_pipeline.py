@@ -1,5 +1,6 @@
 """Packed rows against the records they are made of, one by one; order, resume and skips against plain enumeration."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -12,16 +13,19 @@ import pytest
 from PIL import Image
 
 from llava_jax.data import pipeline
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture, Source, open_source
 from llava_jax.errors import UserError
-from llava_jax.images import prepare
+from llava_jax.images import ImageProcessor
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, encode_conversation
+from llava_jax.text.templates import TEMPLATES
 from llava_jax.text.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer.model"
 SIZE, PER_IMAGE, LENGTH, SLOTS = 14, 4, 160, 3
+PROCESSOR = ImageProcessor(SIZE, patches=2)
 
 
 def png(rng: np.random.Generator) -> bytes:
@@ -53,23 +57,23 @@ def write_file(folder: Path, rows: list[dict], name: str = "data.json") -> Sourc
 
 
 def settings(*sources: Source, **changes) -> dict:
-    return {
+    """Options of Batches; `changes` are fields of the DataSpec or other options."""
+    spec = {
         "mixture": Mixture(sources, tuple(len(source) for source in sources)),
         "tokenizer": Tokenizer.load(TOKENIZER),
-        "template": "vicuna_v1",
-        "tokens_per_image": PER_IMAGE,
-        "image_size": SIZE,
-        "image_mode": "pad",
+        "template": TEMPLATES["vicuna_v1"],
+        "processor": PROCESSOR,
         "sequence_length": LENGTH,
         "tiles_per_sequence": SLOTS,
-        "seed": 7,
-        **changes,
     }
+    names = {field.name for field in dataclasses.fields(DataSpec)}
+    spec |= {name: value for name, value in changes.items() if name in names}
+    return {"spec": DataSpec(**spec), "seed": 7} | {n: value for n, value in changes.items() if n not in names}
 
 
 def packed_rows(**options):
     """The rows of batches of one row each."""
-    for batch in Batches(1, **options):
+    for batch in Batches(batch_size=1, **options):
         skipped = batch.pop("skipped")
         yield {name: value[0] for name, value in batch.items()} | {"skipped": skipped}
 
@@ -78,7 +82,7 @@ def packed_rows(**options):
 def small_windows(monkeypatch):
     """Several windows an epoch, in this process (order and packing are not the workers' work)."""
     monkeypatch.setattr(pipeline, "WINDOW", 32)
-    monkeypatch.setattr(pipeline, "CHUNK", 8)
+    monkeypatch.setattr(pipeline, "TASK_RECORDS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +95,26 @@ def expected_example(source: Source, index: int) -> bytes:
     """Everything that a record must become, from the record alone."""
     record = source[index]
     example = encode_conversation(record.turns, "vicuna_v1", Tokenizer.load(TOKENIZER), PER_IMAGE)
-    pixels = [prepare(Image.open(io.BytesIO(Path(path).read_bytes())), SIZE, "pad") for path in record.images]
+    pixels = [PROCESSOR(Image.open(io.BytesIO(Path(path).read_bytes()))) for path in record.images]
     return pickle.dumps((example.tokens.tolist(), example.labels.tolist(), [p.tolist() for p in pixels]))
 
 
 def examples_of(row: dict[str, np.ndarray]) -> list[bytes]:
     """Takes a row apart into its conversations, and checks that it holds nothing else."""
-    segments, slots = row["segment_ids"], row["image_segment_ids"]
+    segments, slots = row["segment_ids"], row["tile_segment_ids"]
     found = []
     for number in range(1, segments.max() + 1):
         here = segments == number
         assert np.array_equal(row["positions"][here], np.arange(here.sum()))
         assert np.ptp(np.flatnonzero(here)) == here.sum() - 1
-        pixels = [image[None].tolist() for image in row["images"][slots == number]]
-        assert (row["tokens"][here] == IMAGE_TOKEN_ID).sum() == PER_IMAGE * len(pixels)
+        pixels = [image[None].tolist() for image in row["tiles"][slots == number]]
+        features = [slot * PER_IMAGE + patch for slot in np.flatnonzero(slots == number) for patch in range(PER_IMAGE)]
+        assert row["visual_index"][here & (row["tokens"] == IMAGE_TOKEN_ID)].tolist() == features
         found.append(pickle.dumps((row["tokens"][here].tolist(), row["labels"][here].tolist(), pixels)))
     padding = segments == 0
+    assert (row["visual_index"][row["tokens"] != IMAGE_TOKEN_ID] == -1).all()
     assert not row["tokens"][padding].any() and (row["labels"][padding] == IGNORE).all()
-    assert not row["images"][slots == 0].any() and set(slots) <= set(segments) | {0}
+    assert not row["tiles"][slots == 0].any() and set(slots) <= set(segments) | {0}
     visual = segments[row["tokens"] == IMAGE_TOKEN_ID]
     assert np.array_equal(visual, np.repeat(slots[slots > 0], PER_IMAGE))  # the k-th token belongs to the k-th image
     return found
@@ -139,8 +145,9 @@ def test_every_record_of_every_epoch_is_in_some_row_exactly_once(source, epochs)
             "labels": ((LENGTH,), "int32"),
             "positions": ((LENGTH,), "int32"),
             "segment_ids": ((LENGTH,), "int32"),
-            "images": ((SLOTS, SIZE, SIZE, 3), "uint8"),
-            "image_segment_ids": ((SLOTS,), "int32"),
+            "visual_index": ((LENGTH,), "int32"),
+            "tiles": ((SLOTS, SIZE, SIZE, 3), "uint8"),
+            "tile_segment_ids": ((SLOTS,), "int32"),
             "skipped": ((len(REASONS),), "int32"),
         }
         assert not row["skipped"].any()
@@ -194,9 +201,9 @@ def test_rows_do_not_depend_on_the_number_of_workers(source, workers):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_batches_are_the_same_for_any_number_of_processes(source, count):
-    alone = list(Batches(8, **settings(source, epochs=2)))
+    alone = list(Batches(batch_size=8, **settings(source, epochs=2)))
     options = [settings(source, epochs=2, process_index=i, process_count=count) for i in range(count)]
-    shares = [list(Batches(8, **process)) for process in options]
+    shares = [list(Batches(batch_size=8, **process)) for process in options]
     for i, batch in enumerate(alone):
         joined = {name: np.concatenate([share[i][name] for share in shares]) for name in batch}
         assert same(batch, joined | {"skipped": sum(share[i]["skipped"] for share in shares)})
@@ -204,7 +211,8 @@ def test_batches_are_the_same_for_any_number_of_processes(source, count):
 
 
 def test_rows_are_counted_in_shares(source):
-    counts = [Batches(3, **settings(source, process_index=i, process_count=3)).count_rows() for i in range(3)]
+    counts = [Batches(**settings(source, batch_size=3, process_index=i, process_count=3)).count_rows()
+              for i in range(3)]
     assert sum(counts) == len(list(packed_rows(**settings(source, epochs=1)))) and min(counts[:2]) > 0
 
 
@@ -214,12 +222,12 @@ RESUMES = [(0, 0, 0), (1, 0, 0), (17, 0, 0), (40, 0, 0), (17, 2, 2), (5, 2, 0)]
 @pytest.mark.parametrize("stop, before, after", RESUMES)
 def test_resume_is_bit_identical(source, before, after, stop):
     """Also with another number of workers, and through JSON, as the checkpoint keeps it."""
-    straight = take(iter(Batches(2, **settings(source))), stop + 12)
-    iterator = iter(Batches(2, **settings(source, workers=before)))
+    straight = take(iter(Batches(batch_size=2, **settings(source))), stop + 12)
+    iterator = iter(Batches(batch_size=2, **settings(source, workers=before)))
     take(iterator, stop)
     state = json.loads(json.dumps(iterator.get_state()))
     iterator.close()
-    resumed = iter(Batches(2, **settings(source, workers=after)))
+    resumed = iter(Batches(batch_size=2, **settings(source, workers=after)))
     resumed.set_state(state)
     assert all(map(same, take(resumed, 12), straight[stop:]))
     resumed.set_state(state)  # an iterator in use can be set back too
@@ -230,9 +238,10 @@ def test_resume_is_bit_identical(source, before, after, stop):
 @pytest.mark.parametrize("before, after", [(1, 2), (4, 2), (2, 1)])
 def test_resume_with_another_number_of_processes_goes_on_in_the_same_order(source, before, after):
     def batches(count: int) -> list:
-        return [iter(Batches(4, **settings(source, process_index=i, process_count=count))) for i in range(count)]
+        return [iter(Batches(**settings(source, batch_size=4, process_index=i, process_count=count)))
+                for i in range(count)]
 
-    straight = take(iter(Batches(4, **settings(source))), 20)
+    straight = take(iter(Batches(batch_size=4, **settings(source))), 20)
     states = []
     for process in batches(before):
         take(process, 13)
@@ -248,14 +257,14 @@ def test_resume_with_another_number_of_processes_goes_on_in_the_same_order(sourc
 
 
 def test_resume_in_another_process(source, tmp_path):
-    iterator = iter(Batches(2, **settings(source)))
+    iterator = iter(Batches(batch_size=2, **settings(source)))
     take(iterator, 11)
     state = json.dumps(iterator.get_state())
     code = """
 import sys; sys.path[:0] = sys.argv[1:2]
 from test_pipeline import *
 pipeline.WINDOW = 32
-rows = iter(Batches(2, **settings(open_source(sys.argv[2]))))
+rows = iter(Batches(batch_size=2, **settings(open_source(sys.argv[2]))))
 rows.set_state(json.loads(sys.argv[3]))
 np.savez(sys.argv[4], **{f"{i}-{name}": value for i, row in enumerate(take(rows, 5)) for name, value in row.items()})
 """
@@ -270,7 +279,7 @@ def test_a_mixture_takes_its_counts_and_no_row_again_before_all(tmp_path):
     """A third of one source an epoch, another twice: over three epochs every row of the first comes once."""
     small = write_file(tmp_path, write_rows(tmp_path, 5, seed=1, images=[0]), "small.json")
     large = write_file(tmp_path, write_rows(tmp_path, 30, seed=2, images=[0]), "large.json")
-    options = settings() | {"mixture": Mixture((small, large), (10, 10)), "epochs": 3}
+    options = settings(mixture=Mixture((small, large), (10, 10)), epochs=3)
     names = {expected_example(source, i): (name, i) for name, source in (("s", small), ("l", large))
              for i in range(len(source))}
     found = [names[example] for row in packed_rows(**options) for example in examples_of(row)]
@@ -330,9 +339,9 @@ def test_every_skip_is_counted_once_with_its_reason(spoilt, workers):
 def test_skips_are_counted_exactly_across_a_resume(spoilt):
     source, places = spoilt
     rows = settings(source, epochs=4, bad_rows="skip")
-    iterator = iter(Batches(1, **rows))
+    iterator = iter(Batches(batch_size=1, **rows))
     before = take(iterator, 23)
-    state, iterator = iterator.get_state(), iter(Batches(1, **rows))
+    state, iterator = iterator.get_state(), iter(Batches(batch_size=1, **rows))
     iterator.set_state(state)
     assert skips([*before, *iterator]) == {reason: 4 * len(indices) for reason, indices in places.items()}
 
@@ -356,9 +365,9 @@ def test_after_an_error_nothing_is_lost(workers, tmp_path):
     rows = write_rows(tmp_path, 40, images=[1])
     missing = tmp_path / rows[17]["image"][0]
     content = missing.read_bytes()
-    expected = list(Batches(2, **settings(write_file(tmp_path, rows), epochs=1)))
+    expected = list(Batches(batch_size=2, **settings(write_file(tmp_path, rows), epochs=1)))
     missing.unlink()
-    iterator, found = iter(Batches(2, **settings(write_file(tmp_path, rows), epochs=1, workers=workers))), []
+    iterator, found = iter(Batches(batch_size=2, **settings(write_file(tmp_path, rows), epochs=1, workers=workers))), []
     with pytest.raises(BadRow, match="no such image file"):
         while True:
             found.append(next(iterator))
@@ -370,7 +379,7 @@ def test_after_an_error_nothing_is_lost(workers, tmp_path):
 
 
 def test_a_negative_seed_is_a_seed(source):
-    assert len(list(Batches(2, **settings(source, seed=-1, epochs=1)))) > 3
+    assert len(list(Batches(batch_size=2, **settings(source, seed=-1, epochs=1)))) > 3
 
 
 def test_images_are_turned_and_limited_as_the_options_say(tmp_path):
@@ -383,7 +392,7 @@ def test_images_are_turned_and_limited_as_the_options_say(tmp_path):
     source = write_file(tmp_path, rows)
     for turns, expected in ((False, pixels), (True, np.rot90(pixels, -1))):
         [row] = packed_rows(**settings(source, epochs=1, exif=turns))
-        np.testing.assert_array_equal(row["images"][0], prepare(Image.fromarray(expected), SIZE, "pad")[0])
+        np.testing.assert_array_equal(row["tiles"][0], PROCESSOR(Image.fromarray(expected))[0])
     assert list(packed_rows(**settings(source, epochs=1, max_pixels=180)))
     with pytest.raises(BadRow, match=r"20 x 9 pixels, more than the limit of 179 \(max_pixels\)") as raised:
         list(packed_rows(**settings(source, epochs=1, max_pixels=179)))
@@ -399,7 +408,7 @@ def test_answers_that_are_not_learned_have_no_labels(tmp_path):
 
 def test_too_many_images_for_a_row(tmp_path):
     source = write_file(tmp_path, write_rows(tmp_path, 3, images=[SLOTS + 1]))
-    with pytest.raises(BadRow, match=r"4 images do not fit into the 3 slots of a row") as raised:
+    with pytest.raises(BadRow, match="4 tiles do not fit into the 3 of a sequence") as raised:
         next(iter(packed_rows(**settings(source))))
     assert raised.value.reason == "too_long"
 
@@ -434,7 +443,7 @@ def test_one_good_row_among_many_bad_ones_is_enough(tmp_path, monkeypatch):
 
 def test_rows_that_do_not_divide_over_the_processes(source):
     with pytest.raises(UserError, match="batch_size 4 is not divisible by the 3 processes"):
-        Batches(4, **settings(source, process_count=3))
+        Batches(batch_size=4, **settings(source, process_count=3))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -447,7 +456,7 @@ def test_tiny_data_sets_repeat_for_ever(tmp_path, count):
 def test_batches_stack_rows_and_fill_up_the_last(source):
     rows = list(packed_rows(**settings(source, epochs=1)))
     size = next(n for n in (4, 5, 7) if len(rows) % n)
-    made = list(Batches(size, **settings(source, epochs=1)))
+    made = list(Batches(batch_size=size, **settings(source, epochs=1)))
     assert len(made) == -(-len(rows) // size)
     for batch in made:
         assert not batch.pop("skipped").any()
@@ -456,7 +465,8 @@ def test_batches_stack_rows_and_fill_up_the_last(source):
         assert same({name: value[number % size] for name, value in made[number // size].items()}, row)
     for empty in range(len(rows) % size, size):
         last = {name: value[empty] for name, value in made[-1].items()}
-        assert (last.pop("labels") == IGNORE).all() and not any(value.any() for value in last.values())
+        assert (last.pop("labels") == IGNORE).all() and (last.pop("visual_index") == -1).all()
+        assert not any(value.any() for value in last.values())
 
 
 def test_count_rows_opens_no_image(spoilt, monkeypatch):
@@ -464,4 +474,4 @@ def test_count_rows_opens_no_image(spoilt, monkeypatch):
     rows = settings(source, bad_rows="skip")
     expected = len(list(packed_rows(**rows, epochs=1)))
     monkeypatch.setattr("llava_jax.data.examples.open_image", lambda path: pytest.fail("an image was opened"))
-    assert Batches(1, **rows).count_rows() == expected
+    assert Batches(batch_size=1, **rows).count_rows() == expected

@@ -10,11 +10,12 @@ from PIL import Image
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.baselines import shown, shuffle
 from llava_jax.evaluate.tasks.base import Question
-from llava_jax.images import prepare
+from llava_jax.images import ImageProcessor
 
 
 def config(size: int = 28, patch: int = 7, mode: str = "square"):
-    return SimpleNamespace(vision=SimpleNamespace(image_size=size, patch_size=patch), image_mode=mode, exif=False)
+    return SimpleNamespace(vision=SimpleNamespace(image_size=size, patch_size=patch), exif=False,
+                           processor=ImageProcessor(size, mode))
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -54,9 +55,9 @@ def test_the_tower_sees_the_shuffled_patches_and_no_others(mode, tmp_path):
     Image.fromarray(noise(40, 90)).save(tmp_path / "a.png")
     question = Question(0, "", (str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()))
     pictures = shown("shuffled", [question], config(mode=mode))(question)
-    [tile] = prepare(Image.open(tmp_path / "a.png"), 28, mode)
+    [tile] = ImageProcessor(28, mode)(Image.open(tmp_path / "a.png"))
     for picture in pictures:
-        [seen] = prepare(picture, 28, mode)
+        [seen] = ImageProcessor(28, mode)(picture)
         assert patches(seen, 7) == patches(tile, 7) and (seen != tile).any()
     assert len(pictures) == 2
 

@@ -95,7 +95,7 @@ def test_questions_are_asked_as_they_are(llava, questions, template):
     llava.batch_unordered = lambda asked, _: iter([requests.extend(asked)][:0])
     list(generation.generate(llava, Twice(), [replace(questions[1], text=text)]))
     prompt = llava.prompt_tokens(requests[0]).tolist()
-    count = llava.config.tokens_per_image
+    count = llava.config.processor.features_per_tile
     at = prompt.index(IMAGE_TOKEN_ID)
     assert prompt[at : at + count] == [IMAGE_TOKEN_ID] * count
     assert prompt[:at] + prompt[at + count - 1 :] == wanted

@@ -49,7 +49,7 @@ def alone(llava, requests):
 
 
 def tiles(images):
-    return np.concatenate([prepare(image, 28, "pad") for image in images]) if images else None
+    return np.concatenate([ImageProcessor(28, "pad")(image) for image in images]) if images else None
 
 
 def test_greedy_equals_transformers_token_for_token(hf_model, llava, requests, alone):
@@ -60,7 +60,8 @@ def test_greedy_equals_transformers_token_for_token(hf_model, llava, requests, a
         assert (ids == IMAGE_TOKEN_ID).sum() == 16 * len(request["images"])
         inputs = {"input_ids": torch.tensor(np.where(ids == IMAGE_TOKEN_ID, 2000, ids))}
         if request["images"]:
-            inputs["pixel_values"] = torch.tensor(normalise(tiles(request["images"])).transpose(0, 3, 1, 2))
+            pixels = ImageProcessor().normalise(tiles(request["images"]))
+            inputs["pixel_values"] = torch.tensor(pixels.transpose(0, 3, 1, 2))
         with torch.no_grad():
             expected = hf_model.generate(
                 **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=LIMIT, do_sample=False,
@@ -86,7 +87,7 @@ def test_cached_decoding_equals_the_full_forward_pass(llava, requests, alone):
 def test_model_takes_floats_and_bytes(llava, alone, requests):
     images = tiles(requests[1]["images"])
     tokens = np.array([alone[1].prompt_tokens])
-    floats, integers = llava.model(tokens, normalise(images)[None]), llava.model(tokens, images[None])
+    floats, integers = llava.model(tokens, ImageProcessor().normalise(images)[None]), llava.model(tokens, images[None])
     np.testing.assert_allclose(floats, integers, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from llava_jax import IMAGE_TOKEN_ID
 from llava_jax.errors import UserError
-from llava_jax.images import normalise, prepare
+from llava_jax.images import ImageProcessor
 from llava_jax.inference.llava import Request
 from llava_jax.inference.scoring import scoring_rows
 from llava_jax.text.encode import encode_prompt
@@ -35,8 +35,8 @@ def expected(hf_model, llava, request, text):
     assert ids[: len(prompt)].tolist() == prompt.tolist()
     inputs = {"input_ids": torch.tensor(np.where(ids == IMAGE_TOKEN_ID, 2000, ids).astype(np.int64)[None])}
     if request.images:
-        tiles = np.concatenate([prepare(image, 28, "pad") for image in request.images])
-        inputs["pixel_values"] = torch.tensor(normalise(tiles).transpose(0, 3, 1, 2))
+        tiles = np.concatenate([ImageProcessor(28, "pad")(image) for image in request.images])
+        inputs["pixel_values"] = torch.tensor(ImageProcessor().normalise(tiles).transpose(0, 3, 1, 2))
     with torch.no_grad():
         logits = hf_model(**inputs).logits[0].double().log_softmax(-1)
     return sum(logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))

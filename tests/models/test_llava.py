@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from llava_jax.errors import UserError
-from llava_jax.images import normalise
+from llava_jax.images import ImageProcessor
 from llava_jax.models import llava
 from llava_jax.models.layers import REMAT
 from llava_jax.models.llama import LlamaConfig
@@ -28,7 +28,7 @@ def conversation(rng, images, texts=6):
     """Tokens of a conversation with some images, each after a text; and the images."""
     pieces = [rng.integers(3, IMAGE, texts)]
     for _ in range(images):
-        pieces += [np.full(CONFIG.tokens_per_image, IMAGE_TOKEN_ID), rng.integers(3, IMAGE, texts)]
+        pieces += [np.full(CONFIG.processor.features_per_tile, IMAGE_TOKEN_ID), rng.integers(3, IMAGE, texts)]
     return np.concatenate(pieces).astype(np.int32), rng.normal(size=(images, 28, 28, 3)).astype(np.float32)
 
 
@@ -145,7 +145,7 @@ def test_images_as_bytes(parameters, call, assert_close):
     tiles = rng.integers(0, 256, (1, 1, 28, 28, 3), np.uint8)
     graph = llava.abstract_params(CONFIG)[0]
     outputs = [call(graph, parameters, lambda m, *batch: m(*batch), tokens[None], images)
-               for images in (tiles, normalise(tiles))]
+               for images in (tiles, ImageProcessor().normalise(tiles))]
     assert_close(*outputs, 1e-4)
 
 

@@ -5,10 +5,10 @@ import pytest
 
 from llava_jax import config
 from llava_jax.data.pipeline import Batches
-from llava_jax.data.sources import open_mixture
 from llava_jax.plan.data import MIX_665K, PUBLISHED, draw, length
 from llava_jax.plan.models import planned_config
 from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.train.loop import data_spec
 
 
 def recipe(model: config.Model, path: str, **stage) -> config.Recipe:
@@ -20,9 +20,8 @@ def recipe(model: config.Model, path: str, **stage) -> config.Recipe:
 def test_a_data_file_that_is_there_is_counted(parts, data):
     described = recipe(config.Model(vision=str(parts[0]), language=str(parts[1])), str(data), epochs=3)
     model, _ = planned_config(described.model)
-    rows = list(Batches(1, open_mixture(str(data)), tokenizer=Tokenizer.load(parts[1]), template=model.template,
-                        tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad", sequence_length=96,
-                        tiles_per_sequence=2, epochs=1))
+    spec = data_spec(described.stages["instruct"].data, model, Tokenizer.load(parts[1]), str(data))
+    rows = list(Batches(spec, 1, epochs=1))
     found = length(described, "instruct", model)
     assert found.rows == len(rows) and found.steps == 3 * len(rows) // 2 and "counted" in found.source
     assert length(described, "instruct", model, rows=100).steps == 150
@@ -34,9 +33,8 @@ def test_of_a_long_file_a_part_is_counted(parts, data, monkeypatch):
     described = recipe(config.Model(vision=str(parts[0]), language=str(parts[1])), str(data))
     model, _ = planned_config(described.model)
     monkeypatch.setattr(pipeline, "WINDOW", 2)  # 12 windows, of which every third is counted
-    whole = pipeline.Batches(1, open_mixture(str(data)), tokenizer=Tokenizer.load(parts[1]), template=model.template,
-                             tokens_per_image=model.tokens_per_image, image_size=28, image_mode="pad",
-                             sequence_length=96, tiles_per_sequence=2).count_rows()
+    spec = data_spec(described.stages["instruct"].data, model, Tokenizer.load(parts[1]), str(data))
+    whole = pipeline.Batches(spec, 1).count_rows()
     found = length(described, "instruct", model)
     assert "a part of" in found.source and abs(found.rows - whole) <= 0.4 * whole
 

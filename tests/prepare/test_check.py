@@ -20,6 +20,7 @@ from check_data import (
 )
 from conftest import make_data
 
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.packing import pack
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.sources import open_mixture, open_source
@@ -141,9 +142,9 @@ def test_figures_against_brute_force(tmp_path, with_tokens):
         "sequence_length": limit, "tiles_per_sequence": 2,
         "sequences": len(packed), "batch_size": 7, "steps": len(packed) // 7,
         "token_fill": sum(lengths) / len(packed) / limit, "tile_fill": sum(images) / len(packed) / 2}
-    batches = Batches(7, open_mixture(path), tokenizer=settings.tokenizer, template="vicuna_v1", tokens_per_image=576,
-                      image_size=28, image_mode="pad", sequence_length=limit, tiles_per_sequence=2, bad_rows="skip")
-    assert batches.count_rows() == len(packed)
+    spec = DataSpec(mixture=open_mixture(path), **vars(settings), sequence_length=limit, tiles_per_sequence=2,
+                    bad_rows="skip")
+    assert Batches(spec, 7).count_rows() == len(packed)
 
 
 def test_an_epoch_of_a_mixture_packs_as_often_as_it_is_read(tmp_path, with_tokens, monkeypatch):
@@ -217,7 +218,7 @@ def test_a_tokenizer_s_own_tokens(tmp_path):
 @pytest.mark.parametrize("mode, refused", [("square", 1), ("pad", 0)])
 def test_images_that_grow_too_large_in_one_mode_only(mode, refused, tmp_path):
     path = write(tmp_path, [row(1, image="strip.png"), row(2, image="wide.png")])
-    found, _ = run(path, Settings(image_mode=mode))
+    found, _ = run(path, Settings(processor=ImageProcessor(mode=mode)))
     assert [finding.kind for finding in found] == ["broken_image"] * refused
     assert all("1 x 3000 pixels is too elongated to resize" in finding.message for finding in found)
 

@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pytest
 
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
+from llava_jax.images import ImageProcessor
 from llava_jax.prepare import __main__ as prepare
 from llava_jax.prepare.settings import Settings
 
@@ -33,11 +35,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_a_packed_data_set_gives_the_same_batches(data, parts, tmp_path):
-    assert prepare.main(["check", str(data), "--model", str(parts[1]), "--tokens-per-image", "4"]) == 0
+    assert prepare.main(["check", str(data), "--model", str(parts[1]), "--visual-tokens", "4"]) == 0
     assert prepare.main(["pack", str(data), str(tmp_path / "packed"), "--workers", "0", "--shards", "3"]) == 0
-    options = vars(Settings.load(str(parts[1]))) | {"tokens_per_image": 4, "image_size": 28}
-    here, there = (Batches(2, open_mixture(path), **options, sequence_length=256, tiles_per_sequence=4, epochs=2)
-                   for path in (data, tmp_path / "packed"))
+    options = vars(Settings.load(str(parts[1]))) | {"processor": ImageProcessor(28, patches=2)}
+    here, there = (Batches(DataSpec(mixture=open_mixture(path), **options, sequence_length=256, tiles_per_sequence=4),
+                           2, epochs=2) for path in (data, tmp_path / "packed"))
     count = 0
     for one, other in zip(here, there, strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in one)

@@ -17,9 +17,10 @@ import tensorflow_datasets as tfds
 from pack_data import contents, encoded, expected, run, stop, with_tfds, write_data
 from PIL import Image
 
-from llava_jax import cli, image_files, images
+from llava_jax import cli, image_files
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError
+from llava_jax.images import ImageProcessor
 from llava_jax.prepare import pack
 from llava_jax.prepare.pack import Pack
 from llava_jax.prepare.shards import Encoding, check_image
@@ -165,7 +166,7 @@ class TestImages:
     def test_without_a_size_no_pixel_changes(self, data, tmp_path):
         for old, new in zip(expected(data), with_tfds(run(data, tmp_path / "set")), strict=True):
             for before, after in zip(old["images"], new["images"], strict=True):
-                tiles = [images.prepare(image_files.open_image(content), 56, "pad") for content in (before, after)]
+                tiles = [ImageProcessor(56, "pad")(image_files.open_image(content)) for content in (before, after)]
                 assert np.array_equal(*tiles)
 
     @pytest.mark.parametrize("mode", ["pad", "square"])
@@ -178,7 +179,7 @@ class TestImages:
             after = Encoding(56, mode, "png")(before)
             small += len(after) < len(before)
             assert len(after) <= len(before)
-            tiles = [images.prepare(image_files.open_image(content), 56, mode) for content in (before, after)]
+            tiles = [ImageProcessor(56, mode)(image_files.open_image(content)) for content in (before, after)]
             assert np.array_equal(*tiles)
         assert small > 10
 
@@ -189,7 +190,7 @@ class TestImages:
             after = encoding(before)
             assert Image.open(io.BytesIO(after)).size == (56, 56) and len(after) < len(before)
             worse = Encoding(56, "pad", "jpeg", 60)(before)
-            tiles = [images.prepare(image_files.open_image(content), 56, "pad") for content in (before, after, worse)]
+            tiles = [ImageProcessor(56, "pad")(image_files.open_image(content)) for content in (before, after, worse)]
             close, far = (np.abs(np.subtract(tiles[0], tile, dtype=int)).mean() for tile in tiles[1:])
             assert 0 < close < 4 and far > 2 * close
         small = encoded(0, 56, 40)
@@ -323,7 +324,7 @@ def test_a_mixture_with_counts_is_refused(data, tmp_path):
 
 def test_the_command_line(data, tmp_path, capsys):
     out = tmp_path / "set"
-    options = [data, str(out), "--image-size", "56", "--image_mode", "square", "--shard-size", "1MB", "--workers", "0"]
+    options = [data, str(out), "--image-size", "56", "--image-mode", "crop", "--shard-size", "1MB", "--workers", "0"]
     assert cli.parse(Pack, options, prog="pack").run() == 0
     assert "(square 56, jpeg 95)" in capsys.readouterr().out
     assert pickle.loads(pickle.dumps(open_source(str(out))))[5].turns == open_source(data)[5].turns

@@ -15,11 +15,11 @@ from PIL import Image
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llava_jax import cli
-from llava_jax.data.examples import Loader
+from llava_jax.data.examples import DataSpec
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
 from llava_jax.image_files import open_image
-from llava_jax.images import prepare
+from llava_jax.images import ImageProcessor
 from llava_jax.prepare.preview import Preview, draw_rows, read_rows
 from llava_jax.prepare.preview_page import render_page
 from llava_jax.prepare.settings import Settings
@@ -105,15 +105,15 @@ def draw_image(path, size=(50, 20), mode="RGB"):
 
 def show(path, settings, numbers=None, sequence_length=2048, tiles_per_sequence=2):
     mixture = open_mixture(path)
-    loader = Loader(mixture=mixture, **vars(settings), sequence_length=sequence_length,
-                    tiles_per_sequence=tiles_per_sequence, bad_rows="error")
-    shown = read_rows(range(len(mixture.sources[0])) if numbers is None else numbers, loader)
+    spec = DataSpec(mixture=mixture, **vars(settings), sequence_length=sequence_length,
+                    tiles_per_sequence=tiles_per_sequence)
+    shown = read_rows(range(len(mixture.sources[0])) if numbers is None else numbers, spec)
     return parse(render_page("A title", {}, shown, settings, sequence_length, tiles_per_sequence))
 
 
 @pytest.fixture(scope="module")
 def settings():
-    return Settings(Tokenizer.load(GOLDEN), tokens_per_image=4, image_size=28)
+    return Settings(Tokenizer.load(GOLDEN), processor=ImageProcessor(28, patches=2))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def read_tokens(card, per_image):
 @pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece, not legacy", "bytes"])
 def test_tokens_of_the_page_are_those_of_training(kind, template, byte_level, tmp_path):
     tokenizer = byte_level if kind == "bytes" else Tokenizer.load(GOLDEN, legacy=False if "not" in kind else None)
-    settings = Settings(tokenizer, get(template), tokens_per_image=4, image_size=28)
+    settings = Settings(tokenizer, get(template), ImageProcessor(28, patches=2))
     rng = random.Random(0)
     draw_image(tmp_path / "a.png")
 
@@ -194,7 +194,8 @@ def test_what_has_no_text_or_cannot_be_seen_has_a_sign(settings, tmp_path):
 def test_text_that_tokenizing_drops_is_shown_as_such(byte_level, tmp_path):
     draw_image(tmp_path / "a.png")
     texts = ("a\u200b\u200bb<image>c\u200b<image>", "Yes.")
-    page = show(write_rows(tmp_path, [row(0, *texts, image=["a.png"] * 2)]), Settings(byte_level, tokens_per_image=4))
+    page = show(write_rows(tmp_path, [row(0, *texts, image=["a.png"] * 2)]),
+                Settings(byte_level, processor=ImageProcessor(patches=2)))
     (body,) = page.find("tokens")
     gaps = [i for i, node in enumerate(body.children) if "gap" in node.classes]
     assert [body.children[i].text for i in gaps] == ["\u200b\u200b", "\u200b"]
@@ -288,14 +289,14 @@ def test_pictures_are_what_prepare_makes(mode, size, settings, tmp_path):
     rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes."}]}]
     rows += [{"messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Yes."}],
               "images": [name]} for name in ("long.png", "noise.png", "moving.gif")]
-    settings = Settings(settings.tokenizer, tokens_per_image=4, image_size=size, image_mode=mode)
+    settings = Settings(settings.tokenizer, processor=ImageProcessor(size, mode, patches=2))
     page = show(write_rows(tmp_path, rows), settings)
     about = [f"embedded, {clear.stat().st_size:,} bytes", str(long), str(noise), str(tmp_path / "moving.gif")]
     kinds = ["60 × 210PNG RGBA", "300 × 20PNG RGB", "500 × 400PNG RGB", "30 × 40GIF P, first of 3 frames"]
     images = [clear.read_bytes(), long, noise, tmp_path / "moving.gif"]
     for card, image, where, kind in zip(page.find("card"), images, about, kinds, strict=True):
         small, seen = card.find("img")
-        expected = prepare(open_image(image), size, mode)[0]
+        expected = settings.processor(open_image(image))[0]
         decoded = np.asarray(decode(seen))
         assert decoded.shape == expected.shape
         difference = np.abs(decoded.astype(int) - expected)

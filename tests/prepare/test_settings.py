@@ -6,6 +6,7 @@ import pytest
 from conftest import GOLDEN
 
 from llava_jax.errors import UserError
+from llava_jax.images import ImageProcessor
 from llava_jax.prepare.settings import Settings
 
 TOKENIZER = GOLDEN / "tokenizer.model"
@@ -22,12 +23,12 @@ def test_settings_of_a_whole_llava(tmp_path):
         Settings.load(str(tmp_path))
     shutil.copy(TOKENIZER, tmp_path)
     settings = Settings.load(str(tmp_path))
-    assert (settings.tokens_per_image, settings.image_size, settings.image_mode) == (4, 28, "square")
+    assert settings.processor == ImageProcessor(28, "crop", patches=2)
     assert settings.template.name == "vicuna_v1" and settings.tokenizer.vocab_size == 2000
     assert Settings.load(str(tmp_path), "plain").template.name == "plain"
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     settings = Settings.load(str(tmp_path))
-    assert (settings.tokens_per_image, settings.image_size, settings.image_mode) == (576, 336, "pad")
+    assert settings.processor == ImageProcessor(336, "pad", patches=24)
     assert settings.tokenizer.vocab_size == 2000
     (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
     with pytest.raises(UserError, match="model_type 'llava_next' is not supported"):

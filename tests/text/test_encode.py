@@ -59,7 +59,7 @@ def learned_runs(example):
 def test_golden(golden, case):
     tokenizer = Tokenizer.load(golden / "tokenizer.model", legacy=case["legacy"])
     turns, template = case["conversations"], case["template"]
-    example = encode_conversation(turns, template, tokenizer, tokens_per_image=1)
+    example = encode_conversation(turns, template, tokenizer, visual_tokens=1)
     assert example.tokens.dtype == example.labels.dtype == "int32"
     assert example.tokens.tolist() == case["input_ids"]
     if not case["dropped"]:
@@ -133,7 +133,7 @@ def test_against_the_original_on_random_conversations(golden, texts, slow_ids, t
         shorter = not legacy and template == "vicuna_v1"
         ids, labels = original(prompt, separator, lambda text: slow_ids(text, legacy), shorter)
         try:
-            example = encode_conversation(turns, template, tokenizer, tokens_per_image=1)
+            example = encode_conversation(turns, template, tokenizer, visual_tokens=1)
         except NoSupervisedTokens:
             assert not any(answer for _, answer in rounds)
             continue
@@ -182,7 +182,7 @@ def test_every_template_with_both_kinds_of_tokenizer(kinds, raw, texts, slow_ids
         images = rng.choice(["<image>\n", "<image><image>"])
         turns = [turn for question, answer in rounds for turn in (human(question), gpt(answer))]
         turns[0] = human(images + turns[0]["value"])
-        example = encode_conversation(turns, template, tokenizer, tokens_per_image=3)
+        example = encode_conversation(turns, template, tokenizer, visual_tokens=3)
 
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn["value"]} for i, turn in enumerate(turns)]
         expected = [1] if kind != "bytes" else []
@@ -199,7 +199,7 @@ def test_every_template_with_both_kinds_of_tokenizer(kinds, raw, texts, slow_ids
             answers[-1] += " "
         assert decoded == [answer if kind == "bytes" else answer.removeprefix(" ") for answer in answers]
 
-        prompt = encode_prompt(messages[:-1], template, tokenizer, tokens_per_image=3)
+        prompt = encode_prompt(messages[:-1], template, tokenizer, visual_tokens=3)
         assert example.tokens[: len(prompt)].tolist() == prompt.tolist()
         answer = example.tokens[len(prompt) :].tolist()  # it follows at once
         assert runs[-1][-len(answer) :] == answer if template.signs else answer[: len(runs[-1])] == runs[-1]
@@ -218,17 +218,17 @@ def test_no_token_reaches_from_the_opening_into_the_answer(kinds):
 
 def test_plain_is_the_caption_and_a_newline(tokenizer):
     for question in ("<image>\nDescribe.", "Describe.\n<image>", "<image>"):
-        example = encode_conversation([human(question), gpt("a red circle")], "plain", tokenizer, tokens_per_image=2)
+        example = encode_conversation([human(question), gpt("a red circle")], "plain", tokenizer, visual_tokens=2)
         caption = tokenizer.encode("a red circle\n")
         assert example.tokens.tolist() == [1, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, *caption]
         assert example.labels.tolist() == [IGNORE] * 3 + caption
-    example = encode_conversation([human("<image>"), gpt("")], "plain", tokenizer, tokens_per_image=1)
+    example = encode_conversation([human("<image>"), gpt("")], "plain", tokenizer, visual_tokens=1)
     assert example.labels.tolist() == [IGNORE, IGNORE, *tokenizer.encode("\n")]
 
 
 def test_several_images_stay_where_they_are(tokenizer):
     turns = [human("first <image> then <image> ?"), gpt("same"), human("and <image>"), gpt("no")]
-    tokens = encode_conversation(turns, "vicuna_v1", tokenizer, tokens_per_image=1).tokens.tolist()
+    tokens = encode_conversation(turns, "vicuna_v1", tokenizer, visual_tokens=1).tokens.tolist()
     expected = [1, *tokenizer.encode(VICUNA + "USER: first ")]
     for chunk in (" then ", " ? ASSISTANT: same</s>USER: ", "\nand ASSISTANT: no</s>"):
         expected += [IMAGE_TOKEN_ID, *tokenizer.encode(chunk)]
@@ -237,19 +237,19 @@ def test_several_images_stay_where_they_are(tokenizer):
 
 def test_an_image_costs_its_places(tokenizer):
     turns = [human("<image>\nhi"), gpt("yes")]
-    few = encode_conversation(turns, "vicuna_v1", tokenizer, tokens_per_image=1)
+    few = encode_conversation(turns, "vicuna_v1", tokenizer, visual_tokens=1)
     many = encode_conversation(turns, "vicuna_v1", tokenizer)
     assert len(many.tokens) - len(few.tokens) == 575 and (many.tokens == IMAGE_TOKEN_ID).sum() == 576
 
 
 def test_an_image_in_an_answer_is_not_learned(tokenizer):
-    example = encode_conversation([human("draw"), gpt("here <image> it is")], "mpt", tokenizer, tokens_per_image=2)
+    example = encode_conversation([human("draw"), gpt("here <image> it is")], "mpt", tokenizer, visual_tokens=2)
     assert (example.labels[example.tokens == IMAGE_TOKEN_ID] == IGNORE).all()
     assert len(learned_runs(example)) == 1  # moved to the front of the answer, so one stretch follows it
 
 
 def test_tagged_images(tokenizer):
-    tokens = encode_conversation([human("<image>\nhi"), gpt("yes")], "v1_mmtag", tokenizer, tokens_per_image=1).tokens
+    tokens = encode_conversation([human("<image>\nhi"), gpt("yes")], "v1_mmtag", tokenizer, visual_tokens=1).tokens
     at = tokens.tolist().index(IMAGE_TOKEN_ID)
     assert tokenizer.decode(tokens[:at]).endswith("USER: <Image>")
     assert tokenizer.decode(tokens[at:]).startswith("</Image>\nhi ASSISTANT: yes")
@@ -297,7 +297,7 @@ def test_too_long_is_never_cut(tokenizer):
 
 def test_prompt(tokenizer):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What? <image>"}]
-    prompt = encode_prompt(messages, "vicuna_v1", tokenizer, tokens_per_image=1)
+    prompt = encode_prompt(messages, "vicuna_v1", tokenizer, visual_tokens=1)
     assert prompt.dtype == "int32"
     before, after = tokenizer.encode("Be kind. USER: "), tokenizer.encode("\nWhat? ASSISTANT:")
     assert prompt.tolist() == [1, *before, IMAGE_TOKEN_ID, *after]

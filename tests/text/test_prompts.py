@@ -61,11 +61,11 @@ def test_every_prompt_begins_what_is_trained_on(kinds, texts, name, kind):
         answers = [i for i, turn in enumerate(turns) if turn["from"] == "gpt" and turn["value"]]
         if not any(turns[i].get("loss", True) for i in answers):
             continue
-        whole = encode_conversation(turns, name, tokenizer, tokens_per_image=2)
+        whole = encode_conversation(turns, name, tokenizer, visual_tokens=2)
         for i in answers:
-            prompt = encode_prompt(messages[:i], name, tokenizer, tokens_per_image=2).tolist()
+            prompt = encode_prompt(messages[:i], name, tokenizer, visual_tokens=2).tolist()
             try:
-                until = encode_conversation(turns[: i + 1], name, tokenizer, tokens_per_image=2)
+                until = encode_conversation(turns[: i + 1], name, tokenizer, visual_tokens=2)
             except NoSupervisedTokens:  # the answers up to here are only read
                 until = whole
             tokens, labels = until.tokens.tolist(), until.labels.tolist()
@@ -149,6 +149,6 @@ def test_the_first_llavas_ids_and_labels(golden, texts, slow_ids, legacy):
             labels[start:stop] = ids[start:stop]
             before += stretch
         labels = [IGNORE if token == IMAGE_TOKEN_ID else label for token, label in zip(ids, labels, strict=True)]
-        example = encode_conversation(turns, "llava_v0", tokenizer, tokens_per_image=1)
+        example = encode_conversation(turns, "llava_v0", tokenizer, visual_tokens=1)
         assert example.tokens.tolist() == ids
         assert example.labels.tolist() == labels

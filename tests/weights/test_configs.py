@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from llava_jax.errors import UserError
+from llava_jax.images import ImageProcessor
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
@@ -43,7 +44,7 @@ def read(tmp_path):
 
 
 def test_the_published_7b(read):
-    assert read(LLAVA_7B) == LlavaConfig(text=LlamaConfig(vocab_size=32064), image_mode="square")
+    assert read(LLAVA_7B) == LlavaConfig(text=LlamaConfig(vocab_size=32064)).with_image_mode("crop")
 
 
 def test_parts_alone(read):
@@ -121,14 +122,15 @@ def test_missing_and_broken_files(tmp_path, read):
 
 
 @pytest.mark.parametrize("processor, mode", [
-    ({"preprocessor_config_json": {"image_processor_type": "CLIPImageProcessor"}}, "square"),
+    ({"preprocessor_config_json": {"image_processor_type": "CLIPImageProcessor"}}, "crop"),
+    ({"preprocessor_config_json": {"image_processor_type": "SiglipImageProcessor"}}, "resize"),
     ({"preprocessor_config_json": {"do_pad": True}}, "pad"),
     ({"processor_config_json": {"image_processor": {"do_pad": True}, "patch_size": 14}}, "pad"),
     ({"processor_config_json": {"patch_size": 14}, "preprocessor_config_json": {"do_pad": True}}, "pad"),
-    ({}, "square"),
+    ({}, "crop"),
 ])
 def test_image_mode(read, processor, mode):
-    assert read(LLAVA_7B, **processor).image_mode == mode
+    assert read(LLAVA_7B, **processor).processor.mode == mode
 
 
 @pytest.mark.parametrize("config, chat, template", [
@@ -164,7 +166,8 @@ FULL = LlavaConfig(
     vision=VisionConfig(70, 7, 32, 48, 4, 2, "gelu", 1e-6),
     text=LlamaConfig(256, 64, 96, 3, 8, 2, 16, 1e-4, 5e5, RopeScaling("llama3", 4.0, 2.0, 8.0, 64), True, True, True,
                      True, 512),
-    projector="linear", feature_layer=-3, feature_select="cls_patch", image_mode="square", template="mpt", exif=True,
+    projector="linear", feature_layer=-3, feature_select="cls_patch", template="mpt", exif=True,
+    processor=ImageProcessor(70, "resize", 10, True, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
 )
 TOKENS = {"image": 7, "pad": 8, "bos": 1, "eos": [2, 3]}
 
@@ -182,7 +185,7 @@ def test_both_layouts_keep_every_field(read, config):
     assert read(hub) == config
     # Nothing is left to the reader's defaults, which change from version to version.
     parsed = transformers.AutoConfig.for_model(**hub)
-    assert parsed.image_seq_length == config.tokens_per_image and parsed.eos_token_id == [2, 3]
+    assert parsed.image_seq_length == config.processor.features_per_tile and parsed.eos_token_id == [2, 3]
     assert parsed.text_config.pad_token_id == 8 and parsed.text_config.model_type in ("llama", "qwen2")
 
 
@@ -270,7 +273,7 @@ def test_images_prepared_otherwise_are_refused(tmp_path, name, value, nested):
         file.write_text(json.dumps({"image_processor": settings} if nested else settings))
 
     write(CLIP_PREPARATION | {"do_pad": True})
-    assert configs._image_mode(tmp_path) == "pad"
+    assert configs._processor_settings(tmp_path) == {"mode": "pad"}
     write(CLIP_PREPARATION | {name: value})
     with pytest.raises(UserError, match=f"processor_config.json: {name} is .*; images are prepared with"):
-        configs._image_mode(tmp_path)
+        configs._processor_settings(tmp_path)

@@ -12,7 +12,7 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 from llava_jax.errors import UserError
-from llava_jax.images import normalise, prepare
+from llava_jax.images import ImageProcessor
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
@@ -60,9 +60,9 @@ def make_source(directory, legacy, only_json):
     return directory
 
 
-def export(source, target, **fields):
+def export(source, target, mode=None, **fields):
     target.mkdir()
-    config = LlavaConfig(vision=VisionConfig(image_size=28, patch_size=14), **fields)
+    config = LlavaConfig(vision=VisionConfig(image_size=28, patch_size=14), **fields).with_image_mode(mode)
     ids = tokenizer_files.export(source, target, config)
     (target / "config.json").write_text('{"model_type": "llava"}')
     return ids, transformers.AutoProcessor.from_pretrained(target)
@@ -78,22 +78,23 @@ def test_the_processor_makes_the_models_prompts(tmp_path, legacy, only_json, tem
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         pictures = [Image.new("RGB", (9, 5))] * images
         found = processor(text=text, images=pictures, return_tensors="np")["input_ids"][0]
-        expected = encode_prompt(messages, template, Tokenizer.load(source), tokens_per_image=4)
+        expected = encode_prompt(messages, template, Tokenizer.load(source), visual_tokens=4)
         np.testing.assert_array_equal(np.where(found == 2000, IMAGE_TOKEN_ID, found), expected)
         # The export tokenizes as the source does here too.
-        again = encode_prompt(messages, template, Tokenizer.load(tmp_path / "target"), tokens_per_image=4)
+        again = encode_prompt(messages, template, Tokenizer.load(tmp_path / "target"), visual_tokens=4)
         np.testing.assert_array_equal(again, expected)
 
 
-@pytest.mark.parametrize("mode", ["pad", "square"])
+@pytest.mark.parametrize("mode", ["pad", "crop", "resize"])
 @pytest.mark.parametrize("select, count", [("patch", 4), ("cls_patch", 5)])
 def test_the_processor_makes_the_models_images(tmp_path, mode, select, count):
     source = make_source(tmp_path / "source", None, False)
-    _, processor = export(source, tmp_path / "target", image_mode=mode, feature_select=select)
+    _, processor = export(source, tmp_path / "target", mode=mode, feature_select=select)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 31, 3), np.uint8))
     batch = processor(text=["<image>\na", "b <image> <image>"], images=[[image], [image, image]], padding=True,
                       return_tensors="np")
-    expected = normalise(prepare(image, 28, mode))
+    ours = ImageProcessor(28, mode, patches=2)
+    expected = ours.normalise(ours(image))
     for found in batch["pixel_values"]:
         np.testing.assert_array_equal(found.transpose(1, 2, 0), expected[0])
     np.testing.assert_array_equal((batch["input_ids"] == 2000).sum(1), [count, 2 * count])

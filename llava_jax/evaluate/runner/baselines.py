@@ -12,7 +12,6 @@ from PIL import Image
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.base import Question
 from llava_jax.image_files import open_image
-from llava_jax.images import prepare
 from llava_jax.models.llava import LlavaConfig
 
 Baseline = Literal["none", "blind", "shuffled"]
@@ -56,5 +55,5 @@ def shuffle(tile: UInt8[np.ndarray, "side side 3"], patch: int) -> UInt8[np.ndar
 
 def _shuffled(image: str | bytes, config: LlavaConfig) -> Image.Image:
     """`prepare` leaves this picture as it is, for it has the tower's size."""
-    [tile] = prepare(open_image(image, config.exif), config.vision.image_size, config.image_mode)
+    [tile] = config.processor(open_image(image, config.exif))
     return Image.fromarray(shuffle(tile, config.vision.patch_size))

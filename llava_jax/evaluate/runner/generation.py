@@ -16,7 +16,6 @@ from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.answer_file import NOT_ASKED, Line, to_answer
 from llava_jax.evaluate.tasks.base import Answer, Question, Task
 from llava_jax.image_files import open_image
-from llava_jax.images import prepare
 from llava_jax.inference.llava import ImageSource, Llava, PromptTooLong, Request
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
@@ -67,7 +66,7 @@ def check_questions(questions: Iterable[Question], source: str, config: LlavaCon
 
     def fault(image: str | bytes) -> UserError | None:
         try:
-            prepare(open_image(image, config.exif), config.vision.image_size, config.image_mode)
+            config.processor(open_image(image, config.exif))
         except UserError as error:
             return error
         return None
