@@ -63,17 +63,17 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
         again = load_checkpoint(tmp_path / seed)[1]["projector/layers_0/kernel"]
         assert np.array_equal(kernel, again) is same
     convert.main([*arguments, str(tmp_path / "linear"), "--projector", "linear", "--feature-layer", "-1",
-                  "--template", "llava_v1", "--image-mode", "square"])
+                  "--template", "llava_v1", "--image-mode", "crop"])
     config = read_config(tmp_path / "linear")
     assert (config.projector, config.feature_layer, config.template, config.processor.mode) == (
-        "linear", -1, "llava_v1", "square")
+        "linear", -1, "llava_v1", "crop")
 
 
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_there_and_back_again_is_the_same(parts, tmp_path, dtype, projector):
     convert.main(["--vision", str(parts[0]), "--language", str(parts[1]), str(tmp_path / "a"), "--to", "hf",
-                  "--dtype", dtype, "--projector", projector, "--template", "llava_llama_2", "--image-mode", "square"])
+                  "--dtype", dtype, "--projector", projector, "--template", "llava_llama_2", "--image-mode", "crop"])
     convert.main([str(tmp_path / "a"), str(tmp_path / "own"), "--to", "native", "--shard-size", "20KB"])
     convert.main([str(tmp_path / "own"), str(tmp_path / "b"), "--to", "hf", "--shard-size", "100KB"])
     assert {str(tensor.dtype) for tensor in tensors(tmp_path / "a").values()} == {f"torch.{dtype}"}
@@ -98,9 +98,9 @@ def test_parts_of_different_dtypes_stay_as_they_are(parts, tmp_path):
 def test_a_checkpoint_keeps_or_changes_its_template(joined, tmp_path):
     convert.main([str(joined), str(tmp_path / "kept"), "--to", "hf"])
     assert read_config(tmp_path / "kept") == read_config(joined)
-    convert.main([str(joined), str(tmp_path / "new"), "--to", "hf", "--template", "mpt", "--image-mode", "square"])
+    convert.main([str(joined), str(tmp_path / "new"), "--to", "hf", "--template", "mpt", "--image-mode", "crop"])
     config = read_config(tmp_path / "new")
-    assert (config.template, config.processor.mode) == ("mpt", "square")
+    assert (config.template, config.processor.mode) == ("mpt", "crop")
     assert not json.loads((tmp_path / "new" / "preprocessor_config.json").read_text())["do_pad"]
 
 

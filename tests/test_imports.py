@@ -15,7 +15,7 @@ MODEL = {*BASE, "models", "text", "images", "image_files", "parallel"}
 NOUNS = {*MODEL, "weights", "data", "inference", "endpoint", "annotations", "pages"}
 ALLOWED = {
     "errors": set(), "files": BASE, "json_lines": BASE, "cli": BASE, "progress": BASE, "image_files": BASE,
-    "images": {*BASE, "image_files"}, "config": {*BASE, "image_files"},
+    "images": {*BASE, "image_files"}, "config": {*BASE, "image_files", "images"},
     "text": BASE, "parallel": BASE, "models": MODEL,
     "data": MODEL - {"models", "parallel"}, "weights": MODEL,
     "inference": {*MODEL, "weights", "data"}, "endpoint": BASE, "annotations": {*BASE, "data"},

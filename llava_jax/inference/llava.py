@@ -260,14 +260,14 @@ class Llava:
         return tokens
 
     def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:
-        side, exif = self.config.vision.image_size, self.config.exif
-        tiles = [np.zeros((0, side, side, 3), np.uint8)]
+        processor, exif = self.config.processor, self.config.exif
+        tiles = [np.zeros((0, processor.size, processor.size, 3), np.uint8)]
         for image in images:
             if not isinstance(image, Image.Image):
                 image = open_image(image, exif)
             elif exif:
                 image = turn_upright(image)
-            tiles.append(prepare(image, side, self.config.image_mode))
+            tiles.append(processor(image))
         return np.concatenate(tiles)
 
     def _prompt(self, request: Request, tokens: Int[np.ndarray, "T"], tiles: UInt8[np.ndarray, "I H W 3"]) -> Prompt:

@@ -43,8 +43,8 @@ SUSPECT = {
 KINDS = (*REASONS, *SUSPECT)
 
 ROW = np.dtype([("id", "u8"), ("question", "u8"), ("answer", "u4"),
-                ("tokens", "i4"), ("supervised", "i4"), ("images", "u2"), ("tiles", "u2"), ("good", "?")])
-"""What is kept of a row, in 33 bytes. Texts and images are hashes of 64 bits; `question` is 0 without a record."""
+                ("tokens", "i4"), ("supervised", "i4"), ("images", "u2"), ("tiles", "u1"), ("good", "?")])
+"""What is kept of a row, in 32 bytes. Texts and images are hashes of 64 bits; `question` is 0 without a record."""
 
 _ANGLED = re.compile(r"<+[^<>\s]+>+")  # </s>, <|im_start|>, <<SYS>>: marks of a template that may be next to words
 _TOKEN = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token can look like
@@ -150,7 +150,7 @@ class Checker:
             layouts = record_layouts(record, self.settings.processor, self.settings.exif, self.settings.max_pixels)
         except BadRow:  # an image that cannot be read, which is in `problems` already
             layouts = ()
-        row["tiles"] = min(sum(layout.tiles for layout in layouts), 65535)
+        row["tiles"] = min(sum(layout.tiles for layout in layouts), 255)
         if self.tiles_per_sequence is not None and row["tiles"] > self.tiles_per_sequence:
             limit = f"a packed sequence has {self.tiles_per_sequence} (--tiles-per-sequence)"
             problems.append(("too_long", f"{row['tiles']} tiles, but {limit}"))

@@ -13,7 +13,7 @@ from llava_jax.evaluate.tasks.base import Question
 from llava_jax.images import ImageProcessor
 
 
-def config(size: int = 28, patch: int = 7, mode: str = "square"):
+def config(size: int = 28, patch: int = 7, mode: str = "crop"):
     return SimpleNamespace(vision=SimpleNamespace(image_size=size, patch_size=patch), exif=False,
                            processor=ImageProcessor(size, mode))
 
@@ -50,7 +50,7 @@ def test_pictures_are_shuffled_in_different_ways():
     assert len(orders) == 20
 
 
-@pytest.mark.parametrize("mode", ["square", "pad"])
+@pytest.mark.parametrize("mode", ["crop", "pad"])
 def test_the_tower_sees_the_shuffled_patches_and_no_others(mode, tmp_path):
     Image.fromarray(noise(40, 90)).save(tmp_path / "a.png")
     question = Question(0, "", (str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()))

@@ -11,7 +11,7 @@ from PIL import Image
 import llava_jax
 from llava_jax import IMAGE_TOKEN_ID
 from llava_jax.errors import UserError
-from llava_jax.images import normalise, prepare
+from llava_jax.images import ImageProcessor
 from llava_jax.inference.llava import PromptTooLong, Request, as_messages
 from llava_jax.inference.shapes import length_bucket
 from llava_jax.text.encode import encode_prompt

@@ -40,7 +40,7 @@ def test_memory_is_the_compilers_and_its_parts_are_the_arrays(planned, tiny):
     memory, data = program.memory, tiny.stages["instruct"].data
     assert (memory.trained, memory.frozen) == (sizes["trained"], sizes["frozen"])
     assert memory.optimizer == pytest.approx(2 * sizes["trained"], abs=16)  # two moments and counters
-    assert memory.batch == 2 * (4 * 4 * data.sequence_length + 2 * 28 * 28 * 3)  # two rows on each device
+    assert memory.batch == 2 * (5 * 4 * data.sequence_length + 2 * 28 * 28 * 3)  # two rows on each device
     assert 0 < memory.temporaries and memory.fits and memory.limit == WHERE.chip.memory
 
 

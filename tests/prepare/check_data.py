@@ -134,7 +134,7 @@ DEFECTS = {
     "answer without text": (row(0, answer=""), [("no_supervised_tokens", "no answer with text")]),
     "too many tokens": (row(0, answer=LONG), [("too_long", "tokens, {over} more than --max-length 1200")]),
     "too many images": (row(0, image=["good.jpg"] * 3),
-                        [("too_long", "3 images, but a packed sequence has 2 tiles (--tiles-per-sequence)"),
+                        [("too_long", "3 tiles, but a packed sequence has 2 (--tiles-per-sequence)"),
                          ("too_long", "tokens, {over} more than --max-length 1200")]),
     "missing, broken and too long": (
         row(0, image=["none.jpg", "empty.jpg"], answer=LONG),

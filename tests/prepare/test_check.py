@@ -215,7 +215,7 @@ def test_a_tokenizer_s_own_tokens(tmp_path):
     assert [(f.row, f.message) for f in found] == [(2, "turn 2 contains '[PAD]', turn 2 contains '<s>'")]
 
 
-@pytest.mark.parametrize("mode, refused", [("square", 1), ("pad", 0)])
+@pytest.mark.parametrize("mode, refused", [("crop", 1), ("pad", 0)])
 def test_images_that_grow_too_large_in_one_mode_only(mode, refused, tmp_path):
     path = write(tmp_path, [row(1, image="strip.png"), row(2, image="wide.png")])
     found, _ = run(path, Settings(processor=ImageProcessor(mode=mode)))

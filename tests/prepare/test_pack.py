@@ -169,7 +169,7 @@ class TestImages:
                 tiles = [ImageProcessor(56, "pad")(image_files.open_image(content)) for content in (before, after)]
                 assert np.array_equal(*tiles)
 
-    @pytest.mark.parametrize("mode", ["pad", "square"])
+    @pytest.mark.parametrize("mode", ["pad", "crop"])
     def test_png_of_what_the_model_sees_is_exact(self, mode):
         small = 0
         for seed in range(40):
@@ -196,7 +196,7 @@ class TestImages:
         small = encoded(0, 56, 40)
         assert encoding(small) == small
         wide = encoded(0, 300, 56)
-        assert Encoding(56, "square")(wide) == wide and encoding(wide) != wide
+        assert Encoding(56, "crop")(wide) == wide and encoding(wide) != wide
 
     def test_the_summary_says_how_much_smaller(self, tmp_path, capsys):
         path = write_data(tmp_path / "data")
@@ -326,5 +326,5 @@ def test_the_command_line(data, tmp_path, capsys):
     out = tmp_path / "set"
     options = [data, str(out), "--image-size", "56", "--image-mode", "crop", "--shard-size", "1MB", "--workers", "0"]
     assert cli.parse(Pack, options, prog="pack").run() == 0
-    assert "(square 56, jpeg 95)" in capsys.readouterr().out
+    assert "(crop 56, jpeg 95)" in capsys.readouterr().out
     assert pickle.loads(pickle.dumps(open_source(str(out))))[5].turns == open_source(data)[5].turns

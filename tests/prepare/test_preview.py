@@ -278,7 +278,7 @@ def test_a_page_without_a_good_record(settings, tmp_path):
     assert not page.find("bar") and "No record is good." in page.text
 
 
-@pytest.mark.parametrize("mode,size", [("pad", 28), ("square", 28), ("pad", 336)])
+@pytest.mark.parametrize("mode,size", [("pad", 28), ("crop", 28), ("pad", 336)])
 def test_pictures_are_what_prepare_makes(mode, size, settings, tmp_path):
     long, clear = draw_image(tmp_path / "long.png", (300, 20)), draw_image(tmp_path / "clear.png", (60, 210), "RGBA")
     noise = draw_image(tmp_path / "noise.png", (500, 400))
@@ -344,7 +344,7 @@ def test_packed_rows_are_drawn_to_scale(settings, tmp_path):
             used += len(tokens)
             slots += (number - 1) % 3
         assert sum(node.flex for node in drawn_row.find("padding")) == 300 - used >= 0
-        assert f"{used:,} of 300 tokens ({used / 300:.1%}), {slots} of 3 images" in drawn_row.text
+        assert f"{used:,} of 300 tokens ({used / 300:.1%}), {slots} of 3 tiles" in drawn_row.text
         assert drawn_row.find("slots")[0].text == "■" * slots + "□" * (3 - slots)
     assert sorted(drawn) == [i + 1 for i in range(11) if i != 4]
 

@@ -167,7 +167,7 @@ FULL = LlavaConfig(
     text=LlamaConfig(256, 64, 96, 3, 8, 2, 16, 1e-4, 5e5, RopeScaling("llama3", 4.0, 2.0, 8.0, 64), True, True, True,
                      True, 512),
     projector="linear", feature_layer=-3, feature_select="cls_patch", template="mpt", exif=True,
-    processor=ImageProcessor(70, "resize", 10, True, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
+    processor=ImageProcessor(70, "resize", 10, True),
 )
 TOKENS = {"image": 7, "pad": 8, "bos": 1, "eos": [2, 3]}
 
