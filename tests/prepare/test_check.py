@@ -24,8 +24,8 @@ from llava_jax.data.examples import DataSpec
 from llava_jax.data.packing import pack
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.sources import open_mixture, open_source
-from llava_jax.prepare import audit as audit_module
 from llava_jax.images import ImageProcessor
+from llava_jax.prepare import audit as audit_module
 from llava_jax.prepare.audit import audit
 from llava_jax.prepare.findings import KINDS, ROW, Checker, Words, separators
 from llava_jax.prepare.settings import Settings
