@@ -34,6 +34,7 @@ TABLE = (
     (r"projector/layers_\d*[02468]/kernel", P("fsdp", "tensor")),
     (r"projector/layers_\d*[13579]/kernel", P("tensor", "fsdp")),
     (r"projector/layers_\d+/bias", P()),
+    (r"image_newline", P()),
     (r"decoder/embedding", P(None, ("fsdp", "tensor"))),
     (r"decoder/lm_head/kernel", P(("fsdp", "tensor"), None)),
 )

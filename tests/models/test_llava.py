@@ -1,4 +1,6 @@
-"""What training relies on: gradients, remat policies, packed rows, images as bytes."""
+"""What training relies on: gradients, remat policies, packed rows, images as bytes, visual tokens by index."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
@@ -154,3 +157,67 @@ def test_images_as_bytes(parameters, call, assert_close):
 def test_features_that_do_not_exist(layer, select, message):
     with pytest.raises(UserError, match=message):
         LlavaConfig(vision=CONFIG.vision, text=CONFIG.text, feature_layer=layer, feature_select=select)
+
+
+def anyres_model():
+    """A model of anyres tiles with random parameters, and its configuration."""
+    processor = ImageProcessor(28, "anyres", 4, pinpoints=((56, 28), (28, 84)))
+    config = dataclasses.replace(CONFIG, processor=processor)
+    return config, llava.Llava(config, rngs=nnx.Rngs(3))
+
+
+def test_visual_tokens_by_index_against_a_plain_loop():
+    """Two packed images of other sizes behind an empty tile: every visual token takes its feature or the newline."""
+    config, model = anyres_model()
+    rng, processor, num_tiles = np.random.default_rng(0), config.processor, 8
+    layouts = [processor.layout(50, 24), processor.layout(20, 60)]
+    assert sum(layout.tiles for layout in layouts) == 7
+    counts = [len(layout.index) for layout in layouts]
+    tokens = np.concatenate([[5], [IMAGE_TOKEN_ID] * counts[0], [6, 7], [IMAGE_TOKEN_ID] * counts[1], [8]])
+    index = np.full(len(tokens), -1)
+    index[tokens == IMAGE_TOKEN_ID] = processor.visual_index(layouts, 1, num_tiles)
+    tiles = rng.integers(0, 256, (1, num_tiles, 28, 28, 3), np.uint8)
+    found = np.asarray(model.embed(tokens[None], tiles, index[None]))[0]
+
+    features = [np.asarray(model.projector(model.features(tiles[:, tile : tile + 1])))[0] for tile in range(num_tiles)]
+    position, first_tile = 0, 1
+    for before, layout in zip(([5], [6, 7]), layouts, strict=True):
+        position += len(before)
+        for feature in layout.index.tolist():
+            tile, patch = divmod(feature, 16)
+            newline = tile == layout.tiles
+            expected = model.image_newline.get_value() if newline else features[first_tile + tile][patch]
+            np.testing.assert_allclose(found[position], expected, rtol=1e-4, atol=1e-6)
+            position += 1
+        first_tile += layout.tiles
+    text = np.asarray(model.decoder.embed(np.array([[5, 6, 7, 8]]), jnp.float32))[0]
+    np.testing.assert_array_equal(found[tokens != IMAGE_TOKEN_ID], text)
+
+
+def test_one_tile_an_image_needs_no_index(parameters):
+    """The k-th visual token is the k-th feature: the index of the batch changes no bit."""
+    model = llava.from_params(llava.abstract_params(CONFIG)[0], parameters)
+    tokens, images = conversation(np.random.default_rng(0), images=2)
+    index = np.full(len(tokens), -1)
+    index[tokens == IMAGE_TOKEN_ID] = CONFIG.processor.visual_index([CONFIG.processor.layout()] * 2, 0, 2)
+    plain, indexed = (model.embed(tokens[None], images[None], *extra) for extra in ((), (index[None],)))
+    np.testing.assert_array_equal(plain, indexed)
+
+
+def test_weighted_visual_tokens_are_sums_of_four(parameters):
+    model = llava.from_params(llava.abstract_params(CONFIG)[0], parameters)
+    rng = np.random.default_rng(1)
+    tokens, images = conversation(rng, images=1)
+    index, weight = rng.integers(0, 16, (len(tokens), 4)), rng.random((len(tokens), 4)).astype(np.float32)
+    found = np.asarray(model.embed(tokens[None], images[None], index[None], weight[None]))[0]
+    visual = np.asarray(model.projector(model.features(images[None])))[0]
+    for position in np.flatnonzero(tokens == IMAGE_TOKEN_ID):
+        expected = sum(w * visual[i] for w, i in zip(weight[position], index[position], strict=True))
+        np.testing.assert_allclose(found[position], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_processor_that_does_not_suit_the_tower_is_refused():
+    with pytest.raises(UserError, match="processor.size is 336, but 28 suits"):
+        dataclasses.replace(CONFIG, processor=ImageProcessor())
+    with pytest.raises(UserError, match="processor.class_token is False, but True suits"):
+        dataclasses.replace(CONFIG, feature_select="cls_patch")
