@@ -1,4 +1,4 @@
-"""The pieces that the vision tower and the decoder share: linear maps, norms, a scanned stack of layers."""
+"""Layers that the vision tower and the decoder share: linear maps, norms, a scanned stack of layers."""
 
 import copy
 import math
@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.lax import optimization_barrier
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from llava_jax.errors import UserError
+from llava_jax.models.cpu import matmul
 from llava_jax.parallel.sharding import ROWS, constrain
 
 T = TypeVar("T")
@@ -27,7 +29,8 @@ REMAT = {
     "save_qkv": policies.save_only_these_names(*PROJECTIONS),
     "full": policies.nothing_saveable,
     "offload": policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input", *PROJECTIONS, "attention_residual"],
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input", *PROJECTIONS, "attention_residual"],
         offload_src="device", offload_dst="pinned_host"),
 }
 """Rematerialisation policies of a layer stack, by what the forward pass saves for the backward pass.
@@ -44,57 +47,72 @@ normal = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """`[..., *inputs] -> [..., *outputs]` by a kernel of shape `inputs + outputs`, computed in the input's dtype."""
+    """`[..., *inputs] -> [..., *outputs]` by a kernel of shape `inputs + outputs`, computed in the input's dtype.
+
+    `adapter`, if set, is a module `[..., D] -> [..., F]` over flattened axes, whose result is added before the bias:
+    a low-rank update beside the kernel, for example. `replicate_layers` and `fuse` keep it.
+    """
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs,
                  init: Callable = normal):
-        self.axes, self.outputs = len(inputs), tuple(outputs)
+        self.num_input_axes, self.outputs = len(inputs), tuple(outputs)
         shape = (math.prod(inputs), math.prod(outputs))
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32).reshape(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
+        self.adapter: Callable | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        # As one matrix: XLA would copy gathered kernels and inputs of more dimensions to lay them out anew.
-        if self.axes > 1:
-            x = jax.lax.optimization_barrier(x.reshape(*x.shape[: x.ndim - self.axes], -1))
-        x = matmul(x, self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1))
+        # Flattened to matrices, because XLA would copy gathered kernels and inputs of more axes to another layout.
+        if self.num_input_axes > 1:
+            x = optimization_barrier(x.reshape(*x.shape[: x.ndim - self.num_input_axes], -1))
+        y = matmul(x, self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1))
+        if self.adapter is not None:
+            y = y + self.adapter(x)
         if self.bias is not None:
-            x = x + self.bias[...].astype(x.dtype).reshape(-1)
-        return x.reshape(*x.shape[:-1], *self.outputs)
+            y = y + self.bias[...].astype(y.dtype).reshape(-1)
+        return y.reshape(*y.shape[:-1], *self.outputs)
 
 
-def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """`x @ kernel`, whose backward pass suits the platform."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
-    return _matmul_on_cpu(x, kernel) if on_cpu else x @ kernel
+class SideBySide(nnx.Module):
+    """Adapters of fused linear maps: their results are concatenated, with zeros for a map without adapter."""
+
+    def __init__(self, linears: Sequence[Linear]):
+        self.sizes = tuple(math.prod(linear.outputs) for linear in linears)
+        self.adapters = nnx.List([linear.adapter for linear in linears])
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        return jnp.concatenate([
+            jnp.zeros((*x.shape[:-1], size), x.dtype) if adapter is None else adapter(x)
+            for size, adapter in zip(self.sizes, self.adapters, strict=True)], axis=-1)
 
 
-@jax.custom_vjp
-def _matmul_on_cpu(x: Array, kernel: Array) -> Array:
-    return x @ kernel
+def fuse(linears: Sequence[Linear]) -> Linear:
+    """Fuses stacked linear maps of the same input into one, whose outputs are side by side on one axis."""
 
+    def concatenate(arrays: list[nnx.Param], axes: int) -> nnx.Param:
+        flat = [x[...].reshape(*x.shape[:-axes], -1) for x in arrays]
+        return nnx.Param(jnp.concatenate(flat, axis=-1))
 
-def _matmul_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    # JAX would make the kernel's gradient turned round, for which XLA for CPUs computes `g` again, column by column.
-    x, kernel = saved
-    rows = list(range(x.ndim - 1))
-    return g @ kernel.T, jnp.tensordot(x, g, (rows, rows))
-
-
-_matmul_on_cpu.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+    fused = copy.copy(linears[0])
+    axes = len(fused.outputs)
+    fused.kernel = concatenate([linear.kernel for linear in linears], axes)
+    fused.bias = concatenate([linear.bias for linear in linears], axes)
+    fused.outputs = fused.bias.shape[1:]
+    if any(linear.adapter is not None for linear in linears):
+        fused.adapter = SideBySide(linears)
+    return fused
 
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32 and returned in the input's dtype."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, size: int, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
 
     def __call__(self, x: Float[Array, "... D"], stats: tuple[Array, Array] | None = None) -> Float[Array, "... D"]:
-        """`stats`: the moments of `x`, if they have been computed before."""
+        """Normalises `x`. `stats`: its mean and variance, if already computed."""
         mean, variance = mean_and_variance(x) if stats is None else stats
         y = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
@@ -104,16 +122,16 @@ def mean_and_variance(x: Float[Array, "... D"]) -> tuple[Float[Array, "... 1"], 
     """Mean and variance over the last axis, float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
-    # In one pass over `x`, not two: the mean of the squares less the square of the mean.
+    # The mean of squares minus the squared mean, because it reads `x` once, not twice.
     return mean, jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
 
 
 class RMSNorm(nnx.Module):
     """Root mean square normalisation over the last axis, in float32 up to the scale (as LLaMA does)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, size: int, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
@@ -122,32 +140,33 @@ class RMSNorm(nnx.Module):
 
 
 def stack(layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` layers as one module whose parameters have a leading layer axis, for `scan`."""
+    """Stacks `count` layers as one module whose parameters have a leading layer axis, for `scan`."""
     return jax.vmap(layer)(rngs.split(count))
 
 
 def replicate_layers(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:
-    """The first `count` of stacked layers whole on every device: kernels as matrices of `dtype`."""
+    """Replicates the first `count` of stacked layers on every device, with kernels as matrices of `dtype`."""
 
-    def part(module):
+    def replicate(module):
         if not isinstance(module, Linear):
             return module[:count]
         module = copy.copy(module)
         kernel = module.kernel[...][:count].astype(dtype)
-        inputs, outputs = kernel.shape[1 : 1 + module.axes], kernel.shape[1 + module.axes :]
-        # Materialised, or XLA would gather all layers and copy those that are asked for.
-        kernel = jax.lax.optimization_barrier(kernel.reshape(count, math.prod(inputs), math.prod(outputs)))
-        module.kernel = nnx.Param(constrain(kernel, P()))
+        axes = 1 + module.num_input_axes
+        kernel = kernel.reshape(count, math.prod(kernel.shape[1:axes]), math.prod(kernel.shape[axes:]))
+        # The barrier keeps XLA from gathering all layers first and copying the wanted ones afterwards.
+        module.kernel = nnx.Param(constrain(optimization_barrier(kernel), P()))
         module.bias = None if module.bias is None else nnx.Param(module.bias[...][:count])
+        module.adapter = jax.tree.map(lambda x: x[:count], module.adapter)
         return module
 
-    return jax.tree.map(part, layers, is_leaf=lambda module: isinstance(module, Linear))
+    return jax.tree.map(replicate, layers, is_leaf=lambda module: isinstance(module, Linear))
 
 
 def scan(layers: nnx.Module, x: T, *xs: Array, call: Callable, remat: str = "none") -> tuple[T, Array | None]:
-    """Runs `x, y = call(layer, x, *xs[layer])` over stacked layers; returns the last `x` and the stacked `y`.
+    """Runs `x, y = call(layer, x, *xs[layer])` over stacked layers. Returns the last `x` and the stacked `y`.
 
-    `x`: an array of rows, or a tuple of such.
+    `x`: an array whose first axis is the batch, or a tuple of such arrays.
     """
     if remat not in REMAT:
         raise UserError(f"remat: unknown policy {remat!r}; choose one of {', '.join(REMAT)}")
@@ -158,6 +177,6 @@ def scan(layers: nnx.Module, x: T, *xs: Array, call: Callable, remat: str = "non
         return call(layer, x, *xs)
 
     if remat != "none":
-        # The scan is a barrier already; prevent_cse would only add work.
+        # The scan is a barrier already, so prevent_cse would only add work.
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(body, x, (layers, xs))

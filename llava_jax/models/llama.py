@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llava_jax.errors import UserError
-from llava_jax.models.attention import Attend, attention, attention_heads_first, causal
+from llava_jax.models.attention import Attend, causal
+from llava_jax.models.cpu import attention_heads_first
+from llava_jax.models.dot_product import attention
 from llava_jax.models.layers import Linear, RMSNorm, normal, scan, stack
 from llava_jax.parallel.sharding import ROWS, constrain
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
 from llava_jax.models import vit
-from llava_jax.models.attention import fills_lanes, resolve
+from llava_jax.models.attention import resolve
 from llava_jax.models.llama import Llama, LlamaConfig
+from llava_jax.models.pallas import fills_lanes
 from llava_jax.models.projector import Projector
 from llava_jax.models.vit import VisionConfig, Vit
 from llava_jax.text.encode import IMAGE_TOKEN_ID

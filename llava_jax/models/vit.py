@@ -1,4 +1,4 @@
-"""CLIP's vision transformer, as far as LLaVA reads it: hidden states, no pooling head."""
+"""The vision transformers of CLIP and SigLIP, as far as LLaVA reads them: hidden states, no pooling head."""
 
 import copy
 from collections.abc import Callable
@@ -11,17 +11,21 @@ from jaxtyping import Array, Float
 
 from llava_jax.errors import UserError
 from llava_jax.models.attention import bidirectional_attention
-from llava_jax.models.layers import LayerNorm, Linear, mean_and_variance, normal, replicate_layers, scan, stack
+from llava_jax.models.layers import LayerNorm, Linear, fuse, mean_and_variance, normal, replicate_layers, scan, stack
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of a CLIP vision tower; the defaults are CLIP ViT-L/14-336's."""
+    """Sizes of a vision tower. The defaults are those of CLIP ViT-L/14-336.
+
+    SigLIP has a bias of the patch embedding, and neither class token nor norm before the first layer.
+    """
 
     image_size: int = 336
     patch_size: int = 14
@@ -31,6 +35,9 @@ class VisionConfig:
     num_heads: int = 16
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -42,16 +49,21 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side; a rest of the image that fills no patch is not seen (as in CLIP's convolution)."""
+        """Number of patches along one side. A remainder that fills no patch is not seen (as in a convolution)."""
         return self.image_size // self.patch_size
 
     @property
     def patches(self) -> int:
         return self.grid**2
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of hidden states of one image: patches and the class token."""
+        return self.patches + self.class_token
+
 
 class VisionAttention(nnx.Module):
-    """The parameters as checkpoints have them; `FusedAttention` computes with them."""
+    """The parameters of attention as checkpoints store them. `FusedAttention` computes with them."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         heads = (config.num_heads, config.hidden_size // config.num_heads)
@@ -62,22 +74,13 @@ class VisionAttention(nnx.Module):
 
 
 class FusedAttention(nnx.Module):
-    """Stacked layers' attention, with queries, keys and values from one product: they lie side by side."""
+    """Attention of stacked layers with one matrix product for queries, keys and values."""
 
     def __init__(self, parts: VisionAttention):
-        linears = (parts.q_proj, parts.k_proj, parts.v_proj)
-        self.inputs, self.o_proj = copy.copy(parts.q_proj), parts.o_proj
-        self.inputs.kernel = _side_by_side([part.kernel for part in linears])
-        self.inputs.bias = _side_by_side([part.bias for part in linears])
-        self.inputs.outputs = self.inputs.bias.shape[1:]
+        self.qkv_proj, self.o_proj = fuse([parts.q_proj, parts.k_proj, parts.v_proj]), parts.o_proj
 
     def __call__(self, x: Float[Array, "B P D"], attend: Callable) -> Float[Array, "B P D"]:
-        return self.o_proj(attend(self.inputs(x)))
-
-
-def _side_by_side(arrays: list[nnx.Param]) -> nnx.Param:
-    """`[..., N, H]`, three times -> `[..., 3 N H]`."""
-    return nnx.Param(jnp.concatenate([x[...].reshape(*x.shape[:-2], -1) for x in arrays], axis=-1))
+        return self.o_proj(attend(self.qkv_proj(x)))
 
 
 class VisionMlp(nnx.Module):
@@ -98,7 +101,10 @@ class VisionBlock(nnx.Module):
         self.mlp = VisionMlp(config, rngs=rngs)
 
     def __call__(self, state: tuple[Array, tuple[Array, Array]], attend: Callable) -> tuple[Array, tuple[Array, Array]]:
-        """`state`: the rows and their moments, which XLA computes with the product that comes before, not apart."""
+        """Applies the block to `state`: hidden states, and their mean and variance.
+
+        The statistics are carried, because XLA then fuses them with the matrix product that makes the hidden states.
+        """
         x, stats = state
         x = x + self.attention(self.attention_norm(x, stats), attend)
         x = x + self.mlp(self.mlp_norm(x))
@@ -106,38 +112,40 @@ class VisionBlock(nnx.Module):
 
 
 class Vit(nnx.Module):
-    """The tower. It holds all layers and the last norm, as its checkpoint does, and computes what is asked for."""
+    """The vision tower, with all layers and the last norm of its checkpoint. It runs the layers that are asked for."""
 
     def __init__(self, config: VisionConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
         self.config = config
         self.attention = attention
         self.remat = remat
-        patch = [config.patch_size, config.patch_size, 3]
-        self.patch = Linear(patch, [config.hidden_size], bias=False, rngs=rngs)
-        self.class_embedding = nnx.Param(normal(rngs.params(), (config.hidden_size,), jnp.float32))
-        positions = (1 + config.patches, config.hidden_size)
-        self.position_embedding = nnx.Param(normal(rngs.params(), positions, jnp.float32))
-        self.pre_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        size, patch = config.hidden_size, [config.patch_size, config.patch_size, 3]
+        self.patch = Linear(patch, [size], bias=config.patch_bias, rngs=rngs)
+        self.class_embedding = nnx.Param(normal(rngs.params(), (size,), jnp.float32)) if config.class_token else None
+        self.position_embedding = nnx.Param(normal(rngs.params(), (config.num_tokens, size), jnp.float32))
+        self.pre_norm = LayerNorm(size, config.norm_eps) if config.pre_norm else None
         self.layers = stack(lambda rngs: VisionBlock(config, rngs=rngs), config.num_layers, rngs)
-        self.post_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.post_norm = LayerNorm(size, config.norm_eps)
 
-    def __call__(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B P+1 D"]:
-        """Hidden states of the class token and the patches, in the images' dtype.
+    def __call__(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B P D"]:
+        """Hidden states of the class token, if any, and of the patches, in the images' dtype.
 
-        `layer` counts as `hidden_states` does in transformers: 0 is the input of the first layer, `layers` or -1 the
-        output of the last, before the last norm. LLaVA reads -2 (Visual Instruction Tuning, section 4.1).
+        `layer` counts as `hidden_states` does in transformers: 0 is the input of the first layer, `num_layers` or -1
+        the output of the last layer, before the last norm. LLaVA reads -2 (Visual Instruction Tuning, section 4.1).
         """
         config = self.config
         side, grid = config.patch_size, config.grid
         images = images[:, : grid * side, : grid * side]
         patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side, side, 3)
         x = self.patch(patches)
-        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, config.hidden_size))
-        x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(x.dtype)
-        x = self.pre_norm(x)
+        if self.class_embedding is not None:
+            first = self.class_embedding[...].astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.hidden_size)), x], axis=1)
+        x = x + self.position_embedding[...].astype(x.dtype)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         layers = copy.copy(self.layers)
         layers.attention = FusedAttention(layers.attention)
-        # Gathered at once: the tower is small, and pieces of single layers would be too small to send.
+        # Replicated before the scan, because the pieces of single layers would be too small to send.
         layers = replicate_layers(layers, depth(config, layer), x.dtype)
         attend = bidirectional_attention(self.attention, config.num_heads)
         (x, _), _ = scan(layers, (x, mean_and_variance(x)), call=lambda block, state: (block(state, attend), None),
@@ -146,8 +154,8 @@ class Vit(nnx.Module):
 
 
 def depth(config: VisionConfig, layer: int) -> int:
-    """How many blocks must run for the hidden states of `layer`; UserError if the tower has no such layer."""
+    """Number of blocks to run for the hidden states of `layer`. Raises UserError if the tower has no such layer."""
     if not -config.num_layers - 1 <= layer <= config.num_layers:
         raise UserError(f"feature_layer {layer}: the vision tower has {config.num_layers} layers, "
-                         f"so it must lie in {-config.num_layers - 1}..{config.num_layers}")
+                        f"so it must be in {-config.num_layers - 1}..{config.num_layers}")
     return layer % (config.num_layers + 1)

@@ -20,6 +20,7 @@ ROWS = P(("data", "fsdp"))
 # A leading None is the layer axis of the stacked parameters.
 TABLE = (
     (r"vision/patch/kernel", P(None, None, None, "fsdp")),
+    (r"vision/patch/bias", P()),
     (r"vision/(class|position)_embedding", P()),
     (r"(vision|decoder)/layers/attention/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor", None)),
     (r"(vision|decoder)/layers/attention/(q|k|v)_proj/bias", P(None, "tensor", None)),

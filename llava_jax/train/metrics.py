@@ -53,10 +53,10 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     attention = 4 * pairs * text.num_layers * text.num_heads * text.head_dim
     # Attention multiplies two activations, so its backward pass is always twice its forward pass.
     total = weights * (2 + ("decoder" in trained)) + attention * 3
-    patches = images * (vision.patches + 1)
+    patches = images * (vision.num_tokens)
     blocks = vit.depth(vision, model.feature_layer)
     tower = 2 * patches * blocks * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
-    tower += 4 * patches * (vision.patches + 1) * blocks * vision.hidden_size
+    tower += 4 * patches * (vision.num_tokens) * blocks * vision.hidden_size
     total += tower * (3 if "vision" in trained else 1)
     embedding = 2 * images * vision.patches * 3 * vision.patch_size**2 * vision.hidden_size
     total += embedding * (2 if "vision" in trained else 1)

@@ -10,7 +10,8 @@ import pytest
 from llava_jax.errors import UserError
 from llava_jax.inference.decode import prefill
 from llava_jax.inference.sampling import Sampling
-from llava_jax.models import attention, llava
+from llava_jax.models import attention, cpu, llava, pallas
+from llava_jax.models.dot_product import attention as plain_attention
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
@@ -33,11 +34,11 @@ def assert_same_with_gradients(function, expected, arrays):
 
 @pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"), [(300, 4, 2, 128), (256, 2, 2, 64)])
 def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, heads, num_kv_heads, width):
-    monkeypatch.setattr(attention, "SPLASH_BLOCK_SIZES", {"": 128})  # several blocks in a row
+    monkeypatch.setattr(pallas, "SPLASH_BLOCK_SIZES", {"": 128})  # several blocks in a row
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length]
     for ids in (jnp.asarray(segments, jnp.int32), None):
         assert_same_with_gradients(
-            lambda *arrays, ids=ids: attention._splash(*arrays, ids, interpret=True),
+            lambda *arrays, ids=ids: pallas.splash_attention(*arrays, ids, interpret=True),
             attention.causal("xla", length, ids), inputs(length, heads, num_kv_heads, width))
 
 
@@ -46,11 +47,11 @@ def test_parts_of_a_row_are_the_row(length, heads, num_kv_heads, width):
     segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length], jnp.int32)
     mask = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
     assert_same_with_gradients(attention.causal("xla", length, segments),
-                               lambda *arrays: attention.attention(*arrays, mask),
+                               lambda *arrays: plain_attention(*arrays, mask),
                                inputs(length, heads, num_kv_heads, width))
     # What a backward pass uses of the forward pass is the same too.
     out, _ = jax.vjp(attention.causal("xla", length, segments), *inputs(length, heads, num_kv_heads, width))
-    np.testing.assert_allclose(out, attention.attention(*inputs(length, heads, num_kv_heads, width), mask), atol=2e-6)
+    np.testing.assert_allclose(out, plain_attention(*inputs(length, heads, num_kv_heads, width), mask), atol=2e-6)
 
 
 @pytest.mark.parametrize(("queries", "heads", "num_kv_heads"), [(1, 4, 2), (3, 4, 4), (2, 6, 1)])
@@ -58,17 +59,17 @@ def test_a_cache_with_heads_first_is_seen_as_any_other(queries, heads, num_kv_he
     _, key, value = inputs(20, heads, num_kv_heads, 8)
     query = inputs(queries, heads, num_kv_heads, 8)[0]
     mask = jnp.arange(20) <= jnp.asarray([[3], [15]])[..., None] + jnp.arange(queries)[:, None]
-    got = attention.attention_heads_first(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
-    np.testing.assert_allclose(got, attention.attention(query, key, value, mask), atol=2e-6)
+    got = cpu.attention_heads_first(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
+    np.testing.assert_allclose(got, plain_attention(query, key, value, mask), atol=2e-6)
 
 
 @pytest.mark.parametrize(("length", "heads", "width"), [(37, 4, 64), (50, 8, 32), (16, 1, 128)])
 def test_the_towers_kernel_sees_everything(length, heads, width):
     def joined(*arrays):
         side_by_side = jnp.concatenate([x.reshape(2, length, heads * width) for x in arrays], axis=-1)
-        return attention._bidirectional_splash(side_by_side, heads, True)
+        return pallas.bidirectional_attention(side_by_side, heads, True)
 
-    assert_same_with_gradients(joined, attention.attention, inputs(length, heads, heads, width))
+    assert_same_with_gradients(joined, plain_attention, inputs(length, heads, heads, width))
 
 
 def test_auto_depends_on_the_platform_and_other_names_stand_for_themselves():
@@ -103,7 +104,7 @@ def test_each_part_of_a_model_gets_what_it_can_run(name, platform, config, dtype
 
 
 def test_a_tower_never_changes_its_attention_quietly():
-    with pytest.raises(UserError, match="attention splash: a vision tower of width 96 with 3 heads does not fill"):
+    with pytest.raises(UserError, match="splash: a vision tower of hidden_size 96 with 3 heads does not fill"):
         attention.bidirectional_attention("splash", 3)(jnp.zeros((1, 4, 3 * 96)))
     with pytest.raises(UserError, match="'flash' is not one of xla, splash, cudnn"):
         attention.bidirectional_attention("flash", 3)

@@ -9,7 +9,7 @@ import pytest
 from sharded_steps import LENGTH, MODEL, ROWS, STAGE, make_batch, run
 
 from llava_jax import config
-from llava_jax.models import attention, layers
+from llava_jax.models import cpu, dot_product, layers
 from llava_jax.models.llava import abstract_params, init_params
 from llava_jax.parallel import sharding
 from llava_jax.text.encode import IGNORE
@@ -92,7 +92,7 @@ def dot_flops(jaxpr) -> float:
 def test_model_flops_count_the_products_of_a_traced_step(monkeypatch, trained):
     # With the backward passes that JAX derives: a CPU's own leave products to the compiler to drop, or repeat them.
     monkeypatch.setattr(layers, "matmul", jnp.matmul)
-    monkeypatch.setattr(attention, "chunked_causal_attention", attention.attention)
+    monkeypatch.setattr(cpu, "chunked_causal_attention", dot_product.attention)
     graph, shapes = abstract_params(MODEL)
     batch = {name: x[0] for name, x in make_batch().items()}
     trainable = {path: x for path, x in shapes.items() if path.split("/")[0] in trained}

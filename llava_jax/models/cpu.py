@@ -1,0 +1,121 @@
+"""The same functions in forms that XLA for CPUs compiles well: own backward passes, and another order of axes.
+
+scripts/bench_train.py and scripts/bench_decode.py measure what they save.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from llava_jax.models.dot_product import attention
+
+NUM_CHUNKS = 4
+"""Number of chunks of a sequence in `chunked_causal_attention`."""
+
+
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """`x @ kernel`, with a backward pass of its own on a CPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
+    return _matmul_on_cpu(x, kernel) if on_cpu else x @ kernel
+
+
+@jax.custom_vjp
+def _matmul_on_cpu(x: Array, kernel: Array) -> Array:
+    return x @ kernel
+
+
+def _matmul_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    # JAX's default VJP computes the transposed kernel gradient. XLA for CPUs then recomputes `g` once per column.
+    x, kernel = saved
+    batch_axes = list(range(x.ndim - 1))
+    return g @ kernel.T, jnp.tensordot(x, g, (batch_axes, batch_axes))
+
+
+_matmul_on_cpu.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+
+
+def attention_heads_first(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """`attention` of few queries over a cache whose axes are in the order that XLA for CPUs multiplies without copy."""
+    B, T, N, H = query.shape
+    K = key.shape[1]
+    query = query.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
+    scores = jnp.einsum("BKSH,BKQH->BKSQ", key, query, preferred_element_type=jnp.float32).swapaxes(2, 3) * H**-0.5
+    mask = jnp.repeat(mask, N // K, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("BKQS,BKSH->BKQH", weights, value)
+    return mixed.reshape(B, K, T, -1, H).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+@jax.custom_vjp
+def chunked_causal_attention(
+    query: Array, key: Array, value: Array, mask: Bool[Array, "B T T"]
+) -> Float[Array, "B T N H"]:
+    """`attention` under a causal mask. With a backward pass it runs in NUM_CHUNKS, which skip most masked scores.
+
+    Weights are not saved but recomputed from each query's log-sum-exp (FlashAttention, section 3.1): on a CPU, memory
+    traffic of saved weights costs more than the recomputation.
+    """
+    return attention(query, key, value, mask)
+
+
+def _attention_forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
+    q, k, v = _heads(query, key) * query.shape[-1] ** -0.5, key.swapaxes(1, 2), value.swapaxes(1, 2)
+    outputs, log_sums = [], []
+    for chunk in _chunks(query.shape[1]):
+        seen = slice(chunk.stop)
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q[..., chunk, :], k[:, :, seen], preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None, chunk, seen], scores, jnp.finfo(jnp.float32).min)
+        largest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), v[:, :, seen])
+        outputs.append((mixed / total).astype(value.dtype))
+        log_sums.append((largest + jnp.log(total))[..., 0])
+    output, log_sum = _tokens(jnp.concatenate(outputs, axis=3)), jnp.concatenate(log_sums, axis=3)
+    return output, (query, key, value, mask, output, log_sum)
+
+
+def _attention_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    query, key, value, mask, output, log_sum = saved
+    scale = query.shape[-1] ** -0.5
+    q, g, output = _heads(query, key) * scale, _heads(g, key), _heads(output, key)
+    k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    inner = (output * g).sum(-1, dtype=jnp.float32)
+    by_query, by_key, by_value = jnp.zeros(q.shape, jnp.float32), [], []
+    for chunk in _chunks(query.shape[1]):
+        later = slice(chunk.start, None)
+        q_, g_ = q[..., later, :], g[..., later, :]
+        scores = jnp.einsum("BKSH,BKGTH->BKGST", k[:, :, chunk], q_, preferred_element_type=jnp.float32)
+        weights = jnp.exp(scores - log_sum[..., None, later])
+        weights = jnp.where(mask[:, None, None, later, chunk].swapaxes(-1, -2), weights, 0)
+        by_weights = jnp.einsum("BKSH,BKGTH->BKGST", v[:, :, chunk], g_, preferred_element_type=jnp.float32)
+        by_scores = (weights * (by_weights - inner[..., None, later])).astype(q.dtype)
+        by_value.append(jnp.einsum("BKGST,BKGTH->BKSH", weights.astype(g.dtype), g_))
+        by_key.append(jnp.einsum("BKGST,BKGTH->BKSH", by_scores, q_))
+        by_query = by_query.at[..., later, :].add(jnp.einsum("BKGST,BKSH->BKGTH", by_scores, k[:, :, chunk]))
+    by_key, by_value = (jnp.concatenate(chunks, axis=2).swapaxes(1, 2) for chunks in (by_key, by_value))
+    return _tokens((by_query * scale).astype(query.dtype)), by_key, by_value, None
+
+
+chunked_causal_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _chunks(length: int) -> list[slice]:
+    size = -(-length // NUM_CHUNKS)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _heads(x: Float[Array, "B T N H"], key: Float[Array, "B S K H"]) -> Float[Array, "B K G T H"]:
+    B, T, N, H = x.shape
+    return x.reshape(B, T, key.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
+
+
+def _tokens(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    B, K, G, T, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)

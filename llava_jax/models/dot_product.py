@@ -1,0 +1,25 @@
+"""Scaled dot-product attention in plain XLA operations."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention of N query heads over K key-value heads (N a multiple of K), softmax in float32.
+
+    `mask` is True where a query attends to a key. A query that attends to no key gets the mean of all values, not NaN.
+    """
+    B, T, N, H = query.shape
+    K = key.shape[2]
+    query = query.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32) * H**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(B, T, N, H)
