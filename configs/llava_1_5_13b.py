@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from llava_jax.config import Recipe, load_recipe_module
+from llava_jax.config import Recipe, load_recipe
 
 
 def recipe() -> Recipe:
-    base = load_recipe_module(str(Path(__file__).with_name("llava_1_5_7b.py")))
-    return base.recipe(language="checkpoints/vicuna-13b-v1.5", output="runs/llava_1_5_13b")
+    return load_recipe(str(Path(__file__).with_name("llava_1_5_7b.py")), language="checkpoints/vicuna-13b-v1.5",
+                       output="runs/llava_1_5_13b")

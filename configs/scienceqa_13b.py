@@ -9,11 +9,23 @@ as many conversations as the paper's batches of 128 and 32.
 import dataclasses
 from pathlib import Path
 
-from llava_jax.config import Data, Optimizer, Recipe, Stage, load_recipe_module
+from llava_jax.config import Data, Optimizer, Recipe, Stage, load_recipe
 
 
-def recipe() -> Recipe:
-    base = load_recipe_module(str(Path(__file__).with_name("llava_v1_7b.py"))).recipe()
+class ScienceQARecipe(Recipe):
+    """The recipe with the conversion of its data."""
+
+    def prepare(self) -> None:
+        """Writes the training file, if it is missing, from ScienceQA's files in its folder."""
+        from llava_jax.evaluate.scienceqa.problems import ScienceQAData
+
+        path = Path(self.stages["scienceqa"].data.path)
+        if not path.exists():
+            ScienceQAData(str(path.parent), splits=("train",), formats=("QCM-LEA",)).run()
+
+
+def recipe() -> ScienceQARecipe:
+    base = load_recipe(str(Path(__file__).with_name("llava_v1_7b.py")))
     tune = Stage(
         learning_rates=base.stages["instruct"].learning_rates,
         data=Data(path="data/scienceqa/llava_train_QCM-LEA.json", image_root="data/scienceqa/images/train",
@@ -21,16 +33,7 @@ def recipe() -> Recipe:
         optimizer=Optimizer(clip=1.0),
         batch_size=8, epochs=12,
     )
-    return dataclasses.replace(
-        base, model=dataclasses.replace(base.model, language="checkpoints/vicuna-13b-v1.3"),
+    return ScienceQARecipe(
+        model=dataclasses.replace(base.model, language="checkpoints/vicuna-13b-v1.3"), mesh=base.mesh,
         stages={"align": base.stages["align"], "scienceqa": tune}, output="runs/scienceqa_13b",
     )
-
-
-def prepare(recipe: Recipe) -> None:
-    """Makes the training file, unless it is there, from the ScienceQA that is in its folder."""
-    from llava_jax.evaluate.scienceqa.problems import ScienceQAData
-
-    path = Path(recipe.stages["scienceqa"].data.path)
-    if not path.exists():
-        ScienceQAData(str(path.parent), splits=("train",), formats=("QCM-LEA",)).run()

@@ -1,4 +1,4 @@
-"""What a recipe can set: frozen dataclasses, checked on construction.
+"""Defines everything that a recipe can set, as frozen dataclasses that are checked on construction.
 
 A recipe is a Python file, `configs/NAME.py`, whose `recipe()` returns a `Recipe`. Every field can be set on the command
 line by its dotted name, for example `--stages.align.optimizer.warmup_ratio 0.1`.
@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import math
 import re
-import types
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from llava_jax.images import ImageMode
 T = TypeVar("T")
 
 Table = tuple[tuple[str, float | None], ...]
-"""Rows of (regular expression over parameter paths, value); every parameter must match exactly one row, entirely."""
+"""Rows of (regular expression, value). Every parameter path must match exactly one row, from start to end."""
 
 
 def _check_table(name: str, table: Table) -> None:
@@ -35,31 +35,31 @@ def _check_table(name: str, table: Table) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """The parts a run starts from, and how they are joined."""
+    """Checkpoints that a run starts from, and how they are joined."""
 
     vision: str = ""
-    """directory of the CLIP vision tower in Hugging Face layout"""
+    """Directory of the vision tower in Hugging Face layout."""
     language: str = ""
-    """directory of the decoder and its tokenizer in Hugging Face layout"""
+    """Directory of the decoder and its tokenizer in Hugging Face layout."""
     llava: str = ""
-    """directory of a whole LLaVA to go on from, in any supported layout, instead of vision and language"""
+    """Directory of a LLaVA to continue from, in any supported layout, instead of vision and language."""
     projector: str | None = None
-    """linear (the paper), mlpNx_gelu (LLaVA-1.5: mlp2x_gelu, the default) or identity"""
+    """Type of the projector: linear (the paper), mlpNx_gelu (LLaVA-1.5: mlp2x_gelu, the default) or identity."""
     feature_layer: int | None = None
-    """hidden state of the vision tower that is read, counted as transformers does; default -2"""
+    """Index of the vision tower's hidden state that is read, as in transformers; default -2."""
     feature_select: Literal["patch", "cls_patch"] | None = None
-    """the patches' features alone (the default), or the class token's before them"""
+    """Features that are read: of the patches alone (the default), or of the class token and the patches."""
     image_mode: ImageMode | None = None
-    """crop to the centre (the paper), pad to a square (LLaVA-1.5, the default), or resize to a square (SigLIP)"""
+    """Image mode: crop the centre (the paper), pad to a square (LLaVA-1.5, the default) or resize to one (SigLIP)."""
     fresh: tuple[str, ...] | None = None
     """Regular expressions for the paths of parameters that no checkpoint has, initialised from the seed. By default the
     projector if `vision` and `language` are joined, otherwise none."""
     template: str | None = None
-    """conversation template of the finished model; by default the last stage's, or the checkpoint's or decoder's own"""
+    """Conversation template of the finished model; default: the last stage's, or the checkpoint's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute dtype; auto is bfloat16 on TPU and GPU, float32 on CPU"""
+    """Compute dtype; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    """how attention is computed (models/attention.py); auto is splash on TPU, cudnn on GPU, xla on CPU"""
+    """Implementation of attention (models/attention.py); auto is splash on TPU, cudnn on GPU, xla on CPU."""
 
     def __post_init__(self):
         if bool(self.llava) == bool(self.vision or self.language):
@@ -75,50 +75,50 @@ class Model:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1, for one axis at most, takes the devices that are left."""
+    """Number of devices along each axis. One axis may be -1, for the remaining devices."""
 
     data: int = 1
-    """copies of the whole model, for example one for each slice"""
+    """Number of copies of the model, for example one per slice."""
     fsdp: int = -1
-    """devices that share the parameters and split the rows"""
+    """Number of devices that share the parameters and split the batch."""
     tensor: int = 1
-    """devices that share each matrix product"""
+    """Number of devices that share each matmul."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise UserError(f"mesh.{axis} is {size}: give a positive number of devices, or -1 for the rest")
+                raise UserError(f"mesh.{axis} is {size}: give a positive number, or -1 for the remaining devices")
         if list(sizes.values()).count(-1) > 1:
             raise UserError(f"mesh: only one axis can be -1, not {', '.join(a for a, s in sizes.items() if s == -1)}")
 
 
 @dataclass(frozen=True)
 class Data:
-    """A set of conversations, and the packed rows that are made of it."""
+    """Training data of a stage, and how its conversations are packed into sequences."""
 
     path: str
-    """data in any format that data/sources.py reads, or a mixture file"""
+    """Path of the data, in any format of data/README.md, or of a mixture file."""
     image_root: str = ""
-    """folder to which the image paths of the rows are relative; the file's own folder if empty"""
+    """Folder of the images, to which paths in the data are relative; default: the data file's folder."""
     template: str = ""
-    """conversation template; the model's if empty"""
+    """Conversation template of this stage; default: the model's."""
     image_mode: ImageMode | None = None
-    """image mode of this stage; by default the model's"""
+    """Image mode of this stage; default: the model's."""
     validation: str = ""
-    """a file of the same kind whose loss is reported; none if empty"""
+    """Path of validation data, whose loss is reported; default: none."""
     sequence_length: int = 2048
-    """tokens of a packed row, visual ones included"""
+    """Number of tokens of a packed sequence, including visual tokens."""
     tiles_per_sequence: int = 2
-    """image slots of a packed row"""
+    """Number of image tiles of a packed sequence."""
     exif: bool = False
-    """turn images as their EXIF orientation says; LLaVA did not"""
+    """Whether images are turned as their EXIF orientation says. LLaVA did not."""
     max_pixels: int = MAX_PIXELS
-    """pixels of an image at most; a larger one is a row that cannot be used"""
+    """Maximum number of pixels of an image. A row with a larger one is bad."""
     bad_rows: Literal["error", "skip"] = "error"
-    """stop at a row that cannot be used, or skip and count it"""
+    """Treatment of rows that cannot be used: stop with an error, or skip and count them."""
     workers: int = 0
-    """processes that read, decode and tokenise; 0 does it in the training process"""
+    """Number of processes that read, decode and tokenise; 0 uses a thread of the training process."""
 
     def __post_init__(self):
         if self.max_pixels > LARGEST_LIMIT:
@@ -132,22 +132,22 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with linear warm-up from 0 and a half cosine down to 0."""
+    """AdamW with linear warm-up from 0 and cosine decay to 0."""
 
     warmup_ratio: float = 0.03
-    """share of the steps in which the learning rate rises"""
+    """Fraction of the steps in which the learning rate rises."""
     weight_decay: Table = ((".*", 0.0),)
-    """decay by parameter path, over what the stage trains"""
+    """Weight decay by parameter path, for what the stage trains."""
     b1: float = 0.9
-    """decay of the first moment"""
+    """Decay rate of the first moment."""
     b2: float = 0.999
-    """decay of the second moment"""
+    """Decay rate of the second moment."""
     eps: float = 1e-8
-    """added to the root of the second moment"""
+    """Constant added to the root of the second moment."""
     offload: bool = False
-    """keep the moments in the host's memory and bring them to the devices for each update"""
+    """Whether the moments stay in host memory and move to the devices for each update."""
     clip: float | None = None
-    """largest global gradient norm; LLaVA-1.5 trained without"""
+    """Maximum global gradient norm. LLaVA-1.5 trained without."""
 
     def __post_init__(self):
         if not 0 <= self.warmup_ratio <= 1:
@@ -159,22 +159,22 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the schedule: what it trains, on what, for how long."""
+    """One stage of training: which parameters, on which data, for how long."""
 
     learning_rates: Table
-    """peak learning rate by parameter path; None keeps a parameter frozen"""
+    """Peak learning rate by parameter path; None keeps a parameter frozen."""
     data: Data
     optimizer: Optimizer = Optimizer()
     batch_size: int = 128
-    """number of packed sequences per step, over all devices and micro-batches"""
+    """Number of packed sequences per step, over all devices and micro-batches."""
     gradient_accumulation: int = 1
-    """micro-batches that a step is cut into to save memory"""
+    """Number of micro-batches of a step; more need less memory."""
     remat: Literal["none", "save_dots", "save_attention", "save_qkv", "full", "offload"] = "full"
-    """what the backward pass computes again instead of keeping it (models/layers.py)"""
+    """Rematerialisation: what the backward pass recomputes instead of reading it from memory (models/layers.py)."""
     epochs: float = 1.0
-    """passes over the data; not read where steps is set"""
+    """Number of passes over the data. Ignored if `steps` is set."""
     steps: int | None = None
-    """number of steps instead of epochs"""
+    """Number of steps, instead of epochs."""
 
     def __post_init__(self):
         _check_table("learning_rates", self.learning_rates)
@@ -194,29 +194,32 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run: the model, the devices, the stages in their order."""
+    """A run: the model, the devices, and the stages in their order.
+
+    A recipe file may subclass it to override `prepare` and `finish`.
+    """
 
     model: Model
     stages: dict[str, Stage]
     output: str
-    """directory for checkpoints, metrics and the finished model"""
+    """Directory for checkpoints, metrics and the finished model."""
     mesh: Mesh = Mesh()
     seed: int = 0
-    """of the projector's start and the data's order"""
+    """Random seed for projector initialisation and data order."""
     log_every: int = 10
-    """steps between lines of metrics"""
+    """Number of steps between lines of metrics."""
     validate_every: int = 500
-    """steps between validations, where a stage has validation data; there is one at its end too"""
+    """Number of steps between validations of a stage with validation data; its last step has one too."""
     sample_every: int = 0
-    """steps between sample answers on the first rows of the validation data; 0 for none"""
+    """Number of steps between sample answers to the first rows of the validation data; 0 for none."""
     checkpoint_every: int = 500
-    """steps between checkpoints; there is one at the end of each stage too"""
+    """Number of steps between checkpoints; the last step of a stage has one too."""
     keep_checkpoints: int = 2
-    """newest checkpoints of a stage that are kept"""
+    """Number of newest checkpoints of a stage that are kept."""
     tensorboard: bool = False
-    """write TensorBoard events too (pip install 'llava_jax[tensorboard]')"""
+    """Whether TensorBoard events are written too (pip install 'llava_jax[tensorboard]')."""
     wandb: str = ""
-    """Weights & Biases project to report to (pip install 'llava_jax[wandb]'); none if empty"""
+    """Weights & Biases project to report to (pip install 'llava_jax[wandb]'); default: none."""
 
     def __post_init__(self):
         if not self.stages:
@@ -229,9 +232,15 @@ class Recipe:
         if infinite := [name for name, value in _floats(dataclasses.asdict(self)) if not math.isfinite(value)]:
             raise UserError(f"{infinite[0]}: it must be finite")
 
+    def prepare(self) -> None:
+        """Creates the data of the recipe. Called by one process before training, also when a run continues."""
+
+    def finish(self, model: Path) -> None:
+        """Uses the finished model, for example to score it. Called by one process with the model's directory."""
+
 
 def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a tree of dicts and tuples, by their dotted names."""
+    """Yields the numbers in a tree of dicts and tuples, with their dotted names."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _floats(inner, f"{name}.{key}" if name else str(key))
@@ -244,9 +253,9 @@ def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 def match_rules(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str,
                 allow_unused: bool = False) -> dict[str, T]:
-    """The value of every path by a table's rows, which match whole paths.
+    """Returns the value of every path by a table's rows, whose regular expressions match from start to end.
 
-    UserError if a path matches no row or several, or a row matches no path (which `allow_unused` allows).
+    Raises UserError if a path matches no row or several, or, without `allow_unused`, if a row matches no path.
     """
     rows = [(pattern, re.compile(pattern), value) for pattern, value in table]
     values, problems, used = {}, [], set()
@@ -265,18 +274,19 @@ def match_rules(table: Sequence[tuple[str, T]], paths: Sequence[str], name: str,
     return values
 
 
-def load_recipe_module(name: str) -> types.ModuleType:
-    """The Python module of a recipe: `name` is a file, or the name of one in ./configs or in the package's own."""
+def load_recipe(name: str, **arguments: Any) -> Recipe:
+    """Returns the recipe of a file, or of the name of one in ./configs or in this package. Calls its `recipe`."""
     folders = [Path("configs"), Path(__file__).parent / "configs"]
     candidates = [Path(name)] if name.endswith(".py") else [folder / f"{name}.py" for folder in folders]
     for path in candidates:
         if path.is_file():
             spec = importlib.util.spec_from_file_location(f"llava_jax_recipe_{path.stem}", path)
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # for subclasses of Recipe, which are dataclasses
             spec.loader.exec_module(module)
             if not hasattr(module, "recipe"):
                 raise UserError(f"{path}: a recipe file defines recipe(), and this one does not")
-            return module
+            return module.recipe(**arguments)
     known = sorted({path.stem for folder in folders for path in folder.glob("*.py")})
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}? " if near else ""

@@ -30,7 +30,7 @@ from llava_jax import load
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.annotations.context import AnnotationSource, Context, open_contexts
 from llava_jax.annotations.vocabulary import Vocabulary
-from llava_jax.config import Data, Model, Recipe, load_recipe_module
+from llava_jax.config import Data, Model, Recipe, load_recipe
 from llava_jax.inference.llava import Request
 from llava_jax.synthesize.evidence.checker import EvidenceChecker
 from llava_jax.synthesize.evidence.claims import all_claims
@@ -109,7 +109,7 @@ def write_set(data: Path, folder: Path, parts: tuple[float, float, float]) -> in
 
 def align(out: Path, data: Path) -> Path:
     """Stage 1 of the miniature; returns the model."""
-    mini = load_recipe_module("mini").recipe()
+    mini = load_recipe("mini")
     stage = mini.stages["align"]
     captions = dataclasses.replace(stage.data, path=str(data / "captions.json"), image_root=str(data), validation="")
     stages = {"align": dataclasses.replace(stage, data=captions)}
@@ -119,7 +119,7 @@ def align(out: Path, data: Path) -> Path:
 def tune(out: Path, data: Path, folder: Path, epochs: float) -> Path:
     """Stage 2 on a set of records, from what stage 1 made; returns the model."""
     stage = dataclasses.replace(
-        load_recipe_module("mini").recipe().stages["instruct"], batch_size=8, steps=None, epochs=epochs,
+        load_recipe("mini").stages["instruct"], batch_size=8, steps=None, epochs=epochs,
         data=Data(str(folder / "records.json"), image_root=str(data), sequence_length=512, tiles_per_sequence=4),
     )
     return fit(Recipe(Model(llava=str(align(out, data))), {"instruct": stage}, str(folder / "run"), log_every=100))

@@ -41,7 +41,7 @@ def test_debug_shows_where_a_mistake_was_found():
 
 
 def test_overrides_by_dotted_name():
-    recipe = config.load_recipe_module("mini").recipe()
+    recipe = config.load_recipe("mini")
     args = ["--stages.align.steps", "7", "--stages.instruct.data.bad_rows", "skip", "--seed", "3",
             "--stages.align.learning_rates", "projector/.*", "0.5", "(vision|decoder)/.*", "None"]
     changed = cli.parse(config.Recipe, args, default=recipe, prog="train")
@@ -53,7 +53,7 @@ def test_overrides_by_dotted_name():
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_recipe_can_be_made(path):
-    assert isinstance(config.load_recipe_module(str(path)).recipe(), config.Recipe)
+    assert isinstance(config.load_recipe(str(path)), config.Recipe)
 
 
 def test_a_recipe_has_under_sixty_fields_and_every_one_is_read():

@@ -56,7 +56,7 @@ def parser() -> Parser:
 def main(args: list[str]) -> int:
     options, overrides = parser().parse_known_args(args)
     where = topologies.parse(options.topology)
-    recipe = cli.parse(config.Recipe, overrides, default=config.load_recipe_module(options.recipe).recipe(),
+    recipe = cli.parse(config.Recipe, overrides, default=config.load_recipe(options.recipe),
                        prog=f"python -m llava_jax.plan {options.recipe}")
     if options.stage not in (None, *recipe.stages):
         raise UserError(f"--stage {options.stage}: the recipe's stages are {', '.join(recipe.stages)}")

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -77,13 +76,15 @@ def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | Non
 
 
 def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tokenizer: Path) -> tuple[int, str]:
-    from llava_jax.train.loop import read_data
-    run = SimpleNamespace(recipe=recipe, model=model, tokenizer=Tokenizer.load(tokenizer))
-    whole = read_data(run, stage, stage.data.path)
+    from llava_jax.data.pipeline import Batches
+    from llava_jax.train.batches import data_spec
+    spec = data_spec(stage.data, model, Tokenizer.load(tokenizer), stage.data.path)
+    options = {"workers": stage.data.workers, "seed": recipe.seed}
+    whole = Batches(spec, stage.batch_size, **options)
     every = max(1, whole.order.windows // COUNTED_WINDOWS)
     if every == 1:
         return whole.count_rows(), f"counted in {stage.data.path}"
-    part = read_data(run, stage, stage.data.path, batch_size=every, process_count=every)
+    part = Batches(spec, every, process_count=every, **options)
     share = math.ceil(whole.order.windows / every) / whole.order.windows
     return round(part.count_rows() / share), f"estimated from a part of {stage.data.path}"
 

@@ -1,10 +1,11 @@
-"""Checkpoints of a stage, by Orbax: trainable parameters, optimizer state, and `meta`: the data's position, the
-counters, and a digest of every array, which restoring compares.
+"""Checkpoints of a stage, by Orbax: trainable parameters, optimizer state, and a `StageRecord`.
 
-Frozen parameters are not in them: `meta` names where they came from, with a fingerprint that a restart compares.
+Frozen parameters are not stored: the record has their fingerprint. The file of the record also stores a digest of every
+array, which restoring compares.
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,24 @@ READ_BYTES = 2**24
 
 DIVERGED = ("set lower learning rates, or optimizer.clip (and another --output, if this stage has checkpoints, whose "
             "recipe cannot change)")
-"""What to do about values that are not finite."""
+"""Advice for values that are not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRecord:
+    """What a checkpoint stores beside arrays."""
+
+    total_steps: int
+    frozen: str
+    """Fingerprint of the frozen parameters."""
+    skipped: dict[str, int]
+    """Number of rows skipped so far, by reason."""
+    data: dict[str, int]
+    """Position in the data: state of the iterator of `Batches`."""
 
 
 class DamagedCheckpoint(UserError):
-    """Raised on all processes together if a checkpoint does not hold what was saved."""
+    """Raised on all processes together if a checkpoint differs from what was saved."""
 
     def __init__(self, checkpoints: "Checkpoints", step: int, problem: str):
         super().__init__(f"{checkpoints.directory / str(step)}: this checkpoint is damaged ({problem}); remove it to "
@@ -45,7 +58,7 @@ class DamagedCheckpoint(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one stage in one directory, named by their step. Saving goes on while training does."""
+    """Checkpoints of one stage in one directory, named by their step. They are written while training continues."""
 
     def __init__(self, directory: Path, every: int, keep: int):
         self.directory, self.every, self.keep = directory, every, keep
@@ -53,15 +66,18 @@ class Checkpoints:
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
-        # Made when it is needed: it makes its directory, which a run that fails at its start should not leave.
-        # Directories are made before `save` returns: in the background, threads wait 300 s for one that cannot be made.
+        # Created on first use, because it creates its directory, which a run that fails at its start should not leave.
+        # Directories are created before `save` returns: in the background, Orbax waits 300 s for one that it cannot.
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, async_options=ocp.AsyncOptions(
-            create_directories_asynchronously=False, barrier_sync_fn=self._meet if jax.process_count() > 1 else None))
+            create_directories_asynchronously=False,
+            barrier_sync_fn=self._barrier if jax.process_count() > 1 else None))
         return ocp.CheckpointManager(self.directory.resolve(), options=options)
 
-    def _meet(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's barrier, for those that have not failed: the others would wait for a process with an error, and it
-        for them, for 20 minutes. `check` raises the error instead."""
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Waits at Orbax's barrier, unless this thread handles an error: Orbax would wait for 20 minutes.
+
+        `check` raises the error instead.
+        """
         error = sys.exc_info()[1]
         if error is not None and threading.current_thread() is not threading.main_thread():
             self.error = error
@@ -69,15 +85,15 @@ class Checkpoints:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step; a checkpoint whose writing was cut off does not count."""
+        """Returns the step of the newest complete checkpoint."""
         return self.manager.latest_step() if self.directory.exists() else None
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one of those that are saved regularly."""
+        """Returns whether `step` is one of those that are saved regularly."""
         return step % self.every == 0
 
-    def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Starts to write the checkpoint of `step`; `meta` is anything JSON can hold.
+    def save(self, step: int, state: TrainState, record: StageRecord) -> None:
+        """Starts to write the checkpoint of `step`.
 
         Raises UserError, and saves nothing, if parameters or optimizer state are not finite.
         """
@@ -86,10 +102,10 @@ class Checkpoints:
         check_finite({f"{name} {path}": pair for name, paths in found.items() for path, pair in paths.items()},
                      f"stages.{self.directory.name}, after step {step}",
                      f"this state was not saved; {DIVERGED}")
-        content = meta | {"stage": self.directory.name, "step": step, "digests": {
+        content = dataclasses.asdict(record) | {"stage": self.directory.name, "step": step, "digests": {
             name: {path: digest for path, (digest, _) in paths.items()} for name, paths in found.items()}}
         self.wait()
-        with self._noting():
+        with self._noting_errors():
             self.manager.save(step, force=True, args=ocp.args.Composite(
                 trainable=ocp.args.StandardSave(state.trainable),
                 optimizer=ocp.args.StandardSave(state.optimizer),
@@ -97,59 +113,43 @@ class Checkpoints:
             ))
         self.saving = True
 
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Notes that saving has failed if the block does: `close` waits no more."""
-        try:
-            yield
-        except BaseException as error:
-            self.error = error
-            raise
-
     def check(self) -> None:
-        """Raises the error of a save that has failed in the background; the next save alone would tell."""
+        """Raises the error of a save that failed in the background, before the next save does."""
         if self.error is not None:
             raise self.error
         if self.saving and not self.manager.is_saving_in_progress():
             self.saving = False
-            with self._noting():
+            with self._noting_errors():
                 self.manager.wait_until_finished()
 
     def wait(self) -> None:
-        """Waits until everything is on disk, or raises the error of a save that has failed."""
+        """Waits until everything is on disk. Raises the error of a save that failed."""
         while self.saving:
             self.check()
             time.sleep(0.005)
 
-    def meta(self, step: int) -> dict:
-        """What was saved as `meta`."""
-        def read() -> dict:
-            stored = ocp.JsonCheckpointHandler().restore(self._folder(step) / "meta")
-            if not isinstance(stored, dict) or stored.keys() != {"content", "sha256"}:
-                raise ValueError("meta: without a checksum: damaged, or saved by an earlier version")
-            if stored["sha256"] != _sha256(stored["content"]):
-                raise ValueError("meta: its checksum is that of another content")
-            content = stored["content"]
-            if (content["stage"], content["step"]) != (self.directory.name, step):
-                raise ValueError(f"it is that of step {content['step']} of stage {content['stage']}")
-            return content
+    def record(self, step: int) -> StageRecord:
+        """Reads what the checkpoint of `step` stores beside arrays."""
+        def read() -> StageRecord:
+            content = self._read_meta(step)
+            return StageRecord(**{field.name: content[field.name] for field in dataclasses.fields(StageRecord)})
 
         return self._read(step, ["meta"], read)
 
     def trainable(self, step: int, like: Parameters) -> Parameters:
-        """The trainable parameters alone, with the shardings of `like` (arrays or ShapeDtypeStructs)."""
+        """Reads the trainable parameters alone, with the shardings of `like` (arrays or ShapeDtypeStructs)."""
         return self._restore(step, {"trainable": like})["trainable"]
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state at `step`, shaped and sharded as `state`."""
+        """Reads the state at `step`, shaped and sharded as `state`."""
         items = self._restore(step, {"trainable": state.trainable, "optimizer": state.optimizer})
         count = jax.device_put(jnp.int32(step), state.step.sharding)
-        return replace(state, step=count, trainable=items["trainable"], optimizer=items["optimizer"])
+        return dataclasses.replace(state, step=count, trainable=items["trainable"], optimizer=items["optimizer"])
 
     def set_aside(self, step: int, problem: str) -> None:
-        """Moves a damaged checkpoint away, so that the run goes on from the one before; all processes call it.
+        """Moves a damaged checkpoint away, so that the run continues from the one before. All processes call it.
 
-        Raises DamagedCheckpoint if there is none before, which would lose the stage.
+        Raises DamagedCheckpoint if there is none before, because the stage would be lost.
         """
         earlier = [other for other in self.manager.all_steps() if other < step]
         self.close()
@@ -166,13 +166,41 @@ class Checkpoints:
                   f"on from the one before, of step {max(earlier)}", flush=True)
         allgather_object(f"the damaged checkpoint of step {step} is out of the way", None)
 
+    def close(self) -> None:
+        """Waits until everything is on disk, unless a save failed: its threads may wait for each other."""
+        if "manager" in self.__dict__ and self.error is None:
+            self.wait()
+            self.manager.close()
+            del self.__dict__["manager"]
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """Notes that saving failed if the block does, so that `close` does not wait."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = error
+            raise
+
     def _folder(self, step: int) -> epath.Path:
         return epath.Path(self.directory.resolve()) / str(step)
 
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        """Reads the record and the digests. Raises ValueError if they are damaged or of another checkpoint."""
+        stored = ocp.JsonCheckpointHandler().restore(self._folder(step) / "meta")
+        if not isinstance(stored, dict) or stored.keys() != {"content", "sha256"}:
+            raise ValueError("meta: without a checksum: damaged, or saved by an earlier version")
+        content = stored["content"]
+        if stored["sha256"] != _sha256(content):
+            raise ValueError("meta: its checksum is that of another content")
+        if (content["stage"], content["step"]) != (self.directory.name, step):
+            raise ValueError(f"it is that of step {content['step']} of stage {content['stage']}")
+        return content
+
     def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
-        """Items of a checkpoint, compared with the digests that were saved with them."""
-        expected = self.meta(step)["digests"]
-        # By the handler, not the manager: the manager waits for the other processes, which may have failed.
+        """Reads items of a checkpoint and compares them with the digests that were saved with them."""
+        expected = self._read(step, ["meta"], lambda: self._read_meta(step)["digests"])
+        # Uses the handler, because the manager waits for other processes, which may have failed.
         handler = ocp.StandardCheckpointHandler()
         items = self._read(step, [*likes], lambda: {
             name: handler.restore(self._folder(step) / name, args=ocp.args.StandardRestore(like))
@@ -186,9 +214,9 @@ class Checkpoints:
         return items
 
     def _read(self, step: int, names: list[str], read: Callable[[], Any]) -> Any:
-        """`read()` of the items `names`; all processes call it.
+        """Returns `read()`, which reads the items `names`. All processes call it.
 
-        Raises DamagedCheckpoint on all of them if it fails on one, unless a file's content cannot be had there.
+        Raises DamagedCheckpoint on all of them if it fails on one, unless the disk or the network is to blame.
         """
         result = problem = None
         try:
@@ -197,7 +225,7 @@ class Checkpoints:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             for name in names:
-                _read_through(self._folder(step) / name)  # raises what the disk or the network is to blame for
+                _read_through(self._folder(step) / name)
             while error.__cause__ is not None:  # TensorStore's own words are below Orbax's
                 error = error.__cause__
             problem = " ".join(str(error).split())[:200] or type(error).__name__
@@ -207,16 +235,9 @@ class Checkpoints:
             raise DamagedCheckpoint(self, step, problems[0])
         return result
 
-    def close(self) -> None:
-        """Waits until everything is on disk; not after a failed save, whose threads may wait for each other."""
-        if "manager" in self.__dict__ and self.error is None:
-            self.wait()
-            self.manager.close()
-            del self.__dict__["manager"]
-
 
 def _collect_quietly() -> None:
-    """Lets go of Orbax's readers of the other arrays, each of which would print its error as Python drops it."""
+    """Frees Orbax's readers of other arrays, which print their errors when they are collected."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         gc.collect()
@@ -229,7 +250,7 @@ def _sha256(content: dict) -> str:
 
 
 def _read_through(folder: epath.Path) -> None:
-    """Reads every file to its end; the error of one that cannot be read is raised. A missing one is none."""
+    """Reads every file to its end, to raise the error of a file that the disk does not give. Ignores missing files."""
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
             if path.is_dir():

@@ -1,7 +1,7 @@
-"""What the steps of a stage depend on beside the recipe: a continuation must find the same.
+"""Hashes the inputs of a stage, because a restart must find the same.
 
-`inputs.json` in the output directory holds a hash of each, by stage. Image files beside the data are not looked at, and
-of very large sources only samples are.
+`inputs.json` in the output directory stores the hashes by stage. They cover data files, tokenizer, template and model
+configuration, not image files beside the data. Of very large sources they cover samples.
 """
 
 import dataclasses
@@ -23,31 +23,31 @@ from llava_jax.train import output
 from llava_jax.train.setup import TrainContext
 from llava_jax.weights.tokenizer_files import TOKENIZER_FILES
 
-HASHED_WHOLE = 2**32
-"""Largest size in bytes of a source that is hashed as a whole. Of a larger one, or one in a bucket, samples are."""
+COMPLETE_BYTES = 2**32
+"""Largest size in bytes of a local source that is hashed completely. Of other sources samples are hashed."""
 
 SAMPLES, SAMPLE_BYTES = 256, 2**16
-"""Number of samples of a source, and their size."""
+"""Number of samples of a source, and their size in bytes."""
 
 
-def inputs(run: TrainContext, batches: Batches) -> dict[str, str]:
-    """A hash of each source of the data, of the tokenizer, the template and the model's configuration, by name."""
+def hash_inputs(context: TrainContext, batches: Batches) -> dict[str, str]:
+    """Returns hashes of the data sources, the tokenizer, the template and the model's configuration, by name."""
     spec, mixture = batches.spec, batches.spec.mixture
     found = {}
     for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1):
         found[f"data {number}: {source.path}"] = f"{_hash_source(source)} {len(source)} rows, {count} in an epoch"
-    folder = Path(run.tokenizer_directory)
+    folder = Path(context.tokenizer_directory)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     found[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], whole=True)
     found[f"template: {spec.template.name}"] = _hash_json(dataclasses.asdict(spec.template))
     # The template of the finished model is a field of the recipe.
-    found["model: the settings in its config.json"] = _hash_json(dataclasses.asdict(run.model) | {"template": None})
+    found["model: the settings in its config.json"] = _hash_json(dataclasses.asdict(context.model) | {"template": None})
     return found
 
 
-def check_inputs(run: TrainContext, stage: str, found: dict[str, str]) -> None:
-    """Raises UserError that names what is not as it was when the stage was trained so far."""
-    path = run.directory / "inputs.json"
+def check_inputs(context: TrainContext, stage: str, found: dict[str, str]) -> None:
+    """Raises UserError that names the inputs that changed since the stage was trained so far."""
+    path = context.directory / "inputs.json"
     before = (read_json(path) if path.exists() else {}).get(stage, found)
     if not isinstance(before, dict):
         raise UserError(f"{path}: {stage} must be an object; remove the file if the data are as they were")
@@ -57,23 +57,23 @@ def check_inputs(run: TrainContext, stage: str, found: dict[str, str]) -> None:
                         "with what is there")
 
 
-def write_inputs(run: TrainContext, stage: str, found: dict[str, str]) -> None:
-    """Writes what a stage is trained on, for `check_inputs` of later runs."""
+def write_inputs(context: TrainContext, stage: str, found: dict[str, str]) -> None:
+    """Writes the hashes of a stage, for `check_inputs` of later runs."""
     if jax.process_index() == 0:
-        path = run.directory / "inputs.json"
+        path = context.directory / "inputs.json"
         output.write_json(path, (read_json(path) if path.exists() else {}) | {stage: found})
 
 
 def _hash_source(source: Source) -> str:
     files = list(source.files)
-    whole = all("://" not in file for file in files) and sum(map(os.path.getsize, files)) <= HASHED_WHOLE
+    whole = all("://" not in file for file in files) and sum(map(os.path.getsize, files)) <= COMPLETE_BYTES
     if isinstance(source.rows, TfdsRows):
         files += [f"{os.path.dirname(files[0])}/{name}" for name in ("dataset_info.json", "features.json")]
     return _hash_files(files, whole)
 
 
 def _hash_files(files: list[str], whole: bool) -> str:
-    """A hash of names, sizes and contents. Times are left out: a machine that starts again copies its inputs anew."""
+    """Returns a hash of names, sizes and contents. Times do not count, because a new machine copies inputs again."""
     digest = hashlib.sha256()
     for file in files:
         path = epath.Path(file)
@@ -89,7 +89,7 @@ def _hash_files(files: list[str], whole: bool) -> str:
 
 
 def _hash_samples(file: BinaryIO, size: int, count: int, digest: Any) -> None:
-    """Pieces from the first to the last, where parquet and ArrayRecord keep the positions of all others."""
+    """Adds pieces from the first to the last, where parquet and ArrayRecord store the positions of all others."""
     last = max(0, size - SAMPLE_BYTES)
     for number in range(count):
         file.seek(last * number // (count - 1))

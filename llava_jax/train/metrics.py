@@ -1,20 +1,22 @@
-"""What is measured while training, and where it is written: JSON lines always, TensorBoard and W&B where asked."""
+"""Measures training and logs the figures: to `metrics.jsonl`, and to TensorBoard and W&B if the recipe says so."""
 
 import json
-import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from llava_jax import config
+from llava_jax.data.records import REASONS
 from llava_jax.errors import UserError
 from llava_jax.files import json_type, parse_json, read_json, read_text
 from llava_jax.models import vit
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.projector import depth as projector_depth
+from llava_jax.parallel.processes import allreduce_sum
 from llava_jax.train import output
 
 PEAK_FLOPS = {
@@ -27,22 +29,22 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Dense bfloat16 FLOP/s of one JAX device by the start of its kind, from the makers' data sheets."""
+"""Peak dense bfloat16 FLOP/s of a JAX device, by the start of its kind, from the makers' data sheets."""
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The device's peak, or None where it is not known."""
+    """Returns the device's peak FLOP/s, or None if it is not known."""
     kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, segment_ids: np.ndarray,
                 images: int) -> float:
-    """FLOPs that a step on these rows needs by formula (a multiply-add counts 2), whatever is computed beyond that.
+    """Returns the FLOPs that a step on these sequences needs by formula. A multiply-add counts 2.
 
-    Padding, empty image slots and recomputation count nothing; attention counts the visible pairs only. A product
-    with weights costs once forward, once for its input's gradient where anything below it is trained, and once for
-    its weights' gradient where those are trained. `trained` names parts: vision, projector, decoder.
+    Padding, empty image slots and recomputation count nothing. Attention counts the visible pairs only. A matmul with
+    weights costs one forward pass, one for its input's gradient if anything below it is trained, and one for its
+    weights' gradient if these are trained. `trained` names parts: vision, projector, decoder.
     """
     text, vision = model.text, model.vision
     real = segment_ids > 0
@@ -69,12 +71,68 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     return float(total)
 
 
+class MetricsWindow:
+    """Figures of the steps since the last line of metrics."""
+
+    def __init__(self, model: LlavaConfig, mesh: jax.sharding.Mesh, trained: set[str]):
+        self.model, self.trained, self.skipped = model, trained, Counter()
+        peak = peak_flops(mesh.devices.flat[0])
+        self.peak = peak * mesh.size if peak else None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps: list[dict[str, jax.Array]] = []
+        self.counts = dict.fromkeys(("tokens", "images", "flops", "positions", "slots"), 0)
+        self.start = time.perf_counter()
+
+    def add(self, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
+        """Adds a step: its batch, and the device's metrics, for which it does not wait."""
+        images = int((batch["tile_segment_ids"] > 0).sum())
+        self.steps.append(metrics)
+        self.skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
+        counts = {"tokens": int((batch["segment_ids"] > 0).sum()), "images": images,
+                  "flops": model_flops(self.model, self.trained, batch["positions"], batch["segment_ids"], images),
+                  "positions": batch["tokens"].size, "slots": batch["tile_segment_ids"].size}
+        for name, count in counts.items():
+            self.counts[name] += count
+
+    def take_skipped(self) -> Counter:
+        """Returns the number of rows, by reason, that all processes skipped since the last call."""
+        counts = allreduce_sum("skipped rows", [self.skipped.pop(reason, 0) for reason in REASONS])
+        return Counter({reason: count for reason, count in zip(REASONS, counts, strict=True) if count})
+
+    def close(self) -> dict[str, float]:
+        """Returns the line of metrics and starts a new window. Losses are weighted by supervised tokens."""
+        steps = jax.device_get(self.steps)
+        seconds = time.perf_counter() - self.start
+        supervised = np.array([int(step["supervised_tokens"]) for step in steps])
+        losses = np.array([float(step["loss"]) for step in steps])
+        counts = dict(zip(self.counts, allreduce_sum("metrics", self.counts.values()), strict=True))
+        flops = counts["flops"] / seconds
+        line = {
+            "loss": float((losses * supervised).sum() / max(supervised.sum(), 1)),
+            "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
+            "steps": len(steps),
+            "seconds": round(seconds, 4),
+            "tokens": int(counts["tokens"]),
+            "supervised_tokens": int(supervised.sum()),
+            "images": int(counts["images"]),
+            "row_fill": round(counts["tokens"] / counts["positions"], 4),
+            "slot_fill": round(counts["images"] / counts["slots"], 4),
+            "tokens_per_second": round(counts["tokens"] / seconds, 1),
+            "model_flops_per_second": flops,
+            "mfu": round(flops / self.peak, 4) if self.peak else None,
+        }
+        self._reset()
+        return line
+
+
 LINE_TYPES = {"stage": str, "step": int, "loss": int | float, "validation_loss": int | float, "seconds": int | float}
-"""Types of what is read from a line of `metrics.jsonl` again."""
+"""Types of the fields of `metrics.jsonl` that are read again."""
 
 
 class Log:
-    """The run's log: `metrics.jsonl` and its optional copies, written by the first process only."""
+    """Log of the run: `metrics.jsonl` and its optional copies. Only the first process writes."""
 
     def __init__(self, directory: Path, recipe: config.Recipe):
         self.active, self.recipe = jax.process_index() == 0, recipe
@@ -97,14 +155,14 @@ class Log:
             self.wandb = _resume_wandb(wandb, directory, recipe.wandb)
 
     def has(self, stage: str, step: int, key: str) -> bool:
-        """Whether `key` of a step has been written; False where this process does not write."""
+        """Returns whether `key` of a step is in the log; False on a process that does not write."""
         return self.active and any((line["stage"], line["step"]) == (stage, step) and key in line
                                    for line in read_lines(self.path))
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops what was written after `step` of `stage`: a restart writes it again.
+        """Removes the lines after `step` of `stage`, because a restart writes them again.
 
-        A stage that is done again, since its checkpoint was damaged, has all its lines if a later one has started.
+        A stage that is repeated because its checkpoint was damaged keeps its lines if a later one has started.
         """
         self.complete = {stage} if output.has_later_started(self.recipe, stage) else set()
         if not self.active or not self.path.exists() or self.complete:
@@ -113,7 +171,7 @@ class Log:
         last = order[stage], step
         kept = [line for line in read_lines(self.path) if (order.get(line["stage"], -1), line["step"]) <= last]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        if not isinstance(self.path, Path):  # an object of a bucket is replaced whole
+        if not isinstance(self.path, Path):  # a bucket replaces objects atomically
             self.path.write_text(text)
             return
         partial = self.path.with_suffix(".partial")
@@ -121,14 +179,14 @@ class Log:
         partial.replace(self.path)
 
     def write(self, line: dict) -> None:
-        """One line; `line` has `stage` and `step`."""
+        """Writes a line, which has `stage` and `step`."""
         if not self.active or line["stage"] in self.complete:
             return
         text = json.dumps(line, allow_nan=False) + "\n"
         if isinstance(self.path, Path):
             with self.path.open("a") as file:
                 file.write(text)
-        else:  # nothing can be appended to an object of a bucket
+        else:  # objects of a bucket cannot grow
             self.path.write_text((self.path.read_text() if self.path.exists() else "") + text)
         numbers = {f"{line['stage']}/{key}": value for key, value in line.items()
                    if isinstance(value, int | float) and key != "step"}
@@ -145,9 +203,9 @@ class Log:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of `metrics.jsonl`, none if it is missing. UserError that names file and line if one is damaged.
+    """Reads the lines of `metrics.jsonl`; none if it is missing. Raises UserError that names file and damaged line.
 
-    What follows the last newline was cut off while it was written, and is left out.
+    It leaves out an incomplete last line.
     """
     text = read_text(path) if path.exists() else ""
     lines = []
@@ -166,7 +224,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def _resume_wandb(wandb: Any, directory: Path, project: str) -> Any:
-    """The W&B run of this output directory, whose id is kept in it: a continuation goes on in the same run."""
+    """Opens the W&B run of this output directory, whose id is stored in it, so that a restart continues it."""
     path = directory / "wandb.json"
     stored = read_json(path) if path.exists() else {}
     known = stored.get("id") if stored.get("project") == project else None
@@ -177,35 +235,3 @@ def _resume_wandb(wandb: Any, directory: Path, project: str) -> Any:
                      resume="allow")
     output.write_json(path, {"project": project, "id": run.id})
     return run
-
-
-class Progress:
-    """A bar with the time that is left on a terminal, and plain lines everywhere else."""
-
-    def __init__(self, name: str, total: int, done: int = 0):
-        self.name, self.total = name, total
-        self.active = jax.process_index() == 0
-        terminal = self.active and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True) if terminal else None
-
-    def step(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def show(self, step: int, text: str, eta: float) -> None:
-        """The newest figures; `eta` in seconds."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        elif self.active:
-            print(f"{self.name} {step}/{self.total}  {text}  {eta / 60:.1f} min left", flush=True)
-
-    def note(self, text: str) -> None:
-        """A line of its own."""
-        if self.active:
-            (self.bar.write if self.bar is not None else lambda text: print(text, flush=True))(text)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-

@@ -1,5 +1,6 @@
-"""What can be checked of all stages before the first step: a mistake should not show after hours."""
+"""Checks all stages before the first step, because a mistake should not show after hours."""
 
+import contextlib
 import os
 
 from llava_jax import config
@@ -8,22 +9,33 @@ from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Source
 from llava_jax.errors import UserError
+from llava_jax.train.batches import open_batches, open_validation
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.setup import TrainContext
 from llava_jax.weights import check_export
 
-PROBED_IF_ERROR, PROBED_IF_SKIP = 16, 100
-"""Records of each source that are tried: all of them must be good, or one of them, as `bad_rows` says."""
+PROBE_RECORDS = {"error": 16, "skip": 100}
+"""Number of records of a source that are tried, by `bad_rows`. All must be valid, or one."""
 
 
-def check_run(run: TrainContext) -> None:
-    """Raises UserError if the finished model could not be written, or a stage's optimizer not be made."""
-    check_export(run.model, run.tokenizer_directory)
-    for name, stage in run.recipe.stages.items():
+def check_stages(context: TrainContext) -> None:
+    """Opens and tries what every unfinished stage will need. Raises UserError for a mistake."""
+    check_export(context.model, context.tokenizer_directory)
+    for name, stage in context.recipe.stages.items():
         try:
-            make_optimizer(stage, trainable_paths(stage, list(run.shardings)), total_steps=1)
+            make_optimizer(stage, trainable_paths(stage, list(context.shardings)), total_steps=1)
         except UserError as error:
             raise UserError(f"stages.{name}.{error}") from None
+    for name, stage in context.recipe.stages.items():
+        with contextlib.closing(context.checkpoints(name)) as checkpoints:
+            latest = checkpoints.latest()
+            if latest is not None and checkpoints.record(latest).total_steps == latest:
+                continue
+        check_image_root(name, stage.data)
+        check_training_data(open_batches(context, stage, stage.data.path))
+        if stage.data.validation and latest is None:
+            for _ in open_validation(context, stage):  # raises for a bad row, as each validation does
+                pass
 
 
 def check_image_root(name: str, data: config.Data) -> None:
@@ -33,11 +45,11 @@ def check_image_root(name: str, data: config.Data) -> None:
 
 
 def check_training_data(batches: Batches) -> None:
-    """Reads some records of every source, texts and images. Raises UserError if these cannot be used."""
+    """Reads texts and images of some records of every source. Raises UserError if they cannot be used."""
     spec, mixture = batches.spec, batches.spec.mixture
     for source, start in zip(mixture.sources, mixture.starts, strict=False):
         first_bad = None
-        for index in _probes(source, PROBED_IF_SKIP if spec.bad_rows == "skip" else PROBED_IF_ERROR):
+        for index in _probes(source, PROBE_RECORDS[spec.bad_rows]):
             try:
                 spec.text(start + index)
                 spec.tiles(start + index)
@@ -53,17 +65,10 @@ def check_training_data(batches: Batches) -> None:
                                 f"reason: {first_bad}")
 
 
-def check_validation_data(batches: Batches) -> None:
-    """Reads all validation data, as each validation does. Raises BadRow for a bad row, unless these are skipped, and
-    UserError if no row is good."""
-    for _ in batches:
-        pass
-
-
 def _probes(source: Source, count: int) -> list[int]:
-    """The numbers of rows to try: the first ones, and as many over all the source where that is cheap."""
+    """Returns the numbers of rows to try: the first ones, and as many spread over the source if that is cheap."""
     first = range(min(count // 2, len(source)))
-    if isinstance(source.rows, ParquetRows):  # a row is read with its whole row group
+    if isinstance(source.rows, ParquetRows):  # reading a row reads its row group
         return list(first)
     spread = range(len(first), len(source), max(1, (len(source) - len(first)) // (count - count // 2)))
     return [*first, *spread[: count - len(first)]]

@@ -1,4 +1,4 @@
-"""Where the parameters of a run come from: its source checkpoints, then what its earlier stages have trained."""
+"""Sets a training run up once: checks the recipe, reads the model's configuration and loads the tokenizer."""
 
 import contextlib
 import dataclasses
@@ -10,13 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention
+from llava_jax.models.llava import LlavaConfig, abstract_params, choose_attention
 from llava_jax.parallel import sharding
 from llava_jax.parallel.processes import assert_equal_across_processes
 from llava_jax.text import agreement, templates
@@ -24,23 +23,25 @@ from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train import output
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.optimizer import trainable_paths
-from llava_jax.weights import fresh_paths, load_model, read_config
+from llava_jax.weights import fresh_paths, read_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-"""Those whose versions must be the same on all hosts."""
+"""Packages whose versions must be the same on all hosts."""
 
 
 @dataclass(frozen=True)
 class TrainContext:
-    """A recipe, with what follows from it and from the devices."""
+    """A recipe and what follows from it and from the devices. It does not change during a run."""
 
     recipe: config.Recipe
     mesh: jax.sharding.Mesh
     model: LlavaConfig
     dtype: str
+    """Compute dtype, and storage dtype of frozen parameters."""
     graphs: dict[str, nnx.GraphDef]
-    """the model's structure in each stage"""
+    """Structure of the model in each stage."""
     shardings: dict[str, NamedSharding]
+    """Sharding of each parameter path."""
     tokenizer: Tokenizer
 
     @property
@@ -57,9 +58,9 @@ class TrainContext:
 
 
 def setup(recipe: config.Recipe) -> TrainContext:
-    """Checks all of a recipe that can be checked before training, its output directory included.
+    """Checks all of a recipe that can be checked before data is read, including its output directory.
 
-    UserError with one line, also where processes differ in recipe, code or packages.
+    Raises UserError, also if processes differ in recipe, code or packages. All processes call it.
     """
     assert_equal_across_processes("the recipe", output.flat(recipe))
     installed = {"llava_jax": code_hash()} | {name: version(name) for name in PACKAGES}
@@ -68,7 +69,7 @@ def setup(recipe: config.Recipe) -> TrainContext:
     model = model_config(recipe.model)
     dtype, graphs, _, shardings = model_layout(recipe, mesh, model)
     tokenizer = Tokenizer.load(recipe.model.llava or recipe.model.language)
-    # What is chosen is said by the first process alone.
+    # Only the first process prints which template it chose.
     with contextlib.redirect_stderr(io.StringIO()) if jax.process_index() else contextlib.nullcontext():
         model = resolve_template(recipe, model, tokenizer)
     output.check_shared(recipe)
@@ -76,58 +77,36 @@ def setup(recipe: config.Recipe) -> TrainContext:
     return TrainContext(recipe, mesh, model, dtype, graphs, shardings, tokenizer)
 
 
-def resolve_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
-    """The model with the template that it is trained on. Where parts are joined and the recipe names no template, it is
-    one that suits the tokenizer.
+def model_config(model: config.Model, read: Callable = read_config) -> LlavaConfig:
+    """Returns the configuration of a recipe's model, from its source checkpoints.
 
-    UserError if a template, the tokenizer and the decoder do not suit each other.
+    `read` returns the configuration of a checkpoint directory; for a LLaVA it also takes the template's name.
     """
-    source = recipe.model.llava or recipe.model.language
-    if not recipe.model.llava and recipe.model.template is None:
-        model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
-    last = list(recipe.stages.values())[-1]
-    model = dataclasses.replace(model, template=final_template(recipe, model.template), exif=last.data.exif)
-    # Only the template that a LLaVA brings itself has been trained with.
-    agreement.check(model.template, tokenizer, model.text.vocab_size, source,
-                    trained=bool(recipe.model.llava and not recipe.model.template),
-                    visual_tokens=model.processor.features_per_tile, context=model.text.max_length)
-    for name, stage in recipe.stages.items():
-        data = stage.data
-        if data.template:
-            agreement.check(data.template, tokenizer, model.text.vocab_size, f"stages.{name}.data.template")
-        agreement.check_length(data.sequence_length, model.text.max_length, f"stages.{name}.data.sequence_length")
-    return model
-
-
-def final_template(recipe: config.Recipe, default: str) -> str:
-    """The template of the finished model: that of the last stage with conversations, since so it will be asked.
-
-    A recipe of captions alone leaves the model what `model.template` names, or the captions' template. UserError if
-    the recipe names another template than that stage's.
-    """
-    named = {name: templates.get(stage.data.template or default) for name, stage in recipe.stages.items()}
-    chats = [name for name, template in named.items() if not template.captions]
-    if not chats and recipe.model.template:
-        return templates.get(recipe.model.template).name
-    last = (chats or list(named))[-1]
-    if recipe.model.template and named[last] != templates.get(recipe.model.template):
-        raise UserError(f"stages.{last}.data.template is {named[last].name}, model.template {recipe.model.template}: "
-                        "the model would be asked in another form than trained; give both the same, or leave one out")
-    return named[last].name
+    if model.llava:
+        found = read(model.llava, model.template)
+        if not isinstance(found, LlavaConfig):
+            raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
+        return found
+    chosen = {"projector": model.projector, "feature_layer": model.feature_layer,
+              "feature_select": model.feature_select, "template": model.template}
+    joined = LlavaConfig(vision=read(model.vision), text=read(model.language),
+                         **{name: value for name, value in chosen.items() if value is not None})
+    return joined.with_image_mode(model.image_mode)
 
 
 def model_layout(
     recipe: config.Recipe, mesh: jax.sharding.Mesh, model: LlavaConfig
 ) -> tuple[str, dict[str, nnx.GraphDef], dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
-    """The compute dtype, the model's graph by stage, every parameter's shape and sharding; touches no device, no file.
+    """Returns the compute dtype, the model's graph by stage, and every parameter's shape and sharding.
 
-    UserError naming the field where the recipe does not fit the mesh (which may be one of a topology's devices), or
-    its tables do not fit the parameters.
+    It uses no device and no file, so `mesh` may consist of a topology's devices. Raises UserError that names the field
+    if the recipe does not match the mesh, or its tables do not match the parameters.
     """
+    platform = mesh.devices.flat[0].platform
     dtype = recipe.model.dtype
     if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    attention = choose_attention(recipe.model.attention, mesh.devices.flat[0].platform, model, dtype)
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    attention = choose_attention(recipe.model.attention, platform, model, dtype)
     graphs = {}
     for name, stage in recipe.stages.items():
         graphs[name], shapes = abstract_params(model, dtype, attention, stage.remat)
@@ -147,44 +126,49 @@ def model_layout(
     return dtype, graphs, shapes, shardings
 
 
+def resolve_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
+    """Returns the model with the template that it is trained on.
+
+    If parts are joined and the recipe names no template, one that matches the tokenizer is chosen. Raises UserError if
+    a template, the tokenizer and the decoder do not match each other.
+    """
+    source = recipe.model.llava or recipe.model.language
+    if not recipe.model.llava and recipe.model.template is None:
+        model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
+    last = list(recipe.stages.values())[-1]
+    model = dataclasses.replace(model, template=final_template(recipe, model.template), exif=last.data.exif)
+    # Only the template that comes with a LLaVA has been trained with.
+    agreement.check(model.template, tokenizer, model.text.vocab_size, source,
+                    trained=bool(recipe.model.llava and not recipe.model.template),
+                    visual_tokens=model.processor.features_per_tile, context=model.text.max_length)
+    for name, stage in recipe.stages.items():
+        data = stage.data
+        if data.template:
+            agreement.check(data.template, tokenizer, model.text.vocab_size, f"stages.{name}.data.template")
+        agreement.check_length(data.sequence_length, model.text.max_length, f"stages.{name}.data.sequence_length")
+    return model
+
+
+def final_template(recipe: config.Recipe, default: str) -> str:
+    """Returns the template of the finished model: that of the last stage with conversations.
+
+    A recipe of captions alone leaves the model `model.template`, or the captions' template. Raises UserError if
+    `model.template` is another than that stage's, because the model would be asked in another form than trained.
+    """
+    named = {name: templates.get(stage.data.template or default) for name, stage in recipe.stages.items()}
+    chats = [name for name, template in named.items() if not template.captions]
+    if not chats and recipe.model.template:
+        return templates.get(recipe.model.template).name
+    last = (chats or list(named))[-1]
+    if recipe.model.template and named[last] != templates.get(recipe.model.template):
+        raise UserError(f"stages.{last}.data.template is {named[last].name}, model.template {recipe.model.template}: "
+                        "the model would be asked in another form than trained; give both the same, or leave one out")
+    return named[last].name
+
+
 def code_hash() -> str:
-    """A hash of this package's code."""
-    root = Path(__file__).parents[1]
+    """Returns a hash of this package's code."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def model_config(model: config.Model, read: Callable = read_config) -> LlavaConfig:
-    """The configuration of the model that a recipe describes, read from its source checkpoints by `read(directory)`.
-
-    The template of a LLaVA is `read(directory, template)`'s; of parts that are joined, the recipe's or vicuna_v1.
-    """
-    if model.llava:
-        found = read(model.llava, model.template)
-        if not isinstance(found, LlavaConfig):
-            raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
-        return found
-    chosen = {"projector": model.projector, "feature_layer": model.feature_layer,
-              "feature_select": model.feature_select, "template": model.template}
-    found = LlavaConfig(vision=read(model.vision), text=read(model.language),
-                        **{name: value for name, value in chosen.items() if value is not None})
-    return found.with_image_mode(model.image_mode)
-
-
-def load_parameters(run: TrainContext, dtype: Callable[[str], str], before: str | None) -> Parameters:
-    """All parameters as they are before the stage `before` (None: after the last), each in the dtype of its path."""
-    parameters = load_model(run.recipe.model, run.model, run.recipe.seed, dtype=dtype,
-                            sharding=lambda path, shape: run.shardings[path])
-    for stage in run.recipe.stages:
-        if stage == before:
-            break
-        checkpoints = run.checkpoints(stage)
-        rates = trainable_paths(run.recipe.stages[stage], list(run.shardings))
-        like = {path: jax.ShapeDtypeStruct(parameters[path].shape, jnp.float32, sharding=run.shardings[path])
-                for path in rates}
-        trained = checkpoints.trainable(checkpoints.latest(), like)
-        parameters |= {path: x.astype(dtype(path)) for path, x in trained.items()}
-        checkpoints.close()
-    return parameters

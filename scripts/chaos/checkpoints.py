@@ -73,11 +73,11 @@ def work(folder: Path, made: Path, log: Path, seed: int, numbers: list[int]) -> 
     output = os.open(folder / "output.txt", os.O_CREAT | os.O_RDWR | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     try:
-        from llava_jax.train import loop
+        from llava_jax.train import loop, stage
 
         # One compilation serves all continuations: their recipes differ in the output directory alone.
         compiled = {}
-        original = loop.make_train_step
+        original = stage.make_train_step
 
         def make_train_step(graph, tx, state):
             key = str(sorted(state.trainable))
@@ -85,7 +85,7 @@ def work(folder: Path, made: Path, log: Path, seed: int, numbers: list[int]) -> 
                 compiled[key] = original(graph, tx, state)
             return compiled[key]
 
-        loop.make_train_step = make_train_step
+        stage.make_train_step = make_train_step
         shutil.rmtree(folder / "runs", ignore_errors=True)
         runs = folder / "runs"
         bases = {"stopped": runs / "stopped", "finished": runs / "finished"}
@@ -115,7 +115,9 @@ def work(folder: Path, made: Path, log: Path, seed: int, numbers: list[int]) -> 
 
 def stop_at(loop, step: int, recipe) -> None:
     """Trains up to the `step`-th step, where the machine is gone."""
-    original, count = loop.shard_batch, [0]
+    from llava_jax.train import batches
+
+    original, count = batches.shard_batch, [0]
 
     def shard_batch(*arguments):
         count[0] += 1
@@ -123,10 +125,10 @@ def stop_at(loop, step: int, recipe) -> None:
             raise InterruptedError
         return original(*arguments)
 
-    loop.shard_batch = shard_batch
+    batches.shard_batch = shard_batch
     with contextlib.suppress(InterruptedError):
         loop.train(recipe)
-    loop.shard_batch = original
+    batches.shard_batch = original
 
 
 def go_on(loop, made: Path, output: Path, expected: dict) -> tuple[str, str]:

@@ -78,12 +78,13 @@ def models() -> Iterator[Target]:
 
 def joined_recipe(copy: Path, everything: Path) -> None:
     """What training reads of the parts before its first step."""
-    from llava_jax.train.setup import load_parameters, setup
+    from llava_jax.train.parameters import load_parameters
+    from llava_jax.train.setup import setup
 
     recipe = world.make_recipe(everything, copy.parent / "run")
     model = dataclasses.replace(recipe.model, vision=str(copy / "vision"), language=str(copy / "language"))
-    run = setup(dataclasses.replace(recipe, model=model))
-    load_parameters(run, lambda path: "float32", before="align")
+    context = setup(dataclasses.replace(recipe, model=model))
+    load_parameters(context, lambda path: "float32", before="align")
 
 
 def continued(copy: Path, everything: Path) -> None:

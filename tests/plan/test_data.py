@@ -53,7 +53,7 @@ def test_the_published_mix_is_estimated_from_its_counts():
     turns, images = draw(MIX_665K, 0.05, np.random.default_rng(0))
     assert len(turns) == pytest.approx(665_298 * 0.05, abs=12)
     assert (images == 0).mean() == pytest.approx(40_688 / 665_298, abs=1e-3)
-    described = config.load_recipe_module("llava_1_5_7b").recipe()
+    described = config.load_recipe("llava_1_5_7b")
     model, _ = planned_config(described.model)
     found = length(described, "instruct", model)
     data = described.stages["instruct"].data

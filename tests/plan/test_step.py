@@ -156,16 +156,17 @@ def test_two_slices_exchange_their_gradients_once(needs_libtpu, tiny):
 
 
 def test_the_planned_batch_is_what_the_loop_puts_on_the_devices(tiny, parts, data):
-    from llava_jax.train.loop import read_data, shard_batch
+    from llava_jax.train.batches import open_batches, shard_batch
     from llava_jax.train.setup import setup
 
     stage = dataclasses.replace(tiny.stages["instruct"], gradient_accumulation=2, batch_size=4,
                                 data=config.Data(path=str(data), sequence_length=96, tiles_per_sequence=2))
     recipe = dataclasses.replace(tiny, model=config.Model(vision=str(parts[0]), language=str(parts[1])),
                                  stages={"instruct": stage})
-    run = setup(recipe)
-    batch = shard_batch(run, next(iter(read_data(run, stage, stage.data.path))), stage.gradient_accumulation)
-    planned = abstract_batch(stage, run.mesh, run.model)
+    context = setup(recipe)
+    rows = next(iter(open_batches(context, stage, stage.data.path)))
+    batch = shard_batch(context.mesh, rows, stage.gradient_accumulation)
+    planned = abstract_batch(stage, context.mesh, context.model)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         name: (x.shape, x.dtype) for name, x in planned.items()}
     assert all(batch[name].sharding.is_equivalent_to(x.sharding, x.ndim) for name, x in planned.items())

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.errors import UserError
-from llava_jax.train.checkpoint import Checkpoints, DamagedCheckpoint
+from llava_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, StageRecord
 from llava_jax.train.digests import digests
 from llava_jax.train.step import TrainState, init_state
 
@@ -35,7 +35,7 @@ def bits(state: TrainState) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.trainable, state.optimizer))]
 
 
-META = {"data": {"epoch": 0, "window": 1, "row": 2}, "total_steps": 9}
+RECORD = StageRecord(total_steps=9, frozen="none", skipped={"malformed": 2}, data={"epoch": 0, "window": 1, "row": 2})
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "align"
     checkpoints = Checkpoints(folder, every=1, keep=2)
     for step in (1, 2):
-        checkpoints.save(step, make_state(step), META)
+        checkpoints.save(step, make_state(step), RECORD)
     checkpoints.close()
     return folder
 
@@ -54,12 +54,11 @@ def copy(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "align"))
 
 
-def restored(folder: Path, step: int = 2) -> tuple[dict, list[bytes]] | None:
-    """Meta and the bits of a checkpoint; None if it is told to be damaged."""
+def restored(folder: Path, step: int = 2) -> tuple[StageRecord, list[bytes]] | None:
+    """The record and the bits of a checkpoint; None if it is reported as damaged."""
     checkpoints = Checkpoints(folder, every=1, keep=2)
     try:
-        meta = checkpoints.meta(step)
-        return {key: meta[key] for key in META}, bits(checkpoints.restore(step, make_state(0)))
+        return checkpoints.record(step), bits(checkpoints.restore(step, make_state(0)))
     except DamagedCheckpoint as error:
         assert str(error).startswith(f"{folder / str(step)}: this checkpoint is damaged (")
         assert "remove it to go on from the one before" in str(error) and "\n" not in str(error)
@@ -69,11 +68,11 @@ def restored(folder: Path, step: int = 2) -> tuple[dict, list[bytes]] | None:
 
 
 def test_a_checkpoint_gives_back_what_was_saved(saved):
-    assert restored(saved) == (META, bits(make_state(2)))
+    assert restored(saved) == (RECORD, bits(make_state(2)))
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(copy):
-    right, noticed, rng = (META, bits(make_state(2))), {}, np.random.default_rng(0)
+    right, noticed, rng = (RECORD, bits(make_state(2))), {}, np.random.default_rng(0)
     files = [path for path in sorted((copy / "2").rglob("*")) if path.is_file() and path.stat().st_size]
     for path in files:
         content = path.read_bytes()
@@ -91,7 +90,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(copy):
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "removed", "longer"])
 def test_a_file_that_is_not_whole_is_noticed_or_changes_nothing(copy, damage):
-    right, noticed = (META, bits(make_state(2))), 0
+    right, noticed = (RECORD, bits(make_state(2))), 0
     for path in [path for path in sorted((copy / "2").rglob("*")) if path.is_file()]:
         content = path.read_bytes()
         if damage == "removed":
@@ -110,7 +109,7 @@ def test_what_is_of_another_checkpoint_is_noticed(copy, item):
     shutil.rmtree(copy / "2" / item)
     shutil.copytree(copy / "1" / item, copy / "2" / item)
     # The optimizer states of both are the same, as no step was done.
-    assert restored(copy) == ((META, bits(make_state(2))) if item == "optimizer" else None)
+    assert restored(copy) == ((RECORD, bits(make_state(2))) if item == "optimizer" else None)
 
 
 def test_a_checkpoint_of_another_stage_is_noticed(copy):
@@ -123,7 +122,7 @@ def test_a_checkpoint_without_checksums_is_refused(copy):
     path = copy / "2" / "meta" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text())["content"]))
     with pytest.raises(DamagedCheckpoint, match="without a checksum: damaged, or saved by an earlier version"):
-        Checkpoints(copy, every=1, keep=2).meta(2)
+        Checkpoints(copy, every=1, keep=2).record(2)
 
 
 def test_a_disk_that_does_not_answer_is_no_damage(copy, monkeypatch):
@@ -152,9 +151,9 @@ def test_a_damaged_checkpoint_is_set_aside_only_if_there_is_one_before(copy, cap
     with pytest.raises(DamagedCheckpoint, match="/1: this checkpoint is damaged"):
         checkpoints.set_aside(1, "its bits")
     assert checkpoints.latest() == 1
-    checkpoints.save(2, make_state(2), META)
+    checkpoints.save(2, make_state(2), RECORD)
     checkpoints.close()
-    assert restored(copy) == (META, bits(make_state(2)))
+    assert restored(copy) == (RECORD, bits(make_state(2)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -167,7 +166,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value, where):
     checkpoints = Checkpoints(tmp_path / "align", every=1, keep=2)
     bad = TrainState(state.step, **(tree | {where: jax.tree.unflatten(structure, leaves)}))
     with pytest.raises(UserError, match=rf"stages.align, after step 5: {where} \S*projector/bias is not finite"):
-        checkpoints.save(5, bad, META)
+        checkpoints.save(5, bad, RECORD)
     assert checkpoints.latest() is None
     checkpoints.close()
 

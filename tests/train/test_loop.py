@@ -11,7 +11,8 @@ import pytest
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.train import loop, validation
+from llava_jax.train import batches, loop, validation
+from llava_jax.train import stage as trainer
 from llava_jax.weights import load_checkpoint
 
 
@@ -46,29 +47,29 @@ def lines(recipe: config.Recipe) -> list[dict]:
 
 def stop_at(monkeypatch, step: int) -> None:
     """Sends SIGTERM to this process when the micro-batches of the `step`-th step from now go to the devices."""
-    original, count = loop.shard_batch, [0]
+    original, count = batches.shard_batch, [0]
 
-    def shard_batch(run, batch, micro_batches):
+    def shard_batch(mesh, batch, micro_batches):
         count[0] += 1
         if count[0] == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, batch, micro_batches)
+        return original(mesh, batch, micro_batches)
 
-    monkeypatch.setattr(loop, "shard_batch", shard_batch)
+    monkeypatch.setattr(batches, "shard_batch", shard_batch)
 
 
 def break_down(monkeypatch, recipe: config.Recipe, step: int) -> None:
     """Runs the recipe up to its `step`-th step, where it dies without notice."""
-    original, count = loop.shard_batch, [0]
+    original, count = batches.shard_batch, [0]
 
-    def shard_batch(run, batch, micro_batches):
+    def shard_batch(mesh, batch, micro_batches):
         count[0] += 1
         if count[0] == step:
             raise RuntimeError("the machine is gone")
-        return original(run, batch, micro_batches)
+        return original(mesh, batch, micro_batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "shard_batch", shard_batch)
+        patch.setattr(batches, "shard_batch", shard_batch)
         with pytest.raises(RuntimeError, match="the machine is gone"):
             loop.train(recipe)
 
@@ -109,8 +110,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_recipe, monkeypatch)
 
 def test_frozen_parameters_keep_their_bits_and_each_stage_compiles_once(make_recipe, parts, monkeypatch):
     steps = []
-    original = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", lambda *args: steps.append(original(*args)) or steps[-1])
+    original = trainer.make_train_step
+    monkeypatch.setattr(trainer, "make_train_step", lambda *args: steps.append(original(*args)) or steps[-1])
     recipe = make_recipe()
     loop.train(recipe)
     after = parameters(recipe)

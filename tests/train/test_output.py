@@ -114,7 +114,7 @@ def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):
     written, original = [], Bucket.open
     monkeypatch.setattr(Bucket, "open", lambda self, path, *mode, **options: written.append(path.rpartition("/")[2]) or
                         original(self, path, *mode, **options))
-    target = loop.finish(TrainContext)
+    target = loop.write_model(TrainContext)
     assert str(target) == "gs://bucket/run/model"
     assert written == ["a.json", "model.safetensors", "config.json"]
     assert output.has_model(recipe)

@@ -16,7 +16,7 @@ import pytest
 from llava_jax import config
 from llava_jax.data.pipeline import Batches
 from llava_jax.errors import UserError
-from llava_jax.train import lock, loop
+from llava_jax.train import batches, lock, loop
 from llava_jax.weights import load_checkpoint
 
 STEPS = 4
@@ -63,7 +63,7 @@ def assert_same(ours: config.Recipe, theirs: config.Recipe) -> None:
 
 def die(monkeypatch, recipe: config.Recipe, step: int) -> None:
     """Runs the recipe until its `step`-th batch goes to the devices, where it dies."""
-    original, count = loop.shard_batch, [0]
+    original, count = batches.shard_batch, [0]
 
     def shard_batch(*args, **kwargs):
         count[0] += 1
@@ -72,7 +72,7 @@ def die(monkeypatch, recipe: config.Recipe, step: int) -> None:
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "shard_batch", shard_batch)
+        patch.setattr(batches, "shard_batch", shard_batch)
         with pytest.raises(RuntimeError, match="the machine is gone"):
             loop.train(recipe)
 
@@ -214,7 +214,7 @@ def test_validation_data_are_opened_once(make_recipe, monkeypatch, tmp_path):
     recipe = with_data(first_stage(make_recipe(validate_every=1)), "align", workers=1,
                        validation=str(tmp_path / "data" / "second.json"))
     opened, kept, original = [], [], Batches.open_rows
-    monkeypatch.setattr(loop, "open_mixture", lambda path, root, open=loop.open_mixture:
+    monkeypatch.setattr(batches, "open_mixture", lambda path, root, open=batches.open_mixture:
                         opened.append(os.path.basename(path)) or open(path, root))
 
     def open_rows(self, state):

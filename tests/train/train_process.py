@@ -16,7 +16,7 @@ import jax
 
 from llava_jax import cli
 from llava_jax.train import __main__ as train
-from llava_jax.train import loop
+from llava_jax.train import batches, parameters
 
 
 def broken(*_, **__):
@@ -40,14 +40,14 @@ def happen(event: str) -> None:
 
 def main(args: list[str]) -> int:
     event, processes, step, *args = args
-    original, count = loop.shard_batch, [0]
+    original, count = batches.shard_batch, [0]
     if os.environ.get("JAX_PROCESS_ID", "0") not in processes:
         event = "none"
     if event == "loading":
-        loop.load_parameters = lambda *_, **__: signal.pause()
+        parameters.load_parameters = lambda *_, **__: signal.pause()
     if event == "early":
-        loop.load_parameters = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
-    loop.LOAD_TIMEOUT = 1.0 if step == "0" else loop.LOAD_TIMEOUT
+        parameters.load_parameters = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    parameters.LOAD_TIMEOUT = 1.0 if step == "0" else parameters.LOAD_TIMEOUT
 
     def shard_batch(*arguments):
         count[0] += 1
@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
             happen(event)
         return original(*arguments)
 
-    loop.shard_batch = shard_batch
+    batches.shard_batch = shard_batch
     return train.main(args)
 
 

@@ -1,0 +1,50 @@
+"""Loads the parameters that a stage starts from: the source checkpoints, then what earlier stages have trained."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from llava_jax.models.llava import Parameters
+from llava_jax.parallel.processes import LOAD_TIMEOUT, allgather_object
+from llava_jax.train.digests import check_finite, digests, fingerprint
+from llava_jax.train.optimizer import trainable_paths
+from llava_jax.train.setup import TrainContext
+from llava_jax.weights import load_model
+
+SOURCES_NOT_FINITE = "the checkpoints that the recipe starts from hold them"
+
+
+def load_parameters(context: TrainContext, dtype: Callable[[str], str], before: str | None) -> Parameters:
+    """Returns all parameters before the stage `before`, or after the last stage if it is None.
+
+    `dtype` returns the dtype of a parameter path.
+    """
+    parameters = load_model(context.recipe.model, context.model, context.recipe.seed, dtype=dtype,
+                            sharding=lambda path, shape: context.shardings[path])
+    for name, stage in context.recipe.stages.items():
+        if name == before:
+            break
+        like = {path: jax.ShapeDtypeStruct(parameters[path].shape, jnp.float32, sharding=context.shardings[path])
+                for path in trainable_paths(stage, list(context.shardings))}
+        checkpoints = context.checkpoints(name)
+        trained = checkpoints.trainable(checkpoints.latest(), like)
+        parameters |= {path: x.astype(dtype(path)) for path, x in trained.items()}
+        checkpoints.close()
+    return parameters
+
+
+def split_parameters(context: TrainContext, stage: str, rates: Mapping[str, float]
+                     ) -> tuple[Parameters, Parameters, str]:
+    """Returns the trainable and the frozen parameters that a stage starts with, and a fingerprint of the frozen ones.
+
+    The paths of `rates` are trainable. Raises UserError if a parameter is not finite.
+    """
+    parameters = load_parameters(context, lambda path: "float32" if path in rates else context.dtype, before=stage)
+    # Names a process that is late, which the collectives that follow cannot.
+    allgather_object(f"stages.{stage}: the parameters are loaded", None, LOAD_TIMEOUT)
+    trainable = {path: x for path, x in parameters.items() if path in rates}
+    frozen = {path: x for path, x in parameters.items() if path not in rates}
+    found = digests(frozen)
+    check_finite(found | digests(trainable), f"stages.{stage}", SOURCES_NOT_FINITE)
+    return trainable, frozen, fingerprint(found)
