@@ -8,7 +8,7 @@ from llava_jax.data.pipeline import Batches
 from llava_jax.plan.data import MIX_665K, PUBLISHED, draw, length
 from llava_jax.plan.models import planned_config
 from llava_jax.text.tokenizer import Tokenizer
-from llava_jax.train.loop import data_spec
+from llava_jax.train.batches import data_spec
 
 
 def recipe(model: config.Model, path: str, **stage) -> config.Recipe:
