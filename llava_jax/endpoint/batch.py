@@ -1,13 +1,13 @@
-"""OpenAI's Batch API: many requests as files, answered within a day, at a lower price, and none submitted twice.
+"""OpenAI's Batch API: requests as files, answered within a day at a lower price, and never submitted twice.
 
-What was submitted stands in FOLDER/batches.json from before the first moment at which losing it would cost anything, so
-that the process may be killed between any two steps:
+FOLDER/batches.json records every step before its loss would cost anything, so the process may be killed between any
+two steps:
 
   part file written -> recorded -> uploaded -> file id recorded -> batch created -> batch id recorded
   -> answers in the log -> recorded as collected -> part file deleted
 
-Two of them can be done without being recorded. A second upload costs nothing. A batch is created only after looking
-through the server's list for one of the same file.
+An upload and a batch can exist without a record. A second upload costs nothing. A batch is created only if the
+server's list has none of the same file.
 """
 
 import contextlib
@@ -34,9 +34,12 @@ from llava_jax.files import atomic_write, read_json, require_fields
 from llava_jax.progress import Progress
 
 STATE = "batches.json"
-REQUESTS_PER_PART, BYTES_PER_PART = 50_000, 100_000_000  # what all servers with this API take
-FIRST_POLL, LONGEST_POLL = 10.0, 300.0  # seconds between looks at a batch
-EMPTY_ROUNDS = 3  # after which a server that answers nothing is given up
+REQUESTS_PER_PART, BYTES_PER_PART = 50_000, 100_000_000
+"""Limits of a file that all servers with this API accept."""
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 10.0, 300.0
+"""Seconds between requests for a batch's status."""
+MAX_EMPTY_ROUNDS = 3
+"""Number of rounds without an answer before the run ends."""
 ENDED = ("completed", "expired", "cancelled", "failed")
 CREATE_TRIES = 5
 PART = re.compile(r"batch-[0-9a-f]{16}\.jsonl")
@@ -59,14 +62,14 @@ async def answer_all_in_batches(
     requests_per_part: int = REQUESTS_PER_PART,
     bytes_per_part: int = BYTES_PER_PART,
 ) -> Ending:
-    """As `answer_all`, by the Batch API: what the log does not hold is submitted, waited for, logged, and settled.
+    """Asks for every answer that is not in the log by the Batch API; otherwise as `answer_all`.
 
-    What a batch does not answer (it expires; the server failed) and what `record` wants asked once more goes into the
-    next. Batches that an earlier run submitted are collected first. When `cancel` is asked, the waiting ends and the
-    batches go on: the next call collects them. `jobs` is read once a round, by index. The log's lock is the folder's.
+    Requests without an answer (the batch expired, the server failed), and requests of another attempt, go into the next
+    batch. Batches of an earlier run are collected first. If `cancel` is requested, the waiting ends but the batches go
+    on, and the next call collects them. `jobs` is read once a round, by index. The log's lock protects the folder.
 
-    Raises EndpointStopped if there is no Batch API, a batch fails as a whole or was cancelled (its
-    answers are kept; the same call submits the rest), or EMPTY_ROUNDS bring no answer; OSError for a full disk.
+    Raises EndpointStopped if there is no Batch API, if a batch fails or was cancelled (its answers are kept, and the
+    same call submits the rest), or if MAX_EMPTY_ROUNDS bring no answer.
     """
     budget, cancel = budget or Budget(batch=True), cancel or CancelToken()
     batches = _Batches(endpoint, log, folder, budget, cancel, progress)
@@ -76,8 +79,8 @@ async def answer_all_in_batches(
         while True:
             await batches.finish()
             empty = 0 if len(log) > known or batches.learned else empty + 1
-            if empty > EMPTY_ROUNDS:
-                raise EndpointStopped(f"{EMPTY_ROUNDS} rounds of batches brought no answer; see {batches.path}")
+            if empty > MAX_EMPTY_ROUNDS:
+                raise EndpointStopped(f"{MAX_EMPTY_ROUNDS} rounds of batches brought no answer; see {batches.path}")
             known, batches.learned = len(log), False
             wanted = _unanswered(jobs, attempts, endpoint, log, record, batches, progress)
             limit = batches.write(wanted, requests_per_part, bytes_per_part)
@@ -96,7 +99,7 @@ def _unanswered(
     batches: "_Batches",
     progress: Progress | None,
 ) -> Iterator[tuple[str, ChatRequest]]:
-    """Settles what is answered, takes it out of `attempts`, and yields the requests that have to be asked."""
+    """Records answers, removes finished jobs from `attempts`, and yields the requests that must be asked."""
     keys = set()
     for index in list(attempts):
         job = jobs[index]
@@ -121,10 +124,12 @@ def _unanswered(
 
 @dataclasses.dataclass
 class _Part:
-    """A file of requests on its way.
+    """A file of requests and its batch.
 
-    `fields` are names in the requests' bodies, `since` the server's time of its upload; `alone` tells that nothing else
-    was running when its batch was created.
+    Attributes:
+      fields: Names of the fields in the requests' bodies.
+      since: Server's time of the upload.
+      alone: Whether no other batch was running when this one was created.
     """
 
     name: str
@@ -141,7 +146,7 @@ class _Part:
 
     @classmethod
     def from_json(cls, fields: Any) -> "_Part":
-        """Raises UserError or TypeError for fields that are missing, unknown or of another type."""
+        """Reads a recorded part. Raises UserError or TypeError if fields are missing, unknown or of another type."""
         text, number, maybe = str, (int, float), (str, type(None))
         require_fields(fields, {
             "name": text, "requests": int, "worst": number, "fields": list, "file": maybe, "batch": maybe,
@@ -158,15 +163,15 @@ class _Batches:
         progress: Progress | None,
     ):
         self.path, self.failures, self.budget = os.path.join(folder, STATE), dict[str, RequestFailed](), budget
-        self.learned = False  # whether batches brought other news than answers
+        self.learned = False  # whether a batch showed refusals
         self._endpoint, self._client, self._log = endpoint, endpoint.client, log
         self._folder, self._stop, self._progress = folder, cancel, progress
         self._said, self._fatal = list[str](), list[EndpointStopped]()
         self._parts = self._load()
-        for part in self.open:  # what was neither submitted nor kept is written anew
+        for part in self.open:  # a part that was neither submitted nor kept is written again
             part.collected = part.file is None and not os.path.exists(os.path.join(folder, part.name))
         budget.reserved += sum(part.worst for part in self.open)
-        for name in os.listdir(folder):  # what a killed process had not recorded, or not yet deleted
+        for name in os.listdir(folder):  # files that a killed process had not recorded or not deleted
             if LEFT.fullmatch(name) and name not in [part.name for part in self.open]:
                 os.unlink(os.path.join(folder, name))
 
@@ -177,13 +182,13 @@ class _Batches:
     def write(
         self, wanted: Iterable[tuple[str, ChatRequest]], requests_per_part: int, bytes_per_part: int
     ) -> Ending | None:
-        """Makes parts of what is wanted, as far as the budget goes; returns which limit ended it, if one did."""
+        """Writes parts of the wanted requests, within the budget. Returns the limit that was reached, or None."""
         limit = None
 
         def lines() -> Iterator[tuple[bytes, float, list[str]]]:
             nonlocal limit
-            for key, request in wanted:  # to its end, also without room: the rest is settled on the way
-                worst = self.budget.worst(request)
+            for key, request in wanted:  # to the end even without room, because this records the answered jobs
+                worst = self.budget.worst_cost(request)
                 limit = limit or self.budget.reserve(worst)
                 if limit is None:
                     body = self._endpoint.body(request)
@@ -208,15 +213,15 @@ class _Batches:
         return limit
 
     async def finish(self) -> None:
-        """Submits what is not, waits for all, and puts their answers into the log."""
-        wait = FIRST_POLL
+        """Submits parts, waits for their batches, and writes the answers to the log."""
+        wait = MIN_POLL_SECONDS
         while self.open:
             for part in self.open:
-                if part.batch is None and (part.status != "waiting" or wait == FIRST_POLL):
+                if part.batch is None and (part.status != "waiting" or wait == MIN_POLL_SECONDS):
                     await self._submit(part)
             await self._stop.sleep(wait)
             ended = [await self._look(part) for part in self._running()]
-            wait = FIRST_POLL if any(ended) else min(LONGEST_POLL, wait * 1.5)
+            wait = MIN_POLL_SECONDS if any(ended) else min(MAX_POLL_SECONDS, wait * 1.5)
             if self._fatal:
                 raise self._fatal[0]
             self._tell()
@@ -250,7 +255,7 @@ class _Batches:
         self._save()
 
     async def _find(self, part: _Part) -> Any:
-        """The server's batch of a part's file, unless it failed (then nothing of it was run), or None."""
+        """Returns the server's batch of a part's file, unless it failed, or None."""
         async for batch in self._client.batches.list(limit=100):  # the newest first
             _checked(batch, status=str)
             if batch.created_at < part.since:
@@ -266,7 +271,7 @@ class _Batches:
         return _checked(batch, status=str)
 
     async def _look(self, part: _Part) -> bool:
-        """Whether a batch has ended; its answers are in the log then."""
+        """Returns whether a batch has ended. Its answers are in the log then."""
 
         async def retrieve() -> Any:
             return _checked(await self._client.batches.retrieve(part.batch), status=str)
@@ -299,7 +304,7 @@ class _Batches:
         return True
 
     async def _collect(self, part: _Part, file: str) -> None:
-        """Puts the answers of an output or error file into the log, in whatever order they come."""
+        """Writes the answers of an output or error file to the log, in any order."""
         starts = self._starts(part)
         async with self._client.files.with_streaming_response.content(file) as response:
             async for line in _lines(response.iter_bytes(1 << 16)):
@@ -318,18 +323,18 @@ class _Batches:
                     continue  # its request is asked again
 
     def _keep(self, key: str, request: ChatRequest | None, body: Any) -> None:
-        """Puts an answer into the log, and counts it, or what came in its place."""
+        """Writes an answer to the log and counts its cost. An invalid answer is counted as lost."""
         try:
-            reply = parse_response(body, batch=True, prompt=request)
+            response = parse_response(body, batch=True, prompt=request)
         except UserError:
             if request is not None:
-                self.budget.lose(request, len(json.dumps(body)))
+                self.budget.add_lost(request, len(json.dumps(body)))
             raise
-        self._log.append(key, reply)
-        self.budget.add(reply)
+        self._log.append(key, response)
+        self.budget.add(response)
 
     def _starts(self, part: _Part) -> dict[str, int]:
-        """Where the requests of a part stand in its file, by their keys; {} if it is not there any more."""
+        """Returns the offsets of a part's requests in its file, by key; {} if the file is missing."""
         starts, at = {}, 0
         with contextlib.suppress(FileNotFoundError), open(os.path.join(self._folder, part.name), "rb") as file:
             for line in file:
@@ -392,7 +397,7 @@ class _Batches:
 
 
 def _checked(described: T, **kinds: type) -> T:
-    """What a server says of a file or a batch. Raises ValueError if it lacks what is needed of it."""
+    """Returns a server's description of a file or batch. Raises ValueError if a necessary field is missing."""
     for name, kind in {"id": str, "created_at": int, **kinds}.items():
         if not isinstance(value := getattr(described, name, None), kind):
             raise ValueError(f"the server says {value!r:.40} as {name} of a file or batch")
@@ -400,7 +405,7 @@ def _checked(described: T, **kinds: type) -> T:
 
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Lines that end in a newline alone: JSON may hold the other characters that `splitlines` ends one at."""
+    """Yields lines that end in a newline. `splitlines` would also split at other characters, which JSON may contain."""
     rest = b""
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")

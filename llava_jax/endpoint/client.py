@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's chat API, asked politely: one place for its limits, its errors and its whims."""
+"""Client of a server with OpenAI's chat API: rate limits, retries, errors, and parameters that the server refuses."""
 
 import asyncio
 import datetime
@@ -23,15 +23,23 @@ T = TypeVar("T")
 
 NO_SECRET = Secret(None)
 OPENAI = "api.openai.com"
-CONNECT_SECONDS = 10.0
-MOST_ANSWERED = 2**24  # bytes, decompressed, of one answer or one line of a file of them; no answer is as long
-LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more ends the run
-PATIENCE = 900.0  # seconds of "too many requests" without one answer to anybody, after which a request gives up
-FIRST_COMPLETION = 500  # tokens that an answer is taken to have before there is one
-CROWDED = 3  # refusals in a row with a Retry-After: from there on it holds for all requests, not for each alone
-LEARNING = 0.02  # the weight of one more answer in what is expected of the next
-LIMITS = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}  # two names of one thing
-PASSING = (408, 409, 425, 429)  # refusals that may end by themselves, beside all from 500 on
+CONNECT_TIMEOUT = 10.0
+MAX_ANSWER_BYTES = 2**24
+"""Maximum number of bytes, decompressed, of one answer or of one line in a file of answers."""
+MAX_RETRY_AFTER = 3600.0
+"""Maximum number of seconds that a server may ask to wait. A longer wait ends the run."""
+RATE_LIMIT_PATIENCE = 900.0
+"""Seconds of "too many requests" without an answer to any request, after which a request fails."""
+FIRST_COMPLETION = 500
+"""Number of tokens that an answer is expected to have before the first answer."""
+CROWDED = 3
+"""Number of refusals in a row with a Retry-After, from which on it applies to all requests."""
+LEARNING_RATE = 0.02
+"""Weight of a new answer in the expected number of tokens."""
+LIMITS = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
+"""Two names of the same parameter."""
+TRANSIENT_CODES = (408, 409, 425, 429)
+"""HTTP codes of refusals that may pass, besides all codes from 500 on."""
 REFUSED = re.compile(
     r"unsupported|not supported|does not support|unrecognized|unknown|unexpected|extra[ _](inputs?|fields?|forbidden)"
     r"|not permitted|not allowed|does not accept",
@@ -40,33 +48,33 @@ REFUSED = re.compile(
 
 
 class InvalidResponseError(ValueError):
-    """An answer that is none; `came` is its length in bytes."""
+    """Raised if an answer is invalid. `received_bytes` is its length."""
 
-    def __init__(self, message: str, came: int):
+    def __init__(self, message: str, received_bytes: int):
         super().__init__(message)
-        self.came = came
+        self.received_bytes = received_bytes
 
 
 class Endpoint:
     """One model behind an OpenAI-compatible API.
 
     Args:
-      model: its name there.
-      base_url: such as "http://127.0.0.1:8000/v1"; None is OPENAI_BASE_URL or OpenAI itself.
-      api_key: None for servers that want none; see `read_key`.
-      timeout: seconds that one try may take.
-      retries: how often a request is sent again after errors of the server or the network, with back-off. Being told
-        that there are too many requests does not count: such requests wait as long as others get answers.
-      requests_per_minute, tokens_per_minute: the account's limits, which are kept to; None is no limit. Tokens are
-        reckoned before (as many per byte, and as many in the answer, as replies had so far) and corrected after.
-      stop: when asked to stop, requests that wait for their turn or for another try raise NotSentError.
-      transport: of httpx2, for tests.
+      model: Name of the model on the server.
+      base_url: Address such as "http://127.0.0.1:8000/v1"; None is OPENAI_BASE_URL or OpenAI itself.
+      api_key: API key, or None for servers that need none; see `read_key`.
+      timeout: Seconds that one try may take.
+      retries: Number of further tries after errors of the server or the network, with back-off. "Too many requests"
+        does not count: such requests wait as long as other requests get answers.
+      requests_per_minute, tokens_per_minute: Limits of the account; None is no limit. Tokens are estimated before a
+        request, from the answers so far, and corrected after it.
+      cancel: Requests that wait, for their turn or for another try, raise NotSentError if it is requested.
+      transport: HTTP transport, for tests.
 
     Attributes:
-      notes: what was found out about the server on the way, one line each: parameters that it refuses.
-      secret: hides the API key; all that the server says has gone through it, but the lines of files.
+      notes: Parameters that the server refuses, one line each.
+      secret: Hides the API key in everything that the server says, except in lines of files.
 
-    Raises UserError without the openai package, UserError for a missing or odd key and an odd base_url.
+    Raises UserError if the openai package or the key is missing, or if the key or the address is invalid.
     """
 
     def __init__(
@@ -95,23 +103,23 @@ class Endpoint:
             base_url=base_url,
             api_key=api_key or "none",
             max_retries=0,
-            timeout=openai.Timeout(timeout, connect=CONNECT_SECONDS),
+            timeout=openai.Timeout(timeout, connect=CONNECT_TIMEOUT),
             http_client=_client_that_hides(self.secret)(**({"transport": transport} if transport else {})),
         )
         if api_key is None and self.client.base_url.host == OPENAI:
             raise UserError("OpenAI wants an API key: set OPENAI_API_KEY, or name its variable by --api-key-env")
         self._key, self._timeout, self._retries = api_key, timeout, retries
         self._limit = RateLimit(requests_per_minute, tokens_per_minute)
-        self._renamed: dict[str, str | None] = {}  # parameters that the server refuses -> what it takes instead
+        self._renamed: dict[str, str | None] = {}  # refused parameter -> accepted name
         self._tokens_per_byte, self._completion = 1 / BYTES_PER_TOKEN, float(FIRST_COMPLETION)
         self._answers = self._refusals = 0
         self._last_answer = -float("inf")  # by the loop's clock
 
     async def check(self) -> list[str]:
-        """Looks, before any work and without paying, whether the model can be asked; returns warnings, one line each.
+        """Checks that the model can be asked, without cost. Returns warnings, one line each.
 
-        Raises UserError with one line: nothing answers at the address, the key is missing or refused, the quota is
-        used up, there is no chat API, or it has no such model (names near ones).
+        Raises UserError, one line, if nothing answers at the address, the key is missing or refused, the quota is used
+        up, there is no chat API, or the server has no such model (the message names similar ones).
         """
         import openai
 
@@ -121,7 +129,7 @@ class Endpoint:
             names = [str(model.get("id")) for model in models]
             warnings = [line for model in models if model.get("id") == self.model and (line := _shutdown(model))]
         except openai.APIStatusError:
-            pass  # a server without /models: what it says to a chat tells more
+            pass  # a server without /models: its answer to a chat says more
         except RequestFailed as error:
             raise UserError(f"{self._address}: {error.detail}") from None
         if names and self.model not in names:
@@ -130,8 +138,8 @@ class Endpoint:
         await self._probe()
         return warnings
 
-    async def ask(self, request: ChatRequest, lost: Callable[[int], bool] = lambda came: True) -> Response:
-        """The answer to a request, after as many tries as it takes.
+    async def ask(self, request: ChatRequest, lost: Callable[[int], bool] = lambda received: True) -> Response:
+        """Returns the answer to a request, after as many tries as necessary.
 
         `lost(bytes)` is called for each try that a server may bill although it brought no answer. It returns whether
         another try is allowed. A parameter that the server refuses is renamed or dropped for all requests, and
@@ -163,7 +171,7 @@ class Endpoint:
             return answer
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
-        """What is sent for a request, without the parameters that the server was seen to refuse."""
+        """Returns the body of a request, without parameters that the server has refused before."""
         parameters = dict(request.parameters)
         for name, new in self._renamed.items():
             if name in parameters:
@@ -172,15 +180,15 @@ class Endpoint:
         return {"model": self.model, "messages": list(request.messages), **parameters}
 
     def adapt(self, body: Collection[str], status: int, error: object) -> bool:
-        """Whether a refusal is one of a field of the body, so that asking again without it is worthwhile.
+        """Drops or renames the parameter that a refusal is about. Returns whether to ask again.
 
-        `error` is the answer's "error" object, or whatever came instead. Raises EndpointStopped if the limit of tokens
-        is refused under both its names.
+        `error` is the "error" object of the answer, or other content. Raises EndpointStopped if the server refuses the
+        limit of tokens under both names.
         """
         name = _refused_parameter(body, status, error)
         if name is None:
             return False
-        if name in self._renamed:  # found out by another request while this one was on its way
+        if name in self._renamed:  # another request has found out meanwhile
             return True
         new = LIMITS.get(name)
         if name in LIMITS and new in self._renamed:
@@ -190,7 +198,7 @@ class Endpoint:
         return True
 
     def failure(self, status: int, error: object) -> RequestFailed:
-        """The RequestFailed that a refusal amounts to. Raises EndpointStopped if all requests would get it."""
+        """Returns the RequestFailed for a refusal. Raises EndpointStopped if the server would refuse all requests."""
         words, code = self._say(error), str(_field(error, "code"))
         if status == 401 or status == 403:
             want = "refuses the API key" if self._key else "wants an API key: set OPENAI_API_KEY or --api-key-env"
@@ -210,19 +218,23 @@ class Endpoint:
         send: Callable[[], Awaitable[T]],
         tokens: float = 0,
         retries: int | None = None,
-        lost: Callable[[int], bool] = lambda came: True,
+        lost: Callable[[int], bool] = lambda received: True,
     ) -> T:
-        """What `send()` returns, in its turn and after as many tries as it takes; `lost` as in `ask`.
+        """Returns what `send()` returns, within the rate limits and after as many tries as necessary.
 
-        `send` raises the openai client's errors, or ValueError for an answer that makes no sense. Those that may pass
-        are waited for; a refusal that stays is raised as openai.APIStatusError, except for those of key and quota
-        (EndpointStopped). RequestFailed("no_answer") when the tries are used up.
+        `send` raises the openai client's errors, or ValueError for an invalid answer. Transient errors are tried again.
+
+        Raises:
+          openai.APIStatusError: The server refuses the request.
+          EndpointStopped: The server refuses the key, or the quota is used up.
+          RequestFailed: All tries are used up ("no_answer").
+          BudgetExceededError, NotSentError: As in `ask`.
         """
         import openai
 
         retries = self._retries if retries is None else retries
         clock = asyncio.get_running_loop().time
-        begun, failures, crowded = clock(), 0, 0
+        start, failures, crowded = clock(), 0, 0
         while True:
             await self._limit.wait(tokens, self.cancel)
             wait = None
@@ -234,11 +246,11 @@ class Endpoint:
             except openai.APIStatusError as error:
                 if error.status_code in (401, 402, 403) or _field(error.body, "code") == "insufficient_quota":
                     raise self.failure(error.status_code, error.body) from None  # which stops the run
-                if error.status_code not in PASSING and error.status_code < 500:
+                if error.status_code not in TRANSIENT_CODES and error.status_code < 500:
                     raise
                 trouble = f"{error.status_code}: {self._say(error.body)}"
                 wait = retry_after(error.response.headers, time.time())
-                if wait is not None and wait > LONGEST_RETRY_AFTER:
+                if wait is not None and wait > MAX_RETRY_AFTER:
                     hours = f"{wait / 3600:.1f} hours"
                     raise EndpointStopped(f"{self._address}: asks to wait {hours} ({trouble}); go on then") from None
                 if wait is not None:
@@ -253,8 +265,8 @@ class Endpoint:
             except (openai.APIConnectionError, TimeoutError, ValueError) as error:
                 failures += 1
                 trouble = self._trouble(error)
-                room = _is_unreached(error) or lost(getattr(error, "came", 0))
-            if failures > retries or crowded and clock() - max(begun, self._last_answer) > PATIENCE:
+                room = _is_unreached(error) or lost(getattr(error, "received_bytes", 0))
+            if failures > retries or crowded and clock() - max(start, self._last_answer) > RATE_LIMIT_PATIENCE:
                 raise RequestFailed("no_answer", f"after {failures + crowded} tries: {trouble}")
             if not room:
                 raise BudgetExceededError
@@ -270,8 +282,8 @@ class Endpoint:
         await self.close()
 
     async def _complete(self, request: ChatRequest, body: dict[str, Any]) -> Response:
-        # All of it goes as extra_body: some fields only this server knows, and of messages the client would look at the
-        # type of every field, which takes it longer than all else.
+        # extra_body, because some fields only this server knows, and because the client's type checks of messages take
+        # longer than everything else.
         create = self.client.chat.completions.with_raw_response.create
         raw = await create(model=body["model"], messages=[], extra_body=body)
         response = raw.http_response
@@ -292,7 +304,7 @@ class Endpoint:
             return []
 
     async def _probe(self) -> None:
-        """Sends a chat without messages, which a chat API refuses, and nobody pays for."""
+        """Sends a chat without messages, which a chat API refuses without cost."""
         import openai
 
         async def send() -> bool:
@@ -316,15 +328,15 @@ class Endpoint:
             raise UserError(f"{self._address}: no chat API answers there{hint}")
 
     def _expected(self, request: ChatRequest) -> float:
-        """Tokens, prompt and answer, that a request will have, if it is like those before."""
-        completion = self._completion if request.longest is None else min(self._completion, request.longest)
+        """Returns the expected number of tokens of a request, prompt and answer."""
+        completion = self._completion if request.max_tokens is None else min(self._completion, request.max_tokens)
         return request.bytes * self._tokens_per_byte + completion
 
-    def _learn(self, request: ChatRequest, reply: Response) -> None:
+    def _learn(self, request: ChatRequest, response: Response) -> None:
         self._answers += 1
-        share = max(1 / self._answers, LEARNING)
-        self._tokens_per_byte += share * (reply.prompt_tokens / max(1, request.bytes) - self._tokens_per_byte)
-        self._completion += share * (reply.completion_tokens - self._completion)
+        share = max(1 / self._answers, LEARNING_RATE)
+        self._tokens_per_byte += share * (response.prompt_tokens / max(1, request.bytes) - self._tokens_per_byte)
+        self._completion += share * (response.completion_tokens - self._completion)
 
     def _trouble(self, error: Exception) -> str:
         if isinstance(error, TimeoutError) or type(error).__name__ == "APITimeoutError":
@@ -333,7 +345,7 @@ class Endpoint:
         return self._say(f"{error}{f' ({cause})' if cause and str(cause) else ''}")
 
     def _say(self, error: object) -> str:
-        """What a server says, on one line, without the key, however short that is."""
+        """Returns the server's words on one line, without the key, however short it is."""
         words = _words(error, self.secret)
         return words.replace(self._key, "***") if self._key else words
 
@@ -343,7 +355,7 @@ class Endpoint:
 
 
 def read_key(variable: str = "OPENAI_API_KEY", required: bool = False) -> str | None:
-    """The API key from an environment variable, or None. Raises UserError if it cannot be one, or is `required`."""
+    """Reads the API key from an environment variable. Raises UserError if it is invalid, or missing and `required`."""
     key = os.environ.get(variable, "").strip()
     if required and not key:
         raise UserError(f"the environment variable {variable} is not set: it shall hold the API key")
@@ -353,7 +365,7 @@ def read_key(variable: str = "OPENAI_API_KEY", required: bool = False) -> str | 
 
 
 def without_password(address: str) -> str:
-    """An address as it may be shown: http://user:password@host without what is before the host."""
+    """Returns an address without user name and password."""
     return re.sub(r"(?<=//)[^/@]*@", "", address)
 
 
@@ -366,14 +378,14 @@ def _is_address(text: str) -> bool:
 
 
 def _refused_parameter(body: Collection[str], status: int, error: object) -> str | None:
-    """Which of a body's parameters a refusal is about, if it is the parameter as such and not its value."""
+    """Returns the parameter that a refusal is about, if the server refuses the parameter and not its value."""
     names = [name for name in body if name not in ("model", "messages")]
     words, code, named = _words(error), _field(error, "code"), _field(error, "param")
     if status not in (400, 422) or not (str(code).startswith("unsupported_") or REFUSED.search(words)):
         return None
     if named is not None:
         return named if named in names else None
-    # The one that is named first: "max_tokens is not supported, use max_completion_tokens".
+    # The first one in the message: "max_tokens is not supported, use max_completion_tokens".
     found = {name: match.start() for name in names if (match := re.search(rf"\b{re.escape(name)}\b", words))}
     return min(found, key=found.get, default=None)
 
@@ -391,24 +403,24 @@ def _field(error: object, name: str) -> Any:
 
 
 def _words(error: object, secret: Secret = NO_SECRET) -> str:
-    """What a server says, on one line: the message of an error object, or the text of a page."""
+    """Returns the server's words on one line: the message of an error object, or the text of a page."""
     message = _field(error, "message") or _field(error, "detail") or error or "no reason given"
     return secret.hide(" ".join(re.sub(r"<[^>]*>", " ", str(message)).split()))[:300]
 
 
 def _is_unreached(error: Exception) -> bool:
-    """Whether a connection failed before anything was sent, so that nobody bills it."""
+    """Whether a connection failed before anything was sent, so that it costs nothing."""
     return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
 
 
 def check_length(body: bytes) -> None:
     """Raises InvalidResponseError for more bytes than an answer can have, because a server may send without end."""
-    if len(body) > MOST_ANSWERED:
-        raise InvalidResponseError(f"an answer of more than {MOST_ANSWERED:,} bytes", len(body))
+    if len(body) > MAX_ANSWER_BYTES:
+        raise InvalidResponseError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes", len(body))
 
 
 def _client_that_hides(secret: Secret) -> type:
-    """The openai package's HTTP client, all of whose answers have the key hidden: text, JSON and headers."""
+    """Returns a class of the openai package's HTTP client that hides the key in text, JSON and headers of answers."""
     import openai
 
     class Client(openai.DefaultAsyncHttpxClient):

@@ -1,15 +1,15 @@
-"""How asking can end without an answer."""
+"""Exceptions of requests that get no answer."""
 
 from llava_jax.errors import UserError
 
 
 class RequestFailed(Exception):
-    """This request got no answer, and asking again in the same way would not bring one. Others may go on.
+    """Raised if a request gets no answer, and the same request would not get one either. Other requests may.
 
     Attributes:
       reason: "context_length", "content_filter", "bad_request" (the server refuses it), or "no_answer" (every try
-        ended in an error of the server's or the network's; a later run may have more luck).
-      detail: one line, the server's words.
+        ended in an error of the server or the network; a later run may succeed).
+      detail: The server's words on one line.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -18,12 +18,12 @@ class RequestFailed(Exception):
 
 
 class EndpointStopped(UserError):
-    """No further request has a chance until the user mends something: a key, the quota, the model's name."""
+    """Raised if no request can succeed until the user fixes something: a key, the quota, the model's name."""
 
 
 class BudgetExceededError(Exception):
-    """A try brought no answer, and the budget has no room for another."""
+    """Raised if a try brought no answer and the budget has no room for another try."""
 
 
 class NotSentError(Exception):
-    """The run was asked to stop before this request was sent, or sent again."""
+    """Raised if the run is cancelled before a request is sent, or sent again."""

@@ -1,4 +1,4 @@
-"""When the next request may go: the server's limits, its Retry-After, and back-off."""
+"""When the next request may be sent: rate limits, the server's Retry-After, and back-off."""
 
 import asyncio
 import email.utils
@@ -7,21 +7,23 @@ from collections.abc import Mapping
 
 from llava_jax.endpoint.cancel import CancelToken
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds of back-off, which doubles from one to the other
-MARGIN = 0.99  # of a limit is used, so that what comes 0.6 s early or late on its way does not crowd a minute
+MIN_BACKOFF, MAX_BACKOFF = 1.0, 60.0
+"""Seconds of back-off, which doubles from the first to the second value."""
+MARGIN = 0.99
+"""Fraction of a limit that is used, because requests may reach the server 0.6 s early or late."""
 
 
 class RateLimit:
-    """Lets requests go one after another, each at its time, so that no minute holds more than it may.
+    """Spaces requests so that no minute has more requests or tokens than the limits. None is no limit.
 
-    Idle time gives no credit, and a late start delays nothing after it: while requests wait, MARGIN of the rate is
-    reached exactly, and it is never passed. None is no limit.
+    Idle time gives no credit, and a late start delays no later request. While requests wait, MARGIN of the rate is
+    reached exactly.
     """
 
     def __init__(self, requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
         self._per_request = 60 / (MARGIN * requests_per_minute) if requests_per_minute else 0.0
         self._per_token = 60 / (MARGIN * tokens_per_minute) if tokens_per_minute else 0.0
-        self._free = self._paused = -math.inf  # the loop's times
+        self._free = self._paused = -math.inf  # times of the event loop
         self._queue = asyncio.Lock()
 
     async def wait(self, tokens: float, cancel: CancelToken) -> None:
@@ -32,17 +34,17 @@ class RateLimit:
         clock = asyncio.get_running_loop().time
         arrived = clock()
         async with self._queue:
-            while (turn := max(arrived, self._free, self._paused)) > (now := clock()):
-                await cancel.sleep(turn - now)
+            while (start := max(arrived, self._free, self._paused)) > (now := clock()):
+                await cancel.sleep(start - now)
             await cancel.sleep(0)
-            self._free = turn + self._seconds(tokens)
+            self._free = start + self._seconds(tokens)
 
     def correct(self, expected: float, actual: float) -> None:
-        """Says how many tokens a request had that went as one of `expected`."""
+        """Replaces the expected number of tokens of a request by the actual number."""
         self._free += self._seconds(actual) - self._seconds(expected)
 
     def pause(self, seconds: float) -> None:
-        """Nothing goes for so long."""
+        """Sends nothing for that long."""
         self._paused = max(self._paused, asyncio.get_running_loop().time() + seconds)
 
     def _seconds(self, tokens: float) -> float:
@@ -50,11 +52,13 @@ class RateLimit:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that a server asks to wait, from Retry-After-Ms or Retry-After, which holds seconds or a date; or None.
+    """Returns the seconds that a server asks to wait, or None.
+
+    Reads Retry-After-Ms, and Retry-After in seconds or as a date.
 
     Args:
-      headers: by names in small letters, or regardless of it.
-      now: seconds since 1970.
+      headers: Names in small letters, or a mapping that ignores case.
+      now: Seconds since 1970.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
@@ -70,5 +74,5 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def backoff(tries: int, chance: float) -> float:
-    """Seconds before the next try after so many (1, 2, ...): doubled, bounded, and spread by `chance` (0..1)."""
-    return min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(tries - 1, 30)) * (0.5 + 0.5 * chance)
+    """Returns the seconds before the next try: doubled after every try, bounded, and spread by `chance` (0..1)."""
+    return min(MAX_BACKOFF, MIN_BACKOFF * 2.0 ** min(tries - 1, 30)) * (0.5 + 0.5 * chance)

@@ -1,4 +1,4 @@
-"""What tokens cost, from a table of the user's: prices change too often to be built in."""
+"""Prices of tokens, from the user's table, because prices change too often to be built in."""
 
 import dataclasses
 
@@ -6,17 +6,18 @@ from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
 from llava_jax.files import json_type, read_json
 
-NAMED = 10  # models of a table that a message names, at most
+MAX_NAMED_MODELS = 10
+"""Maximum number of a table's models that a message names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """Of one model, in USD per million tokens.
+    """Prices of one model, in USD per million tokens.
 
     Attributes:
-      prompt, completion: of tokens read and written; a reasoning model's thoughts are written.
-      cached: of prompt tokens that the server had cached; as `prompt` if the table has none.
-      batch: factor on all of it in the Batch API; 1 if the table has none.
+      prompt, completion: Prices of tokens read and written. Hidden reasoning is written.
+      cached: Price of prompt tokens that the server had cached. Defaults to `prompt`.
+      batch: Factor on all prices in the Batch API. Defaults to 1.
     """
 
     prompt: float
@@ -24,27 +25,27 @@ class Price:
     cached: float
     batch: float = 1.0
 
-    def cost(self, reply: Response) -> float:
-        """USD that a reply cost."""
-        return self.of(reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens, reply.batch)
+    def cost(self, response: Response) -> float:
+        """Returns the USD that a response cost."""
+        return self.of(response.prompt_tokens, response.completion_tokens, response.cached_tokens, response.batch)
 
     def of(self, prompt: float, completion: float, cached: float = 0, batch: bool = False) -> float:
-        """USD that so many tokens cost; `cached` of `prompt` are."""
+        """Returns the USD that numbers of tokens cost. `cached` tokens are part of `prompt`."""
         usd = (prompt - cached) * self.prompt + cached * self.cached + completion * self.completion
         return usd / 1e6 * (self.batch if batch else 1)
 
 
 def load_price(path: str, model: str) -> Price:
-    """The price of a model from a JSON file.
+    """Reads the price of a model from a JSON file.
 
-    {"MODEL": {"prompt": 1.25, "completion": 10, "cached": 0.125, "batch": 0.5}, ...}
-    Raises UserError with one line that names file, model and field.
+    The file is {"MODEL": {"prompt": 1.25, "completion": 10, "cached": 0.125, "batch": 0.5}, ...}.
+    Raises UserError, one line that names file, model and field.
     """
     table = read_json(path)
     if model not in table:
-        names = [f"{name:.80}" for name in table][:NAMED]
+        names = [f"{name:.80}" for name in table][:MAX_NAMED_MODELS]
         raise UserError(f"{path}: no prices of {model!r}; it has {', '.join(names) or 'none'}"
-                        + f" and {len(table) - NAMED:,} more" * (len(table) > NAMED))
+                        + f" and {len(table) - MAX_NAMED_MODELS:,} more" * (len(table) > MAX_NAMED_MODELS))
     if not isinstance(table[model], dict):
         raise UserError(f"{path}: {model}: must be an object of prices, and is {json_type(table[model])}")
     row, fields = table[model], [field.name for field in dataclasses.fields(Price)]

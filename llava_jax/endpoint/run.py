@@ -1,4 +1,4 @@
-"""Many requests at once, in bounded memory, within a budget, and none of them twice."""
+"""Asks many requests concurrently, in bounded memory, within a budget, and never the same request twice."""
 
 import asyncio
 import dataclasses
@@ -12,7 +12,8 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.progress import Progress
 
-FAILURES_IN_A_ROW = 20  # requests that fail one after another end the run: the rest would too
+MAX_FAILURES_IN_A_ROW = 20
+"""Number of requests that fail one after another before the run ends, because later ones would fail too."""
 
 Ending = Literal["done", "interrupted", "max_cost", "max_requests"]
 
@@ -29,8 +30,9 @@ class Teacher(Protocol):
 
 J = TypeVar("J", bound=AnswerJob)
 Lost = Callable[[int], bool]
-"""Told of a try that was sent and brought no answer, but so many bytes; says whether there may be another."""
+"""A function that is called with the received bytes of a try without an answer, and returns whether to try again."""
 RecordAnswer = Callable[[J, int, Response | RequestFailed], bool]
+"""A function of a job, an attempt and its answer or failure, which returns whether the job is done."""
 
 
 async def answer_all(
@@ -44,19 +46,17 @@ async def answer_all(
     cancel: CancelToken | None = None,
     progress: Progress | None = None,
 ) -> Ending:
-    """Asks the teacher for every job what the log does not hold yet, `concurrency` requests at a time.
+    """Asks the teacher for every answer that is not in the log, `concurrency` requests at a time.
 
-    A reply is in the log before anything else is done with it. Then `record(job, attempt, reply or failure)` says
-    whether the job is done; if not, its request of attempt + 1 comes next. Two jobs of equal requests ask once. `jobs`
-    is read as it is needed. Returns
+    An answer is written to the log first. Then `record(job, attempt, answer or failure)` is called. If it returns
+    False, the job's request of attempt + 1 follows. Jobs with equal requests ask once. `jobs` is read lazily, and jobs
+    that were not reached are not recorded.
 
-      "done"          when `record` has said so for every job,
-      "interrupted"   when `cancel` was asked to: what was in flight is finished and settled,
-      "max_cost", "max_requests"  when the budget had no room for the next request, likewise.
+    Returns "done" if all jobs are done, "interrupted" if `cancel` was requested, and "max_cost" or "max_requests" if
+    the budget had no room for the next request. Requests in flight are always finished and recorded before.
 
-    Jobs that were not reached are not settled; the log has all answers. Raises EndpointStopped when no
-    request would be answered any more, after what is in flight, also when FAILURES_IN_A_ROW have failed; OSError when
-    the log cannot be written.
+    Raises EndpointStopped if no request would be answered any more, or after MAX_FAILURES_IN_A_ROW; UserError if the
+    log cannot be written.
     """
     run = _Run(iter(jobs), teacher, log, record, budget or Budget(), cancel or CancelToken(), progress)
     workers = [asyncio.create_task(run.work()) for _ in range(concurrency)]
@@ -84,9 +84,9 @@ class _Run:
     fatal: Exception | None = None
 
     def __post_init__(self) -> None:
-        self.flying: dict[str, asyncio.Event] = {}  # keys of requests in flight; set when they have landed
-        self.landed = asyncio.Event()  # set whenever one has
-        self.sent = self.failures = 0  # requests out there; and those in a row that failed
+        self.in_flight: dict[str, asyncio.Event] = {}  # by key; the event is set when the request has ended
+        self.ended = asyncio.Event()  # set whenever a request has ended
+        self.sent = self.failures = 0  # numbers of requests in flight, and of failures in a row
 
     @property
     def over(self) -> bool:
@@ -96,7 +96,7 @@ class _Run:
 
     async def work(self) -> None:
         while not self.over and (job := next(self.jobs, None)) is not None:
-            await asyncio.sleep(0)  # a log full of answers must not keep signals from being heard
+            await asyncio.sleep(0)  # signals must be handled while the log has all answers
             await self.work_on(job)
 
     async def work_on(self, job: AnswerJob) -> None:
@@ -104,8 +104,8 @@ class _Run:
         while True:
             request = job.request(attempt)
             key = request.key(self.teacher.model)
-            while key in self.flying:
-                await self.flying[key].wait()
+            while key in self.in_flight:
+                await self.in_flight[key].wait()
             if key in self.log:
                 answer = self.log[key]
             else:
@@ -121,48 +121,50 @@ class _Run:
             self.progress.update(fresh)
 
     async def obtain(self, key: str, request: ChatRequest) -> Response | RequestFailed | None:
-        """A reply that is in the log now, or the failure, or None if the run is over."""
-        landed = self.flying[key] = asyncio.Event()
+        """Returns an answer that is in the log now, or the failure, or None if the run is over."""
+        ended = self.in_flight[key] = asyncio.Event()
         try:
-            worst = self.budget.worst(request)
-            while not self.over and (limit := self.limit(worst)) is not None:
+            worst = self.budget.worst_cost(request)
+            while not self.over and (limit := self.reserve(worst)) is not None:
                 await self.wait_for_room(limit)
-                worst = self.budget.worst(request)
+                worst = self.budget.worst_cost(request)
             return None if self.over else await self.send(key, request, worst)
         finally:
-            del self.flying[key]
-            landed.set()
-            self.landed.set()
+            del self.in_flight[key]
+            ended.set()
+            self.ended.set()
 
-    def limit(self, worst: float) -> Literal["max_cost", "max_requests"] | None:
-        """Takes room in the budget, or says what leaves none. The first answer, which tells what others may cost, comes
-        before a second request is sent."""
+    def reserve(self, worst: float) -> Literal["max_cost", "max_requests"] | None:
+        """Reserves a request's worst cost, or returns the limit that forbids it.
+
+        With a limit of cost, the second request waits for the first answer, which shows what others may cost.
+        """
         if self.budget.max_cost is not None and not self.budget.seen and self.sent:
             return "max_cost"
         return self.budget.reserve(worst)
 
     async def wait_for_room(self, limit: Literal["max_cost", "max_requests"]) -> None:
-        """Until a request in flight has ended, which may cost less than its worst; without one, the run is over."""
+        """Waits for a request in flight, which may cost less than its worst. Without one, the run is over."""
         if limit == "max_cost" and self.sent:
-            self.landed.clear()
-            await self.landed.wait()
+            self.ended.clear()
+            await self.ended.wait()
         elif self.ending == "done":
             self.ending = limit
 
     async def send(self, key: str, request: ChatRequest, worst: float) -> Response | RequestFailed | None:
         self.sent += 1
         try:
-            reply = await self.teacher.ask(request, lambda came: self.budget.lose(request, came))
-            self.log.append(key, reply)
-            self.budget.add(reply)
-            self.budget.learn(request, reply)  # before another is sent
+            response = await self.teacher.ask(request, lambda received: self.budget.add_lost(request, received))
+            self.log.append(key, response)
+            self.budget.add(response)
+            self.budget.learn(request, response)  # before another request is sent
             self.failures = 0
-            return reply
+            return response
         except RequestFailed as failure:
             self.failures += 1
-            if self.failures < FAILURES_IN_A_ROW:
+            if self.failures < MAX_FAILURES_IN_A_ROW:
                 return failure
-            self.give_up(EndpointStopped(f"{FAILURES_IN_A_ROW} requests in a row failed, the last by {failure}"))
+            self.give_up(EndpointStopped(f"{MAX_FAILURES_IN_A_ROW} requests in a row failed, the last by {failure}"))
         except EndpointStopped as error:
             self.give_up(error)
         except NotSentError:
@@ -176,4 +178,4 @@ class _Run:
 
     def give_up(self, error: EndpointStopped) -> None:
         self.fatal = self.fatal or error
-        self.cancel.request()  # those that wait for another try need not
+        self.cancel.request()  # requests that wait for another try need not wait

@@ -1,4 +1,4 @@
-"""The API key, taken out of everything that a server says."""
+"""Removal of the API key from everything that a server says."""
 
 import base64
 import html
@@ -8,25 +8,25 @@ import re
 import urllib.parse
 from typing import Any
 
-SHORTEST = 8
-"""Characters of a key at least; shorter ones ("EMPTY", "none") are words that local servers want, and no secret."""
-PART = 12
-"""Characters in a row of a key that are hidden also where the rest of it is missing."""
+MIN_LENGTH = 8
+"""Minimum number of characters of a secret key. Shorter keys ("EMPTY", "none") are words that local servers want."""
+PART_LENGTH = 12
+"""Number of consecutive characters of a key that are hidden even without the rest of the key."""
 HIDDEN = "***"
 
 
 class Secret:
-    """Hides a key as it is, in parts, and as JSON, URLs, HTML, hexadecimal digits or base64 (Basic auth) write it."""
+    """Hides a key: plain, in parts, and as JSON, URLs, HTML, hexadecimal digits or base64 (Basic auth) write it."""
 
     def __init__(self, key: str | None):
         self.key = key or ""
-        self._forms = _forms(self.key) if len(self.key) >= SHORTEST else []
+        self._forms = _forms(self.key) if len(self.key) >= MIN_LENGTH else []
         pieces = {form[at : at + size] for form, size in self._forms for at in range(len(form) - size + 1)}
         self._pieces = sorted({piece.lower() for piece in pieces}, key=lambda piece: (-len(piece), piece))
         self._piece = re.compile("|".join(map(re.escape, self._pieces)), re.IGNORECASE)
 
     def hide(self, text: str) -> str:
-        """The text without the key, or what is like it."""
+        """Returns the text without the key and its parts."""
         plain = text.lower()
         if not any(piece in plain for piece in self._pieces):  # many times faster than the pattern
             return text
@@ -38,13 +38,13 @@ class Secret:
         return "".join([*shown, text[done:]])
 
     def hide_value(self, value: Any) -> Any:
-        """A value of JSON whose texts and names are hidden in; the same object if there is nothing to hide."""
+        """Returns a JSON value without the key in texts and names; the same object if there is nothing to hide."""
         text = json.dumps(value, ensure_ascii=False)
         hidden = self.hide(text)
         return value if hidden == text else json.loads(hidden)
 
     def hide_body(self, body: bytes) -> bytes:
-        """The body of an answer, JSON or not; the same bytes if there is nothing to hide."""
+        """Returns the body of an answer, JSON or not, without the key; the same bytes if there is nothing to hide."""
         if not self._pieces:
             return body
         try:
@@ -58,7 +58,7 @@ class Secret:
         return body if hidden == text else hidden.encode("latin-1")
 
     def _end(self, text: str, match: re.Match) -> int:
-        """Where the longest part of a form ends that begins with this piece."""
+        """Returns the end of the longest part of a form that starts with this piece."""
         end, piece = match.end(), match[0].lower()
         for form, size in self._forms:
             form = form.lower()
@@ -73,8 +73,8 @@ class Secret:
 
 
 def _forms(key: str) -> list[tuple[str, int]]:
-    """How the key may be written, and how many characters in a row of that give it away."""
-    plain = PART if len(key) > PART else len(key)
+    """Returns the ways to write the key, with the number of consecutive characters that give it away."""
+    plain = min(PART_LENGTH, len(key))
     raw = key.encode()
     forms = {
         key: plain,

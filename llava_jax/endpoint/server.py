@@ -1,4 +1,4 @@
-"""What the commands that ask a server share: options of how it is asked, and exit codes of what ended them."""
+"""Options and exit codes that all commands with a server share."""
 
 import asyncio
 import dataclasses
@@ -6,34 +6,35 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from llava_jax.cli import printable
-from llava_jax.endpoint.cancel import TERMINATED, CancelToken
+from llava_jax.cli import STOPPED, printable
+from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.client import Endpoint, read_key
 from llava_jax.endpoint.errors import EndpointStopped
 from llava_jax.errors import UserError
 
-UNANSWERED, OVER_BUDGET, INTERRUPTED = 1, 3, 130  # exit codes beside TERMINATED
+UNANSWERED, OVER_BUDGET, INTERRUPTED = 1, 3, 130
+"""Exit codes, besides STOPPED of cli.py."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """How a model's server is asked. `check` before use."""
+    """Options for the server of a model. Call `check` before use."""
 
     api_key_env: str = "OPENAI_API_KEY"
-    """environment variable with the API key; local servers may want none"""
+    """environment variable with the API key; local servers may need none"""
     concurrency: int = 50
-    """requests at a time"""
+    """number of concurrent requests"""
     requests_per_minute: float | None = None
-    """limit of the account, which is kept to"""
+    """limit of requests of the account, which is never exceeded"""
     tokens_per_minute: float | None = None
-    """likewise, of prompts and answers together"""
+    """limit of tokens of the account, prompts and answers together"""
     timeout: float = 600.0
-    """seconds that an answer may take"""
+    """seconds until a try without an answer fails"""
     retries: int = 8
-    """how often a request is sent again after errors of the server or the network"""
+    """number of further tries after errors of the server or the network"""
 
     def check(self) -> None:
-        """Raises UserError, one line, for what cannot be meant."""
+        """Raises UserError, one line, for invalid values."""
         for name, least in (("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
@@ -43,15 +44,15 @@ class Server:
                 raise UserError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
 
     def open(self, model: str, base_url: str = "", cancel: CancelToken | None = None) -> Endpoint:
-        """The model there; "" is OPENAI_BASE_URL or OpenAI itself. Raises what Endpoint raises."""
+        """Returns the model's Endpoint. "" is OPENAI_BASE_URL or OpenAI itself. Raises UserError as Endpoint does."""
         key = read_key(self.api_key_env, required=self.api_key_env != Server.api_key_env)
         return Endpoint(
             model, base_url or None, key, timeout=self.timeout, retries=self.retries, cancel=cancel,
             requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute,
         )
 
-    def look(self, model: str, base_url: str = "") -> None:
-        """Finds out, before any work, whether the model can be asked. Raises UserError, one line, if not."""
+    def check_model(self, model: str, base_url: str = "") -> None:
+        """Checks before any work that the model answers. Raises UserError, one line, if it does not."""
 
         async def check() -> list[str]:
             async with self.open(model, base_url) as endpoint:
@@ -62,16 +63,16 @@ class Server:
 
 
 def note(line: str) -> None:
-    """Tells on stderr what a server, a file or this command has to say beside its work."""
+    """Prints a note of a server, a file or a command on stderr."""
     print(f"note: {printable(line)}", file=sys.stderr)
 
 
 def check_answered(asked: int, failures: Sequence[str]) -> None:
-    """Raises EndpointStopped if of so many requests none was answered; `failures`: why, the first first."""
+    """Raises EndpointStopped if none of `asked` requests was answered. `failures` are the reasons, in order."""
     if failures and len(failures) >= asked:
         raise EndpointStopped(f"none of {asked:,} requests was answered, the first for {failures[0]}")
 
 
 def code_of(cancel: CancelToken) -> int:
-    """The exit code of a command that a signal stopped."""
-    return INTERRUPTED if cancel.signal == signal.SIGINT else TERMINATED
+    """Returns the exit code of a command that a signal stopped."""
+    return INTERRUPTED if cancel.signal == signal.SIGINT else STOPPED

@@ -1,20 +1,20 @@
-"""Wording that gives a teacher away: refusals, talk of captions and boxes, questions that hold their answer.
+"""Wording that reveals a text-only teacher: refusals, mentions of captions and boxes, questions with their answer.
 
-A reader of the data must believe that the writer sees the image. Words that can be about something in the image pass
-unless they are used as of a source: "the caption says" is found, "a caption on the poster" is not.
+The data must read as if the writer saw the image. Words that can be about something in the image are accepted unless
+they refer to a source: "the caption says" is found, "a caption on the poster" is not.
 """
 
 import re
 
 
 def find_refusal(text: str) -> str | None:
-    """The words by which a text refuses to answer or says that its writer is no one who sees."""
+    """Returns the words by which a text refuses to answer, or says that its writer sees nothing; otherwise None."""
     found = REFUSAL.search(text)
     return found and f'it says "{found[0]}"'
 
 
 def find_source(text: str) -> str | None:
-    """The words by which a text tells of captions, boxes, coordinates, or of a description that was given."""
+    """Returns the words by which a text mentions captions, boxes, coordinates or a given description, or None."""
     for what, pattern in SOURCE.items():
         if found := pattern.search(text):
             return f'it tells of {what}: "{found[0]}"'
@@ -22,11 +22,11 @@ def find_source(text: str) -> str | None:
 
 
 def find_leak(kind: str, question: str, answer: str) -> str | None:
-    """How an English question gives its answer away.
+    """Returns how an English question gives its answer away, or None.
 
-    - It wants to be agreed with: "The bus is red, isn't it?"
-    - All that a short answer says stands in the question, which asks neither for yes or no nor for one of two: "What
-      colour is the red bus?" "The bus is red."
+    - It asks for agreement: "The bus is red, isn't it?"
+    - It contains everything that a short answer says, and asks neither for yes or no nor for one of two: "What colour
+      is the red bus?" "The bus is red."
     - A complex question describes the image in a sentence of its own before it asks.
     """
     if TAG.search(question):

@@ -3,7 +3,6 @@
 import importlib
 
 from llava_jax import cli
-from llava_jax.endpoint.cancel import exit_on_sigterm
 from llava_jax.errors import UserError
 
 COMMANDS = {
@@ -26,8 +25,7 @@ def main(args: list[str]) -> int:
     if args[0] not in COMMANDS:
         raise UserError(f"synthesize has no command {args[0]!r}; there are {', '.join(COMMANDS)}")
     command = cli.parse(_command(args[0]), args[1:], prog=f"python -m llava_jax.synthesize {args[0]}")
-    with exit_on_sigterm():
-        return command.run()
+    return command.run()
 
 
 def _command(name: str) -> type:

@@ -80,7 +80,7 @@ class PreviewCommand:
             raise UserError(f"--count is {self.count}: it must be at least 1")
         check_folder(self.settings.out)
         if self.settings.teacher == "openai" and not self.dry_run:
-            self.server.look(self.settings.model, self.settings.base_url)
+            self.server.check_model(self.settings.model, self.settings.base_url)
         synthesis, cancel = open_synthesis(self.settings), CancelToken()
         tasks = list(itertools.islice(synthesis.drawn(self.settings.seed, self.settings.kinds), self.count))
         if self.dry_run:

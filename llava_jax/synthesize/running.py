@@ -165,7 +165,7 @@ class RunCommand:
         check_folder(settings.out)
         price = load_price(self.prices, settings.model) if self.prices else None
         if settings.teacher == "openai":
-            self.server.look(settings.model, settings.base_url)
+            self.server.check_model(settings.model, settings.base_url)
         synthesis = open_synthesis(settings)
         with open_log(settings) as log:
             with atomic_write(os.path.join(settings.out, SETTINGS)) as file:

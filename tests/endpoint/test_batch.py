@@ -221,7 +221,7 @@ def test_stop_leaves_the_batches_to_go_on(tmp_path):
 def test_looks_become_rarer(tmp_path):
     fake = FakeOpenAI(batch_polls=30)
     _, _, seconds = batched(fake, tmp_path, 3)
-    assert sum(fake.looks.values()) == 31 and seconds > 15 * module.LONGEST_POLL
+    assert sum(fake.looks.values()) == 31 and seconds > 15 * module.MAX_POLL_SECONDS
 
 
 def test_the_budget_holds_with_what_is_on_its_way(tmp_path):
@@ -232,7 +232,7 @@ def test_the_budget_holds_with_what_is_on_its_way(tmp_path):
     with AnswerLog(str(tmp_path / "answers.jsonl")) as log:
         cost = sum(price.cost(reply) for _, reply in log.items())
     assert ending == "max_cost" and cost == pytest.approx(budget.cost) and budget.reserved == pytest.approx(0)
-    assert 2 - budget.worst(Job(0).request(0)) < cost <= 2 and len(record.calls) == sum(fake.paid.values())
+    assert 2 - budget.worst_cost(Job(0).request(0)) < cost <= 2 and len(record.calls) == sum(fake.paid.values())
     limited = batched(fake, tmp_path, 100, budget=Budget(max_requests=7, batch=True))
     assert limited[0] == "max_requests" and sum(fake.paid.values()) == len(record.calls) + 7
 
@@ -301,7 +301,7 @@ def child(url: str, folder: Path, steps: int | None) -> int:
 
         httpx2.AsyncHTTPTransport.handle_async_request = handled
         os.write, os.replace, os.unlink = dying(os.write), dying(os.replace), dying(os.unlink)
-        module.FIRST_POLL = 0.001
+        module.MIN_POLL_SECONDS = 0.001
 
         async def main() -> str:
             with AnswerLog(str(folder / "answers.jsonl")) as log:

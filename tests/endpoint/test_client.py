@@ -7,7 +7,7 @@ from fake_openai import FakeOpenAI, Response, error
 from virtual_time import run
 
 from llava_jax.endpoint.cancel import CancelToken
-from llava_jax.endpoint.client import MOST_ANSWERED, PATIENCE, Endpoint, read_key
+from llava_jax.endpoint.client import MAX_ANSWER_BYTES, RATE_LIMIT_PATIENCE, Endpoint, read_key
 from llava_jax.endpoint.errors import EndpointStopped, NotSentError, RequestFailed
 from llava_jax.endpoint.request import ChatRequest
 from llava_jax.errors import UserError
@@ -102,7 +102,7 @@ def test_too_many_requests_without_an_answer_to_anybody_end():
                 await endpoint.ask(request())
         return asyncio.get_running_loop().time()
 
-    assert PATIENCE < run(main()) < PATIENCE + 61
+    assert RATE_LIMIT_PATIENCE < run(main()) < RATE_LIMIT_PATIENCE + 61
 
 
 @pytest.mark.parametrize("refused, fourth", [(3, 2.0), (2, 0.5)])
@@ -336,7 +336,7 @@ class Always(FakeOpenAI):
 
 
 def test_compressed_blanks_without_end_are_no_answer_and_counted():
-    bomb = Response(200, gzip.compress(b" " * (MOST_ANSWERED + 1)), headers={"content-encoding": "gzip"})
+    bomb = Response(200, gzip.compress(b" " * (MAX_ANSWER_BYTES + 1)), headers={"content-encoding": "gzip"})
     lost = []
 
     async def main():
@@ -345,7 +345,7 @@ def test_compressed_blanks_without_end_are_no_answer_and_counted():
                 await endpoint.ask(request(), lambda came: lost.append(came) or True)
 
     run(main())
-    assert lost == [MOST_ANSWERED + 1]
+    assert lost == [MAX_ANSWER_BYTES + 1]
 
 
 def test_what_cannot_be_sent_is_not_tried():

@@ -45,7 +45,8 @@ def test_bytes_and_limit():
     parts = [{"type": "text", "text": "äb"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     assert ChatRequest(({"role": "user", "content": parts},)).bytes == 3 + BYTES_PER_IMAGE
     assert ChatRequest(ASK).bytes == len("Be brief.Was ist das – ein Hund?".encode())
-    assert [ChatRequest(ASK, p).longest for p in ({}, {"max_tokens": 3}, {"max_completion_tokens": 4})] == [None, 3, 4]
+    limits = {}, {"max_tokens": 3}, {"max_completion_tokens": 4}
+    assert [ChatRequest(ASK, limit).max_tokens for limit in limits] == [None, 3, 4]
 
 
 def test_read_reply():

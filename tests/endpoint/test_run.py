@@ -18,7 +18,7 @@ from llava_jax.endpoint.errors import EndpointStopped, RequestFailed
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import ChatRequest, Response
-from llava_jax.endpoint.run import FAILURES_IN_A_ROW, answer_all
+from llava_jax.endpoint.run import MAX_FAILURES_IN_A_ROW, answer_all
 from llava_jax.errors import UserError
 
 pytest.importorskip("openai")
@@ -136,9 +136,9 @@ def test_failures_are_settled_and_not_logged(log):
 
 def test_many_failures_in_a_row_end_the_run(log):
     fake = FakeOpenAI(faults=lambda number: "context")
-    with pytest.raises(EndpointStopped, match=f"{FAILURES_IN_A_ROW} requests in a row failed.*maximum context"):
+    with pytest.raises(EndpointStopped, match=f"{MAX_FAILURES_IN_A_ROW} requests in a row failed.*maximum context"):
         answered(fake, log, jobs(1000), concurrency=4)
-    assert fake.refused["context"] < FAILURES_IN_A_ROW + 4
+    assert fake.refused["context"] < MAX_FAILURES_IN_A_ROW + 4
 
 
 def test_a_key_that_is_refused_meanwhile_ends_the_run_after_what_is_in_flight(log):
@@ -189,7 +189,7 @@ def test_max_cost_is_never_passed_and_nearly_reached(log, concurrency):
     ending, record = answered(fake, log, jobs(1000), budget=budget, concurrency=concurrency)
     cost = sum(price.cost(reply) for _, reply in log.items())
     assert ending == "max_cost" and budget.cost == pytest.approx(cost) and budget.reserved == pytest.approx(0)
-    worst = budget.worst(Job(0).request(0))
+    worst = budget.worst_cost(Job(0).request(0))
     assert worst == pytest.approx(price.of(next(log.items())[1].prompt_tokens, 100))  # learned from the answers
     assert 10 - worst <= cost <= 10 and len(record.calls) == len(log)
     # The next run of the same command starts from what was spent.
@@ -205,12 +205,12 @@ def test_a_budget_needs_prices():
 def test_without_a_limit_of_tokens_the_longest_answer_counts():
     price, budget = Price(1e6, 1e6, 1e6), Budget(price=Price(1e6, 1e6, 1e6))
     plain = ChatRequest(({"role": "user", "content": "x" * 100},))
-    assert budget.worst(plain) == price.of(50, 4096)
+    assert budget.worst_cost(plain) == price.of(50, 4096)
     for tokens in (30, 70, 50):
         reply = Response("", "stop", 25, 0, tokens, "m", None, 0)
         budget.add(reply)
         budget.learn(plain, reply)
-    assert budget.worst(plain) == price.of(25, 70) and budget.cost == 3 * 25 + 150
+    assert budget.worst_cost(plain) == price.of(25, 70) and budget.cost == 3 * 25 + 150
 
 
 def test_stop_finishes_what_is_in_flight(log):

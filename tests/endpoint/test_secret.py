@@ -129,7 +129,7 @@ async def refuses(self, body):
 def run(tmp_path, monkeypatch, capsys):
     """`synthesize run` with the key; gives the exit code, or the error, and what the terminal showed."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(batch, "FIRST_POLL", 0.01)
+    monkeypatch.setattr(batch, "MIN_POLL_SECONDS", 0.01)
 
     def synthesized(url: str, *more: str) -> tuple[int | str, str]:
         options = ["--data", str(write_images(tmp_path, 8)), "--out", str(tmp_path / "out"), "--model", "teacher",
