@@ -270,7 +270,7 @@ def test_limits_of_requests_and_cost(tmp_path, capsys):
 
 
 def test_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "FIRST_POLL", 0.01)
+    monkeypatch.setattr(batch, "MIN_POLL_SECONDS", 0.01)
     fake = FakeOpenAI(answer=answer_messages, batch_end=lambda number: "completed" if number else "expired")
     with fake.serve() as url:
         assert synthesize.main(["run", *options_of(tmp_path, url, "--batch")]) == 0
