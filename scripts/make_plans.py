@@ -1,9 +1,9 @@
-"""Writes configs/plans.json: what the recipes take on TPU slices, by `python -m llava_jax.plan`; prints it as a table.
+"""Plans the recipes on TPU slices by `python -m llava_jax.plan`, writes configs/plans.json and prints a table.
 
     python scripts/make_plans.py [--fresh] [--jobs 2] [--only llava_1_5_13b]
 
-A stopped run goes on where it was: what is in the file is not compiled again without --fresh. Some 7B and 13B programs
-take minutes. Without --only, plans that are no longer listed here leave the file.
+A stopped run continues with the same command: plans in the file are not compiled again without --fresh. Some 7B and 13B
+programs take minutes. Without --only, plans that are no longer listed here are removed from the file.
 """
 
 import argparse
@@ -17,20 +17,22 @@ FILE = Path(__file__).parent.parent / "configs" / "plans.json"
 GIB = 2**30
 
 SAVE_DOTS = "--stages.align.remat save_dots --stages.instruct.remat save_dots"
+SAVE_QKV = "--stages.instruct.remat save_qkv"
 
-# Recipe, topology, and the flags with which it runs there.
 PLANS = (
-    ("mini", "v5e-4", ""),
-    ("llava_1_5_7b", "v5e-16", "--stages.align.remat save_dots --stages.align.gradient_accumulation 4"),
-    ("llava_1_5_7b", "v5e-64", SAVE_DOTS),
-    ("llava_1_5_7b", "v5e-256x2", "--stages.align.batch_size 512 --stages.instruct.batch_size 512"),
-    ("llava_1_5_7b", "v6e-32", SAVE_DOTS),
-    ("llava_1_5_7b", "v5p-32", SAVE_DOTS),
-    ("llava_1_5_7b", "v4-64", SAVE_DOTS),
-    ("llava_1_5_7b", "tpu7x-16", SAVE_DOTS),
-    ("llava_1_5_13b", "v5e-64", "--stages.instruct.remat save_qkv"),
-    ("llava_1_5_13b", "v6e-32", "--stages.instruct.remat save_qkv"),
+    ("mini", "v5e-4", "", ""),
+    ("llava_1_5_7b", "v5e-16", "align: save_dots, 4 parts",
+     "--stages.align.remat save_dots --stages.align.gradient_accumulation 4"),
+    ("llava_1_5_7b", "v5e-64", "save_dots", SAVE_DOTS),
+    ("llava_1_5_7b", "v5e-256x2", "batch_size 512", "--stages.align.batch_size 512 --stages.instruct.batch_size 512"),
+    ("llava_1_5_7b", "v6e-32", "save_dots", SAVE_DOTS),
+    ("llava_1_5_7b", "v5p-32", "save_dots", SAVE_DOTS),
+    ("llava_1_5_7b", "v4-64", "save_dots", SAVE_DOTS),
+    ("llava_1_5_7b", "tpu7x-16", "save_dots", SAVE_DOTS),
+    ("llava_1_5_13b", "v5e-64", "instruct: save_qkv", SAVE_QKV),
+    ("llava_1_5_13b", "v6e-32", "instruct: save_qkv", SAVE_QKV),
 )
+"""Recipe, topology, label for the table, and options."""
 KEPT = ("stage", "fits", "memory", "rows", "tokens", "images", "model_flops", "cycles", "hardware_flops", "hbm_bytes",
         "ici_bytes", "dcn_bytes", "step_seconds", "seconds", "mfu", "tokens_per_second_per_chip",
         "images_per_second_per_chip", "steps", "steps_source", "hours")
@@ -43,7 +45,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="plans whose recipe and topology contain this text alone")
     options = parser.parse_args()
     before = json.loads(FILE.read_text()) if FILE.exists() else {}
-    wanted = {f"{recipe} {topology}": (recipe, topology, flags) for recipe, topology, flags in PLANS}
+    wanted = {f"{recipe} {topology}": (recipe, topology, flags) for recipe, topology, _, flags in PLANS}
     plans = {key: plan for key, plan in before.items() if key in wanted and plan["flags"] == wanted[key][2]}
     chosen = [key for key in wanted if options.only in key and (options.fresh or key not in plans)]
     failed = False
@@ -64,7 +66,7 @@ def main() -> int:
 
 
 def plan(recipe: str, topology: str, flags: str) -> dict | str:
-    """One recipe's stages on a slice, or the error."""
+    """Plans the stages of a recipe on a slice. Returns the plan, or the text of an error."""
     command = [sys.executable, "-m", "llava_jax.plan", recipe, "--topology", topology, "--json", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=FILE.parent.parent)
     if done.returncode > 1:
@@ -76,13 +78,15 @@ def plan(recipe: str, topology: str, flags: str) -> dict | str:
 
 
 def table(plans: dict[str, dict]) -> str:
-    """In Markdown, as in the README."""
+    """Returns the table of llava_jax/plan/README.md."""
     lines = ["| recipe | slice | flags | stage | memory, GiB | step, s | MFU | tokens/s/chip | hours |",
              "|---|---|---|---|---|---|---|---|---|"]
+    labels = {flags: label for _, _, label, flags in PLANS}
     for found in plans.values():
         for stage in found["stages"]:
             memory = stage["memory"]
-            cells = [found["recipe"], found["topology"], found["flags"] and f"`{found['flags']}`", stage["stage"],
+            cells = [found["recipe"].removeprefix("llava_1_5_"), found["topology"], labels[found["flags"]],
+                     stage["stage"],
                      f"{memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f}"]
             if stage["fits"]:
                 hours = f"{stage['hours']:.2f}" if stage["hours"] is not None else ""

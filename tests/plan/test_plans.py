@@ -30,7 +30,7 @@ def load_script():
 
 
 def test_the_file_has_the_plans_of_the_script():
-    wanted = {f"{recipe} {topology}": flags for recipe, topology, flags in load_script().PLANS}
+    wanted = {f"{recipe} {topology}": flags for recipe, topology, _, flags in load_script().PLANS}
     assert {name: plan["flags"] for name, plan in RECORDED.items()} == wanted
 
 
@@ -60,6 +60,12 @@ def test_recorded_memory_is_that_of_the_recipe_of_today(needs_libtpu, name):
         assert recorded["step_seconds"] == pytest.approx(seconds["cycles"] + seconds["kernels"] + seconds["exposed"])
         assert recorded["mfu"] == pytest.approx(
             recorded["model_flops"] / recorded["step_seconds"] / chips / where.chip.flops)
+
+
+def test_the_page_has_the_table_of_the_file():
+    page = (ROOT / "llava_jax" / "plan" / "README.md").read_text()
+    rows = load_script().table(RECORDED).splitlines()
+    assert [row for row in rows if row not in page] == []
 
 
 def test_a_changed_recipe_is_noticed(needs_libtpu, tiny):
