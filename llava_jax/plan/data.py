@@ -76,16 +76,18 @@ def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | Non
 
 
 def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tokenizer: Path) -> tuple[int, str]:
+    """Packs the data of a stage, long data in part. Returns the packed sequences of an epoch, and the source."""
     from llava_jax.data.pipeline import Batches
     from llava_jax.train.batches import data_spec
+
     spec = data_spec(stage.data, model, Tokenizer.load(tokenizer), stage.data.path)
     options = {"workers": stage.data.workers, "seed": recipe.seed}
-    whole = Batches(spec, stage.batch_size, **options)
-    every = max(1, whole.order.windows // COUNTED_WINDOWS)
-    if every == 1:
-        return whole.count_rows(), f"counted in {stage.data.path}"
-    part = Batches(spec, every, process_count=every, **options)
-    share = math.ceil(whole.order.windows / every) / whole.order.windows
+    complete = Batches(spec, stage.batch_size, **options)
+    stride = max(1, complete.order.windows // COUNTED_WINDOWS)
+    if stride == 1:
+        return complete.count_rows(), f"counted in {stage.data.path}"
+    part = Batches(spec, stride, process_count=stride, **options)  # the share of the first of `stride` processes
+    share = math.ceil(complete.order.windows / stride) / complete.order.windows
     return round(part.count_rows() / share), f"estimated from a part of {stage.data.path}"
 
 

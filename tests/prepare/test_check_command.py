@@ -118,7 +118,7 @@ def test_the_help_names_every_kind_and_field(tmp_path):
 
 @pytest.mark.parametrize("options, says", [
     (["--max-length", 99], "--max-length needs --model"),
-    (["--tokens-per-image", 99], "--tokens-per-image needs --model"),
+    (["--visual-tokens", 100], "--visual-tokens needs --model"),
     (["--allow", "duplicates"], "--allow duplicates: there is no such kind of finding; there are malformed, "),
     (["--tiles-per-sequence", 0], "--tiles-per-sequence is 0: it must be at least 1"),
     (["--workers", -1], "--workers is -1"),
