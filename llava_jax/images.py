@@ -20,6 +20,7 @@ from llava_jax.image_files import MAX_PIXELS, row_strips, to_rgb
 # OpenAI's CLIP statistics of RGB in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 MODES = ("crop", "pad", "resize", "anyres")
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.errors import UserError
-from llava_jax.images import ImageProcessor
+from llava_jax.images import SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
 from llava_jax.models import vit
 from llava_jax.models.attention import resolve
 from llava_jax.models.llama import Llama, LlamaConfig
@@ -30,7 +30,7 @@ class LlavaConfig:
     feature_layer: int = -2
     feature_select: str = "patch"
     processor: ImageProcessor | None = None
-    """How images become tiles; by default pad, with CLIP's statistics, of the vision tower's size."""
+    """How images become tiles; by default CLIP's with mode pad, or SigLIP's."""
     template: str = "vicuna_v1"
     exif: bool = False
     """Whether the model was trained on images turned as their EXIF orientation says."""
@@ -41,8 +41,11 @@ class LlavaConfig:
         vit.depth(self.vision, self.feature_layer)
         expected = {"size": self.vision.image_size, "patches": self.vision.grid,
                     "class_token": self.feature_select == "cls_patch"}
+        if self.feature_select == "cls_patch" and not self.vision.class_token:
+            raise UserError("feature_select cls_patch: the vision tower has no class token")
         if self.processor is None:
-            object.__setattr__(self, "processor", ImageProcessor(**expected))
+            siglip = {} if self.vision.class_token else {"mode": "resize", "mean": SIGLIP_MEAN, "std": SIGLIP_STD}
+            object.__setattr__(self, "processor", ImageProcessor(**expected, **siglip))
         for name, value in expected.items():
             if getattr(self.processor, name) != value:
                 found = getattr(self.processor, name)
@@ -163,7 +166,7 @@ class Llava(nnx.Module):
             tiles = (tiles.astype(jnp.float32) / 255 - jnp.asarray(processor.mean)) / jnp.asarray(processor.std)
         x = tiles.astype(self.dtype).reshape(B * I, *tiles.shape[2:])
         x = self.vision(x, self.config.feature_layer)
-        if self.config.feature_select == "patch":
+        if self.config.vision.class_token and self.config.feature_select == "patch":
             x = x[:, 1:]
         return x.reshape(B, I * x.shape[1], x.shape[2])
 

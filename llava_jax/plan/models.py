@@ -21,6 +21,8 @@ KNOWN = tuple((re.compile(pattern), sizes) for pattern, sizes in (
     (r"clip-vit-large-patch14", VisionConfig(image_size=224)),
     (r"clip-vit-large-patch14-336(px)?", VisionConfig()),
     (r"clip-vit-base-patch(16|32)", lambda side: VisionConfig(224, int(side), 768, 3072, 12, 12)),
+    (r"siglip-so400m-patch14-384", VisionConfig(
+        384, 14, 1152, 4304, 27, 16, "gelu_pytorch_tanh", class_token=False, patch_bias=True, pre_norm=False)),
     (r"vicuna-7b(-v1\.[135])?|llama-2-7b(-hf|-chat|-chat-hf)?|llama-7b(-hf)?", LlamaConfig()),
     (r"vicuna-13b(-v1\.[135])?|llama-2-13b(-hf|-chat|-chat-hf)?|llama-13b(-hf)?", LlamaConfig(**_LLAMA_13B)),
     (r"(?:meta-)?llama-3(?:\.1)?-8b(?:-instruct)?(-hf)?", LlamaConfig(**_LLAMA_3)),

@@ -1,4 +1,4 @@
-"""config.json in and out: of our own layout, and of Hugging Face's LLaVA, CLIP, LLaMA, Mistral and Qwen2."""
+"""config.json in and out: of the native layout, and of Hugging Face's LLaVA, its vision towers and decoders."""
 
 import dataclasses
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, show_json
-from llava_jax.images import CLIP_MEAN, CLIP_STD, ImageProcessor
+from llava_jax.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
@@ -21,21 +21,23 @@ from llava_jax.weights.files import has_tensors, other_format
 MODEL_TYPE = "llava_jax"
 VERSION = 2
 TEXT_MODELS = ("llama", "mistral", "qwen2")
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
 PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-CLIP_STATISTICS = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-"""What `ImageProcessor` does to every image, in the words of Hugging Face's image processors."""
+"""Fixed steps of `ImageProcessor`, as fields of Hugging Face's image processors."""
+
+CLIP = {"mode": "crop", "mean": CLIP_MEAN, "std": CLIP_STD}
+SIGLIP = {"mode": "resize", "mean": SIGLIP_MEAN, "std": SIGLIP_STD}
 
 OLD_IMAGE_MODES = {"square": "crop"}
-"""Names of image modes in older files."""
+"""Names of image modes in older files of the hf layout."""
 
 
 def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
-    """The configuration of a checkpoint directory: of LLaVA, or of a vision tower (CLIP) or decoder (LLaMA) alone.
+    """Reads the configuration of a checkpoint directory: a LLaVA, a vision tower (CLIP, SigLIP) or a decoder.
 
-    The layout is told from config.json. `template` replaces a LLaVA's conversation template, which is then not looked
-    for in its files. UserError with one line that names file and field if there is none, or if it asks for what no
-    model here computes.
+    config.json tells the layout. `template` replaces a LLaVA's conversation template, which is then not read from its
+    files. Raises UserError that names file and field if a file is missing or if no model here computes what it asks.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -51,27 +53,27 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     if "mm_vision_tower" in raw:
         raise UserError(f"{file}: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
                          "take the checkpoint of the same name under llava-hf/ on the hub")
-    if kind not in ("llava", "clip", "clip_vision_model", *TEXT_MODELS):
-        raise UserError(f"{file}: model_type {kind!r} is not supported; llava, clip, clip_vision_model, "
-                         f"{', '.join(TEXT_MODELS)} and {MODEL_TYPE} are")
+    kinds = ("llava", "clip", "siglip", *TOWERS, *TEXT_MODELS)
+    if kind not in kinds:
+        raise UserError(f"{file}: model_type {kind!r} is not supported; {', '.join(kinds)} and {MODEL_TYPE} are")
     for name in ("quantization_config", "text_config.quantization_config"):
         part = raw.get("text_config") if "." in name else raw
         if isinstance(part, dict) and part.get("quantization_config") is not None:
             raise UserError(f"{file}: {name}: quantised models are not read; take the model it was made of")
     if kind in TEXT_MODELS:
         return _text(file, "", _parse(file, kind, fields.decoder(file, raw)))
-    if kind == "clip_vision_model":
+    if kind in TOWERS:
         return _vision(file, "", _parse(file, kind, fields.tower(file, raw)))
-    if kind == "clip":
+    if kind in ("clip", "siglip"):
         return _vision(file, "vision_config.", _parse(file, kind, fields.clip(file, raw)).vision_config)
-    own = fields.known(file, raw, {MODEL_TYPE: fields.Field(dict)}).get(MODEL_TYPE, {})
-    own = fields.known(file, own, fields.HF_EXTRAS, f"{MODEL_TYPE}.")
+    own = fields.check_fields(file, raw, {MODEL_TYPE: fields.Field(dict)}).get(MODEL_TYPE, {})
+    own = fields.check_fields(file, own, fields.HF_EXTRAS, f"{MODEL_TYPE}.")
     return _llava(directory, file, _parse_llava(file, raw), own | ({"template": template} if template else {}))
 
 
 def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:
     found = fields.llava(file, raw)
-    for name, kinds in (("vision_config", ("clip_vision_model",)), ("text_config", TEXT_MODELS)):
+    for name, kinds in (("vision_config", TOWERS), ("text_config", TEXT_MODELS)):
         kind = found.get(name, {}).get("model_type", kinds[0])
         if kind not in kinds:
             raise UserError(f"{file}: {name}.model_type is {kind!r}; supported: {' and '.join(kinds)}")
@@ -79,7 +81,7 @@ def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:
 
 
 def _parse(file: Path, kind: str, found: dict[str, Any]) -> Any:
-    """Hugging Face's own classes fill in what a config.json leaves out."""
+    """Builds Hugging Face's configuration, whose class fills in the defaults of missing fields."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     from transformers import AutoConfig, logging
     verbosity = logging.get_verbosity()
@@ -95,7 +97,7 @@ def _parse(file: Path, kind: str, found: dict[str, Any]) -> Any:
 
 
 def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
-    """UserError unless every named field has its value, or one of a tuple of values."""
+    """Raises UserError unless every named field has its value, or one of a tuple of values."""
     for field, values in allowed.items():
         value = getattr(config, field, None)
         if value not in (values if isinstance(values, tuple) else (values,)):
@@ -108,11 +110,16 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
             vision_feature_select_strategy=tuple(FEATURE_SELECT))
     text = dataclasses.replace(_text(file, "text_config.", config.text_config),
                                tie_word_embeddings=config.tie_word_embeddings)
+    select = config.vision_feature_select_strategy
+    is_siglip = config.vision_config.model_type == "siglip_vision_model"
+    if is_siglip and select == "default":
+        raise UserError(f"{file}: vision_feature_select_strategy is 'default', which drops the first feature, but "
+                        "SigLIP has no class token; supported: full")
     return _build(
         file, LlavaConfig, vision=_vision(file, "vision_config.", config.vision_config), text=text,
         projector="mlp2x_gelu" if config.projector_hidden_act == "gelu" else "linear",
         feature_layer=config.vision_feature_layer,
-        feature_select=FEATURE_SELECT[config.vision_feature_select_strategy],
+        feature_select="patch" if is_siglip else FEATURE_SELECT[select],
         processor=_read_processor(directory, file, config, own.get("image_mode")),
         exif=own.get("exif", False),
         template=_build(file, templates.get,
@@ -122,11 +129,12 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
 
 def _vision(file: Path, prefix: str, config: Any) -> VisionConfig:
     _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
+    is_clip = config.model_type == "clip_vision_model"
     return _build(
         file, VisionConfig, image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size, num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        activation=config.hidden_act, norm_eps=config.layer_norm_eps,
+        num_heads=config.num_attention_heads, activation=config.hidden_act, norm_eps=config.layer_norm_eps,
+        class_token=is_clip, patch_bias=not is_clip, pre_norm=is_clip,
     )
 
 
@@ -175,7 +183,7 @@ def _build(file: Path, make: Callable, /, **values: Any) -> Any:
 def _read_processor(directory: Path, file: Path, config: Any, mode: str | None) -> ImageProcessor:
     """Reads the image processor of a LLaVA in Hugging Face's layout; `mode` overrules its files."""
     vision = config.vision_config
-    found = _processor_settings(directory)
+    found = _processor_settings(directory, vision.model_type == "siglip_vision_model")
     if mode:
         found["mode"] = OLD_IMAGE_MODES.get(mode, mode)
     has_class = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
@@ -183,33 +191,35 @@ def _read_processor(directory: Path, file: Path, config: Any, mode: str | None) 
                   class_token=has_class, **found)
 
 
-def _processor_settings(directory: Path) -> dict[str, Any]:
-    """Reads mode, mean and std from the files of an image processor.
+def _processor_settings(directory: Path, is_siglip: bool = False) -> dict[str, Any]:
+    """Reads mode, mean and std from the files of an image processor. Without files they are CLIP's or SigLIP's.
 
     CLIP's crops the centre, or pads to a square if `do_pad` is set. SigLIP's resizes to a square. Raises UserError if
     the files ask for something else.
     """
+    image_processor = {"image_processor": fields.Field(dict)}
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = directory / name
         if file.exists():
             settings = read_json(file)
             if "image_processor" in settings:
-                settings = fields.known(file, settings, {"image_processor": fields.Field(dict)})["image_processor"]
-            siglip = str(settings.get("image_processor_type")).startswith("Siglip")
-            for name, value in (PREPARATION | ({} if siglip else CLIP_STATISTICS)).items():
+                settings = fields.check_fields(file, settings, image_processor)["image_processor"]
+            is_siglip = str(settings.get("image_processor_type")).startswith("Siglip")
+            for name, value in PREPARATION.items():
                 if settings.get(name) is not None and not _is_close(settings[name], value):
                     raise UserError(f"{file}: {name} is {show_json(settings[name])}; images are prepared with "
                                     f"{show_json(value)} here")
-            if siglip:
-                lists = {name: settings.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std")}
-                return {"mode": "resize", **_as_tuples(file, lists)}
-            if fields.known(file, settings, {"do_pad": fields.Field(bool, null=True)}).get("do_pad"):
-                return {"mode": "pad"}
-    return {"mode": "crop"}
+            defaults = SIGLIP if is_siglip else CLIP
+            lists = {name: settings.get(f"image_{name}") or defaults[name] for name in ("mean", "std")}
+            pads = fields.check_fields(file, settings, {"do_pad": fields.Field(bool, null=True)}).get("do_pad")
+            found = defaults | _as_tuples(file, lists) | ({"mode": "pad"} if pads else {})
+            _build(file, ImageProcessor, **found)
+            return found
+    return dict(SIGLIP if is_siglip else CLIP)
 
 
 def _as_tuples(file: Path, lists: dict[str, Any]) -> dict[str, tuple]:
-    """Lists of numbers, or of pairs of numbers, as tuples."""
+    """Converts lists of numbers, or of pairs of numbers, to tuples."""
     try:
         return {name: tuple(tuple(map(int, item)) if isinstance(item, list) else float(item) for item in items)
                 for name, items in lists.items()}
@@ -217,9 +227,7 @@ def _as_tuples(file: Path, lists: dict[str, Any]) -> dict[str, tuple]:
         raise UserError(f"{file}: {' and '.join(lists)} must be lists of numbers, not {show_json(lists)}") from None
 
 
-def _is_close(given: Any, value: Any) -> bool:
-    if isinstance(value, tuple):
-        return isinstance(given, list) and len(given) == len(value) and all(map(_is_close, given, value))
+def _is_close(given: Any, value: float) -> bool:
     return isinstance(given, bool | int | float) and 0.999 * value <= given <= 1.001 * value
 
 
@@ -242,20 +250,19 @@ def _read_native(raw: dict, file: Path) -> LlavaConfig:
 
 
 def native_config(config: LlavaConfig) -> dict:
-    """The config.json of our own layout."""
+    """Makes the config.json of the native layout."""
     return {"model_type": MODEL_TYPE, "version": VERSION, **dataclasses.asdict(config)}
 
 
 def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtype: str) -> dict:
-    """The config.json of Hugging Face's LLaVA, with every field that matters, since defaults change.
+    """Makes the config.json of Hugging Face's LLaVA, with every field that matters, because defaults change.
 
     `tokens`: ids of "image", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the tensors.
-    UserError if Hugging Face's model cannot compute what ours does.
+    Raises UserError if Hugging Face's model cannot compute the same function.
     """
     if projector.depth(config.projector) not in (1, 2):
         raise UserError(f"projector {config.projector!r} has no form in Hugging Face's layout; "
                          "linear and mlp2x_gelu have")
-    select = {ours: theirs for theirs, ours in FEATURE_SELECT.items()}
     ids = {f"{name}_token_id": tokens[name] for name in ("bos", "eos", "pad")}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -266,7 +273,7 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
         "projector_hidden_act": "gelu" if projector.depth(config.projector) == 2 else "linear",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.feature_layer,
-        "vision_feature_select_strategy": select[config.feature_select],
+        "vision_feature_select_strategy": select_strategy(config),
         "tie_word_embeddings": config.text.tie_word_embeddings,
         **ids,
         "vision_config": hf_vision(config.vision),
@@ -275,9 +282,22 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
     }
 
 
+def select_strategy(config: LlavaConfig) -> str:
+    """Hugging Face's name of the features that are read: `default` drops the first one, which is CLIP's class token."""
+    return "default" if config.feature_select == "patch" and config.vision.class_token else "full"
+
+
 def hf_vision(config: VisionConfig) -> dict:
+    flags = (config.class_token, config.patch_bias, config.pre_norm)
+    clip, siglip = (True, False, True), (False, True, False)
+    if flags not in (clip, siglip):
+        raise UserError("Hugging Face has no vision tower with these flags: "
+                        f"class_token {flags[0]}, patch_bias {flags[1]}, pre_norm {flags[2]}")
+    own = {"model_type": "clip_vision_model", "projection_dim": 768}  # of a head that LLaVA does not have
+    if flags == siglip:
+        own = {"model_type": "siglip_vision_model", "vision_use_head": False}
     return {
-        "model_type": "clip_vision_model",
+        **own,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "num_channels": 3,
@@ -288,12 +308,11 @@ def hf_vision(config: VisionConfig) -> dict:
         "hidden_act": config.activation,
         "layer_norm_eps": config.norm_eps,
         "attention_dropout": 0.0,
-        "projection_dim": 768,  # of a head that LLaVA does not have
     }
 
 
 def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
-    """A Qwen2 if only queries, keys and values have biases, else a LLaMA: a Mistral without window is one too."""
+    """Makes the config of a Qwen2 if only queries, keys and values have biases, and otherwise of a LLaMA."""
     qwen2 = config.qkv_bias and not config.out_bias
     if config.out_bias and not config.qkv_bias or qwen2 and config.mlp_bias:
         raise UserError("Hugging Face has no decoder with these biases: "

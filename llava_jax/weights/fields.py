@@ -1,9 +1,11 @@
-"""Fields of a config.json: what types and sizes they may have. Checked before anything is built of them.
+"""Types and ranges of the fields of a config.json, checked before a model is built from them.
 
-A size is refused where no model has it, as it would fill the memory or run for ever: a billion layers, for example.
+A size that no model has is refused, because it would fill the memory or run for ever: a billion layers, for example.
 """
 
+import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,15 @@ from typing import Any
 
 from llava_jax.errors import UserError
 from llava_jax.files import show_json
+from llava_jax.images import ImageProcessor
+from llava_jax.models.llama import LlamaConfig, RopeScaling
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import VisionConfig
 
 
 @dataclass(frozen=True)
 class Field:
-    """A JSON type (int, float, bool, str, dict), the range of a number, and whether null stands for a default."""
+    """A JSON type (int, float, bool, str, dict, list), the range of a number, and whether null means a default."""
 
     kind: type
     low: float = 1
@@ -57,40 +63,30 @@ DECODER = SIZES | {
 TOWER = SIZES | {
     "model_type": TEXT, "image_size": Field(int, 1, 2**13), "patch_size": Field(int, 1, 2**13),
     "num_channels": Field(int, 1, 2**10), "hidden_act": TEXT, "layer_norm_eps": EPS,
+    "vision_use_head": FLAG,
 }
 LLAVA = {
     "model_type": TEXT, "vision_config": Field(dict), "text_config": Field(dict), "multimodal_projector_bias": FLAG,
     "projector_hidden_act": TEXT, "vision_feature_select_strategy": TEXT, "tie_word_embeddings": FLAG,
     "vision_feature_layer": Field(int, -1001, 1000),
 }
-NATIVE_PARTS = {  # of our own layout, whose fields are the dataclasses'
-    "vision": {"image_size": TOWER["image_size"], "patch_size": TOWER["patch_size"],
-               "hidden_size": SIZES["hidden_size"],
-               "intermediate_size": SIZES["intermediate_size"], "num_layers": SIZES["num_hidden_layers"],
-               "num_heads": SIZES["num_attention_heads"], "activation": TEXT, "norm_eps": EPS},
-    "text": {"vocab_size": DECODER["vocab_size"], "hidden_size": SIZES["hidden_size"],
-             "intermediate_size": SIZES["intermediate_size"], "num_layers": SIZES["num_hidden_layers"],
-             "num_heads": SIZES["num_attention_heads"], "num_kv_heads": SIZES["num_attention_heads"],
-             "head_dim": Field(int, 1, 2**12), "norm_eps": EPS, "rope_theta": ROPE["rope_theta"],
-             "rope_scaling": Field(dict, null=True), "qkv_bias": FLAG, "out_bias": FLAG, "mlp_bias": FLAG,
-             "tie_word_embeddings": FLAG, "max_length": DECODER["max_position_embeddings"]},
-    "processor": {"size": TOWER["image_size"], "mode": TEXT, "patches": TOWER["image_size"], "class_token": FLAG,
-                  "mean": Field(list), "std": Field(list), "pinpoints": Field(list)},
-    "rope_scaling": {"kind": TEXT, "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
-                     "original_length": ROPE["original_max_position_embeddings"]},
-}
-NATIVE = {
-    "vision": Field(dict), "text": Field(dict), "projector": TEXT, "feature_layer": LLAVA["vision_feature_layer"],
-    "feature_select": TEXT, "processor": Field(dict), "template": TEXT, "exif": FLAG,
-}
 HF_EXTRAS = {"template": TEXT, "image_mode": TEXT, "exif": FLAG}
 """Fields of `llava_jax` in a config.json of Hugging Face's layout."""
-LATER = {"exif"}
-"""Fields that the first files of our own layout lack."""
+NATIVE_RANGES = {
+    "image_size": TOWER["image_size"], "size": TOWER["image_size"], "patches": TOWER["image_size"],
+    "patch_size": TOWER["patch_size"], "hidden_size": SIZES["hidden_size"],
+    "intermediate_size": SIZES["intermediate_size"], "num_layers": SIZES["num_hidden_layers"],
+    "num_heads": SIZES["num_attention_heads"], "num_kv_heads": SIZES["num_attention_heads"],
+    "head_dim": Field(int, 1, 2**12), "vocab_size": DECODER["vocab_size"],
+    "max_length": DECODER["max_position_embeddings"], "norm_eps": EPS, "rope_theta": ROPE["rope_theta"],
+    "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
+    "original_length": ROPE["original_max_position_embeddings"], "feature_layer": LLAVA["vision_feature_layer"],
+}
+"""Ranges of the numbers in a config.json of the native layout, by the names of the dataclasses' fields."""
 
 
-def known(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
-    """The fields of `raw` that are known. Raises UserError with file and field if one has a wrong type or size."""
+def check_fields(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of `raw` that `fields` lists. Raises UserError if one has a wrong type or size."""
     for name, field in fields.items():
         if name in raw and not field.accepts(raw[name]):
             raise UserError(f"{file}: {prefix}{name} is {show_json(raw[name])}; it must be {field}")
@@ -98,17 +94,17 @@ def known(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefi
 
 
 def decoder(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`known` fields of a LLaMA, Mistral or Qwen2, and of its rotary embedding."""
-    found = known(file, raw, DECODER, prefix)
+    """Checked fields of a LLaMA, Mistral or Qwen2, and of its rotary embedding."""
+    found = check_fields(file, raw, DECODER, prefix)
     for name in ("rope_scaling", "rope_parameters"):
         if found.get(name):
-            found[name] = known(file, found[name], ROPE, f"{prefix}{name}.")
+            found[name] = check_fields(file, found[name], ROPE, f"{prefix}{name}.")
     return found
 
 
 def llava(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`known` fields of a LLaVA and its parts."""
-    found = known(file, raw, LLAVA)
+    """Checked fields of a LLaVA and its parts."""
+    found = check_fields(file, raw, LLAVA)
     for name, part in (("vision_config", tower), ("text_config", decoder)):
         if name in found:
             found[name] = part(file, found[name], f"{name}.")
@@ -116,32 +112,46 @@ def llava(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tower(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`known` fields of a CLIP vision tower."""
-    return known(file, raw, TOWER, prefix)
+    """Checked fields of a vision tower of CLIP or SigLIP."""
+    return check_fields(file, raw, TOWER, prefix)
 
 
 def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`known` fields of a whole CLIP: those of its vision tower, which old files have twice."""
+    """Checked fields of a CLIP or SigLIP with text tower: those of its vision tower, which old files have twice."""
     names = ("vision_config", "vision_config_dict")
-    found = known(file, raw, {name: Field(dict, null=True) for name in names})
+    found = check_fields(file, raw, {name: Field(dict, null=True) for name in names})
     return {name: tower(file, part, f"{name}.") for name, part in found.items() if part}
 
 
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of our own layout. Raises UserError for one that is missing (but for LATER) or not known."""
-    found = _exactly(file, raw, NATIVE, "")
-    for name in ("vision", "text", "processor"):
-        found[name] = _exactly(file, found[name], NATIVE_PARTS[name], f"{name}.")
+    """Checked fields of the native layout. Raises UserError if one is missing or unknown."""
+    found = _exactly(file, raw, LlavaConfig)
+    for name, kind in (("vision", VisionConfig), ("text", LlamaConfig), ("processor", ImageProcessor)):
+        found[name] = _exactly(file, found[name], kind, f"{name}.")
     if found["text"]["rope_scaling"] is not None:
         found["text"]["rope_scaling"] = _exactly(
-            file, found["text"]["rope_scaling"], NATIVE_PARTS["rope_scaling"], "text.rope_scaling.")
+            file, found["text"]["rope_scaling"], RopeScaling, "text.rope_scaling.")
     return found
 
 
-def _exactly(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str) -> dict[str, Any]:
-    problems = {"lacks": fields.keys() - raw.keys() - LATER, "has an unknown field,": raw.keys() - fields.keys()}
+def _exactly(file: Path, raw: Mapping[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:
+    fields = {field.name: _native_field(field) for field in dataclasses.fields(kind)}
+    problems = {"lacks": fields.keys() - raw.keys(), "has an unknown field,": raw.keys() - fields.keys()}
     for what, names in problems.items():
         if names:
             named = ", ".join(show_json(prefix + name) for name in sorted(names)[:5])
             raise UserError(f"{file}: not a configuration of the llava_jax layout: it {what} {named}")
-    return known(file, raw, fields, prefix)
+    return check_fields(file, raw, fields, prefix)
+
+
+def _native_field(field: dataclasses.Field) -> Field:
+    if field.name in NATIVE_RANGES:
+        return NATIVE_RANGES[field.name]
+    if field.type in (bool, str):
+        return Field(field.type)
+    if typing.get_origin(field.type) is typing.Literal:
+        return TEXT
+    if typing.get_origin(field.type) is tuple:
+        return Field(list)
+    assert field.type not in (int, float), f"{field.name} has no range"
+    return Field(dict, null=field.type == RopeScaling | None)

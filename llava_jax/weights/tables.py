@@ -86,8 +86,9 @@ PREFIXES = (
     (r"(language_model\.)?lm_head\.", "language_model.lm_head."),
 )
 
-# Constants that old versions stored, and what else a full CLIP holds.
-IGNORED = re.compile(r".*\.(position_ids|inv_freq)|text_model\..*|(text|visual)_projection\.weight|logit_scale")
+# Constants that old versions stored, text towers, and the pooling head of SigLIP.
+IGNORED = re.compile(r".*\.(position_ids|inv_freq)|text_model\..*|(text|visual)_projection\.weight|logit_(scale|bias)|"
+                     r"((vision_tower\.)?vision_model\.)?head\.(probe|attention|layernorm|mlp)\b.*")
 
 
 def hf_name(name: str) -> str:

@@ -12,6 +12,7 @@ from llava_jax.files import read_json, show_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
 from llava_jax.text.tokenizer import MOST_IDS, SPACE, Tokenizer
+from llava_jax.weights.configs import select_strategy
 from llava_jax.weights.files import write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -168,8 +169,8 @@ def _write_processor(directory: Path, config: LlavaConfig) -> None:
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE,
         "patch_size": config.vision.patch_size,
-        "num_additional_image_tokens": 1,  # the class token, which the strategy "default" takes off again
-        "vision_feature_select_strategy": "default" if config.feature_select == "patch" else "full",
+        "num_additional_image_tokens": int(config.vision.class_token),  # the strategy "default" subtracts it again
+        "vision_feature_select_strategy": select_strategy(config),
     })
 
 

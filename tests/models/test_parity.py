@@ -10,6 +10,9 @@ from llava_jax.text.encode import IMAGE_TOKEN_ID
 IMAGE = 199
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
+# The proportions of so400m: 72 numbers a head, an image that patches do not fill.
+SIGLIP = {"model_type": "siglip_vision_model", "image_size": 31, "hidden_size": 144, "intermediate_size": 200,
+          "num_attention_heads": 2}
 
 # (vision, text, LLaVA) fields that differ from the defaults of `make_llava`.
 CONFIGURATIONS = {
@@ -27,6 +30,7 @@ CONFIGURATIONS = {
     "Qwen2": ({"layer_norm_eps": 1e-3}, {"model_type": "qwen2", "num_key_value_heads": 2, "rope_theta": 1e6}, {}),
     "Mistral": ({}, {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None}, {}),
     "all biases, eps": ({}, {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2}, {}),
+    "SigLIP, heads of 72": (SIGLIP, {}, {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}),
     "linear projector": ({"num_hidden_layers": 2}, {}, {"projector_hidden_act": "linear"}),
 }
 
@@ -38,7 +42,8 @@ def text_config(**fields):
 
 
 def vision_config(**fields):
-    return transformers.CLIPVisionConfig(**{
+    return transformers.AutoConfig.for_model(**{
+        "model_type": "clip_vision_model",
         "image_size": 28, "patch_size": 7, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, **fields})
 
@@ -59,7 +64,8 @@ def make_batch(model, counts=(0, 1, 3), seed=0):
     rng = np.random.default_rng(seed)
     config = model.config
     grid = config.vision_config.image_size // config.vision_config.patch_size
-    per_image = grid**2 + (config.vision_feature_select_strategy == "full")
+    has_class = config.vision_config.model_type == "clip_vision_model"
+    per_image = grid**2 + (has_class and config.vision_feature_select_strategy == "full")
     rows = []
     for i, count in enumerate(counts):
         pieces = [rng.integers(3, IMAGE, 5 + 4 * i)]
@@ -106,9 +112,9 @@ def test_text_alone(randomise, load, call, assert_close):
     assert_close(np.asarray(found)[mask], expected[mask], 1e-4)
 
 
-@pytest.mark.parametrize("fields", [{}, {"hidden_act": "gelu", "image_size": 33, "num_attention_heads": 2}])
+@pytest.mark.parametrize("fields", [{}, {"hidden_act": "gelu", "image_size": 33, "num_attention_heads": 2}, SIGLIP])
 def test_vision_tower_alone(fields, randomise, load, call, assert_close):
-    model = randomise(transformers.CLIPVisionModel(vision_config(**fields)))
+    model = randomise(transformers.AutoModel.from_config(vision_config(**fields)))
     size = model.config.image_size
     images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     with torch.no_grad():

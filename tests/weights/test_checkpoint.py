@@ -26,6 +26,7 @@ from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models import llava
 from llava_jax.models.projector import Projector
+from llava_jax.models.vit import VisionConfig, Vit
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 from llava_jax.weights import files, load_checkpoint, load_model, save_hf, save_native
 
@@ -188,12 +189,16 @@ def make_batch():
     return tokens, rng.normal(size=(2, 1, 28, 28, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("change", ["none", "linear", "qwen2 tied", "biases"])
+@pytest.mark.parametrize("change", ["none", "linear", "qwen2 tied", "biases", "siglip"])
 def test_transformers_opens_what_is_saved(hf_dir, tmp_path, loaded, change):
     config, _ = loaded
     text = {"none": {}, "linear": {"head_dim": 20}, "qwen2 tied": {"qkv_bias": True, "tie_word_embeddings": True},
-            "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True}}[change]
+            "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True}}.get(change, {})
+    vision = config.vision
+    if change == "siglip":
+        vision = VisionConfig(28, 14, 144, 48, 2, 2, "gelu_pytorch_tanh", 1e-6, False, True, False)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, **text),
+                                 vision=vision, processor=None,
                                  projector="linear" if change == "linear" else "mlp2x_gelu",
                                  feature_select="cls_patch" if change == "biases" else "patch")
     rng = np.random.default_rng(0)
@@ -342,6 +347,23 @@ def test_a_model_that_is_not_finite_is_not_opened(hf_dir, tmp_path, name, value,
     spoil(copy, lambda t: t[name].view(-1)[3:4].fill_(value))
     with pytest.raises(UserError, match=message):
         load_checkpoint(copy, dtype=dtype)
+
+
+def test_a_siglip_is_read_without_text_tower_and_pooling_head(tmp_path):
+    vision = dict(image_size=28, patch_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4)
+    text = dict(vocab_size=50, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                max_position_embeddings=8)
+    siglip = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=text))
+    siglip.save_pretrained(tmp_path / "siglip")
+    transformers.SiglipVisionModel(siglip.config.vision_config).save_pretrained(tmp_path / "alone")
+    config, parameters = load_checkpoint(tmp_path / "siglip")
+    assert config == load_checkpoint(tmp_path / "alone")[0] == VisionConfig(
+        28, 14, 32, 48, 2, 4, "gelu_pytorch_tanh", 1e-6, class_token=False, patch_bias=True, pre_norm=False)
+    assert parameters.keys() == {f"vision/{path}" for path in llava.to_params(nnx.eval_shape(
+        lambda: Vit(config, rngs=nnx.Rngs(0))))[1]}
+    np.testing.assert_array_equal(parameters["vision/patch/bias"], siglip.vision_model.embeddings.patch_embedding.bias
+                                  .detach().numpy())
 
 
 @pytest.fixture(scope="module")

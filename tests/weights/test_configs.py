@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from llava_jax.errors import UserError
-from llava_jax.images import ImageProcessor
+from llava_jax.images import CLIP_MEAN, CLIP_STD, ImageProcessor
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
@@ -87,8 +87,9 @@ def with_vision(**fields):
     (LLAVA_7B | {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'; supported: gelu and linear"),
     (LLAVA_7B | {"quantization_config": {"bits": 4}}, "quantization_config"),
     (LLAVA_7B | {"llava_jax": {"template": "vicuna_v2"}}, "unknown template 'vicuna_v2'; did you mean 'vicuna_v1'"),
-    (with_vision(model_type="siglip_vision_model"), "vision_config.model_type is 'siglip_vision_model'"),
-    (with_vision(hidden_act="relu"), "vision_config.hidden_act is 'relu'; supported: quick_gelu and gelu"),
+    (with_vision(model_type="siglip_vision_model"), "vision_feature_select_strategy is 'default', .* no class token"),
+    (with_vision(model_type="dinov2"), "vision_config.model_type is 'dinov2'"),
+    (with_vision(hidden_act="relu"), "hidden_act is 'relu'; supported: quick_gelu and gelu and gelu_pytorch_tanh"),
     (with_vision(num_channels=1), "vision_config.num_channels is 1"),
     (with_vision(image_size=[336, 224]), r"vision_config.image_size is"),
     (with_text(model_type="gemma"), "text_config.model_type is 'gemma'; supported: llama and mistral and qwen2"),
@@ -172,13 +173,17 @@ FULL = LlavaConfig(
 TOKENS = {"image": 7, "pad": 8, "bos": 1, "eos": [2, 3]}
 
 
+SIGLIP = LlavaConfig(vision=VisionConfig(
+    70, 7, 144, 96, 3, 2, "gelu_pytorch_tanh", 1e-6, class_token=False, patch_bias=True, pre_norm=False))
+
+
 def changed(config, **fields):
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **fields))
 
 
 @pytest.mark.parametrize("config", [
     LlavaConfig(), FULL, changed(FULL, rope_scaling=RopeScaling("linear", 2.0), tie_word_embeddings=False),
-    changed(FULL, out_bias=False, mlp_bias=False)])
+    changed(FULL, out_bias=False, mlp_bias=False), SIGLIP, SIGLIP.with_image_mode("pad")])
 def test_both_layouts_keep_every_field(read, config):
     assert read(configs.native_config(config)) == config
     hub = configs.hf_config(config, TOKENS, config.text.vocab_size, "float32")
@@ -194,6 +199,7 @@ def test_both_layouts_keep_every_field(read, config):
     (dataclasses.replace(FULL, projector="identity"), "'identity' has no form"),
     (changed(FULL, qkv_bias=False), "no decoder with these biases: qkv_bias False, out_bias True"),
     (changed(FULL, out_bias=False), "no decoder with these biases"),
+    (dataclasses.replace(FULL, vision=dataclasses.replace(FULL.vision, pre_norm=False)), "no vision tower with these"),
 ])
 def test_what_hugging_face_cannot_compute(config, message):
     with pytest.raises(UserError, match=message):
@@ -202,7 +208,6 @@ def test_what_hugging_face_cannot_compute(config, message):
 
 def test_an_unknown_field_of_our_own_layout(read):
     raw = configs.native_config(FULL)
-    assert read({name: value for name, value in raw.items() if name != "exif"}).exif is False  # an older file
     with pytest.raises(UserError, match="config.json: not a configuration.*colour"):
         read(raw | {"colour": 1})
     del raw["text"]["num_heads"], raw["text"]["rope_scaling"]
@@ -263,8 +268,8 @@ CLIP_PREPARATION = {
 
 
 @pytest.mark.parametrize("name, value", [
-    ("image_mean", [0.5, 0.5, 0.5]), ("image_std", [0.5, 0.5, 0.5]), ("image_mean", 0.5), ("image_mean", [0.48] * 4),
-    ("image_mean", [None, "x", {}]), ("rescale_factor", 1 / 256), ("rescale_factor", 10**400), ("resample", 2),
+    ("image_mean", 0.5), ("image_mean", [0.48] * 4), ("image_std", [0, 1, 1]), ("image_mean", [None, "x", {}]),
+    ("rescale_factor", 1 / 256), ("rescale_factor", 10**400), ("resample", 2),
     ("do_normalize", False), ("do_rescale", False), ("do_resize", False)])
 @pytest.mark.parametrize("nested", [False, True])
 def test_images_prepared_otherwise_are_refused(tmp_path, name, value, nested):
@@ -273,7 +278,7 @@ def test_images_prepared_otherwise_are_refused(tmp_path, name, value, nested):
         file.write_text(json.dumps({"image_processor": settings} if nested else settings))
 
     write(CLIP_PREPARATION | {"do_pad": True})
-    assert configs._processor_settings(tmp_path) == {"mode": "pad"}
+    assert configs._processor_settings(tmp_path) == {"mode": "pad", "mean": CLIP_MEAN, "std": CLIP_STD}
     write(CLIP_PREPARATION | {name: value})
-    with pytest.raises(UserError, match=f"processor_config.json: {name} is .*; images are prepared with"):
+    with pytest.raises(UserError, match=f"processor_config.json: ({name} is .*; images are prepared |.*mean .*std)"):
         configs._processor_settings(tmp_path)
