@@ -1,11 +1,10 @@
 """The command `prepare check`: its text, its JSON, the file of bad rows, and exit codes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from check_data import TOKENIZER, row, run, write
+from commands import run_command
 
 from llava_jax import cli
 from llava_jax.errors import UserError
@@ -137,10 +136,9 @@ def test_exit_codes_of_the_command(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text('[{"id": 1, "conversations": []},')
     for path, code in ((good, 0), (bad, 1), (broken, 2)):
-        command = [sys.executable, "-m", "llava_jax.prepare", "check", str(path), "--json", "--workers", "0"]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        assert ran.returncode == code, ran.stderr
+        ran = run_command("prepare", "check", path, "--json", "--workers", 0)
+        assert ran.code == code, ran.err
         if code == 2:
-            assert ran.stdout == "" and "broken JSON" in ran.stderr and ran.stderr.count("\n") == 1
+            assert ran.out == "" and "broken JSON" in ran.err and ran.err.count("\n") == 1
         else:
-            assert json.loads(ran.stdout)["ok"] == (code == 0) and ran.stderr == ""
+            assert json.loads(ran.out)["ok"] == (code == 0) and ran.err == ""

@@ -1,10 +1,12 @@
 """The command line of prepare, and that what it packs trains as what it was made of."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from commands import run_command
 
 from llava_jax.data.examples import DataSpec
 from llava_jax.data.pipeline import Batches
@@ -29,9 +31,14 @@ def test_an_unknown_command_names_those_there_are():
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     for arguments in (["check", str(tmp_path / "none.json")], ["check", "--bad"], ["sample", "a"], []):
-        ended = subprocess.run([sys.executable, "-m", "llava_jax.prepare", *arguments], capture_output=True, text=True)
-        assert ended.returncode == 2 and "Traceback" not in ended.stderr
-        assert len(ended.stderr.splitlines()) == bool(arguments), ended.stderr
+        ended = run_command("prepare", *arguments)
+        assert ended.code == 2 and len(ended.err.splitlines()) == bool(arguments), ended.err
+
+
+def test_the_command_in_a_process_of_its_own(data):
+    command = [sys.executable, "-m", "llava_jax.prepare", "check", str(data), "--json", "--workers", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and json.loads(ended.stdout)["ok"]
 
 
 def test_a_packed_data_set_gives_the_same_batches(data, parts, tmp_path):

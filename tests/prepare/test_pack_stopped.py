@@ -12,7 +12,6 @@ import pytest
 import tensorflow_datasets as tfds
 from pack_data import Stopped, contents, encoded, run, stop, with_tfds, write_data
 
-from llava_jax.data.sources import open_source
 from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
 from llava_jax.prepare import pack, progress
@@ -24,18 +23,21 @@ def data(tmp_path_factory) -> str:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-# Kills itself at the N-th event: a row read, or a file given its name (before and after that).
+# Packs in children that kill themselves at their N-th event: a row read, or a file given its name (before and after
+# that). Prints the signal that ended each child, and what opening its set says.
 KILLED = """
 import os, signal, sys
+from llava_jax.data.sources import open_source
+from llava_jax.errors import UserError
 from llava_jax.prepare import shards
 from llava_jax.prepare.pack import Pack
-left = int(sys.argv[3])
+data, out = sys.argv[1:3]
+load, replace, left = shards.Examples.load, os.replace, 0
 def event():
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-load, replace = shards.Examples.load, os.replace
 def loads(*args):
     event()
     return load(*args)
@@ -43,26 +45,37 @@ def replaces(*args):
     event()
     replace(*args)
     event()
-shards.Examples.load, os.replace = loads, replaces
-Pack(data=sys.argv[1], out=sys.argv[2], shards=4, workers=0).run()
+for number in map(int, sys.argv[3:]):
+    child = os.fork()
+    if not child:
+        left, shards.Examples.load, os.replace = number, loads, replaces
+        Pack(data=data, out=out, shards=4, workers=0).run()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    try:
+        open_source(out)
+        print("opened")
+    except UserError as error:
+        print(os.WTERMSIG(status), error)
 """
 
 
 def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(data, tmp_path):
-    whole, out = contents(run(data, tmp_path / "whole" / "set")), tmp_path / "killed" / "set"
-    # Each goes on from where the one before was killed: before and after the plan got its name; in the first shard;
-    # before and after that and its note got theirs; in the third shard; before features.json got its name, and after;
-    # before dataset_info.json got its.
-    for left in (0, 1, 4, 6, 7, 8, 9, 15, 20, 1, 2):
-        killed = subprocess.run([sys.executable, "-c", KILLED, data, out, str(left)], capture_output=True, text=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        with pytest.raises(UserError, match="a pack into it has begun but not ended"):
-            open_source(str(out))
-        with pytest.raises(Exception, match="Could not read dataset info"):
-            tfds.builder_from_directory(out)
+    complete, out = contents(run(data, tmp_path / "complete" / "set")), tmp_path / "killed" / "set"
+    # Each continues where the one before was killed: before and after the plan got its name; in the first shard; before
+    # and after that and its note got theirs; in the third shard; before features.json got its name, and after; before
+    # dataset_info.json got its.
+    moments = ("0", "1", "4", "6", "7", "8", "9", "15", "20", "1", "2")
+    killed = subprocess.run([sys.executable, "-c", KILLED, data, out, *moments], capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr
+    lines = killed.stdout.splitlines()
+    assert len(lines) == len(moments)
+    assert all(line.startswith("9 ") and "a pack into it has begun but not ended" in line for line in lines), lines
+    with pytest.raises(Exception, match="Could not read dataset info"):
+        tfds.builder_from_directory(out)
     assert {"features.json", ".pack/00003.json", "dataset_info.json.part"} < set(contents(out))
     run(data, out)
-    assert contents(out) == whole
+    assert contents(out) == complete
 
 
 def test_finished_shards_are_kept(data, tmp_path, monkeypatch):
