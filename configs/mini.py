@@ -61,7 +61,7 @@ class MiniRecipe(Recipe):
 
     def finish(self, model: Path) -> None:
         """Asks the model, the model with another picture, and the model of stage 1 alone the held-out questions."""
-        from llava_jax.evaluate.runner.baselines import shown
+        from llava_jax.evaluate.runner.baselines import images_of
         from llava_jax.evaluate.runner.generation import ask
         from llava_jax.evaluate.tasks.scenes import Scenes
         from llava_jax.inference.llava import Llava
@@ -76,7 +76,7 @@ class MiniRecipe(Recipe):
         task = Scenes()
         questions = [q for q in task.load(str(self.data)) if int(Path(q.row["image"]).stem) <= TEST]
         unseen = task.load(str(self.data / "questions_unseen.jsonl"))
-        blind = shown("blind", questions, llava.config)
+        blind = images_of("blind", questions, llava.config)
         results = {}
         for name, *asked in (("trained", llava, questions), ("blind", llava, questions, blind),
                              ("stage 1 alone", aligned, questions), ("unseen pairs", llava, unseen)):
@@ -161,15 +161,15 @@ def probe(llava: "Llava", folder: str) -> dict[str, dict[str, float]]:
     """Returns shares of right answers to the probes, 0..1: in English, in Korean, and of the baselines."""
     from llava_jax.evaluate.probes.multilingual import Multilingual
     from llava_jax.evaluate.probes.spatial import Spatial, guessing
-    from llava_jax.evaluate.runner.baselines import shown
+    from llava_jax.evaluate.runner.baselines import images_of
     from llava_jax.evaluate.runner.generation import choose
     from llava_jax.evaluate.tasks.base import Answer
 
     def figures(task: "Task", baseline: "Baseline") -> dict[str, float]:
         questions = task.load(folder)
         print(f"asking {len(questions):,} questions: {task.title}, {baseline}", flush=True)
-        said = choose(llava, task, questions, 64, shown(baseline, questions, llava.config))
-        answers = [Answer(questions[one.number].id, one.text) for one in said]
+        said = choose(llava, task, questions, 64, images_of(baseline, questions, llava.config))
+        answers = [Answer(questions[one.index].id, one.text) for one in said]
         return task.score(folder, questions, answers).figures
 
     # The miniature never saw a question that names its answers.

@@ -222,7 +222,7 @@ def _digest(question: Question, tokenizer: Tokenizer) -> str:
     """Of the prompt that a LLaVA-1.5 gets from `evaluate`, where an image is one token as the original counts it."""
     llava = SimpleNamespace(template="vicuna_v1", tokenizer=tokenizer, config=SimpleNamespace(
         processor=SimpleNamespace(features_per_tile=1), text=SimpleNamespace(max_length=4096)))
-    ids = Llava.prompt_tokens(llava, generation._request(question, Task(), generation.OWN)).tolist()
+    ids = Llava.prompt_tokens(llava, generation.make_request(question, Task())).tolist()
     assert ids.count(IMAGE_TOKEN_ID) == len(question.images)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 

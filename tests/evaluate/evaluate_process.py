@@ -6,9 +6,9 @@ import sys
 
 from llava_jax import cli
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.runner.answer_file import AnswerFile
+from llava_jax.json_lines import JsonLinesFile
 
-left, add = int(sys.argv[1]), AnswerFile.add
+left, add = int(sys.argv[1]), JsonLinesFile.append
 
 
 def add_and_die(self, line):
@@ -20,6 +20,6 @@ def add_and_die(self, line):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-AnswerFile.add = add_and_die
+JsonLinesFile.append = add_and_die
 sys.argv[1:2] = []
 cli.run(evaluate.main)

@@ -3,15 +3,16 @@
 import json
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import answer_file
-from llava_jax.evaluate.runner.answer_file import AnswerFile, make_line
+from llava_jax.evaluate.runner.answer_file import make_line
+from llava_jax.evaluate.runner.answer_folder import chunk
 from llava_jax.evaluate.tasks.base import Question
+from llava_jax.files import write_json_lines
+from llava_jax.json_lines import JsonLinesFile
 
 ALIKE = Question("a", "Is it?")
 QUESTIONS = [ALIKE, Question("a", "Is it not?"), Question(7, "Which?", prompt="Which one?"), ALIKE, Question("b", "B?"),
@@ -40,35 +41,34 @@ def test_what_is_written_is_read(tmp_path):
     path = str(tmp_path / "answers.jsonl")
     texts = ["é漢🙂", "\ud800", "a\nb\u2028c\r", ""]
     written = [make_line(question, text, "m") for question, text in zip(QUESTIONS, texts, strict=False)]
-    with AnswerFile(path) as file:
-        assert file.lines == [] and file.mended == 0
+    with JsonLinesFile(path) as file:
         for line in written:
-            file.add(line)
+            file.append(line)
             assert answer_file.read(path)[0][-1] == line  # at once
     assert answer_file.read(path) == (written, [])
     assert [json.loads(line) for line in open(path, "rb")] == written
-    answer_file.write(path, written[:2])
+    write_json_lines(path, written[:2])
     assert answer_file.read(path)[0] == written[:2]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30, 100])
 def test_a_broken_last_line_is_told_and_mended(tmp_path, cut):
     path, given = str(tmp_path / "answers.jsonl"), lines()
-    answer_file.write(path, given)
+    write_json_lines(path, given)
     os.truncate(path, os.path.getsize(path) - cut)
     if cut == 1:  # only the newline is missing
         assert answer_file.read(path) == (given, [])
-        with AnswerFile(path) as file:
-            file.add(given[0])
+        with JsonLinesFile(path) as file:
+            file.append(given[0])
         assert answer_file.read(path)[0] == [*given, given[0]]
         return
     with pytest.raises(UserError, match=r"answers\.jsonl, line 6: the last line is broken off.*--partial"):
         answer_file.read(path)
     whole, notes = answer_file.read(path, partial=True)
     assert whole == given[:-1] and "broken off" in notes[0]
-    with AnswerFile(path) as file:
-        assert file.lines == given[:-1] and file.mended == len(json.dumps(given[-1], ensure_ascii=False)) + 1 - cut
-        file.add(given[-1])
+    with JsonLinesFile(path) as file:
+        assert file.dropped == len(json.dumps(given[-1], ensure_ascii=False)) + 1 - cut
+        file.append(given[-1])
     assert answer_file.read(path) == (given, [])
 
 
@@ -82,8 +82,6 @@ def test_another_broken_line_is_an_error(tmp_path, bad):
     for partial in (False, True):
         with pytest.raises(UserError, match=r"answers\.jsonl, line 3: not "):
             answer_file.read(str(path), partial)
-    with pytest.raises(UserError, match="line 3"):
-        AnswerFile(str(path))
 
 
 def test_missing_and_empty_files(tmp_path):
@@ -92,36 +90,6 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "x").write_text("\n")
     with pytest.raises(UserError, match="has no answers"):
         answer_file.read(str(tmp_path / "x"))
-
-
-def test_one_process_writes_at_a_time(tmp_path):
-    path = str(tmp_path / "answers.jsonl")
-    other = "import sys; from llava_jax.evaluate.runner.answer_file import AnswerFile; AnswerFile(sys.argv[1])"
-    with AnswerFile(path):
-        process = subprocess.run([sys.executable, "-c", other, path], capture_output=True, text=True)
-        assert "another process is writing to it" in process.stderr
-    assert subprocess.run([sys.executable, "-c", other, path]).returncode == 0
-
-
-def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
-    path, given = str(tmp_path / "answers.jsonl"), lines()
-    with AnswerFile(path) as file:
-        file.add(given[0])
-        whole, calls = os.write, []
-
-        def full(descriptor, data):
-            calls.append(data)
-            if len(calls) > 1:
-                raise OSError(28, "No space left on device")
-            return whole(descriptor, data[:10])
-
-        monkeypatch.setattr(os, "write", full)
-        with pytest.raises(UserError, match=r"answers\.jsonl: No space left"):
-            file.add(given[1])
-        monkeypatch.undo()
-        assert answer_file.read(path) == (given[:1], [])
-        file.add(given[1])
-    assert answer_file.read(path) == (given[:2], [])
 
 
 def test_lines_find_their_questions_in_any_order():
@@ -198,7 +166,7 @@ def test_order_matters_where_it_does():
 @pytest.mark.parametrize("count", [1, 5, 7, 100])
 def test_chunks_are_the_originals(count):
     for chunks in (1, 2, 3, 7, 11):
-        parts = [list(answer_file.chunk(count, chunks, index)) for index in range(chunks)]
+        parts = [list(chunk(count, chunks, index)) for index in range(chunks)]
         assert sum(parts, []) == list(range(count))
         size = -(-count // chunks)
         assert [part for part in parts if part] == [list(range(count))[i : i + size] for i in range(0, count, size)]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llava_jax.errors import UserError
-from llava_jax.evaluate.runner.baselines import shown, shuffle
+from llava_jax.evaluate.runner.baselines import images_of, shuffle
 from llava_jax.evaluate.tasks.base import Question
 from llava_jax.images import ImageProcessor
 
@@ -54,7 +54,7 @@ def test_pictures_are_shuffled_in_different_ways():
 def test_the_tower_sees_the_shuffled_patches_and_no_others(mode, tmp_path):
     Image.fromarray(noise(40, 90)).save(tmp_path / "a.png")
     question = Question(0, "", (str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()))
-    pictures = shown("shuffled", [question], config(mode=mode))(question)
+    pictures = images_of("shuffled", [question], config(mode=mode))(question)
     [tile] = ImageProcessor(28, mode)(Image.open(tmp_path / "a.png"))
     for picture in pictures:
         [seen] = ImageProcessor(28, mode)(picture)
@@ -64,14 +64,14 @@ def test_the_tower_sees_the_shuffled_patches_and_no_others(mode, tmp_path):
 
 def test_the_blind_see_each_a_picture_of_another_question():
     questions = [Question(n, "", images) for n, images in enumerate([("b",), ("a",), ("b",), (), ("c", "d"), (b"e",)])]
-    show = shown("blind", questions, config())
+    show = images_of("blind", questions, config())
     seen = [show(question) for question in questions]
     assert all(theirs != question.images for question, theirs in zip(questions, seen, strict=True) if question.images)
     assert seen[0] == seen[2] and seen[3] == ()
     assert set(seen) == {question.images for question in questions}  # all pictures are shown, to other questions
-    assert shown("none", questions, config())(questions[4]) == ("c", "d")
+    assert images_of("none", questions, config())(questions[4]) == ("c", "d")
 
 
 def test_one_picture_alone_cannot_be_swapped():
     with pytest.raises(UserError, match="the same picture"):
-        shown("blind", [Question(0, "", ("a",)), Question(1, "", ("a",))], config())
+        images_of("blind", [Question(0, "", ("a",)), Question(1, "", ("a",))], config())

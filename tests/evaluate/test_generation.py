@@ -9,7 +9,7 @@ from PIL import Image
 import llava_jax
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import generation
-from llava_jax.evaluate.runner.answer_file import NOT_ASKED, make_line
+from llava_jax.evaluate.runner.answer_file import NOT_ASKED
 from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
 from llava_jax.inference.llava import Llava, Request
 from llava_jax.text import templates
@@ -61,8 +61,8 @@ def alone(llava, question, **options):
 
 def test_answers_are_those_of_each_question_alone(llava, questions):
     said = list(generation.generate(llava, Twice(), questions, 4))
-    assert sorted(one.number for one in said) == list(range(13)) != [one.number for one in said]
-    texts = {one.number: one.text for one in said}
+    assert sorted(one.index for one in said) == list(range(13)) != [one.index for one in said]
+    texts = {one.index: one.text for one in said}
     for number in (0, 5):  # without an image, and with one, another limit and a second time; all would take long
         question = questions[number]
         wanted = alone(llava, question, **({"max_new_tokens": 20} if number == 5 else {}))
@@ -75,7 +75,7 @@ def test_answers_are_those_of_each_question_alone(llava, questions):
 
 
 def test_the_likeliest_choice_is_taken(llava, questions):
-    said = {one.number: one for one in generation.choose(llava, Twice(), questions, 4)}
+    said = {one.index: one for one in generation.choose(llava, Twice(), questions, 4)}
     for number, question in enumerate(questions):
         scores = llava.log_likelihood({"messages": question.text, "images": question.images}, question.choices)
         assert said[number].text == question.choices[int(np.argmax(scores))]
@@ -112,7 +112,7 @@ def test_other_pictures_are_shown_where_asked(llava, questions):
     assert answers[2].text == alone(llava, replace(questions[2], images=last))
     for number, own in enumerate(generation.choose(llava, Twice(), questions[:3], 4)):
         other = list(generation.choose(llava, Twice(), questions[:3], 4, shown))[number]
-        assert (other.metadata == own.metadata) == (not questions[own.number].images)
+        assert (other.metadata == own.metadata) == (not questions[own.index].images)
 
 
 def test_questions_that_cannot_be_asked_are_named_before_the_first_is(llava, questions, tmp_path):
@@ -143,7 +143,7 @@ def test_a_question_beyond_the_context_is_answered_empty_and_the_others_as_ever(
         llava, Request(text := "Why not? " * n, verbatim=True, assistant_prefix=" and" * 9)))
     later = replace(questions[1], id="later", text=edge[: -len("Why not? ")], images=(), max_new_tokens=10)
     asked = [questions[0], long, questions[2], later, *questions[3:5]]
-    said = {one.number: one for one in generation.generate(llava, Twice(), asked, 4)}
+    said = {one.index: one for one in generation.generate(llava, Twice(), asked, 4)}
     assert sorted(said) == list(range(6))
     assert said[1].text == "" and f"the model's context holds {context:,}" in said[1].metadata[NOT_ASKED]
     first, _, second = said[3].text.partition(" + ")
@@ -158,26 +158,6 @@ def test_choices_beyond_the_context_are_not_scored(llava, questions, cut):
     """The longest choice decides; with one word less it fits."""
     size = next(n for n in range(1000) if generation.too_long(llava, Request(" word" * n, verbatim=True)))
     long = Question("long", " word" * (size - 1 - cut), choices=("A", "word")[: 2 - cut])
-    said = {one.number: one for one in generation.choose(llava, Twice(), [questions[0], long, questions[1]], 4)}
+    said = {one.index: one for one in generation.choose(llava, Twice(), [questions[0], long, questions[1]], 4)}
     assert sorted(said) == [0, 1, 2] and said[0].text in questions[0].choices and said[2].text in questions[1].choices
     assert bool(said[1].text) == (NOT_ASKED not in said[1].metadata) == bool(cut)
-
-
-def test_a_running_score_counts_what_is_answered_from_the_start(monkeypatch, questions):
-    clock = [100.0]
-    monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
-    lines = [make_line(question, "x", "m") for question in questions]
-    score = generation.RunningScore(Twice(), "", questions, [lines[0], None, lines[2], *[None] * 10])
-    for number in (1, 5, 3):
-        clock[0] += 10
-        score.add(number, lines[number])
-    # Scored up to question 3, which has no score: 0, 1, 0.
-    assert score.text == "33.3 % right so far"
-    clock[0] += 1
-    score.add(4, lines[4])  # too soon
-    assert "33.3 %" in score.text
-    clock[0] += 100
-    score.add(6, lines[6])
-    clock[0] += 10_000
-    score.add(7, lines[7])
-    assert "42.9 % right" in score.text  # 0, 1, 0, -, 0, 1, 0, 1

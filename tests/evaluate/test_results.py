@@ -158,13 +158,13 @@ def test_rows_find_their_items():
     """Items of another order than the answers, and some that are missing; ids that are doubled."""
     lines = [{"question_id": id, "text": str(n)} for n, id in enumerate(["a", "b", "a", "c"])]
     items = [ScoredAnswer("b", 0.5), ScoredAnswer("a", 0.1), ScoredAnswer("a", 0.2)]
-    rows = results.rows_of(Scores({}, "", items), lines)
+    rows = results.item_rows(Scores({}, "", items), lines)
     assert [row["score"] for row in rows] == [0.1, 0.5, 0.2, None]
 
 
 def test_figures_stand_beside_the_published(data):
     scores = Scores({"IMG-accuracy": 66.75, "Avg": 70.123, "other": 1}, "IMG-accuracy")
-    table = results.beside(scores, "mine", published.published_results()["scienceqa"])
+    table = results.beside_published(scores, "mine", published.published_results()["scienceqa"])
     by_name = {row[0]: dict(zip(table[0], row, strict=True)) for row in table}
     assert by_name["mine"]["IMG-accuracy"] == "66.75" and by_name["mine"]["Avg"] == "70.12"
     assert by_name["LLaVA-1.5 7B"]["IMG-accuracy"] == "66.8" and by_name["LLaVA + GPT-4, judge"]["Avg"] == "92.53"

@@ -1,4 +1,4 @@
-"""What a model scores without seeing: the same questions with another picture, or with the picture's patches mixed."""
+"""Baselines of a model that does not see: another question's image, or the image's patches in random order."""
 
 import random
 import zlib
@@ -15,19 +15,18 @@ from llava_jax.image_files import open_image
 from llava_jax.models.llava import LlavaConfig
 
 Baseline = Literal["none", "blind", "shuffled"]
-Shown = tuple[str | bytes | Image.Image, ...]
+Images = tuple[str | bytes | Image.Image, ...]
 
 
-def shown(baseline: Baseline, questions: Sequence[Question], config: LlavaConfig) -> Callable[[Question], Shown]:
-    """What a model with this `config` is shown with each of `questions`: the question's own images ("none"), or
+def images_of(baseline: Baseline, questions: Sequence[Question], config: LlavaConfig) -> Callable[[Question], Images]:
+    """Returns the function that gives the images which a model with this `config` sees with each of `questions`.
 
-    - "blind": those of another question, the next in the order of their paths (the first ones after the last). What is
-      right then comes from the questions alone.
-    - "shuffled": its own as the vision tower would see them, with the tower's patches in random places. What is right
-      then needs no more than a bag of patches. The places come from the picture's pixels: they are the same whatever is
-      asked of a picture, and others for each picture.
+    - "none": the question's own images.
+    - "blind": those of another question, the next one in the order of their paths. Right answers come from the text.
+    - "shuffled": the question's own, with the vision tower's patches in random order. Right answers need only a bag of
+      patches. The order depends on the pixels alone, so it is the same for all questions about an image.
 
-    UserError for "blind" if all questions have the same images.
+    Raises UserError for "blind" if all questions have the same images.
     """
     if baseline == "blind":
         sets = sorted({question.images for question in questions if question.images}, key=str)
@@ -36,24 +35,22 @@ def shown(baseline: Baseline, questions: Sequence[Question], config: LlavaConfig
         others = dict(zip(sets, sets[1:] + sets[:1], strict=True))
         return lambda question: others.get(question.images, ())
     if baseline == "shuffled":
-        return lambda question: tuple(_shuffled(image, config) for image in question.images)
+        return lambda question: tuple(_shuffle_image(image, config) for image in question.images)
     return lambda question: question.images
 
 
 def shuffle(tile: UInt8[np.ndarray, "side side 3"], patch: int) -> UInt8[np.ndarray, "side side 3"]:
-    """A tile whose squares of `patch` pixels have changed places; what is left at its right and lower edge stays."""
+    """Returns a tile with its squares of `patch` pixels in random order. Incomplete squares at the edges stay."""
     count = len(tile) // patch
-    whole = count * patch
-    patches = tile[:whole, :whole].reshape(count, patch, count, patch, 3).swapaxes(1, 2).reshape(-1, patch, patch, 3)
+    side = count * patch
+    patches = tile[:side, :side].reshape(count, patch, count, patch, 3).swapaxes(1, 2).reshape(-1, patch, patch, 3)
     order = random.Random(zlib.crc32(tile.tobytes())).sample(range(len(patches)), len(patches))
     mixed = tile.copy()
-    mixed[:whole, :whole] = (
-        patches[order].reshape(count, count, patch, patch, 3).swapaxes(1, 2).reshape(whole, whole, 3)
-    )
+    mixed[:side, :side] = patches[order].reshape(count, count, patch, patch, 3).swapaxes(1, 2).reshape(side, side, 3)
     return mixed
 
 
-def _shuffled(image: str | bytes, config: LlavaConfig) -> Image.Image:
-    """`prepare` leaves this picture as it is, for it has the tower's size."""
+def _shuffle_image(image: str | bytes, config: LlavaConfig) -> Image.Image:
+    """Returns the image as the tower sees it, shuffled. It has the tower's size, so processing does not change it."""
     [tile] = config.processor(open_image(image, config.exif))
     return Image.fromarray(shuffle(tile, config.vision.patch_size))

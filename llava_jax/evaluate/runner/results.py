@@ -1,4 +1,4 @@
-"""What comes of a run: figures, items and settings as JSON, a Markdown table, a page; beside the published figures."""
+"""Writes the results of a run beside the published figures: JSON, JSON lines, a Markdown table and a page."""
 
 import dataclasses
 import datetime
@@ -16,14 +16,14 @@ from llava_jax.evaluate.runner.answer_file import Line, match
 from llava_jax.evaluate.runner.published import PublishedResult, published_results
 from llava_jax.evaluate.runner.tables import markdown, number
 from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
-from llava_jax.files import atomic_write
+from llava_jax.files import write_file
 
-SAMPLED = 4096  # bytes of each of SAMPLES places of a file of weights, from which its hash is made
-SAMPLES = 256
+SAMPLE_BYTES, NUM_SAMPLES = 4096, 256
+"""Size and number of the samples of a large weight file that its hash is made of."""
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
-    """Of what the model is shown: a run with other questions is another run."""
+    """Returns a hash of everything that the model is shown."""
     digest = hashlib.sha256()
     for question in questions:
         images = [hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else os.path.basename(image)
@@ -34,7 +34,7 @@ def hash_questions(questions: Sequence[Question]) -> str:
 
 
 def hash_model(folder: str) -> str:
-    """Of a model's files: names, sizes, and their bytes; of large ones some of each part."""
+    """Returns a hash of a model's files: names, sizes and contents, of large files samples of the contents."""
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -43,17 +43,17 @@ def hash_model(folder: str) -> str:
         size = os.path.getsize(path)
         digest.update(f"{name} {size}\n".encode())
         with open(path, "rb") as file:
-            if size <= SAMPLED * SAMPLES:
+            if size <= SAMPLE_BYTES * NUM_SAMPLES:
                 digest.update(file.read())
                 continue
-            for i in range(SAMPLES):
-                file.seek((size - SAMPLED) * i // (SAMPLES - 1))
-                digest.update(file.read(SAMPLED))
+            for i in range(NUM_SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Of what may change an answer or a score."""
+    """Returns the versions of the packages that can change an answer or a score."""
     names = ("llava_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "transformers", "tokenizers")
     found = {}
     for name in names:
@@ -64,8 +64,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def rows_of(scores: Scores, lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """One row for each answer: what was asked, what was said, and how that was scored."""
+def item_rows(scores: Scores, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Returns one row per answer: prompt, text and score."""
     items: dict[Any, deque[ScoredAnswer]] = defaultdict(deque)
     for item in scores.items:
         items[item.id].append(item)
@@ -78,23 +78,16 @@ def rows_of(scores: Scores, lines: Sequence[Line]) -> list[dict[str, Any]]:
     return rows
 
 
-def write(
-    folder: str,
-    task: Task,
-    settings: Mapping[str, Any],
-    questions: Sequence[Question],
-    lines: Sequence[Line],
-    scores: Scores,
-    uploads: Sequence[str],
-) -> list[str]:
-    """Writes results.json, items.jsonl, results.md and results.html; returns their paths.
+def write(folder: str, task: Task, settings: Mapping[str, Any], questions: Sequence[Question], lines: Sequence[Line],
+          scores: Scores, uploads: Sequence[str]) -> list[str]:
+    """Writes results.json, items.jsonl, results.md and results.html. Returns their paths.
 
     Args:
-      settings: name, benchmark, data, options, model ..., as they stand in results.json.
-      lines: the answers as the file has them.
-      uploads: the files that the benchmark's server takes.
+      settings: Name, benchmark, data, options, model ..., as in results.json.
+      lines: Lines of the answer file.
+      uploads: Files for the benchmark's server.
     """
-    others, rows = published_results().get(settings["benchmark"], ()), rows_of(scores, lines)
+    published, rows = published_results().get(settings["benchmark"], ()), item_rows(scores, lines)
     result = {
         **settings,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -105,29 +98,27 @@ def write(
         "figures": dict(scores.figures),
         "notes": list(scores.notes),
         "uploads": [os.path.relpath(path, folder) for path in uploads],
-        "published": [dataclasses.asdict(other) for other in others],
+        "published": [dataclasses.asdict(row) for row in published],
     }
-    table, places = beside(scores, result["name"], others), match(questions, lines)
-    sources = ["Published: " + "; ".join(dict.fromkeys(other.source for other in others))] if others else []
-    figures = [["figure", result["name"]], *([name, number(value)] for name, value in scores.figures.items())]
-    images = [() if place is None else questions[place].images for place in places]
+    table, figures = beside_published(scores, result["name"], published), figure_table(scores, result["name"])
+    sources = ["Published: " + "; ".join(dict.fromkeys(row.source for row in published))] if published else []
+    images = [() if index is None else questions[index].images for index in match(questions, lines)]
+    page = results_page.render_page(task.title, about(result), table, figures, [*sources, *scores.notes],
+                                    list(map(results_page.make_card, rows, images)),
+                                    task.resolve_image_root(settings["data"]))
     contents = {
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "results.md": _markdown(task, result, table, figures, sources),
-        "results.html": results_page.render_page(
-            task.title, about(result), table, figures, [*sources, *scores.notes],
-            list(map(results_page.make_card, rows, images)), task.resolve_image_root(settings["data"])),
+        "results.html": page,
         "results.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n",
     }
-    paths = [os.path.join(folder, name) for name in contents]
-    for path, content in zip(paths, contents.values(), strict=True):
-        with atomic_write(path) as file:
-            file.write(content.encode(errors="backslashreplace"))
-    return paths
+    for name, content in contents.items():
+        write_file(os.path.join(folder, name), content)
+    return [os.path.join(folder, name) for name in contents]
 
 
 def about(result: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader must know of a run, by name."""
+    """Returns the settings of a run that a reader must know, by name."""
     model = result.get("model") or {}
     chosen = {name: value for name, value in result["options"].items() if value not in ("", False)}
     facts = {
@@ -148,13 +139,18 @@ def about(result: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def beside(scores: Scores, name: str, others: Sequence[PublishedResult]) -> list[list[str]]:
-    """A table: the run's figure by which it is known and those that were published, then others' figures."""
-    columns = list(dict.fromkeys(figure for other in others for figure in other.figures))
+def beside_published(scores: Scores, name: str, published: Sequence[PublishedResult]) -> list[list[str]]:
+    """Returns a table of the run's main figure and those of published ones, then the published results."""
+    columns = list(dict.fromkeys(figure for row in published for figure in row.figures))
     if scores.main and scores.main not in columns:
         columns.insert(0, scores.main)
     return [["", *columns], [name, *(number(scores.figures.get(figure)) for figure in columns)],
-            *([other.model, *map(other.cell, columns)] for other in others)]
+            *([row.model, *map(row.cell, columns)] for row in published)]
+
+
+def figure_table(scores: Scores, name: str) -> list[list[str]]:
+    """Returns a table of all figures."""
+    return [["figure", name], *([figure, number(value)] for figure, value in scores.figures.items())]
 
 
 def _markdown(task: Task, result: Mapping[str, Any], table: Sequence[Sequence[str]],
