@@ -21,7 +21,7 @@ from llava_jax.inference.shapes import batch_key
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, from_params
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
-from llava_jax.text.encode import IMAGE_TOKEN_ID, answer_ends, encode_prompt
+from llava_jax.text.encode import IMAGE_TOKEN_ID, eos_ids_and_texts, encode_prompt
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llava_jax.weights.checkpoint import load_checkpoint, read_config
 
@@ -97,7 +97,7 @@ class Llava:
         self.attention = choose_attention(attention, platform, config, dtype)
         graph, _ = abstract_params(config, dtype, self.attention)
         self._logits = jax.jit(lambda parameters, *inputs: from_params(graph, parameters)(*inputs))
-        eos_ids, self._stop = answer_ends(config.template, tokenizer)
+        eos_ids, self._stop = eos_ids_and_texts(config.template, tokenizer)
         self._engine = Engine(graph, parameters, eos_ids, mesh)
 
     @property

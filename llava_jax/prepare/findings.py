@@ -84,7 +84,7 @@ class Chunk(NamedTuple):
 class Words:
     """Replaces the tokenizer if none is known: it finds what is supervised, but counts words instead of tokens."""
 
-    adds_bos, bos_id, puts_blank = False, None, False
+    adds_bos, bos_id, adds_prefix_space = False, None, False
 
     def tokenize(self, text: str) -> Tokens:
         positions = [match.span() for match in re.finditer(r"\s+|\S+", text)]

@@ -17,7 +17,7 @@ from llava_jax.image_files import open_header, open_image, read_image
 from llava_jax.pages import page
 from llava_jax.pages.thumbnails import make_thumbnail
 from llava_jax.prepare.settings import Settings
-from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, lay_out, place_tokens
+from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, conversation_spans, tokenize_spans
 
 MAX_ORIGINAL_SIDE, MIN_TILE_SIDE = 144, 224
 """Pixels of the longer side of an original image, and of a tile after it is enlarged."""
@@ -68,10 +68,10 @@ def render_page(title: str, about: Mapping[str, str], records: Sequence[PreviewR
 
 def align_tokens(turns: Sequence[Mapping[str, str]], example: EncodedRecord, settings: Settings) -> list[TokenText]:
     """Divides a rendered conversation among the tokens that `encode_conversation` made of it."""
-    laid_out = lay_out(turns, settings.template)
+    laid_out = conversation_spans(turns, settings.template)
     text = "".join(span.text for span in laid_out)
     parts, ids, position, counts = [], [], 0, (len(layout.index) for layout in example.layouts)
-    for token, (start, end) in zip(*place_tokens(laid_out, settings.tokenizer), strict=True):
+    for token, (start, end) in zip(*tokenize_spans(laid_out, settings.tokenizer), strict=True):
         if start > position:
             parts.append(TokenText(text[position:start], None, False))
             position = start

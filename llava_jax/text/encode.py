@@ -1,4 +1,4 @@
-"""Conversations to tokens and labels, for training and for prompts."""
+"""Turns conversations into tokens and labels, for training and for prompts."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -11,24 +11,26 @@ from llava_jax.errors import UserError
 from llava_jax.text.templates import IMAGE, Span, Template, check_text, get, read_messages, spans
 from llava_jax.text.tokenizer import Tokenizer, Tokens
 
-IMAGE_TOKEN_ID = -200  # stands at every visual token's place; never looked up in an embedding table
-IGNORE = -100  # label of what is not learned
+IMAGE_TOKEN_ID = -200
+"""Id at the position of every visual token; never looked up in an embedding table."""
+IGNORE = -100
+"""Label of a token that is not supervised."""
 
 
 class NoSupervisedTokens(UserError):
-    """A conversation from which nothing is learned."""
+    """Raised for a conversation without supervised tokens."""
 
 
 class TooLong(UserError):
-    """A conversation with more tokens than allowed. It is never cut: a cut could fall inside an image."""
+    """Raised for a conversation with more tokens than allowed. It is never cut, because a cut could split an image."""
 
 
 class ImageCount(UserError):
-    """A conversation whose number of `<image>` marks differs from the number of images."""
+    """Raised if the number of `<image>` marks differs from the number of images."""
 
 
 class Example(NamedTuple):
-    """One conversation. `labels[t]` is `tokens[t]` where that token is to be learned (not shifted), else IGNORE."""
+    """Holds one conversation. `labels[t]` is `tokens[t]` if that token is supervised (not shifted), else IGNORE."""
 
     tokens: Int32[np.ndarray, "T"]
     labels: Int32[np.ndarray, "T"]
@@ -41,26 +43,26 @@ def encode_conversation(
     visual_tokens: int | Sequence[int] = 576,
     max_length: int | None = None,
 ) -> Example:
-    """Tokens and labels of one conversation: answers and what ends them are learned, nothing else.
+    """Returns tokens and labels of one conversation. Answers and the text that ends them are supervised, nothing else.
 
-    As LLaVA does: a first turn that is not human is dropped; the text is cut at each `<image>` and the pieces are
-    tokenized apart. Labels are told from where a token stands in the text, so no answer is lost to a tokenizer that
-    merges differently in another context. The formats of the first LLaVA learn a little more (`Template.signs`).
+    As in LLaVA, a first turn that is not human is dropped, and the text is cut at each `<image>` into pieces that are
+    tokenized separately. Labels follow from the offsets of tokens in the text, so they do not depend on how a tokenizer
+    merges characters. The formats of the first LLaVA supervise a little more (`Template.signs`).
 
     Args:
-      turns: [{"from": "human" | "gpt", "value": str}, ...], alternating. A value with exactly one `<image>` gets it
-        moved to its front, followed by a newline; a value with several keeps each where it stands. A first turn from
-        "system" replaces the template's system text. An answer with "loss": False is read and not learned.
+      turns: [{"from": "human" | "gpt", "value": str}, ...], alternating. In a value with exactly one `<image>` the mark
+        is moved to the front, followed by a newline; a value with several keeps their positions. A first turn from
+        "system" replaces the template's system text. An answer with "loss": False is not supervised.
       template: a name of `templates.TEMPLATES`, or a template.
       visual_tokens: number of visual tokens of every image, or a sequence with one number for each `<image>`.
-      max_length: the most tokens allowed.
+      max_length: largest number of tokens allowed.
 
     Raises NoSupervisedTokens, TooLong, ImageCount, and UserError that names an invalid turn.
     """
-    example = _encode(lay_out(turns, template), tokenizer, visual_tokens)
+    example = _encode(conversation_spans(turns, template), tokenizer, visual_tokens)
     if not (example.labels != IGNORE).any():
-        left_out = " that is to be learned" if any(turn.get("loss") is False for turn in turns) else ""
-        raise NoSupervisedTokens(f"nothing to learn: the conversation has no answer with text{left_out}")
+        masked = " that is to be learned" if any(turn.get("loss") is False for turn in turns) else ""
+        raise NoSupervisedTokens(f"nothing to learn: the conversation has no answer with text{masked}")
     if max_length is not None and len(example.tokens) > max_length:
         over = len(example.tokens) - max_length
         raise TooLong(f"{len(example.tokens)} tokens, {over} more than max_length {max_length}")
@@ -98,8 +100,8 @@ def encode_prompt(
     return _encode(laid_out, tokenizer, visual_tokens).tokens
 
 
-def answer_ends(template: str | Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
-    """What ends an answer when the model writes one: token ids, and texts where the end is no token of its own."""
+def eos_ids_and_texts(template: str | Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Returns what ends a generated answer: token ids, and a text if the template's end is no token of its own."""
     template = get(template)
     end = tokenizer.special_id(template.end)
     ids = frozenset(token for token in (tokenizer.eos_id, end) if token is not None)
@@ -107,7 +109,7 @@ def answer_ends(template: str | Template, tokenizer: Tokenizer) -> tuple[frozens
 
 
 def _read_turns(turns: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tuple[str, str]], set[int]]:
-    """The system text, if there is one; the turns from the first human one on; which of these are not learned."""
+    """Returns the system text if there is one, the turns from the first human one on, and the unsupervised of these."""
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     read = []
     for i, turn in enumerate(turns):
@@ -128,48 +130,48 @@ def _read_turns(turns: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tu
     return system, read, {i for i, turn in enumerate(turns[dropped:]) if turn.get("loss") is False}
 
 
-def lay_out(turns: Sequence[Mapping[str, Any]], template: str | Template) -> list[Span]:
-    """The spans of a conversation in training. Raises as `encode_conversation` does where it is none."""
-    system, read, unlearned = _read_turns(turns)
-    return spans(read, get(template), system, unlearned=unlearned)
+def conversation_spans(turns: Sequence[Mapping[str, Any]], template: str | Template) -> list[Span]:
+    """Returns the spans of a training conversation. Raises as `encode_conversation` does for an invalid one."""
+    system, read, unsupervised = _read_turns(turns)
+    return spans(read, get(template), system, unsupervised=unsupervised)
 
 
-def place_tokens(laid_out: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
-    """Tokens of a conversation and their places in its text; of an image one token, of a BOS the place (-1, -1).
+def tokenize_spans(laid_out: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
+    """Tokenizes a conversation. An image is one token; a BOS token has the offsets (-1, -1).
 
-    The text is cut at each `<image>`, as in LLaVA, and also where an answer starts: whatever it starts with, no token
-    of the opening changes, so that a prompt is the beginning of what is trained on. LLaMA's tokenizers need no such
-    cut: none of their tokens reaches across that place, and each cut would cost a blank.
+    The text is cut at each `<image>`, as in LLaVA, and where an answer starts. So no token reaches from the prompt into
+    the answer, and a prompt is a prefix of its training sequence. LLaMA's tokenizers need no cut at answers, because
+    none of their tokens reaches across; each cut would add a space.
     """
     text = "".join(span.text for span in laid_out)
     starts = np.cumsum([0, *(len(span.text) for span in laid_out)]).tolist()
-    cuts = [] if tokenizer.puts_blank else [at for at, span in zip(starts, laid_out, strict=False) if span.cut]
-    ids, places = [tokenizer.bos_id] * tokenizer.adds_bos, [(-1, -1)] * tokenizer.adds_bos
-    begin = 0
+    cuts = [] if tokenizer.adds_prefix_space else [at for at, span in zip(starts, laid_out, strict=False) if span.cut]
+    ids, offsets = [tokenizer.bos_id] * tokenizer.adds_bos, [(-1, -1)] * tokenizer.adds_bos
+    start = 0
     for i, piece in enumerate(text.split(IMAGE)):
         if i:
             ids.append(IMAGE_TOKEN_ID)
-            places.append((begin - len(IMAGE), begin))
-        end = begin + len(piece)
-        for start, stop in itertools.pairwise([begin, *(cut for cut in cuts if begin < cut < end), end]):
-            tokens = tokenizer.tokenize(text[start:stop])
+            offsets.append((start - len(IMAGE), start))
+        end = start + len(piece)
+        for first, last in itertools.pairwise([start, *(cut for cut in cuts if start < cut < end), end]):
+            tokens = tokenizer.tokenize(text[first:last])
             ids += tokens.ids
-            places += [(start + first, start + last) for first, last in tokens.places]
-        begin = end + len(IMAGE)
-    return Tokens(ids, places)
+            offsets += [(first + a, first + b) for a, b in tokens.offsets]
+        start = end + len(IMAGE)
+    return Tokens(ids, offsets)
 
 
 def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int]) -> Example:
-    ids, places = place_tokens(laid_out, tokenizer)
+    ids, offsets = tokenize_spans(laid_out, tokenizer)
     tokens = np.array(ids, np.int32)
-    first, last = np.array(places, np.int64).reshape(-1, 2).T
+    first, last = np.array(offsets, np.int64).reshape(-1, 2).T
     ends = np.cumsum([len(span.text) for span in laid_out])
-    stretches = [(end - len(span.text), end) for span, end in zip(laid_out, ends, strict=True) if span.learned]
-    edges = np.array(stretches, np.int64).ravel()
-    # A token that reaches into what is learned belongs to it.
-    learned = _inside(first, edges) | (_inside(last - 1, edges) & (last > first))
-    labels = np.where(learned & (tokens != IMAGE_TOKEN_ID), tokens, np.int32(IGNORE))
+    ranges = [(end - len(span.text), end) for span, end in zip(laid_out, ends, strict=True) if span.supervised]
+    edges = np.array(ranges, np.int64).ravel()
+    # A token that reaches into a supervised span belongs to it.
+    supervised = _inside(first, edges) | (_inside(last - 1, edges) & (last > first))
     images = tokens == IMAGE_TOKEN_ID
+    labels = np.where(supervised & ~images, tokens, np.int32(IGNORE))
     if not isinstance(visual_tokens, int) and len(visual_tokens) != images.sum():
         raise ImageCount(f"{len(visual_tokens)} images, but {images.sum()} in the turns that are used")
     counts = np.ones(len(tokens), np.int64)
@@ -178,5 +180,5 @@ def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int |
 
 
 def _inside(positions: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Whether each position lies in [edges[0], edges[1]), [edges[2], edges[3]), ...; the edges ascend."""
+    """Says for each position whether it is in [edges[0], edges[1]), [edges[2], edges[3]), ...; the edges ascend."""
     return np.searchsorted(edges, positions, side="right") % 2 == 1

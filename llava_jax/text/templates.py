@@ -1,8 +1,8 @@
-"""How a conversation is written down as text.
+"""Renders conversations as text, in the formats of the published LLaVA checkpoints.
 
-A `Template` is data: the strings around a system text, a question and an answer. `spans` lays a conversation out as
-text that is either learned or only read; labels, prompts, the display string and the Jinja template for Hugging
-Face all follow from it. The strings are those of the published LLaVA checkpoints, to the last blank.
+A `Template` is data: the strings around a system text, a question and an answer. `spans` renders a conversation as
+pieces of text that are supervised or not. Labels, prompts, displayed text and the Jinja template for Hugging Face all
+follow from these. The strings are those of the published checkpoints, including every space.
 """
 
 import difflib
@@ -13,43 +13,44 @@ from typing import Any, Literal, NamedTuple
 
 from llava_jax.errors import UserError
 
-IMAGE = "<image>"  # the place of an image in a text; never a token of its own
+IMAGE = "<image>"
+"""Mark of an image in a text; never a token of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The strings of one conversation format.
+    """Holds the strings of one conversation format.
 
-    A question reads `user + gap + text + after_user`, an answer `assistant + gap + text + before_end + end +
-    after_end`. Of these, the answer's `gap + text + before_end + end` is what the model learns to write. With `signs`,
-    `end` stands before every turn instead, and `end + after_end` behind the last one.
+    A question is `user + gap + text + after_user`, an answer `assistant + gap + text + before_end + end + after_end`.
+    The answer's `gap + text + before_end + end` is supervised. With `signs`, `end` is before every turn instead, and
+    `end + after_end` after the last one.
     """
 
     name: str
-    system: str | None  # default system text; None: the format has no place for one
+    system: str | None  # default system text; None if the format has no system text
     before_system: str = ""
     after_system: str = ""
-    system_in_question: bool = False  # the system text stands inside the first question, after `user + gap`
+    system_in_question: bool = False  # whether the system text is inside the first question, after `user + gap`
     user: str
     after_user: str = ""
     assistant: str
     gap: str = ""
     before_end: str = ""
-    end: str  # ends an answer: the text of a special token in most formats
+    end: str  # end of an answer: the text of a special token in most formats
     after_end: str = ""
-    between: str = ""  # before every question but the first
-    signs: bool = False  # `end` begins every turn; it and the assistant's role are learned too, as the first LLaVA did
-    empty: Literal["open", "closed", "omitted"] = "open"  # an empty text: its role alone; as any text; not at all
-    captions: bool = False  # image-caption pairs: of a question only its images are kept
-    image: str = IMAGE  # what an image's place is written as
+    between: str = ""  # string before every question but the first
+    signs: bool = False  # whether `end` starts every turn; it and the assistant's role are supervised, as in LLaVA v0
+    empty: Literal["open", "closed", "omitted"] = "open"  # form of an empty text: its role only, as any text, or none
+    captions: bool = False  # whether only the images of a question are kept: image-caption pairs
+    image: str = IMAGE  # form of an image's mark
 
 
 class Span(NamedTuple):
-    """A stretch of a rendered conversation. `<image>` inside `text` marks the place of an image."""
+    """A piece of a rendered conversation. `<image>` inside `text` marks an image."""
 
     text: str
-    learned: bool
-    cut: bool = False  # no token reaches into it from before: an answer starts
+    supervised: bool
+    cut: bool = False  # whether no token may reach into it from before, because an answer starts
 
 
 CURIOUS_USER = (
@@ -92,8 +93,8 @@ _VICUNA_V1 = Template(
     gap=" ",
     end="</s>",
 )
-# The first LLaVA marked turns with a text, not with a token. It was trained on this form; the `###Human:` without
-# blanks and newlines, in which LLaVA's later scripts ask, is none that any training has.
+# The first LLaVA marked turns with a text, not with a token. It was trained on this form. LLaVA's later scripts ask
+# with `###Human:` without spaces and newlines, which no training used.
 _LLAVA_V0 = Template(
     name="llava_v0",
     system=CURIOUS_HUMAN,
@@ -108,7 +109,7 @@ _LLAVA_V0 = Template(
     signs=True,
     empty="closed",
 )
-# The tokenizer puts the first <s>; later rounds carry theirs in the text.
+# The tokenizer adds the first <s>; later rounds have theirs in the text.
 _LLAVA_LLAMA_2 = Template(
     name="llava_llama_2",
     system=LANGUAGE_AND_VISION,
@@ -136,7 +137,7 @@ _MPT = Template(
     assistant="<|im_start|>assistant\n",
     end="<|im_end|>",
 )
-# ChatML proper: unlike MPT's, with a newline after each turn.
+# ChatML: unlike MPT's, with a newline after each turn.
 _QWEN_1_5 = Template(
     name="qwen_1_5",
     system="You are a helpful assistant.",
@@ -211,12 +212,12 @@ TEMPLATES: dict[str, Template] = {
         ),
     )
 }
-# Other names that LLaVA's scripts give the same formats.
+# Other names of the same formats in LLaVA's scripts.
 ALIASES = {"v1": "vicuna_v1", "v0_plain": "plain", "mistral_direct": "chatml_direct", "qwen_2": "qwen_1_5"}
 
 
 def get(template: str | Template) -> Template:
-    """The template of that name; a `Template` is returned as it is. Raises UserError with the nearest name."""
+    """Returns the template of that name, or a `Template` itself. Raises UserError with the nearest name."""
     if isinstance(template, Template):
         return template
     name = ALIASES.get(template, template)
@@ -232,21 +233,20 @@ def spans(
     system: str | None = None,
     open_answer: bool = False,
     verbatim: bool = False,
-    unlearned: Collection[int] = (),
+    unsupervised: Collection[int] = (),
 ) -> list[Span]:
-    """Lays out a conversation; the texts of the spans join to the rendered conversation.
+    """Renders a conversation as spans, whose texts join to the rendered conversation.
 
     Args:
-      turns: (role, text) with roles "user" and "assistant", alternating from "user". A text with exactly one
-        `<image>` gets it moved to its front, followed by a newline; one with several keeps each where it stands.
+      turns: (role, text) with roles "user" and "assistant", alternating from "user". In a text with exactly one
+        `<image>` the mark is moved to the front, followed by a newline; a text with several keeps their positions.
       system: replaces the template's system text; "" leaves it out.
-      open_answer: end with the opening of an assistant turn, to be continued by the model.
-      verbatim: write texts as they are: outer blanks stay, and an image is a bare `<image>` in every template. LLaVA's
-        benchmark scripts asked so, unlike its training.
-      unlearned: indices of the turns whose answers are only read.
+      open_answer: end with the start of an assistant turn, which the model continues.
+      verbatim: write texts as they are: outer spaces stay, and an image is a bare `<image>` in every template. LLaVA's
+        benchmark scripts do so, unlike its training.
+      unsupervised: indices of the answers that are not supervised.
 
-    An empty text is written as the format's `empty` says. Raises UserError where the format has no place for what is
-    given.
+    An empty text is written as the format's `empty` says. Raises UserError if the format cannot express the input.
     """
     if system and template.system is None:
         raise UserError(f"template {template.name!r} has no place for a system text; leave the system message out")
@@ -256,15 +256,15 @@ def spans(
     before, inside = ("", system) if template.system_in_question else (system, "")
 
     sign = template.end if template.signs else ""
-    learned = [role == "assistant" and i not in unlearned for i, (role, _) in enumerate(turns)]
-    learns = any(learned)  # of a sign: whether the answer before it is learned
+    supervised = [role == "assistant" and i not in unsupervised for i, (role, _) in enumerate(turns)]
+    learns = any(supervised)  # whether a sign is supervised: as the answer before it
     laid_out = [Span(before, False)]
     for i, (role, text) in enumerate(turns):
-        text = text if verbatim else _place_images(text, template)
+        text = text if verbatim else _move_image(text, template)
         if role == "user":
             laid_out += [Span(sign, learns), Span(_question(text, template, first=i == 0, system=inside), False)]
             continue
-        learns = learned[i]
+        learns = supervised[i]
         answer = template.gap + text + template.before_end
         if not text and template.empty != "closed":
             laid_out.append(Span(template.assistant if template.empty == "open" else "", False))
@@ -297,18 +297,18 @@ def _question(text: str, template: Template, first: bool, system: str) -> str:
     return opening + text + template.after_user
 
 
-def _place_images(text: str, template: Template) -> str:
+def _move_image(text: str, template: Template) -> str:
     if text.count(IMAGE) == 1:
         text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
     return text.replace(IMAGE, template.image)
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tuple[str, str]]]:
-    """Checks chat messages and takes the system text apart from the turns.
+    """Checks chat messages and separates the system text from the turns.
 
     Args:
-      messages: [{"role": "system" | "user" | "assistant", "content": ...}]; at most one system message, in front;
-        then user and assistant in turn. A content is a string or a list of {"type": "text", "text": str} (or strings)
+      messages: [{"role": "system" | "user" | "assistant", "content": ...}]; at most one system message, as the first;
+        then user and assistant alternate. A content is a string or a list of {"type": "text", "text": str} (or strings)
         and {"type": "image"} (or "image_url"), which are joined by newlines in their order, as training data are.
 
     Returns (system text or None, [(role, text), ...]). Raises UserError that names the message.
@@ -352,7 +352,7 @@ def _part_text(part: str | Mapping[str, str]) -> str:
 
 
 def check_text(text: str, name: str) -> str:
-    """Returns the text itself. Raises UserError if it holds bytes that Python could not read as UTF-8."""
+    """Returns the text itself. Raises UserError if it contains bytes that Python could not read as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -362,24 +362,24 @@ def check_text(text: str, name: str) -> str:
 
 
 def render(messages: Sequence[Mapping[str, Any]], template: str | Template, open_answer: bool = False) -> str:
-    """The text of a conversation, without the BOS token that a tokenizer may add.
+    """Returns the text of a conversation, without the BOS token that a tokenizer may add.
 
-    Messages are as `read_messages` takes them; `open_answer` ends the text with an assistant turn to be continued.
+    Messages are as `read_messages` takes them; `open_answer` ends the text with the start of an assistant turn.
     """
     system, turns = read_messages(messages)
     return "".join(span.text for span in spans(turns, get(template), system, open_answer))
 
 
 def chat_template(template: str | Template) -> str:
-    """The Jinja source that gives `render`'s text in Hugging Face's `apply_chat_template`.
+    """Returns the Jinja source that gives `render`'s text in Hugging Face's `apply_chat_template`.
 
-    `add_generation_prompt` is `open_answer`. Of the checks on messages only those of the format itself are kept.
+    `add_generation_prompt` is `open_answer`. It keeps only the checks on messages that the format itself needs.
     """
     fields = {field: "none" if value is None else json.dumps(value) for field, value in asdict(get(template)).items()}
     return "{%- set t = {" + ", ".join(f'"{field}": {value}' for field, value in fields.items()) + "} -%}" + _JINJA
 
 
-# `read_messages`, `spans` and `_place_images` once more, over the template's fields as a dict `t`.
+# The same as `read_messages`, `spans` and `_move_image`, with the template's fields as a dict `t`.
 _JINJA = """
 {%- macro text_of(content) -%}
   {%- if content is string -%}

@@ -1,7 +1,7 @@
-"""Text to token ids and back, from `tokenizer.model` or `tokenizer.json` as they are.
+"""Turns text into token ids and back, by the `tokenizer.model` or `tokenizer.json` of a checkpoint.
 
-transformers' tokenizer classes are left out on purpose: version 5 rebuilds LLaMA's pipeline instead of reading it,
-which changes the ids around special tokens. The ids here are those that the checkpoints were trained on.
+transformers' tokenizer classes are not used, because version 5 rebuilds LLaMA's pipeline instead of reading it, which
+changes the ids around special tokens. The ids here are those that the checkpoints were trained on.
 """
 
 import codecs
@@ -19,31 +19,33 @@ from sentencepiece import SentencePieceProcessor
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import LARGEST_SMALL_FILE, check_fetched, parse_json, read_json, read_text, show_json
 
-BYTE = "<0x[0-9A-F]{2}>"  # what SentencePiece writes for a byte
-SPACE = "\u2581"  # what SentencePiece writes for a blank
-MOST_IDS = 2**24
-"""No tokenizer has as many; a larger id comes from a damaged file, and would fill the memory with empty tokens."""
+BYTE = "<0x[0-9A-F]{2}>"
+"""Pattern of SentencePiece's pieces for single bytes."""
+SPACE = "\u2581"
+"""Character that SentencePiece writes for a space."""
+MAX_IDS = 2**24
+"""Largest number of ids. A larger id comes from a damaged file, and would fill the memory with empty tokens."""
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokens(NamedTuple):
-    """Token ids, and for each its place [begin, end) in the text, in characters.
+    """Token ids, and the offsets [start, end) of every token in the text, in characters.
 
-    Of a character that takes several tokens, each may claim the whole or an empty place at its begin.
+    Each token of a character that takes several may have the offsets of the character, or empty ones at its start.
     """
 
     ids: list[int]
-    places: list[tuple[int, int]]
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
-    """One tokenizer, whichever file it comes from. Can be pickled.
+    """Tokenizes and decodes in the same way for both kinds of files. Can be pickled.
 
     Attributes:
-      bos_id, eos_id: int, or None where there is no such token.
-      pad_id: the padding token's id; without one the unknown token's, as in LLaVA; without that eos_id.
-      adds_bos: whether a prompt begins with bos_id.
-      puts_blank: whether a blank is put before a text, as LLaMA's tokenizers do.
+      bos_id, eos_id: id of the token, or None if there is none.
+      pad_id: id of the padding token; without one that of the unknown token, as in LLaVA; without that eos_id.
+      adds_bos: whether a prompt starts with bos_id.
+      adds_prefix_space: whether a space is added before a text, as LLaMA's tokenizers do.
       vocab_size: one more than the largest id.
     """
 
@@ -52,14 +54,14 @@ class Tokenizer:
         """Reads a tokenizer.
 
         Args:
-          path: a directory, or one file, which is then read alone. Where a directory has both a `tokenizer.model` and
-            a `tokenizer.json`, the model is used: the other was once converted from it, perhaps with another `legacy`.
+          path: a directory, or one file, of which only that file is read. If a directory has both a `tokenizer.model`
+            and a `tokenizer.json`, the model is used: the other was converted from it, perhaps with another `legacy`.
             Special tokens come from all files of the directory.
-          legacy: of SentencePiece's blank before a text. True: also after each special token within it. False: only
-            before the whole. None: what tokenizer_config.json says; otherwise True for a tokenizer.model, and for a
-            tokenizer.json what its pipeline does. Without meaning for byte-level BPE.
+          legacy: where SentencePiece adds a space. True: before the text and after each special token in it. False:
+            only before the text. None: what tokenizer_config.json says; if it says nothing, True for a tokenizer.model,
+            and what the pipeline does for a tokenizer.json. Byte-level BPE ignores it.
 
-        Raises UserError without a tokenizer, UserError for a broken one and where two files disagree.
+        Raises UserError if there is no tokenizer, if it is damaged, or if two files disagree.
         """
         path = Path(path)
         candidates = [path / "tokenizer.model", path / "tokenizer.json"] if path.is_dir() else [path]
@@ -73,7 +75,7 @@ class Tokenizer:
         return cls(read(file, legacy, declared.added), declared, path)
 
     def __init__(self, backend: "_SentencePiece | _TokenizerJson", declared: "_Declared", path: Path):
-        if backend.vocab_size > MOST_IDS:
+        if backend.vocab_size > MAX_IDS:
             raise UserError(f"{path}: the tokenizer has ids up to {backend.vocab_size - 1:,}; a file of it is damaged")
         ids = {}
         for role in ROLES:
@@ -88,34 +90,34 @@ class Tokenizer:
         self.pad_id = next((pad for pad in pads if pad is not None), None)
         adds_bos = declared.config.get("add_bos_token")
         self.adds_bos = self.bos_id is not None and (backend.adds_bos if adds_bos is None else bool(adds_bos))
-        self.puts_blank = backend.prefixes
+        self.adds_prefix_space = backend.prefixes
         self.vocab_size = backend.vocab_size
 
     def tokenize(self, text: str) -> Tokens:
-        """The tokens of a text, without BOS. Special tokens written out in it, such as "</s>", become their ids."""
+        """Returns the tokens of a text, without BOS. Special tokens in the text, such as "</s>", become their ids."""
         if not text or not self._backend.prefix_once:
             return self._backend.tokenize(text)
-        # As LLaMA's slow tokenizer does: the blank goes before the whole text, not before a special token there.
-        ids, places = self._backend.tokenize(SPACE + text)
-        places = [(max(begin - 1, 0), max(end - 1, 0)) for begin, end in places]
+        # LLaMA's slow tokenizer adds the space before the text, but not before a special token there.
+        ids, offsets = self._backend.tokenize(SPACE + text)
+        offsets = [(max(start - 1, 0), max(end - 1, 0)) for start, end in offsets]
         lone = len(ids) > 1 and ids[0] == self._backend.id_of(SPACE) and ids[1] in self._special_ids
-        return Tokens(ids[lone:], places[lone:])
+        return Tokens(ids[lone:], offsets[lone:])
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The ids of `tokenize`, with bos_id in front if `bos` is set and there is one."""
+        """Returns the ids of `tokenize`, after bos_id if `bos` is set and there is one."""
         ids = self.tokenize(text).ids
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def special_id(self, token: str) -> int | None:
-        """The id of a special or added token such as "</s>" or "<image>", None if there is none of that name."""
+        """Returns the id of a special or added token such as "</s>" or "<image>", or None if there is no such token."""
         return self._backend.added[token].id if token in self._backend.added else None
 
     def tokens_from(self, first: int) -> list[tuple[str, int]]:
-        """Tokens whose id is `first` or larger, with their ids, in order."""
+        """Returns the tokens whose id is `first` or larger, with their ids, in order of the ids."""
         return sorted(((text, i) for text, i in self._backend.vocabulary() if i >= first), key=lambda pair: pair[1])
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids. Bytes that form no character become U+FFFD; ids that stand for no token become nothing."""
+        """Returns the text of ids. Bytes that form no character become U+FFFD; ids without a token become nothing."""
         stream = StreamDecoder(self, skip_special_tokens)
         return "".join([*map(stream.push, ids), stream.finish()])
 
@@ -130,38 +132,38 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes tokens one by one. The pieces join to `decode` of all ids, and no piece splits a character."""
+    """Decodes tokens one by one. The pieces join to `decode` of all ids, and no piece ends inside a character."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._bytes = tokenizer._bytes
         self._skipped = tokenizer._special_ids if skip_special_tokens else set()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_blank = tokenizer.puts_blank  # the blank that tokenizing put before the text
+        self._drop_space = tokenizer.adds_prefix_space  # the one that tokenizing added before the text
 
     def push(self, token: int) -> str:
-        """The text that this token completes; "" while a character is unfinished."""
+        """Returns the text that this token completes; "" while a character is incomplete."""
         if not 0 <= token < len(self._bytes) or token in self._skipped:
             return ""
         data = self._bytes[token]
-        if self._drop_blank and data:
+        if self._drop_space and data:
             data = data.removeprefix(b" ")
-            self._drop_blank = False
+            self._drop_space = False
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """U+FFFD if the last character was left unfinished, otherwise ""."""
+        """Returns U+FFFD if the last character is incomplete, otherwise ""."""
         return self._utf8.decode(b"", final=True)
 
 
 class _Added(NamedTuple):
-    id: int | None  # None: named in a file that gives no id; it is then in the vocabulary or nowhere
-    special: bool  # left out by `skip_special_tokens`
-    lstrip: bool = False  # takes the blanks before it along
+    id: int | None  # None: a file names the token without an id, so only the vocabulary can give one
+    special: bool  # skipped by `skip_special_tokens`
+    lstrip: bool = False  # includes the spaces before it
     rstrip: bool = False
 
 
 class _SentencePiece:
-    """A tokenizer.model. Special tokens are cut out first; the text between them is SentencePiece's."""
+    """Runs a tokenizer.model. Special tokens are cut out first; SentencePiece tokenizes the text between them."""
 
     adds_bos = True
 
@@ -199,21 +201,21 @@ class _SentencePiece:
 
     def tokenize(self, text: str) -> Tokens:
         tokens = Tokens([], [])
-        begin = 0
+        start = 0
         for match in self.pattern.finditer(text):
-            self._extend(tokens, text[begin : match.start()], begin)
+            self._extend(tokens, text[start : match.start()], start)
             special = match.group()
             tokens.ids.append(self.added[special if special in self.added else special.strip()].id)
-            tokens.places.append(match.span())
-            begin = match.end()
-        self._extend(tokens, text[begin:], begin)
+            tokens.offsets.append(match.span())
+            start = match.end()
+        self._extend(tokens, text[start:], start)
         return tokens
 
-    def _extend(self, tokens: Tokens, text: str, begin: int) -> None:
+    def _extend(self, tokens: Tokens, text: str, start: int) -> None:
         if text:
             encoded = self.processor.encode(text, return_type="offset_mapping")
             tokens.ids.extend(encoded["ids"])
-            tokens.places.extend([(begin + first, begin + last) for first, last in encoded["offsets"]])
+            tokens.offsets.extend([(start + first, start + last) for first, last in encoded["offsets"]])
 
     def vocabulary(self) -> Iterator[tuple[str, int]]:
         known = {self.processor.id_to_piece(i): i for i in range(self.processor.vocab_size())}
@@ -227,13 +229,13 @@ class _SentencePiece:
 
 
 class _TokenizerJson:
-    """A tokenizer.json, run by the tokenizers library."""
+    """Runs a tokenizer.json with the tokenizers library."""
 
     def __init__(self, file: Path, legacy: bool | None, added: Mapping[str, _Added]):
         text = read_text(file)
         spec = parse_json(text, str(file))
         self.tokenizer = _from_str(text, file)  # checks the types of what is read below
-        self.prefixes = _puts_prefix(spec)
+        self.prefixes = _adds_prefix(spec)
         self.prefix_once = self.prefixes and legacy is False
         if self.prefixes and legacy is not None:
             self.tokenizer = _from_str(json.dumps(_with_prefix(spec, always=legacy)), file)
@@ -244,9 +246,9 @@ class _TokenizerJson:
 
         self.tokenizer.no_truncation()  # a file can carry both from the run that wrote it
         self.tokenizer.no_padding()
-        leading = self.tokenizer.encode("").ids[:1]  # what the post-processor puts before every text
+        leading = self.tokenizer.encode("").ids[:1]  # what the post-processor adds before every text
         self.adds_bos = bool(leading)
-        self.tokenizer.post_processor = None  # some trim the blank off a token's place
+        self.tokenizer.post_processor = None  # some trim the space off a token's offsets
 
         self.added = {t.content: _Added(i, t.special) for i, t in self.tokenizer.get_added_tokens_decoder().items()}
         declared = _resolve(added, self.id_of, file)
@@ -256,7 +258,7 @@ class _TokenizerJson:
             self.tokenizer.add_tokens([token])
             if self.id_of(content) != i:
                 raise UserError(f"{file}: {content!r} would be {self.id_of(content)}, the files beside it say {i}")
-        # LLaMA's names where no file gives others.
+        # LLaMA's names, unless a file gives others.
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         self.names = {role: name for role, name in names.items() if name in self.added}
         if leading:
@@ -308,17 +310,17 @@ def _steps(component: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]
     return [step for step in steps if isinstance(step, Mapping) and "type" in step]
 
 
-def _puts_prefix(spec: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json puts a blank before a text, as LLaMA's do in one of two ways."""
+def _adds_prefix(spec: Mapping[str, Any]) -> bool:
+    """Returns whether a tokenizer.json adds a space before a text, as LLaMA's do in one of two ways."""
     prepends = any(step["type"] == "Prepend" for step in _steps(spec.get("normalizer"), "normalizers"))
     metaspace = spec.get("pre_tokenizer") or {}
     return prepends or (metaspace.get("type") == "Metaspace" and metaspace.get("prepend_scheme", "always") != "never")
 
 
 def _with_prefix(spec: Mapping[str, Any], always: bool) -> dict[str, Any]:
-    """The same with the blank before every stretch between special tokens, or (`always` False) nowhere.
+    """Returns the pipeline with a space before every text between special tokens, or nowhere if `always` is False.
 
-    Metaspace itself would not do: it puts no second blank before a text that begins with one, SentencePiece does.
+    Metaspace cannot do it: it adds no second space before a text that starts with one, but SentencePiece does.
     """
     steps = _steps(spec.get("normalizer"), "normalizers")
     kept = [step for step in steps if step["type"] != "Prepend"]
@@ -332,7 +334,7 @@ def _with_prefix(spec: Mapping[str, Any], always: bool) -> dict[str, Any]:
 
 
 class _Declared(NamedTuple):
-    """What the files beside a tokenizer say."""
+    """Settings and tokens from the other files of a tokenizer's directory."""
 
     config: dict[str, Any]  # tokenizer_config.json
     names: dict[str, str]  # bos_token -> "<s>"
@@ -340,7 +342,7 @@ class _Declared(NamedTuple):
 
 
 def _read_declared(file: Path) -> _Declared:
-    """Reads what stands beside the tokenizer `file`; of a tokenizer.json that is not `file`, its added tokens."""
+    """Reads the other files of the directory; from a tokenizer.json that is not `file`, only its added tokens."""
 
     def read(name: str, **kinds: type) -> dict[str, Any]:
         beside = file.parent / name
@@ -367,7 +369,7 @@ def _read_declared(file: Path) -> _Declared:
     for token in read("tokenizer.json", added_tokens=list).get("added_tokens", ()):
         listed.append(("tokenizer.json", token.get("id") if isinstance(token, Mapping) else None, token))
     added: dict[str, _Added] = {}
-    sources: dict[str | int, tuple[str, str, int]] = {}  # by text and by id: where it was first read, text, id
+    sources: dict[str | int, tuple[str, str, int]] = {}  # by text and by id: the first file that has it, text, id
     for name, i, token in listed:
         i, text = _id(i, file.parent / name), _content(token, f"{file.parent / name}: an added token")
         if not text or not isinstance(token, Mapping):
@@ -386,7 +388,7 @@ def _read_declared(file: Path) -> _Declared:
 
 
 def _resolve(added: Mapping[str, _Added], id_of: Callable[[str], int | None], file: Path) -> dict[str, _Added]:
-    """Fills in ids from the vocabulary; leaves out what is nowhere. Raises where the vocabulary says otherwise."""
+    """Fills in ids from the vocabulary, and drops tokens without any. Raises UserError if the vocabulary disagrees."""
     resolved = {}
     for text, token in added.items():
         known = id_of(text)
@@ -398,7 +400,7 @@ def _resolve(added: Mapping[str, _Added], id_of: Callable[[str], int | None], fi
 
 
 def _content(token: Any, where: str) -> str:
-    """A token's text, which files write alone or as an object's content; "" for none."""
+    """Returns a token's text, which files write as text or as the `content` of an object; "" for none."""
     text = token.get("content") if isinstance(token, Mapping) else token
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where} is {show_json(token)}, which is no token")
@@ -406,10 +408,10 @@ def _content(token: Any, where: str) -> str:
 
 
 def _id(value: Any, file: Path) -> int:
-    """A token's id, which tokenizer_config.json writes as a text."""
+    """Returns a token's id, which tokenizer_config.json writes as text."""
     number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value) else value
-    if type(number) is not int or not 0 <= number < MOST_IDS:
-        raise UserError(f"{file}: {show_json(value)} is no token id; ids are whole numbers below {MOST_IDS:,}")
+    if type(number) is not int or not 0 <= number < MAX_IDS:
+        raise UserError(f"{file}: {show_json(value)} is no token id; ids are whole numbers below {MAX_IDS:,}")
     return number
 
 

@@ -11,7 +11,7 @@ from llava_jax.errors import UserError
 from llava_jax.files import read_json, show_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
-from llava_jax.text.tokenizer import MOST_IDS, SPACE, Tokenizer
+from llava_jax.text.tokenizer import MAX_IDS, SPACE, Tokenizer
 from llava_jax.weights.configs import select_strategy
 from llava_jax.weights.files import write_json
 
@@ -68,7 +68,7 @@ def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: s
     for role in ("bos_token_id", "eos_token_id"):
         value = known.get(role, [])
         ids = value if isinstance(value, list) and role == "eos_token_id" else [] if value in (None, []) else [value]
-        if any(type(i) is not int or not 0 <= i < MOST_IDS for i in ids):
+        if any(type(i) is not int or not 0 <= i < MAX_IDS for i in ids):
             raise UserError(f"{file}: {role} is {show_json(value)}, which is no token id")
     ends = known.get("eos_token_id", tokenizer.eos_id)
     ends = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]

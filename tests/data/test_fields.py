@@ -14,7 +14,7 @@ from llava_jax.text.tokenizer import Tokens
 class Characters:
     """One token for each character."""
 
-    adds_bos, bos_id, puts_blank = False, None, False
+    adds_bos, bos_id, adds_prefix_space = False, None, False
 
     def tokenize(self, text):
         return Tokens([ord(character) for character in text], [(i, i + 1) for i in range(len(text))])

@@ -273,7 +273,7 @@ def test_words_stand_in_for_a_tokenizer(template):
         answers = rng.choice(texts, rounds).tolist()
         pairs = [(role, text) for answer in answers for role, text in (("user", "<image>"), ("assistant", answer))]
         conversation = [{"from": "gpt" if role == "assistant" else "human", "value": text} for role, text in pairs]
-        learns = any(span.learned for span in spans(pairs, TEMPLATES[template]))
+        learns = any(span.supervised for span in spans(pairs, TEMPLATES[template]))
         try:
             example = encode_conversation(conversation, template, Words(), 1)
         except NoSupervisedTokens:

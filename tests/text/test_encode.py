@@ -12,7 +12,7 @@ from llava_jax.text.encode import (
     IMAGE_TOKEN_ID,
     NoSupervisedTokens,
     TooLong,
-    answer_ends,
+    eos_ids_and_texts,
     encode_conversation,
     encode_prompt,
 )
@@ -308,11 +308,11 @@ def test_prompt(tokenizer):
 
 def test_what_ends_an_answer(kinds):
     bytes_, llama = kinds["bytes"], kinds["sentencepiece"]
-    assert answer_ends("vicuna_v1", llama) == ({2}, ())
-    assert answer_ends("llava_v0", llama) == ({2}, ("###",))
-    assert answer_ends("plain", llama) == ({2}, ("\n",))
-    assert answer_ends("qwen_2_5", bytes_) == ({bytes_.eos_id, bytes_.special_id("<|im_end|>")}, ())
-    assert answer_ends("mpt", llama) == ({2}, ("<|im_end|>",))
+    assert eos_ids_and_texts("vicuna_v1", llama) == ({2}, ())
+    assert eos_ids_and_texts("llava_v0", llama) == ({2}, ("###",))
+    assert eos_ids_and_texts("plain", llama) == ({2}, ("\n",))
+    assert eos_ids_and_texts("qwen_2_5", bytes_) == ({bytes_.eos_id, bytes_.special_id("<|im_end|>")}, ())
+    assert eos_ids_and_texts("mpt", llama) == ({2}, ("<|im_end|>",))
 
 
 def test_text_imports_no_jax():

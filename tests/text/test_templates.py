@@ -131,7 +131,7 @@ def test_learned_spans_are_the_answers_and_their_ends():
     ends = {"vicuna_v1": " {}</s>", "llama_2": " {} </s>", "qwen_2_5": "{}<|im_end|>"}
     ends |= {"gemma_instruct": "{}<end_of_turn>", "llava_llama_3": "{}<|eot_id|>", "mistral_zephyr": "{}</s>"}
     for name, answer in ends.items():
-        learned = [span.text for span in spans(turns, get(name)) if span.learned]
+        learned = [span.text for span in spans(turns, get(name)) if span.supervised]
         assert learned == [answer.format("one"), answer.format("two")], name
 
 
@@ -139,7 +139,7 @@ def test_the_first_llava_learns_its_signs_and_the_assistants_role():
     turns = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
     for name in ("llava_v0", "v0_mmtag"):
         laid_out = spans(turns, get(name), "S")
-        marked = "".join(f"[{span.text}]" if span.learned else span.text for span in laid_out).replace("][", "")
+        marked = "".join(f"[{span.text}]" if span.supervised else span.text for span in laid_out).replace("][", "")
         assert marked == (
             "S\n\n[###] Human: q\n[### Assistant: one\n###] Human: r\n[### Assistant: two\n### ]"
         )

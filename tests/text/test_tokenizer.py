@@ -168,7 +168,7 @@ def test_tokens_that_take_blanks_along(golden, tmp_path, slow_ids):
     directory = hub_directory(golden, tmp_path, added_tokens_decoder=decoder, pad_token=None)
     (directory / "added_tokens.json").unlink()
     tokenizer = Tokenizer.load(directory)
-    assert tokenizer.tokenize("a \n<|end|>  b").places[1] == (1, 12)
+    assert tokenizer.tokenize("a \n<|end|>  b").offsets[1] == (1, 12)
     assert tokenizer.encode("a \n<|end|>  b") == [*slow_ids("a", True), 2000, *slow_ids("b", True)]
 
 
