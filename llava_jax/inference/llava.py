@@ -21,7 +21,7 @@ from llava_jax.inference.shapes import batch_key
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, from_params
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
-from llava_jax.text.encode import IMAGE_TOKEN_ID, eos_ids_and_texts, encode_prompt
+from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt, eos_ids_and_texts
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llava_jax.weights.checkpoint import load_checkpoint, read_config
 

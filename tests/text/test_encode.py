@@ -12,9 +12,9 @@ from llava_jax.text.encode import (
     IMAGE_TOKEN_ID,
     NoSupervisedTokens,
     TooLong,
-    eos_ids_and_texts,
     encode_conversation,
     encode_prompt,
+    eos_ids_and_texts,
 )
 from llava_jax.text.templates import TEMPLATES, render
 from llava_jax.text.tokenizer import Tokenizer
