@@ -7,18 +7,11 @@ if one does not, 2 for a mistake.
 
 import argparse
 import dataclasses
-import json
 import os
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llava_jax import cli, config
 from llava_jax.errors import UserError
 from llava_jax.plan import topologies
-
-if TYPE_CHECKING:  # JAX must be imported after topologies.quiet()
-    from llava_jax.models.llava import LlavaConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,105 +56,16 @@ def main(args: list[str]) -> int:
     for name in ("tries", "jobs", "batch", "context", "rows_per_epoch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
-    topologies.quiet()  # before JAX is imported
-    from llava_jax.plan.models import planned_config
+    topologies.quiet()
+    from llava_jax.plan import commands  # imports JAX, which must not find a TPU
 
-    model, notes = planned_config(recipe.model)
     if options.inference:
-        return plan_inference(options, where, model, notes)
+        return commands.plan_inference(options, recipe, where)
     if options.search:
-        return plan_search(options, recipe, overrides, where, model, notes)
+        return commands.plan_search(options, recipe, overrides, where)
     if options.stage:
         recipe = dataclasses.replace(recipe, stages={options.stage: recipe.stages[options.stage]})
-    return plan_stages(options, recipe, where, model, notes)
-
-
-def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: topologies.Slice, model: "LlavaConfig",
-                notes: list[str]) -> int:
-    from llava_jax.models.llava import choose_attention
-    from llava_jax.plan import show
-    from llava_jax.plan.data import length
-    from llava_jax.plan.meshes import plan_mesh, with_slices
-    from llava_jax.plan.predict import predict
-    from llava_jax.plan.step import compile_step
-
-    recipe, more = with_slices(recipe, where)
-    remat = ", ".join(f"{stage.remat} ({name})" for name, stage in recipe.stages.items())
-    dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
-    notes = [*notes, *more, f"attention {choose_attention(recipe.model.attention, 'tpu', model, dtype)}, remat {remat}"]
-    mesh = plan_mesh(recipe, where, model)
-    plans = []
-    if not options.json:
-        print(show.header(options.recipe, where, dict(mesh.shape), notes), flush=True)
-    for name in recipe.stages:
-        program = compile_step(recipe, name, where, mesh, model)
-        if options.dump_hlo and program.hlo:
-            write_hlo(Path(options.dump_hlo), program.hlo, name if len(recipe.stages) > 1 else "")
-        plan = predict(recipe, name, where, model, program, length(recipe, name, model, options.rows_per_epoch))
-        plans.append(plan)
-        if not options.json:
-            print("\n" + show.text(plan, options.price_per_chip_hour), flush=True)
-    if options.json:
-        print_json(options, where, notes, mesh=dict(mesh.shape),
-                   stages=[show.data(plan, options.price_per_chip_hour) for plan in plans])
-    return 0 if all(plan.memory.fits for plan in plans) else 1
-
-
-def plan_search(options: argparse.Namespace, recipe: config.Recipe, overrides: list[str], where: topologies.Slice,
-                model: "LlavaConfig", notes: list[str]) -> int:
-    from llava_jax.plan import search, show
-
-    stage = options.stage or list(recipe.stages)[-1]
-    if not options.json:
-        print(show.header(options.recipe, where, {}, notes))
-    candidates = search.candidates(recipe, stage, where, model)
-
-    def report(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    report(f"{len(candidates)} ways to run {stage} may fit by formula; compiling until {options.tries} do")
-    found = search.search(options.recipe, overrides, stage, where, candidates, options.tries, options.jobs, report)
-    if options.json:
-        print_json(options, where, notes, stage=stage, candidates=len(candidates), found=[
-            {"flags": compiled.candidate.flags(stage), "error": compiled.error} | compiled.plan for compiled in found])
-    else:
-        print("\n" + show.ranking(found, stage))
-    return 0 if any(compiled.fits for compiled in found) else 1
-
-
-def plan_inference(options: argparse.Namespace, where: topologies.Slice, model: "LlavaConfig", notes: list[str]
-                   ) -> int:
-    from llava_jax.models.llava import choose_attention
-    from llava_jax.plan import inference, show
-
-    notes = [*notes, f"attention {choose_attention('auto', 'tpu', model, 'bfloat16')}"]
-    phases = inference.plan_inference(model, where, options.batch, options.context)
-    if options.json:
-        print_json(options, where, notes, batch=options.batch, context=options.context,
-                   phases=[show.phase_data(phase) for phase in phases])
-    else:
-        print(show.header(options.recipe, where, {"tensor": where.devices}, notes))
-        print(f"{options.batch} prompts of {options.context:,} tokens, with one image in every prompt\n")
-        print("\n\n".join(show.phase_text(phase) for phase in phases))
-    return 0 if all(phase.memory.fits for phase in phases) else 1
-
-
-def print_json(options: argparse.Namespace, where: topologies.Slice, notes: list[str], **content) -> None:
-    """Prints a plan as one JSON object."""
-    from llava_jax.plan.show import versions
-
-    print(json.dumps({"recipe": options.recipe, "topology": where.name, "chips": where.chips, "devices": where.devices,
-                      "notes": notes, "versions": versions()} | content, indent=1))
-
-
-def write_hlo(path: Path, text: str, stage: str) -> None:
-    """Writes the text of a program, and prints the path on stderr."""
-    from llava_jax.files import atomic_write
-
-    path = path.with_name(f"{path.stem}.{stage}{path.suffix}") if stage else path
-    with atomic_write(str(path)) as file:
-        file.write(text.encode())
-    print(f"wrote {path}", file=sys.stderr)
+    return commands.plan_stages(options, recipe, where)
 
 
 if __name__ == "__main__":

@@ -60,17 +60,6 @@ class Op:
             return "recompute"
         return "backward" if "transpose(" in name else "forward"
 
-    @property
-    def kind(self) -> str:
-        """Kind of work: kernels, products, collectives, copies or elementwise."""
-        if self.kernel:
-            return "kernels"
-        if self.flops:
-            return "products"
-        if self.collectives:
-            return "collectives"
-        return "copies" if self.instruction.opcode.startswith(("copy", "slice", "dynamic-slice")) else "elementwise"
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -124,12 +113,6 @@ class Profile:
             counts[part, "" if part == "optimizer" else op.direction] += op.cycles
         return +counts  # without zeros
 
-    def by_kind(self) -> Counter[str]:
-        counts = Counter()
-        for op in self.ops:
-            counts[op.kind] += op.cycles
-        return +counts
-
     def _collectives(self, size: Callable[[costs.Collective], float], ops: Iterator[Op] | Sequence[Op]) -> float:
         return sum(size(collective) * op.times for op in ops for collective in op.collectives)
 
@@ -169,11 +152,6 @@ def _executed(module: Module, computation: Computation, times: int, loops: tuple
             yield from (dataclasses.replace(op, asynchronous=True) for op in inner(called))
         elif opcode == "call" or opcode == "custom-call" and called in module.computations:
             yield from inner(called)
-        elif opcode == "conditional":
-            names = re.findall(r"%?([\w.\-]+)", instruction.attribute(r"branch_computations=\{([^}]*)\}") or "")
-            names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
-            branches = [list(inner(name)) for name in names]
-            yield from max(branches, key=lambda ops: sum(op.cycles for op in ops), default=[])
         if opcode not in costs.FREE or costs.is_collective(instruction):
             yield _op(module, computation, instruction, times, loops, slices)
 

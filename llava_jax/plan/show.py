@@ -75,7 +75,7 @@ def _time(plan: Prediction) -> list[str]:
 
 
 def _cycles(plan: Prediction) -> list[str]:
-    """Returns the table of parts and directions, in million cycles, and the kinds below it."""
+    """Returns the table of parts and directions, in million cycles."""
     parts, total = plan.profile.by_part(), max(plan.profile.cycles, 1)
     columns = "".join(f"{name:>12}" for name in (*DIRECTIONS, "all", "share"))
     lines = [f"  {'M cycles (the compiler)':<26}{columns}"]
@@ -86,8 +86,7 @@ def _cycles(plan: Prediction) -> list[str]:
                             for direction in DIRECTIONS)
             both = sum(counts.values())
             lines.append(f"  {'  ' + name:<26}{cells}{both / 1e6:>12,.1f}{100 * both / total:>10.1f} %")
-    kinds = [f"{kind} {count / 1e6:,.1f}" for kind, count in plan.profile.by_kind().most_common() if count]
-    return [*lines, "    by kind: " + ", ".join(kinds)]
+    return lines
 
 
 def _rates(plan: Prediction) -> list[str]:
@@ -128,7 +127,6 @@ def data(plan: Prediction, price: float | None = None) -> dict:
     found = plan.profile
     result |= {
         "cycles_by_part": {f"{part} {way}".strip(): count for (part, way), count in sorted(found.by_part().items())},
-        "cycles_by_kind": dict(found.by_kind()),
         "hardware_flops": found.flops * plan.where.devices, "hbm_bytes": found.bytes,
         "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes, **_time_data(found.cycles, plan.times),
         "mfu": plan.mfu, "tokens_per_second_per_chip": plan.per_chip(plan.tokens),

@@ -18,7 +18,7 @@ from llava_jax.plan.topologies import GIB, parse
 def test_a_plan_as_json_and_the_programs_behind_it(compiles, planned, tiny_file, tmp_path, capsys, monkeypatch):
     dump, options = tmp_path / "step.hlo", ["--price-per-chip-hour", "1.5", "--stages.align.epochs", "2"]
     if not compiles:
-        monkeypatch.setattr("llava_jax.plan.step.compile_step", lambda *_: planned[2])
+        monkeypatch.setattr("llava_jax.plan.commands.compile_step", lambda *_: planned[2])
     assert plan.main([str(tiny_file), "--topology", "v5e-4", "--json", "--dump-hlo", str(dump), "--rows-per-epoch",
                       "800", *options]) == 0
     printed = capsys.readouterr()
