@@ -1,4 +1,4 @@
-"""The commands of `synthesize` around `run`: what it would ask and cost, some of it tried, and what has come of it."""
+"""The commands of `synthesize` besides `run`: estimate, preview, status and view."""
 
 import asyncio
 import contextlib
@@ -30,17 +30,17 @@ from llava_jax.synthesize.viewer import ViewedSample, render_page
 
 @dataclasses.dataclass(frozen=True)
 class EstimateCommand:
-    """Says how many requests and tokens a run takes, and what they cost; asks nobody.
+    """Estimates requests, tokens and cost of a run, without sending any request.
 
-    Prompt tokens are counted on 1,000 tasks of each kind. Where the log of OUT has answers (of `preview`, or of a run
-    that was stopped) their tokens say how long the others will be, and only what remains is counted.
+    Prompt tokens are counted on 1,000 tasks of each kind. If the log of OUT has answers (of `preview`, or of a stopped
+    run), their tokens give the length of further answers, and only remaining requests count.
     """
 
     settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     prices: str = ""
     """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
     tokenizer: str = ""
-    """file or folder of the teacher's tokenizer, to count with; else 4.3 bytes are taken for a token"""
+    """file or folder of the teacher's tokenizer, to count tokens; otherwise 4.3 bytes count as a token"""
 
     def run(self) -> int:
         self.settings.check()
@@ -61,17 +61,17 @@ class EstimateCommand:
 
 @dataclasses.dataclass(frozen=True)
 class PreviewCommand:
-    """Prints some prompts in full, and what the teacher answers.
+    """Prints some prompts in full, with the teacher's answers.
 
-    The answers are kept in OUT, where `run` finds them: nothing is paid for twice.
+    The answers are written to OUT, where `run` finds them, so nothing is paid for twice.
     """
 
     settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     server: Annotated[Server, tyro.conf.arg(name="")]
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 5
-    """tasks, drawn by seed, the kinds by turns"""
+    """number of tasks, drawn by seed, alternating between the kinds"""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """print the prompts and ask nobody"""
+    """print the prompts and send no request"""
 
     def run(self) -> int:
         self.settings.check()
@@ -97,7 +97,7 @@ class PreviewCommand:
     async def _ask(
         self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, cancel: CancelToken
     ) -> dict[tuple[str, str], str]:
-        """The first answer of each task goes to the log; returns why others have none."""
+        """Writes the first answer of every task to the log. Returns why other tasks have none."""
         failures = {}
 
         def record(task: Task, attempt: int, answer: Any) -> bool:
@@ -117,7 +117,7 @@ class PreviewCommand:
 
 @dataclasses.dataclass(frozen=True)
 class StatusCommand:
-    """Says how far a run is, or how it ended; also while it goes on."""
+    """Prints the progress of a run, or how it ended; also while it is running."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """folder of the run"""
@@ -158,7 +158,7 @@ class StatusCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ViewCommand:
-    """Makes an HTML page of some samples: image, boxes, captions, answer and verdict; also while the run goes on."""
+    """Writes an HTML page of samples: image, boxes, captions, answer and verdict; also while the run is running."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """folder of the run"""
@@ -167,13 +167,13 @@ class ViewCommand:
     output: str = ""
     """the page; FOLDER/view.html if empty"""
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 24
-    """samples, drawn by seed, the kinds by turns"""
+    """number of samples, drawn by seed, alternating between the kinds"""
     only: Literal["all", "accepted", "flagged", "rejected"] = "all"
-    """which: flagged are accepted ones that contradict captions or boxes"""
+    """which samples; flagged ones are accepted and contradict captions or boxes"""
     kind: Literal["all", "conversation", "detail", "complex"] = "all"
-    """of one kind alone"""
+    """kind of record"""
     seed: int = 0
-    """of the draw"""
+    """random seed of the draw"""
 
     def run(self) -> int:
         if self.count < 1:
@@ -185,7 +185,7 @@ class ViewCommand:
         settings = SynthesisSettings.load(self.folder)
         try:
             synthesis = open_synthesis(settings)
-        except UserError as error:  # of a path that stands there, and may have moved since
+        except UserError as error:  # of a path in the settings, which may have moved
             raise UserError(f"{os.path.join(self.folder, SETTINGS)}: {error}") from None
         kinds = [kind for kind in settings.kinds if self.kind in ("all", COUNTS[kind])]
         with user_path(settings.log):
@@ -253,14 +253,14 @@ def _print_answers(outcome: Outcome, failure: str | None) -> None:
 
 
 def _print(text: str) -> None:
-    """Prints what others wrote, which may hold characters that the terminal does not take, or obeys."""
+    """Prints text of others, which may have characters that the terminal cannot show, or obeys."""
     encoding = sys.stdout.encoding or "utf-8"
     print(printable(text).encode(encoding, "replace").decode(encoding))
 
 
 @contextlib.contextmanager
 def _read_log(path: str) -> Iterator[AnswerLog | dict]:
-    """The log to read, also while another process writes it; {} if there is none yet."""
+    """Opens the log for reading, also while another process writes it; {} if the log is missing."""
     if not os.path.exists(path):
         yield {}
         return
@@ -269,7 +269,7 @@ def _read_log(path: str) -> Iterator[AnswerLog | dict]:
 
 
 def _read_duplicates(folder: str) -> dict[tuple[str, str], str]:
-    """By `Task.name`, what the last outputs say of tasks that were rejected because of an earlier one's answer."""
+    """Reads which tasks the last run has rejected as duplicates: `Task.name` -> detail."""
     path, found = os.path.join(folder, REJECTED), {}
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -289,8 +289,8 @@ def _final(task: Task, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]
 
 
 def _read_status(settings: SynthesisSettings) -> tuple[bool, dict[str, Any] | None]:
-    """Whether a process is at work in the folder, and what was last told of how far it is, if it ever was."""
+    """Returns whether a process runs in the folder, and its last status, if any."""
     while True:
         running, status = is_written(settings.log), read_status(settings)
-        if running == is_written(settings.log):  # it has neither begun nor ended meanwhile
+        if running == is_written(settings.log):  # it has neither started nor ended meanwhile
             return running, status

@@ -1,4 +1,4 @@
-"""What a run will ask and cost, before anything is spent."""
+"""Estimates the requests, tokens and cost of a run before anything is spent."""
 
 import dataclasses
 import itertools
@@ -12,25 +12,28 @@ from llava_jax.endpoint.request import Message, Response
 from llava_jax.synthesize.synthesis import Synthesis, Task
 from llava_jax.text.tokenizer import Tokenizer
 
-SAMPLE = 1000  # tasks of each kind that are measured; the others are taken to be like them
+SAMPLE_TASKS = 1000
+"""Number of tasks of a kind that are measured. The estimate assumes that other tasks are similar."""
 BYTES_PER_TOKEN = 4.3
-"""Of English; other languages have fewer. What the paper's prompts have with LLaMA's and OpenAI's tokenizers."""
-COMPLETION = 300  # tokens of an answer, where the prompts have no examples and the log no answers
-PER_MESSAGE = 4  # tokens that a chat format puts around a message
+"""Number of bytes per token of the paper's English prompts with LLaMA's and OpenAI's tokenizers."""
+DEFAULT_COMPLETION = 300
+"""Number of tokens of an answer if the prompts have no examples and the log has no answers."""
+TOKENS_PER_MESSAGE = 4
+"""Number of tokens that a chat format adds to a message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KindEstimate:
-    """Of one kind of record.
+    """The estimate for one kind of record.
 
     Attributes:
-      tasks, answered: in all, and how many of them the log has done with.
-      requests: what remains, with those that are asked again.
-      shared, own: prompt tokens of a request; system message and examples, which all requests share, and the image.
-      completion: tokens of an answer.
-      measured: answers of the log that `completion` and the size of a token come from; 0: the examples' answers, and
-        a tokenizer or BYTES_PER_TOKEN.
-      rejected: share of the log's answers that were rejected, so that their tasks are asked again.
+      tasks, answered: Number of tasks, and of those with an answer in the log.
+      requests: Number of remaining requests, repeated ones included.
+      shared, own: Prompt tokens of a request: the part that all requests share, and the image.
+      completion: Tokens of an answer.
+      measured: Number of the log's answers that `completion` and the size of a token come from. If 0, they come from
+        the examples' answers, and from a tokenizer or BYTES_PER_TOKEN.
+      rejected: Fraction of the log's answers that were rejected, whose tasks are asked again.
     """
 
     kind: str
@@ -49,7 +52,7 @@ class KindEstimate:
 
 
 class Cost(NamedTuple):
-    """USD, without and with what a server caches of the shared part, and by the Batch API (without caching)."""
+    """USD without caching, with the shared part cached, and by the Batch API without caching."""
 
     full: float
     cached: float
@@ -57,12 +60,12 @@ class Cost(NamedTuple):
 
 
 def estimate(synthesis: Synthesis, log: AnswerLog | dict, tokenizer: Tokenizer | None = None) -> list[KindEstimate]:
-    """By kind. `log` maps keys to replies, {} where nothing was ever asked."""
+    """Returns an estimate for every kind. `log` maps keys to responses; it is {} before the first request."""
     return [_estimate_kind(synthesis, kind, log, tokenizer) for kind in synthesis.settings.kinds]
 
 
 def cost(kinds: Sequence[KindEstimate], price: Price) -> Cost:
-    """Of the requests that remain."""
+    """Returns the cost of the remaining requests."""
     full = sum(price.of(k.requests * k.prompt, k.requests * k.completion) for k in kinds)
     cached = sum(price.of(k.requests * k.prompt, k.requests * k.completion, k.requests * k.shared) for k in kinds)
     batch = sum(price.of(k.requests * k.prompt, k.requests * k.completion, batch=True) for k in kinds)
@@ -70,7 +73,7 @@ def cost(kinds: Sequence[KindEstimate], price: Price) -> Cost:
 
 
 def describe(kinds: Sequence[KindEstimate], price: Price | None, attempts: int) -> str:
-    """As text: requests, tokens, cost, and where the figures come from."""
+    """Returns requests, tokens, cost and the source of these figures as text."""
     lines = [f"{'kind':20}{'tasks':>10}{'requests':>10}{'prompt tokens':>16}{'of it shared':>14}{'completion':>12}"]
     for k in kinds:
         figures = (k.tasks, k.requests, round(k.requests * k.prompt), round(k.requests * k.shared),
@@ -94,27 +97,27 @@ def describe(kinds: Sequence[KindEstimate], price: Price | None, attempts: int) 
 
 
 def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, tokenizer: Tokenizer | None) -> KindEstimate:
-    requests = [task.request(0) for task in itertools.islice(synthesis.drawn(0, (kind,)), SAMPLE)]
+    requests = [task.request(0) for task in itertools.islice(synthesis.drawn(0, (kind,)), SAMPLE_TASKS)]
     *shared, _ = requests[0].messages  # all but the last, the image, is the same for all
     answered, known = _answered(synthesis, kind, log)
-    rejected = 1 - statistics.fmean(task.verdict(reply).accepted for task, reply in known) if known else 0.0
-    counted = [(task.request(0), reply) for task, reply in known
-               if reply.prompt_tokens and not reply.estimated]  # some servers count nothing
+    rejected = 1 - statistics.fmean(task.verdict(response).accepted for task, response in known) if known else 0.0
+    counted = [(task.request(0), response) for task, response in known
+               if response.prompt_tokens and not response.estimated]  # some servers count nothing
     size = 1 / BYTES_PER_TOKEN
     if counted:
-        size = sum(reply.prompt_tokens for _, reply in counted) / sum(request.bytes for request, _ in counted)
+        size = sum(response.prompt_tokens for _, response in counted) / sum(request.bytes for request, _ in counted)
 
     def tokens(messages: Sequence[Message]) -> float:
         texts = [message["content"] for message in messages]
         if tokenizer is not None and not counted:
-            return sum(len(tokenizer.encode(text)) + PER_MESSAGE for text in texts)
+            return sum(len(tokenizer.encode(text)) + TOKENS_PER_MESSAGE for text in texts)
         return sum(len(text.encode()) for text in texts) * size
 
     if counted:
-        completion = statistics.fmean(reply.completion_tokens for _, reply in counted)
+        completion = statistics.fmean(response.completion_tokens for _, response in counted)
     else:
         examples = [message for message in shared if message["role"] == "assistant"]
-        completion = tokens(examples) / len(examples) if examples else COMPLETION
+        completion = tokens(examples) / len(examples) if examples else DEFAULT_COMPLETION
     # A task is asked once, and with every reject once more, as long as it may be.
     times = sum(rejected**attempt for attempt in range(synthesis.attempts))
     tasks = synthesis.count(kind)
@@ -125,11 +128,11 @@ def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, token
 
 
 def _answered(synthesis: Synthesis, kind: str, log: AnswerLog | dict) -> tuple[int, list[tuple[Task, Response]]]:
-    """How many tasks the log has an answer to, and SAMPLE of them with their first answers."""
+    """Returns the number of tasks with an answer in the log, and up to SAMPLE_TASKS of them with their first answer."""
     count, some = 0, []
     for task in synthesis if len(log) else ():
         if task.kind == kind and (key := task.key(0)) in log:
             count += 1
-            if len(some) < SAMPLE:
+            if len(some) < SAMPLE_TASKS:
                 some.append((task, log[key]))
     return count, some

@@ -1,7 +1,7 @@
-"""Names of languages, and whether a text is in one of them.
+"""Names of languages, and a check whether a text is in a language.
 
-A teacher that is asked for another language fails in one way: it answers in English. What has to be told apart is
-therefore the script, and among languages in Latin letters English from the others; not French from Spanish.
+A teacher that is asked for another language may answer in English. The check therefore compares scripts, and among
+languages in Latin letters English with all others. It does not distinguish French from Spanish.
 """
 
 import difflib
@@ -21,7 +21,7 @@ LATIN = {
     "sv": "Swedish", "sw": "Swahili", "tl": "Tagalog", "tr": "Turkish", "uz": "Uzbek", "vi": "Vietnamese",
     "yo": "Yoruba", "zu": "Zulu",
 }
-OTHERS = {  # name, and scripts as Unicode calls them
+NON_LATIN = {  # name, and names of scripts in Unicode
     "am": ("Amharic", "ETHIOPIC"), "ar": ("Arabic", "ARABIC"), "be": ("Belarusian", "CYRILLIC"),
     "bg": ("Bulgarian", "CYRILLIC"), "bn": ("Bengali", "BENGALI"), "el": ("Greek", "GREEK"),
     "fa": ("Persian", "ARABIC"), "gu": ("Gujarati", "GUJARATI"), "he": ("Hebrew", "HEBREW"),
@@ -35,20 +35,21 @@ OTHERS = {  # name, and scripts as Unicode calls them
     "ur": ("Urdu", "ARABIC"), "zh": ("Chinese", "CJK"), "zh-tw": ("Traditional Chinese", "CJK"),
 }
 LANGUAGES = {code: (name, ("LATIN",)) for code, name in LATIN.items()}
-LANGUAGES |= {code: (name, tuple(scripts.split())) for code, (name, scripts) in OTHERS.items()}
+LANGUAGES |= {code: (name, tuple(scripts.split())) for code, (name, scripts) in NON_LATIN.items()}
 
-# Frequent English words that other languages hardly have.
 ENGLISH = frozenset(
     "the and of is are to with this that it its they their there for from by at as has have be which she he his what"
     " how who would could might each while into be was were there's it's you can see two three four".split()
 )
-ENGLISH_SHARE = 0.12  # of the words of an English text these are at least so many; of others, fewer
-WORDS_TO_TELL = 12
-LETTERS_TO_TELL = 12
+"""Frequent English words that other languages hardly have."""
+ENGLISH_SHARE = 0.12
+"""Minimum fraction of these words in an English text. Other languages have fewer."""
+MIN_WORDS, MIN_LETTERS = 12, 12
+"""Length of a text below which its language cannot be checked."""
 
 
 def language_name(code: str) -> str:
-    """The English name: "ko" is Korean. UserError, one line, for a code that is none."""
+    """Returns the English name of a code: "ko" is Korean. Raises UserError, one line, for an unknown code."""
     if code in LANGUAGES:
         return LANGUAGES[code][0]
     names = {name.lower(): known for known, (name, _) in LANGUAGES.items()}
@@ -58,15 +59,15 @@ def language_name(code: str) -> str:
 
 
 def is_language(text: str, code: str) -> bool:
-    """Whether a text of one or more sentences is in the language; True where it is too short to tell.
+    """Whether a text is in the language. Returns True if the text is too short to decide.
 
-    At least a third of its letters are of the language's script: names, brands and what signs say may be in another. In
-    Latin letters, frequent English words tell English from the rest; Japanese has kana, and Chinese hardly any.
+    At least a third of its letters must be of the language's script, because names, brands and signs may be in another.
+    In Latin letters, frequent English words distinguish English. Japanese has kana, and Chinese hardly any.
     """
     letters = [character for character in text if character.isalpha()]
     scripts = Counter(unicodedata.name(letter, "UNKNOWN").split()[0].split("-")[0] for letter in letters)
     expected = LANGUAGES[code][1]
-    if len(letters) < LETTERS_TO_TELL:
+    if len(letters) < MIN_LETTERS:
         # A word or two: a quoted sign, a brand. Of another script than Latin, it is another language's.
         return not letters or sum(scripts[script] for script in (*expected, "LATIN")) > 0
     if 3 * sum(scripts[script] for script in expected) < len(letters):
@@ -75,7 +76,7 @@ def is_language(text: str, code: str) -> bool:
     if code == "ja" or expected == ("CJK",):
         return (kana > 0.05 * len(letters)) == (code == "ja")
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
-    if "LATIN" not in expected or len(words) < WORDS_TO_TELL:
+    if "LATIN" not in expected or len(words) < MIN_WORDS:
         return True
     share = sum(word in ENGLISH for word in words) / len(words)
     return share >= ENGLISH_SHARE / 2 if code == "en" else share < ENGLISH_SHARE

@@ -1,4 +1,4 @@
-"""What a run leaves: LLaVA's JSON by kind and merged, what was rejected or looks wrong, and a manifest of it all."""
+"""Output files of a run: LLaVA's JSON by kind and merged, rejected and flagged answers, and a manifest."""
 
 import contextlib
 import datetime
@@ -28,7 +28,7 @@ MERGED, REJECTED, FLAGGED, MANIFEST = "instruct.json", "rejected.jsonl", "flagge
 
 
 def check_folder(folder: str) -> None:
-    """Raises UserError, one line, if outputs in `folder` would take the place of files that no run has made."""
+    """Raises UserError, one line, if output files would replace files in `folder` that no run has made."""
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise UserError(f"--out {folder}: is a file; name a folder")
     if os.path.exists(os.path.join(folder, SETTINGS)) or os.path.exists(os.path.join(folder, LOG)):
@@ -45,12 +45,11 @@ def write_outputs(
     price: Price | None = None,
     progress: Callable[[Iterator[Task]], Iterator[Task]] = iter,
 ) -> dict[str, Any]:
-    """Writes everything from the log, in the order of the tasks, and returns the manifest.
+    """Writes all files from the log, in the order of the tasks, and returns the manifest.
 
-    Every task that is done ends up once in the file of its kind and in the merged one, or once in rejected.jsonl;
-    `failures` holds, by `Task.name`, those that are done because no answer could be had, and why. A task whose turns
-    are those of an earlier one is rejected as a duplicate. Each file appears when it is whole. What stays in memory of
-    a record is where it is, some 200 bytes.
+    A finished task is written once to the file of its kind and to the merged file, or once to rejected.jsonl.
+    `failures` maps `Task.name` to the reason why a task got no answer. A task with the turns of an earlier task is
+    rejected as a duplicate. Every file appears when it is complete. Memory keeps some 200 bytes per record.
     """
     folder, tally = synthesis.settings.out, _Tally(price)
     _sweep(folder)
@@ -68,17 +67,17 @@ def write_outputs(
             if verdict is None:
                 tally.unanswered[task.kind] += 1
             elif verdict.accepted:
-                lists[task.kind].write(task.record(verdict.turns))
+                lists[task.kind].write(task.to_record(verdict.turns))
                 if verdict.evidence is not None and verdict.evidence.findings:
                     flagged.write(to_json(_flag(task, verdict)))
                     tally.flag(verdict)
             else:
                 rejected.write(to_json(_rejection(task, outcome, verdict)))
                 tally.rejects[task.kind][verdict.reason] += 1
-        for made in lists.values():
-            made.close()
+        for written in lists.values():
+            written.close()
         _merge(list(lists.values()), JsonList(output(MERGED)), synthesis.settings.seed)
-        records = {kind: len(made) for kind, made in lists.items()}
+        records = {kind: len(written) for kind, written in lists.items()}
     for kind in set(KINDS) - set(lists):  # of an earlier run that had this kind too; the log still has it
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, FILES[kind]))
@@ -89,25 +88,24 @@ def write_outputs(
 
 
 def date(seconds: float) -> str:
-    """A time since 1970, in UTC."""
+    """Formats seconds since 1970, in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 def to_json(row: dict[str, Any], indent: int | None = None) -> bytes:
-    """With its newline. What a server says, or a file is called, may hold half of a UTF-16 pair, which JSON can only
-    escape."""
+    """Returns JSON with a newline. Half of a surrogate pair, from a server or a file name, is escaped."""
     return json.dumps(row, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
 
 
 def _sweep(folder: str) -> None:
-    """Removes what a process that was killed while it wrote has left."""
+    """Removes temporary files of killed processes."""
     for name in os.listdir(folder):
         if re.fullmatch(r"\..+\.jsonl?(\.[0-9a-f]{6})?\.[0-9a-f]+\.tmp", name):
             os.unlink(os.path.join(folder, name))
 
 
 def _final(task: Task, outcome: Outcome, failure: str | None, seen: Seen) -> Verdict | None:
-    """The verdict that a record stands or falls with; None if the task is still to be asked."""
+    """Returns the final verdict of a task, or None if it must still be asked."""
     if not outcome.done:
         return None if failure is None else Verdict((), "request_failed", failure, None)
     if outcome.verdict.accepted:
@@ -131,7 +129,7 @@ def _flag(task: Task, verdict: Verdict) -> dict[str, Any]:
 
 
 class _Tally:
-    """What the manifest counts. An answer that several tasks share counts once, as it was paid."""
+    """Counts for the manifest. An answer that several tasks share counts once, because it was paid once."""
 
     def __init__(self, price: Price | None):
         self.rejects = {kind: Counter() for kind in KINDS}
@@ -146,23 +144,23 @@ class _Tally:
         self._counted: set[int] = set()
 
     def add_answers(self, outcome: Outcome) -> None:
-        for key, reply in outcome.answers:
+        for key, response in outcome.answers:
             short = int(key[:15], 16)
             if short not in self._counted:
                 self._counted.add(short)
-                self._add(reply)
+                self._add(response)
 
-    def _add(self, reply: Response) -> None:
+    def _add(self, response: Response) -> None:
         self.answers += 1
-        self.estimated += reply.estimated
-        told = 0 if reply.estimated else 1  # tokens are those that the server counts
-        self.tokens.update(prompt=told * reply.prompt_tokens, cached=told * reply.cached_tokens,
-                           completion=told * reply.completion_tokens)
-        self.models[reply.model] += 1
-        self.fingerprints.update([reply.fingerprint] if reply.fingerprint else [])
-        self.dates = [min([*self.dates[:1], reply.created]), max([*self.dates[1:], reply.created])]
+        self.estimated += response.estimated
+        counted = 0 if response.estimated else 1  # only the server's own counts
+        self.tokens.update(prompt=counted * response.prompt_tokens, cached=counted * response.cached_tokens,
+                           completion=counted * response.completion_tokens)
+        self.models[response.model] += 1
+        self.fingerprints.update([response.fingerprint] if response.fingerprint else [])
+        self.dates = [min([*self.dates[:1], response.created]), max([*self.dates[1:], response.created])]
         if self._price is not None:
-            self.cost += self._price.cost(reply)
+            self.cost += self._price.cost(response)
 
     def flag(self, verdict: Verdict) -> None:
         self.flagged += 1
@@ -170,20 +168,20 @@ class _Tally:
 
 
 class JsonList:
-    """A JSON list, row by row, that knows where its rows are."""
+    """Writes a JSON list row by row, and keeps the offsets of its rows."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.places = file, array("q")
+        self.file, self.offsets = file, array("q")
         self._at = self._put(b"[\n")
 
     def __len__(self) -> int:
-        return len(self.places) // 2
+        return len(self.offsets) // 2
 
     def write(self, row: dict[str, Any] | bytes) -> None:
         content = row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode()
-        start = self._at + self._put(b",\n" if self.places else b"")
+        start = self._at + self._put(b",\n" if self.offsets else b"")
         self._at = start + self._put(content)
-        self.places.extend((start, self._at))
+        self.offsets.extend((start, self._at))
 
     def close(self) -> None:
         self._put(b"\n]\n")
@@ -196,12 +194,12 @@ class JsonList:
 
 def _merge(lists: list[JsonList], merged: JsonList, seed: int) -> None:
     """The rows of all lists, shuffled; they are read again from the files."""
-    order = [(which, row) for which, made in enumerate(lists) for row in range(len(made))]
+    order = [(which, row) for which, written in enumerate(lists) for row in range(len(written))]
     random.Random(f"{seed} merged").shuffle(order)
     with contextlib.ExitStack() as files:
-        sources = [files.enter_context(open(made.file.name, "rb")) for made in lists]
+        sources = [files.enter_context(open(written.file.name, "rb")) for written in lists]
         for which, row in order:
-            start, stop = lists[which].places[2 * row : 2 * row + 2]
+            start, stop = lists[which].offsets[2 * row : 2 * row + 2]
             sources[which].seek(start)
             merged.write(sources[which].read(stop - start))
     merged.close()

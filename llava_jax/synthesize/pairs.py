@@ -1,7 +1,7 @@
-"""Stage-1 data of image-caption pairs: each caption becomes the answer to a random short instruction.
+"""Stage-1 data from image-caption pairs: every caption becomes the answer to a random short instruction.
 
-The paper's naive expansion (Visual Instruction Tuning, sections 3 and 4.2): of a pair one conversation of one turn,
-whose question, drawn from a pool, asks for a brief description.
+This is the paper's naive expansion (Visual Instruction Tuning, sections 3 and 4.2): a pair gives a conversation of one
+turn, whose question is drawn from a pool and asks for a brief description.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from llava_jax.synthesize.output import JsonList
 from llava_jax.synthesize.prompts import read_questions
 from llava_jax.text.templates import IMAGE
 
-COCO = re.compile(rb'\s*\{\s*"(info|licenses|type|images|annotations)"\s*:\s*[\[{"]')  # how its files begin
+COCO = re.compile(rb'\s*\{\s*"(info|licenses|type|images|annotations)"\s*:\s*[\[{"]')  # start of COCO's files
 
 
 @dataclasses.dataclass(frozen=True)
 class PairsCommand:
-    """Makes image-caption pairs stage-1 records: a random short instruction, and the caption as its answer.
+    """Turns image-caption pairs into stage-1 records: a random short instruction, and the caption as its answer.
 
-    DATA holds a row for each pair, with `image` and either `caption` or a conversation of one answer (metadata.json or
-    chat.json of CC3M-595K, a JSON list or JSON lines); or it is a COCO captions file, of which every image gives one
+    DATA has a row for every pair, with `image` and either `caption` or a conversation of one answer (metadata.json or
+    chat.json of CC3M-595K, a JSON list or JSON lines). It can also be a COCO captions file. Every image then gives one
     of its captions, drawn by seed.
     """
 
@@ -48,21 +48,21 @@ class PairsCommand:
     out: str = "pairs.json"
     """JSON list to write"""
     filter: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """keep only the pairs that the concept-balanced filter chooses, as prepare filter with its defaults"""
+    """keep only the pairs that the concept-balanced filter selects, with the defaults of prepare filter"""
     language: str = "en"
-    """of the instructions; captions are left as they are"""
+    """language of the instructions; captions stay as they are"""
     questions: str = ""
-    """file with short instructions of yours, one a line"""
+    """file with your own short instructions, one a line"""
     prefix: str = ""
-    """put before the names of images, such as coco/train2017/"""
+    """text in front of image names, such as coco/train2017/"""
     seed: int = 0
-    """of the instructions, of the place of <image>, of the filter, and of the choice among an image's captions"""
+    """random seed for the instructions, the position of <image>, the filter, and the choice of an image's caption"""
     bad_rows: Literal["error", "skip"] = "error"
-    """what to do about a row without image or caption: stop, or leave it out and count it"""
+    """how to handle a row without image or caption: stop, or skip and count it"""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """replace OUT if it exists"""
     workers: int | None = None
-    """processes that look for phrases; by default one for each core, 0 for none besides this one"""
+    """number of processes that find phrases; by default one per core, 0 for this process alone"""
 
     def run(self) -> int:
         self._check()
@@ -110,7 +110,7 @@ class PairsCommand:
             raise UserError(f"--out {self.out}: exists already; add --overwrite to replace it")
 
     def _record(self, file: CaptionFile, row: bytes, number: int, questions: tuple[str, ...]) -> dict[str, Any]:
-        """Raises UserError that says what is wrong with the row."""
+        """Returns the record of a row. Raises UserError that says what is wrong with the row."""
         caption, fields = check_text(file.caption(row).strip(), "the caption"), json.loads(row)
         image = fields.get("image")
         if not isinstance(image, str) or not image:
@@ -132,7 +132,7 @@ class PairsCommand:
 
 @contextlib.contextmanager
 def _rows(path: str, seed: int) -> Iterator[str]:
-    """A file with a row for each pair: `path` itself, or one made of a COCO captions file."""
+    """Yields a file with a row for every pair: `path` itself, or a temporary file made from a COCO captions file."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     with open(path, "rb") as file:

@@ -1,8 +1,8 @@
-"""What the teacher answered, as turns of a conversation: tolerant in form, strict in content.
+"""Parses a teacher's answer into the turns of a conversation: tolerant in form, strict in content.
 
 Conversations and complex questions come as blocks under the headers `Question:` and `Answer:`, with lines `===` between
-them; a detailed description is plain text. What is not as it should be raises Reject with one of REASONS; each rule
-stands where it is checked. Wording about captions and boxes is in wording.py.
+them; a detailed description is plain text. An invalid answer raises Reject with one of REASONS. endpoint/wording.py
+has the rules about wording.
 """
 
 import hashlib
@@ -19,15 +19,19 @@ Turn = dict[str, str]  # {"from": "human" | "gpt", "value": text}, as in LLaVA's
 REASONS = ("truncated", "refusal", "empty", "wrong_kind", "odd_turns", "mentions_source", "leaks_answer", "too_short",
            "too_long", "wrong_language", "duplicate")
 
-# Words of all answers of a record together, at least and at most. A letter of a language without spaces between its
-# words is half a word, and so is a Korean syllable.
 ANSWER_WORDS = {"conversation": (5, 1500), "detail_description": (20, 800), "complex_reasoning": (20, 800)}
-QUESTION_WORDS = (2, 60)  # of each question
-LONGEST = 50_000  # characters that are looked at
+"""Minimum and maximum number of words of all answers of a record.
+
+A Korean syllable, or a letter of a language without spaces between its words, is half a word.
+"""
+QUESTION_WORDS = (2, 60)
+"""Minimum and maximum number of words of a question."""
+MAX_CHARACTERS = 50_000
+"""Maximum number of characters of an answer."""
 
 
 class Reject(UserError):
-    """An answer that makes no record: a `reason` out of REASONS to count by, and one line of `detail`."""
+    """Raised for an answer that makes no record, with a `reason` in REASONS and one line of `detail`."""
 
     def __init__(self, reason: str, detail: str):
         self.reason, self.detail = reason, " ".join(detail.split())
@@ -40,10 +44,9 @@ class Reject(UserError):
 def parse(
     kind: str, text: str, finish_reason: str | None = "stop", question: str | None = None, language: str = "en"
 ) -> tuple[Turn, ...]:
-    """The turns of a reply, human first, alternating, none of them empty; without `<image>`, which the caller adds.
+    """Returns the turns of an answer, alternating and human first, without `<image>`, which the caller adds.
 
-    `kind` is one of prompts.KINDS; of a detailed description, `question` is the one drawn for it. The result depends on
-    the arguments alone. Raises Reject.
+    `kind` is one of prompts.KINDS. `question` is the question of a detailed description. Raises Reject.
     """
     if finish_reason == "length":
         raise Reject("truncated", "the reply hit the limit of tokens (finish_reason length)")
@@ -59,14 +62,16 @@ def parse(
 
 
 class Seen:
-    """The answers of all records so far, of each a hash of 16 bytes."""
+    """Remembers the answers of all records so far, as hashes of 16 bytes."""
 
     def __init__(self):
         self._digests: set[bytes] = set()
 
     def add(self, kind: str, turns: Sequence[Turn]) -> None:
-        """Raises Reject("duplicate") if a record of this kind had the same answers, but for case and punctuation. The
-        same questions about several images are no fault."""
+        """Raises Reject("duplicate") if a record of this kind had the same answers, up to case and punctuation.
+
+        Several images may have the same questions.
+        """
         answers = "\n".join(_normal(turn["value"]) for turn in turns if turn["from"] == "gpt")
         digest = hashlib.blake2b(f"{kind}\n{answers}".encode(), digest_size=16).digest()
         if digest in self._digests:
@@ -98,12 +103,12 @@ PREAMBLE = re.compile(
     r"|\A(?:네|물론)?[^\n]{0,20}다음은 [^\n]{0,60}(?:설명|묘사)[^\n]{0,20}[:.]\s*\n\s*", re.I)
 CLOSING = re.compile(
     r"\n\s*\n(?:i hope (?:this|that) |(?:please )?let me know if |(?:please )?feel free to )[^\n]*\Z", re.I)
-CHATTER = 200  # characters that may stand before the first header, as "Sure, here is a conversation:", or at the end
+CHATTER = 200  # maximum characters before the first header, as in "Sure, here is a conversation:", or at the end
 UNFINISHED = re.compile(r"(?:,|\b(?:and|or|the|an?|of|with|in|to|is|are))\Z")
 
 
 def _clean(text: str) -> str:
-    if len(text) > LONGEST:
+    if len(text) > MAX_CHARACTERS:
         raise Reject("too_long", f"the reply has {len(text):,} characters")
     try:
         check_text(text, "the reply")
@@ -119,7 +124,7 @@ def _clean(text: str) -> str:
 
 
 def _description(text: str) -> str:
-    """A description as it stands. wrong_kind if it has questions and answers."""
+    """Returns a description without its title and preamble. Raises Reject if it has questions and answers."""
     text = DESCRIPTION.sub("", PREAMBLE.sub("", text, count=1), count=1).strip()
     if any(match and match["human"] and len(match["human"]) > 1 for match in map(HEADER.fullmatch, text.split("\n"))):
         raise Reject("wrong_kind", "questions and answers, where a description was asked for")
@@ -127,8 +132,11 @@ def _description(text: str) -> str:
 
 
 def _dialogue(kind: str, text: str) -> tuple[Turn, ...]:
-    """Questions and answers in turn. wrong_kind without headers, or with several pairs where one was asked for;
-    odd_turns if they do not alternate, or if there is text under no header."""
+    """Returns questions and answers in turn.
+
+    Raises Reject("wrong_kind") without headers or with more pairs than requested, and Reject("odd_turns") if they do
+    not alternate or if text is under no header.
+    """
     blocks: list[tuple[str, list[str]]] = []
     open_block = True  # no separator since the last header
     for line in text.split("\n"):
@@ -164,7 +172,7 @@ def _dialogue(kind: str, text: str) -> tuple[Turn, ...]:
 
 
 def _check(kind: str, turns: tuple[Turn, ...], language: str) -> None:
-    """The rules about content."""
+    """Raises Reject if the content breaks a rule."""
     questions, answers = ([turn["value"] for turn in turns if turn["from"] == role] for role in ("human", "gpt"))
     written = answers if kind == "detail_description" else [turn["value"] for turn in turns]
     if UNFINISHED.search(answers[-1]):
@@ -200,7 +208,7 @@ def _pair(question: str, answer: str) -> tuple[Turn, ...]:
 
 
 def _plain(text: str) -> str:
-    """Without blank lines around it, runs of them in it, and bold print of the whole."""
+    """Returns a text without blank lines around it, repeated blank lines, and bold print of the complete text."""
     text = re.sub(r"\n\s*\n\s*", "\n\n", text.strip())
     whole = re.fullmatch(r"\*\*([^*]+)\*\*|__([^_]+)__", text)
     return (whole[1] or whole[2]).strip() if whole else text

@@ -1,4 +1,4 @@
-"""`synthesize run`: asks for every task what the log does not hold, and writes what has come of it."""
+"""The command `synthesize run`: asks for every answer that is not in the log, and writes the records."""
 
 import asyncio
 import contextlib
@@ -28,13 +28,14 @@ from llava_jax.progress import Progress
 from llava_jax.synthesize.output import check_folder, date, to_json, write_outputs
 from llava_jax.synthesize.synthesis import SETTINGS, Synthesis, SynthesisSettings, Task
 
-STANDING, BATCHES = "progress.json", "batches"
-SECONDS = 5.0  # between two writings of it
+STATUS, BATCHES = "progress.json", "batches"
+STATUS_SECONDS = 5.0
+"""Seconds between two writes of the status."""
 
 
 @contextlib.contextmanager
 def open_log(settings: SynthesisSettings) -> Iterator[AnswerLog]:
-    """The log of answers in the folder of the run, which is made; tells what was mended. One process at a time."""
+    """Opens the log of answers for one process, creates its folder, and prints a note on repairs."""
     with user_path(settings.out):
         os.makedirs(settings.out, exist_ok=True)
         opened = AnswerLog(settings.log)
@@ -49,7 +50,7 @@ def open_log(settings: SynthesisSettings) -> Iterator[AnswerLog]:
 
 
 def open_synthesis(settings: SynthesisSettings) -> Synthesis:
-    """Reads prompts and images, and tells what was left out of them."""
+    """Reads prompts and images, and prints notes on what was skipped."""
     synthesis = Synthesis(settings)
     for what, count in synthesis.contexts.notes.items():
         note(f"{count:,} {what}")
@@ -59,7 +60,7 @@ def open_synthesis(settings: SynthesisSettings) -> Synthesis:
 
 
 class RunStatus:
-    """Settles answers, and keeps in a file how far the run is, for `status`."""
+    """Records answers, and writes the progress of the run to a file, for the command `status`."""
 
     def __init__(self, synthesis: Synthesis, budget: Budget):
         self.failures: dict[tuple[str, str], str] = {}
@@ -67,10 +68,10 @@ class RunStatus:
         self.rejects: Counter[str] = Counter()  # answers, not tasks
         self._synthesis, self._budget = synthesis, budget
         self._accepted, self._rejected, self._tokens = Counter[str](), Counter[str](), Counter[str]()
-        self._path, self._begun, self._written = os.path.join(synthesis.settings.out, STANDING), time.time(), 0.0
+        self._path, self._start, self._written = os.path.join(synthesis.settings.out, STATUS), time.time(), 0.0
 
     def record(self, task: Task, attempt: int, answer: Response | RequestFailed) -> bool:
-        """Whether the task is done."""
+        """Records an answer, and returns whether the task is done."""
         done = True
         if isinstance(answer, RequestFailed):
             self.failures[task.name] = str(answer)
@@ -84,20 +85,20 @@ class RunStatus:
             done = verdict.accepted or attempt + 1 >= self._synthesis.attempts
             self.rejects.update({verdict.reason: 1} if verdict.reason else {})
             (self._accepted if verdict.accepted else self._rejected)[task.kind] += done
-        if time.monotonic() - self._written > SECONDS:
+        if time.monotonic() - self._written > STATUS_SECONDS:
             self.write("running")
         return done
 
     def write(self, state: str, manifest: dict[str, Any] | None = None) -> None:
-        """`manifest`: of the outputs, which know more: duplicates are found when they are written."""
+        """Writes the status. `manifest` has better counts, because duplicates are found when records are written."""
         kinds = {kind: {"asked": self._synthesis.count(kind), "accepted": self._accepted[kind],
                         "rejected": self._rejected[kind]} for kind in self._synthesis.settings.kinds}
         tokens = self._tokens
         if manifest:
             kinds, tokens = manifest["counts"], manifest["tokens"]
         now = time.time()
-        about = {"state": state, "model": self._synthesis.teacher.model, "begun": date(self._begun),
-                 "written": date(now), "seconds": now - self._begun, "kinds": kinds,
+        about = {"state": state, "model": self._synthesis.teacher.model, "begun": date(self._start),
+                 "written": date(now), "seconds": now - self._start, "kinds": kinds,
                  "rejected_answers": dict(self.rejects.most_common()), "requests": self._budget.requests,
                  "tokens": dict(tokens), "cost_usd": self._budget.cost if self._budget.price else None,
                  "lost_usd": self._budget.lost}
@@ -107,19 +108,19 @@ class RunStatus:
 
 
 NUMBER = (int, float)
-STANDING_FIELDS = {"state": str, "written": str, "seconds": NUMBER, "kinds": dict, "rejected_answers": dict,
+STATUS_FIELDS = {"state": str, "written": str, "seconds": NUMBER, "kinds": dict, "rejected_answers": dict,
                    "requests": int, "tokens": dict, "cost_usd": (*NUMBER, type(None))}  # fmt: skip
 
 
 def read_status(settings: SynthesisSettings) -> dict[str, Any] | None:
-    """What was last told of how far a run is, or None. Raises UserError that names the file if it is damaged."""
-    path = os.path.join(settings.out, STANDING)
+    """Reads the last status of a run, or None. Raises UserError that names the file if it is damaged."""
+    path = os.path.join(settings.out, STATUS)
     if not os.path.exists(path):
         return None
     try:
         status = read_json(path)
         status.setdefault("lost_usd", 0.0)  # of an older version
-        require_fields(status, STANDING_FIELDS | {"lost_usd": NUMBER}, path)
+        require_fields(status, STATUS_FIELDS | {"lost_usd": NUMBER}, path)
         for kind, counts in status["kinds"].items():
             require_fields(counts, dict.fromkeys(("asked", "accepted", "rejected"), int), f"{path}: {kind}")
         for group in ("rejected_answers", "tokens"):
@@ -136,28 +137,27 @@ class RunCommand:
 
     OUT gets conversation.json, detail_description.json, complex_reasoning.json, and instruct.json: all, shuffled.
 
-    Every answer is kept in OUT/answers.jsonl before anything is done with it, under a hash of what was asked: after
-    Ctrl-C, kill -9 or with other options the same command asks only what was never answered. rejected.jsonl says what
-    was not taken and why, flagged.jsonl what was taken but contradicts captions or boxes, manifest.json where all of it
-    comes from and what it cost.
+    Every answer is first written to OUT/answers.jsonl, under a hash of its request. After Ctrl-C, kill -9 or with other
+    options the same command asks only for missing answers. rejected.jsonl lists rejected answers with reasons,
+    flagged.jsonl accepted ones that contradict captions or boxes, and manifest.json all inputs, counts and costs.
 
-    Exit codes: 0, every task is accepted or rejected; 1, some requests got no answer; 2, a mistake, in one line, or no
-    request at all was answered; 3, --max-cost or --max-requests left no room; 130 after Ctrl-C and 75 after SIGTERM,
-    when what was in flight is finished (a second one does not wait). After 1, 3, 75 and 130 the files hold what there
-    is, and the same command goes on.
+    Exit codes: 0, every task is accepted or rejected; 1, some requests got no answer; 2, an error of the user in one
+    line, or no request was answered; 3, --max-cost or --max-requests left no room; 130 after Ctrl-C and 75 after
+    SIGTERM, when requests in flight are finished (a second signal does not wait). After 1, 3, 75 and 130 the files
+    have the records so far, and the same command continues.
     """
 
     settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     server: Annotated[Server, tyro.conf.arg(name="")]
     max_cost: float | None = None
-    """USD, by --prices, that all answers in OUT may cost together, with tries that brought none. No request starts that
-    could go beyond; only a server that ignores max_completion_tokens can, by what is in flight then"""
+    """USD, by --prices, that all answers in OUT may cost, tries without an answer included. No request is sent that
+    could exceed it; only a server that ignores max_completion_tokens can, by its requests in flight"""
     max_requests: int | None = None
-    """requests that this command may start"""
+    """number of requests that this command may send"""
     prices: str = ""
     """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
     batch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """ask by the Batch API, which is cheaper and takes up to a day; the command may be stopped and goes on waiting"""
+    """use the Batch API, which is cheaper and takes up to a day; the command may be stopped and run again"""
 
     def run(self) -> int:
         settings = self.settings
@@ -212,14 +212,14 @@ class RunCommand:
         progress = Progress(len(synthesis), unit="tasks", note=lambda: budget.summary(status.rejects))
         options = {"budget": budget, "cancel": cancel, "progress": progress}
         with contextlib.closing(progress), cancel.handle_signals():
-            telling = asyncio.create_task(_tell(cancel))
+            announcing = asyncio.create_task(_announce_signal(cancel))
             try:
                 if self.settings.teacher == "rules":
                     return await answer_all(
                         synthesis, synthesis.teacher, log, status.record, concurrency=1, **options)
                 return await self._ask_server(synthesis, log, status, options)
             finally:
-                telling.cancel()
+                announcing.cancel()
 
     async def _ask_server(
         self, synthesis: Synthesis, log: AnswerLog, status: RunStatus, options: dict[str, Any]
@@ -239,7 +239,7 @@ class RunCommand:
                     note(line)
 
     def _explain(self, ending: Ending, cancel: CancelToken, failed: bool) -> int:
-        """The exit code, and why it is not 0."""
+        """Returns the exit code, and prints why it is not 0."""
         if ending == "done":
             return UNANSWERED if failed else 0
         why = {"max_cost": f"--max-cost {self.max_cost} leaves no room for another request",
@@ -251,7 +251,7 @@ class RunCommand:
 
 
 def describe(manifest: dict[str, Any], folder: str) -> str:
-    """What has come of a run, as text."""
+    """Returns the results of a run as text."""
     lines = [f"{'':20}{'tasks':>10}{'accepted':>10}{'rejected':>10}{'unanswered':>12}  rejected for"]
     for kind, count in manifest["counts"].items():
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in count["rejects"].items())
@@ -271,8 +271,8 @@ def describe(manifest: dict[str, Any], folder: str) -> str:
     return "\n".join([*lines, f"{folder}: {', '.join(manifest['outputs'])}"])
 
 
-async def _tell(cancel: CancelToken) -> None:
-    """Says that a signal was heard: what is in flight may take minutes."""
+async def _announce_signal(cancel: CancelToken) -> None:
+    """Prints a line after the first signal, because requests in flight may take minutes."""
     try:
         await cancel.sleep(365 * 86400)
     except NotSentError:

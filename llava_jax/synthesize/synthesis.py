@@ -1,8 +1,8 @@
-"""What is asked of a teacher about which images, and what becomes of its answers.
+"""The tasks of a run: requests to a teacher about images, and verdicts on its answers.
 
-A task is an image and a kind of record. Its requests follow from the settings and the inputs alone, and so does the
-verdict on an answer. What a run makes is therefore made from its log of answers, at any time and again: a run that was
-killed goes on, and a better parser or a stricter rule costs nothing.
+A task is an image and a kind of record. Its requests and the verdict on an answer depend on the settings and the inputs
+alone. The output of a run can therefore be made from its log of answers at any time: a killed run continues, and a
+better parser or a stricter rule costs nothing.
 """
 
 import dataclasses
@@ -33,53 +33,53 @@ from llava_jax.text.templates import IMAGE
 T = TypeVar("T")
 
 COUNTS = {"conversation": "conversation", "detail_description": "detail", "complex_reasoning": "complex"}
-"""The option that says how many images each kind is made of."""
+"""Name of the option with the number of images, by kind."""
 LOG, SETTINGS = "answers.jsonl", "settings.json"
-"""Files of a run's folder: every answer that was ever given, and what was asked last."""
+"""Files in a run's folder: all answers so far, and the settings of the last command."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisSettings:
-    """What to ask, of which teacher, about which images. `check` before use."""
+    """Teacher, images and kinds of records. Call `check` before use."""
 
     source: Annotated[AnnotationSource, tyro.conf.arg(name="")]
-    """images: captions and boxes"""
+    """captions and boxes of the images"""
     out: str = "data/instruct"
-    """folder for the answers and for what is made of them; the same command goes on where it stopped"""
+    """folder for the answers and the records; the same command continues where it stopped"""
     teacher: Literal["openai", "rules"] = "openai"
-    """any server that speaks OpenAI's chat API, or rules without a model, which need boxes and ask nothing of anyone"""
+    """any server with OpenAI's chat API, or rules without a model, which need boxes and no server"""
     model: str = ""
-    """name of the model, as the server knows it; there is no default, for models come and go"""
+    """name of the model on the server; there is no default, because models come and go"""
     base_url: str = ""
     """address of the server's API, such as http://127.0.0.1:8000/v1; OPENAI_BASE_URL or OpenAI's own if empty"""
     language: str = "en"
-    """of the records: a code such as en, ko, fr"""
+    """language of the records: a code such as en, ko, fr"""
     prompts: str = ""
-    """folder with prompts of yours, KIND/system_message.txt, KIND/NNN_caps.txt and KIND/NNN_conv.txt"""
+    """folder with your own prompts: KIND/system_message.txt, KIND/NNN_caps.txt and KIND/NNN_conv.txt"""
     questions: str = ""
     """file with ways to ask for a detailed description, one a line"""
     conversation: int | None = None
-    """images, drawn by seed, to make conversations of; all by default, 0 for none"""
+    """number of images, drawn by seed, to make conversations of; all by default, 0 for none"""
     detail: int | None = None
-    """images to make detailed descriptions of"""
+    """number of images to make detailed descriptions of"""
     complex: int | None = None
-    """images to make complex reasoning of"""
+    """number of images to make complex reasoning of"""
     seed: int = 0
-    """of the draw, of the questions that ask for descriptions, of the place of <image>, and of the merged order"""
+    """random seed for the images, the questions for descriptions, the position of <image>, and the merged order"""
     attempts: int = 3
-    """how often a task is asked, at most, when the answers are rejected for their content"""
+    """maximum number of requests of a task whose answers are rejected for their content"""
     drop_contradictions: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """reject answers that contradict captions or boxes (English); else they are kept, and listed in flagged.jsonl"""
+    """reject answers that contradict captions or boxes (English); otherwise flagged.jsonl lists them"""
     max_completion_tokens: int = 2048
-    """of an answer, hidden reasoning included"""
+    """maximum number of tokens of an answer, hidden reasoning included"""
     temperature: float | None = None
-    """sent only if given: many models refuse it"""
+    """sampling temperature; sent only if given, because many models refuse it"""
     parameters: str = ""
-    """more parameters of the request as a JSON object, such as '{"reasoning_effort": "low"}'"""
+    """further parameters of the request as a JSON object, such as '{"reasoning_effort": "low"}'"""
 
     @property
     def request_parameters(self) -> dict[str, Any]:
-        """What goes with the messages. Raises UserError if `parameters` is no JSON object, or limits no tokens."""
+        """Parameters of the requests. Raises UserError if `parameters` is no JSON object, or has an invalid limit."""
         more = parse_json(self.parameters or "{}", f"--parameters {self.parameters}: not a JSON object")
         try:
             json.dumps(more, allow_nan=False)
@@ -94,13 +94,13 @@ class SynthesisSettings:
         return {"max_completion_tokens": self.max_completion_tokens, **heat, **more}
 
     def check(self) -> None:
-        """Raises UserError, one line, for what cannot be meant, and for prompts that cannot be read."""
+        """Raises UserError, one line, for invalid values and for prompts that cannot be read."""
         self.check_values()
         _open_teacher(self)
         _read_questions(self)
 
     def check_values(self) -> None:
-        """As `check`, without reading any file."""
+        """Raises UserError for invalid values, without reading any file."""
         least = dict.fromkeys(("seed", *COUNTS.values()), 0) | {"attempts": 1, "max_completion_tokens": 1}
         for name in least:
             value = getattr(self, name)
@@ -119,7 +119,7 @@ class SynthesisSettings:
         _ = self.request_parameters  # raises UserError
 
     def count(self, kind: str) -> int | None:
-        """Images that a kind is made of; None: all."""
+        """Returns the number of images of a kind; None means all."""
         return getattr(self, COUNTS[kind])
 
     @property
@@ -131,7 +131,7 @@ class SynthesisSettings:
         return os.path.join(self.out, LOG)
 
     def as_json(self) -> dict[str, Any]:
-        """Paths are absolute, so that they hold from any folder; a password in the server's address is left out."""
+        """Returns the settings with absolute paths, and without a password in the address."""
         fields = dataclasses.asdict(self)
         fields["base_url"] = without_password(self.base_url)
         for name in ("out", "prompts", "questions"):
@@ -143,7 +143,7 @@ class SynthesisSettings:
 
     @classmethod
     def load(cls, folder: str) -> "SynthesisSettings":
-        """Those of the run that `folder` is of, wherever it has been moved. Raises UserError."""
+        """Reads the settings of the run in `folder`, which may have been moved. Raises UserError."""
         path = os.path.join(folder, SETTINGS)
         if not os.path.exists(path):
             raise UserError(f"{folder}: no synthesis has run there (there is no {SETTINGS})")
@@ -160,7 +160,7 @@ class SynthesisSettings:
 
 
 def _read_fields(kind: type[T], fields: dict[str, Any], name: str) -> T:
-    """A dataclass of fields that a file holds. Raises UserError that begins with `name` for others, or other types."""
+    """Makes a dataclass from a file's fields. Raises UserError that starts with `name` if a field is invalid."""
     hints = typing.get_type_hints(kind)
     if unknown := sorted(fields.keys() - hints.keys()):
         raise UserError(f"{name}: unknown field {unknown[0]!r:.60}")
@@ -179,9 +179,9 @@ def _read_fields(kind: type[T], fields: dict[str, Any], name: str) -> T:
 
 
 class Verdict(NamedTuple):
-    """What becomes of an answer: accepted if there is no reason against it."""
+    """The verdict on an answer, which is accepted if there is no reason against it."""
 
-    turns: tuple[Turn, ...]  # without <image>; () if they could not be read
+    turns: tuple[Turn, ...]  # without <image>; () if the answer could not be parsed
     reason: str  # one of parse.REASONS, "contradiction" or "request_failed", or ""
     detail: str
     evidence: Evidence | None
@@ -192,20 +192,20 @@ class Verdict(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Where a task stands."""
+    """The state of a task."""
 
-    verdict: Verdict | None  # on the accepted answer, or else on the last one; None before the first
-    answers: tuple[tuple[str, Response], ...]  # so far, with their keys; the accepted one is the last
-    done: bool  # accepted, or asked as often as allowed
+    verdict: Verdict | None  # on the accepted or the last answer; None before the first answer
+    answers: tuple[tuple[str, Response], ...]  # all answers so far with their keys; the accepted one is the last
+    done: bool  # whether an answer is accepted, or all attempts are used up
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An image, and the kind of record to be made of it."""
+    """An image, and a kind of record to make of it."""
 
     kind: str
     context: Context
-    question: str | None  # that a description answers; the other kinds bring their own
+    question: str | None  # of a description; the teacher writes the questions of other kinds
     synthesis: "Synthesis" = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -216,14 +216,14 @@ class Task:
         return self.synthesis.teacher.request(self.kind, self.context, attempt)
 
     def key(self, attempt: int) -> str:
-        """Under which the log holds the answer."""
+        """Returns the key of the answer in the log."""
         return self.request(attempt).key(self.synthesis.teacher.model)
 
-    def verdict(self, reply: Response) -> Verdict:
-        """Depends on the task and the answer alone."""
+    def verdict(self, response: Response) -> Verdict:
+        """Returns the verdict on an answer. It depends on the task and the answer alone."""
         settings, turns, found = self.synthesis.settings, (), None
         try:
-            turns = parse.parse(self.kind, reply.text, reply.finish_reason, self.question, settings.language)
+            turns = parse.parse(self.kind, response.text, response.finish_reason, self.question, settings.language)
             found = evidence.check(turns, self.context, self.synthesis.contexts.categories, settings.language)
             if found.findings and settings.drop_contradictions:
                 first = found.findings[0]
@@ -233,7 +233,7 @@ class Task:
         return Verdict(turns, "", "", found)
 
     def outcome(self, log: Mapping[str, Response]) -> Outcome:
-        """By the answers that the log holds."""
+        """Returns the state of the task by the answers in the log."""
         verdict, answers = None, ()
         for attempt in range(self.synthesis.attempts):
             key = self.key(attempt)
@@ -245,8 +245,8 @@ class Task:
                 break
         return Outcome(verdict, answers, True)
 
-    def record(self, turns: tuple[Turn, ...]) -> dict[str, Any]:
-        """A record of LLaVA's JSON. `<image>` stands before or after the first question, by the seed."""
+    def to_record(self, turns: tuple[Turn, ...]) -> dict[str, Any]:
+        """Returns a record of LLaVA's JSON. The seed puts `<image>` before or after the first question."""
         first, *rest = turns
         before = random.Random(f"{self.synthesis.settings.seed} place {self.kind} {self.context.id}").random() < 0.5
         value = f"{IMAGE}\n{first['value']}" if before else f"{first['value']}\n{IMAGE}"
@@ -255,27 +255,27 @@ class Task:
 
 
 class Synthesis(Sequence[Task]):
-    """The tasks of a run, image by image in the order of the source; each is made when asked for.
+    """The tasks of a run, by image in the order of the source. Every Task is made on access.
 
-    Raises UserError, one line, where prompts or images cannot be read, or there are too few.
+    Raises UserError, one line, if prompts or images cannot be read, or if there are too few images.
     """
 
     def __init__(self, settings: SynthesisSettings):
         self.settings = settings
         self.teacher, self.questions = _open_teacher(settings), _read_questions(settings)
-        # A rule answers the same however often it is asked.
+        # Rules give the same answer again.
         self.attempts = 1 if settings.teacher == "rules" else settings.attempts
         self.contexts = open_contexts(settings.source)
         if isinstance(self.teacher, RulesTeacher):
             self.teacher.check(self.contexts.categories)
-        # int64 [tasks, 2]: image, and number of the kind
-        self._places = np.argwhere(np.stack([self._draw(kind) for kind in KINDS], axis=1))
+        # int64 [tasks, 2]: index of the image, and of the kind
+        self._index = np.argwhere(np.stack([self._draw(kind) for kind in KINDS], axis=1))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> Task:
-        image, number = self._places[index].tolist()
+        image, number = self._index[index].tolist()
         kind, context, question = KINDS[number], self.contexts[image], None
         if kind == "detail_description":
             draw = random.Random(f"{self.settings.seed} question {context.id}")
@@ -283,11 +283,11 @@ class Synthesis(Sequence[Task]):
         return Task(kind, context, question, self)
 
     def count(self, kind: str) -> int:
-        """Tasks of a kind."""
+        """Returns the number of tasks of a kind."""
         return len(self._of(kind))
 
     def drawn(self, seed: int, kinds: Sequence[str] = KINDS) -> Iterator[Task]:
-        """All tasks of these kinds in a random order, the kinds by turns as long as each has some."""
+        """Yields all tasks of these kinds in random order, alternating between the kinds."""
         orders = [self._of(kind).tolist() for kind in kinds]
         for kind, order in zip(kinds, orders, strict=True):
             random.Random(f"{seed} drawn {kind}").shuffle(order)
@@ -295,11 +295,11 @@ class Synthesis(Sequence[Task]):
             yield from (self[index] for index in turn if index is not None)
 
     def _of(self, kind: str) -> np.ndarray:
-        """Indices of the tasks of a kind."""
-        return np.flatnonzero(self._places[:, 1] == KINDS.index(kind))
+        """Returns the indices of the tasks of a kind."""
+        return np.flatnonzero(self._index[:, 1] == KINDS.index(kind))
 
     def _draw(self, kind: str) -> np.ndarray:
-        """bool [images]: whether the kind is made of each."""
+        """Returns whether the kind is made of each image, bool [images]."""
         wanted, there = self.settings.count(kind), len(self.contexts)
         if wanted is None:
             return np.ones(there, bool)

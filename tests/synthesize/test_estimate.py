@@ -52,7 +52,7 @@ def test_answers_of_the_log_say_how_long_others_are(tmp_path):
 
 
 def test_few_answers_among_many_tasks_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLE", 5)
+    monkeypatch.setattr(module, "SAMPLE_TASKS", 5)
     synthesis = make_synthesis(tmp_path, 200, detail=0, complex=0)
     with AnswerLog(str(tmp_path / "log")) as log:
         log.append(synthesis[150].key(0), reply(good_answer(synthesis[150]), completion_tokens=77))

@@ -122,7 +122,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_or_does_no_harm(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(batch, "FIRST_POLL", 0.001)
+    monkeypatch.setattr(batch, "MIN_POLL_SECONDS", 0.001)
     refused = 0
     with FakeOpenAI(answer=answer_messages, batch_polls=0).serve() as url:
         write_all(tmp_path / "whole", url)
@@ -165,7 +165,7 @@ class Ruling(FakeOpenAI):
 
 
 def test_nothing_rules_the_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(batch, "FIRST_POLL", 0.001)
+    monkeypatch.setattr(batch, "MIN_POLL_SECONDS", 0.001)
     images = write_images(tmp_path, 6)
     images.write_text(images.read_text().replace("Room 0", json.dumps(f"{RULING} Room 0")[1:-1]))
     write_prompts(tmp_path)

@@ -374,7 +374,7 @@ def test_any_text_gives_turns_or_a_reject_with_a_listed_reason(kind):
     "*", "#", "-", "= ", "Question:", "A:\n", "===\n", "[.1,", "[0.1, 11, ", "the the ", "\n", " ", "**1. ", "0.1, ",
     "_ ", "the given image ", "I am a ", "`", "<think>", "coordinates "])
 def test_no_text_takes_long(unit):
-    text = unit * (parse_module.LONGEST // len(unit))
+    text = unit * (parse_module.MAX_CHARACTERS // len(unit))
     start = time.process_time()  # of this process alone, however busy the machine
     for kind in KINDS:
         for whole in (text, f"Question:\nWhat is it?\n===\nAnswer:\n{text}"):

@@ -146,10 +146,10 @@ def test_what_json_cannot_hold_does_not_get_into_a_record(tmp_path):
 def test_the_place_of_the_image_is_random_by_seed(tmp_path):
     synthesis = make_synthesis(tmp_path, 100, detail=0, complex=0)
     turns = ({"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."})
-    first = [task.record(turns)["conversations"][0]["value"] for task in synthesis]
+    first = [task.to_record(turns)["conversations"][0]["value"] for task in synthesis]
     assert set(first) == {"<image>\nQ?", "Q?\n<image>"} and 30 < first.count("<image>\nQ?") < 70
-    assert first == [task.record(turns)["conversations"][0]["value"] for task in synthesis]
-    record = synthesis[3].record(turns)
+    assert first == [task.to_record(turns)["conversations"][0]["value"] for task in synthesis]
+    record = synthesis[3].to_record(turns)
     assert record["id"] == "000003" and record["image"] == "000003.jpg" and record["conversations"][1] == turns[1]
 
 
