@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from llava_jax.images import Layout
 from llava_jax.inference import decode as programs
 from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, DecodeState
 from llava_jax.inference.detokenizer import Detokenizer
@@ -29,6 +30,7 @@ class Prompt:
 
     tokens: np.ndarray  # int32 [T], IMAGE_TOKEN_ID at the position of every visual token
     tiles: np.ndarray  # uint8 [I, H, W, 3]
+    layouts: Sequence[Layout]  # layouts of the images, which the tiles belong to
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -62,6 +64,7 @@ class Engine:
         """
         self.graph, self.eos_ids = graph, tuple(sorted(eos_ids))
         self.parameters = parameters
+        self._processor = self._model().config.processor
         self._mesh, self._layouts = mesh, {}
         if mesh is not None:
             rows, cache = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, *ROWS, None, "tensor"))
@@ -129,17 +132,16 @@ class Engine:
         length = length_bucket(max(length or 0, *(len(prompt.tokens) for prompt in prompts)))
         owners = self._prefix_owners(prompts, rows)
         if owners is None:
-            inputs = (*pad_tokens([prompt.tokens for prompt in prompts], rows, length_bucket),
-                      pad_tiles([prompt.tiles for prompt in prompts], rows), *_settings(prompts, rows))
+            tokens, lengths = pad_tokens([prompt.tokens for prompt in prompts], rows, length_bucket)
+            inputs = tokens, lengths, *self._pad_tiles(tokens, prompts), *_settings(prompts, rows)
             with self._on_mesh():
                 return self._prefill(self.parameters, *self._split(inputs), length=length)
         # The prefixes are rows of a state of their own, which have nothing to write.
         count = max(rows // 4, bucket(len(owners)))
         tokens, lengths = pad_tokens([prompt.tokens[: prompt.prefix_length] for prompt in owners.values()], count,
                                      prefix_bucket)
-        tiles = pad_tiles([prompt.tiles for prompt in owners.values()], count)
-        prefix, _ = self._prefill(self.parameters, tokens, lengths, tiles, *_settings((), count),
-                                  length=tokens.shape[1])
+        prefix, _ = self._prefill(self.parameters, tokens, lengths, *self._pad_tiles(tokens, owners.values()),
+                                  *_settings((), count), length=tokens.shape[1])
         prefix_rows = np.zeros(rows, np.int32)
         prefix_rows[: len(prompts)] = [list(owners).index(prompt.prefix_key) for prompt in prompts]
         further = pad_tokens([prompt.tokens[prompt.prefix_length :] for prompt in prompts], rows, short_bucket)
@@ -182,11 +184,11 @@ class Engine:
             state, tokens = self.decode(state, active, steps)
 
     def score(self, scoring_rows: Sequence[ScoringRow], tiles: Sequence[np.ndarray],
-              rows: int = 1) -> list[dict[int, float]]:
-        """Returns for each row, with the tiles of its prompt, the log-probabilities of its continuations by number."""
+              layouts: Sequence[Sequence[Layout]], rows: int = 1) -> list[dict[int, float]]:
+        """Returns for each row, with the images of its prompt, its continuations' log-probabilities by number."""
         rows = self._rows(max(rows, len(scoring_rows)))
         tokens, _ = pad_tokens([row.tokens for row in scoring_rows], rows, length_bucket)
-        inputs = tokens, pad_tiles(tiles, rows), *score_positions(scoring_rows, rows)
+        inputs = tokens, *pad_tiles(tokens, tiles, layouts, self._processor), *score_positions(scoring_rows, rows)
         with self._on_mesh():
             found = np.asarray(self._score(self.parameters, *self._split(inputs)), np.float64)
         return [{number: found[row, : len(tokens), column].sum().item()
@@ -202,6 +204,10 @@ class Engine:
         if None in owners or max(rows // 4, bucket(len(owners))) > rows // 2 or self._data_devices > 1:
             return None
         return owners
+
+    def _pad_tiles(self, tokens: np.ndarray, prompts: Iterable[Prompt]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        tiles, layouts = zip(*((prompt.tiles, prompt.layouts) for prompt in prompts), strict=True)
+        return pad_tiles(tokens, tiles, layouts, self._processor)
 
     def _model(self) -> Llava:
         return from_params(self.graph, self.parameters)

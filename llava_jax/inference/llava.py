@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 from llava_jax.errors import UserError
-from llava_jax.image_files import open_image, turn_upright
+from llava_jax.image_files import image_size, open_image, turn_upright
+from llava_jax.images import Layout
 from llava_jax.inference.detokenizer import Completion, Detokenizer
 from llava_jax.inference.engine import Engine, Prompt
 from llava_jax.inference.grouping import group_batches, image_opener
@@ -82,6 +83,7 @@ class Llava:
 
     Attributes:
       config: the model's `LlavaConfig`.
+      processor: its `ImageProcessor`.
       tokenizer: its `Tokenizer`.
       template: name of its conversation template (text/templates.py).
       attention: attention implementations of its decoder and vision tower (models/attention.py).
@@ -91,6 +93,7 @@ class Llava:
     def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32",
                  mesh: jax.sharding.Mesh | None = None, attention: str = "auto"):
         self.config = config
+        self.processor = config.processor
         self.tokenizer = tokenizer
         self.template = config.template
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
@@ -111,7 +114,7 @@ class Llava:
     def model(
         self,
         tokens: Int[Array, "B T"],
-        tiles: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None,
+        tiles: Float[Array, "B I H W 3"] | UInt8[Array, "B I H W 3"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         visual_index: Int[Array, "B T"] | Int[Array, "B T 4"] | None = None,
@@ -172,7 +175,7 @@ class Llava:
         No piece splits a character or shows part of a stop string.
         """
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
-        prompt = self._prompt(request, self.prompt_tokens(request), self._tiles(request.images))
+        prompt = self._prompt(request, *self._encode(request), self._tiles(request.images))
         pieces = self._engine.generate([prompt], [self._detokenizer(request, prompt)], STREAM_STEPS)
         return (piece for (piece,) in pieces if piece)
 
@@ -195,12 +198,12 @@ class Llava:
 
             def rows():
                 for index, request in enumerate(map(_as_request, requests)):
-                    tokens = self.prompt_tokens(request)
-                    yield batch_key(len(request.images), len(tokens)), (index, request, tokens,
-                                                                        open_tiles(request.images))
+                    tokens, layouts = self._encode(request)
+                    yield (batch_key(sum(layout.tiles for layout in layouts), len(tokens)),
+                           (index, request, tokens, layouts, open_tiles(request.images)))
 
             for batch, size in group_batches(rows(), batch_size):
-                prompts = [self._prompt(request, tokens, tiles.result()) for _, request, tokens, tiles in batch]
+                prompts = [self._prompt(*inputs, tiles.result()) for _, *inputs, tiles in batch]
                 answers = [self._detokenizer(row[1], prompt) for row, prompt in zip(batch, prompts, strict=True)]
                 for _ in self._engine.generate(prompts, answers, rows=size):
                     pass
@@ -230,53 +233,76 @@ class Llava:
                     if not continuations or "" in continuations:
                         raise UserError("log_likelihood needs at least one continuation, and none may be empty")
                     counts[index], tiles = len(continuations), open_tiles(request.images)
-                    prefix, prompt = request.assistant_prefix or gap, self.prompt_tokens(request).tolist()
+                    prefix, (prompt, layouts) = request.assistant_prefix or gap, self._encode(request)
                     texts = [self.prompt_tokens(dataclasses.replace(request, assistant_prefix=prefix + text)).tolist()
                              for text in continuations]
-                    for row in scoring_rows(prompt, texts):
-                        yield batch_key(len(request.images), len(row.tokens)), (index, row, tiles)
+                    for row in scoring_rows(prompt.tolist(), texts):
+                        yield (batch_key(sum(layout.tiles for layout in layouts), len(row.tokens)),
+                               (index, row, layouts, tiles))
 
             for batch, size in group_batches(rows(), batch_size):
-                scored = self._engine.score([row for _, row, _ in batch], [tiles.result() for *_, tiles in batch], size)
+                _, scored_rows, layouts, tiles = zip(*batch, strict=True)
+                scored = self._engine.score(scored_rows, [future.result() for future in tiles], layouts, size)
                 for (index, *_), scores in zip(batch, scored, strict=True):
                     found[index] |= scores
                     if len(found[index]) == counts[index]:
                         yield index, [score for _, score in sorted(found.pop(index).items())]
 
     def encode(self, messages: Messages, images: Sequence[ImageSource] = ()) -> dict[str, np.ndarray]:
-        """Returns what `model` takes, for one prompt: `tokens` [1, T] and `tiles` [1, I, H, W, 3], uint8."""
+        """Returns what `model` takes for one prompt: `tokens` [1, T], and if it has images `tiles` and `visual_index`.
+
+        `tiles` is uint8 [1, I, H, W, 3]. `visual_index` is int32 [1, T], -1 at the positions of text.
+        """
         request = Request(messages, images)
-        return {"tokens": self.prompt_tokens(request)[None], "tiles": self._tiles(request.images)[None]}
+        tokens, layouts = self._encode(request)
+        if not layouts:
+            return {"tokens": tokens[None]}
+        tiles, visual_index = self._tiles(request.images), np.full(len(tokens), -1, np.int32)
+        visual_index[tokens == IMAGE_TOKEN_ID] = self.processor.visual_index(layouts, 0, len(tiles))
+        return {"tokens": tokens[None], "tiles": tiles[None], "visual_index": visual_index[None]}
 
     def prompt_tokens(self, request: Request) -> Int[np.ndarray, "T"]:
         """Returns the ids of a request's prompt.
 
         Raises UserError if images and marks differ, and PromptTooLong if no room is left for an answer.
         """
-        tokens = encode_prompt(as_messages(request.messages, len(request.images)), self.template, self.tokenizer,
-                               self.config.processor.features_per_tile, request.assistant_prefix, request.verbatim)
+        return self._encode(request)[0]
+
+    def _encode(self, request: Request) -> tuple[Int[np.ndarray, "T"], list[Layout]]:
+        """Returns a prompt's ids and the layouts of its images, of which no more than their headers is read."""
+        layouts = [self._layout(image) for image in request.images]
+        tokens = encode_prompt(as_messages(request.messages, len(layouts)), self.template, self.tokenizer,
+                               [len(layout.index) for layout in layouts], request.assistant_prefix, request.verbatim)
         if len(tokens) >= self.config.text.max_length:
             raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
-        return tokens
+        return tokens, layouts
+
+    def _layout(self, image: ImageSource) -> Layout:
+        if self.processor.is_fixed:
+            return self.processor.layout()
+        if isinstance(image, Image.Image):
+            return self.processor.layout(*(turn_upright(image) if self.config.exif else image).size)
+        return self.processor.layout(*image_size(image, self.config.exif))
 
     def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:
-        processor, exif = self.config.processor, self.config.exif
-        tiles = [np.zeros((0, processor.size, processor.size, 3), np.uint8)]
+        tiles = [np.zeros((0, self.processor.size, self.processor.size, 3), np.uint8)]
         for image in images:
             if not isinstance(image, Image.Image):
-                image = open_image(image, exif)
-            elif exif:
+                image = open_image(image, self.config.exif)
+            elif self.config.exif:
                 image = turn_upright(image)
-            tiles.append(processor(image))
+            tiles.append(self.processor(image))
         return np.concatenate(tiles)
 
-    def _prompt(self, request: Request, tokens: Int[np.ndarray, "T"], tiles: UInt8[np.ndarray, "I H W 3"]) -> Prompt:
+    def _prompt(self, request: Request, tokens: Int[np.ndarray, "T"], layouts: list[Layout],
+                tiles: UInt8[np.ndarray, "I H W 3"]) -> Prompt:
         [visual] = np.nonzero(tokens == IMAGE_TOKEN_ID)
         prefix_length = int(visual[-1]) + 1 if len(visual) else 0
         hashable = prefix_length and all(isinstance(image, str | bytes | os.PathLike) for image in request.images)
         return Prompt(
             tokens=tokens,
             tiles=tiles,
+            layouts=layouts,
             max_new_tokens=min(request.max_new_tokens, self.config.text.max_length - len(tokens)),
             temperature=request.temperature,
             top_p=request.top_p,

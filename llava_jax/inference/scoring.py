@@ -17,11 +17,13 @@ def log_probabilities(
     model: Llava,
     tokens: Int[Array, "B T"],
     tiles: UInt8[Array, "B I H W 3"] | None,
+    visual_index: Int[Array, "B T"] | None,
     positions: Int[Array, "B P"],
     next_tokens: Int[Array, "B P C"],
 ) -> Float[Array, "B P C"]:
     """Returns the log-probability of each of `next_tokens` after the tokens up to its position, float32."""
-    hidden = jnp.take_along_axis(model.hidden(tokens, tiles), positions[..., None], axis=1)
+    hidden = model.hidden(tokens, tiles, visual_index=visual_index)
+    hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
     return jnp.take_along_axis(jax.nn.log_softmax(model.decoder.logits(hidden)), next_tokens, axis=-1)
 
 

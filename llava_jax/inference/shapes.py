@@ -5,6 +5,9 @@ from functools import partial
 
 import numpy as np
 
+from llava_jax.images import ImageProcessor, Layout
+from llava_jax.text.encode import IMAGE_TOKEN_ID
+
 
 def bucket(count: int) -> int:
     """Returns the next power of two; 0 stays 0."""
@@ -27,9 +30,9 @@ short_bucket = partial(length_bucket, smallest=16)
 """Bucket of what follows a prefix."""
 
 
-def batch_key(num_images: int, num_tokens: int) -> tuple[int, int]:
+def batch_key(num_tiles: int, num_tokens: int) -> tuple[int, int]:
     """Returns what prompts have in common that share a batch without much padding: tile slots and length."""
-    return bucket(num_images), length_bucket(num_tokens)
+    return bucket(num_tiles), length_bucket(num_tokens)
 
 
 def pad_tokens(prompts: Sequence[Sequence[int]], rows: int,
@@ -44,12 +47,18 @@ def pad_tokens(prompts: Sequence[Sequence[int]], rows: int,
     return padded, lengths
 
 
-def pad_tiles(tiles: Sequence[np.ndarray], rows: int) -> np.ndarray | None:
-    """Returns the tiles of each row in equally many slots, uint8 [rows, I, H, W, 3]; None if there are none."""
+def pad_tiles(tokens: np.ndarray, tiles: Sequence[np.ndarray], layouts: Sequence[Sequence[Layout]],
+              processor: ImageProcessor) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Returns the tiles of each row in equally many slots, uint8 [rows, I, H, W, 3], and the rows' `visual_index`.
+
+    `tokens` has the padded rows, `layouts` those of each row's images. Returns None for both if there are no tiles.
+    """
     slots = bucket(max(map(len, tiles)))
     if not slots:
-        return None
-    padded = np.zeros((rows, slots, *next(row.shape[1:] for row in tiles if len(row))), np.uint8)
-    for row, own in enumerate(tiles):
+        return None, None
+    padded = np.zeros((len(tokens), slots, processor.size, processor.size, 3), np.uint8)
+    visual_index = np.full(tokens.shape, -1, np.int32)
+    for row, (own, images) in enumerate(zip(tiles, layouts, strict=True)):
         padded[row, : len(own)] = own
-    return padded
+        visual_index[row, tokens[row] == IMAGE_TOKEN_ID] = processor.visual_index(images, 0, slots)
+    return padded, visual_index

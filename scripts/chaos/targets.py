@@ -45,7 +45,7 @@ def load(copy: Path, everything: Path) -> None:
     import llava_jax
 
     llava = llava_jax.load(copy)
-    llava._prompt(request := _request(everything), llava.prompt_tokens(request), llava._tiles(request.images))
+    llava._prompt(request := _request(everything), *llava._encode(request), llava._tiles(request.images))
 
 
 def answer(copy: Path, everything: Path) -> str:

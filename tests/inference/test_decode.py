@@ -42,7 +42,8 @@ def started(reciting, chain):
     @jax.jit
     def read(parameters):
         lengths = np.full(ROWS, 5, np.int32)
-        return prefill(from_params(graph, parameters), tokens, lengths, None, LIMITS, sampling, eos_ids, length=64)
+        model = from_params(graph, parameters)
+        return prefill(model, tokens, lengths, None, None, LIMITS, sampling, eos_ids, length=64)
 
     @jax.jit
     def go_on(parameters, state, going, steps):

@@ -5,6 +5,7 @@ import pytest
 
 from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.engine import Engine, Prompt
+from llava_jax.inference.llava import Request
 from llava_jax.models.llava import abstract_params
 
 SLOTS, LENGTH, STEPS = 4, 192, 3
@@ -23,9 +24,9 @@ def prompts(llava, pictures):
     for i in range(12):
         images = pictures[i % 4 : i % 4 + i % 3]
         text = "<image>\n" * len(images) + f"What is thing number {i}?" + " Why?" * i
-        inputs = llava.encode(text, images)
-        prompts.append(Prompt(inputs["tokens"][0], inputs["tiles"][0], max_new_tokens=1 + 5 * (i % 5),
-                              temperature=0.7 * (i % 4 == 3), top_p=0.9, seed=i))
+        request = Request(text, images, max_new_tokens=1 + 5 * (i % 5), temperature=0.7 * (i % 4 == 3), top_p=0.9,
+                          seed=i)
+        prompts.append(llava._prompt(request, *llava._encode(request), llava._tiles(images)))
     return prompts
 
 
@@ -84,6 +85,6 @@ def test_a_batch_is_a_state_of_its_own(engine, prompts):
 
 
 def test_a_prompt_longer_than_the_state_is_refused(engine, prompts):
-    long = Prompt(np.full(200, 5, np.int32), np.zeros((0, 28, 28, 3), np.uint8), 5, 0.0, 1.0, 0)
+    long = Prompt(np.full(200, 5, np.int32), np.zeros((0, 28, 28, 3), np.uint8), (), 5, 0.0, 1.0, 0)
     with pytest.raises(ValueError, match="longer than the cache"):
         engine.insert(engine.empty_state(1, 64), engine.prefill([long])[0], [0])

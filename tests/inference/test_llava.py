@@ -14,6 +14,9 @@ from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
 from llava_jax.inference.llava import PromptTooLong, Request, as_messages
 from llava_jax.inference.shapes import length_bucket
+from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llava import LlavaConfig, init_params
+from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import encode_prompt
 from llava_jax.text.templates import render
 
@@ -305,3 +308,40 @@ def test_questions_about_one_image_compute_it_once(llava, pictures, tmp_path, mo
         rows.clear()
         llava.batch(others)
         assert rows == [("_prefill", 4)]
+
+
+def test_inputs_are_what_the_model_takes(llava, requests, pictures):
+    image = tiles(pictures[1:3])
+    inputs = llava.encode(requests[3]["messages"], pictures[1:3])
+    visual = inputs["tokens"][0] == IMAGE_TOKEN_ID
+    assert inputs["visual_index"][0][visual].tolist() == list(range(32))
+    assert (inputs["visual_index"][0][~visual] == -1).all()
+    np.testing.assert_array_equal(inputs["tiles"][0], image)
+    np.testing.assert_array_equal(llava.model(**inputs), llava.model(inputs["tokens"], image[None]))
+    assert llava.encode("Hi").keys() == {"tokens"} and llava.model(**llava.encode("Hi")).shape[-1] == 2064
+
+
+def test_tiles_of_any_resolution(tokenizer, pictures, tmp_path):
+    """A model with several tiles and newlines per image: cached decoding and batches against the full forward pass."""
+    processor = ImageProcessor(28, "anyres", 4, pinpoints=((56, 28), (28, 84)))
+    config = LlavaConfig(
+        VisionConfig(28, 7, 16, 16, 1, 1),
+        LlamaConfig(2000, 64, 64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, max_length=512),
+        feature_layer=-1, processor=processor)
+    parameters = {path: value if path.endswith("norm/scale") else 15 * value
+                  for path, value in init_params(config, seed=1).items()}
+    model = llava_jax.Llava(config, parameters, tokenizer)
+    wide, tall = Image.new("RGB", (90, 30), "red"), Image.new("RGB", (20, 70), "blue")
+    tall.save(tmp_path / "tall.png")
+    requests = [Request("What?", images, 6) for images in ([wide], [str(tmp_path / "tall.png")], [wide, tall])]
+    answers = model.batch(requests)
+    sizes = [model.encode("What?", request.images)["tiles"].shape[1] for request in requests]
+    assert sizes == [3, 4, 7] and len({tuple(answer.tokens) for answer in answers}) == 3
+    for request, answer in zip(requests, answers, strict=True):
+        assert model.generate("What?", request.images, 6) == answer
+        inputs = model.encode("What?", request.images)
+        assert inputs["tokens"][0].tolist() == answer.prompt_tokens
+        inputs["tokens"] = np.append(inputs["tokens"], [answer.tokens], axis=1)
+        inputs["visual_index"] = np.append(inputs["visual_index"], np.full((1, 6), -1), axis=1)
+        logits = np.asarray(model.model(**inputs))
+        assert logits[0, len(answer.prompt_tokens) - 1 : -1].argmax(-1).tolist() == answer.tokens
