@@ -66,7 +66,7 @@ class Source:
             case ParquetRows():
                 return sorted({*self.rows.columns(index)} - NEEDED)
             case TfdsRows():
-                return self.rows.left_out
+                return self.rows.skipped
         return []
 
     def _resolve(self, image: str | bytes, record: Record) -> str | bytes:

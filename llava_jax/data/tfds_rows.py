@@ -1,14 +1,14 @@
-"""The rows of a TFDS data set in ArrayRecord, read by random access; neither TensorFlow nor TFDS is needed.
+"""Reads the rows of a TFDS data set in ArrayRecord by random access, without TensorFlow.
 
-A data set is a folder with features.json (the types), dataset_info.json (splits, and how many rows each shard has) and
-the shards. A row is stored as a tf.train.Example: a flat map from a feature's path, such as "conversations/value", to a
-list of bytes, floats or integers.
+A data set is a folder with features.json (the types), dataset_info.json (splits and lengths of shards) and the shards.
+A row is stored as a tf.train.Example: a flat map from a feature's path, such as "conversations/value", to a list of
+bytes, floats or integers. TFDS's own data source is not used: it imports the classes that features.json names, and
+decodes every image of a sequence of images to give a row's texts (tensorflow-datasets 4.9.10).
 """
 
 import bisect
 import dataclasses
 import errno
-import functools
 import itertools
 import os
 import re
@@ -18,17 +18,21 @@ from llava_jax import files
 from llava_jax.data.records import BadRow
 from llava_jax.errors import UserError
 
-# Reading ahead is for reading in order; it would read megabytes for every row.
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
-# Errors for which the file is not to blame.
-MACHINE = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENODEV)
-BUFFER = 1 << 15  # bytes, as Grain's own reader has it
+"""Options of a reader that does not read ahead, which would read megabytes for every row."""
+MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENODEV)
+"""Errors of the machine, not of the file."""
+BUFFER_BYTES = 1 << 15
+"""Size of a reader's buffer, as in Grain."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A feature that is one value. Text becomes str, and so does a string that is text; an image stays encoded; of a
-    label's number its name is made; a box is a tuple of y1, x1, y2, x2 in fractions of the image."""
+    """A feature that is one value.
+
+    Text becomes str, and so does a string that is UTF-8. An image stays encoded. A label's number becomes its name. A
+    box is a tuple of y1, x1, y2, x2 in fractions of the image.
+    """
 
     kind: Literal["text", "string", "image", "bool", "number", "label", "box"]
     names: tuple[str, ...] = ()
@@ -38,16 +42,16 @@ Feature = Leaf | list["Feature"] | dict[str, "Feature"]  # a list holds one feat
 
 
 class TfdsRows:
-    """The rows of one split of the TFDS data set in the folder `path`; `rows[i]` is a dict of plain Python values.
+    """Reads the rows of one split of a TFDS data set; `rows[i]` is a dict of plain Python values.
 
-    `path` is a version folder (.../1.0.0) or the folder of a single one, here or on gs://. `FOLDER:SPLIT` chooses a
-    split; without it the only one or "train" is read. Texts are str, images their encoded bytes, sequences lists,
+    `path` is a version folder (.../1.0.0) or the folder of a single version, local or on gs://. `FOLDER:SPLIT` chooses
+    a split; without it the only split or "train" is read. Texts are str, images their encoded bytes, sequences lists,
     sequences of several features lists of dicts. Features of other types (arrays, boxes in another format than TFDS's
-    own) are left out, and named in `left_out`.
+    own) are skipped, and named in `skipped`.
 
-    Raises UserError, one line, if this is no such data set, has videos or audio, or a shard is missing; `rows[i]`
-    raises BadRow ("malformed") for a damaged row, UserError for a shard that is damaged as a whole, and OSError where
-    reading fails. Small when pickled: shards are opened where they are read.
+    Raises UserError, one line, if this is no such data set, has videos or audio, or a shard is missing. `rows[i]`
+    raises BadRow ("malformed") for a damaged row, UserError for a damaged shard, and OSError if reading fails. Small
+    when pickled: shards are opened where they are read.
     """
 
     def __init__(self, path: str):
@@ -58,7 +62,7 @@ class TfdsRows:
         info, features = (files.read_json(_open_path(_join(self._folder, name)), dict, missing)
                           for name in ("dataset_info.json", "features.json"))
         try:
-            self._features, self.left_out = _parse_features(features, self._folder), _left_out(features, self._folder)
+            self._features, self.skipped = _parse_features(features, self._folder), _skipped(features, self._folder)
             stored = info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", ())
             splits = {split["name"]: split for split in info.get("splits", ())}
             lengths = {name: [int(n) for n in split.get("shardLengths", ())] for name, split in splits.items()}
@@ -96,15 +100,16 @@ class TfdsRows:
             raise IndexError(f"{self.path}: row {index} of {len(self)}")
         content = self._read(index)
         from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2
 
         try:
-            columns = example_type().FromString(content).features.feature
+            columns = tf_example_pb2.Example.FromString(content).features.feature
             return {name: _value(feature, name, 0, columns) for name, feature in self._features.items()}
         except (DecodeError, LookupError, ValueError) as error:
             raise BadRow("malformed", f"{self.where(index)}: not what features.json says ({_line(error)})") from None
 
     def where(self, index: int) -> str:
-        """Folder, split and number of a row, for messages."""
+        """Returns folder, split and number of a row, for messages."""
         return f"{self._folder}, split {self.split}, row {index + 1}"
 
     def __getstate__(self) -> dict:
@@ -127,59 +132,21 @@ class TfdsRows:
 
             name, expected = self.files[shard], self._starts[shard + 1] - self._starts[shard]
             try:
-                reader = ArrayRecordReader(name, RANDOM_ACCESS, file_reader_buffer_size=BUFFER)
+                reader = ArrayRecordReader(name, RANDOM_ACCESS, file_reader_buffer_size=BUFFER_BYTES)
                 found = reader.num_records()
             except RuntimeError as error:  # ArrayRecord's only one, without a code
-                if code := next((code for code in MACHINE if os.strerror(code) in str(error)), None):
+                if code := next((code for code in MACHINE_ERRORS if os.strerror(code) in str(error)), None):
                     raise OSError(code, os.strerror(code), name) from error
                 raise UserError(f"{name}: not a readable ArrayRecord file ({_line(error)})") from None
             if found != expected:  # also what a truncated or missing file shows: it reads as empty
-                message = f"holds {found} rows, but dataset_info.json says {expected}; it is truncated, copy it again"
+                message = f"has {found} rows, but dataset_info.json says {expected}; it is truncated, copy it again"
                 raise UserError(f"{name}: {message}")
             self._readers[shard] = reader
         return self._readers[shard]
 
 
-@functools.cache
-def example_type() -> Any:
-    """The class of tf.train.Example messages: Example(features=Features(feature={name: Feature})).
-
-    Feature holds one of bytes_list, float_list and int64_list, each with `value`.
-    """
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="llava_jax", syntax="proto3")
-
-    def message(name: str, *fields: Any, within: Any = file.message_type) -> Any:
-        within.add(name=name, field=fields)
-        return within[-1]
-
-    def item(name: str, number: int, kind: Any, repeated: bool = False, **options: Any) -> Any:
-        label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
-        if isinstance(kind, str):
-            options |= {"type": field.TYPE_MESSAGE, "type_name": f".llava_jax.{kind}"}
-        else:
-            options["type"] = kind
-        return field(name=name, number=number, label=label, **options)
-
-    message("BytesList", item("value", 1, field.TYPE_BYTES, True))
-    message("FloatList", item("value", 1, field.TYPE_FLOAT, True))
-    message("Int64List", item("value", 1, field.TYPE_INT64, True))
-    kinds = ("BytesList", "bytes_list"), ("FloatList", "float_list"), ("Int64List", "int64_list")
-    one_of = [item(name, number, kind, oneof_index=0) for number, (kind, name) in enumerate(kinds, 1)]
-    message("Feature", *one_of).oneof_decl.add(name="kind")
-    features = message("Features", item("feature", 1, "Features.FeatureEntry", True))
-    pair = item("key", 1, field.TYPE_STRING), item("value", 2, "Feature")
-    message("FeatureEntry", *pair, within=features.nested_type).options.map_entry = True
-    message("Example", item("features", 1, "Features"))
-    pool = descriptor_pool.DescriptorPool()  # not the common one, where TensorFlow may have its own
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("llava_jax.Example"))
-
-
 def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> Feature | None:
-    """The content of features.json as a Feature; None for what is left out."""
+    """Returns the content of features.json as a Feature; None for a type that is skipped."""
     if "featuresDict" in spec:
         inner = spec["featuresDict"]["features"].items()
         named = {name: _parse_features(feature, folder, (*path, name)) for name, feature in inner}
@@ -204,26 +171,26 @@ def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = (
     return Leaf(kinds.get(tensor["dtype"], "number"))
 
 
-def _left_out(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> list[str]:
-    """The paths of features that `_parse_features` leaves out. UserError for a video or audio."""
+def _skipped(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> list[str]:
+    """Returns the paths of features that `_parse_features` skips. Raises UserError for a video or audio."""
     if "featuresDict" in spec:
         inner = spec["featuresDict"]["features"].items()
-        return [found for name, feature in inner for found in _left_out(feature, folder, (*path, name))]
+        return [found for name, feature in inner for found in _skipped(feature, folder, (*path, name))]
     for kind in ("video", "audio"):
         if kind in spec or str(spec.get("pythonClassName")).lower().endswith(f".{kind}"):
             raise UserError(f"{folder}: feature {'/'.join(path)} is {kind}; only texts and images can be learned")
     if "sequence" in spec:
-        return _left_out(spec["sequence"]["feature"], folder, path)
+        return _skipped(spec["sequence"]["feature"], folder, path)
     return [] if _parse_features(spec, folder, path) else ["/".join(path)]
 
 
 def _value(feature: Feature, name: str, depth: int, columns: Any) -> Any:
-    """A feature's value inside `depth` sequences, that is, so many lists deep."""
+    """Returns a feature's value inside `depth` sequences, as lists of that depth."""
     if isinstance(feature, list):
         return _value(feature[0], name, depth + 1, columns)
     if isinstance(feature, dict):
         return _rows({key: _value(inner, f"{name}/{key}", depth, columns) for key, inner in feature.items()}, depth)
-    # Of sequences in a sequence, TFDS stores all values in one list and the lengths of the inner ones in others.
+    # TFDS stores the values of sequences in a sequence as one list, and the lengths of the inner ones as others.
     stored = f"{name}/ragged_flat_values" if depth > 1 else name
     values = _plain(columns[stored], feature) if stored in columns else []
     for level in reversed(range(depth - 1)):
@@ -232,7 +199,7 @@ def _value(feature: Feature, name: str, depth: int, columns: Any) -> Any:
         values = [list(itertools.islice(following, length)) for length in lengths]
     if depth:
         return values
-    # TFDS knows no missing value; an image that is none is stored as no bytes.
+    # TFDS has no missing values; a missing image is stored as no bytes.
     return values[0] if values and (values[0] or feature.kind != "image") else None
 
 
@@ -271,7 +238,7 @@ def _rows(columns: dict[str, Any], depth: int) -> Any:
 
 
 def _split_off(path: str) -> tuple[str, str]:
-    """FOLDER and SPLIT of FOLDER:SPLIT. A folder's own name may hold a colon."""
+    """Returns FOLDER and SPLIT of FOLDER:SPLIT. A folder's own name may contain a colon."""
     match = re.fullmatch(r"(.+):([^/:]+)", path)
     return (match[1], match[2]) if match and not os.path.isdir(path) else (path, "")
 
@@ -286,8 +253,8 @@ def _version_folder(path: str) -> str:
     if len(found) == 1:
         return _join(path, found[0])
     if found:
-        raise UserError(f"{path}: holds several data sets or versions, choose one: {', '.join(found)}")
-    partly = "; a pack into it has begun but not ended: run it again" if (folder / ".pack").exists() else ""
+        raise UserError(f"{path}: has several data sets or versions, choose one: {', '.join(found)}")
+    partly = "; a pack into it has not finished: run it again" if (folder / ".pack").exists() else ""
     raise UserError(f"{path}: no TFDS data set, there is no dataset_info.json in it{partly}")
 
 
@@ -314,7 +281,7 @@ def _shard_names(name: str, split: dict[str, Any], count: int, folder: str) -> l
 
 
 def _inside(name: str, folder: str) -> str:
-    """The name of a file of the data set. UserError if it would be read outside of the folder."""
+    """Returns the name of a file of the data set. Raises UserError if it would be outside of the folder."""
     if {"", ".", ".."} & {*name.split("/")} or "\0" in name or "\\" in name:
         raise UserError(f"{folder}: its metadata name a file outside of the folder, {name!r:.200}; nothing was read")
     return name
