@@ -1,4 +1,7 @@
-"""Which process of a run this is: from the environment, or from what Google Cloud says about a TPU VM."""
+"""Detects which process of a run this is, from the environment or from the metadata of a Cloud TPU VM.
+
+`jax.distributed.initialize` detects it too, but offers no way to ask before it connects.
+"""
 
 import glob
 import os
@@ -12,34 +15,35 @@ from dataclasses import dataclass
 from llava_jax.errors import UserError
 
 PORT = 8482
-"""Where process 0 listens if nothing else is said; JAX's own choice for TPUs too."""
+"""Default port of process 0, as JAX uses for TPUs."""
 
 DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
-"""Files of TPU chips; the metadata server is asked only where there are any."""
+"""Device files of TPU chips. Without any, the metadata server is not asked."""
 
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """Position of this process among those of a run. `hosts` names all of them where they are known."""
+    """Position of this process among those of a run."""
 
     coordinator_address: str
-    """host:port at which process 0 listens"""
+    """host:port at which process 0 listens."""
     process_id: int
     num_processes: int
     hosts: tuple[str, ...] = ()
+    """Host of each process, if known."""
 
 
 def detect_cluster() -> ClusterInfo | None:
-    """This process's place, or None where it is alone. In this order:
+    """Returns the position of this process, or None if it is the only one. It tries, in this order:
 
     1. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
     2. TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, as GKE sets them for every pod of a slice;
-    3. the metadata of a Cloud TPU VM, where there are TPU devices: agent-worker-number, worker-network-endpoints.
+    3. the metadata of a Cloud TPU VM with TPU devices: agent-worker-number, worker-network-endpoints.
 
-    In 2 and 3 several slices are told by MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID and MEGASCALE_COORDINATOR_ADDRESS,
-    from the environment or from the metadata's tpu-env. JAX_PLATFORMS=cpu keeps 2 and 3 from being asked.
+    For 2 and 3, MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID and MEGASCALE_COORDINATOR_ADDRESS, from the environment or
+    from the metadata's tpu-env, say that there are several slices. JAX_PLATFORMS=cpu skips 2 and 3.
 
-    UserError naming a variable that is missing or wrong; OSError if the metadata server does not answer.
+    Raises UserError that names a missing or invalid variable, and OSError if the metadata server does not answer.
     """
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
@@ -47,7 +51,7 @@ def detect_cluster() -> ClusterInfo | None:
         reason = "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers"
         count, index = (_number(os.environ.get, name, reason) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if not 0 <= index < count:
-            raise UserError(f"JAX_PROCESS_ID is {index}: with JAX_NUM_PROCESSES {count} it lies in 0..{count - 1}")
+            raise UserError(f"JAX_PROCESS_ID is {index}: with JAX_NUM_PROCESSES {count} it must be in 0..{count - 1}")
         return ClusterInfo(address, index, count) if count > 1 else None
     if (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
@@ -68,7 +72,7 @@ def detect_cluster() -> ClusterInfo | None:
 
 
 def _in_slices(workers: tuple[str, ...], worker: int, get: Callable[[str], str | None]) -> ClusterInfo | None:
-    """The place of a slice's `worker`, whose slice may be one of several: their processes are numbered one by one."""
+    """Returns the position of a worker of a slice. Processes of several slices are numbered slice by slice."""
     slices, number, first, hosts = 1, 0, workers[0], workers
     if get("MEGASCALE_NUM_SLICES") not in (None, "", "1"):
         reason = "MEGASCALE_NUM_SLICES is set, so {} must be too"
@@ -77,7 +81,7 @@ def _in_slices(workers: tuple[str, ...], worker: int, get: Callable[[str], str |
         first = (get("MEGASCALE_COORDINATOR_ADDRESS") or "").split(":")[0]
         if not first:
             raise UserError(reason.format("MEGASCALE_COORDINATOR_ADDRESS"))
-        hosts = ()  # a slice knows its own hosts only
+        hosts = ()  # a slice knows only its own hosts
     count = len(workers) * slices
     if not 0 <= worker < len(workers) or not 0 <= number < slices:
         raise UserError(f"worker {worker} of {len(workers)} in slice {number} of {slices}: TPU_WORKER_ID and "
@@ -94,17 +98,17 @@ def _number(get: Callable[[str], str | None], name: str, reason: str) -> int:
 
 
 def _tpu_env() -> dict[str, str]:
-    """The metadata's `tpu-env`: lines such as MEGASCALE_NUM_SLICES: '2'."""
+    """Reads the metadata's `tpu-env`: lines such as MEGASCALE_NUM_SLICES: '2'."""
     pairs = (line.partition(":") for line in (_metadata("tpu-env") or "").splitlines())
     return {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
 
 
 def _metadata(key: str, tries: int = 3) -> str | None:
-    """An attribute of this VM; None if it has none, or this is no VM of Google Cloud."""
+    """Returns an attribute of this VM; None if it is missing, or if this is no VM of Google Cloud."""
     server = os.environ.get("GCE_METADATA_IP") or os.environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server answers its own VM only
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: it answers only its own VM
     for attempt in range(tries):
         try:
             with opener.open(request, timeout=3) as answer:

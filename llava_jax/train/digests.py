@@ -1,4 +1,4 @@
-"""Digests of arrays where they lie: what they hold, bit for bit, and whether all of it is finite."""
+"""Computes digests of arrays on their devices: of their bits, and whether all values are finite."""
 
 import hashlib
 import math
@@ -14,11 +14,10 @@ from llava_jax.errors import UserError
 
 
 def digests(tree: Any) -> dict[str, tuple[str, bool]]:
-    """The digest of every array of a tree by its path, and whether the array is finite.
+    """Returns the digest of every array of a tree by its path, and whether the array is finite.
 
     A digest depends on bits, shape and dtype, not on the sharding or the number of processes. Another value of one
-    element always changes it. One pass over the memory; arrays in the host's memory pass through the devices one by
-    one.
+    element always changes it. It takes one pass over the memory. Arrays in host memory move to the devices one by one.
     """
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
               for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -35,13 +34,13 @@ def digests(tree: Any) -> dict[str, tuple[str, bool]]:
 
 
 def fingerprint(found: Mapping[str, tuple[str, bool]]) -> str:
-    """One hash over the `digests` of a tree."""
+    """Returns one hash over the `digests` of a tree."""
     lines = "".join(f"{path} {digest}\n" for path, (digest, _) in sorted(found.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:16] if lines else "none"
 
 
 def check_finite(found: Mapping[str, tuple[str, bool]], what: str, mend: str) -> None:
-    """Raises UserError, which begins with `what`, if one of `digests` is of an array that is not finite."""
+    """Raises UserError that starts with `what` and ends with `mend` if an array of `digests` is not finite."""
     if wrong := [path for path, (_, finite) in found.items() if not finite]:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{what}: {', '.join(wrong[:3])}{more} {'is' if len(wrong) == 1 else 'are'} not finite "
@@ -54,13 +53,13 @@ def _sums(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
 
 
 def _sum_of_bits(x: Array) -> Array:
-    """The sum, modulo 2^32, of a scrambled word for every element's bits and position."""
+    """Returns the sum, modulo 2^32, of a hashed word for every element's bits and position."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     word = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     for axis in range(x.ndim):
         stride = np.uint32(math.prod(x.shape[axis + 1 :]) * 0x9E3779B1 % 2**32)
         word = word + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-    # Every line is one to one, so another element is another word; the sum has no order, so shardings do not matter.
+    # Every line is a bijection, so another element gives another word. A sum has no order, so shardings do not matter.
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return jnp.sum(word ^ (word >> 16), dtype=jnp.uint32)

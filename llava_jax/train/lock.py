@@ -1,9 +1,9 @@
-"""One run at a time in an output directory.
+"""Locks an output directory, so that only one run uses it.
 
-On a local disk, and on NFS with working locks, the kernel keeps the lock (flock) and drops it when the process ends,
-however it ends. The note in the file says whose it is. A note of another host, a file system without locks, and a
-bucket are watched: a run writes its note anew every BEAT seconds, and one that does not for SILENT seconds is gone.
-There, two runs that start within the same second or two may both go on.
+On a local disk, and on NFS with working locks, the lock is an flock, which the kernel releases when the process ends.
+A note in the file names its owner. A note of another host, a file system without locks, and a bucket need a heartbeat:
+a run rewrites its note every HEARTBEAT_SECONDS, and counts as gone after LOST_SECONDS without one. There, two runs that
+start within two seconds may both continue.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from llava_jax.errors import UserError, user_path
 from llava_jax.parallel.processes import allgather_object
 
 NAME = ".lock"
-BEAT, SILENT = 10.0, 45.0
-PATIENCE = 10.0
-"""Seconds that a process which was killed may need to end: the kernel keeps its lock until then."""
-SETTLE = 2.0
-"""Seconds after which of two runs that wrote their notes at once the second one's stands in a bucket."""
+HEARTBEAT_SECONDS, LOST_SECONDS = 10.0, 45.0
+KILL_SECONDS = 10.0
+"""Seconds that a killed process may need to end. The kernel keeps its lock until then."""
+SETTLE_SECONDS = 2.0
+"""Seconds until a bucket shows the later of two notes that were written at the same time."""
 NOTE_BYTES = 512
 
 _held: set[str] = set()
@@ -38,7 +38,7 @@ _held: set[str] = set()
 
 @contextlib.contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of an output directory; all processes of a run call it. A nested call does nothing.
+    """Keeps other runs out of an output directory. All processes of a run call it. A nested call does nothing.
 
     Raises UserError that names the run which is using the directory.
     """
@@ -56,7 +56,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 class _Lock:
-    """The note and its heartbeat; where the note is kept, the subclasses say."""
+    """The note and its heartbeat. Subclasses define where the note is stored."""
 
     def __init__(self, directory: Path):
         self.directory, self.path = directory, directory / NAME
@@ -78,7 +78,7 @@ class _Lock:
                         "directory; end it, or give another --output")
 
     def read(self) -> dict:
-        """The note that is there, empty if it is none."""
+        """Returns the stored note, empty if there is none."""
         try:
             note = json.loads(self.get())
             return note if isinstance(note, dict) else {}
@@ -86,26 +86,27 @@ class _Lock:
             return {}
 
     def wait_for_silence(self) -> None:
-        """Returns when the run whose note is there has not written it for SILENT seconds; UserError if it does."""
+        """Waits until the run of the stored note is silent for LOST_SECONDS. Raises UserError if it is not."""
         before = self.read()
         if not before:
             return
-        print(printable(f"{self.directory}: waiting {SILENT:.0f} s to see whether the run on {before.get('host')} "
-                        f"(process {before.get('pid')}, since {before.get('since')}) has ended"), flush=True)
-        until = time.monotonic() + SILENT
+        owner = f"{before.get('host')} (process {before.get('pid')}, since {before.get('since')})"
+        print(printable(f"{self.directory}: waiting {LOST_SECONDS:.0f} s to see whether the run on {owner} has ended"),
+              flush=True)
+        until = time.monotonic() + LOST_SECONDS
         while time.monotonic() < until:
-            time.sleep(min(1.0, SILENT))
+            time.sleep(min(1.0, LOST_SECONDS))
             if self.read() != before:
                 self.refuse()
 
     def _beat(self) -> None:
-        while not self.ended.wait(BEAT):
+        while not self.ended.wait(HEARTBEAT_SECONDS):
             note = self.read()
             if note and note.get("token") != self.note["token"]:
                 print(f"error: {self.directory}: the run on {printable(str(note.get('host')))} (process "
                       f"{note.get('pid')}) has taken this output directory; this one ends", file=sys.stderr, flush=True)
                 os._exit(1)
-            with contextlib.suppress(OSError):  # a full disk or a network that is down for a while
+            with contextlib.suppress(OSError):  # the disk may be full, or the network down, for a while
                 self.write()
 
 
@@ -114,7 +115,7 @@ class _FileLock(_Lock):
         self.made = not self.directory.exists()
         with user_path(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + KILL_SECONDS
         while True:
             try:
                 locked = self.lock()
@@ -128,16 +129,15 @@ class _FileLock(_Lock):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self.file), os.stat(self.path)):
                     break
-            os.close(self.file)  # the run before has removed this file, as it ended
+            os.close(self.file)  # the earlier run removed this file when it ended
         if not (locked and self.read().get("host") == self.note["host"]):
             self.wait_for_silence()
         with user_path(self.path):  # the disk may be full
             self.write()
 
     def lock(self) -> bool:
-        """Opens and locks the file; False on a file system without locks. Raises BlockingIOError if it is taken."""
-        # Opened for reading: a file that is open for writing keeps its file system from becoming read-only. NFS asks
-        # for more.
+        """Locks the file. Returns False on a file system without locks. Raises BlockingIOError if it is locked."""
+        # Read-only access is enough, except on NFS. A file open for writing prevents a read-only remount.
         for access in (os.O_RDONLY, os.O_RDWR):
             with user_path(self.path):
                 self.file = os.open(self.path, access | os.O_CREAT, 0o644)
@@ -167,7 +167,7 @@ class _FileLock(_Lock):
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         os.close(self.file)
-        if self.made:  # a run that fails at its start should leave nothing
+        if self.made:  # a run that fails at its start leaves nothing
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
 
@@ -176,7 +176,7 @@ class _BucketLock(_Lock):
     def acquire(self) -> None:
         self.wait_for_silence()
         self.write()
-        time.sleep(SETTLE)
+        time.sleep(SETTLE_SECONDS)
         if self.read().get("token") != self.note["token"]:
             self.refuse()
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of hidden states against labels, without the scores of all positions at once."""
+"""Computes the cross-entropy of hidden states against labels, without the logits of all positions at once."""
 
 from collections.abc import Callable
 
@@ -11,17 +11,17 @@ from llava_jax.parallel.sharding import AXES
 from llava_jax.text.encode import IGNORE
 
 LOSS_CHUNK_TOKENS = 1024
-"""Positions of a device whose scores over the vocabulary exist at one time."""
+"""Number of positions per device whose logits exist at one time."""
 
 
 def cross_entropy(
     hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], labels: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Sum of the negative log likelihoods of `labels[:, t + 1]` given `hidden[:, t]`, float32; IGNORE counts nothing.
+    """Returns the summed negative log likelihood of `labels[:, t + 1]` given `hidden[:, t]`. IGNORE counts nothing.
 
-    Scores are made LOSS_CHUNK_TOKENS positions at a time, and the gradients at once with them, so that [B, T, V]
-    never exists and no product is made twice. Under a mesh (`jax.set_mesh`) each device takes positions of its rows,
-    gathers the kernel once and gives its part of the kernel's gradient away once.
+    Logits are computed for LOSS_CHUNK_TOKENS positions at a time, together with the gradients, so that [B, T, V] never
+    exists and no matmul runs twice. Under a mesh (`jax.set_mesh`) each device computes positions of its own rows. It
+    gathers the kernel once and scatters its part of the kernel's gradient once.
     """
     labels = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORE)], axis=1)
     return _sum(hidden, kernel.astype(hidden.dtype), labels)
@@ -45,25 +45,25 @@ _sum.defvjp(_sum_forward, _sum_backward)
 
 
 def _on_devices(function: Callable, hidden: Array, kernel: Array, labels: Array) -> tuple[Array, ...]:
-    """A loss and gradients that each device computes of its own positions, summed over the devices."""
+    """Runs `function` on each device for its own positions, and sums loss and gradients over the devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         loss, *gradients = function(hidden, kernel, labels)
         return loss, *(x.astype(kernel.dtype) for x in gradients)
-    # Devices that share a row share its positions out.
+    # Devices along `tensor` have the same rows and split their positions.
     rows, parts = P(("data", "fsdp"), "tensor"), ("fsdp", "tensor")
     T = hidden.shape[1]
-    rest = -T % mesh.shape["tensor"]
-    hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, rest)), constant_values=IGNORE)
+    padding = -T % mesh.shape["tensor"]
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE)
 
     def local(hidden, kernel, labels):
         loss, *gradients = function(hidden, jax.lax.all_gather(kernel, parts, axis=0, tiled=True), labels)
         if gradients:
-            by_hidden, by_kernel = gradients
-            by_kernel = jax.lax.psum_scatter(by_kernel.astype(kernel.dtype), parts, scatter_dimension=0, tiled=True)
-            # Not later: until it is given away, the whole kernel's gradient lies on every device.
-            gradients = jax.lax.optimization_barrier((by_hidden, jax.lax.psum(by_kernel, "data")))
+            grad_hidden, grad_kernel = gradients
+            grad_kernel = jax.lax.psum_scatter(grad_kernel.astype(kernel.dtype), parts, scatter_dimension=0, tiled=True)
+            # The barrier keeps the scatter here, because until then every device stores the complete gradient.
+            gradients = jax.lax.optimization_barrier((grad_hidden, jax.lax.psum(grad_kernel, "data")))
         return jax.lax.psum(loss, AXES), *gradients
 
     layouts = (P(), rows, P(parts, None))[: 3 if function is _loss_and_gradients else 1]
@@ -74,41 +74,41 @@ def _on_devices(function: Callable, hidden: Array, kernel: Array, labels: Array)
 
 def _loss(hidden, kernel, labels):
     def add(total, chunk):
-        _, scores, norm, right, learned = _scores(*chunk, kernel)
-        return total + _log_likelihoods(scores, norm, right, learned), None
+        _, logits, norm, is_label, supervised = _logits(*chunk, kernel)
+        return total + _nll(logits, norm, is_label, supervised), None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), _chunks(hidden, labels))[:1]
 
 
 def _loss_and_gradients(hidden, kernel, labels):
-    """The loss, its gradient by `hidden`, and by `kernel` in float32."""
+    """Returns the loss and its gradients for `hidden` and, in float32, for `kernel`."""
 
     def add(sums, chunk):
-        total, by_kernel = sums
-        x, scores, norm, right, learned = _scores(*chunk, kernel)
-        by_scores = jnp.where(learned[:, None], jnp.exp(scores - norm[:, None]) - right, 0).astype(x.dtype)
-        by_kernel += jnp.einsum("TD,TV->DV", x, by_scores, preferred_element_type=jnp.float32)
-        return (total + _log_likelihoods(scores, norm, right, learned), by_kernel), by_scores @ kernel.T
+        total, grad_kernel = sums
+        x, logits, norm, is_label, supervised = _logits(*chunk, kernel)
+        grad_logits = jnp.where(supervised[:, None], jnp.exp(logits - norm[:, None]) - is_label, 0).astype(x.dtype)
+        grad_kernel += jnp.einsum("TD,TV->DV", x, grad_logits, preferred_element_type=jnp.float32)
+        return (total + _nll(logits, norm, is_label, supervised), grad_kernel), grad_logits @ kernel.T
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32)
-    (total, by_kernel), by_hidden = jax.lax.scan(add, zeros, _chunks(hidden, labels))
-    return total, by_hidden.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape), by_kernel
+    (total, grad_kernel), grad_hidden = jax.lax.scan(add, zeros, _chunks(hidden, labels))
+    return total, grad_hidden.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape), grad_kernel
 
 
 def _chunks(hidden: Array, labels: Array) -> tuple[Float[Array, "C T D"], Int[Array, "C T"]]:
-    """All positions in a line, cut into pieces of equal length; what fills up the last learns nothing."""
+    """Flattens all positions and splits them into chunks of equal size. Padding of the last is not supervised."""
     size = min(LOSS_CHUNK_TOKENS, labels.size)
-    rest = -labels.size % size
-    hidden = jnp.pad(hidden.reshape(-1, hidden.shape[-1]), ((0, rest), (0, 0)))
-    labels = jnp.pad(labels.reshape(-1), (0, rest), constant_values=IGNORE)
+    padding = -labels.size % size
+    hidden = jnp.pad(hidden.reshape(-1, hidden.shape[-1]), ((0, padding), (0, 0)))
+    labels = jnp.pad(labels.reshape(-1), (0, padding), constant_values=IGNORE)
     return hidden.reshape(-1, size, hidden.shape[-1]), labels.reshape(-1, size)
 
 
-def _scores(x: Float[Array, "T D"], labels: Int[Array, "T"], kernel: Float[Array, "D V"]) -> tuple[Array, ...]:
-    scores = jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=jnp.float32)
-    right = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == labels[:, None]
-    return x, scores, jax.nn.logsumexp(scores, axis=-1), right, labels != IGNORE
+def _logits(x: Float[Array, "T D"], labels: Int[Array, "T"], kernel: Float[Array, "D V"]) -> tuple[Array, ...]:
+    logits = jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=jnp.float32)
+    is_label = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels[:, None]
+    return x, logits, jax.nn.logsumexp(logits, axis=-1), is_label, labels != IGNORE
 
 
-def _log_likelihoods(scores, norm, right, learned) -> Float[Array, ""]:
-    return jnp.where(learned, norm - jnp.where(right, scores, 0).sum(-1), 0).sum()
+def _nll(logits, norm, is_label, supervised) -> Float[Array, ""]:
+    return jnp.where(supervised, norm - jnp.where(is_label, logits, 0).sum(-1), 0).sum()

@@ -1,4 +1,4 @@
-"""AdamW as LLaVA trains with it, with a learning rate and a decay for every parameter path."""
+"""Builds AdamW with a learning rate and a weight decay for every parameter path."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from llava_jax import config
 
 
 def schedule(total_steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Factor of the peak learning rate: linear from 0 in ceil(ratio * total) steps, then a half cosine down to 0.
+    """Returns the factor of the peak rate: linear warm-up from 0 in ceil(ratio * total) steps, then cosine decay to 0.
 
     The first update has factor 0, as with transformers' `get_cosine_schedule_with_warmup`.
     """
@@ -18,13 +18,13 @@ def schedule(total_steps: int, warmup_ratio: float) -> optax.Schedule:
 
 
 def trainable_paths(stage: config.Stage, paths: Sequence[str]) -> dict[str, float]:
-    """Peak learning rate of every parameter that the stage trains; the others are frozen."""
+    """Returns the peak learning rate of every parameter that the stage trains."""
     rates = config.match_rules(stage.learning_rates, list(paths), "learning_rates")
     return {path: rate for path, rate in rates.items() if rate is not None}
 
 
 def make_optimizer(stage: config.Stage, rates: dict[str, float], total_steps: int) -> optax.GradientTransformation:
-    """The transformation of the trainable subtree's gradients; it knows nothing of frozen parameters."""
+    """Returns the transformation of the gradients of the trainable parameters, which are the paths of `rates`."""
     settings = stage.optimizer
     decays = config.match_rules(settings.weight_decay, list(rates), "optimizer.weight_decay", allow_unused=True)
     factor = schedule(total_steps, settings.warmup_ratio)

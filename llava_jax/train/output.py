@@ -1,4 +1,4 @@
-"""The output directory of a run: local, shared by the hosts, or in a bucket; whose run it holds."""
+"""Checks and writes the output directory of a run, which is local, shared by the hosts, or in a bucket."""
 
 import dataclasses
 import json
@@ -16,24 +16,25 @@ from llava_jax.errors import UserError
 from llava_jax.files import atomic_write, read_json
 from llava_jax.parallel.processes import CollectiveError, allgather_object
 
-# What may change between a run and its continuation: it steers what is reported and kept, not what is learned.
 RESUMABLE_FIELDS = ("output", "mesh.*", "log_every", "validate_every", "sample_every", "checkpoint_every",
                     "keep_checkpoints", "tensorboard", "wandb", "model.attention", "stages.*.remat",
                     "stages.*.optimizer.offload", "stages.*.data.workers", "stages.*.data.validation")
+"""Fields that may change when a run is resumed, because they do not change what it learns."""
+
 RESUMABLE_WHEN_FINISHED = ("path", "image_root", "bad_rows")
 """Fields of a stage's data that nothing reads once a later stage has started."""
 
 SEEN_WITHIN = 60.0
-"""Seconds after which a new file must be seen by all hosts: as long as NFS may believe that it is not there."""
+"""Seconds within which all hosts must see a new file. NFS caches missing files that long."""
 
 
 def directory(recipe: config.Recipe) -> Path:
-    """The output directory: a local path, or the path-like of a bucket (gs://...)."""
+    """Returns the output directory: a local path, or the path-like object of a bucket (gs://...)."""
     return epath.Path(recipe.output) if "://" in recipe.output else Path(recipe.output)
 
 
 def check_shared(recipe: config.Recipe) -> None:
-    """CollectiveError, naming the processes that do not see the directory in which process 0 writes."""
+    """Raises CollectiveError that names the processes which do not see process 0's output directory."""
     if jax.process_count() == 1:
         return
     folder, first = directory(recipe), jax.process_index() == 0
@@ -49,7 +50,7 @@ def check_shared(recipe: config.Recipe) -> None:
     blind = [str(i) for i, seen in enumerate(allgather_object("the file is seen", seen)) if not seen]
     if first:
         (folder / name).unlink()
-        if new:  # a run that fails at its start should leave nothing
+        if new:  # a run that fails at its start leaves nothing
             folder.rmdir()
     if blind:
         raise CollectiveError(f"{recipe.output}: what process 0 writes there is not seen by process "
@@ -58,7 +59,7 @@ def check_shared(recipe: config.Recipe) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs have left in an output directory that this run holds."""
+    """Removes temporary files of killed runs. The caller has locked the directory."""
     if jax.process_index() == 0 and isinstance(folder, Path):
         files.remove_leftovers(str(folder / "model"))
         for pattern in (".shared-*", ".model.????????", "checkpoints/*/*.orbax-checkpoint-tmp"):
@@ -68,7 +69,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_recipe(recipe: config.Recipe) -> None:
-    """UserError if the output directory holds the run of another recipe.
+    """Raises UserError if the output directory has the run of another recipe.
 
     Until the model is written, stages that have no checkpoint yet may be changed, added or left out.
     """
@@ -96,32 +97,32 @@ def check_recipe(recipe: config.Recipe) -> None:
 
 
 def has_model(recipe: config.Recipe) -> bool:
-    """Whether the finished model is there."""
+    """Returns whether the finished model exists."""
     target = directory(recipe) / "model"
-    # In a bucket a directory cannot appear at once, so the file that is copied last tells.
+    # A bucket cannot rename a directory, so the file that is copied last marks a complete one.
     return (target if isinstance(target, Path) else target / "config.json").exists()
 
 
 def has_started(recipe: config.Recipe, stage: str) -> bool:
-    """Whether a stage has a checkpoint."""
+    """Returns whether a stage has a checkpoint."""
     folder = directory(recipe) / "checkpoints" / stage
     return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def has_later_started(recipe: config.Recipe, stage: str) -> bool:
-    """Whether a stage after this one has a checkpoint, so that this one was finished once."""
+    """Returns whether a stage after this one has a checkpoint, so that this one was finished once."""
     stages = list(recipe.stages)
     return any(has_started(recipe, later) for later in stages[stages.index(stage) + 1 :])
 
 
 def write_recipe(recipe: config.Recipe) -> None:
-    """Writes the recipe into its output directory, for `check_recipe` of later runs."""
+    """Writes the recipe to its output directory, for `check_recipe` of later runs."""
     if jax.process_index() == 0:
         write_json(directory(recipe) / "recipe.json", _plain(recipe))
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is there as a whole or not at all, also in a bucket; its folder is made."""
+    """Writes a file atomically, also in a bucket. Creates its folder."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(path, Path):
@@ -132,7 +133,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def flat(recipe: config.Recipe) -> dict[str, str]:
-    """Every field by its dotted name, its value as JSON."""
+    """Returns the value of every field, as JSON, by its dotted name."""
     return _flat(_plain(recipe))
 
 

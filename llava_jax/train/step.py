@@ -1,4 +1,4 @@
-"""One optimizer step: loss, gradients of the trainable subtree, update. Compiled once for each stage."""
+"""Compiles one optimizer step: loss, gradients of the trainable parameters, update. A stage compiles it once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from llava_jax.text.encode import IGNORE
 from llava_jax.train.loss import cross_entropy
 
 Batch = dict[str, Array]
-"""Packed rows: tokens, labels, positions, segment_ids [B, T], visual_index [B, T], tiles [B, I, H, W, 3]."""
+"""Packed sequences: tokens, labels, positions, segment_ids [B, T], visual_index [B, T], tiles [B, I, H, W, 3]."""
 
 COMPILER_OPTIONS = {"tpu": {
-    # Products in rounds, each with a piece of gathered weights, take several times as long on a v6e.
+    # Windowed einsums, which gather weights piece by piece, take several times as long on a v6e.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
 }}
-"""What the compiler is told by platform, beside its defaults."""
+"""Compiler options by platform."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes: the number of steps done, the trainable subtree in float32, and the optimizer's state."""
+    """State that a step changes: step count, trainable parameters in float32, and optimizer state."""
 
     step: Array  # int32 []
     trainable: Parameters
@@ -36,17 +36,17 @@ class TrainState:
 
 
 def init_state(tx: optax.GradientTransformation, trainable: Parameters, offload: bool = False) -> TrainState:
-    """Step 0. The moments lie as their parameters do from the start: on the devices, or offloaded to their hosts."""
+    """Returns the state before the first step. Moments are sharded as their parameters, also in host memory."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(tx, trainable, offload))
-    make = lambda trainable: TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))  # noqa: E731
-    return jax.jit(make, out_shardings=shardings)(trainable)
+    init = lambda trainable: TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))  # noqa: E731
+    return jax.jit(init, out_shardings=shardings)(trainable)
 
 
 def abstract_state(tx: optax.GradientTransformation, trainable: Parameters, offload: bool = False) -> TrainState:
-    """`init_state` without memory: ShapeDtypeStructs, laid out as the parameter whose path is part of a leaf's own."""
+    """Returns `init_state` as ShapeDtypeStructs. A leaf is sharded as the parameter whose path is part of its own."""
     mesh = next(iter(trainable.values())).sharding.mesh
 
-    def lay_out(path, leaf):
+    def shard(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in trainable]
         sharding = trainable[names[-1]].sharding if names and leaf.ndim else NamedSharding(mesh, P())
         if offload and names and leaf.ndim and path[0].name == "optimizer":
@@ -54,11 +54,11 @@ def abstract_state(tx: optax.GradientTransformation, trainable: Parameters, offl
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = jax.eval_shape(lambda x: TrainState(jnp.zeros((), jnp.int32), x, tx.init(x)), trainable)
-    return jax.tree_util.tree_map_with_path(lay_out, state)
+    return jax.tree_util.tree_map_with_path(shard, state)
 
 
 def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, ""]:
-    """Summed loss of a batch; dividing by `supervised(batch)` gives the mean over all learned tokens."""
+    """Returns the summed loss of a batch; `count_supervised(batch)` is the number of its summands."""
     model = from_params(graph, trainable | frozen)
     hidden = model.hidden(batch["tokens"], batch["tiles"], batch["positions"], batch["segment_ids"],
                           batch["visual_index"])
@@ -66,17 +66,17 @@ def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, bat
         return cross_entropy(hidden, model.decoder.output_kernel(), batch["labels"])
 
 
-def supervised(batch: Batch) -> Int[Array, ""]:
-    """Learned tokens of a batch: those that a position before them predicts."""
+def count_supervised(batch: Batch) -> Int[Array, ""]:
+    """Returns the number of supervised tokens that a position before them predicts."""
     return (batch["labels"][..., 1:] != IGNORE).sum()
 
 
 def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState) -> Callable:
-    """`(state, frozen, batch) -> (state, metrics)`, jitted; the state's memory is reused, laid out as `state` is.
+    """Returns a jitted `(state, frozen, batch) -> (state, metrics)`. It donates the state and keeps its shardings.
 
-    `batch` has the micro-batches on a leading axis [A, B, ...]. Their losses and gradients are summed, and divided
-    once by the step's learned tokens, so the cut into micro-batches and devices does not change the result.
-    Only `state.trainable` is differentiated, clipped and normed (`grad_norm`, before clipping).
+    `batch` has micro-batches on a leading axis [A, B, ...]. Their losses and gradients are summed and divided once by
+    the number of supervised tokens, so that the result does not depend on the split into micro-batches and devices.
+    Only `state.trainable` is differentiated, clipped and measured (`grad_norm`, before clipping).
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -84,7 +84,7 @@ def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state
             sums_of_batch = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
             return jax.tree.map(jnp.add, sums, sums_of_batch), None
 
-        count = supervised(batch)
+        count = count_supervised(batch)
         if batch["tokens"].shape[0] == 1:
             batch = jax.tree.map(lambda x: x[0], batch)
             sums = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
@@ -101,16 +101,17 @@ def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     platform = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform
-    # Without fixed shardings the first step's result may be laid out otherwise, and the second step compiled again.
+    # Without out_shardings the first step may return other shardings, and the second step would compile again.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None),
                    compiler_options=COMPILER_OPTIONS.get(platform))
 
 
 def to_device(x: Array, sharding: NamedSharding) -> Array:
-    """`x`, brought from the host's memory if that is where `sharding` keeps it."""
+    """Returns `x` in device memory, if `sharding` keeps it in host memory."""
     return jax.device_put(x, sharding.with_memory_kind("device")) if sharding.memory_kind == "pinned_host" else x
 
 
 def make_loss(graph: nnx.GraphDef) -> Callable:
-    """`(trainable, frozen, batch) -> (summed loss, learned tokens)`, jitted, for validation."""
-    return jax.jit(lambda trainable, frozen, batch: (loss_sum(graph, trainable, frozen, batch), supervised(batch)))
+    """Returns a jitted `(trainable, frozen, batch) -> (summed loss, number of supervised tokens)`, for validation."""
+    return jax.jit(lambda trainable, frozen, batch: (
+        loss_sum(graph, trainable, frozen, batch), count_supervised(batch)))

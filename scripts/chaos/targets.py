@@ -107,7 +107,7 @@ def locked(copy: Path, everything: Path) -> None:
     """The note of a run that was killed."""
     from llava_jax.train import lock
 
-    lock.SILENT = 0.1
+    lock.LOST_SECONDS = 0.1
     with lock.lock_directory(copy):
         pass
 

@@ -11,7 +11,7 @@ from llava_jax.train import loss
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])
 def test_loss_and_gradients_are_those_of_torch(monkeypatch, chunk):
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "LOSS_CHUNK_TOKENS", chunk)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 24, 48)).astype(np.float32)
     kernel = rng.normal(size=(48, 101)).astype(np.float32) / 7

@@ -76,8 +76,8 @@ def test_a_damaged_recipe_is_named(recipe, tmp_path, content, problem):
 
 @pytest.mark.parametrize("state", ["free", "left behind", "alive", "at once"])
 def test_the_lock_in_a_bucket(recipe, monkeypatch, state):
-    monkeypatch.setattr(lock, "SILENT", 0.05)
-    monkeypatch.setattr(lock, "SETTLE", 0.0)
+    monkeypatch.setattr(lock, "LOST_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
     folder = output.directory(recipe)
     other = {"host": "elsewhere", "pid": 7, "since": "2026-01-01 00:00:00 UTC", "token": "x"}
     if state in ("left behind", "alive"):

@@ -295,7 +295,7 @@ def other_process(tmp_path):
 
 
 def test_two_runs_in_one_output_directory_are_refused(make_recipe, monkeypatch, other_process):
-    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    monkeypatch.setattr(lock, "KILL_SECONDS", 0.0)
     recipe = first_stage(make_recipe())
     who = rf"/run: a run on \S+ \(process {other_process.pid}, since 2\S+ \S+ UTC\) is using"
     with pytest.raises(UserError, match=who):
@@ -314,7 +314,7 @@ def test_a_run_that_ends_leaves_no_lock_and_no_empty_directory(tmp_path, other_p
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_note_of_another_host_is_watched(tmp_path, monkeypatch, alive):
-    monkeypatch.setattr(lock, "SILENT", 0.2)
+    monkeypatch.setattr(lock, "LOST_SECONDS", 0.2)
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "2026-01-01 00:00:00 UTC", "beat": 1}))
     if alive:
