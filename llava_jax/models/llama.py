@@ -1,4 +1,4 @@
-"""The LLaMA decoder, and its relatives that differ in sizes, biases and tied embeddings (Vicuna, Mistral, Qwen2)."""
+"""The LLaMA decoder, and Vicuna, Mistral and Qwen2, which differ in sizes, biases and tied embeddings."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ from llava_jax.parallel.sharding import ROWS, constrain
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Longer contexts by slower rotation: `linear` divides all positions by `factor`; `llama3` only slow waves."""
+    """Longer contexts by slower rotation: `linear` divides all frequencies by `factor`, `llama3` only low ones."""
 
     kind: str
     factor: float
@@ -42,7 +42,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a decoder; the defaults are LLaMA 2 7B's."""
+    """Sizes of a decoder. The defaults are those of LLaMA 2 7B."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -75,9 +75,9 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # llama3: waves shorter than the high bound stay, longer than the low bound slow down, between them a blend.
-    turns = scaling.original_length * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    # llama3: frequencies above the high bound are unchanged, those below the low bound slower, others interpolated.
+    rotations = scaling.original_length * frequencies / (2 * math.pi)
+    blend = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0.0, 1.0)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
@@ -95,7 +95,7 @@ def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 H"], sin: Float[Array, "B T 1 H"]
 ) -> Float[Array, "B T N H"]:
     """Rotary position embedding over half-split pairs (i, i + H/2), in float32: bfloat16 cannot count past 256."""
-    # A product with ones and zeros pairs the halves exactly; a TPU is slow at moving them instead.
+    # A matrix product with ones and zeros swaps the halves exactly, because a TPU moves them more slowly.
     half = np.eye(x.shape[-1] // 2)
     swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), x.dtype)
     other = jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
@@ -140,7 +140,10 @@ class LlamaBlock(nnx.Module):
         slots: Int[Array, "B T"] | None = None,
         heads_first: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Returns the new `x` and keys and values: of these tokens, or all layers' with them written at `slots`."""
+        """Applies the block. Returns the new `x`, and keys and values.
+
+        These are the new tokens', or with a cache those of all layers, where the new ones are written at `slots`.
+        """
         h = optimization_barrier(self.attention_norm(x))
         query = name(apply_rope(self.attention.q_proj(h), cos, sin), "q_proj")
         key = name(apply_rope(self.attention.k_proj(h), cos, sin), "k_proj")
@@ -156,7 +159,7 @@ class LlamaBlock(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Embeddings in, hidden states after the last norm out; `embed` and `head` are at its two ends."""
+    """The decoder: from embeddings to hidden states after the last norm. `embed` precedes it and `logits` follows."""
 
     def __init__(self, config: LlamaConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
         self.config = config
@@ -169,9 +172,9 @@ class Llama(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(*sizes, bias=False, rngs=rngs)
 
     def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        """Embeddings of `tokens`; an id outside the vocabulary (an image's place) gets those of id 0."""
+        """Embeddings of `tokens`. An id outside the vocabulary (a visual token) gets the embedding of id 0."""
         known = (tokens >= 0) & (tokens < self.config.vocab_size)
-        # Looked up in the whole table: a lookup in parts of its width would have to be put together again per token.
+        # The table is replicated, because a lookup in shards of its columns would be gathered again for every token.
         table = constrain(self.embedding[...].astype(dtype), P())
         return constrain(table[jnp.where(known, tokens, 0)], ROWS)
 
@@ -182,9 +185,9 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         with_cache: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Causal hidden states; a token sees the tokens before it in its own segment.
+        """Causal hidden states. A token attends to earlier tokens of its own segment.
 
-        `with_cache` adds the keys and values, each `[L, B, T, K, H]`, with which `extend` goes on.
+        `with_cache` adds the keys and values, each `[L, B, T, K, H]`, which `extend` continues.
         """
         attend = causal(self.attention, x.shape[1], segment_ids)
         cos, sin = rope_tables(self.config, positions)
@@ -205,15 +208,15 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Hidden states of further tokens, whose keys and values are written into the cache at `positions`.
 
-        `layers`: the same layers one by one, which on a CPU is faster than to scan over the stack of them; the cache is
-        `[L, B, K, S, H]` then, so that a CPU need not move it for its products.
+        `layers`: the same layers as separate modules, which a CPU runs faster than a scan over their stack. The cache
+        is then `[L, B, K, S, H]`, because XLA for CPUs multiplies it in this order without a copy.
         """
         heads_first = layers is not None
         mask = jnp.arange(cache[0].shape[3 if heads_first else 2]) <= positions[..., None]
         cos, sin = rope_tables(self.config, positions)
         attend = functools.partial(attention_heads_first if heads_first else attention, mask=mask)
 
-        # The cache is carried, not scanned over: so every layer writes to its place, and nothing is copied.
+        # The cache is carried, not scanned over, because then every layer updates it in place.
         def call(carry, block_and_layer):
             block, layer = block_and_layer
             x, cache = carry
@@ -227,10 +230,10 @@ class Llama(nnx.Module):
         return self.norm(x), cache
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores over the vocabulary in float32; of the embedding's rows where the head is tied."""
+        """Scores over the vocabulary, float32."""
         kernel = self.output_kernel().astype(x.dtype)
         return jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=jnp.float32)
 
     def output_kernel(self) -> Float[Array, "D V"]:
-        """What makes scores of hidden states, as it is stored; the embedding's transpose where the head is tied."""
+        """Kernel from hidden states to scores, in its stored dtype; the embedding's transpose if tied."""
         return self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]

@@ -1,4 +1,4 @@
-"""LLaVA: visual features, projected, take the places of a prompt's image tokens (Visual Instruction Tuning, 4.1)."""
+"""LLaVA: projected visual features replace a prompt's image tokens (Visual Instruction Tuning, section 4.1)."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """What a checkpoint fixes: the parts' sizes, which features are read, how images and text are prepared."""
+    """Settings that a checkpoint fixes: sizes of the parts, features that are read, preparation of images and text."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: LlamaConfig = field(default_factory=LlamaConfig)
@@ -59,7 +59,7 @@ class LlavaConfig:
 
 
 class AttentionChoice(NamedTuple):
-    """The implementations (models/attention.py) in the decoder and in the vision tower."""
+    """Attention implementations (models/attention.py) of the decoder and of the vision tower."""
 
     decoder: str
     vision: str
@@ -69,10 +69,10 @@ class AttentionChoice(NamedTuple):
 
 
 def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) -> AttentionChoice:
-    """What an implementation's name stands for in a model on a platform.
+    """Chooses the attention implementations of a model on a platform.
 
-    `auto` is the platform's, in each part whose sizes and dtype that one takes, and else xla. Any other name is itself
-    in both parts, and raises where it cannot run.
+    `auto` is the platform's implementation in a part whose sizes and dtype it supports, otherwise xla. Any other name
+    is used in both parts, and raises where it cannot run.
     """
     chosen = resolve(name, platform)
     if name != "auto" or chosen == "xla":
@@ -81,13 +81,13 @@ def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) 
     if chosen == "splash":
         fills = fills_lanes(config.vision.hidden_size, config.vision.num_heads)
         return AttentionChoice(chosen, chosen if fills else "xla")
-    # cuDNN's flash attention has no float32, and wants heads of at most 128 in eights (256 from Hopper on).
-    fits = [dtype != "float32" and size <= 128 and size % 8 == 0 for size in (config.text.head_dim, tower)]
-    return AttentionChoice(*(chosen if fit else "xla" for fit in fits))
+    # cuDNN's flash attention supports no float32, and a head_dim of at most 128 (256 from Hopper on) that 8 divides.
+    supported = [dtype != "float32" and size <= 128 and size % 8 == 0 for size in (config.text.head_dim, tower)]
+    return AttentionChoice(*(chosen if is_supported else "xla" for is_supported in supported))
 
 
 class Llava(nnx.Module):
-    """The whole model; `dtype` is the compute dtype, parameters are cast to it where they are used."""
+    """The model. `dtype` is the compute dtype, to which parameters are cast where they are used."""
 
     def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str | AttentionChoice = "xla",
                  remat: str = "none", rngs: nnx.Rngs):
@@ -98,8 +98,7 @@ class Llava(nnx.Module):
         self.projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.decoder = Llama(config.text, attention=attention.decoder, remat=remat, rngs=rngs)
         if not config.processor.is_fixed:
-            size = config.text.hidden_size
-            self.image_newline = nnx.Param(size**-0.5 * jax.random.normal(rngs.params(), (size,)))
+            self.image_newline = _image_newline(config.text.hidden_size, rngs)
 
     def __call__(
         self,
@@ -171,6 +170,10 @@ class Llava(nnx.Module):
         return x.reshape(B, I * x.shape[1], x.shape[2])
 
 
+def _image_newline(size: int, rngs: nnx.Rngs) -> nnx.Param:
+    return nnx.Param(size**-0.5 * jax.random.normal(rngs.params(), (size,)))
+
+
 Parameters = dict[str, jax.Array]
 """Path -> array, for example `decoder/layers/mlp/up_proj/kernel`. Layers are stacked on the first axis."""
 
@@ -211,6 +214,8 @@ def fresh_params(config: LlavaConfig, paths: Collection[str], seed: int) -> Para
         "decoder": lambda: Llama(config.text, rngs=nnx.Rngs(seed)),
     }
     fresh = {}
-    for part in sorted({path.split("/")[0] for path in paths}):
+    if "image_newline" in paths:
+        fresh["image_newline"] = _image_newline(config.text.hidden_size, nnx.Rngs(seed)).get_value()
+    for part in sorted({path.split("/")[0] for path in paths} & parts.keys()):
         fresh |= {f"{part}/{path}": x for path, x in to_params(parts[part]())[1].items() if f"{part}/{path}" in paths}
     return fresh

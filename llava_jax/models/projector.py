@@ -13,7 +13,7 @@ from llava_jax.models.layers import Linear
 
 
 def depth(kind: str) -> int:
-    """Number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N; UserError for any other name."""
+    """Number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N. Raises UserError for any other name."""
     if kind in ("identity", "linear"):
         return ("identity", "linear").index(kind)
     if match := re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind):
@@ -22,18 +22,19 @@ def depth(kind: str) -> int:
 
 
 def torch_uniform(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
-    """torch.nn.Linear's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from which LLaVA's projector starts."""
+    """Default initialisation of torch.nn.Linear, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as LLaVA's projector has it."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Projector(nnx.Module):
-    """Linear layers with exact (erf) GELU between them; `linear` is the paper's, `mlp2x_gelu` LLaVA-1.5's."""
+    """Linear layers with exact (erf) GELU between them: `linear` is the paper's, `mlp2x_gelu` is LLaVA-1.5's."""
 
     def __init__(self, kind: str, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.count = depth(kind)
         if self.count == 0 and inputs != outputs:
-            raise UserError(f"projector identity: vision width {inputs} and decoder width {outputs} differ")
+            raise UserError(f"projector identity: hidden_size {inputs} of the vision tower and {outputs} of the "
+                            "decoder differ")
         for i in range(self.count):
             linear = Linear([inputs if i == 0 else outputs], [outputs], bias=True, rngs=rngs, init=torch_uniform)
             bias = torch_uniform(rngs.params(), (inputs if i == 0 else outputs, outputs), jnp.float32)[0]

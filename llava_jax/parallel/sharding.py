@@ -1,4 +1,4 @@
-"""The mesh of devices, and one table that says how every parameter lies on it."""
+"""The mesh of devices, and one table from parameter paths to their sharding."""
 
 import functools
 import math
@@ -14,9 +14,9 @@ from llava_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
-"""Rows of a batch: every device of the data axes has its own."""
+"""Sharding of a batch: the devices of the axes data and fsdp split it."""
 
-# Hidden dimensions are sharded, never the vocabulary: 32,000 and 32,064 do not divide by 256.
+# Hidden dimensions are sharded, never the vocabulary, because 32,000 and 32,064 do not divide by 256.
 # A leading None is the layer axis of the stacked parameters.
 TABLE = (
     (r"vision/patch/kernel", P(None, None, None, "fsdp")),
@@ -30,8 +30,8 @@ TABLE = (
     (r"(vision|decoder)/layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),
     (r"(vision|decoder)/layers/(attention/o_proj|mlp/down_proj)/bias", P()),
     (r"(vision|decoder)/.*norm/(scale|bias)", P()),
-    # In turn, so that what one makes by columns the next takes by rows. With all of them alike and three axes in use,
-    # XLA's partitioner returns wrong gradients of the first (jaxlib 0.10.2, on CPU).
+    # Alternating, because the columns of one kernel are the rows of the next. With one layout for all of them and three
+    # axes in use, XLA's partitioner returns wrong gradients of the first kernel (jaxlib 0.10.2, on CPU).
     (r"projector/layers_\d*[02468]/kernel", P("fsdp", "tensor")),
     (r"projector/layers_\d*[13579]/kernel", P("tensor", "fsdp")),
     (r"projector/layers_\d+/bias", P()),
@@ -42,39 +42,39 @@ TABLE = (
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The devices (all of them by default) on the axes of a recipe; UserError if their numbers do not match."""
+    """Arranges the devices (all by default) on a recipe's axes. Raises UserError if their numbers do not match."""
     devices = jax.devices() if devices is None else devices
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
-        rest, left = divmod(len(devices), math.prod(size for size in sizes if size != -1))
-        if left or not rest:
+        size, remainder = divmod(len(devices), math.prod(size for size in sizes if size != -1))
+        if remainder or not size:
             raise UserError(f"mesh: {asked} does not divide {len(devices)} devices")
-        sizes[sizes.index(-1)] = rest
+        sizes[sizes.index(-1)] = size
     if math.prod(sizes) != len(devices):
         raise UserError(f"mesh: {asked} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
-                         "set one axis to -1 to take what there is")
+                        "set one axis to -1 to use all of them")
     if devices[0].platform != "tpu":
         grid = np.asarray(devices).reshape(sizes)
     else:
         from jax.experimental import mesh_utils
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if sizes[0] % slices:
-            raise UserError(f"mesh.data: {sizes[0]} on {slices} slices: only copies of the model lie on different "
-                             f"slices, so that these exchange gradients alone; set mesh.data {slices}")
+            raise UserError(f"mesh.data: {sizes[0]} on {slices} slices: only copies of the model are on different "
+                            f"slices, which then exchange only gradients; set mesh.data {slices}")
         within = [sizes[0] // slices, *sizes[1:]]
         make = mesh_utils.create_device_mesh
         if slices > 1:
             make = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=[slices, 1, 1])
         try:
             grid = make(within, devices=devices)
-        except NotImplementedError:  # an axis is only a part of one of the torus
+        except NotImplementedError:  # an axis is shorter than an axis of the torus
             grid = make(within, devices=devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
-    """Every path's sharding; UserError naming parameter, dimension and axis where one does not divide."""
+    """Sharding by path. Raises UserError naming parameter, dimension and axis if a dimension does not divide."""
     specs = config.match_rules(TABLE, list(shapes), "sharding", allow_unused=True)
     for path, spec in specs.items():
         for size, axes in zip(shapes[path], spec, strict=False):
@@ -87,17 +87,17 @@ def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.M
 
 
 def check_rows(mesh: jax.sharding.Mesh) -> None:
-    """UserError if devices of two processes share rows: every process reads rows of its own."""
+    """Raises UserError if devices of two processes share sequences, because every process reads its own sequences."""
     for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):
         if len({device.process_index for device in group}) > 1:
-            raise UserError(f"mesh.tensor: {len(group)} devices that share rows lie on several hosts; choose a "
-                             "smaller number, which fits one host")
+            raise UserError(f"mesh.tensor: {len(group)} devices that share sequences are on several hosts; choose a "
+                            "smaller number, so that one host has them")
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """Lays `x` out as `spec` says where a mesh is set (`jax.set_mesh`); without one it does nothing.
+    """Constrains the sharding of `x` to `spec` if a mesh is set (`jax.set_mesh`).
 
-    Nor with fewer rows than the data axes share out: sample answers in training come a few at a time.
+    A batch that the axes do not divide is left as it is: sample answers in training come a few at a time.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or spec == ROWS and row_axes(x.shape[0]) is None:
@@ -106,6 +106,6 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def row_axes(count: int) -> tuple[str, ...] | None:
-    """The axes of the mesh that share out `count` rows; None if these do not divide, so every device has them all."""
+    """Mesh axes that split a batch of `count`; None if they do not divide it, so that every device has all of it."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if count % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")

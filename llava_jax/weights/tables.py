@@ -1,7 +1,7 @@
-"""Tensors of Hugging Face's layout and the parameters they are: one table, read in both directions.
+"""Tensors of Hugging Face's layout (hf) and their parameters: one table for reading and writing.
 
-Names are those of the checkpoints under llava-hf/ on the hub, which every version of transformers opens. Other
-spellings become these by their prefixes (`hf_name`).
+Names are those of the checkpoints under llava-hf/ at Hugging Face, which every version of transformers opens. Other
+spellings differ in their prefixes (`hf_name`).
 """
 
 import math
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """How one layer's parameter is laid out there: some of our axes merged, then permuted. Both ways copy nothing."""
+    """Layout of a parameter in the hf layout: axes merged, then permuted. Both directions return views."""
 
     merge: Callable[[Shape], Shape]
     order: Shape
@@ -44,7 +44,7 @@ VISION = "vision_tower.vision_model."
 LANGUAGE = "language_model.model."
 PROJECTOR = "multi_modal_projector."
 
-# Module there, module here, transform of its weight. Its bias, if it has one, is a vector in both.
+# Module in the hf layout, parameter, transform of the weight. A bias is a vector in both layouts.
 MODULES = (
     (f"{VISION}embeddings.patch_embedding", "vision/patch/kernel", PATCH),
     (f"{VISION}embeddings.position_embedding", "vision/position_embedding", SAME),
@@ -76,8 +76,8 @@ MODULES = (
 EMBEDDING = f"{LANGUAGE}embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 
-# What a name may begin with, and what that is on the hub; the first that fits holds. Transformers 4.52 moved all but
-# the head below `model.`, 5.6 took `vision_model.` out; a CLIP or LLaMA alone names no part.
+# Prefixes of names and their replacement; the first match counts. Transformers 4.52 moved all but the head below
+# `model.`, 5.6 removed `vision_model.`. A CLIP or LLaMA alone names no part.
 PREFIXES = (
     (r"(model\.)?vision_tower\.(vision_model\.)?", VISION),
     (r"(vision_model\.)?(?=(embeddings|pre_layrnorm|encoder|post_layernorm)\.)", VISION),
@@ -92,7 +92,7 @@ IGNORED = re.compile(r".*\.(position_ids|inv_freq)|text_model\..*|(text|visual)_
 
 
 def hf_name(name: str) -> str:
-    """The name that a tensor has in the layout of the hub; itself if no prefix fits."""
+    """Returns a tensor's name in the hf layout; the same name if no prefix matches."""
     for pattern, prefix in PREFIXES:
         if match := re.match(pattern, name):
             return prefix + name[match.end() :]
@@ -101,7 +101,7 @@ def hf_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """What one tensor of the hub's layout is here: a parameter, or one layer of a stacked one."""
+    """The parameter, or layer of a stacked parameter, that a tensor of the hf layout contains."""
 
     path: str
     layer: int | None
@@ -114,9 +114,9 @@ class TensorMapping:
 
 
 def tensor_mappings(shapes: Mapping[str, Shape]) -> dict[str, TensorMapping]:
-    """The tensors of the hub's layout that hold parameters of these shapes, by name.
+    """Maps names of tensors in the hf layout to the parameters of these shapes.
 
-    UserError if a parameter has no place there: a projector of more than two layers, for example.
+    Raises UserError if the layout has no tensor for a parameter: a projector of more than two layers, for example.
     """
     rows = [(f"{VISION}embeddings.class_embedding", "vision/class_embedding", VECTOR)]  # no module's weight
     for module, path, transform in MODULES:
@@ -132,11 +132,11 @@ def tensor_mappings(shapes: Mapping[str, Shape]) -> dict[str, TensorMapping]:
             found |= {name.replace("*", str(i)): TensorMapping(path, i, tuple(shape), transform) for i in range(layers)}
         else:
             found[name] = TensorMapping(path, None, tuple(shapes[path]), transform)
-    if homeless := sorted(shapes.keys() - {place.path for place in found.values()}):
-        raise UserError(f"Hugging Face's layout has no place for {', '.join(homeless)}")
+    if unmapped := sorted(shapes.keys() - {mapping.path for mapping in found.values()}):
+        raise UserError(f"Hugging Face's layout has no tensor for {', '.join(unmapped)}")
     return found
 
 
 def is_stacked(path: str) -> bool:
-    """Whether a parameter's first axis counts layers."""
+    """Tells whether the first axis of a parameter counts layers."""
     return "/layers/" in path

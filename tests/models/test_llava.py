@@ -221,3 +221,12 @@ def test_a_processor_that_does_not_suit_the_tower_is_refused():
         dataclasses.replace(CONFIG, processor=ImageProcessor())
     with pytest.raises(UserError, match="processor.class_token is False, but True suits"):
         dataclasses.replace(CONFIG, feature_select="cls_patch")
+
+
+def test_fresh_parameters_have_the_paths_and_shapes_of_the_model():
+    processor = ImageProcessor(28, "anyres", CONFIG.vision.grid, pinpoints=((28, 56),))
+    config = dataclasses.replace(CONFIG, processor=processor)
+    expected = {path: x.shape for path, x in llava.abstract_params(config)[1].items()}
+    found = {path: x.shape for path, x in jax.eval_shape(lambda: llava.fresh_params(config, expected, 3)).items()}
+    assert found == expected and "image_newline" in expected
+    assert llava.fresh_params(config, {"image_newline"}, 3).keys() == {"image_newline"}

@@ -120,7 +120,7 @@ def test_a_replica_that_does_not_fit_the_slices_says_what_to_set():
 
 def test_rows_that_hosts_would_share_are_refused():
     sharding.check_rows(sharding.make_mesh(config.Mesh(tensor=2), chips(1)))
-    with pytest.raises(UserError, match="mesh.tensor: 4 devices that share rows lie on several hosts"):
+    with pytest.raises(UserError, match="mesh.tensor: 4 devices that share sequences are on several hosts"):
         sharding.check_rows(sharding.make_mesh(config.Mesh(tensor=4), chips(1)))
 
 
