@@ -40,12 +40,14 @@ def make_batch() -> dict[str, np.ndarray]:
     segments = np.repeat([1, 2, 0], [12, 10, 2])
     learned = (rng.random(shape) < rng.random((*shape[:2], 1))) & (tokens >= 0) & (segments > 0)
     learned[..., [0, 12]] = False
+    is_visual = tokens == IMAGE_TOKEN_ID
     return {
         "tokens": tokens,
         "labels": np.where(learned, tokens, IGNORE).astype(np.int32),
         "positions": np.broadcast_to(np.r_[0:12, 0:12], shape).astype(np.int32),
         "segment_ids": np.broadcast_to(segments, shape).astype(np.int32),
-        "images": rng.integers(0, 256, (MICRO, ROWS, 2, 28, 28, 3)).astype(np.uint8),
+        "visual_index": np.where(is_visual, np.cumsum(is_visual, axis=-1) - 1, -1).astype(np.int32),
+        "tiles": rng.integers(0, 256, (MICRO, ROWS, 2, 28, 28, 3)).astype(np.uint8),
     }
 
 
