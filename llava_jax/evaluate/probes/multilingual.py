@@ -1,14 +1,13 @@
-"""The same questions in English and Korean: whether a model that was tuned in one language answers in another."""
+"""Probes in English and Korean: does a model that was tuned in one language answer in another?"""
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_jax.evaluate.probes.spatial import Probe, by_kind, guessing, judge, mean, notes
-from llava_jax.evaluate.probes.words import LANGUAGES, NUMBERS, SIDES, understand
-from llava_jax.evaluate.tasks.base import Answer, Question, Scores
+from llava_jax.evaluate.probes.spatial import Probe, by_kind, guessing, make_notes, mean, score_answers
+from llava_jax.evaluate.probes.wording import LANGUAGES, NUMBERS, SIDES, parse_answer
+from llava_jax.evaluate.tasks.base import Answer, Question, Scores, group_scores
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,11 @@ class Multilingual(Probe):
     languages = LANGUAGES
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """Percent of right answers by language (the mean of the kinds), of guessing, of questions that are right in
-        both, and by language the figures of `spatial`. A Korean question wants a Korean answer, or a digit."""
-        items = judge(questions, answers)
+        """Returns percentages: guessing, each language (the mean over the kinds), questions right in both languages.
+
+        The figures of `spatial` follow for each language. A Korean question needs a Korean answer, or a digit.
+        """
+        items = score_answers(questions, answers)
         scores, chance = {item.id: item.score for item in items}, guessing(questions)
         figures, parts = {"guessing": mean(chance.values())}, {}
         spoken = dict.fromkeys(question.row["language"] for question in questions)
@@ -30,22 +31,20 @@ class Multilingual(Probe):
             kinds = by_kind(asked, items)
             figures[language] = mean(kinds[kind] for kind in guessing(asked))
             parts |= {f"{language} {kind}": value for kind, value in kinds.items()}
-        rights = defaultdict(list)
-        for question in questions:
-            rights[question.row["number"]].append(scores.get(question.id, 0.0))
-        if whole := [min(right) for right in rights.values() if len(right) == len(self.languages)]:
-            figures["both"] = 100 * mean(whole)
-        told = [*notes(questions, answers, items), *_english(questions, answers)]
-        return Scores(figures | parts, next(reversed(spoken)), items, told)
+        by_number = group_scores((scores.get(question.id, 0.0), [question.row["number"]]) for question in questions)
+        if in_both := [min(values) for values in by_number.values() if len(values) == len(self.languages)]:
+            figures["both"] = 100 * mean(in_both)
+        return Scores(figures | parts, next(reversed(spoken)), items,
+                      [*make_notes(questions, answers, items), *_english_notes(questions, answers)])
 
-    def _question(self, question: Question, language: str, said: Mapping[str, Any]) -> Question:
-        asked = super()._question(question, language, said)
+    def _question(self, question: Question, language: str, wording: Mapping[str, Any]) -> Question:
+        asked = super()._question(question, language, wording)
         return replace(asked, id=f"{question.id}-{language}", row=asked.row | {"number": question.id})
 
 
-def _english(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str]:
+def _english_notes(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str]:
     korean = {question.id for question in questions if question.row["language"] == "ko"}
     texts = [answer.text for answer in answers if answer.id in korean]
     words = (*SIDES, "yes", "no", *NUMBERS)
-    count = sum(bool(re.search("[A-Za-z]", text) and understand("en", text, words)) for text in texts)
+    count = sum(bool(re.search("[A-Za-z]", text) and parse_answer("en", text, words)) for text in texts)
     return [f"{count:,} of {len(texts):,} answers to Korean questions have English words"] * bool(count)

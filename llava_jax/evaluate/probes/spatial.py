@@ -1,20 +1,27 @@
-"""Where things are, how many they are, and which colour belongs to which: what a bag of patches cannot tell."""
+"""Probes of positions, numbers, and of which colour belongs to which object: a bag of patches cannot answer them."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.make_probes import FILE, KINDS
-from llava_jax.evaluate.probes.words import FORMS, name_choices, understand
-from llava_jax.evaluate.tasks.base import Answer, Question, ScoredAnswer, Scores, unparsed_notes
+from llava_jax.evaluate.probes.wording import FORMS, instruction, parse_answer
+from llava_jax.evaluate.tasks.base import (
+    Answer,
+    Question,
+    ScoredAnswer,
+    Scores,
+    group_scores,
+    index_questions,
+    unparsed_notes,
+)
 from llava_jax.evaluate.tasks.question_file import QuestionFileTask
 from llava_jax.files import matches_schema
 
 ROW = {"category": str, "set": int | str}
-SAID = {"text": str, "answer": str, "choices": [str]}
-"""What a probe has, once and in each language."""
+WORDING = {"text": str, "answer": str, "choices": [str]}
+"""Schemas of a probe: its fields, and the fields of its wording in each language."""
 
 
 @dataclass(frozen=True)
@@ -26,38 +33,36 @@ class Probe(QuestionFileTask):
 
     required_files = "probes.jsonl (probes-data makes it from boxes) and its pictures"
     question_file = FILE
-    image_folder = ""
     max_new_tokens = 32
     languages: ClassVar[tuple[str, ...]]
 
     def load(self, data: str) -> list[Question]:
-        """Each question in all languages, one after the other; UserError for a file of another form.
-
-        A question without words in one of the languages is left out.
-        """
-        path = self.question_path(data)
-        whole = [(question, {"en": question.row, **question.row}) for question in super().load(data)]
-        whole = [(question, said) for question, said in whole if all(language in said for language in self.languages)]
-        if not whole:
-            raise UserError(f"{path}: no question is there in all of these languages: {', '.join(self.languages)}")
-        for question, said in whole:
+        """Returns each question in all languages, one after the other. A question without one of them is left out."""
+        path, questions = self.question_path(data), []
+        for question in super().load(data):
+            wordings = {"en": question.row, **question.row}
+            if not all(language in wordings for language in self.languages):
+                continue
             if not (matches_schema(question.row, ROW)
-                    and all(matches_schema(said[language], SAID) for language in self.languages)):
-                raise UserError(f"{path}: question {question.id!r} is no probe, which has {', '.join([*SAID, *ROW])}")
+                    and all(matches_schema(wordings[language], WORDING) for language in self.languages)):
+                raise UserError(f"{path}: question {question.id!r} is no probe, which has "
+                                f"{', '.join([*WORDING, *ROW])}")
             for language in self.languages:
-                answer, choices = said[language]["answer"], said[language]["choices"]
+                answer, choices = wordings[language]["answer"], wordings[language]["choices"]
                 if answer not in choices:
                     raise UserError(f"{path}: question {question.id!r}: {answer!r} is none of its choices")
                 if unknown := set(choices) - set(FORMS[language]):
                     raise UserError(f"{path}: question {question.id!r}: {unknown.pop()!r} is no answer to a probe")
-        return [self._question(question, language, said[language])
-                for question, said in whole for language in self.languages]
+                questions.append(self._question(question, language, wordings[language]))
+        if not questions:
+            raise UserError(f"{path}: no question is there in all of these languages: {', '.join(self.languages)}")
+        return questions
 
-    def _question(self, question: Question, language: str, said: Mapping[str, Any]) -> Question:
-        row = {key: said[key] for key in ("answer", "choices")} | {
+    def _question(self, question: Question, language: str, wording: Mapping[str, Any]) -> Question:
+        row = {key: wording[key] for key in ("answer", "choices")} | {
             "category": question.row["category"], "set": question.row["set"], "language": language}
-        text = said["text"] + (name_choices(language, said["choices"]) if self.name_choices else "")
-        return replace(question, text=text, row=row, choices=tuple(said["choices"]))
+        text = wording["text"] + (instruction(language, wording["choices"]) if self.name_choices else "")
+        return replace(question, text=text, row=row, choices=tuple(wording["choices"]))
 
 
 @dataclass(frozen=True)
@@ -68,56 +73,54 @@ class Spatial(Probe):
     languages = ("en",)
 
     def score(self, data: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Scores:
-        """Percent of right answers: of all kinds together (their mean), what guessing gives, of each kind, and of its
-        sets that are right as a whole. A missing answer is wrong, and of doubled ones the last counts."""
-        items = judge(questions, answers)
+        """Returns percentages: the mean over all kinds, guessing, each kind, and its sets without a wrong answer.
+
+        A missing answer is wrong, and the last of several counts.
+        """
+        items = score_answers(questions, answers)
         figures, chance = by_kind(questions, items), guessing(questions)
-        whole = {"all": mean(figures[kind] for kind in chance), "guessing": mean(chance.values())}
-        return Scores(whole | figures, "all", items, notes(questions, answers, items))
+        summary = {"all": mean(figures[kind] for kind in chance), "guessing": mean(chance.values())}
+        return Scores(summary | figures, "all", items, make_notes(questions, answers, items))
 
 
-def judge(questions: Sequence[Question], answers: Sequence[Answer]) -> list[ScoredAnswer]:
-    """Of each answer, what it says and whether that is right. UserError for an answer to another question."""
-    rows, items = {question.id: question.row for question in questions}, []
+def score_answers(questions: Sequence[Question], answers: Sequence[Answer]) -> list[ScoredAnswer]:
+    """Scores each answer. Raises UserError for an answer to another question."""
+    by_id, items = index_questions(questions, answers), []
     for answer in answers:
-        if answer.id not in rows:
-            raise UserError(f"there is no question {answer.id!r}; these are answers to other questions")
-        row = rows[answer.id]
-        read = understand(row["language"], answer.text, row["choices"])
-        items.append(ScoredAnswer(answer.id, float(read == row["answer"]), row["answer"], read, row["category"]))
+        row = by_id[answer.id].row
+        parsed = parse_answer(row["language"], answer.text, row["choices"])
+        items.append(ScoredAnswer(answer.id, float(parsed == row["answer"]), row["answer"], parsed, row["category"]))
     return items
 
 
 def by_kind(questions: Sequence[Question], items: Sequence[ScoredAnswer]) -> dict[str, float]:
-    """Percent of right answers of each kind, and, as "KIND, sets", of sets without a wrong one."""
+    """Returns the percentage of right answers of each kind and, as "KIND, sets", of sets without a wrong answer."""
     scores = {item.id: item.score for item in items}
-    right, sets = defaultdict(list), defaultdict(lambda: defaultdict(list))
-    for question in questions:
-        kind, score = question.row["category"], scores.get(question.id, 0.0)
-        right[kind].append(score)
-        sets[kind][question.row["set"]].append(score)
+    scores = [(scores.get(question.id, 0.0), question.row["category"], question.row["set"]) for question in questions]
+    kinds = group_scores((score, [kind]) for score, kind, _ in scores)
+    sets = group_scores((score, [(kind, name)]) for score, kind, name in scores)
     figures = {}
-    for kind in right:
-        figures[kind] = 100 * mean(right[kind])
-        figures[f"{kind}, sets"] = 100 * mean(min(scores) for scores in sets[kind].values())
+    for kind in kinds:
+        figures[kind] = 100 * mean(kinds[kind])
+        figures[f"{kind}, sets"] = 100 * mean(min(values) for (other, _), values in sets.items() if other == kind)
     return figures
 
 
 def guessing(questions: Sequence[Question]) -> dict[str, float]:
-    """What percent of each kind is right if answers are drawn among the possible ones; one constant answer gives no
-    more."""
-    chances = defaultdict(list)
-    for question in questions:
-        chances[question.row["category"]].append(100 / len(question.choices))
+    """Returns the percentage of right answers of each kind if they are drawn from the choices.
+
+    A constant answer gives no more.
+    """
+    chances = group_scores((100 / len(question.choices), [question.row["category"]]) for question in questions)
     return {kind: mean(values) for kind, values in chances.items()}
 
 
-def notes(questions: Sequence[Question], answers: Sequence[Answer], items: Sequence[ScoredAnswer]) -> list[str]:
-    """What a figure alone would hide."""
-    unread = [answer for answer, item in zip(answers, items, strict=True) if not item.parsed]
+def make_notes(questions: Sequence[Question], answers: Sequence[Answer], items: Sequence[ScoredAnswer]) -> list[str]:
+    """Returns notes on answers that could not be read and on missing kinds."""
+    unparsed = [answer for answer, item in zip(answers, items, strict=True) if not item.parsed]
     asked = {question.row["category"] for question in questions}
     missing = ", ".join(kind for kind in KINDS if kind not in asked)
-    return unparsed_notes(unread, len(items), "name none of the possible ones, and are wrong") + [
+    return unparsed_notes(unparsed, len(items), "name none of the possible ones, and are wrong") + [
         f"there are no questions of some kinds: {missing}"] * bool(missing)
 
 

@@ -177,7 +177,7 @@ def index_questions(questions: Sequence[Question], answers: Sequence[Answer], ti
     return by_id
 
 
-def group_scores(scores: Iterable[tuple[Any, Iterable[str]]]) -> dict[str, list]:
+def group_scores(scores: Iterable[tuple[Any, Iterable[Any]]]) -> dict[Any, list]:
     """Groups scores by name, in the order of first appearance. `scores` has each score with the names of its groups."""
     groups = defaultdict(list)
     for score, names in scores:

@@ -1,4 +1,4 @@
-"""What the probes say in English and Korean, and what they understand."""
+"""Wording of the probes in English and Korean, and the forms of their answers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -46,37 +46,38 @@ FORMS = {
         "more": rf"\d+|다섯|여섯|일곱|여덟|아홉|열{_COUNTED}",
     },
 }  # fmt: skip
-"""What counts as an answer; Korean words take endings, so that theirs are not looked for."""
+"""Regular expressions of the answers. Korean words take endings, so the end of a word is not checked."""
 _NUMBERS = {"en": ("none", *NUMBERS, "more"), "ko": ("0", "1", "2", "3", "4", "more")}
 
 
-def say(language: str, key: str, values: Mapping[str, Name | Count], answer: str, choices: Sequence[str]
-        ) -> dict[str, Any] | None:
-    """A question as {text, answer, choices}; None if something in it has no name in the language."""
+def wording(language: str, key: str, values: Mapping[str, Name | Count], answer: str, choices: Sequence[str]
+            ) -> dict[str, Any] | None:
+    """Returns a question as {text, answer, choices}, or None if one of its names has no word in the language."""
     words, fields = _WORDS[language], {}
     try:
         for name, value in values.items():
             fields |= words.fields(name, value)
     except ValueError:
         return None
-    called = _KOREAN if language == "ko" else {choice: choice for choice in choices}
-    return {"text": words.finish(_TEXTS[language][key].format_map(fields)), "answer": called[answer],
-            "choices": [called[choice] for choice in choices]}
+    translation = _KOREAN if language == "ko" else {choice: choice for choice in choices}
+    return {"text": words.finish(_TEXTS[language][key].format_map(fields)), "answer": translation[answer],
+            "choices": [translation[choice] for choice in choices]}
 
 
-def name_choices(language: str, choices: Sequence[str]) -> str:
-    """The line that asks for one of these answers."""
+def instruction(language: str, choices: Sequence[str]) -> str:
+    """Returns the line that asks for one of these answers."""
     return _ONE_OF[language].format(", ".join(choices))
 
 
-def understand(language: str, text: str, choices: Sequence[str]) -> str:
-    """The possible answer that a text names first; a number other than these is "none", "0" or "more"; "" for nothing.
+def parse_answer(language: str, text: str, choices: Sequence[str]) -> str:
+    """Returns the choice that a text names first, or "" if it names none.
 
-    English words stand alone ("on the left-hand side"), Korean ones begin one ("왼쪽에 있습니다").
+    A number that is no choice gives "none", "0" or "more". English words are separate words ("on the left-hand side"),
+    Korean ones start a word ("왼쪽에 있습니다").
     """
     forms = FORMS[language]
-    wanted = _NUMBERS[language] if set(choices) <= set(_NUMBERS[language]) else choices
-    either = "|".join(f"(?P<_{number}>{forms[choice]})" for number, choice in enumerate(wanted))
+    candidates = _NUMBERS[language] if set(choices) <= set(_NUMBERS[language]) else choices
+    either = "|".join(f"(?P<_{number}>{forms[choice]})" for number, choice in enumerate(candidates))
     edge = r"\b" if language == "en" else r"(?!\d)"
-    found = re.search(rf"(?<!\w)(?:{either}){edge}", text.lower())
-    return wanted[int(found.lastgroup[1:])] if found else ""
+    match = re.search(rf"(?<!\w)(?:{either}){edge}", text.lower())
+    return candidates[int(match.lastgroup[1:])] if match else ""
