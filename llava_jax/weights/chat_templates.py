@@ -1,4 +1,4 @@
-"""The conversation template of a checkpoint, told from its files. A chat template's Jinja text is never executed."""
+"""Recognises the conversation template of a checkpoint from its files. A Jinja text is never executed."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from llava_jax.text import agreement, templates
 from llava_jax.text.tokenizer import Tokenizer
 
 LLAVA_HF = ("['role'].upper() + ': '", "'ASSISTANT:'")
-"""Marks of the chat templates under llava-hf/ on the hub. They leave LLaVA's system text out."""
+"""Marks of the chat templates under llava-hf/ at Hugging Face. They omit LLaVA's system text."""
 
-# What a chat template must contain, besides the default system text, to be taken for a format.
+# Marks that a chat template must contain, besides the default system text, to be recognised.
 MARKS = {
     "vicuna_v1": ("USER:", "ASSISTANT:"),
     "llava_llama_2": ("[INST]", "[/INST]", "<<SYS>>"),
@@ -22,7 +22,7 @@ MARKS = {
     "qwen_2_5": ("<|im_start|>", "<|im_end|>"),  # its system text contains the next one's
     "qwen_1_5": ("<|im_start|>", "<|im_end|>"),
 }
-# What must not stand in it then: the same marks with other blanks, newlines or signs around them.
+# Patterns that it must not contain: the same marks with other blanks, newlines or signs around them.
 _NOT_VICUNA = r"(USER|ASSISTANT):\s*\n(?!\Z)|###"
 _NOT_CHATML = r"<\|im_end\|>(?!\n)|<\|im_start\|>\w+(?![\w\n'\"])|role(['\"]\])?\s*[+~]\s*['\"][^\n]"
 OTHERS = {"vicuna_v1": _NOT_VICUNA, "qwen_2_5": _NOT_CHATML, "qwen_1_5": _NOT_CHATML}
@@ -30,12 +30,12 @@ BY_TEXT_MODEL = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
 
 
 def template_name(directory: Path, text_model: str) -> str:
-    """The name of a checkpoint's conversation template. What was not certain is told on stderr.
+    """Returns the name of a checkpoint's conversation template. An uncertain choice is printed on stderr.
 
     1. The template that wrote the checkpoint's chat template, or one whose marks and system text it contains.
-    2. Without a chat template one by the decoder's family whose end of an answer the tokenizer knows.
+    2. Without a chat template, one of the decoder's family whose end of an answer the tokenizer has.
 
-    Raises UserError that asks for a template if a chat template is none that is known here.
+    Raises UserError that asks for a template if the chat template is unknown.
     """
     file, text = chat_template(directory)
     if not text:
@@ -65,7 +65,7 @@ def _by_decoder(directory: Path, text_model: str) -> str:
 
 
 def _ours(text: str) -> str | None:
-    """The template that `templates.chat_template` wrote a text of, in this or an earlier version."""
+    """Returns the template from which `templates.chat_template` wrote a text, in this or an earlier version."""
     if not (header := re.match(r'\{%- set t = \{"name": "(\w+)", .*?\} -%\}', text)):
         return None
     if header[1] not in templates.TEMPLATES:
@@ -79,18 +79,18 @@ def _ours(text: str) -> str | None:
 
 
 def _joined(text: str) -> str:
-    """A Jinja text with the newlines and quotes that it escapes, and with strings that follow each other as one."""
+    """Unescapes newlines and quotes of a Jinja text, and joins adjacent strings."""
     text = re.sub(r"(?<!\\)(['\"])\s*(?:[+~]|-?\}\}\s*\{\{-?)\s*\1", "", text.replace("\\n", "\n"))
     return re.sub(r"\\(['\"])", r"\1", text)
 
 
 def _has_system(joined: str, system: str | None) -> bool:
-    """Whether a text holds this system text as a whole: before and behind it a string or a mark begins or ends."""
+    """Tells whether a text contains this system text between the bounds of strings or marks."""
     return re.search(rf"(?:^|['\"}}>]|system)\s*{re.escape(system or '')}\s*(?:['\"{{<]|USER:|$)", joined) is not None
 
 
 def chat_template(directory: Path) -> tuple[Path, str]:
-    """The file and Jinja text of a checkpoint's chat template, wherever its transformers kept it; "" for none."""
+    """Returns the file and Jinja text of a checkpoint's chat template; the text is "" if there is none."""
     jinja = directory / "chat_template.jinja"
     if jinja.exists():
         return jinja, read_text(jinja)

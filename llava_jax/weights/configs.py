@@ -26,6 +26,18 @@ FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
 PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 """Fixed steps of `ImageProcessor`, as fields of Hugging Face's image processors."""
 
+VISION_FIELDS = {
+    "image_size": "image_size", "patch_size": "patch_size", "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+    "hidden_act": "activation", "layer_norm_eps": "norm_eps"}
+"""Fields of Hugging Face's vision configs and of VisionConfig."""
+
+TEXT_FIELDS = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim", "rms_norm_eps": "norm_eps", "max_position_embeddings": "max_length"}
+"""Fields of Hugging Face's decoder configs and of LlamaConfig."""
+
 CLIP = {"mode": "crop", "mean": CLIP_MEAN, "std": CLIP_STD}
 SIGLIP = {"mode": "resize", "mean": SIGLIP_MEAN, "std": SIGLIP_STD}
 
@@ -130,12 +142,8 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
 def _vision(file: Path, prefix: str, config: Any) -> VisionConfig:
     _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
     is_clip = config.model_type == "clip_vision_model"
-    return _build(
-        file, VisionConfig, image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads, activation=config.hidden_act, norm_eps=config.layer_norm_eps,
-        class_token=is_clip, patch_bias=not is_clip, pre_norm=is_clip,
-    )
+    sizes = {ours: getattr(config, theirs) for theirs, ours in VISION_FIELDS.items()}
+    return _build(file, VisionConfig, **sizes, class_token=is_clip, patch_bias=not is_clip, pre_norm=is_clip)
 
 
 def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
@@ -159,17 +167,13 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
         scaling = _build(file, RopeScaling, kind="llama3", factor=rope["factor"],
                          low_freq_factor=rope["low_freq_factor"], high_freq_factor=rope["high_freq_factor"],
                          original_length=rope["original_max_position_embeddings"])
-    qwen2 = config.model_type == "qwen2"
+    attention_bias = getattr(config, "attention_bias", False)
+    sizes = {ours: getattr(config, theirs, None) for theirs, ours in TEXT_FIELDS.items()}
+    sizes["head_dim"] = sizes["head_dim"] or config.hidden_size // config.num_attention_heads
     return _build(
-        file, LlamaConfig, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        norm_eps=config.rms_norm_eps, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling,
-        qkv_bias=qwen2 or getattr(config, "attention_bias", False), out_bias=getattr(config, "attention_bias", False),
+        file, LlamaConfig, **sizes, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling,
+        qkv_bias=config.model_type == "qwen2" or attention_bias, out_bias=attention_bias,
         mlp_bias=getattr(config, "mlp_bias", False), tie_word_embeddings=config.tie_word_embeddings,
-        max_length=config.max_position_embeddings,
     )
 
 
@@ -296,19 +300,8 @@ def hf_vision(config: VisionConfig) -> dict:
     own = {"model_type": "clip_vision_model", "projection_dim": 768}  # of a head that LLaVA does not have
     if flags == siglip:
         own = {"model_type": "siglip_vision_model", "vision_use_head": False}
-    return {
-        **own,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": 3,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
-        "attention_dropout": 0.0,
-    }
+    sizes = {theirs: getattr(config, ours) for theirs, ours in VISION_FIELDS.items()}
+    return own | sizes | {"num_channels": 3, "attention_dropout": 0.0}
 
 
 def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
@@ -324,23 +317,10 @@ def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
             scaling |= {"low_freq_factor": config.rope_scaling.low_freq_factor,
                         "high_freq_factor": config.rope_scaling.high_freq_factor,
                         "original_max_position_embeddings": config.rope_scaling.original_length}
-    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    return {
-        "model_type": "qwen2" if qwen2 else "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_cache": True,
-        **({"use_sliding_window": False} if qwen2 else biases),
-    }
+    own = {"model_type": "qwen2", "use_sliding_window": False}
+    if not qwen2:
+        own = {"model_type": "llama", "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    sizes = {theirs: getattr(config, ours) for theirs, ours in TEXT_FIELDS.items()}
+    return own | sizes | {
+        "vocab_size": vocab_size, "hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": scaling,
+        "attention_dropout": 0.0, "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True}

@@ -1,4 +1,4 @@
-"""The files beside the tensors: tokenizer, image processor, chat template, generation settings."""
+"""Writes the files beside the tensors: tokenizer, image processor, chat template, generation settings."""
 
 import dataclasses
 import shutil
@@ -21,7 +21,7 @@ IMAGE, PAD = "<image>", "<pad>"
 
 
 def copy(source: Path, target: Path, template: str) -> None:
-    """What our own layout keeps: the tokenizer's files as they are, and the ids that begin and end a text."""
+    """Copies what the native layout has of a tokenizer: its files, and the ids that start and end a text."""
     tokenizer = Tokenizer.load(source)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
@@ -30,10 +30,10 @@ def copy(source: Path, target: Path, template: str) -> None:
 
 
 def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
-    """Writes every companion file of Hugging Face's layout but config.json.
+    """Writes every file of Hugging Face's layout except config.json and tensors.
 
-    `<image>` and, without a padding token of its own, `<pad>` become the tokenizer's next ids if it lacks them.
-    Returns the ids of "image", "pad", "bos" and "eos" (a list where several end a text).
+    Missing tokens `<image>` and, without another padding token, `<pad>` become the tokenizer's next ids. Returns the
+    ids of "image", "pad", "bos" and "eos" (a list if several tokens end a text).
     """
     tokenizer = Tokenizer.load(source)
     for name in TOKENIZER_FILES:
@@ -41,7 +41,7 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
             shutil.copyfile(source / name, target / name)
     file = target / "tokenizer.json"
     if file.exists():
-        Tokenizer.load(source / "tokenizer.json")  # it is read below, and perhaps not by the first call
+        Tokenizer.load(source / "tokenizer.json")  # a check: it is read below, and the first call may not read it
     else:
         settings = target / "tokenizer_config.json"
         legacy = read_json(settings).get("legacy") if settings.exists() else None
@@ -62,7 +62,7 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
 
 
 def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: str) -> dict[str, Any]:
-    """Ids that begin, end and fill a text: the source's, and the template's end of an answer, with which all end."""
+    """Ids that start, end and pad a text: those of the source, and the template's end of an answer."""
     file = source / "generation_config.json"
     known = read_json(file) if file.exists() else {}
     for role in ("bos_token_id", "eos_token_id"):
@@ -79,7 +79,7 @@ def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: s
 
 
 def _role(directory: Path, role: str) -> str | None:
-    """The token that a tokenizer's files give a role such as `pad_token`."""
+    """Returns the token that a tokenizer's files give a role such as `pad_token`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = read_json(directory / name).get(role) if (directory / name).exists() else None
         if token:
@@ -88,8 +88,10 @@ def _role(directory: Path, role: str) -> str | None:
 
 
 def _add_tokens(directory: Path, new: dict[str, int]) -> None:
-    """Special tokens into added_tokens.json, and all that it lists into tokenizer.json: a tokenizer.model cannot hold
-    tokens that came later, so only the files beside it know them."""
+    """Adds special tokens to added_tokens.json, and all tokens that it lists to tokenizer.json.
+
+    A tokenizer.model cannot contain tokens that were added later, so only the files beside it list them.
+    """
     file, added_file = directory / "tokenizer.json", directory / "added_tokens.json"
     added = (read_json(added_file) if added_file.exists() else {}) | new
     write_json(added_file, added)
@@ -111,7 +113,7 @@ def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, tem
     spec = read_json(directory / "tokenizer.json")
     chat_template = _chat_template(template, spec)
     settings = read_json(file) if file.exists() else {}
-    # Without a class, transformers would choose one by the model's type and build its own pipeline.
+    # A class is set, because transformers would otherwise choose one by the model's type with its own pipeline.
     settings.setdefault("tokenizer_class", "LlamaTokenizer" if (directory / "tokenizer.model").exists()
                         else "PreTrainedTokenizerFast")
     if settings["tokenizer_class"].startswith("LlamaTokenizer") and settings.get("legacy") is None:
@@ -134,14 +136,14 @@ def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, tem
 
 
 def _prefixes_once(spec: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json puts SentencePiece's blank before the whole text only (not `legacy`)."""
+    """Tells whether a tokenizer.json puts SentencePiece's blank only before the first text (not `legacy`)."""
     return (spec.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
 
 
 def _chat_template(name: str, spec: dict[str, Any]) -> str:
     template = templates.get(name)
     if _prefixes_once(spec):
-        # LLaVA tokenizes what follows an image as a text of its own, with its own blank; here it must be written.
+        # LLaVA tokenizes the text after an image separately, with a blank before it; here the template must write it.
         template = dataclasses.replace(template, image=template.image.replace(IMAGE, f"{IMAGE} "))
     return templates.chat_template(template)
 
@@ -175,10 +177,10 @@ def _write_processor(directory: Path, config: LlavaConfig) -> None:
 
 
 def tokenizer_json(file: Path, legacy: bool) -> dict[str, Any]:
-    """The tokenizer.json of a LLaMA-type tokenizer.model. `legacy`: a blank goes before every stretch of text between
-    special tokens, not only before the first.
+    """Makes the tokenizer.json of a LLaMA-type tokenizer.model.
 
-    SentencePiece's BPE joins the neighbours whose piece has the highest score, so its scores order the merges.
+    `legacy`: a blank precedes every text between special tokens, not only the first. SentencePiece's BPE joins the
+    neighbours whose piece has the highest score, so its scores order the merges.
     """
     model = SentencePieceProcessor(model_file=str(file))
     vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
