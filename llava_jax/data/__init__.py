@@ -1,1 +1,1 @@
-"""Training data: one Record for every format, files read by random access, and the Grain pipeline of packed rows."""
+"""Reads training data of every format as Records, and packs them into batches with Grain."""

@@ -1,7 +1,7 @@
-"""Fields of rows and turns beside their texts and images: what is honoured, what is refused, what is unknown.
+"""Classifies the fields of rows and turns, besides texts and images, as honoured, refused or unknown.
 
-A field that changes what a row means is never ignored. Flags that keep an answer from being learned are honoured.
-Media other than images, boxes, tools and preferences are refused. Any other field is counted by `prepare check`.
+A field that changes the meaning of a row is never ignored. Flags that mask an answer are honoured. Media other than
+images, boxes, tools and preferences are refused. `prepare check` counts all other fields.
 """
 
 import re
@@ -12,44 +12,44 @@ from llava_jax.errors import UserError
 
 SYSTEM = ("system", "system_prompt", "system_message")  # keys of a row's system text
 
-# Keys of a turn that say whether it is learned: OpenAI and OpenChat, ms-swift, axolotl; with the second, torchtune.
-LEARNED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable", "learn")
+# Keys of a turn that say whether it is supervised: OpenAI and OpenChat, ms-swift, axolotl. MASKED: torchtune, axolotl.
+SUPERVISED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable", "learn")
 MASKED = ("masked", "mask")
-LEARNED_ROWS = ("weight", "loss", "loss_weight", "loss_scale", "train", "masked")  # the same, of a whole row
+SUPERVISED_ROWS = ("weight", "loss", "loss_weight", "loss_scale", "train", "masked")  # the same for a row
 
 MEDIA = re.compile(r"(video|audio)s?(_(path|url|file)s?)?", re.IGNORECASE)  # keys
-PREFERENCES = ("chosen", "rejected")  # two last answers of which one is to be preferred
+PREFERENCES = ("chosen", "rejected")  # two last answers, one preferred
 TOOLS = ("tools", "functions", "tool_calls", "function_call")
-PARTS_OF_ANSWERS = ("train_detail", "spans")  # of axolotl: offsets of what is learned in a turn
+PARTS_OF_ANSWERS = ("train_detail", "spans")  # axolotl: offsets of the supervised parts of a turn
 
-# Marks of ms-swift and others for what is put into a text later. A bare <video> may be HTML as well, so it counts as a
-# mark where marks stand: at the start or the end of a line of a question, without a closing tag.
+# Marks of ms-swift and others for content that is inserted later. A bare <video> may be HTML, so it counts as a mark
+# only at the start or the end of a line of a question, without a closing tag.
 _BOX = re.compile(r"<(bbox|ref-object)>|<\|(video|audio)(_pad)?\|>", re.IGNORECASE)
-# Marks of an image in other models' data: Qwen-VL, Qwen2-VL, Phi-3-vision and MMMU.
+# Image marks in the data of other models: Qwen-VL, Qwen2-VL, Phi-3-vision and MMMU.
 _IMAGE = re.compile(r"<img>[^<\n]*</img>|<\|(vision_start|image(_pad|_\d+)?)\|>|<image[ _]\d+>")
 _MEDIUM = re.compile(r"^[ \t]*<(video|audio|img)>|<(video|audio|img)>[ \t]*$", re.MULTILINE)
 ANY_MARK = re.compile(r"<(video|audio|img)>")
 
 SIZES = ("image_widths", "image_heights")  # of the images of a row, in pixels; `prepare pack` writes them
 
-# Keys of a row that a record is made of, or that make it unusable. `parse_row` sees only these of a parquet file.
+# Keys that a record is made of, or that make a row unusable. From a parquet file `parse_row` gets only these.
 READ = frozenset({
     "id", "image", "images", *SIZES, *SYSTEM, "response", "history", "label", "kto_tag", "objects", *PREFERENCES,
-    *TOOLS, *LEARNED_ROWS,
+    *TOOLS, *SUPERVISED_ROWS,
     *(kind + plural + suffix for kind in ("video", "audio") for plural in ("", "s")
       for suffix in ("", *(f"_{what}{more}" for what in ("path", "url", "file") for more in ("", "s")))),
 })  # fmt: skip
 _KNOWN = {"id", "image", "images", *SIZES, *SYSTEM}
-_KNOWN_IN_TURNS = {"from", "role", "value", "content", *LEARNED, *MASKED}
-_KNOWN_IN_PARTS = {"type", "text", "image", "image_url", "url", "path", "base64", "index", *LEARNED, *MASKED}
+_KNOWN_IN_TURNS = {"from", "role", "value", "content", *SUPERVISED, *MASKED}
+_KNOWN_IN_PARTS = {"type", "text", "image", "image_url", "url", "path", "base64", "index", *SUPERVISED, *MASKED}
 
 
 class Unsupported(UserError):
-    """Raised for a field whose meaning training cannot honour."""
+    """Raised for a field that training cannot honour."""
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Raises Unsupported if a field beside the turns gives the row a meaning that training would miss."""
+    """Raises Unsupported if a field gives the row a meaning that training would miss."""
     _refuse_media(row, "the row")
     objects = row.get("objects")
     if isinstance(objects, Mapping) and any(not _is_empty(objects.get(key)) for key in ("bbox", "ref")):
@@ -60,12 +60,12 @@ def check_row(row: Mapping[str, Any]) -> None:
     for key in ("label", "kto_tag"):
         if row.get(key) is False:
             raise Unsupported(f"{key} is false: the answer is one to avoid (KTO), and training would learn it")
-    if not _flag(row, "the row", default=True, keys=LEARNED_ROWS):
+    if not _flag(row, "the row", default=True, keys=SUPERVISED_ROWS):
         raise Unsupported("the row is not to be learned at all, as its flag says; leave it out")
 
 
 def check_turn(turn: Mapping[str, Any], name: str) -> None:
-    """Raises Unsupported if a turn brings media or tools of its own."""
+    """Raises Unsupported if a turn has media or tools of its own."""
     _refuse_media(turn, name)
     for key in ("image", "images"):
         if not _is_empty(turn.get(key)):
@@ -76,22 +76,22 @@ def check_turn(turn: Mapping[str, Any], name: str) -> None:
 
 
 def check_part(part: Mapping[str, Any], name: str) -> None:
-    """Raises Unsupported if a part of a turn brings other media, or is not to be learned with the rest of its turn."""
+    """Raises Unsupported if a part of a turn has other media, or masks only a part of the turn."""
     _refuse_media(part, name)
     if not _flag(part, name, default=True):
         raise Unsupported(f"{name} is not to be learned, as its flag says; answers are learned whole or not at all")
 
 
-def is_learned(turn: Mapping[str, Any], name: str, is_answer: bool) -> bool:
-    """Whether a turn is learned. Raises Unsupported for a question that is to be learned, and for half a weight."""
-    learned = _flag(turn, name, default=is_answer)
-    if learned and not is_answer:
+def is_supervised(turn: Mapping[str, Any], name: str, is_answer: bool) -> bool:
+    """Returns whether a turn is supervised. Raises Unsupported for a supervised question or a fractional weight."""
+    supervised = _flag(turn, name, default=is_answer)
+    if supervised and not is_answer:
         raise Unsupported(f"{name} is no answer, and its flag says that it is to be learned; only answers are")
-    return learned
+    return supervised
 
 
 def check_text(text: str, name: str, is_answer: bool) -> None:
-    """Raises Unsupported if a text has the mark of a medium or of a box that is put in later."""
+    """Raises Unsupported if a text has a mark for a medium or a box that is inserted later."""
     mark = _BOX.search(text)
     if not mark and not is_answer:
         mark = _IMAGE.search(text) or next((found for found in _MEDIUM.finditer(text) if _is_mark(found, text)), None)
@@ -100,7 +100,7 @@ def check_text(text: str, name: str, is_answer: bool) -> None:
 
 
 def unknown_keys(row: Mapping[str, Any], turns_key: str, turns: list[Any]) -> tuple[str, ...]:
-    """Names of the fields with a value that nothing reads; "turn.NAME" in turns, "part.NAME" in their parts."""
+    """Returns the names of fields that nothing reads: "turn.NAME" in turns, "part.NAME" in their parts."""
     known = _KNOWN | {turns_key} | ({"response", "history"} if turns_key == "query" else set())
     found = [str(key) for key in row.keys() - known if not _is_empty(row[key])]
     turns = [turn for turn in turns if isinstance(turn, Mapping)]
@@ -122,9 +122,9 @@ def _refuse_media(fields: Mapping[str, Any], name: str) -> None:
 
 
 def _flag(
-    fields: Mapping[str, Any], name: str, default: bool, keys: tuple[str, ...] = (*LEARNED, *MASKED)
+    fields: Mapping[str, Any], name: str, default: bool, keys: tuple[str, ...] = (*SUPERVISED, *MASKED)
 ) -> bool:
-    """Whether the flags of a row or a turn say that it is learned, if there are any: 0 or 1, true or false."""
+    """Returns what the flags of a row or a turn say (0 or 1, true or false), or `default` without flags."""
     said = {}
     for key in keys:
         value = fields.get(key)
@@ -144,7 +144,7 @@ def _is_mark(found: re.Match, text: str) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: null, an empty text or list, or what stands for one in text."""
+    """Returns whether a field is empty: null, an empty text or list, or the text of one."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Random access to the rows of a JSON file, one list or JSON lines; and the members of one big object, in turn.
+"""Reads the rows of a JSON list or of JSON lines by random access, and the members of one large object in order.
 
-For random access the file is read once, in pieces, to find where each row starts; the positions are kept in a file
-beside it. Rows are parsed when they are asked for.
+For random access the file is scanned once, in pieces, for the offsets of its rows. An index file in the same folder
+stores them. A row is parsed when it is read.
 """
 
 import contextlib
@@ -20,11 +20,16 @@ from llava_jax.data.records import BadRow
 from llava_jax.errors import UserError
 from llava_jax.files import atomic_write
 
-PIECE = 1 << 26  # bytes of the file that are looked at together
-SMALL_PIECE = 1 << 20  # the same, where nothing but the item at hand is kept
-CACHED = 1 << 20  # files smaller than this are indexed faster than an index is read
-VERSION = 2  # of the index file
-TRIED = 100  # first lines of which one must be a JSON object
+PIECE_BYTES = 1 << 26
+"""Number of bytes scanned together."""
+SMALL_PIECE_BYTES = 1 << 20
+"""Number of bytes read together if only the current item is kept."""
+MIN_INDEXED_BYTES = 1 << 20
+"""Size of the smallest file with an index file. Scanning a smaller one is faster than reading an index."""
+VERSION = 2
+"""Version of the index file."""
+PROBE_LINES = 100
+"""Number of first lines of which one must be a JSON object."""
 
 UNREADABLE = ((b"version https://git-lfs", "is a Git LFS pointer in the place of the data; fetch them: git lfs pull"),
               (b"BZh", "is packed with bzip2; unpack it"), (b"\xfd7zXZ\0", "is packed with xz; unpack it"),
@@ -37,10 +42,10 @@ UNREADABLE = ((b"version https://git-lfs", "is a Git LFS pointer in the place of
 
 
 class JsonRows:
-    """The rows of `path`; `rows[i]` is the row as stored.
+    """Reads rows by random access; `rows[i]` is the row as stored.
 
-    A pickled JsonRows opens its files again where it arrives. The index file (`.NAME.index.npy`, 24 bytes a row) is
-    made anew when size or time of the data file have changed; where it cannot be written, the index stays in memory.
+    An unpickled JsonRows opens its files again. The index file (`.NAME.index.npy`, 24 bytes a row) is replaced when
+    size or time of the data file have changed. If it cannot be written, the index stays in memory.
 
     Raises UserError, one line that names the file and where possible the line, if the file is empty, of another kind,
     or a list that is broken. `rows[i]` raises BadRow ("malformed") if that row is no JSON.
@@ -51,31 +56,31 @@ class JsonRows:
         self._file = None
         if not os.path.getsize(path):
             raise UserError(f"{path}: the file is empty")
-        self._places = self._index()
-        if not len(self._places):
+        self._offsets = self._index()
+        if not len(self._offsets):
             raise UserError(f"{path}: the file has no rows")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> Any:
-        start, stop, _ = self._places[index].tolist()
+        start, stop, _ = self._offsets[index].tolist()
         try:
             return json.loads(self._bytes()[start:stop].decode())
         except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested without end
             raise BadRow("malformed", f"{self.where(index)}: broken JSON ({error})") from None
 
     def where(self, index: int) -> str:
-        return f"{self.path}, row {index + 1} (line {self._places[index, 2]})"
+        return f"{self.path}, row {index + 1} (line {self._offsets[index, 2]})"
 
     def __getstate__(self) -> dict:
-        on_disk = isinstance(self._places, np.memmap)
-        return {**self.__dict__, "_file": None, "_places": None if on_disk else self._places}
+        on_disk = isinstance(self._offsets, np.memmap)
+        return {**self.__dict__, "_file": None, "_offsets": None if on_disk else self._offsets}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        if self._places is None:
-            self._places = self._index()
+        if self._offsets is None:
+            self._offsets = self._index()
 
     def _bytes(self) -> mmap.mmap:
         if self._file is None:
@@ -84,9 +89,9 @@ class JsonRows:
         return self._file
 
     def _index(self) -> np.ndarray:
-        """int64 [rows, 3]: first byte, end, and line (from 1) of every row."""
+        """Returns int64 [rows, 3]: first byte, end, and line (from 1) of every row."""
         about = os.stat(self.path)
-        if about.st_size < CACHED:
+        if about.st_size < MIN_INDEXED_BYTES:
             return _find_rows(self._bytes(), self.path)
         mark = [about.st_size, about.st_mtime_ns]
         folder, name = os.path.split(self.path)
@@ -103,17 +108,18 @@ class JsonRows:
         return found
 
 
-def _seal(places: np.ndarray) -> int:
-    """The version of an index and its checksum: a flipped bit would move a row's bounds."""
-    return VERSION << 32 | zlib.crc32(np.ascontiguousarray(places))
+def _seal(offsets: np.ndarray) -> int:
+    """Returns version and checksum of an index, because a flipped bit would move a row's bounds."""
+    return VERSION << 32 | zlib.crc32(np.ascontiguousarray(offsets))
 
 
 def read_members(path: str) -> Iterator[tuple[str, Any]]:
-    """The members of the one object that a JSON file holds as (key, value), a list's items one by one as (key, item).
+    """Yields the members of the object in a JSON file as (key, value), and the items of a list as (key, item).
 
-    The file is read in pieces: memory is that of the largest item, whatever the file's size. An empty list gives
-    nothing. Raises UserError, one line that names the file and where possible the line, if the file is empty, of
-    another kind or broken.
+    The file is read in pieces, so memory is that of the largest item. An empty list yields nothing.
+
+    Raises UserError, one line that names the file and if possible the line, if the file is empty, of another kind or
+    damaged.
     """
     with open(path, "rb") as file:
         content = _FileBytes(file)
@@ -121,8 +127,8 @@ def read_members(path: str) -> Iterator[tuple[str, Any]]:
         if start == len(content):
             raise UserError(f"{path}: the file is empty")
         if content[start : start + 1] != b"{":
-            raise UserError(f"{path}: the file must hold one JSON object, and it begins otherwise")
-        text, at = _Text(content, start, SMALL_PIECE, json.JSONDecoder()), 0
+            raise UserError(f"{path}: the file must be one JSON object, and it starts otherwise")
+        text, at = _Text(content, start, SMALL_PIECE_BYTES, json.JSONDecoder()), 0
         try:
             at, closed = text.first_item(0, "}")
             while not closed:
@@ -150,7 +156,7 @@ def read_members(path: str) -> Iterator[tuple[str, Any]]:
 
 
 class _FileBytes:
-    """Slices of a file by reading them: the pages of a map would count as this process's memory."""
+    """Slices a file by reading, because the pages of a map would count as this process's memory."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._size = file, os.fstat(file.fileno()).st_size
@@ -158,14 +164,14 @@ class _FileBytes:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, places: slice) -> bytes:
-        start, stop, _ = places.indices(self._size)
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
         self._file.seek(start)
         return self._file.read(max(0, stop - start))
 
 
 def _find_start(content: mmap.mmap | _FileBytes, path: str) -> int:
-    """The first byte that is no blank."""
+    """Returns the offset of the first byte that is no whitespace."""
     bom = 3 if content[:3] == b"\xef\xbb\xbf" else 0
     for magic, what in UNREADABLE:
         if content[bom : bom + len(magic)] == magic:
@@ -185,37 +191,38 @@ def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
 
 
 def _find_lines(content: mmap.mmap, start: int, path: str) -> np.ndarray:
-    """Rows of JSON lines. Of the lines only the first good one is decoded, to tell a file of another kind; blank ones
-    are no rows."""
+    """Finds the rows of JSON lines. Empty lines are no rows. Lines are parsed only until one is valid."""
     starts, firsts = [np.array([start])], [np.frombuffer(content[start : start + 1], np.uint8)]
     with open(path, "rb") as file:  # not through the map: its pages would count as this process's memory
-        for at in range(start, len(content), PIECE):
+        for at in range(start, len(content), PIECE_BYTES):
             file.seek(at)
-            piece = np.frombuffer(file.read(PIECE + 1), np.uint8)  # a byte more, which may be a line's first
-            ends = np.flatnonzero(piece[:PIECE] == ord("\n")) + 1
+            piece = np.frombuffer(file.read(PIECE_BYTES + 1), np.uint8)  # a byte more, which may be a line's first
+            ends = np.flatnonzero(piece[:PIECE_BYTES] == ord("\n")) + 1
             ends = ends[ends < len(piece)]
             starts.append(ends + at)
             firsts.append(piece[ends])
     starts, first = np.concatenate(starts), np.concatenate(firsts)
     line = content[:start].count(b"\n") + 1
-    places = np.stack([starts, np.append(starts[1:] - 1, len(content)), np.arange(line, line + len(starts))], axis=1)
-    suspects = np.flatnonzero(np.isin(first, np.frombuffer(b" \t\r\n", np.uint8)))  # a blank line begins with a blank
-    blank = [row for row in suspects if not content[places[row, 0] : places[row, 1]].strip()]
-    places = np.delete(places, blank, axis=0)
-    _require_json(content, places[:TRIED], path)
-    return places
+    stops = np.append(starts[1:] - 1, len(content))
+    offsets = np.stack([starts, stops, np.arange(line, line + len(starts))], axis=1)
+    # An empty line starts with whitespace.
+    suspects = np.flatnonzero(np.isin(first, np.frombuffer(b" \t\r\n", np.uint8)))
+    empty = [row for row in suspects if not content[offsets[row, 0] : offsets[row, 1]].strip()]
+    offsets = np.delete(offsets, empty, axis=0)
+    _require_json(content, offsets[:PROBE_LINES], path)
+    return offsets
 
 
-def _require_json(content: mmap.mmap, places: np.ndarray, path: str) -> None:
+def _require_json(content: mmap.mmap, offsets: np.ndarray, path: str) -> None:
     problem = ""
-    for start, stop, number in places:
+    for start, stop, number in offsets:
         line = content[start:stop]
         try:
             if isinstance(json.loads(line.decode("latin-1")), dict):
                 return
             reason = "a line is no object"
         except (ValueError, RecursionError) as error:
-            reason = "it holds NUL bytes" if b"\0" in line else getattr(error, "msg", error)
+            reason = "it has NUL bytes" if b"\0" in line else getattr(error, "msg", error)
         problem = problem or f"line {number}: the file is neither a JSON list of rows nor JSON lines ({reason})"
     if problem:
         raise UserError(f"{path}, {problem}")
@@ -225,7 +232,7 @@ _blank = re.compile(r"[ \t\r\n]*")
 
 
 def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
-    """Rows of `[row, row, ...]`; a row is decoded only to learn where it ends."""
+    """Finds the rows of `[row, row, ...]`; a row is parsed only to find its end."""
     text, found = _Text(content, start), array("q")
     try:
         at, closed = text.first_item(0, "]")
@@ -244,28 +251,28 @@ def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
     return np.frombuffer(found, np.int64).reshape(-1, 3)
 
 
-# Python refuses to read integers of thousands of digits; where rows are only passed over, they are no matter.
-PASSING = json.JSONDecoder(parse_int=str)
+# Python refuses integers of thousands of digits, which do not matter while rows are only skipped.
+SKIPPING = json.JSONDecoder(parse_int=str)
 
 
 class _Text:
-    """A piece of a file, from `base` on, that moves along with what is read from it.
+    """Holds a piece of a file, from offset `base` on, that moves forward as it is read.
 
-    As Latin-1 every byte is one character: positions in the text are positions in the file, and no byte of a longer
-    UTF-8 sequence can be mistaken for one of JSON's own characters.
+    As Latin-1 every byte is one character: positions in the text are offsets in the file, and no byte of a longer
+    UTF-8 sequence can be mistaken for a character of JSON's syntax.
     """
 
     def __init__(
-        self, content: mmap.mmap | _FileBytes, base: int, piece: int = 0, decoder: json.JSONDecoder = PASSING
+        self, content: mmap.mmap | _FileBytes, base: int, piece: int = 0, decoder: json.JSONDecoder = SKIPPING
     ):
-        self.piece = piece or PIECE
+        self.piece = piece or PIECE_BYTES
         self.content, self.base, self.size = content, base, self.piece
         self.text = content[base : base + self.size].decode("latin-1")
         self.line, self.counted = content[:base].count(b"\n") + 1, 0
-        self.decode, self.passed = decoder.raw_decode, None
+        self.decode, self.skipped = decoder.raw_decode, None
 
     def line_of(self, at: int) -> int:
-        """The line of a place, from 1; `at` does not fall behind that of an earlier call."""
+        """Returns the line of a position, from 1. `at` must not decrease between calls."""
         self.line, self.counted = self.line + self.text.count("\n", self.counted, at), max(at, self.counted)
         return self.line
 
@@ -277,12 +284,12 @@ class _Text:
         return stop if stop < len(self.text) or self._ended() else self.skip_blank(self._move(at))
 
     def first_item(self, at: int, close: str) -> tuple[int, bool]:
-        """From an opening bracket: the place of the first item, or of the closing bracket and True."""
+        """Returns the position of the first item after a bracket at `at`; or of the closing bracket, and True."""
         at = self.skip_blank(at + 1)
         return at, self.startswith(at, close)
 
     def next_item(self, at: int, close: str) -> tuple[int, bool]:
-        """From the end of an item: the place of the next one, or of the closing bracket and True."""
+        """Returns the position of the item after one that ends at `at`; or of the closing bracket, and True."""
         at = self.skip_blank(at)
         if self.startswith(at, close):
             return at, True
@@ -292,17 +299,17 @@ class _Text:
         return self.skip_blank(at + 1), False
 
     def value(self, at: int, stop: int) -> Any:
-        """What `skip_value` passed over last."""
-        return self.passed if self.text.isascii() else json.loads(self.text[at:stop].encode("latin-1").decode())
+        """Returns the value that `skip_value` skipped last."""
+        return self.skipped if self.text.isascii() else json.loads(self.text[at:stop].encode("latin-1").decode())
 
     def skip_value(self, at: int) -> tuple[int, int]:
-        """First and end place of the JSON value at `at`."""
+        """Returns start and end of the JSON value at `at`."""
         try:
-            self.passed, stop = self.decode(self.text, at)
-            if stop < len(self.text) - 2 or self._ended():  # in the next piece a number may go on, as 1 does in 1e-7
+            self.skipped, stop = self.decode(self.text, at)
+            if stop < len(self.text) - 2 or self._ended():  # a number may continue in the next piece, as 1 does in 1e-7
                 return at, stop
         except json.JSONDecodeError as error:
-            # What is broken far from the end is broken; a string without an end is told by its start.
+            # An error far from the end is an error; a string without an end is reported at its start.
             if self._ended() or (error.pos < len(self.text) - 64 and not error.msg.startswith("Unterminated")):
                 raise
         return self.skip_value(self._move(at))
@@ -311,7 +318,7 @@ class _Text:
         return self.base + len(self.text) >= len(self.content)
 
     def _move(self, at: int) -> int:
-        """Lets the text begin at `at` and, if it does already, makes it longer; returns where `at` is now."""
+        """Moves the start of the text to `at`, or makes the text longer if it starts there. Returns the new `at`."""
         self.line_of(at)
         self.size = self.piece if at else 2 * self.size
         self.base += at

@@ -1,4 +1,4 @@
-"""The rows of Hugging Face data sets in parquet files."""
+"""Reads the rows of Hugging Face data sets in parquet files."""
 
 import bisect
 import itertools
@@ -12,11 +12,11 @@ from llava_jax.errors import UserError
 
 
 class ParquetRows:
-    """The rows of a parquet file, or of those in a folder and its subfolders, in the order of their names.
+    """Reads the rows of a parquet file, or of the files in a folder and its subfolders, in order of their names.
 
-    Files of several splits, told from their names (train-00000-of-00002.parquet), need `FOLDER:SPLIT`. Parquet knows
-    no access to single rows: a row is read with its whole row group, which is kept for the rows that follow. Reading at
-    random costs a row group each time; `prepare pack` makes a data set without that cost.
+    A folder with several splits, by the files' names (train-00000-of-00002.parquet), needs `FOLDER:SPLIT`. Parquet has
+    no access to single rows: a row is read with its row group, which is kept for the next rows. Random access reads a
+    row group each time; `prepare pack` writes a data set without that cost.
 
     Raises UserError, one line, for a file that is no parquet or has no rows; `rows[i]` BadRow if it cannot be read.
     """
@@ -27,7 +27,7 @@ class ParquetRows:
 
         self.path = path
         self.files = _find_files(path)
-        self._groups = []  # (file, row group) of each
+        self._groups = []  # (file, row group)
         counts = []
         for file in self.files:
             try:
@@ -50,24 +50,24 @@ class ParquetRows:
         return self.read(index)
 
     def read(self, index: int, columns: Container[str] | None = None) -> dict[str, Any]:
-        """A row, or those of its columns that are in `columns`; others may hold what Python has no value for."""
+        """Returns a row, or only its fields in `columns`: other columns may have values that Python cannot express."""
         import pyarrow
 
         try:
-            table, place = self._table(index)
+            table, row = self._table(index)
             names = [name for name in table.column_names if columns is None or name in columns]
-            return {name: table[name][place].as_py() for name in names}
+            return {name: table[name][row].as_py() for name in names}
         except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: an unknown time zone
             _raise_unless_damaged(error)
             raise BadRow("malformed", f"{self.where(index)}: cannot be read ({_line(error)})") from None
 
     def columns(self, index: int) -> list[str]:
-        """The columns in which a row has a value."""
-        table, place = self._table(index)
-        return [name for name in table.column_names if table[name][place].is_valid]
+        """Returns the columns in which a row has a value."""
+        table, row = self._table(index)
+        return [name for name in table.column_names if table[name][row].is_valid]
 
     def _table(self, index: int) -> tuple[Any, int]:
-        """The row group that a row is in, and its number there."""
+        """Returns the row group of a row, and the row's number in it."""
         import pyarrow.parquet
 
         number = bisect.bisect_right(self._starts, index) - 1
@@ -86,8 +86,8 @@ class ParquetRows:
 
 
 def find_parquet(folder: str) -> list[str]:
-    """The parquet files in a folder and its subfolders, by name; linked folders are left out, for they may be loops."""
-    found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    """Returns the parquet files in a folder and its subfolders. Linked folders are skipped: they may be loops."""
+    found = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
     return sorted(path for path in found if path.endswith(".parquet"))
 
 
@@ -119,7 +119,7 @@ def _find_files(path: str) -> list[str]:
 
 
 def _raise_unless_damaged(error: Exception) -> None:
-    """Raises the error if the machine is at fault and not the file: no memory, or a disk that does not answer."""
+    """Raises the error if the machine causes it and not the file: no memory, or a disk that does not answer."""
     if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
         raise error
 

@@ -1,4 +1,4 @@
-"""One Record for every format, and BadRow for what cannot become one."""
+"""Parses rows of every format into Records, and raises BadRow for rows that cannot become one."""
 
 import base64
 import binascii
@@ -16,7 +16,7 @@ REASONS = ("malformed", "role", "turn_order", "image_count", "outside_root", "mi
 
 Image = str | bytes  # a path, or the encoded bytes of an image
 
-# What a row may call its list of turns, and the one format that such rows are.
+# Key of a row's turns, and the format of such rows.
 FORMATS = {
     "conversations": "LLaVA or ShareGPT conversations",
     "conversation": "LLaVA or ShareGPT conversations",
@@ -28,7 +28,7 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "c
 
 
 class BadRow(UserError):
-    """A row that cannot be trained on: one line that names file and row, and a `reason` out of REASONS to count by."""
+    """Raised for a row that cannot be used, with one line that names file and row, and a `reason` out of REASONS."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -40,12 +40,12 @@ class BadRow(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One conversation about none, one or several images."""
+    """Holds one conversation about none, one or several images."""
 
     id: str
     images: tuple[Image, ...]  # in the order of their <image> in the turns
-    # {"from": "human" | "gpt", "value": text}; the first may be from "system"; an answer that is not learned has
-    # "loss": False as well.
+    # {"from": "human" | "gpt", "value": text}; the first may be from "system". An answer that is not supervised has
+    # "loss": False too.
     turns: tuple[dict[str, Any], ...]
     source: str  # file and row, for messages
     image_sizes: tuple[tuple[int, int], ...] | None = None  # width and height of each stored image, where known
@@ -53,7 +53,7 @@ class Record:
 
 
 def turns_key(row: Any) -> str | None:
-    """The key under which a row holds its turns, or None. UserError if there are several."""
+    """Returns the key of a row's turns, or None. Raises UserError if there are several."""
     found = [key for key in FORMATS if isinstance(row, Mapping) and row.get(key) is not None]
     if len(found) > 1:
         raise UserError(f"the row is ambiguous: it has {' and '.join(found)}; leave one")
@@ -61,20 +61,20 @@ def turns_key(row: Any) -> str | None:
 
 
 def parse_row(row: Any, where: str) -> Record:
-    """Reads a row of any format that FORMATS names; `where` names file and row.
+    """Parses a row of any format that FORMATS names; `where` names file and row in messages.
 
     - Turns are {"from", "value"} or {"role", "content"}; names of roles are those of ROLES. A content is text, or a
       list of parts: {"type": "text"}, and {"type": "image"} or {"type": "image_url"}, each of which becomes an
-      `<image>` where it stands; parts are joined by newlines.
+      `<image>` at its position; parts are joined by newlines.
     - Images are the row's `image` or `images`: a path, {"bytes", "path"} or a list of these; or the parts' own (`path`,
-      `url`, `base64`, `image`). A `data:` URL holds the image itself. Every `<image>` takes the next one, a part with
-      an `index` the one of that number.
+      `url`, `base64`, `image`). A `data:` URL contains the image itself. Every `<image>` takes the next one; a
+      part with an `index` takes the one of that number.
     - A system text is a first turn or the row's `system`, `system_prompt` or `system_message`. An empty first turn
-      leaves the template's own out, as it does when a model is asked; an empty `system` is none.
-    - A turn's `weight`, `loss`, `train`, `masked` (fields.py has all) keep an answer from being learned.
+      omits the template's own, as it does in a prompt; an empty `system` has no effect.
+    - A turn's `weight`, `loss`, `train`, `masked` (fields.py has all) mask an answer.
 
-    ShareGPT rows, which may open with an answer, are read as they are: encoding drops that turn. Raises BadRow, also
-    for what cannot be honoured: other media, boxes, tools.
+    ShareGPT rows may start with an answer, which encoding drops. Raises BadRow, also for fields that cannot be
+    honoured: other media, boxes, tools.
     """
     if not isinstance(row, Mapping):
         raise BadRow("malformed", f"{where}: a row must be an object, not {kind(row)}")
@@ -107,7 +107,7 @@ def parse_row(row: Any, where: str) -> Record:
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, for messages."""
+    """Describes a JSON value, for messages."""
     names = {dict: "an object", list: "a list", str: "text", bytes: "bytes", bool: "true or false"}
     if value is None:
         return "nothing"
@@ -117,13 +117,13 @@ def kind(value: Any) -> str:
 
 
 def check_text(text: str, name: str) -> str:
-    """The text itself; UserError if it holds what no file name and no tokenizer takes."""
+    """Returns the text. Raises UserError if it has a character that no file name and no tokenizer takes."""
     if "\0" in text:
-        raise UserError(f"{name} holds a NUL character")
+        raise UserError(f"{name} has a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{name} holds half of a UTF-16 pair, which is no character") from None
+        raise UserError(f"{name} has half of a UTF-16 pair, which is no character") from None
     return text
 
 
@@ -136,12 +136,12 @@ def _query_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
-# Where an `<image>` gets its image from: itself, the place of this number in the row's column, or the column's next.
+# Source of an `<image>`: its own image, the index of one in the row's column, or None for the column's next.
 _Slot = Image | int | None
 
 
 def _turn_list(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):  # in columns, as Arrow and TFDS may hold a list of objects
+    if isinstance(value, Mapping):  # in columns, as Arrow and TFDS may store a list of objects
         columns = {key: list(column) for key, column in value.items() if isinstance(column, list | tuple)}
         if len({len(column) for column in columns.values()}) != 1:
             raise UserError("the turns must be a list, not an object")
@@ -152,7 +152,7 @@ def _turn_list(value: Any) -> list[Any]:
 
 
 def _system(row: Mapping[str, Any]) -> str | None:
-    """The system text beside the turns."""
+    """Returns the system text that is not a turn."""
     given = {key: row[key] for key in fields.SYSTEM if row.get(key) not in (None, "")}
     for key, text in given.items():
         if not isinstance(text, str):
@@ -163,7 +163,7 @@ def _system(row: Mapping[str, Any]) -> str | None:
 
 
 def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], ...], list[_Slot]]:
-    """The turns in LLaVA's form, and a slot for every `<image>` in them."""
+    """Returns the turns in LLaVA's form, and a slot for every `<image>` in them."""
     turns, slots = [], []
     first = value[0] if isinstance(value[0], Mapping) else {}
     if system is not None and "system" in (first.get("role"), first.get("from")):
@@ -183,10 +183,10 @@ def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], 
             raise BadRow("role", f"turn {number} {what}; it must be from 'human' (user) or 'gpt' (assistant)")
         role, name = ROLES[role.lower()], f"turn {number}"
         fields.check_turn(turn, name)
-        learned = fields.is_learned(turn, name, role == "gpt")
+        supervised = fields.is_supervised(turn, name, role == "gpt")
         text, own = _content(turn.get(text), f"{name}'s {text}", role == "gpt")
         if text or role != "system" or not turns:
-            turns.append({"from": role, "value": text} | ({"loss": False} if role == "gpt" and not learned else {}))
+            turns.append({"from": role, "value": text} | ({"loss": False} if role == "gpt" and not supervised else {}))
         slots += own
     _check_order([turn["from"] for turn in turns], len(turns) - len(value))
     return tuple(turns), slots
@@ -203,7 +203,7 @@ def _check_order(roles: list[str], offset: int) -> None:
 
 
 def _content(content: Any, name: str, is_answer: bool) -> tuple[str, list[_Slot]]:
-    """A turn's text, and a slot for every `<image>` in it."""
+    """Returns a turn's text, and a slot for every `<image>` in it."""
     if isinstance(content, str):
         fields.check_text(content, name, is_answer)
         return check_text(content, name), [None] * content.count("<image>")
@@ -216,7 +216,7 @@ def _content(content: Any, name: str, is_answer: bool) -> tuple[str, list[_Slot]
         sort = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
         if sort == "text":
             text = part if isinstance(part, str) else part.get("text")
-            if not isinstance(text, str):  # a list in it would be parts of parts, without end
+            if not isinstance(text, str):  # a list in it would be parts of parts, without limit
                 raise UserError(f"{name}, part {number} must be text, not {kind(text)}")
             text, own = _content(text, f"{name}, part {number}", is_answer)
         elif sort in ("image", "image_url"):
@@ -240,7 +240,7 @@ def _own_image(part: Mapping[str, Any], name: str) -> _Slot:
 
 
 def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
-    """The images that a row names beside its turns."""
+    """Returns the images of a row's own column."""
     given = {key: row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])}
     if len(given) > 1:
         raise UserError("the row is ambiguous: it has image and images; leave one")
@@ -251,7 +251,7 @@ def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
 
 
 def _sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...] | None:
-    """Width and height of each image of the row's column, if two more columns give them."""
+    """Returns width and height of each image of the row's column, if two more columns have them."""
     widths, heights, images = (row.get(key) for key in (*fields.SIZES, "images"))
     if not all(isinstance(column, list) for column in (widths, heights, images)):
         return None
@@ -261,7 +261,7 @@ def _sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...] | None:
 
 
 def _is_empty(cell: Any) -> bool:
-    """Whether a cell holds no image: nothing, or as Hugging Face writes it, {"bytes": None, "path": None}."""
+    """Returns whether a cell has no image: empty, or Hugging Face's {"bytes": None, "path": None}."""
     if isinstance(cell, Mapping):
         return cell.keys() <= {"bytes", "path", "url", "detail"} and not any(map(cell.get, ("bytes", "path", "url")))
     return cell is None or cell == ""
@@ -288,7 +288,7 @@ def _image(value: Any, name: str) -> Image:
 
 
 def _decoded(text: str, name: str) -> bytes:
-    """The bytes that base64 stands for: with line breaks, percent signs, - and _ for + and /, or no padding as well."""
+    """Decodes base64, also with line breaks, percent signs, - and _ for + and /, or without padding."""
     try:
         plain = re.sub(rb"\s", b"", unquote_to_bytes(text)).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
         return _filled(base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True), name)
@@ -300,12 +300,12 @@ def _decoded(text: str, name: str) -> bytes:
 
 def _filled(content: bytes, name: str) -> bytes:
     if not content:
-        raise BadRow("broken_image", f"{name} holds an image of 0 bytes")
+        raise BadRow("broken_image", f"{name} has an image of 0 bytes")
     return content
 
 
 def _fill(slots: list[_Slot], column: tuple[Image, ...]) -> tuple[Image, ...]:
-    """The image of every slot; BadRow unless each image of the column is used and each slot has one."""
+    """Returns the image of every slot. Raises BadRow unless all images of the column and all slots are used."""
     own = sum(isinstance(slot, str | bytes) for slot in slots)
     if len(slots) != own + len(column):
         raise BadRow("image_count", f"{own + len(column)} images, but {len(slots)} times <image> in the turns")

@@ -1,4 +1,4 @@
-"""A data file of any format as a sequence of Records, and mixtures of several."""
+"""Opens data files of any format as sequences of Records, and mixtures of several files."""
 
 import bisect
 import dataclasses
@@ -16,16 +16,19 @@ from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import parse_json, read_text
 
-SAMPLED = 100  # first rows that tell a file's format
-NEEDED = {*FORMATS, *fields.READ}  # keys that a record is made of, or that make a row unusable
-LARGEST_MIXTURE = 1 << 20  # bytes of a mixture file
+PROBE_ROWS = 100
+"""Number of first rows from which the format of a file is detected."""
+NEEDED = {*FORMATS, *fields.READ}
+"""Keys that a record is made of, or that make a row unusable."""
+MAX_MIXTURE_BYTES = 1 << 20
+"""Largest size of a mixture file."""
 
 
 class Source:
-    """The rows of one data file; `source[i]` is a Record. Small when pickled: files are opened again where it arrives.
+    """Reads the rows of one data file; `source[i]` is a Record. Small when pickled: unpickling opens the files again.
 
-    Image paths are joined to `image_root`. A path that leaves it is refused; symbolic links are followed.
-    Raises UserError, one line, if the first rows are of no known format or of several. `source[i]` raises BadRow.
+    Image paths are joined to `image_root`. A path outside of it is refused; symbolic links are followed.
+    Raises UserError, one line, if the first rows have no known format or several. `source[i]` raises BadRow.
     """
 
     def __init__(self, rows: JsonRows | ParquetRows | TfdsRows, image_root: str):
@@ -49,19 +52,19 @@ class Source:
 
     @property
     def files(self) -> list[str]:
-        """The files that the rows are in."""
+        """Paths of the files of the rows."""
         return [self.path] if isinstance(self.rows, JsonRows) else self.rows.files
 
     def row(self, index: int) -> Any:
-        """The row as it is stored. Raises BadRow if it cannot be read."""
+        """Returns the row as stored. Raises BadRow if it cannot be read."""
         return self.rows[index]
 
     def where(self, index: int) -> str:
-        """File and number of a row, for messages."""
+        """Returns file and number of a row, for messages."""
         return self.rows.where(index)
 
     def _unread(self, index: int) -> list[str]:
-        """Fields that were not even read."""
+        """Returns the fields that were not read from the file."""
         match self.rows:
             case ParquetRows():
                 return sorted({*self.rows.columns(index)} - NEEDED)
@@ -81,10 +84,10 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources, and how many of the rows of each an epoch has.
+    """Joins several sources, with the number of rows of each source in an epoch.
 
-    An epoch takes the rows of a source in the shuffled order in which the epoch before left off, so that none comes
-    again before all have come. Rows are numbered through, source by source.
+    An epoch continues in the shuffled order of a source's rows at the end of the last one, so no row repeats before all
+    have been used. Rows have consecutive numbers, source by source.
     """
 
     sources: tuple[Source, ...]
@@ -92,7 +95,7 @@ class Mixture:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The number of each source's first row, and the number of rows at the end."""
+        """Number of each source's first row, then the number of all rows."""
         return tuple(itertools.accumulate((len(source) for source in self.sources), initial=0))
 
     @property
@@ -106,13 +109,13 @@ class Mixture:
 
 
 def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> Source:
-    """Opens a data file whose format is told from its content.
+    """Opens a data file and detects its format from the content.
 
     `path` is a file of LLaVA JSON (a list), JSON lines or parquet, a folder of parquet files, or the folder of a TFDS
     data set in ArrayRecord (which may be on gs://); `FOLDER:SPLIT` names one split of several. Rows are of any format
-    that `records.FORMATS` names. Image paths are relative to `image_root`, by default the folder that holds the file.
+    that `records.FORMATS` names. Image paths are relative to `image_root`, by default the folder of the file.
 
-    Raises UserError with one line that says what was seen.
+    Raises UserError with one line that names what was found.
     """
     path, image_root = os.fspath(path), os.fspath(image_root)
     folder = path if os.path.isdir(path) else path.rpartition(":")[0]
@@ -130,9 +133,9 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
     """Opens a data file as a mixture of one, or the files that a mixture file names.
 
     A mixture file is a JSON object {"mixture": [{"path", "image_root", "epochs" | "count" | "weight"}, ...]}, with
-    paths relative to its folder. `epochs` (1 by default) is how often, or which share of, a source's rows an epoch has;
-    `count` how many rows. With `weight`, which is for all sources or none, an epoch has as many rows as all sources
-    together, divided by weight. Raises what `open_source` raises, and UserError for a mixture file that is wrong.
+    paths relative to its folder. `epochs` (1 by default) is the number of times, or the share, that an epoch reads of a
+    source; `count` is the number of rows. With `weight`, for all sources or none, an epoch has as many rows as all
+    sources together, divided by weight. Raises what `open_source` raises, and UserError for an invalid mixture file.
     """
     parts = _read_mixture(os.fspath(path))
     if parts is None:
@@ -163,14 +166,14 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
 
 
 def _needed(rows: JsonRows | ParquetRows | TfdsRows, index: int) -> Any:
-    """What a record needs of a row."""
+    """Returns the fields of a row that a record needs."""
     return rows.read(index, NEEDED) if isinstance(rows, ParquetRows) else rows[index]
 
 
 def _find_format(rows: Any) -> str:
-    """The key of the first rows' turns."""
+    """Returns the key of the turns in the first rows."""
     found, problem, others = {}, None, []
-    for i in range(min(len(rows), SAMPLED)):
+    for i in range(min(len(rows), PROBE_ROWS)):
         try:
             row = _needed(rows, i)
             key = turns_key(row)
@@ -198,13 +201,13 @@ def _open_folder(path: str, folder: str) -> ParquetRows | TfdsRows:
 
 
 def _read_mixture(path: str) -> list[dict[str, Any]] | None:
-    """The parts of a mixture file, checked; None if the file is none."""
-    if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_MIXTURE:
+    """Returns the checked parts of a mixture file; None for any other file."""
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_MIXTURE_BYTES:
         return None
     try:
         content = parse_json(read_text(path, encoding="utf-8-sig"), path, (dict, list))
     except UserError:
-        return None  # whatever it is, it is no mixture
+        return None  # not a mixture, whatever else it is
     if not isinstance(content, dict) or "mixture" not in content:
         return None
     parts = content["mixture"]

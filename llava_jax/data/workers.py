@@ -1,4 +1,4 @@
-"""Processes that call one function, which is sent to them once; results come back in order."""
+"""Runs one function in worker processes, which get it once and return results in order."""
 
 import contextlib
 import ctypes
@@ -15,17 +15,18 @@ from typing import Any
 from llava_jax.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that are for the main process, which then stops the workers. A terminal or scheduler sends them to all."""
+"""Signals that workers ignore. All processes get them from a terminal or scheduler; the main one stops the workers."""
 
-PIPE = 1 << 20  # bytes; the most that Linux grants without privileges
+PIPE_BYTES = 1 << 20
+"""Largest size of a pipe that Linux allows without privileges."""
 
 
 class Pool:
-    """`workers` processes that call `function`; with 0 workers, a thread of this process does.
+    """Calls `function` in `workers` processes, or in a thread of this process if `workers` is 0.
 
-    `function` is pickled, once for each process, so what it holds should be small. Use it in a `with` statement, or
-    call `close`, which kills the processes, or waits for calls that have begun if `function` `writes`. A process
-    imports what `function` imports and nothing more.
+    `function` is pickled once for each process, so it should be small. Use the pool in a `with` statement, or call
+    `close`. That kills the processes, or waits for started calls if `function` `writes`. A process imports only what
+    `function` imports.
     """
 
     def __init__(self, function: Callable[..., Any], workers: int, writes: bool = False):
@@ -43,11 +44,12 @@ class Pool:
             with contextlib.suppress(ImportError, AttributeError, OSError):
                 import fcntl
 
-                # Linux: results, such as pixels, cross at once and not in pieces of 64 KB; a tenth of decoding's time.
-                fcntl.fcntl(self._executor._result_queue._writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
+                # On Linux, results such as tiles cross at once instead of in pieces of 64 KB. Pieces take a tenth of
+                # the time of decoding an image.
+                fcntl.fcntl(self._executor._result_queue._writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def submit(self, *arguments: Any) -> Future:
-        """`function(*arguments)`, some time later."""
+        """Returns the future of `function(*arguments)`."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a process that starts here inherits this
         try:
             return self._executor.submit(_call, *arguments)
@@ -55,7 +57,7 @@ class Pool:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """`function(task)` for every task, in their order; as many are under way as keep the processes busy."""
+        """Yields `function(task)` for every task, in order. Runs enough tasks at a time to keep the processes busy."""
         pending: deque[Future] = deque()
         for task in tasks:
             pending.append(self.submit(task))
@@ -65,7 +67,7 @@ class Pool:
             yield pending.popleft().result()
 
     def close(self) -> None:
-        """Ends the processes, and drops what has not begun."""
+        """Stops the processes, and drops calls that have not started."""
         inside = hasattr(_worker, "function")  # garbage may be collected in the pool's own thread, which cannot wait
         processes = list((getattr(self._executor, "_processes", None) or {}).values()) if not self.writes else []
         self._executor.shutdown(wait=not inside and not processes, cancel_futures=True)
@@ -82,8 +84,10 @@ class Pool:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed, for this process. Large buffers, XLA's on a CPU and those of images, otherwise
-    come from the kernel anew each time, zeroed page by page. Elsewhere than on glibc it does nothing.
+    """Lets glibc keep freed memory for this process; does nothing without glibc.
+
+    Otherwise large buffers, such as XLA's on a CPU and those of images, come from the kernel each time, zeroed page by
+    page.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -95,7 +95,7 @@ def test_lines_and_texts():
 
 @pytest.mark.parametrize("piece, indent", [(100, None), (1 << 20, 1)])
 def test_coco_files_in_any_order_of_their_members(tmp_path, monkeypatch, piece, indent):
-    monkeypatch.setattr(json_rows, "SMALL_PIECE", piece)
+    monkeypatch.setattr(json_rows, "SMALL_PIECE_BYTES", piece)
     captions, instances = coco()
     expected = brute(captions, instances)
     for order in itertools.permutations(["annotations", "images", "categories"]):
@@ -307,7 +307,7 @@ def change(content: dict, key: str, index: int, **values) -> dict:
         (lambda c, i: (c, change(i, "images", 0, id="5")), "has as id '5'; it must be a whole number"),
         (lambda c, i: (c, change(i, "categories", 0, name="")), "has as name ''; it must be text"),
         (lambda c, i: (change(c, "annotations", 0, caption=None), i), "has as caption None; it must be text"),
-        (lambda c, i: (change(c, "annotations", 0, caption="\ud800"), i), "caption holds half of a UTF-16 pair"),
+        (lambda c, i: (change(c, "annotations", 0, caption="\ud800"), i), "caption has half of a UTF-16 pair"),
         (lambda c, i: (change(c, "annotations", 0, caption=" "), i), "no image has a caption"),
         (lambda c, i: (change(c, "images", 0, file_name=3), i), "has as file_name 3; it must be text"),
         (lambda c, i: (c | {"annotations": ["text"]}, i), "an item of its annotations is no object"),

@@ -26,7 +26,7 @@ def random_value(rng: random.Random, depth: int = 0):
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 1 << 20])
 def test_members_are_those_of_json_load(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(json_rows, "SMALL_PIECE", piece)
+    monkeypatch.setattr(json_rows, "SMALL_PIECE_BYTES", piece)
     rng, path = random.Random(piece), tmp_path / "file.json"
     for number in range(60):
         content = {f"key {i}": random_value(rng) for i in range(rng.randrange(6))}
@@ -37,7 +37,7 @@ def test_members_are_those_of_json_load(tmp_path, monkeypatch, piece):
 
 @pytest.mark.parametrize("piece", [5, 1 << 20])
 def test_a_file_that_is_cut_anywhere_is_told_with_its_line(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(json_rows, "SMALL_PIECE", piece)
+    monkeypatch.setattr(json_rows, "SMALL_PIECE_BYTES", piece)
     path = tmp_path / "cut.json"
     text = json.dumps({"a": [{"b": 12}, [1.5]], "c": {"d": "é"}}, indent=1, ensure_ascii=False).encode()
     for length in range(1, len(text)):
@@ -53,7 +53,7 @@ def test_a_file_that_is_cut_anywhere_is_told_with_its_line(tmp_path, monkeypatch
     [
         (b"", "the file is empty"),
         (b" \n", "the file is empty"),
-        (b"[1]", "must hold one JSON object"),
+        (b"[1]", "must be one JSON object"),
         (b"\x1f\x8b123", "is packed with gzip"),
         (b"PK\x03\x04", "is a zip archive"),
         (b'{"a": [1 2]}', "line 1: broken JSON .a comma or the end of the list is missing"),

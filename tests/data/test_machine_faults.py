@@ -118,7 +118,7 @@ def test_shards_of_tfds(code, data, tmp_path, monkeypatch):
 
 
 def test_a_damaged_index_is_made_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_jax.data.json_rows.CACHED", 0)
+    monkeypatch.setattr("llava_jax.data.json_rows.MIN_INDEXED_BYTES", 0)
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"conversations": f"row {i}"}) + "\n" for i in range(50)))
     expected = [JsonRows(str(path))[i] for i in range(50)]

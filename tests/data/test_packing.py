@@ -6,22 +6,31 @@ from functools import cache
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llava_jax.data.packing import pack
 from llava_jax.errors import UserError
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_every_record_is_in_one_row_and_rows_keep_their_limits(seed):
-    rng = np.random.default_rng(seed)
-    length, slots, count = int(rng.integers(1, 200)), int(rng.integers(1, 6)), int(rng.integers(0, 300))
-    tokens = rng.integers(1, length + 1, count) if seed % 2 else np.minimum(length, 1 + rng.poisson(length / 4, count))
-    images = rng.integers(0, slots + 1, count)
-    rows = pack(tokens, images, length, slots)
-    assert sorted(itertools.chain(*rows)) == list(range(count))
-    for row in rows:
-        assert row == sorted(row) and tokens[row].sum() <= length and images[row].sum() <= slots
-    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+@st.composite
+def records(draw):
+    """Limits of a sequence, and records that each fit into one."""
+    length, slots = draw(st.integers(1, 300)), draw(st.integers(1, 6))
+    record = st.tuples(st.integers(1, length), st.integers(0, slots))
+    return length, slots, draw(st.lists(record, max_size=200))
+
+
+@given(records())
+def test_every_record_is_in_one_sequence_and_sequences_keep_their_limits(case):
+    length, slots, chosen = case
+    tokens, tiles = np.array(chosen, int).reshape(-1, 2).T
+    sequences = pack(tokens, tiles, length, slots)
+    assert sorted(itertools.chain(*sequences)) == list(range(len(tokens)))
+    for sequence in sequences:
+        assert sequence == sorted(sequence)
+        assert tokens[sequence].sum() <= length and tiles[sequence].sum() <= slots
+    assert [sequence[0] for sequence in sequences] == sorted(sequence[0] for sequence in sequences)
 
 
 def fewest_rows(tokens: list[int], images: list[int], length: int, slots: int) -> int:

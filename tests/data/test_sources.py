@@ -56,7 +56,7 @@ WAYS = [
 @pytest.mark.parametrize("how", WAYS)
 def test_every_row_of_every_kind_of_file(how, piece, tmp_path, monkeypatch):
     """Also where the file is read in pieces smaller than its rows."""
-    monkeypatch.setattr(json_rows, "PIECE", piece)
+    monkeypatch.setattr(json_rows, "PIECE_BYTES", piece)
     rows, path = ROWS, tmp_path / "data.txt"  # the name tells nothing
     write(path, rows, how)
     source = open_source(path)
@@ -129,7 +129,7 @@ ROW = '{"id": 1, "conversations": [{"from": "human", "value": "Hi"}]}'
     ],
 )
 def test_files_that_are_none(content, says, piece, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "PIECE", piece)
+    monkeypatch.setattr(json_rows, "PIECE_BYTES", piece)
     path = tmp_path / "data.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=says) as raised:
@@ -243,7 +243,7 @@ def test_pickles_small_and_reads_elsewhere(tmp_path):
 
 
 def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "CACHED", 1)
+    monkeypatch.setattr(json_rows, "MIN_INDEXED_BYTES", 1)
     path, index = tmp_path / "data.jsonl", tmp_path / ".data.jsonl.index.npy"
     path.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     assert open_source(path)[3].id == "3" and index.exists()

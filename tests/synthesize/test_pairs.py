@@ -86,8 +86,8 @@ def test_the_filter_keeps_what_prepare_filter_keeps(tmp_path, questions):
     ({"image": "a.jpg"}, "neither caption nor conversations"),
     ({"image": "a.jpg", "caption": " "}, "the caption is empty"),
     ({"image": "a.jpg", "caption": "an <image>"}, "the caption holds <image>"),
-    ({"image": "a.jpg", "caption": "a \0 dog"}, "the caption holds a NUL"),
-    ({"image": "a\0.jpg", "caption": "a dog"}, "image holds a NUL"),
+    ({"image": "a.jpg", "caption": "a \0 dog"}, "the caption has a NUL"),
+    ({"image": "a\0.jpg", "caption": "a dog"}, "image has a NUL"),
     ({"id": {"a": 1}, "image": "a.jpg", "caption": "a dog"}, "id is {'a': 1}; it must be text or a whole number"),
 ])
 def test_bad_rows(tmp_path, questions, row, words):
