@@ -316,7 +316,9 @@ def child(url: str, folder: Path, steps: int | None) -> int:
         os._exit(1)
 
 
-def test_killed_between_any_two_steps_nothing_is_submitted_twice(tmp_path):
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_between_any_two_steps_nothing_is_submitted_twice(tmp_path, stride):
+    """A child is killed after 0, `stride`, 2 * `stride`, ... steps, and the next one finishes its work."""
     steps = 0
     while True:
         folder = tmp_path / str(steps)
@@ -331,5 +333,5 @@ def test_killed_between_any_two_steps_nothing_is_submitted_twice(tmp_path):
         assert len(fake.batches) == 2 and sorted(fake.paid.values()) == [1] * 4, steps
         assert logged(folder) == set(range(4))
         assert sorted(os.listdir(folder)) == ["answers.jsonl", "batches.json"]
-        steps += 1
+        steps += stride
     assert steps > 25  # or the steps were not those of the run

@@ -117,7 +117,7 @@ def claims(sentence, boxes):
 @pytest.mark.parametrize("make", [shapes, things])
 def test_descriptions_hold(make):
     seen, sentences = Counter(), 0
-    for kind, text, context in replies(make, 600):
+    for kind, text, context in replies(make, 250):
         if kind == "detail_description":
             for sentence in re.split(r"(?<=\.) ", text):
                 sentences += 1
@@ -125,12 +125,12 @@ def test_descriptions_hold(make):
                     assert holds, (what, sentence, context.boxes)
                     seen[what] += 1
     assert seen.total() > 0.6 * sentences, (seen, sentences)
-    assert min(seen[what] for what in ("count", "side", "place", "size")) > 30, seen
+    assert min(seen[what] for what in ("count", "side", "place", "size")) > 12, seen
 
 
 def test_short_answers_and_conclusions_hold():
     seen = Counter()
-    for kind, text, context in replies(shapes, 600):
+    for kind, text, context in replies(shapes, 300):
         boxes = context.boxes
         for asked, answer in re.findall(r"Question:\n(.*)\n===\nAnswer:\n(.*)", text):
             names = re.findall(NAME, asked)
@@ -189,7 +189,7 @@ def test_counters_belong_to_their_nouns():
 
 def test_more_than_two_hundred_forms_of_each_kind():
     forms = {kind: set() for kind in KINDS}
-    for kind, text, _ in replies(shapes, 1500):
+    for kind, text, _ in replies(shapes, 800):
         for sentence in re.split(r"(?<=[.?])\s+|\n", text):
             for pattern, mark in ((rf"({NAME})", "N"), (PLACE, "@"), (SIDE, "~"), (NUM, "#"),
                                   ("|".join(COLOUR_NOUNS), "C"), ("[은는]", "는"), ("[이가]", "가"), ("[을를]", "를"),
