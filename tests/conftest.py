@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapes
+from hypothesis import settings
 from PIL import Image
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +25,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 shapes.install()  # before the modules are imported
+
+# No deadline, because a busy machine would miss it; no data base, because it is a folder in the checkout.
+settings.register_profile("suite", deadline=None, database=None)
+settings.load_profile("suite")
 
 GOLDEN = Path(__file__).parent / "golden"
 

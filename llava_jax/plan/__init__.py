@@ -1,1 +1,1 @@
-"""What a recipe takes on a TPU slice, found out with the TPU compiler on any machine."""
+"""Predicts memory, time and cost of a recipe on a TPU slice, with the TPU compiler on any machine."""

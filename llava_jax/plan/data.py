@@ -43,7 +43,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Length:
-    """Number of steps of a stage."""
+    """Holds the number of steps of a stage."""
 
     steps: int
     source: str

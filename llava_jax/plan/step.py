@@ -28,7 +28,7 @@ SCHEDULE_STEPS = 1000
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one device in bytes."""
+    """Counts the memory of one device in bytes."""
 
     trained: int
     """Parameters that the stage trains, float32."""
@@ -87,7 +87,7 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
 
 
 def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays that train/loop.py puts on the devices for one step."""
+    """Returns the arrays that train/batches.py puts on the devices for one step."""
     layout = NamedSharding(mesh, P(None, ("data", "fsdp")))
     data, side = stage.data, model.vision.image_size
     rows = (stage.gradient_accumulation, stage.batch_size // stage.gradient_accumulation)

@@ -63,7 +63,7 @@ def serialise(record: Record, images: list[bytes], sizes: list[tuple[int, int]])
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """What is stored of an image: its file as it is or, if `size` is given, the square that the model sees."""
+    """Decides what is stored of an image: its file or, if `size` is given, the square that the model sees."""
 
     size: int | None = None
     mode: str = "pad"
@@ -109,13 +109,13 @@ def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> None:
 
 
 class StoredRow(NamedTuple):
-    """A row in its stored form."""
+    """Holds a row in its stored form."""
 
     example: bytes
     read: list[int]
-    """Number of bytes of each image, as read."""
+    """Numbers of bytes of the images, as read."""
     kept: list[int]
-    """Number of bytes of each image, as stored."""
+    """Numbers of bytes of the images, as stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +162,9 @@ class ShardWriter:
     bounds: tuple[int, ...]
     """Number of the first row of each shard, then the number of rows."""
     files: tuple[str, ...]
-    """Path of each shard."""
+    """Paths of the shards."""
     notes: tuple[str, ...]
-    """Path of the note on each shard."""
+    """Paths of the notes on the shards."""
 
     def rows(self, shard: int) -> int:
         return self.bounds[shard + 1] - self.bounds[shard]

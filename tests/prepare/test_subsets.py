@@ -194,25 +194,6 @@ def test_rows_about_one_image_part_only_by_row(tmp_path):
     assert images_of(rows, found["a"]) & images_of(rows, found["b"])
 
 
-def test_groups_against_a_walk(tmp_path):
-    rng = np.random.default_rng(0)
-    for count, ties in [(1, 1), (30, 10), (60, 45), (200, 300), (300, 299)]:
-        rows, hashes = rng.integers(0, count, ties), rng.integers(0, count, ties).astype(np.uint64)
-        if count == 300:  # one chain from end to end, in a random order
-            chain = rng.permutation(300)
-            rows, hashes = np.concatenate([chain[:-1], chain[1:]]), np.tile(np.arange(299, dtype=np.uint64), 2)
-        groups = ranking.connected_groups(rows, hashes, count)
-        seen: dict[int, int] = {}
-        for start in range(count):
-            todo = [start] if start not in seen else []
-            while todo:
-                at = todo.pop()
-                seen[at] = start
-                shared = np.isin(hashes, hashes[rows == at])
-                todo += [r for r in set(rows[shared].tolist()) if r not in seen]
-        assert groups.tolist() == [seen[i] for i in range(count)]
-
-
 def test_parts_do_not_depend_on_place_or_order(tmp_path):
     rows = some_rows(600)
     first = split(write(tmp_path / "a/data.json", rows), tmp_path / "a/out", "--parts", "a=0.8,b=0.2")
