@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import jax
 import jaxtyping
 import numpy as np
 
-MODULES = ("inference", "train.loss", "train.step", "images", "text.encode")
+MODULES = ("models", "inference", "train.loss", "train.step", "images", "text.encode")
 ARRAYS = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+NAME = re.compile(r"[#*]?[^\W\d]\w*|\d+|\.\.\.")
+"""A size or the name of one. Expressions such as "H/2" match any size: jaxtyping allows them in results alone."""
 
 
 def install() -> None:
@@ -33,7 +36,8 @@ def check_arrays(function: Callable) -> Callable:
 def _relaxed(kind: Any) -> Any:
     """The annotation with any kind of array, and without types of other values."""
     if isinstance(kind, type) and issubclass(kind, jaxtyping.AbstractArray):
-        return kind.dtype[ARRAYS if kind.array_type is jax.Array else kind.array_type, kind.dim_str]
+        dims = " ".join(dim if NAME.fullmatch(dim) else "_" for dim in kind.dim_str.split())
+        return kind.dtype[ARRAYS if kind.array_type is jax.Array else kind.array_type, dims]
     parts, origin = typing.get_args(kind), typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(operator.or_, [part if part is type(None) else _relaxed(part) for part in parts])

@@ -39,7 +39,7 @@ def attention_heads_first(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
     """`attention` of few queries over a cache whose axes are in the order that XLA for CPUs multiplies without copy."""
     B, T, N, H = query.shape
@@ -54,7 +54,7 @@ def attention_heads_first(
 
 @jax.custom_vjp
 def chunked_causal_attention(
-    query: Array, key: Array, value: Array, mask: Bool[Array, "B T T"]
+    query: Array, key: Array, value: Array, mask: Bool[Array, "#B T T"]
 ) -> Float[Array, "B T N H"]:
     """`attention` under a causal mask. With a backward pass it runs in NUM_CHUNKS, which skip most masked scores.
 

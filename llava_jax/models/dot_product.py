@@ -9,7 +9,7 @@ def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | None = None,
+    mask: Bool[Array, "#B T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention of N query heads over K key-value heads (N a multiple of K), softmax in float32.
 
