@@ -80,6 +80,10 @@ def check_recipe(recipe: config.Recipe) -> None:
     if not isinstance(stored.get("stages"), dict):
         raise UserError(f"{path}: stages is missing or no object; the file is damaged: remove it if you are sure that "
                         "this directory holds a run of the same recipe")
+    known = flat(recipe)
+    if unknown := [name for name in _flat(stored) if not name.startswith("stages.") and name not in known]:
+        raise UserError(f"{recipe.output}: holds a run of another version of this project, whose recipe has "
+                        f"{', '.join(unknown[:6])}; give another --output, or remove the directory to start again")
     started = finished = list(stored["stages"])
     waiting: set[str] = set()
     if not has_model(recipe):

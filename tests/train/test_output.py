@@ -59,6 +59,12 @@ def test_another_recipe_is_refused(recipe):
     output.check_recipe(dataclasses.replace(recipe, mesh=config.Mesh(fsdp=2), stages=recipe.stages | {"b": elsewhere}))
     with pytest.raises(UserError, match=r"gs://bucket/run: holds a run of another recipe \(different: seed\)"):
         output.check_recipe(dataclasses.replace(recipe, seed=1))
+    path = output.directory(recipe) / "recipe.json"
+    stored = json.loads(path.read_text())
+    stored["mesh"]["replica"] = stored["mesh"].pop("data")
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="run of another version of this project, whose recipe has mesh.replica; give"):
+        output.check_recipe(recipe)
 
 
 @pytest.mark.parametrize("content, problem", [
