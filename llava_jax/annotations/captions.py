@@ -108,7 +108,7 @@ class _ListRows(JsonRows):
 
     def __iter__(self) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
-            for start, stop, _ in self._places:
+            for start, stop, _ in self._offsets:
                 file.seek(start)
                 yield file.read(stop - start)
 
