@@ -26,7 +26,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from llava_jax.cli import printable
@@ -45,8 +44,8 @@ from llava_jax.evaluate.tasks.question_file import QuestionFileTask
 from llava_jax.evaluate.tasks.textvqa import TextVqa
 from llava_jax.evaluate.tasks.vqa import VizWiz
 from llava_jax.files import read_json_lines
-from llava_jax.inference.llava import Llava
-from llava_jax.text.encode import IMAGE_TOKEN_ID
+from llava_jax.inference.llava import as_messages
+from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
 from llava_jax.text.tokenizer import Tokenizer
 
 EVAL = "llava/playground/data/eval"
@@ -219,10 +218,10 @@ def _wild_questions(folder: Folder) -> Iterator[Question]:
 
 
 def _digest(question: Question, tokenizer: Tokenizer) -> str:
-    """Of the prompt that a LLaVA-1.5 gets from `evaluate`, where an image is one token as the original counts it."""
-    llava = SimpleNamespace(template="vicuna_v1", tokenizer=tokenizer, config=SimpleNamespace(
-        processor=SimpleNamespace(features_per_tile=1), text=SimpleNamespace(max_length=4096)))
-    ids = Llava.prompt_tokens(llava, generation.make_request(question, Task())).tolist()
+    """Returns a hash of a LLaVA-1.5's prompt, where an image is one token as in the original."""
+    request = generation.make_request(question, Task())
+    messages = as_messages(request.messages, len(request.images))
+    ids = encode_prompt(messages, "vicuna_v1", tokenizer, 1, request.assistant_prefix, request.verbatim).tolist()
     assert ids.count(IMAGE_TOKEN_ID) == len(question.images)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 
