@@ -1,7 +1,7 @@
-"""Puts benchmarks to a model and scores the answers: `python -m llava_jax.evaluate BENCH --data DIR ...`.
+"""Evaluates a model on benchmarks: `python -m llava_jax.evaluate BENCHMARK --data DIR ...`.
 
-With --model DIR --out DIR every question is answered; the same command goes on where a stopped run was. With --answers
-FILE, a file of answers is scored as it is. BENCH is one of these:
+With --model DIR --out DIR the model answers every question, and the same command continues a stopped run. With
+--answers FILE, a file of answers is scored. BENCHMARK is one of these:
 """
 
 import importlib
@@ -18,11 +18,11 @@ COMMANDS = {
     "probes-data": "llava_jax.evaluate.probes.make_probes:ProbesData",
     "make-bench": "llava_jax.evaluate.judge.make_bench:MakeBench",
     "judge": "llava_jax.evaluate.judge.command:JudgeAnswers",
-    "reviews": "llava_jax.evaluate.judge.reviews:Reviews",
-    "compare": "llava_jax.evaluate.runner.compare:Compare",
+    "reviews": "llava_jax.evaluate.judge.reviews:SummarizeReviews",
+    "compare": "llava_jax.evaluate.runner.compare:CompareRuns",
     "published": "llava_jax.evaluate.runner.published:ShowPublished",
 }
-"""Name -> "module:class", as TASKS."""
+"""Name of a command -> "module:class"."""
 
 
 def main(args: list[str]) -> int:

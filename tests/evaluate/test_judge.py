@@ -16,7 +16,7 @@ from fake_openai import FakeOpenAI, share_of_faults
 from llava_jax import cli
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge.command import JudgeAnswers
-from llava_jax.evaluate.judge.reviews import Reviews
+from llava_jax.evaluate.judge.reviews import SummarizeReviews
 from llava_jax.evaluate.judge.rules import PUBLISHED_SYSTEM, JudgeRules
 
 CATEGORIES = ("conv", "detail", "complex")
@@ -185,7 +185,7 @@ def test_compat_keeps_pairs_of_minus_one_and_asks_once(task, capsys):
     assert [review["tuple"] for review in reviews[:5]] == [[10, 2], [-1, -1], [-1, -1], [-1, -1], [11, 0]]
     found = json.loads((task / "out/judge.json").read_text())
     assert found["failed"] == 3 and found["failed_for"] == {"unreadable": 3}
-    assert Reviews((str(task / "out/reviews"),), compat=True).run() == 0
+    assert SummarizeReviews((str(task / "out/reviews"),), compat=True).run() == 0
     assert capsys.readouterr().out.splitlines() == [*lines, "=" * 33]
 
 
@@ -282,7 +282,9 @@ PROGRAM = ("import sys; from llava_jax import cli; from llava_jax.evaluate.judge
            "cli.run(lambda args: cli.parse(JudgeAnswers, args).run())")
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("sent, code", [
+    (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)])
 def test_killed_and_resumed(task, sent, code):
     fake = FakeOpenAI(answer=say, faults=lambda number: "slow" if number >= 4 else None, slow=0.3)
     with fake.serve() as url:
@@ -297,7 +299,7 @@ def test_killed_and_resumed(task, sent, code):
         before = len(read(log))
         assert before < COUNT
         fake.faults = lambda number: None
-        assert subprocess.run(command, capture_output=True).returncode == 0
+    assert judge(task, fake) == 0
     assert json.loads((task / "out/judge.json").read_text())["figures"] == pytest.approx(expected_of(PAIRS))
     assert set(fake.paid.values()) == {1} or sent == signal.SIGKILL  # what was in flight is lost to SIGKILL
     assert sum(fake.paid.values()) <= COUNT + 2

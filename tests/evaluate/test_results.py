@@ -13,7 +13,7 @@ from llava_jax.errors import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.runner import compare, published, results, results_page, tables
 from llava_jax.evaluate.runner.answer_file import make_line, to_answer
-from llava_jax.evaluate.runner.compare import Compare
+from llava_jax.evaluate.runner.compare import CompareRuns
 from llava_jax.evaluate.runner.results_page import QuestionCard, ShownAnswer
 from llava_jax.evaluate.tasks.base import TASKS, Question, ScoredAnswer, Scores
 from llava_jax.evaluate.tasks.scenes import Scenes
@@ -106,7 +106,7 @@ def test_pictures_from_outside_are_never_on_a_page(data):
     (data / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = write(data, "one", ["red"] * len(names))
     (data / "moved").symlink_to(data)
-    assert Compare(str(one), str(one), all=True).run() == 0
+    assert CompareRuns(str(one), str(one), all=True).run() == 0
     for page in ((one / "results.html").read_text(), (one / "compare.html").read_text()):
         pictures = [Image.open(io.BytesIO(base64.b64decode(url))) for url in re.findall(r"base64,([^)]*)\)", page)]
         assert [picture.getpixel((5, 5)) == pytest.approx((200, 30, 30), abs=4) for picture in pictures] == [True, True]
@@ -189,7 +189,7 @@ def test_markdown_tables():
 def test_two_runs_side_by_side(data, capsys):
     write(data, "one", ["red", "blue", "red", "red"])
     write(data, "two", ["red", "red", "green", "Red.", "red"])
-    assert Compare(str(data / "one"), str(data / "two")).run() == 0
+    assert CompareRuns(str(data / "one"), str(data / "two")).run() == 0
     printed = capsys.readouterr().out
     assert re.search(r"\| overall +\| +75\.00 \| +80\.00 \| +\+5\.00 \|", printed)
     for line in ("4 questions; 3 are answered in other words", "both right: 2", "one is better: 1", "two is better: 1",
@@ -200,29 +200,29 @@ def test_two_runs_side_by_side(data, capsys):
     assert states == ["two is better", "one is better", "both right"]
     answers = [text for kind, text in reader.texts if kind == "answer-text"]
     assert answers == ["blue", "red", "red", "green", "red", "Red."]
-    assert Compare(str(data / "one"), str(data / "one"), out=str(data / "x.html"), all=True).run() == 0
+    assert CompareRuns(str(data / "one"), str(data / "one"), out=str(data / "x.html"), all=True).run() == 0
     assert "(2)" in (data / "x.html").read_text()
 
 
 def test_what_cannot_be_compared_is_told(data):
     one = write(data, "one", ["red"])
     with pytest.raises(UserError, match=r"results\.json: no such file; a run is a folder"):
-        Compare(str(one), str(data)).run()
+        CompareRuns(str(one), str(data)).run()
     other = data / "other"
     other.mkdir()
     (other / "results.json").write_text("[]")
     with pytest.raises(UserError, match="not results of evaluate"):
-        Compare(str(one), str(other)).run()
+        CompareRuns(str(one), str(other)).run()
     result = json.loads((one / "results.json").read_text())
     (other / "results.json").write_text(json.dumps(result | {"benchmark": "pope"}))
     (other / "items.jsonl").write_text("")
     with pytest.raises(UserError, match="is a run of scenes, and .* of pope"):
-        Compare(str(one), str(other)).run()
+        CompareRuns(str(one), str(other)).run()
     (other / "results.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="no question in common"):
-        Compare(str(one), str(other)).run()
+        CompareRuns(str(one), str(other)).run()
     with pytest.raises(UserError, match=r"results\.json: there is something else than a page; give --out another"):
-        Compare(str(one), str(one), out=str(one / "results.json")).run()
+        CompareRuns(str(one), str(one), out=str(one / "results.json")).run()
     assert json.loads((one / "results.json").read_text()) == result
     assert compare.pair([], []) == []
 

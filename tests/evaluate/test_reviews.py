@@ -11,7 +11,7 @@ from llava_jax import cli
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge import reviews
 from llava_jax.evaluate.judge.reviews import (
-    Reviews,
+    SummarizeReviews,
     Unscored,
     parse_as_published,
     parse_scores,
@@ -122,7 +122,7 @@ def test_compat_prints_what_the_original_prints(tmp_path, capsys):
                        rng.choice(["llava_bench_conv", "llava_bench_detail", "llava_bench_complex", None]), number)
                 for number in range(rng.randint(10, 90))]
         path = write(tmp_path / "gpt4_text_some-model.jsonl", rows)
-        assert Reviews((path,), compat=True).run() == 0
+        assert SummarizeReviews((path,), compat=True).run() == 0
         expected = [f"{name} {a} {b} {c}" for name, (a, b, c) in naive_summary(rows).items()]
         assert capsys.readouterr().out.splitlines() == ["some-model", *expected, SEPARATOR]
 
@@ -130,14 +130,14 @@ def test_compat_prints_what_the_original_prints(tmp_path, capsys):
 def test_a_failed_judgement_lowers_both_means_in_compat_and_none_otherwise(tmp_path, capsys):
     rows = [review([8, 4]), review([4, 4], question=1), review([-1, -1], question=2)]
     path = write(tmp_path / "reviews_1.jsonl", rows)
-    assert Reviews((path,), compat=True).run() == 0
+    assert SummarizeReviews((path,), compat=True).run() == 0
     # means 11/3 and 7/3, rounded to 3.667 and 2.333
     assert capsys.readouterr().out == f"reviews_1\nall 63.6 36.7 23.3\nconv 63.6 36.7 23.3\n{SEPARATOR}\n"
-    assert Reviews((path,)).run() == reviews.TOO_MANY_FAILED == 4
+    assert SummarizeReviews((path,)).run() == reviews.TOO_MANY_FAILED == 4
     printed = capsys.readouterr()
     assert "3 reviews, 1 without scores left out" in printed.out and "--max-failed 0.05" in printed.err
     assert "| score              | 66.7 | 66.7 |" in printed.out
-    assert Reviews((path,), max_failed=0.34).run() == 0
+    assert SummarizeReviews((path,), max_failed=0.34).run() == 0
     figure = summarize(rows)["conv"]
     assert figure == summarize(rows)["all"]
     assert (figure.ratio, figure.reference, figure.candidate, figure.count) == (pytest.approx(200 / 3), 60, 40, 2)
@@ -153,11 +153,11 @@ def test_a_score_of_nought_is_a_score(tmp_path, capsys):
     rows = [review([8, 0]), review([4, 4], question=1), review([0, 2], question=2)]
     figure = summarize(rows)["all"]
     assert (figure.ratio, figure.count) == (50, 3) and len(reviews.scored(rows)) == 3
-    assert Reviews((write(tmp_path / "reviews_1.jsonl", rows),)).run() == 0
+    assert SummarizeReviews((write(tmp_path / "reviews_1.jsonl", rows),)).run() == 0
     assert "without scores" not in capsys.readouterr().out
     path = write(tmp_path / "zero.jsonl", [review([0, 8])])
     with pytest.raises(UserError, match="zero.jsonl: the reference's scores of 'conv' have a mean of 0"):
-        Reviews((path,)).run()
+        SummarizeReviews((path,)).run()
 
 
 def test_several_reviews_of_the_same_answers_get_their_mean(tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_several_reviews_of_the_same_answers_get_their_mean(tmp_path, capsys):
     first, second = run("r1.jsonl", [[8, 7], [9, 4], [3, 3]]), run("r2.jsonl", [[7, 7], [9, 5], [-1, -1]])
     other, part = run("r3.jsonl", [[8, 8]] * 3, "b"), run("r4.jsonl", [[8, 4]])
     ratios = [100 * 14 / 20, 100 * 12 / 16, 50]
-    assert Reviews((first, other, second, part), max_failed=1).run() == 0
+    assert SummarizeReviews((first, other, second, part), max_failed=1).run() == 0
     printed = capsys.readouterr().out
     [told] = [text for text in printed.split("\n\n") if "the mean of" in text]
     mean, deviation = statistics.fmean(ratios), statistics.stdev(ratios)
@@ -178,10 +178,10 @@ def test_several_reviews_of_the_same_answers_get_their_mean(tmp_path, capsys):
     rounded = [summarize_as_published(read_reviews(path))["all"].ratio for path in (first, second, part)]
     assert f"| as published       | {statistics.fmean(rounded):.1f} ± " in told
     assert "1 of 3 judgements failed, and are left out (question 2: '')" in printed
-    assert Reviews((first, second), compat=True).run() == 0
+    assert SummarizeReviews((first, second), compat=True).run() == 0
     printed = capsys.readouterr()
     assert "mean" not in printed.out and f"| as published       | {statistics.fmean(rounded[:2]):.1f} ± " in printed.err
-    assert Reviews((first, other)).run() == 0 and "mean of" not in capsys.readouterr().out
+    assert SummarizeReviews((first, other)).run() == 0 and "mean of" not in capsys.readouterr().out
 
 
 def test_which_files_of_a_folder_and_which_questions(tmp_path, capsys):
@@ -192,7 +192,7 @@ def test_which_files_of_a_folder_and_which_questions(tmp_path, capsys):
     (folder / "reviews_d.json").write_text("{}")
 
     def names(*args) -> list[str]:
-        assert cli.parse(Reviews, [str(folder), "--compat", *args]).run() == 0
+        assert cli.parse(SummarizeReviews, [str(folder), "--compat", *args]).run() == 0
         return [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("all", "conv", "="))]
 
     assert names() == ["c", "review_b-0613", "reviews_a"]
@@ -201,10 +201,10 @@ def test_which_files_of_a_folder_and_which_questions(tmp_path, capsys):
     whole = folder.rename(tmp_path / "all_reviews")
     folder = whole
     assert names() == ["answers", "c", "review_b-0613", "reviews_a"]
-    assert Reviews((str(whole / "answers.jsonl"),), compat=True, ignore=("1",)).run() == 0
+    assert SummarizeReviews((str(whole / "answers.jsonl"),), compat=True, ignore=("1",)).run() == 0
     assert "all 100.0 80.0 80.0" in capsys.readouterr().out
     with pytest.raises(UserError, match="no files of reviews"):
-        Reviews((str(whole),), select=("z",)).run()
+        SummarizeReviews((str(whole),), select=("z",)).run()
 
 
 @pytest.mark.parametrize("line, message", [
@@ -218,15 +218,15 @@ def test_lines_that_are_no_reviews_are_named(tmp_path, line, message):
     path = tmp_path / "reviews.jsonl"
     path.write_text(json.dumps(review([8, 7])) + "\n" + line)
     with pytest.raises(UserError, match=message):
-        Reviews((str(path),)).run()
+        SummarizeReviews((str(path),)).run()
 
 
 def test_files_that_say_nothing(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="has no reviews"):
-        Reviews((str(tmp_path / "empty.jsonl"),)).run()
+        SummarizeReviews((str(tmp_path / "empty.jsonl"),)).run()
     with pytest.raises(UserError, match="no such file of reviews"):
-        Reviews((str(tmp_path / "none.jsonl"),)).run()
+        SummarizeReviews((str(tmp_path / "none.jsonl"),)).run()
     path = write(tmp_path / "zero.jsonl", [review([1, 8]), review([-1, -1], question=1)])
     with pytest.raises(UserError, match="zero.jsonl: the reference's scores of 'all' have a mean of 0"):
-        Reviews((path,), compat=True).run()
+        SummarizeReviews((path,), compat=True).run()

@@ -1,7 +1,7 @@
-"""Reviews: the scores that a judge gave to a reference answer and to a candidate's, and what they come to.
+"""Reviews: a judge's scores of a reference answer and a candidate's answer, and their summary.
 
-The score of a model is relative: the mean of its scores over the mean of the reference's, in percent, over all
-questions or those of a category (Visual Instruction Tuning, section 5.1).
+A model's score is the mean of its scores over the mean of the reference's, in percent, over all questions or those of a
+category (Visual Instruction Tuning, section 5.1).
 """
 
 import math
@@ -25,18 +25,23 @@ from llava_jax.evaluate.tasks.base import MAX_EXAMPLES, quote
 from llava_jax.files import matches_schema, read_json_lines
 
 ALL = "all"
-ORDER = ("conv", "detail", "complex")  # of the published tables
-LEAST, MOST = 1, 10  # scores that a judge is asked for; a review may have 0 as well, for published ones do
-TOO_MANY_FAILED = 4  # exit code
-RULE = "=" * 33  # what the published summary prints after each file
+ORDER = ("conv", "detail", "complex")
+"""Categories in the order of the published tables."""
+MIN_SCORE, MAX_SCORE = 1, 10
+"""Range of the scores that a judge is asked for. Published reviews have 0 as well."""
+TOO_MANY_FAILED = 4
+"""Exit code."""
+SEPARATOR = "=" * 33
+"""Line that the published summary prints after each file."""
 
 Review = Mapping[str, Any]
-"""A line of a file of reviews: {id, question_id, answer1_id, answer2_id, category, content, tuple}; `tuple` is the
-score of the reference and that of the candidate."""
+"""A line of a file of reviews: {id, question_id, answer1_id, answer2_id, category, content, tuple}.
+
+`tuple` is the score of the reference and that of the candidate."""
 
 
 class Unscored(UserError):
-    """A judge's reply without scores: `reason` is empty, refused, cut_off, out_of_range or unreadable."""
+    """Raised for a judge's reply without scores. `reason`: empty, refused, cut_off, out_of_range or unreadable."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -44,7 +49,7 @@ class Unscored(UserError):
 
 
 def parse_as_published(text: str) -> list[float]:
-    """The scores in the first line as LLaVA's scripts read them; [-1, -1] where they read none.
+    """Returns the scores in the first line as LLaVA's scripts read them, [-1, -1] if they read none.
 
     Commas are blanks, and one blank separates: `8 7` and `8,7` have scores, `8, 7` has none. Any number is a score.
     """
@@ -66,17 +71,17 @@ PAIR = re.compile(
     r"[\])]?[.,;]?",
     re.IGNORECASE,
 )
-"""A line of two scores and nothing besides but names: `8 7`, `8, 7`, `8/10 7/10`, `Scores: 8 and 7`, `Assistant 1: 8,
-Assistant 2: 7`."""
+"""Regular expression of a line with two scores and only names besides.
+
+Examples: `8 7`, `8, 7`, `8/10 7/10`, `Scores: 8 and 7`, `Assistant 1: 8, Assistant 2: 7`."""
 THINKING = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 def parse_scores(text: str, finish_reason: str = "stop") -> tuple[float, float]:
-    """The two scores in a judge's reply; raises Unscored where there are none that are sure.
+    """Returns the two scores of a judge's reply. Raises Unscored if there are none, or if they are ambiguous.
 
-    They stand alone on the first line, as PAIR has it and Markdown allowed, or on the first two; or else every line
-    of the reply that is such a pair has the same. A line that the limit of tokens has cut off is none. Both must be
-    from 1 to 10.
+    The first line, or the first two, must match PAIR, with Markdown allowed. Otherwise all matching lines of the reply
+    must have the same scores. An incomplete last line does not count. Both scores must be from 1 to 10.
     """
     lines = [" ".join(re.sub(r"[*`#]+", " ", line).split()) for line in THINKING.sub("", text).split("\n")]
     lines = [line for line in lines if line]
@@ -88,9 +93,9 @@ def parse_scores(text: str, finish_reason: str = "stop") -> tuple[float, float]:
         found = next(iter(pairs.values())) if len(pairs) == 1 else None
     if found:
         scores = float(found[1]), float(found[2])
-        if all(LEAST <= score <= MOST for score in scores):
+        if all(MIN_SCORE <= score <= MAX_SCORE for score in scores):
             return scores
-        raise Unscored("out_of_range", f"{found[1]} and {found[2]}, of {LEAST} to {MOST}")
+        raise Unscored("out_of_range", f"{found[1]} and {found[2]}, of {MIN_SCORE} to {MAX_SCORE}")
     if finish_reason == "content_filter":
         raise Unscored("refused", "the server's content filter stopped the reply")
     if finish_reason == "length":
@@ -104,22 +109,21 @@ def parse_scores(text: str, finish_reason: str = "stop") -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Figure:
-    """Of some reviews: `ratio` the candidate's mean over the reference's in percent, `reference` and `candidate` ten
-    times these means, `count` of reviews."""
+    """Summary of some reviews."""
 
-    ratio: float
-    reference: float
-    candidate: float
-    count: int
+    ratio: float  # candidate's mean over the reference's, in percent
+    reference: float  # ten times the mean
+    candidate: float  # ten times the mean
+    count: int  # number of reviews
 
 
 def scored(reviews: Iterable[Review]) -> list[Review]:
-    """Those with two scores from 0 to 10: no -1, which stands for a judgement that failed."""
-    return [review for review in reviews if all(0 <= score <= MOST for score in _pair(review))]
+    """Returns the reviews with two scores from 0 to 10. A score of -1 means that the judgement failed."""
+    return [review for review in reviews if all(0 <= score <= MAX_SCORE for score in _pair(review))]
 
 
 def failure_notes(reviews: Sequence[Review], compat: bool) -> list[str]:
-    """A note on reviews without scores, with the first of them; none if all have scores."""
+    """Returns a note that counts and quotes reviews without scores, or nothing."""
     there = set(map(id, scored(reviews)))
     failed = [review for review in reviews if id(review) not in there]
     named = "; ".join(f"question {review['question_id']!r}: {quote(str(review.get('content', '')))}"
@@ -129,20 +133,25 @@ def failure_notes(reviews: Sequence[Review], compat: bool) -> list[str]:
 
 
 def summarize(reviews: Iterable[Review]) -> dict[str, Figure]:
-    """By category, in the order of the published tables, and last `all`; nothing is rounded. Reviews without scores
-    are left out."""
+    """Returns unrounded figures by category, in the order of the published tables, and `all`.
+
+    Reviews without scores are left out.
+    """
     figures = {}
     for category, pairs in _by_category(scored(reviews)).items():
         reference, candidate = (math.fsum(side) / len(pairs) for side in zip(*pairs, strict=True))
         if reference == 0:
             raise UserError(_no_ratio(category))
         figures[category] = Figure(100 * candidate / reference, 10 * reference, 10 * candidate, len(pairs))
-    return dict(sorted(figures.items(), key=lambda item: _place(item[0])))
+    return dict(sorted(figures.items(), key=lambda item: _position(item[0])))
 
 
 def summarize_as_published(reviews: Iterable[Review]) -> dict[str, Figure]:
-    """By category and `all`, in the order of their names, with the arithmetic of LLaVA's summary: -1 is a score like
-    any other, means are rounded to three decimals, what comes of them to one. UserError where it divides by zero."""
+    """Returns figures by category and `all`, in alphabetical order, with the arithmetic of LLaVA's summary.
+
+    A score of -1 is not treated differently. Means are rounded to three decimals, figures to one. Raises UserError
+    for a division by zero.
+    """
     figures = {}
     for category, pairs in sorted(_by_category(reviews).items()):
         reference, candidate = (round(mean, 3) for mean in np.asarray(pairs).mean(0).tolist())
@@ -158,9 +167,9 @@ def _no_ratio(category: str) -> str:
 
 
 def published_lines(name: str, figures: Mapping[str, Figure]) -> str:
-    """What LLaVA's summary prints of a file: its name, and ratio, reference and candidate by category."""
+    """Returns the lines of LLaVA's summary for a file: name, and ratio, reference and candidate by category."""
     lines = [f"{category} {figure.ratio} {figure.reference} {figure.candidate}" for category, figure in figures.items()]
-    return "\n".join([config_name(name), *lines, RULE])
+    return "\n".join([config_name(name), *lines, SEPARATOR])
 
 
 def config_name(path: str) -> str:
@@ -168,19 +177,19 @@ def config_name(path: str) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, str]], corner: str) -> str:
-    """Markdown: name of a row -> category -> cell."""
-    names = sorted({category for cells in rows.values() for category in cells}, key=_place)
+    """Returns a Markdown table from name of a row -> category -> cell."""
+    names = sorted({category for cells in rows.values() for category in cells}, key=_position)
     return markdown([[corner, *map(short, names)],
                      *([name, *(cells.get(each, "") for each in names)] for name, cells in rows.items())])
 
 
 def short(category: str) -> str:
-    """A category without the prefix that reviews of In-the-Wild have."""
+    """Returns a category without the prefix in reviews of In-the-Wild."""
     return category.removeprefix("llava_bench_")
 
 
 def read_reviews(path: str) -> list[Review]:
-    """The lines of a file of reviews, ours or the original's; UserError, one line."""
+    """Returns the lines of a file of reviews, ours or the original's. Raises UserError for another file."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file of reviews")
     reviews = []
@@ -198,25 +207,25 @@ def read_reviews(path: str) -> list[Review]:
 
 
 @dataclass(frozen=True)
-class Reviews:
-    """Summarise files of reviews, those of `judge` or those of LLaVA's scripts.
+class SummarizeReviews:
+    """Summarize files of reviews, those of `judge` or those of LLaVA's scripts.
 
-    Reviews whose judgement failed, which LLaVA's scripts mark with scores of -1, are left out and counted; exit code 4
-    says that they are too many. --compat prints what LLaVA's summary prints, where they lower both means. Several files
-    of reviews of the same answers get their mean too, which is what LLaVA published."""
+    Failed judgements, which LLaVA's scripts mark with scores of -1, are left out and counted. If they are too many, the
+    exit code is 4. --compat prints what LLaVA's summary prints, where they lower both means. Several files of reviews
+    of the same answers also get their mean, which is what LLaVA published."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """files of reviews, or folders, of which those files are taken that LLaVA's summary takes"""
+    """files of reviews, or folders, whose files are chosen as by LLaVA's summary"""
     compat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """the arithmetic of LLaVA's summary, and its lines"""
     ignore: tuple[str, ...] = ()
     """ids of questions to leave out, such as those about images with people"""
     select: tuple[str, ...] = ()
-    """only files whose name has all of these"""
+    """parts that the name of a file must have"""
     version: str = ""
-    """0613: only files whose name has that; 0314: only the others"""
+    """version of the judge: 0613 for files with that in their name, 0314 for all other files"""
     max_failed: float = 0.05
-    """share of failed judgements in a file above which the exit code is 4"""
+    """largest share of failed judgements in a file; above it the exit code is 4"""
 
     def run(self) -> int:
         paths = [path for path in sorted(self._paths()) if self._wanted(config_name(path))]
@@ -265,7 +274,7 @@ class Reviews:
 
 
 def describe_mean(files: Mapping[str, Sequence[Review]]) -> str:
-    """A table of the mean score of several files with the deviation of one, and of the mean after LLaVA's rounding."""
+    """Returns a table of the mean of several files with its deviation, and of the mean with LLaVA's rounding."""
     rows = {}
     for name, summary in (("score", summarize), ("as published", summarize_as_published)):
         try:
@@ -277,7 +286,7 @@ def describe_mean(files: Mapping[str, Sequence[Review]]) -> str:
 
 
 def _of_the_same_answers(files: Sequence[tuple[str, Sequence[Review]]]) -> list[dict[str, Sequence[Review]]]:
-    """The files by what they review, where several review the same answers; some may lack a failed judgement."""
+    """Groups files that review the same answers. A file may lack failed judgements."""
     groups: list[tuple[dict, dict[str, Sequence[Review]]]] = []
     for path, reviews in files:
         answers = {str(review["question_id"]): review.get("answer2_id") for review in reviews}
@@ -297,7 +306,7 @@ def _mean(ratios: Sequence[float]) -> str:
 
 
 def describe(figures: Mapping[str, Figure]) -> str:
-    """A table of one summary."""
+    """Returns a table of one summary."""
     return table({
         "score": {category: f"{figure.ratio:.1f}" for category, figure in figures.items()},
         "reference": {category: f"{figure.reference:.1f}" for category, figure in figures.items()},
@@ -315,12 +324,12 @@ def _by_category(reviews: Iterable[Review]) -> dict[str, list[Sequence[float]]]:
 
 
 def _pair(review: Review) -> Sequence[float]:
-    """Reviews without a category may have their scores under another name."""
+    """Returns the scores of a review. Those without a category may have them as `score`."""
     return review.get("tuple" if "tuple" in review or "category" in review else "score")
 
 
-def _place(category: str) -> tuple[int, str]:
-    """In the published tables."""
+def _position(category: str) -> tuple[int, str]:
+    """Returns the position of a category in the published tables."""
     if category == ALL:
         return len(ORDER) + 1, ""
     name = short(category)

@@ -1,4 +1,4 @@
-"""Two runs of a benchmark side by side: which figures and which questions differ."""
+"""Compares two runs of a benchmark: their figures, and the questions whose answers differ."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Put two runs of a benchmark side by side: a table, and a page of the questions whose answers differ.
+class CompareRuns:
+    """Compare two runs of a benchmark: a table, and a page of the questions whose answers differ.
 
     A run is a folder that evaluate has written, such as OUT/pope."""
 
@@ -36,7 +36,7 @@ class Compare:
     out: str = ""
     """file of the page; by default compare.html in the second folder"""
     all: bool = False
-    """show the questions that both answer in the same words as well"""
+    """show questions with equal answers as well"""
 
     def run(self) -> int:
         out = self.out or os.path.join(self.second, "compare.html")
@@ -72,14 +72,14 @@ RUN = {"name": str, "benchmark": str, "figures": dict, "questions_hash": str, "d
        "answers": int, "date": str}
 ITEM = {"id": int | str, "prompt": str, "text": str, "score": int | float | None, "reference": str, "read": str,
         "category": str}
-"""What is read of results.json and of a line of items.jsonl."""
+"""Schemas of results.json and of a line of items.jsonl."""
 
 
 def read_run(folder: str) -> Row:
-    """results.json of a run; UserError if the folder is none."""
+    """Returns results.json of a run. Raises UserError for another folder."""
     path = os.path.join(folder, "results.json")
-    told = "no such file; a run is a folder that evaluate has written, such as OUT/pope"
-    run = read_json(path, (dict, list), missing=told)
+    missing = "no such file; a run is a folder that evaluate has written, such as OUT/pope"
+    run = read_json(path, (dict, list), missing=missing)
     if isinstance(run, list):
         raise UserError(f"{path}: not results of evaluate, but a list")
     if wrong := [key for key, form in RUN.items() if key not in run or not matches_schema(run[key], form)]:
@@ -102,15 +102,15 @@ def read_items(folder: str) -> list[Row]:
 
 
 def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The rows of the same questions, in the order of the first; alike questions in their order."""
-    places: dict[str, deque[Row]] = defaultdict(deque)
+    """Returns pairs of rows of equal questions, in the order of the first run."""
+    waiting: dict[str, deque[Row]] = defaultdict(deque)
     for row in second:
-        places[_key(row)].append(row)
-    return [(row, places[_key(row)].popleft()) for row in first if places[_key(row)]]
+        waiting[_key(row)].append(row)
+    return [(row, waiting[_key(row)].popleft()) for row in first if waiting[_key(row)]]
 
 
 def figures(one: Row, other: Row, names: Sequence[str]) -> list[list[str]]:
-    """A table of the runs' figures and their difference, the main one first."""
+    """Returns a table of the runs' figures and their differences, the main figure first."""
     there = list(dict.fromkeys([*filter(None, [one.get("main")]), *one["figures"], *other["figures"]]))
     rows = []
     for name in there:
@@ -120,7 +120,7 @@ def figures(one: Row, other: Row, names: Sequence[str]) -> list[list[str]]:
 
 
 def changes(pairs: Sequence[tuple[Row, Row]], names: Sequence[str]) -> list[str]:
-    """How many answers differ, and how many of them are better in the one or in the other."""
+    """Returns notes on the number of differing answers, and of better ones in either run."""
     counts = Counter(_state(a, b, names) for a, b in pairs)
     words = sum(a["text"] != b["text"] for a, b in pairs)
     return [f"{len(pairs):,} questions; {words:,} are answered in other words", *(
@@ -128,7 +128,7 @@ def changes(pairs: Sequence[tuple[Row, Row]], names: Sequence[str]) -> list[str]
 
 
 def images(run: Row, pairs: Sequence[tuple[Row, Row]]) -> tuple[str, list[Sequence[str | bytes]]]:
-    """The folder of the pictures, and those of each pair's question, as far as the run's data are still there."""
+    """Returns the image folder and the images of each pair's question, if the run's data still exist."""
     kind = get_task(run["benchmark"])
     options = {field.name: run["options"][field.name] for field in dataclasses.fields(kind)
                if type(run["options"].get(field.name)) is type(getattr(kind, field.name))}
@@ -138,7 +138,7 @@ def images(run: Row, pairs: Sequence[tuple[Row, Row]]) -> tuple[str, list[Sequen
     except (OSError, ValueError):
         return "", [()] * len(pairs)
     lines = [{"question_id": b["id"], "prompt": b["prompt"]} for _, b in pairs]
-    return root, [() if place is None else questions[place].images for place in match(questions, lines)]
+    return root, [() if index is None else questions[index].images for index in match(questions, lines)]
 
 
 def card(a: Row, b: Row, names: Sequence[str], images: Sequence[str | bytes]) -> QuestionCard:
@@ -148,7 +148,7 @@ def card(a: Row, b: Row, names: Sequence[str], images: Sequence[str | bytes]) ->
 
 
 def _state(a: Row, b: Row, names: Sequence[str]) -> str:
-    """Which of the two is better."""
+    """Returns which of the two answers is better."""
     if a["score"] is None or b["score"] is None:
         return "not scored"
     if a["score"] == b["score"]:

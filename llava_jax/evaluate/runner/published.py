@@ -1,4 +1,4 @@
-"""Figures that others have published, kept as data (published.json), each with its source."""
+"""Figures that others have published, with their sources. The data is published.json."""
 
 import functools
 import json
@@ -14,15 +14,15 @@ from llava_jax.evaluate.runner.tables import markdown
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A model's figures under the names that the benchmark's own Scores have, in their units, and the source."""
+    """Published figures of a model, with the names and units of the task's Scores."""
 
     model: str
     figures: Mapping[str, float]
     source: str
-    deviations: Mapping[str, float] = field(default_factory=dict)  # of several runs of the judge
+    deviations: Mapping[str, float] = field(default_factory=dict)  # standard deviations over several runs of the judge
 
     def cell(self, figure: str) -> str:
-        """The figure, with its deviation; nothing if there is none."""
+        """Returns a figure with its deviation as text, "" without the figure."""
         if figure not in self.figures:
             return ""
         return f"{self.figures[figure]}" + (f" ± {self.deviations[figure]}" if figure in self.deviations else "")
@@ -30,7 +30,7 @@ class PublishedResult:
 
 @functools.cache
 def published_results() -> Mapping[str, Sequence[PublishedResult]]:
-    """All of published.json, by benchmark."""
+    """Returns the rows of published.json by benchmark."""
     content = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     sources = content["sources"]
     return {bench: [PublishedResult(**row | {"source": sources[row["source"]]}) for row in rows]
@@ -39,10 +39,10 @@ def published_results() -> Mapping[str, Sequence[PublishedResult]]:
 
 @dataclass(frozen=True)
 class ShowPublished:
-    """Print what was published for a benchmark, or for all, with the sources."""
+    """Print published figures of one benchmark or of all, with their sources."""
 
     bench: tyro.conf.Positional[str] = ""
-    """benchmark; all of them without it"""
+    """name of a benchmark; by default all"""
 
     def run(self) -> int:
         found = published_results()

@@ -1,4 +1,4 @@
-"""Figures as Markdown tables."""
+"""Formats figures as Markdown tables."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ from llava_jax.cli import printable
 
 
 def number(value: float | None) -> str:
-    """Two digits after the point, as the papers' tables; counts as they are; nothing for None."""
+    """Returns a figure with two decimals, a count as it is, and "" for None."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of a head and rows, numbers to the right; it can be printed, whatever is in it."""
+    """Returns a table of a head and rows, with numbers to the right. It is safe to print."""
     rows = [[printable(" ".join(cell.replace("|", "\\|").split())) for cell in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
 
