@@ -145,7 +145,7 @@ class Llava:
         """Answers a question, or the last message of a conversation.
 
         Args:
-          messages: a question, or [{"role": "user" | "assistant" | "system", "content": str}, ...].
+          messages: a question, or [{"role": "user" | "assistant" | "system", "content": str | parts}, ...].
           images: PIL images, paths or bytes of files, one for each `<image>` in the messages, in order. If the
             messages have no `<image>`, all images come before the first user message.
           max_new_tokens: maximum number of tokens of the answer. The model's context may leave room for fewer.
