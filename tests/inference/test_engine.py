@@ -59,6 +59,7 @@ def serve(engine, prompts, arrivals):
     raise AssertionError("some request was never answered")
 
 
+@pytest.mark.bits
 def test_requests_inserted_at_different_times_are_answered_as_alone(engine, prompts):
     alone = [serve(engine, [prompt], [0])[0][0] for prompt in prompts]
     assert len({tuple(answer) for answer in alone}) == len(prompts) and max(map(len, alone)) == 21
@@ -68,6 +69,7 @@ def test_requests_inserted_at_different_times_are_answered_as_alone(engine, prom
         assert full >= 2  # prompts waited for a slot
 
 
+@pytest.mark.bits
 def test_a_batch_is_a_state_of_its_own(engine, prompts):
     """Rows of one prefill go to slots in any order, and padding rows go nowhere."""
     state, wanted = engine.prefill(prompts[4:7], length=LENGTH)

@@ -310,6 +310,7 @@ def test_questions_about_one_image_compute_it_once(llava, pictures, tmp_path, mo
         assert rows == [("_prefill", 4)]
 
 
+@pytest.mark.bits
 def test_inputs_are_what_the_model_takes(llava, requests, pictures):
     image = tiles(pictures[1:3])
     inputs = llava.encode(requests[3]["messages"], pictures[1:3])

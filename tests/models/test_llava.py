@@ -194,6 +194,7 @@ def test_visual_tokens_by_index_against_a_plain_loop():
     np.testing.assert_array_equal(found[tokens != IMAGE_TOKEN_ID], text)
 
 
+@pytest.mark.bits
 def test_one_tile_an_image_needs_no_index(parameters):
     """The k-th visual token is the k-th feature: the index of the batch changes no bit."""
     model = llava.from_params(llava.abstract_params(CONFIG)[0], parameters)

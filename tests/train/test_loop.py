@@ -74,6 +74,7 @@ def break_down(monkeypatch, recipe: config.Recipe, step: int) -> None:
             loop.train(recipe)
 
 
+@pytest.mark.bits
 def test_a_run_that_was_stopped_in_both_stages_ends_with_the_same_bits(make_recipe, monkeypatch):
     whole = make_recipe("whole")
     loop.train(whole)
@@ -108,6 +109,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_recipe, monkeypatch)
         np.testing.assert_array_equal(x, theirs[path], err_msg=path)
 
 
+@pytest.mark.bits
 def test_frozen_parameters_keep_their_bits_and_each_stage_compiles_once(make_recipe, parts, monkeypatch):
     steps = []
     original = trainer.make_train_step

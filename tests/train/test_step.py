@@ -69,6 +69,7 @@ def test_stage_one_has_no_gradient_or_optimizer_state_of_frozen_parameters():
     assert {path for path in state.trainable} == {path for path in parameters if path.startswith("projector/")}
 
 
+@pytest.mark.bits
 def test_moments_in_the_hosts_memory_change_nothing():
     here, offloaded = run(make_mesh(), make_batch()), run(make_mesh(), make_batch(), offload=True)
     for name, value in here.items():
