@@ -39,8 +39,8 @@ def parse(
     """
     printed = io.StringIO()
     options = {"args": args, "prog": prog, "description": description}
-    if default is not None:  # a recipe: its options have the names of its fields
-        options |= {"default": default, "use_underscores": True}
+    if default is not None:
+        options["default"] = default
     if "-h" in args or "--help" in args:
         return tyro.cli(kind, **options)
     try:

@@ -1,7 +1,7 @@
 """Defines everything that a recipe can set, as frozen dataclasses that are checked on construction.
 
 A recipe is a Python file, `configs/NAME.py`, whose `recipe()` returns a `Recipe`. Every field can be set on the command
-line by its dotted name, for example `--stages.align.optimizer.warmup_ratio 0.1`.
+line by its dotted name, for example `--stages.align.optimizer.warmup-ratio 0.1`.
 """
 
 import dataclasses

@@ -19,7 +19,7 @@ VARIANTS = {
     "seed 2": ["--seed", "2"],
     "linear projector": ["--model.projector", "linear"],
     # One step with next to no learning rate: the projector enters stage 2 as it was drawn.
-    "without stage 1": ["--stages.align.steps", "1", "--stages.align.learning_rates",
+    "without stage 1": ["--stages.align.steps", "1", "--stages.align.learning-rates",
                         "projector/.*", "1e-30", "(vision|decoder)/.*", "None"],
     "random vision tower": ["--model.vision", "{out}/random_vision"],
 }

@@ -38,11 +38,12 @@ from llava_jax.train.step import init_state, make_train_step
 Batch = dict[str, np.ndarray]
 """Rows as train/step.py takes them, without the axis of micro-batches."""
 
-Run = Callable[[Batch], float]
-"""One step on a batch; returns its loss."""
+StepFunction = Callable[[Batch], float]
+"""Runs one step on a batch and returns its loss."""
 
 RATE = 1e-4
-PROMPT = 36  # tokens of a record that are never learned, besides those of its image
+PROMPT_TOKENS = 36
+"""Number of unsupervised text tokens of a record."""
 
 
 def main() -> None:
@@ -101,7 +102,7 @@ def full_rows(config: LlavaConfig, rows: int, text: int) -> Batch:
 
 
 def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], length: int, slots: int) -> Batch:
-    """Random rows of conversations, given as (tokens, images); all behind the image and PROMPT is learned."""
+    """Random rows of conversations, given as (tokens, images); all behind the image and PROMPT_TOKENS is learned."""
     rng, side = np.random.default_rng(0), config.vision.image_size
     shape = len(rows), length
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
@@ -127,7 +128,7 @@ def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], leng
     return batch
 
 
-def ours(config: LlavaConfig, stage: int, dtype: str, parameters: Parameters | None = None) -> Run:
+def ours(config: LlavaConfig, stage: int, dtype: str, parameters: Parameters | None = None) -> StepFunction:
     """The step that `llava_jax.train` runs, on the first device; random weights where none are given."""
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     platform = mesh.devices.flat[0].platform
@@ -162,7 +163,7 @@ def stage_of(stage: int) -> Stage:
     return Stage(learning_rates=rates, data=Data(path=""), optimizer=Optimizer(warmup_ratio=0))
 
 
-def theirs(config: LlavaConfig, stage: int, dtype: str, model=None) -> Run:
+def theirs(config: LlavaConfig, stage: int, dtype: str, model=None) -> StepFunction:
     """transformers' model, a new one where none is given, in a plain loop of PyTorch."""
     import torch
 
@@ -200,7 +201,7 @@ def hub_batch(config: LlavaConfig, batch: Batch, dtype) -> dict:
     return inputs
 
 
-def agree(config: LlavaConfig, batch: Batch, stage: int) -> tuple[Run, Run]:
+def agree(config: LlavaConfig, batch: Batch, stage: int) -> tuple[StepFunction, StepFunction]:
     """(theirs, ours) with the same weights in float32, after three steps whose losses are the same."""
     model = torch_model(config)
     parameters = parameters_of(model)
@@ -212,7 +213,7 @@ def agree(config: LlavaConfig, batch: Batch, stage: int) -> tuple[Run, Run]:
     return runs
 
 
-def in_turn(runs: tuple[Run, Run], batches: Sequence[Sequence[Batch]], rounds: int) -> np.ndarray:
+def in_turn(runs: tuple[StepFunction, StepFunction], batches: Sequence[Sequence[Batch]], rounds: int) -> np.ndarray:
     """Seconds [2, rounds] of each one's batches, the two in turn."""
     return np.array([[timed(run, own) for run, own in zip(runs, batches, strict=True)] for _ in range(rounds)]).T
 
@@ -230,7 +231,7 @@ def apart(make: Callable, config: LlavaConfig, stage: int, batch: Batch, rounds:
     return seconds
 
 
-def timed(run: Run, batches: Sequence[Batch]) -> float:
+def timed(run: StepFunction, batches: Sequence[Batch]) -> float:
     start = time.perf_counter()
     for batch in batches:
         run(batch)
@@ -246,7 +247,7 @@ def packing(config: LlavaConfig, rounds: int, batch_size: int = 16, batches: int
     rng = np.random.default_rng(0)
     tokens, words, images = made_up(rng, 0.02)
     scale = config.processor.features_per_tile / 576
-    tokens = np.maximum((tokens * scale).astype(int), PROMPT + 2 + images * config.processor.features_per_tile)
+    tokens = np.maximum((tokens * scale).astype(int), PROMPT_TOKENS + 2 + images * config.processor.features_per_tile)
     groups = [group for group in grouped_batches(words, images > 0, rng) if len(group) == batch_size]
     groups = [groups[i] for i in rng.permutation(len(groups))[:batches]]
     records = np.concatenate(groups)

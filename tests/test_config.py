@@ -7,16 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run_command
 
 from llava_jax import cli, config
 
 REPOSITORY = Path(__file__).parent.parent
 KINDS = (config.Model, config.Mesh, config.Data, config.Optimizer, config.Stage, config.Recipe)
-
-
-def train(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "llava_jax.train", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
 
 
 @pytest.mark.parametrize("args,expected", [
@@ -28,16 +24,24 @@ def train(*args: str) -> subprocess.CompletedProcess:
     (["mini", "--stages.align.learning_rates", "(", "0.1"], "'(' is no regular expression"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(args, expected):
-    done = train(*args)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-    assert expected in done.stderr
+    done = run_command("train", *args)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("\n") == 1 and done.err.startswith("error: ")
+    assert expected in done.err
 
 
 def test_debug_shows_where_a_mistake_was_found():
-    done = train("mino", "--debug")
+    command = [sys.executable, "-m", "llava_jax.train", "mino", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+def test_recipes_are_found_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.load_recipe("llava_1_5_13b").model.language.endswith("13b-v1.5")
+    mini = config.load_recipe("mini")
+    changed = cli.parse(type(mini), ["--seed", "3"], default=mini)
+    assert type(changed) is type(mini) is not config.Recipe and changed.seed == 3
 
 
 def test_overrides_by_dotted_name():

@@ -7,8 +7,10 @@ import re
 import signal
 import socket
 import threading
+import types
 
 import pytest
+from member import ERRORS
 from starting import finish, start
 
 from llava_jax.parallel import coordinator
@@ -81,16 +83,23 @@ def test_a_killed_process_is_named_by_the_others(process):
     ("KeyboardInterrupt", 130, "was interrupted"),
     ("SystemExit", 75, "was stopped"),
 ])
-def test_an_error_of_one_process_ends_all_with_one_code(error, code, line):
+def test_an_error_is_sent_in_one_line_with_the_exit_code(monkeypatch, error, code, line):
+    sent = []
+    monkeypatch.setattr(group, "_group", types.SimpleNamespace(code=0, abort=lambda *message: sent.append(message)))
+    with pytest.raises(type(ERRORS[error])), group.abort_all_on_error():
+        raise ERRORS[error]
+    assert sent == [(line, code)]
+
+
+@pytest.mark.parametrize("error, code", [("RuntimeError", 1), ("KeyboardInterrupt", 130)])
+def test_an_error_of_one_process_ends_all_with_one_code(error, code):
     codes, _, errors = finish(start(f"{error}:1", 2))
     assert codes == [code] * 2, errors
-    assert re.fullmatch(rf"error: process 1 \(\S+\): {re.escape(line)}\n", errors[0])
+    assert re.fullmatch(r"error: process 1 \(\S+\): (RuntimeError: no room for it|was interrupted)\n", errors[0])
     assert ("Traceback" in errors[1]) == (code == 1)
-    if code == 1:
-        assert re.search(rf"^(jax.errors.)?{error}\b", errors[1], re.MULTILINE)
 
 
-@pytest.mark.parametrize("error, code", [("OSError", 1), ("UserError", 2)])
+@pytest.mark.parametrize("error, code", [pytest.param("OSError", 1, marks=pytest.mark.slow), ("UserError", 2)])
 def test_each_of_several_processes_that_fail_shows_its_error(error, code):
     codes, _, errors = finish(start(f"{error}:02", 3))
     assert codes == [code] * 3, errors
@@ -100,12 +109,12 @@ def test_each_of_several_processes_that_fail_shows_its_error(error, code):
 
 
 def test_a_silent_process_is_given_up():
-    processes = start("stall:1", 2, silence=5)
+    processes = start("stall:1", 2, silence=4)
     processes[0].wait(timeout=120)
     processes[1].kill()
     codes, _, (error, _) = finish(processes)
     assert codes == [75, -signal.SIGKILL]
-    assert re.match(r"error: process 1 \(\S+\): has not been heard of for 5 s", error)
+    assert re.match(r"error: process 1 \(\S+\): has not been heard of for 4 s", error)
 
 
 def test_a_barrier_names_who_is_late():

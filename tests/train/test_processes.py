@@ -23,19 +23,17 @@ from llava_jax.weights import load_checkpoint
 SCRIPT = Path(__file__).with_name("train_process.py")
 
 
-@pytest.fixture
-def make_recipe(parts, data, tmp_path):
+def recipe_of(parts, data, output: Path, mesh: config.Mesh) -> config.Recipe:
     """One stage of eight steps, whose rows go through the 24 records about twice."""
+    stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)), batch_size=8, steps=8,
+                         data=config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4))
+    return config.Recipe(model=config.Model(vision=str(parts[0]), language=str(parts[1]), template="vicuna_v1"),
+                         stages={"align": stage}, output=str(output), mesh=mesh, log_every=1, checkpoint_every=2)
 
-    def make(name: str, mesh: config.Mesh) -> config.Recipe:
-        stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
-                             batch_size=8, steps=8,
-                             data=config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4))
-        return config.Recipe(model=config.Model(vision=str(parts[0]), language=str(parts[1]), template="vicuna_v1"),
-                             stages={"align": stage}, output=str(tmp_path / name), mesh=mesh, log_every=1,
-                             checkpoint_every=2)
 
-    return make
+@pytest.fixture
+def make_recipe(parts, data, tmp_path) -> Callable[[str, config.Mesh], config.Recipe]:
+    return lambda name, mesh: recipe_of(parts, data, tmp_path / name, mesh)
 
 
 @pytest.fixture
@@ -45,11 +43,13 @@ def train_alone(monkeypatch) -> Callable[[config.Recipe], None]:
     return lambda recipe: loop.train(dataclasses.replace(recipe, mesh=config.Mesh()))
 
 
-@pytest.fixture
-def whole(make_recipe, train_alone) -> config.Recipe:
-    """A run of one process, from beginning to end."""
-    recipe = make_recipe("whole", config.Mesh())
-    train_alone(recipe)
+@pytest.fixture(scope="module")
+def whole(parts, data, tmp_path_factory) -> config.Recipe:
+    """A finished run of one process."""
+    recipe = recipe_of(parts, data, tmp_path_factory.mktemp("whole") / "run", config.Mesh())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        loop.train(recipe)
     return recipe
 
 
@@ -127,26 +127,28 @@ def test_a_killed_process_ends_the_run_and_one_goes_on_from_its_checkpoint(make_
     assert_same_run(recipe, whole)
 
 
-def test_two_processes_set_a_damaged_checkpoint_aside_and_answer_samples(make_recipe, train_alone, data):
+@pytest.mark.slow
+def test_two_processes_validate_and_answer_samples(make_recipe, train_alone, data):
     def make(name: str, mesh: config.Mesh) -> config.Recipe:
         recipe = dataclasses.replace(make_recipe(name, mesh), sample_every=8)
         stage = recipe.stages["align"]
         return dataclasses.replace(recipe, stages={"align": dataclasses.replace(
             stage, data=dataclasses.replace(stage.data, validation=str(data)))})
 
-    def samples(recipe: config.Recipe) -> list[dict]:
-        return next(line["samples"] for line in lines(recipe) if "samples" in line)
-
-    def validated(recipe: config.Recipe) -> float:
-        return next(line["validation_loss"] for line in lines(recipe) if "validation_loss" in line)
+    def logged(recipe: config.Recipe, name: str):
+        return next(line[name] for line in lines(recipe) if name in line)
 
     alone, two = make("alone", config.Mesh()), make("two", config.Mesh(data=2, fsdp=4))
     train_alone(alone)
     codes, _, errors = train(two, 2)
     assert codes == [0, 0], errors
-    assert len(samples(two)) == 4 and samples(two) == samples(alone)
-    np.testing.assert_allclose(validated(two), validated(alone), rtol=2e-5)
+    assert len(logged(two, "samples")) == 4 and logged(two, "samples") == logged(alone, "samples")
+    np.testing.assert_allclose(logged(two, "validation_loss"), logged(alone, "validation_loss"), rtol=2e-5)
 
+
+def test_two_processes_set_a_damaged_checkpoint_aside(make_recipe, whole):
+    two = dataclasses.replace(whole, output=f"{whole.output}-two", mesh=config.Mesh(data=2, fsdp=4))
+    shutil.copytree(whole.output, two.output)
     shutil.rmtree(two.output + "/model")
     newest = Path(two.output, "checkpoints", "align", "8", "trainable")
     file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -156,11 +158,12 @@ def test_two_processes_set_a_damaged_checkpoint_aside_and_answer_samples(make_re
     codes, outputs, errors = train(two, 2)
     assert codes == [0, 0], errors
     assert "align/8: this checkpoint is damaged" in outputs[0] and "the one before, of step 6" in outputs[0]
-    assert_same_run(two, alone)
+    assert_same_run(two, whole)
 
 
 @pytest.mark.parametrize("signals, code", [
-    ("SIGTERM+SIGTERM", 75), ("SIGINT", 130), ("SIGTERM+SIGTERM+SIGTERM", 75), ("SIGINT+SIGTERM", 130)])
+    ("SIGTERM+SIGTERM", 75), *(pytest.param(signals, code, marks=pytest.mark.slow) for signals, code in (
+        ("SIGINT", 130), ("SIGTERM+SIGTERM+SIGTERM", 75), ("SIGINT+SIGTERM", 130)))])
 def test_a_signal_to_a_process_and_its_workers_saves_everything(make_recipe, signals, code):
     """As `timeout` and schedulers send SIGTERM, twice and to all, and a terminal Ctrl-C."""
     recipe = make_recipe("stopped", config.Mesh())
@@ -182,7 +185,8 @@ def test_a_signal_before_the_first_step_ends_all(make_recipe):
 
 
 @pytest.mark.parametrize("error, count, processes", [
-    ("JaxRuntimeError", 1, "0"), ("OSError", 1, "0"), ("JaxRuntimeError", 2, "1"), ("MemoryError", 2, "01")])
+    ("JaxRuntimeError", 2, "1"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("JaxRuntimeError", 1, "0"), ("OSError", 1, "0"), ("MemoryError", 2, "01")))])
 def test_an_error_that_no_user_can_mend_ends_with_1(make_recipe, error, count, processes):
     codes, _, errors = train(make_recipe("failed", config.Mesh()), count, error, processes, step=3)
     assert codes == [1] * count, errors
@@ -191,7 +195,9 @@ def test_an_error_that_no_user_can_mend_ends_with_1(make_recipe, error, count, p
         assert str(process) in processes or re.match(rf"error: process 1 \(\S+\): {error}: RESOURCE_EXHAUSTED", told)
 
 
-@pytest.mark.parametrize("event, count", [("folder", 1), ("folder", 2), ("rename", 1), ("rename", 2)])
+@pytest.mark.parametrize("event, count", [
+    ("folder", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("folder", 1), ("rename", 1), ("rename", 2)))])
 def test_an_output_that_breaks_in_mid_run_ends_it(make_recipe, event, count):
     """And soon: Orbax's threads would wait for each other, 5 to 20 minutes, while `train` gives up after 5."""
     recipe = dataclasses.replace(make_recipe("broken", config.Mesh()), log_every=100)
