@@ -1,9 +1,11 @@
-"""How commands end: one line and code 2 for what a user can mend; a traceback and code 1 for everything else."""
+"""How commands end: one line and code 2 for a UserError, a traceback and code 1 for every other error."""
 
+import errno
 import math
 import subprocess
 import sys
 
+import jax
 import pytest
 from commands import run_command
 
@@ -18,11 +20,22 @@ def ended(body: str, *args: str, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("error", [
-    "RuntimeError('out')", "MemoryError()", "OSError(errno.EIO, 'Input/output error')", "ValueError('shapes')",
-    "KeyError('x')", "ImportError('lib')", "FileNotFoundError(errno.ENOENT, 'No such file or directory')",
-    "__import__('jax').errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')"])
-def test_what_no_user_can_mend_keeps_its_traceback_and_ends_with_1(error):
-    done = ended(f"raise {error}")
+    RuntimeError("out"), MemoryError(), OSError(errno.EIO, "Input/output error"), ValueError("shapes"), KeyError("x"),
+    ImportError("lib"), FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")], ids=lambda error: type(error).__name__)
+def test_other_errors_pass(error, monkeypatch):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["verb"])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(type(error)) as raised:
+        cli.run(main)
+    assert raised.value is error
+
+
+def test_other_errors_keep_their_traceback_and_exit_with_1():
+    done = ended("raise OSError(errno.EIO, 'Input/output error')")
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
