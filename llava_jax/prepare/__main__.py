@@ -22,7 +22,7 @@ COMMANDS = {
 
 def main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        print(f"{__doc__}\n")
+        print(__doc__)
         for name in COMMANDS:
             print(f"  {name:8} {(_command(name).__doc__ or '').splitlines()[0]}")
         print("\nHelp of a command: python -m llava_jax.prepare COMMAND --help")

@@ -4,15 +4,13 @@ import dataclasses
 import os
 from typing import Literal
 
-import tyro
-
 from llava_jax.annotations.captions import CaptionFile
 from llava_jax.annotations.concept_filter import find_phrases, select
 from llava_jax.annotations.noun_phrases import open_chunker
 from llava_jax.cli import printable
 from llava_jax.errors import UserError
 from llava_jax.prepare.filter_report import write_report
-from llava_jax.prepare.options import Flag, WorkerOptions, require_at_least
+from llava_jax.prepare.options import DataArgument, Flag, OutArgument, WorkerOptions, require_at_least
 from llava_jax.prepare.writing import check_absent
 
 
@@ -21,13 +19,13 @@ class Filter(WorkerOptions):
     """Selects captions so that rare concepts are covered and common ones do not prevail (CC3M to 595K in the paper).
 
     DATA has one caption per row: a JSON list or JSON lines of rows with a `caption` (metadata.json) or a conversation
-    of one answer (chat.json), or lines of caption, tab, URL, as CC3M is published. OUT gets the chosen rows as they
+    of one answer (chat.json), or lines of caption, tab, URL, as CC3M is published. OUT gets the selected rows as they
     are.
     """
 
-    data: tyro.conf.Positional[str]
+    data: DataArgument
     """File to filter."""
-    out: tyro.conf.Positional[str]
+    out: OutArgument
     """File to write, in the format of DATA."""
     report: str = ""
     """Page to write, with the frequencies of phrases before and after; by default OUT with the ending .html."""

@@ -10,13 +10,15 @@ from llava_jax.config import Data
 from llava_jax.errors import UserError
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+DataArgument = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+OutArgument = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Names the data that a command reads."""
 
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    data: DataArgument
     """Data file or folder of any format, or a mixture file."""
     image_root: str = ""
     """Folder that image paths are relative to; by default the folder of the data file."""

@@ -17,14 +17,19 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from typing import Any, Literal
 
-import tyro
-
 from llava_jax.cli import printable
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
 from llava_jax.errors import DISK_FULL_ERRNOS, UserError
 from llava_jax.files import read_json
-from llava_jax.prepare.options import DataOptions, Flag, ImageOptions, WorkerOptions, require_at_least
+from llava_jax.prepare.options import (
+    DataOptions,
+    Flag,
+    ImageOptions,
+    OutArgument,
+    WorkerOptions,
+    require_at_least,
+)
 from llava_jax.prepare.progress import run_tasks
 from llava_jax.prepare.shards import SHOWN_BAD_ROWS, Encoding, Examples, ShardWriter, features, replace, write_json
 
@@ -45,7 +50,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
     write it to a disk and copy it: gcloud storage cp -r OUT gs://BUCKET
     """
 
-    out: tyro.conf.Positional[str]
+    out: OutArgument
     """Folder to write. If it is called FOLDER/NAME/1.0.0, tfds.data_source("NAME", data_dir=FOLDER) opens it too."""
     image_size: int | None = None
     """Side in pixels of the square that the model sees (336 for LLaVA-1.5). Larger images are stored as that square,

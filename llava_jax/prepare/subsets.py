@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -16,7 +16,7 @@ from llava_jax.data.records import REASONS
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import parse_json, temporary_path
-from llava_jax.prepare.options import DataOptions, Flag, WorkerOptions
+from llava_jax.prepare.options import DataOptions, Flag, OutArgument, WorkerOptions
 from llava_jax.prepare.ranking import mix_rows, rank, read_rows, sample_rows, split_rows
 from llava_jax.prepare.writing import check_outputs, common_root, move_images, write_rows
 
@@ -45,10 +45,10 @@ class RowOptions(WorkerOptions, DataOptions):
 class Split(RowOptions):
     """Splits a data set into parts that share no image, such as one for training and one for validation.
 
-    Writes OUT_DIR/train.json and so on. Every row of a mixture file is used once.
+    Writes OUT/train.json and so on. Every row of a mixture file is used once.
     """
 
-    out_dir: tyro.conf.Positional[str]
+    out_dir: OutArgument
     """Folder for the parts."""
     parts: str = "train=0.98,validation=0.02"
     """Names of the parts with shares (0.02) or numbers of rows (500); one share may be `rest`."""
@@ -83,7 +83,7 @@ class Sample(RowOptions):
     A sample is contained in every larger sample with the same seed. Every row of a mixture file is taken at most once.
     """
 
-    out: tyro.conf.Positional[str]
+    out: OutArgument
     """File to write: .json, .jsonl or .parquet."""
     count: int = 0
     """Number of rows to take."""
@@ -111,9 +111,9 @@ class Mix(WorkerOptions):
     parts have or none, is its share of the epoch. Training and every prepare command read a mixture file.
     """
 
-    out: tyro.conf.Positional[str]
+    out: OutArgument
     """Mixture file to write: .json; with --materialise .json, .jsonl or .parquet."""
-    parts: tyro.conf.Positional[tuple[str, ...]]
+    parts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PART ...")]
     """PATH[,epochs=N|,count=N|,weight=N][,image_root=DIR] ..."""
     materialise: Flag = False
     """Whether to write the rows of one epoch, mixed, instead of a file that names the parts."""
