@@ -9,8 +9,26 @@ from PIL import Image
 
 import llava_jax
 from llava_jax import config
+from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.llava import Request
 from llava_jax.parallel import sharding
+
+
+def inserted(llava, requests) -> list[list[int]]:
+    """The tokens of requests that are inserted one after the other, with a decode step between them."""
+    engine, answers = llava._engine, []
+    state, rows = engine.empty_state(4, 128), [[] for _ in range(4)]
+    for slot, request in zip((3, 0), requests, strict=True):
+        prompt = llava._prompt(request, *llava._encode(request), llava._tiles(request.images))
+        prefix, first = engine.prefill([prompt])
+        rows[slot] += np.asarray(first)[0].tolist()
+        state = engine.insert(state, prefix, [slot])
+        state, tokens = engine.decode(state, [True] * 4, steps=2)
+        answers.append(np.asarray(tokens))
+    answers.append(np.asarray(engine.decode(state, [True] * 4)[1]))
+    for slot in (3, 0):
+        rows[slot] += [int(token) for tokens in answers for token in tokens[slot] if token != NO_TOKEN]
+    return [rows[3], rows[0]]
 
 
 def main(out: str, model: str, *meshes: str) -> None:
@@ -26,7 +44,7 @@ def main(out: str, model: str, *meshes: str) -> None:
         devices = {len(x.sharding.device_set) for x in llava.parameters.values()}
         shares = min(x.addressable_shards[0].data.size / x.size for x in llava.parameters.values())
         found[sizes] = {
-            "tokens": [answer.tokens for answer in answers],
+            "tokens": [answer.tokens for answer in answers], "inserted": inserted(llava, requests[:2]),
             "likelihoods": [llava.log_likelihood(request, ["Yes", "No, it is not"]) for request in requests[:1]],
             "devices": sorted(devices), "smallest_share": shares,
         }
