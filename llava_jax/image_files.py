@@ -1,4 +1,4 @@
-"""Image files to RGB: which files are opened, how damaged ones are told, and how every PIL mode becomes RGB."""
+"""Opens image files as RGB: checks formats and limits, names what is damaged, and converts every PIL mode."""
 
 import contextlib
 import io
@@ -17,28 +17,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from llava_jax.errors import UserError, user_path
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""Formats that are decoded. PIL knows more, some of which run other programs (EPS)."""
+"""Formats that are decoded. PIL has more, and some of them run other programs (EPS)."""
 
 MAX_PIXELS = 2**26
-"""Default limit of an image's pixels (8192 x 8192), which PIL needs 4 bytes each for, and WebP 12."""
+"""Default limit of an image's pixels (8192 x 8192). PIL needs 4 bytes for each, and WebP 12."""
 
 LARGEST_LIMIT = 2 * Image.MAX_IMAGE_PIXELS
-"""PIL itself refuses images of more pixels."""
+"""Largest number of pixels that PIL itself accepts."""
 
 MAX_SCANS = 100
-"""Scans of a JPEG at most; cameras and converters write 1 to 10. Each costs as much time as the whole picture."""
+"""Largest number of scans in a JPEG. Cameras and converters write 1 to 10, and each costs as much as the image."""
 
-STRIP_PIXELS = 2**22  # pixels that are worked on together
+STRIP_PIXELS = 2**22
+"""Number of pixels that are processed together."""
 
-ORIENTATION = 0x0112  # tag of EXIF: 1 is upright
+ORIENTATION = 0x0112
+"""EXIF tag of the orientation; 1 is upright."""
 
-# What decoders raise on damaged content, apart from OSErrors without a code.
+# Errors of decoders on damaged content, besides OSErrors without a code.
 _DECODER_ERRORS = (SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
                    EOFError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half of LARGEST_LIMIT
 
-# Files in the place of images, by how they begin.
+# Other files under the name of an image, by their first bytes.
 _NO_IMAGES = ((b"version https://git-lfs", "a Git LFS pointer in the place of the file; fetch it: git lfs pull"),
               (b"%!PS", "PostScript; convert it to PNG"), (b"\xc5\xd0\xd3\xc6", "EPS; convert it to PNG"),
               (b"%PDF", "a PDF; convert its pages to PNG"), (b"<!doctype html", "a web page, so its download failed"),
@@ -49,7 +51,7 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs",
 
 
 class MissingImage(UserError):
-    """Raised where an image file does not exist."""
+    """Raised if an image file does not exist."""
 
 
 def open_image(
@@ -58,19 +60,19 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     seconds: float | None = None,
 ) -> Image.Image:
-    """Reads an image file, or the bytes of one, as RGB, as LLaVA does: of what is transparent, the colour is kept.
+    """Reads an image file, or its bytes, as RGB. As in LLaVA, transparent pixels keep their colour.
 
-    Greys of 16 bits are scaled from 0..65535; PIL would make everything above 255 white. Of integers of 32 bits and
-    floats, 0..255 (floats up to 1: 0..1; integers up to 65535: 0..65535) is scaled, and any other range from its least
-    to its greatest value.
+    Greys of 16 bits are scaled from 0..65535, because PIL would make everything above 255 white. Integers of 32 bits
+    and floats are scaled from 0..255 (floats up to 1: 0..1; integers up to 65535: 0..65535), and any other range from
+    its least to its greatest value.
 
     Args:
       exif: turn the image as its EXIF orientation says. LLaVA does not.
-      max_pixels: limit of width times height, read from the header before anything is decoded.
-      seconds: time after which reading a JPEG or PNG is given up.
+      max_pixels: largest width times height, checked in the header before anything is decoded.
+      seconds: largest time to decode a JPEG or PNG.
 
     Raises MissingImage if the file is missing and UserError if it is empty, not an image, truncated or too large: one
-    line that names the file. What the machine is at fault for (EIO, ESTALE, no memory) is raised as it is.
+    line that names the file. Errors of the machine (EIO, ESTALE, no memory) are raised unchanged.
     """
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     content = source if isinstance(source, bytes) else read_image(source, max_pixels)
@@ -103,7 +105,7 @@ def _open_file(path: str | os.PathLike, max_pixels: int) -> BinaryIO:
     with user_path(path):
         try:
             about = os.stat(path)
-            if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, a device never end
+            if not stat.S_ISREG(about.st_mode):  # a pipe would block, a device never end
                 raise UserError(f"{path}: the image cannot be read (it is no regular file)")
             if about.st_size > 16 * max_pixels:  # uncompressed, 4 channels of 32 bits
                 raise UserError(f"{path}: the image cannot be read (a file of {about.st_size:,} bytes)")
@@ -115,27 +117,27 @@ def _open_file(path: str | os.PathLike, max_pixels: int) -> BinaryIO:
 
 
 def open_header(content: bytes, max_pixels: int = MAX_PIXELS, seconds: float | None = None) -> Image.Image:
-    """Opens an image without decoding it. Raises ValueError if that would take too much, and PIL's errors."""
-    _check_pixels(_webp_size(content), max_pixels)  # PIL allocates both of its canvases before it tells their size
+    """Opens an image without decoding it. Raises ValueError if decoding would cost too much, and PIL's errors."""
+    _check_pixels(_webp_size(content), max_pixels)  # PIL allocates both canvases before it reports their size
     image = Image.open(_Timed(content, seconds), formats=FORMATS)
     _check_pixels(image.size, max_pixels)
     tags = getattr(image, "tag_v2", {})  # of TIFF, whose tiles can be larger than the image
     _check_pixels((tags.get(322, 1), tags.get(323, 1)), max_pixels)
     if image.format in ("JPEG", "MPO") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
         raise ValueError(f"a JPEG of {scans:,} scans, more than {MAX_SCANS}")
-    image.decodermaxblock = 2**14  # with 64 KB at once, _Timed would be asked too seldom
+    image.decodermaxblock = 2**14  # with 64 KB at once, _Timed would be called too seldom
     return image
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turns an image as its EXIF orientation says, which `open_image` keeps. Damaged EXIF says nothing."""
+    """Turns an image as its EXIF orientation says. Damaged EXIF is ignored."""
     return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image file: 1 if it is upright, or says nothing that can be read.
+    """Returns the EXIF orientation of an opened image file: 1 if it is upright, or if the tag is missing or damaged.
 
-    A TIFF counts as upright, for PIL turns it whenever it decodes one.
+    A TIFF counts as upright, because PIL turns it when it decodes one.
     """
     if image.format == "TIFF":
         return 1
@@ -148,15 +150,15 @@ def orientation(image: Image.Image) -> int:
 
 @contextlib.contextmanager
 def decoding(name: str, content: bytes) -> Iterator[None]:
-    """Turns what decoders raise on bad content into UserError. Errors of the machine pass."""
+    """Turns errors of decoders on bad content into UserError. Errors of the machine pass."""
     try:
         yield
-    except UnidentifiedImageError:  # its own text is about Python objects
+    except UnidentifiedImageError:  # its own message is about Python objects
         raise UserError(f"{name}: {_describe(content)}") from None
     except OSError as error:
         if error.errno is not None:
             raise
-        if "out of memory" in str(error):  # PIL's decoders tell it so
+        if "out of memory" in str(error):  # PIL's decoders report it so
             raise MemoryError(f"{name}: {error}") from error
         raise UserError(f"{name}: the image cannot be read ({error})") from None
     except _DECODER_ERRORS as error:
@@ -164,10 +166,10 @@ def decoding(name: str, content: bytes) -> Iterator[None]:
 
 
 def _describe(content: bytes) -> str:
-    """What a file is that is no image."""
+    """Describes a file that is no image."""
     start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for begin, what in _NO_IMAGES:
-        if start.startswith(begin.lower()):
+    for prefix, what in _NO_IMAGES:
+        if start.startswith(prefix.lower()):
             return f"not an image but {what}"
     if content[4:8] == b"ftyp" and content[8:12] in _HEIC:
         return "an HEIC image, as iPhones write it, which cannot be read; convert it to JPEG"
@@ -178,7 +180,7 @@ def _describe(content: bytes) -> str:
 
 
 class _Timed(io.BytesIO):
-    """Bytes that are read until a time is up."""
+    """Bytes that can be read for a limited time."""
 
     def __init__(self, content: bytes, seconds: float | None):
         super().__init__(content)
@@ -191,7 +193,7 @@ class _Timed(io.BytesIO):
 
 
 def _webp_size(content: bytes) -> tuple[int, int]:
-    """Width and height in the header of a WebP; of anything else (0, 0)."""
+    """Returns width and height in the header of a WebP; (0, 0) for any other content."""
     kind = content[12:16] if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else b""
     number = int.from_bytes
     match kind:
@@ -217,7 +219,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits as RGB, with what can be seen in it."""
+    """Converts a grey image of 16 or 32 bits to RGB, scaled to its visible range."""
     values = np.asarray(image)
     grey = np.empty(values.shape, np.uint8)
     if image.mode.startswith("I;16"):
@@ -232,13 +234,13 @@ def _scale_grey(image: Image.Image) -> Image.Image:
         low, high = 0.0, top
     for rows in row_strips(*image.size):
         part = np.nan_to_num(values[rows].astype(np.float64), nan=low, posinf=high, neginf=low)
-        # PIL cuts what is in 0..255 already; the original saw that.
+        # PIL truncates values that are in 0..255 already, and the original trained on that.
         grey[rows] = np.trunc(part) if top == 255 else np.rint(255 * (part - low) / max(high - low, 1e-30))
     return Image.fromarray(grey).convert("RGB")
 
 
 def _finite_range(values: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:
-    """Least and greatest of the values that are numbers; (0, 0) if none is."""
+    """Returns the least and the greatest finite value; (0, 0) if there is none."""
     low, high = np.inf, -np.inf
     for rows in row_strips(*size):
         finite = values[rows][np.isfinite(values[rows])]
@@ -248,7 +250,7 @@ def _finite_range(values: np.ndarray, size: tuple[int, int]) -> tuple[float, flo
 
 
 def row_strips(width: int, height: int) -> Iterator[slice]:
-    """The rows of an image in strips of at most STRIP_PIXELS, so that what is made of them stays small."""
+    """Yields the rows of an image in strips of at most STRIP_PIXELS, so that intermediate arrays stay small."""
     count = max(1, STRIP_PIXELS // width)
     return (slice(start, min(start + count, height)) for start in range(0, height, count))
 

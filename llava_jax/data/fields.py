@@ -56,12 +56,12 @@ def check_row(row: Mapping[str, Any]) -> None:
         raise Unsupported("the row has objects (boxes for marks in its texts); write the boxes into the texts")
     for key in PREFERENCES:
         if not _is_empty(row.get(key)):
-            raise Unsupported(f"the row has {key}: preferences cannot be learned; give the chosen answer as a turn")
+            raise Unsupported(f"the row has {key}: preferences are not trained on; give the chosen answer as a turn")
     for key in ("label", "kto_tag"):
         if row.get(key) is False:
-            raise Unsupported(f"{key} is false: the answer is one to avoid (KTO), and training would learn it")
+            raise Unsupported(f"{key} is false: the answer is one to avoid (KTO), and training would imitate it")
     if not _flag(row, "the row", default=True, keys=SUPERVISED_ROWS):
-        raise Unsupported("the row is not to be learned at all, as its flag says; leave it out")
+        raise Unsupported("the row is masked by its flag; leave it out")
 
 
 def check_turn(turn: Mapping[str, Any], name: str) -> None:
@@ -72,21 +72,21 @@ def check_turn(turn: Mapping[str, Any], name: str) -> None:
             raise Unsupported(f"{name} has {key} of its own; give them in the row's images, with <image> in the text")
     for key in PARTS_OF_ANSWERS:
         if not _is_empty(turn.get(key)):
-            raise Unsupported(f"{name} has {key}: answers are learned whole or not at all")
+            raise Unsupported(f"{name} has {key}: answers are supervised as a whole or not at all")
 
 
 def check_part(part: Mapping[str, Any], name: str) -> None:
     """Raises Unsupported if a part of a turn has other media, or masks only a part of the turn."""
     _refuse_media(part, name)
     if not _flag(part, name, default=True):
-        raise Unsupported(f"{name} is not to be learned, as its flag says; answers are learned whole or not at all")
+        raise Unsupported(f"{name} is masked by its flag; answers are supervised as a whole or not at all")
 
 
 def is_supervised(turn: Mapping[str, Any], name: str, is_answer: bool) -> bool:
     """Returns whether a turn is supervised. Raises Unsupported for a supervised question or a fractional weight."""
     supervised = _flag(turn, name, default=is_answer)
     if supervised and not is_answer:
-        raise Unsupported(f"{name} is no answer, and its flag says that it is to be learned; only answers are")
+        raise Unsupported(f"{name} is no answer, but its flag makes it supervised; only answers are")
     return supervised
 
 
@@ -116,9 +116,9 @@ def _refuse_media(fields: Mapping[str, Any], name: str) -> None:
         if _is_empty(value) or not isinstance(key, str):
             continue
         if MEDIA.fullmatch(key):
-            raise Unsupported(f"{name} has {key}; only texts and images can be learned")
+            raise Unsupported(f"{name} has {key}; only texts and images can be trained on")
         if key in TOOLS:
-            raise Unsupported(f"{name} has {key}; conversations with tools cannot be learned")
+            raise Unsupported(f"{name} has {key}; conversations with tools cannot be trained on")
 
 
 def _flag(

@@ -134,10 +134,10 @@ def read_members(path: str) -> Iterator[tuple[str, Any]]:
             while not closed:
                 at, stop = text.skip_value(at)
                 key = text.value(at, stop)
-                at = text.skip_blank(stop)
+                at = text.skip_space(stop)
                 if not isinstance(key, str) or not text.startswith(at, ":"):
                     raise json.JSONDecodeError("a key or its colon is missing", text.text, at)
-                at = text.skip_blank(at + 1)
+                at = text.skip_space(at + 1)
                 if text.startswith(at, "["):
                     at, ended = text.first_item(at, "]")
                     while not ended:
@@ -228,7 +228,7 @@ def _require_json(content: mmap.mmap, offsets: np.ndarray, path: str) -> None:
         raise UserError(f"{path}, {problem}")
 
 
-_blank = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
@@ -240,7 +240,7 @@ def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
             at, stop = text.skip_value(at)
             found.extend((text.base + at, text.base + stop, text.line_of(at)))
             at, closed = text.next_item(stop, "]")
-        at = text.skip_blank(at + 1)
+        at = text.skip_space(at + 1)
         if text.base + at < len(content) and found:
             raise json.JSONDecodeError("there is more after the end of the list", text.text, at)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -279,24 +279,24 @@ class _Text:
     def startswith(self, at: int, character: str) -> bool:
         return self.text.startswith(character, at)
 
-    def skip_blank(self, at: int) -> int:
-        stop = _blank.match(self.text, at).end()
-        return stop if stop < len(self.text) or self._ended() else self.skip_blank(self._move(at))
+    def skip_space(self, at: int) -> int:
+        stop = _SPACE.match(self.text, at).end()
+        return stop if stop < len(self.text) or self._ended() else self.skip_space(self._move(at))
 
     def first_item(self, at: int, close: str) -> tuple[int, bool]:
         """Returns the position of the first item after a bracket at `at`; or of the closing bracket, and True."""
-        at = self.skip_blank(at + 1)
+        at = self.skip_space(at + 1)
         return at, self.startswith(at, close)
 
     def next_item(self, at: int, close: str) -> tuple[int, bool]:
         """Returns the position of the item after one that ends at `at`; or of the closing bracket, and True."""
-        at = self.skip_blank(at)
+        at = self.skip_space(at)
         if self.startswith(at, close):
             return at, True
         if not self.startswith(at, ","):
             what = "list" if close == "]" else "object"
             raise json.JSONDecodeError(f"a comma or the end of the {what} is missing", self.text, at)
-        return self.skip_blank(at + 1), False
+        return self.skip_space(at + 1), False
 
     def value(self, at: int, stop: int) -> Any:
         """Returns the value that `skip_value` skipped last."""

@@ -38,7 +38,7 @@ class Leaf:
     names: tuple[str, ...] = ()
 
 
-Feature = Leaf | list["Feature"] | dict[str, "Feature"]  # a list holds one feature: that of its elements
+Feature = Leaf | list["Feature"] | dict[str, "Feature"]  # a list has one feature: that of its elements
 
 
 class TfdsRows:
@@ -178,7 +178,7 @@ def _skipped(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> l
         return [found for name, feature in inner for found in _skipped(feature, folder, (*path, name))]
     for kind in ("video", "audio"):
         if kind in spec or str(spec.get("pythonClassName")).lower().endswith(f".{kind}"):
-            raise UserError(f"{folder}: feature {'/'.join(path)} is {kind}; only texts and images can be learned")
+            raise UserError(f"{folder}: feature {'/'.join(path)} is {kind}; only texts and images can be trained on")
     if "sequence" in spec:
         return _skipped(spec["sequence"]["feature"], folder, path)
     return [] if _parse_features(spec, folder, path) else ["/".join(path)]

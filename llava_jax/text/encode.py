@@ -61,7 +61,7 @@ def encode_conversation(
     """
     example = _encode(conversation_spans(turns, template), tokenizer, visual_tokens)
     if not (example.labels != IGNORE).any():
-        masked = " that is to be learned" if any(turn.get("loss") is False for turn in turns) else ""
+        masked = " that is not masked" if any(turn.get("loss") is False for turn in turns) else ""
         raise NoSupervisedTokens(f"nothing to learn: the conversation has no answer with text{masked}")
     if max_length is not None and len(example.tokens) > max_length:
         over = len(example.tokens) - max_length

@@ -55,13 +55,13 @@ def test_an_answer_that_is_to_be_learned_is(flag):
 
 
 def test_nothing_to_learn_says_why():
-    with pytest.raises(ValueError, match="no answer with text that is to be learned"):
+    with pytest.raises(ValueError, match="no answer with text that is not masked"):
         learned(chat({"weight": 0}, {"weight": 0}))
 
 
 def test_flags_of_questions():
     assert learned(chat({}, weight=0)) == learned(chat({}))  # SlimOrca has them on every turn
-    with pytest.raises(BadRow, match="turn 1 is no answer, and its flag says that it is to be learned") as raised:
+    with pytest.raises(BadRow, match="turn 1 is no answer, but its flag makes it supervised") as raised:
         parse_row(chat({}, train=True), "here")
     assert raised.value.reason == "unsupported"
 
@@ -97,7 +97,7 @@ def asked(question: str, answer: str = "A ball.") -> dict:
         (chat({"weight": 0.5}), "turn 2 has weight 0.5; only 0 and 1"),
         (chat({"loss": "no"}), "turn 2 has loss 'no'"),
         (chat({"weight": 1, "loss": False}), "turn 2 contradicts itself: weight and loss"),
-        (PLAIN | {"weight": 0}, "the row is not to be learned"),
+        (PLAIN | {"weight": 0}, "the row is masked by its flag"),
         (PLAIN | {"weight": 0.3}, "the row has weight 0.3"),
         (PLAIN | {"label": False}, "label is false"),
         (PLAIN | {"kto_tag": False}, "kto_tag is false"),

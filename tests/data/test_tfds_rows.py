@@ -277,7 +277,7 @@ def test_videos_and_audio_are_refused_by_name(copied, kind, spec):
         content["featuresDict"]["features"]["clip"] = {"sequence": {"feature": spec}, "pythonClassName": "x"}
 
     edit(copied, "features.json", add)
-    with pytest.raises(UserError, match=f"feature clip is {kind}; only texts and images can be learned"):
+    with pytest.raises(UserError, match=f"feature clip is {kind}; only texts and images can be trained on"):
         TfdsRows(copied)
 
 

@@ -97,7 +97,7 @@ def test_an_answer_of_the_first_llava_that_is_only_read(kinds):
     turns[1]["loss"] = False
     assert learned() == "###### Assistant: d\n### "
     turns[3]["loss"] = False
-    with pytest.raises(NoSupervisedTokens, match="no answer with text that is to be learned"):
+    with pytest.raises(NoSupervisedTokens, match="no answer with text that is not masked"):
         learned()
     with pytest.raises(NoSupervisedTokens, match="no answer with text"):
         encode_conversation(turns[:1], "llava_v0", tokenizer)
