@@ -1,11 +1,11 @@
-"""How fast a benchmark is answered: questions per second, many at once against one at a time.
+"""Measures the answers per second of a benchmark: many questions at once against one at a time.
 
     python scripts/bench_evaluate.py [--model runs/mini/model] [--data runs/mini/data] [--questions 256]
                                      [--batches 1,8,32,64] [--rounds 3]
 
-The questions are the miniature's, whose answers are a word; that every batch size gives the same texts is checked
-first, which compiles too. Then the batch sizes take turns. Images are opened and decoded in the time that is measured.
-Figures are medians, with the lowest and the highest.
+The questions are the miniature's, with answers of one word. A first round compiles, and checks that all batch sizes give
+the same texts. Then the batch sizes alternate. The measured time includes opening and decoding of images. The figures
+are medians, with the lowest and the highest value.
 """
 
 import argparse

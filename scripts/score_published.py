@@ -1,8 +1,8 @@
-"""Scores the answers that LLaVA published with these tasks, and compares the prompts: is evaluation the original's?
+"""Scores LLaVA's published answers with these tasks, and compares the prompts with the original's.
 
     python scripts/score_published.py FOLDER
 
-FOLDER has what others published, none of which comes with this package:
+FOLDER has published files, which are not part of this package:
 
 - llava/: github haotian-liu/LLaVA with playground/data/eval of commit 32cebc38 (answers, reviews, uploads)
 - pope-e3e39262/: output/coco of github AoiDragon/POPE at that commit
@@ -10,12 +10,13 @@ FOLDER has what others published, none of which comes with this package:
 - derived/scienceqa: problems.json, pid_splits.json, and answers_13b.jsonl, which has the answers of the published
   llava-v1.5-13b_output.jsonl as lines
 - derived/judge: answers to LLaVA-Bench (COCO) in candidate.jsonl, and in original_messages_sha256.json the hashes of
-  what LLaVA's script asks about them
+  the requests of LLaVA's script about them
 - derived/tokenizers/llama_legacy_false, and derived/prompts/ids_legacy_false.jsonl: lines of [benchmark, id, the first
-  12 hex digits of the sha256 of json.dumps(ids)], the ids by LLaVA's own conversation.py and tokenizer_image_token
+  12 hex digits of the sha256 of json.dumps(ids)], with the ids of LLaVA's own conversation.py and
+  tokenizer_image_token
 
-What is not there is left out and told. Prints each figure beside the published one, and for each benchmark how many
-prompts have the original's ids. Exit code 1 if anything differs, 2 if nothing could be compared.
+Missing files are left out with a message. The script prints each figure beside the published one, and for each
+benchmark the number of prompts with the original's ids. Exit code 1 if anything differs, 2 if nothing was compared.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ RESULTS = "llava/llava/eval/table/results"
 
 
 class Row(NamedTuple):
-    """A figure; `published` as it was written, to that many digits."""
+    """A figure. `published` has the digits of the publication."""
 
     name: str
     ours: str
@@ -61,19 +62,19 @@ class Row(NamedTuple):
 
 
 class Folder:
-    """What others published, and a scratch folder where it is put together as the tasks expect it."""
+    """The published files, and a scratch folder with links to them in the tasks' layout."""
 
     def __init__(self, root: Path, scratch: Path):
         self.root, self.scratch = root, scratch
 
     def __call__(self, path: str) -> Path:
-        """Raises FileNotFoundError that names what is not there."""
+        """Returns a path. Raises FileNotFoundError if it is missing."""
         if not (self.root / path).exists():
             raise FileNotFoundError(path)
         return self.root / path
 
     def data(self, name: str, **files: str) -> str:
-        """A folder with these files, given as name with `__` for the dot -> path in the root."""
+        """Makes a folder with links: name with `__` for the dot -> path in the root. Returns its path."""
         folder = self.scratch / name
         folder.mkdir(exist_ok=True)
         for file, path in files.items():
@@ -84,7 +85,7 @@ class Folder:
 
 
 def score(task: Task, data: str, path: Path) -> tuple[Any, list[Question], list]:
-    """The scores of a file of answers, which has to be whole and of these very prompts."""
+    """Scores a complete file of answers to exactly these prompts."""
     questions = task.load(data)
     lines, _ = answer_file.read(str(path))
     answer_file.check(str(path), task.title, questions, lines, task.uses_answer_order)
@@ -134,7 +135,7 @@ def wild(folder: Folder) -> Iterator[Row]:
 
 
 def uploads(folder: Folder) -> Iterator[Row]:
-    """How many answers of the files for the servers are those of the published files."""
+    """Counts the equal answers in the uploads."""
     for size in ("7b", "13b"):
         data = str(folder(f"{EVAL}/mm-vet"))
         ours = json.loads(_upload(folder, MMVet(), data, f"{EVAL}/mm-vet/answers/llava-v1.5-{size}.jsonl").read_text())
@@ -168,7 +169,7 @@ def _same(name: str, ours: dict, theirs: dict) -> Row:
 
 
 def judge(folder: Folder) -> Iterator[Row]:
-    """How many of the judge's requests are those of LLaVA's script."""
+    """Counts the judge's requests that equal those of LLaVA's script."""
     task, rules = LlavaBenchCoco(), JudgeRules.load(str(folder("llava/llava/eval/table/rule.json")))
     cases = task.cases(task.paths(str(folder("llava/playground/data/coco2014_val_qa_eval"))))
     said = {row["question_id"]: row["text"] for _, row in read_json_lines(str(folder("derived/judge/candidate.jsonl")))}
@@ -180,7 +181,7 @@ def judge(folder: Folder) -> Iterator[Row]:
 
 
 def prompts(folder: Folder) -> Iterator[Row]:
-    """How many prompts have the ids of the original's."""
+    """Counts the prompts with the original's ids."""
     wanted: dict[str, list] = {}
     for line in folder("derived/prompts/ids_legacy_false.jsonl").read_text().splitlines():
         name, id, digest = json.loads(line)
@@ -206,12 +207,12 @@ def prompts(folder: Folder) -> Iterator[Row]:
 
 
 def _read(task: QuestionFileTask, folder: Path) -> list[Question]:
-    """The questions alone, without the labels that a benchmark's own `read` looks for."""
+    """Returns the questions without reading the labels that a task's own `load` needs."""
     return QuestionFileTask.load(task, str(folder))
 
 
 def _wild_questions(folder: Folder) -> Iterator[Question]:
-    """As the answers have them: the questions themselves are on the hub."""
+    """Yields the questions from the answer files, because the question file is not in LLaVA's repository."""
     for size in ("7b", "13b"):
         path = folder(f"{EVAL}/llava-bench-in-the-wild/answers/llava-v1.5-{size}.jsonl")
         yield from (Question(row["question_id"], row["prompt"], ("image",)) for _, row in read_json_lines(str(path)))

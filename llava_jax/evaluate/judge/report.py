@@ -1,4 +1,4 @@
-"""What comes of a judge's reviews: figures over runs and orders, and files of them."""
+"""Writes a judge's reviews, and their figures over runs and orders."""
 
 import datetime
 import hashlib
@@ -22,17 +22,19 @@ from llava_jax.evaluate.judge.reviews import (
     table,
 )
 from llava_jax.evaluate.tasks.base import MAX_EXAMPLES, quote
-from llava_jax.files import atomic_write
+from llava_jax.files import write_file
 
-REVIEWS = "reviews"  # a folder
-OWN = re.compile(r"reviews_\d+(_swapped)?\.jsonl")
+REVIEWS = "reviews"
+"""Name of the folder of reviews."""
+OWN_FILE = re.compile(r"reviews_\d+(_swapped)?\.jsonl")
 
-Ratios = dict[str, float]  # by category
+Ratios = dict[str, float]
+"""Candidate's score in percent of the reference's, by category."""
 
 
 @dataclass
 class JudgeReport:
-    """Reviews by run, from 1, and order; what has failed; and who replied."""
+    """Reviews by run (from 1) and order, failed judgements, and statistics of the replies."""
 
     compat: bool
     reviews: dict[tuple[int, bool], list[Review]] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class JudgeReport:
         return [reviews for (_, order), reviews in sorted(self.reviews.items()) if order == swapped]
 
     def by_order(self) -> dict[str, list[Ratios]]:
-        """Name of a row of the table -> for each run, ratios by category."""
+        """Returns name of a row of the table -> ratios of each run."""
         rows = {"reference first": [self._ratios(reviews) for reviews in self.runs(False)]}
         if self.runs(True):
             rows["candidate first"] = [self._ratios(reviews) for reviews in self.runs(True)]
@@ -81,10 +83,10 @@ class JudgeReport:
 
 def write_report(report: JudgeReport, folder: str, paths: Mapping[str, str], judge: Mapping[str, Any],
                  options: Mapping[str, Any]) -> str:
-    """Writes judge.json, judge.md, failed.jsonl and the reviews; returns what to print."""
+    """Writes judge.json, judge.md, failed.jsonl and the reviews. Returns the text to print."""
     rows = {name: _means(ratios) for name, ratios in report.by_order().items()}
     os.makedirs(os.path.join(folder, REVIEWS), exist_ok=True)
-    for name in filter(OWN.fullmatch, os.listdir(os.path.join(folder, REVIEWS))):  # of a command with more runs
+    for name in filter(OWN_FILE.fullmatch, os.listdir(os.path.join(folder, REVIEWS))):  # of a command with more runs
         os.unlink(os.path.join(folder, REVIEWS, name))
     runs, lines = [], []
     for (run, swapped), reviews in sorted(report.reviews.items()):
@@ -113,16 +115,14 @@ def write_report(report: JudgeReport, folder: str, paths: Mapping[str, str], jud
         "options": dict(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    with atomic_write(os.path.join(folder, "judge.json")) as file:
-        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
+    write_file(os.path.join(folder, "judge.json"), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     text = _markdown(rows, content, report.failed[:MAX_EXAMPLES])
-    with atomic_write(os.path.join(folder, "judge.md")) as file:
-        file.write(text.encode() + b"\n")
+    write_file(os.path.join(folder, "judge.md"), text + "\n")
     return "\n".join(lines) if report.compat else text
 
 
 def _means(runs: Sequence[Ratios]) -> tuple[Ratios, Ratios]:
-    """Mean over the runs, and standard deviation of a run (n - 1), which one run does not have."""
+    """Returns the mean over the runs, and the standard deviation of a run (n - 1) if there are several."""
     values: dict[str, list[float]] = {}
     for ratios in runs:
         for category, ratio in ratios.items():
@@ -150,8 +150,7 @@ def _markdown(rows: Mapping[str, tuple[Ratios, Ratios]], content: Mapping[str, A
 
 
 def _write_lines(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # in ASCII, as LLaVA's scripts
 
 
 def _hash(path: str) -> str:

@@ -1,14 +1,14 @@
-"""llava_jax as a model of lmms-eval: `python -m lmms_eval --model llava_jax --model_args pretrained=DIR --tasks ...`.
+"""Makes llava_jax a model of lmms-eval: `python -m lmms_eval --model llava_jax --model_args pretrained=DIR ...`.
 
-setup.cfg names `manifest` among the entry points `lmms_eval.models`: lmms-eval finds it where both are installed.
-It brings torch and 150 other packages, and belongs in an environment of its own.
+setup.cfg names `manifest` as an entry point `lmms_eval.models`, so lmms-eval finds it if both are installed. lmms-eval
+installs torch and 150 other packages, so it needs an environment of its own.
 """
 
 from typing import Any
 
 
 def manifest() -> Any:
-    """The ModelManifest that lmms-eval asks for; the classes are imported when they are used."""
+    """Returns the ModelManifest for lmms-eval. The classes are imported when they are used."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     module = "llava_jax.evaluate.runner.lmms_eval_models"

@@ -1,4 +1,4 @@
-"""The classes that lmms-eval makes of a llava_jax model; only lmms-eval imports this file."""
+"""lmms-eval's classes of a llava_jax model. Only lmms-eval imports this file."""
 
 import math
 import sys
@@ -15,17 +15,19 @@ from llava_jax.evaluate.runner.generation import too_long
 from llava_jax.inference.llava import Request, load
 from llava_jax.text.templates import IMAGE
 
-MAX_NEW_TOKENS = 1024  # where a task names none, as lmms-eval's own LLaVA
-LONGEST_CHOICE = 32  # tokens that are written to see whether a given answer is the model's own
+MAX_NEW_TOKENS = 1024
+"""Default if a task has none, as in lmms-eval's own LLaVA."""
+MAX_CHOICE_TOKENS = 32
+"""Number of generated tokens that are compared with a given answer."""
 
 
 class LlavaJax(lmms):
-    """A model whose tasks give a text and a list of images.
+    """A model for tasks with a text and a list of images.
 
     Args:
-      pretrained: any model directory that `llava_jax.load` opens.
+      pretrained: Model directory that `llava_jax.load` opens.
       dtype: "bfloat16" or "float32"; by default bfloat16 on TPU and GPU.
-      batch_size: requests at a time. lmms-eval's --device and --max_batch_size say nothing to JAX and are not used.
+      batch_size: Number of requests at a time. lmms-eval's --device and --max_batch_size are not used.
     """
 
     is_simple = True
@@ -34,10 +36,10 @@ class LlavaJax(lmms):
                  device: str | None = None, max_batch_size: int | None = None):
         super().__init__()
         self.llava, self.batch_size = load(pretrained, dtype), int(batch_size)
-        self.device = "cpu"  # where lmms-eval keeps what its own processes tell each other
+        self.device = "cpu"  # device of lmms-eval's own messages between processes
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """The answers in the order of the requests; an empty one to a request that is longer than the context."""
+        """Returns the answers in the order of the requests, an empty one if a request is longer than the context."""
         results: list[GenerationResult] = [GenerationResult("")] * len(requests)
         numbers: list[int] = []
 
@@ -59,16 +61,18 @@ class LlavaJax(lmms):
         return results
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """For each request minus the log-probability of its answer, for lmms-eval takes the smallest; and whether the
-        model itself would begin with it. In a GenerationResult, for lmms-eval 0.7.3 makes a string of a bare pair.
-        Where the context has no room for a question and its answers, none of them is likely at all."""
-        together: dict[tuple, list[int]] = {}  # the same question with other answers
+        """Returns minus the log-probability of each request's answer, and whether the model's text starts with it.
+
+        lmms-eval chooses the smallest value. The pair is in a GenerationResult, because lmms-eval 0.7.3 makes a string
+        of a bare pair. If the context has no room for a question and its answers, the value is infinite.
+        """
+        together: dict[tuple, list[int]] = {}  # requests with equal questions
         for number, (context, _, _, *place) in enumerate(request.args for request in requests):
             together.setdefault((context, *place), []).append(number)
         asked, wanted, groups = [], [], []
         for numbers in together.values():
             context, _, to_images, *place = requests[numbers[0]].args
-            request = self._request(context, {"max_new_tokens": LONGEST_CHOICE}, to_images, *place)
+            request = self._request(context, {"max_new_tokens": MAX_CHOICE_TOKENS}, to_images, *place)
             answers = [requests[number].args[1] for number in numbers]
             answers = [(answer if isinstance(answer, str) else answer(self._doc(*place))).strip() for answer in answers]
             if why := too_long(self.llava, request, answers):
@@ -96,7 +100,7 @@ class LlavaJax(lmms):
 
 
 class LlavaJaxChat(LlavaJax):
-    """A model whose tasks give messages, with images among the texts. Multiple choice wants --force_simple."""
+    """A model for tasks with messages that contain images. Multiple choice needs --force_simple."""
 
     is_simple = False
 
@@ -124,6 +128,6 @@ def _make(messages: Any, images: Sequence[Any], settings: Mapping[str, Any]) -> 
         max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
         temperature=(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0,
         top_p=settings.get("top_p") or 1.0,
-        # lmms-eval puts a blank line here where a task names nothing, which would end every longer answer.
+        # A task without stop texts has a blank line here, which would end every longer answer.
         stop=[text for text in stop if text.strip()],
     )

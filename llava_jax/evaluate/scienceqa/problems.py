@@ -246,21 +246,22 @@ def _check(problem: Any, where: str) -> None:
 class ScienceQAData:
     """Make ScienceQA's training and test files, from its own files or from Hugging Face's.
 
-    Hugging Face's rows are first written out in ScienceQA's own layout. Every format is INPUT-OUTPUT as in the paper:
-    QCM (question, context, choices) or CQM, and for instance LEA (lecture, explanation, then the answer) or A."""
+    Hugging Face's rows are first written in ScienceQA's own layout. A format is INPUT-OUTPUT as in the paper: QCM
+    (question, context, choices) or CQM, and for example LEA (lecture, explanation, then the answer) or A."""
 
     data: tyro.conf.Positional[str]
     """folder with problems.json, pid_splits.json and images, or with Hugging Face's parquet files, or one of these"""
     out: str = ""
-    """folder to write to; data itself if empty"""
+    """folder for the files; by default data itself"""
     splits: tuple[str, ...] = ("train", "val", "test")
-    """train, val, test, trainval, minival, minitest: as pid_splits.json has them"""
+    """splits of pid_splits.json: train, val, test, trainval, minival, minitest"""
     formats: tuple[str, ...] = ("QCM-LEA", "CQM-A")
-    """formats, one file for each and each split"""
+    """formats; each gives one file per split"""
     kind: Literal["llava", "jsonl"] = "llava"
-    """llava_SPLIT_FORMAT.json, conversations; or scienceqa_SPLIT_FORMAT.jsonl, instruction and output"""
+    """form of the files: llava_SPLIT_FORMAT.json with conversations, or scienceqa_SPLIT_FORMAT.jsonl with instruction
+    and output"""
     download: bool = False
-    """first get the parquet files from the hub into data (0.6 GB)"""
+    """download the parquet files from Hugging Face into data first (0.6 GB)"""
     overwrite: bool = False
     """replace files that exist"""
 
@@ -288,9 +289,9 @@ class ScienceQAData:
             problems = read_problems(source, split)
             images = [find_image(source, split, pid, problem) for pid, problem in problems.items()]
             missing = [path for path in images if path is not None and not os.path.exists(path)]
-            lost = f"; {len(missing):,} images are missing, the first is {printable(missing[0])}" if missing else ""
+            suffix = f"; {len(missing):,} images are missing, the first is {printable(missing[0])}" if missing else ""
             count = len(images) - images.count(None)
-            print(f"{source}, {split}: {len(problems):,} problems, {count:,} with an image{lost}")
+            print(f"{source}, {split}: {len(problems):,} problems, {count:,} with an image{suffix}")
             for prompt_format in self.formats:
                 write_conversations(problems, paths[split, prompt_format], prompt_format, self.kind)
                 print(f"{paths[split, prompt_format]}: {len(problems):,} records")
