@@ -3,8 +3,8 @@
     python scripts/bench_evaluate.py [--model runs/mini/model] [--data runs/mini/data] [--questions 256]
                                      [--batches 1,8,32,64] [--rounds 3]
 
-The questions are the miniature's, with answers of one word. A first round compiles, and checks that all batch sizes give
-the same texts. Then the batch sizes alternate. The measured time includes opening and decoding of images. The figures
+The questions are the miniature's, with answers of one word. A first round compiles, and checks that all batch sizes
+give the same texts. Then the batch sizes alternate. The time includes opening and decoding of images. The figures
 are medians, with the lowest and the highest value.
 """
 
