@@ -2,16 +2,16 @@
 
     python scripts/ablate_data.py [--out runs/ablate_data] [--pictures 10000] [--epochs 2] [--questions 100]
 
-The rules teacher writes the three kinds of record about the miniature's pictures, in the paper's proportion (58K, 23K
-and 77K of 158K). Stage 1 is trained once; from it stage 2 is trained on five sets for the same number of epochs. Every
-model then gets questions of the three kinds, one of each, about held-out pictures.
+The rules teacher writes three kinds of records about the miniature's pictures, in the paper's proportion (58K, 23K and
+77K of 158K). Stage 1 is trained once. Stage 2 starts from it with five data sets for the same number of epochs. Every
+model then gets one question of each kind about every held-out picture.
 
 In the paper GPT-4 gives each answer 1 to 10 points, and a model's score is its points relative to those of GPT-4's own
-answers. Here the points of an answer are the F1 score of its facts: the part of what it claims that the boxes do not
-contradict, and the number of different true facts relative to that in the rules teacher's answer to the same question.
+answers. Here the points of an answer are the F1 score of its facts. Precision is the share of its claims that the boxes
+do not contradict. Recall is its number of different true facts relative to that of the rules teacher's answer.
 What synthesize/evidence does not read, such as the conclusion of an argument, earns and costs nothing.
 
-What is there already is not made again. Ends with a Markdown table.
+Existing files are not made again. The output is a Markdown table.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from llava_jax.train.loop import train
 
 SHARES = {"conversation": 58 / 158, "detail_description": 23 / 158, "complex_reasoning": 77 / 158}
 OPTIONS = dict(zip(KINDS, ("conversation", "detail", "complex"), strict=True))
-# What part of each kind's records a set has, and the paper's scores: conversation, detail, complex, all.
+# Share of each kind's records in a set, and the paper's scores: conversation, detail, complex, all.
 SETS = {
     "full data": ((1, 1, 1), (83.1, 75.3, 96.5, 85.1)),
     "detail + complex": ((0, 1, 1), (81.5, 73.3, 90.8, 81.9)),
@@ -49,7 +49,7 @@ SETS = {
     "conversation": ((1, 0, 0), (76.5, 59.8, 84.9, 73.8)),
     "no instruction tuning": (None, (22.0, 24.0, 18.5, 21.5)),
 }
-TEST = 500  # pictures kept back
+NUM_TEST = 500  # held-out pictures
 WORDS = Vocabulary(tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS))
 
 
@@ -79,10 +79,10 @@ def main() -> None:
 
 
 def write_data(data: Path, pictures: int) -> None:
-    """Pictures, captions for stage 1 and the records of three kinds."""
+    """Writes pictures, captions for stage 1 and the records of three kinds."""
     if (data / "instruct" / "manifest.json").exists():
         return
-    scenes.write(data, train=pictures, test=TEST)
+    scenes.write(data, train=pictures, test=NUM_TEST)
     captions = data / "annotations/captions_train.json"
     source = ["--captions", captions, "--names", "file", "--prefix", "train/"]
     counts = [word for kind, share in SHARES.items() for word in (f"--{OPTIONS[kind]}", round(share * pictures))]
@@ -96,7 +96,7 @@ def synthesize(*words: object) -> None:
 
 
 def write_set(data: Path, folder: Path, parts: tuple[float, float, float]) -> int:
-    """The records of one set, shuffled; returns how many."""
+    """Writes the records of one set, shuffled. Returns their number."""
     records = []
     for kind, part in zip(KINDS, parts, strict=True):
         rows = json.loads((data / "instruct" / f"{kind}.json").read_text())
@@ -108,7 +108,7 @@ def write_set(data: Path, folder: Path, parts: tuple[float, float, float]) -> in
 
 
 def align(out: Path, data: Path) -> Path:
-    """Stage 1 of the miniature; returns the model."""
+    """Trains stage 1 of the miniature. Returns the model."""
     mini = load_recipe("mini")
     stage = mini.stages["align"]
     captions = dataclasses.replace(stage.data, path=str(data / "captions.json"), image_root=str(data), validation="")
@@ -117,7 +117,7 @@ def align(out: Path, data: Path) -> Path:
 
 
 def tune(out: Path, data: Path, folder: Path, epochs: float) -> Path:
-    """Stage 2 on a set of records, from what stage 1 made; returns the model."""
+    """Trains stage 2 on a set of records, starting from stage 1. Returns the model."""
     stage = dataclasses.replace(
         load_recipe("mini").stages["instruct"], batch_size=8, steps=None, epochs=epochs,
         data=Data(str(folder / "records.json"), image_root=str(data), sequence_length=512, tiles_per_sequence=4),
@@ -126,13 +126,13 @@ def tune(out: Path, data: Path, folder: Path, epochs: float) -> Path:
 
 
 def fit(recipe: Recipe) -> Path:
-    """Trains in a process of its own, whose memory goes with it; a run that has ended is found so."""
+    """Trains in a process of its own, which frees its memory. A finished run is not repeated."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return Path(pool.submit(train, recipe).result())
 
 
 def draw_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, str]]:
-    """(kind, picture, question, the rules teacher's answer), by kind about each held-out picture."""
+    """Returns (kind, picture, question, the rules teacher's answer) for each kind and held-out picture."""
     annotations = data / "annotations"
     contexts = open_contexts(AnnotationSource(
         str(annotations / "captions_test.json"), str(annotations / "instances_test.json"), names="file",
@@ -143,15 +143,15 @@ def draw_questions(data: Path, pictures: int) -> list[tuple[str, Context, str, s
         for kind in KINDS:
             try:
                 turns = parse(kind, teacher.answer(kind, context), question=draw.choice(pool))
-            except Reject:  # too short: there is little to see
+            except Reject:  # too short, because there is little to see
                 continue
-            place = 2 * draw.randrange(len(turns) // 2)
-            found.append((kind, context, turns[place]["value"], turns[place + 1]["value"]))
+            index = 2 * draw.randrange(len(turns) // 2)
+            found.append((kind, context, turns[index]["value"], turns[index + 1]["value"]))
     return found
 
 
 def score(model: Path, questions: list[tuple[str, Context, str, str]], data: Path, answers: Path) -> list[float]:
-    """Of conversation, detail, complex and all, in percent; the answers are kept in a file."""
+    """Returns the scores of conversation, detail, complex and all in percent, and writes the answers to a file."""
     llava = load(model)
     requests = [Request(question, [data / context.image], max_new_tokens=256) for _, context, question, _ in questions]
     points, kept = {kind: [] for kind in KINDS}, []
@@ -167,7 +167,7 @@ def score(model: Path, questions: list[tuple[str, Context, str, str]], data: Pat
 
 
 def f1(context: Context, question: str, answer: str, expected: str) -> float | None:
-    """Points of an answer, 0..1; None where the expected answer states nothing that can be checked."""
+    """Returns the points of an answer, 0..1, or None if the expected answer has no claim that can be checked."""
     true, false = facts(context, question, answer)
     wanted, _ = facts(context, question, expected)
     if not wanted:
@@ -179,7 +179,7 @@ def f1(context: Context, question: str, answer: str, expected: str) -> float | N
 
 
 def facts(context: Context, question: str, answer: str) -> tuple[set, set]:
-    """What an answer claims, each claim once: what holds, and what does not."""
+    """Returns the different claims of an answer: the true ones, and the false ones."""
     judge, true, false = EvidenceChecker(context, WORDS), set(), set()
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     for claim in all_claims(turns, WORDS):
