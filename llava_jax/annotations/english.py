@@ -1,9 +1,10 @@
-"""English words of the rules teacher: what the fields of the phrases in english.txt become."""
+"""English words of the rules teacher, for the fields of the phrases in english.txt."""
 
 import re
 from typing import Any
 
 from llava_jax.annotations.scene import Count, Name, Position, Side
+from llava_jax.annotations.vocabulary import plural
 
 CONSTANTS = {"left": "[to the left of|left of]"}
 PLACES = {
@@ -30,13 +31,13 @@ _FAR = {"left": "to the left", "right": "to the right", "above": "up", "below": 
 _HALF = {"left": "left", "right": "right", "top": "upper", "bottom": "lower"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NOUNS = {"tv": "TV", "scissors": "pair of scissors", "skis": "pair of skis", "broccoli": "piece of broccoli"}
-_PLURALS = {"person": "people", "mouse": "mice", "sheep": "sheep", "knife": "knives", "man": "men", "woman": "women",
-            "child": "children", "couch": "couches"}  # fmt: skip
 
 
 def fields(key: str, value: Any) -> dict[str, str]:
-    """What a phrase can say of a value: {n} the number, {n_of} "two dogs", {n_is} the verb, and so on. Alternatives
-    are left open."""
+    """Returns the fields of a value: {n} the number, {n_of} "two dogs", {n_is} the verb, and so on.
+
+    Alternatives such as [a|b] stay open.
+    """
     match value:
         case Name():
             return {key: _name(value), f"{key}s": plural(_name(value)), f"{key}_colour": value.colour}
@@ -64,20 +65,9 @@ def fields(key: str, value: Any) -> dict[str, str]:
 
 
 def finish(text: str) -> str:
-    """Articles by the next word, and a capital for every sentence."""
+    """Fixes articles by the next word, and gives every sentence a capital."""
     text = re.sub(r"\b([Aa])/an (\w)", lambda m: m[1] + "n" * (m[2] in "aeiou") + " " + m[2], text)
     return re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda match: match[0].upper(), text)
-
-
-def plural(name: str) -> str:
-    if name.startswith(("pair of ", "piece of ")):
-        return name.replace(" of", "s of", 1)
-    *front, last = name.split(" ")
-    if last not in _PLURALS:
-        many = last[:-1] + "ies" if re.search("[^aeiou]y$", last) else last
-        last = many if many != last else last + ("es" if last.endswith(("s", "sh", "ch", "x")) else "s")
-        return " ".join([*front, last])
-    return " ".join([*front, _PLURALS[last]])
 
 
 def _name(name: Name) -> str:

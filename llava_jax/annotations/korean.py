@@ -1,4 +1,4 @@
-"""Korean words of the rules teacher: what the fields of the phrases in korean.txt become."""
+"""Korean words of the rules teacher, for the fields of the phrases in korean.txt."""
 
 import re
 from typing import Any
@@ -46,7 +46,7 @@ toothbrush:칫솔
 
 
 def fields(key: str, value: Any) -> dict[str, str]:
-    """What a phrase can say of a value: {n} number and counter, {n_of} "개 두 마리", {n_unit} the counter alone.
+    """Returns the fields of a value: {n} number and counter, {n_of} "개 두 마리", {n_unit} the counter alone.
 
     Raises UserError for a noun without a Korean name.
     """
@@ -75,7 +75,7 @@ def fields(key: str, value: Any) -> dict[str, str]:
 
 
 def finish(text: str) -> str:
-    """Chooses the particles; "로" also follows ㄹ."""
+    """Chooses the particles. "로" also follows ㄹ."""
 
     def choose(match: re.Match) -> str:
         final = (ord(match[1]) - ord("가")) % 28

@@ -89,6 +89,9 @@ def _plain(text: str) -> str:
 
 
 def plural(word: str) -> str:
+    """Returns the plural of a noun: "people", "pairs of skis", "fire hydrants"."""
+    if word.startswith(("pair of ", "piece of ")):
+        return word.replace(" of", "s of", 1)
     *front, last = word.split(" ")
     if last in _IRREGULAR:
         last = _IRREGULAR[last]

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.annotations.context import AnnotationSource, Context, Contexts, open_contexts
-from llava_jax.annotations.english import plural
 from llava_jax.annotations.scene import Name, Scene, SceneObject, side
-from llava_jax.annotations.vocabulary import NUMBERS
+from llava_jax.annotations.vocabulary import NUMBERS, plural
 from llava_jax.synthesize.rules.phrases import PhraseTable
 
 KINDS = ("colour", "shape", "count", "position", "relation", "existence")
