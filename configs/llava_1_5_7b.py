@@ -18,7 +18,7 @@ def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/lla
                 data=Data(path="data/blip_laion_cc_sbu_558k.json", image_root="data/blip_laion_cc_sbu_558k",
                           template="plain", image_mode="crop",
                           sequence_length=2560, tiles_per_sequence=4, workers=16),
-                # No moments and masters of the decoder fill the memory here.
+                # A frozen decoder needs no optimizer state, so memory remains for activations.
                 batch_size=64, remat="save_qkv",
             ),
             "instruct": Stage(

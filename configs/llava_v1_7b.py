@@ -1,7 +1,7 @@
 """LLaVA as in the paper (Visual Instruction Tuning, section 5): CLIP ViT-L/14, Vicuna 7B, a linear projector.
 
-595K filtered CC3M pairs for one epoch, then 158K instructions for three. Rows are packed to 2048 tokens; the row
-counts below hold about as many conversations as the paper's batches of 128 and 32.
+595K filtered CC3M pairs for one epoch, then 158K instructions for three. Sequences are packed to
+2048 tokens. A batch has about as many conversations as the paper's batches of 128 and 32.
 """
 
 from llava_jax.config import Data, Mesh, Model, Recipe, Stage
@@ -17,7 +17,7 @@ def recipe() -> Recipe:
                 learning_rates=(("projector/.*", 2e-3), ("(vision|decoder)/.*", None)),
                 data=Data(path="data/cc3m_595k/chat.json", image_root="data/cc3m_595k/images", template="plain",
                           sequence_length=2048, tiles_per_sequence=7, workers=16),
-                # No moments and masters of the decoder fill the memory here.
+                # A frozen decoder needs no optimizer state, so memory remains for activations.
                 batch_size=16, remat="save_qkv",
             ),
             "instruct": Stage(

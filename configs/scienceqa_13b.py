@@ -2,8 +2,8 @@
 
 The projector is aligned on the 595K pairs of CC3M, then projector and decoder are trained for 12 epochs on ScienceQA
 alone, in the format QCM-LEA: lecture, explanation, "The answer is B." The data file of the second stage is made from
-ScienceQA's own files, or Hugging Face's, in its folder. Rows are packed to 2048 tokens; the row counts below hold about
-as many conversations as the paper's batches of 128 and 32.
+ScienceQA's own files, or Hugging Face's, in its folder. Sequences are packed to 2048 tokens. A
+batch has about as many conversations as the paper's batches of 128 and 32.
 """
 
 import dataclasses

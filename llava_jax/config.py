@@ -151,7 +151,7 @@ class Optimizer:
 
     def __post_init__(self):
         if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"optimizer.warmup_ratio is {self.warmup_ratio}: it must lie in 0..1")
+            raise UserError(f"optimizer.warmup_ratio is {self.warmup_ratio}: it must be in 0..1")
         if self.clip is not None and self.clip <= 0:
             raise UserError(f"optimizer.clip is {self.clip}: it must be positive, or None for no clipping")
         _check_table("optimizer.weight_decay", self.weight_decay)

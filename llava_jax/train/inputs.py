@@ -38,7 +38,7 @@ def hash_inputs(context: TrainContext, batches: Batches) -> dict[str, str]:
         found[f"data {number}: {source.path}"] = f"{_hash_source(source)} {len(source)} rows, {count} in an epoch"
     folder = Path(context.tokenizer_directory)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    found[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], whole=True)
+    found[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], complete=True)
     found[f"template: {spec.template.name}"] = _hash_json(dataclasses.asdict(spec.template))
     # The template of the finished model is a field of the recipe.
     found["model: the settings in its config.json"] = _hash_json(dataclasses.asdict(context.model) | {"template": None})
@@ -66,13 +66,13 @@ def write_inputs(context: TrainContext, stage: str, found: dict[str, str]) -> No
 
 def _hash_source(source: Source) -> str:
     files = list(source.files)
-    whole = all("://" not in file for file in files) and sum(map(os.path.getsize, files)) <= COMPLETE_BYTES
+    complete = all("://" not in file for file in files) and sum(map(os.path.getsize, files)) <= COMPLETE_BYTES
     if isinstance(source.rows, TfdsRows):
         files += [f"{os.path.dirname(files[0])}/{name}" for name in ("dataset_info.json", "features.json")]
-    return _hash_files(files, whole)
+    return _hash_files(files, complete)
 
 
-def _hash_files(files: list[str], whole: bool) -> str:
+def _hash_files(files: list[str], complete: bool) -> str:
     """Returns a hash of names, sizes and contents. Times do not count, because a new machine copies inputs again."""
     digest = hashlib.sha256()
     for file in files:
@@ -80,7 +80,7 @@ def _hash_files(files: list[str], whole: bool) -> str:
         size = path.stat().length
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as opened:
-            if whole:
+            if complete:
                 while piece := opened.read(2**24):
                     digest.update(piece)
             else:

@@ -33,25 +33,20 @@ SETTLE_SECONDS = 2.0
 """Seconds until a bucket shows the later of two notes that were written at the same time."""
 NOTE_BYTES = 512
 
-_held: set[str] = set()
-
-
 @contextlib.contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of an output directory. All processes of a run call it. A nested call does nothing.
+    """Keeps other runs out of an output directory. All processes of a run call it.
 
     Raises UserError that names the run which is using the directory.
     """
     lock = None
-    if jax.process_index() == 0 and str(directory) not in _held:
+    if jax.process_index() == 0:
         lock = (_FileLock if isinstance(directory, Path) else _BucketLock)(directory)
-        _held.add(str(directory))
     try:
         allgather_object("the lock of the output directory", None)
         yield
     finally:
         if lock is not None:
-            _held.discard(str(directory))
             lock.release()
 
 
@@ -73,14 +68,13 @@ class _Lock:
 
     def refuse(self) -> None:
         note = self.read()
-        who = f"a run on {note.get('host')} (process {note.get('pid')}, since {note.get('since')})"
-        raise UserError(f"{self.directory}: {printable(who) if note else 'another run'} is using this output "
-                        "directory; end it, or give another --output")
+        owner = f"a {_owner(note)}" if note else "another run"
+        raise UserError(f"{self.directory}: {owner} is using this output directory; end it, or give another --output")
 
     def read(self) -> dict:
         """Returns the stored note, empty if there is none."""
         try:
-            note = json.loads(self.get())
+            note = json.loads(self.path.read_bytes())
             return note if isinstance(note, dict) else {}
         except (OSError, ValueError, RecursionError):
             return {}
@@ -90,8 +84,7 @@ class _Lock:
         before = self.read()
         if not before:
             return
-        owner = f"{before.get('host')} (process {before.get('pid')}, since {before.get('since')})"
-        print(printable(f"{self.directory}: waiting {LOST_SECONDS:.0f} s to see whether the run on {owner} has ended"),
+        print(f"{self.directory}: waiting {LOST_SECONDS:.0f} s to see whether the {_owner(before)} has ended",
               flush=True)
         until = time.monotonic() + LOST_SECONDS
         while time.monotonic() < until:
@@ -103,16 +96,20 @@ class _Lock:
         while not self.ended.wait(HEARTBEAT_SECONDS):
             note = self.read()
             if note and note.get("token") != self.note["token"]:
-                print(f"error: {self.directory}: the run on {printable(str(note.get('host')))} (process "
-                      f"{note.get('pid')}) has taken this output directory; this one ends", file=sys.stderr, flush=True)
+                print(f"error: {self.directory}: the {_owner(note)} has taken this output directory; this one ends",
+                      file=sys.stderr, flush=True)
                 os._exit(1)
             with contextlib.suppress(OSError):  # the disk may be full, or the network down, for a while
                 self.write()
 
+    def stop_heartbeat(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
 
 class _FileLock(_Lock):
     def acquire(self) -> None:
-        self.made = not self.directory.exists()
+        self.created = not self.directory.exists()
         with user_path(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         until = time.monotonic() + KILL_SECONDS
@@ -151,9 +148,6 @@ class _FileLock(_Lock):
                     os.close(self.file)
         return False
 
-    def get(self) -> bytes:
-        return self.path.read_bytes()
-
     def put(self, note: bytes) -> None:
         file = os.open(self.path, os.O_WRONLY)
         try:
@@ -162,12 +156,11 @@ class _FileLock(_Lock):
             os.close(file)
 
     def release(self) -> None:
-        self.ended.set()
-        self.thread.join()
+        self.stop_heartbeat()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         os.close(self.file)
-        if self.made:  # a run that fails at its start leaves nothing
+        if self.created:  # a run that fails at its start leaves nothing
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
 
@@ -180,14 +173,14 @@ class _BucketLock(_Lock):
         if self.read().get("token") != self.note["token"]:
             self.refuse()
 
-    def get(self) -> bytes:
-        return self.path.read_bytes()
-
     def put(self, note: bytes) -> None:
         self.path.write_bytes(note)
 
     def release(self) -> None:
-        self.ended.set()
-        self.thread.join()
+        self.stop_heartbeat()
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+
+def _owner(note: dict) -> str:
+    return printable(f"run on {note.get('host')} (process {note.get('pid')}, since {note.get('since')})")

@@ -31,24 +31,24 @@ def train(recipe: config.Recipe) -> Path:
 def train_stages(context: TrainContext) -> Path:
     """Trains every stage, from where an earlier run was stopped, and returns the finished model's directory.
 
-    Raises Stopped after SIGTERM or SIGINT, and UserError for a recipe or data that cannot be used.
+    The caller has locked the output directory. Raises Stopped after SIGTERM or SIGINT, and UserError for a recipe or
+    data that cannot be used.
     """
     recipe = context.recipe
-    with lock_directory(context.directory):
-        output.remove_leftovers(context.directory)
-        if allgather_object("the finished model", output.has_model(recipe))[0]:
-            return context.directory / "model"
-        print_setup(context)
-        with jax.set_mesh(context.mesh), StopSignal() as stop:
-            while True:
-                try:
-                    preflight.check_stages(context)
-                    with contextlib.closing(Log(context.directory, recipe)) as log:
-                        for name in recipe.stages:
-                            train_stage(context, name, log, stop)
-                    return write_model(context)
-                except DamagedCheckpoint as damaged:
-                    damaged.checkpoints.set_aside(damaged.step, damaged.problem)
+    output.remove_leftovers(context.directory)
+    if allgather_object("the finished model", output.has_model(recipe))[0]:
+        return context.directory / "model"
+    print_setup(context)
+    with jax.set_mesh(context.mesh), StopSignal() as stop:
+        while True:
+            try:
+                preflight.check_stages(context)
+                with contextlib.closing(Log(context.directory, recipe)) as log:
+                    for name in recipe.stages:
+                        train_stage(context, name, log, stop)
+                return write_model(context)
+            except DamagedCheckpoint as damaged:
+                damaged.checkpoints.set_aside(damaged.step, damaged.problem)
 
 
 def train_stage(context: TrainContext, name: str, log: Log, stop: StopSignal) -> None:

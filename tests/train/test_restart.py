@@ -318,8 +318,8 @@ def test_a_note_of_another_host_is_watched(tmp_path, monkeypatch, alive):
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "2026-01-01 00:00:00 UTC", "beat": 1}))
     if alive:
-        note, beats = path.read_text(), itertools.count()
-        monkeypatch.setattr(lock._FileLock, "get", lambda self: note.replace('"beat": 1', f'"beat": {next(beats)}'))
+        note, beats = json.loads(path.read_text()), itertools.count()
+        monkeypatch.setattr(lock._FileLock, "read", lambda self: note | {"beat": next(beats)})
         with pytest.raises(UserError, match=r"a run on elsewhere \(process 7, since 2026-01-01 \S+ UTC\) is using"), \
                 lock.lock_directory(tmp_path):
             pass
