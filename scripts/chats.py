@@ -1,10 +1,9 @@
-"""Three chats of the miniature about held-out scenes, as the README shows them, in Markdown.
+"""Prints three chats of the miniature about held-out scenes, in Markdown, as README.md shows them.
 
     python scripts/chats.py [--model runs/mini/model] [--data runs/mini/data] [--out scripts/chats]
 
-The scenes are not chosen: they are the first test pictures with two, three and four objects. The rule-based teacher
-asks about each, a seeded draw; the model gets the whole chat so far, its own mistakes included. The pictures are copied
-to --out, for the README to show.
+The scenes are the first test pictures with two, three and four objects. The rules teacher draws the questions with a
+fixed seed. The model gets the chat so far, including its own mistakes. The pictures are copied to --out for the README.
 """
 
 import argparse
@@ -16,8 +15,8 @@ import llava_jax
 from llava_jax.annotations.scene import Scene
 from llava_jax.synthesize import rules
 
-TURNS = 4  # of short answers; then comes one that takes a comparison
-SIZES = (2, 3, 4)  # objects of the three scenes
+SHORT_TURNS = 4  # number of short questions, before one that needs a comparison
+SCENE_SIZES = (2, 3, 4)  # numbers of objects
 
 
 def main() -> None:
@@ -29,11 +28,11 @@ def main() -> None:
     contexts = rules.open_split(args.data, "test")
     llava = llava_jax.load(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    for size in SIZES:
+    for size in SCENE_SIZES:
         context = next(context for context in contexts if len(context.boxes) == size)
         scene = Scene(context)
         rng = random.Random(f"chat {size}")
-        asked = rules.conversation(scene, rng, contexts.categories, TURNS) + [rules.reasoning(scene, rng)]
+        asked = rules.conversation(scene, rng, contexts.categories, SHORT_TURNS) + [rules.reasoning(scene, rng)]
         messages, lines = [], []
         for question in asked:
             messages.append({"role": "user", "content": question.question})

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.inference.sampling import Sampling, sample
 from llava_jax.models.llama import LlamaBlock
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import LlavaModel
 
 MAX_DECODE_STEPS = 16
 """Maximum number of tokens that `decode` writes before the host sees them."""
@@ -36,7 +36,7 @@ class DecodeState(NamedTuple):
 
 
 def prefill(
-    model: Llava,
+    model: LlavaModel,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     tiles: UInt8[Array, "B I H W 3"] | None,
@@ -50,7 +50,7 @@ def prefill(
 
     Args:
       lengths: number of tokens of each prompt; `tokens` is padded behind them.
-      tiles, visual_index: as `Llava.hidden` takes them; None for text alone.
+      tiles, visual_index: as `LlavaModel.hidden` takes them; None for text alone.
       max_new_tokens: number of tokens that a row may write, the first one included; 0 for a row that is padding.
       eos_ids: token ids that end a row.
       length: cache length of the result, at least a prompt's length + max_new_tokens for a state that is decoded.
@@ -60,7 +60,7 @@ def prefill(
 
 
 def extend(
-    model: Llava,
+    model: LlavaModel,
     prefix: DecodeState,
     rows: Int[Array, "B"],
     tokens: Int[Array, "B T"],
@@ -95,7 +95,7 @@ def insert(state: DecodeState, prefix: DecodeState, slots: Int[Array, "B"], leng
 
 
 def decode(
-    model: Llava,
+    model: LlavaModel,
     state: DecodeState,
     active: Bool[Array, "B"],
     steps: Int[Array, ""],
@@ -125,7 +125,7 @@ def decode(
 
 
 def write(
-    model: Llava, state: DecodeState, hidden: Float[Array, "B D"], eos_ids: tuple[int, ...]
+    model: LlavaModel, state: DecodeState, hidden: Float[Array, "B D"], eos_ids: tuple[int, ...]
 ) -> tuple[DecodeState, Int[Array, "B"]]:
     """Chooses the next token of each slot from the hidden state of its newest one; NO_TOKEN in a free slot."""
     active = state.remaining > 0
@@ -142,7 +142,7 @@ def _pad_cache(cache: Cache, length: int) -> tuple[Array, Array]:
     return tuple(jnp.pad(part, [(0, 0), (0, 0), (0, length - part.shape[2]), (0, 0), (0, 0)]) for part in cache)
 
 
-def _write_first(model: Llava, hidden: Float[Array, "B T D"], lengths, cache, prompt_lengths, max_new_tokens,
+def _write_first(model: LlavaModel, hidden: Float[Array, "B T D"], lengths, cache, prompt_lengths, max_new_tokens,
                  sampling, eos_ids) -> tuple[DecodeState, Int[Array, "B 1"]]:
     """Writes the first token of prompts whose last `lengths` tokens are computed in `hidden`."""
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

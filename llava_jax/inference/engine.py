@@ -20,7 +20,7 @@ from llava_jax.inference.detokenizer import Detokenizer
 from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.inference.scoring import ScoringRow, log_probabilities, score_positions
 from llava_jax.inference.shapes import bucket, length_bucket, pad_tiles, pad_tokens, prefix_bucket, short_bucket
-from llava_jax.models.llava import Llava, Parameters, from_params
+from llava_jax.models.llava import LlavaModel, Parameters, from_params
 from llava_jax.parallel.sharding import ROWS
 
 
@@ -209,7 +209,7 @@ class Engine:
         tiles, layouts = zip(*((prompt.tiles, prompt.layouts) for prompt in prompts), strict=True)
         return pad_tiles(tokens, tiles, layouts, self._processor)
 
-    def _model(self) -> Llava:
+    def _model(self) -> LlavaModel:
         return from_params(self.graph, self.parameters)
 
     def _swap_cache(self, state: DecodeState) -> DecodeState:

@@ -160,21 +160,12 @@ class Llava:
         request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
         return self.batch([request])[0]
 
-    def stream(
-        self,
-        messages: Messages,
-        images: Sequence[ImageSource] = (),
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """Yields the text of `generate` in pieces, as it is written.
+    def stream(self, messages: Messages, images: Sequence[ImageSource] = (), **settings) -> Iterator[str]:
+        """Yields the text of `generate` in pieces, as it is written. It takes the same arguments.
 
         No piece splits a character or shows part of a stop string.
         """
-        request = Request(messages, images, max_new_tokens, temperature, top_p, stop, seed)
+        request = Request(messages, images, **settings)
         prompt = self._prompt(request, *self._encode(request), self._tiles(request.images))
         pieces = self._engine.generate([prompt], [self._detokenizer(request, prompt)], STREAM_STEPS)
         return (piece for (piece,) in pieces if piece)

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.inference.shapes import bucket
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import LlavaModel
 
 
 def log_probabilities(
-    model: Llava,
+    model: LlavaModel,
     tokens: Int[Array, "B T"],
     tiles: UInt8[Array, "B I H W 3"] | None,
     visual_index: Int[Array, "B T"] | None,

@@ -86,7 +86,7 @@ def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) 
     return AttentionChoice(*(chosen if is_supported else "xla" for is_supported in supported))
 
 
-class Llava(nnx.Module):
+class LlavaModel(nnx.Module):
     """The model. `dtype` is the compute dtype, to which parameters are cast where they are used."""
 
     def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str | AttentionChoice = "xla",
@@ -194,12 +194,12 @@ def abstract_params(config: LlavaConfig, dtype: str = "float32", attention: str 
                     remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
     """`to_params` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
     return to_params(nnx.eval_shape(
-        lambda: Llava(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))
+        lambda: LlavaModel(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))
 
 
 def init_params(config: LlavaConfig, seed: int = 0) -> Parameters:
     """Random parameters, float32. Call it inside jit with output shardings if the model is large."""
-    return to_params(Llava(config, rngs=nnx.Rngs(seed)))[1]
+    return to_params(LlavaModel(config, rngs=nnx.Rngs(seed)))[1]
 
 
 def fresh_params(config: LlavaConfig, paths: Collection[str], seed: int) -> Parameters:

@@ -163,7 +163,7 @@ def anyres_model():
     """A model of anyres tiles with random parameters, and its configuration."""
     processor = ImageProcessor(28, "anyres", 4, pinpoints=((56, 28), (28, 84)))
     config = dataclasses.replace(CONFIG, processor=processor)
-    return config, llava.Llava(config, rngs=nnx.Rngs(3))
+    return config, llava.LlavaModel(config, rngs=nnx.Rngs(3))
 
 
 def test_visual_tokens_by_index_against_a_plain_loop():
