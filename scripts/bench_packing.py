@@ -1,11 +1,11 @@
-"""Packed rows against batches that are grouped by modality and length and padded, on one epoch of the same records.
+"""Compares packed sequences with padded batches grouped by modality and length, on one epoch of the same records.
 
 python scripts/bench_packing.py [--scale 0.1]                                     lengths like those of LLaVA-1.5's mix
 python scripts/bench_packing.py --data data/llava_v1_5_mix665k.json --model DIR   the true lengths of a data set
 
-The counterpart is how the original trains LLaVA-1.5 (group_by_modality_length, 8 devices with 16 samples each): samples
-with and without an image apart; in each, 128 random ones at a time sorted by their words and dealt out to the devices
-so that all get as many words; every device pads its 16 to the longest.
+The counterpart is the original's training of LLaVA-1.5 (group_by_modality_length, 8 devices with 16 samples each).
+Samples with and without an image are separate groups. 128 random samples at a time are sorted by their words, and
+distributed so that all devices get as many words. Every device pads its 16 samples to the longest.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import argparse
 import numpy as np
 
 from llava_jax.data.packing import WINDOW, pack
-from llava_jax.plan.data import MIX_665K, SYSTEM, draw
+from llava_jax.images import ImageProcessor
+from llava_jax.plan.data import MIX_665K, SYSTEM_TOKENS, draw
 
-WORLD, BATCH = 8, 16
-PER_IMAGE, LONGEST = 576, 2048
+DEVICES, BATCH = 8, 16
+VISUAL_TOKENS, MAX_TOKENS = ImageProcessor().features_per_tile, 2048
 TOKENS_PER_WORD = 1.35
 
 
@@ -30,8 +31,8 @@ def main() -> None:
     tokens, words, images = read(options.data, options.model) if options.data else made_up(rng, options.scale)
     print(f"{len(tokens):,} records, {(images == 0).sum():,} without an image; {tokens.mean():.0f} tokens on average")
     padded = sum(BATCH * tokens[batch].max() for batch in grouped_batches(words, images > 0, rng))
-    print(f"\ngrouped by modality and length, padded: {padded:,} places, {tokens.sum() / padded:.1%} tokens")
-    print("\n| sequence_length | tiles_per_sequence | token fill | image slots | places, grouped / packed | "
+    print(f"\ngrouped by modality and length, padded: {padded:,} positions, {tokens.sum() / padded:.1%} tokens")
+    print("\n| sequence_length | tiles_per_sequence | token fill | tile fill | positions, grouped / packed | "
           "padding, the same |")
     print("|---|---|---|---|---|---|")
     order = rng.permutation(len(tokens))
@@ -39,16 +40,16 @@ def main() -> None:
     for length, slots in ((2048, 2), (2048, 3), (2560, 3), (3072, 4), (4096, 5)):
         if images.max() > slots or tokens.max() > length:
             continue
-        rows = sum(len(pack(tokens[window], images[window], length, slots)) for window in windows)
-        places = rows * length
-        print(f"| {length} | {slots} | {tokens.sum() / places:.1%} | {images.sum() / (rows * slots):.1%} "
-              f"| {padded / places:.2f} | {(padded - tokens.sum()) / (places - tokens.sum()):.1f} |")
+        sequences = sum(len(pack(tokens[window], images[window], length, slots)) for window in windows)
+        positions = sequences * length
+        print(f"| {length} | {slots} | {tokens.sum() / positions:.1%} | {images.sum() / (sequences * slots):.1%} "
+              f"| {padded / positions:.2f} | {(padded - tokens.sum()) / (positions - tokens.sum()):.1f} |")
 
 
 def made_up(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, words and images of each record of LLaVA-1.5's mix, of which only the counts are published."""
     text, images = draw(MIX_665K, scale, rng)
-    tokens = np.minimum(SYSTEM + text + PER_IMAGE * images, LONGEST).astype(int)
+    tokens = np.minimum(SYSTEM_TOKENS + text + VISUAL_TOKENS * images, MAX_TOKENS).astype(int)
     return tokens, np.maximum(text / TOKENS_PER_WORD, 1).astype(int), images
 
 
@@ -64,7 +65,7 @@ def read(data: str, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             try:
                 record = source[i]
                 example = encode_conversation(record.turns, settings.template, settings.tokenizer,
-                                              settings.processor.features_per_tile, LONGEST)
+                                              settings.processor.features_per_tile, MAX_TOKENS)
             except ValueError:
                 bad += 1
                 continue
@@ -79,9 +80,9 @@ def grouped_batches(words: np.ndarray, has_image: np.ndarray, rng: np.random.Gen
     mega, last = [], []
     for kind in (True, False):
         order = rng.permutation(np.flatnonzero(has_image == kind))
-        ordered = np.concatenate([deal(order[at : at + WORLD * BATCH], words)
-                                  for at in range(0, len(order), WORLD * BATCH)] or [order])
-        parts = [ordered[at : at + WORLD * BATCH] for at in range(0, len(ordered), WORLD * BATCH)]
+        ordered = np.concatenate([deal(order[at : at + DEVICES * BATCH], words)
+                                  for at in range(0, len(order), DEVICES * BATCH)] or [order])
+        parts = [ordered[at : at + DEVICES * BATCH] for at in range(0, len(ordered), DEVICES * BATCH)]
         mega, last = mega + parts[:-1], last + parts[-1:]
     rng.shuffle(mega)
     order = np.concatenate([*mega, np.sort(np.concatenate(last))])
@@ -91,13 +92,13 @@ def grouped_batches(words: np.ndarray, has_image: np.ndarray, rng: np.random.Gen
 def deal(records: np.ndarray, words: np.ndarray) -> np.ndarray:
     """The longest first, each to the device that has the fewest words so far and is not full."""
     records = records[np.argsort(-words[records], kind="stable")]
-    if len(records) % WORLD:
-        return np.concatenate([records[device::WORLD] for device in range(WORLD)])
-    chunks, sums = [[] for _ in range(WORLD)], [0.0] * WORLD
+    if len(records) % DEVICES:
+        return np.concatenate([records[device::DEVICES] for device in range(DEVICES)])
+    chunks, sums = [[] for _ in range(DEVICES)], [0.0] * DEVICES
     for record in records:
         device = int(np.argmin(sums))
         chunks[device].append(record)
-        sums[device] = np.inf if len(chunks[device]) == len(records) // WORLD else sums[device] + words[record]
+        sums[device] = np.inf if len(chunks[device]) == len(records) // DEVICES else sums[device] + words[record]
     return np.concatenate(chunks)
 
 
