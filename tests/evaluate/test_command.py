@@ -252,7 +252,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(arguments, data, talker, w
         ([*arguments, "--answers", "x"], "either --model"),
         (arguments, "give --out DIR"),
         ([*arguments, *out, "--limit", "0"], "must be at least 1"),
-        ([*arguments, *out, "--num-chunks", "2", "--chunk-idx", "2"], "lies in 0..1"),
+        ([*arguments, *out, "--num-chunks", "2", "--chunk-idx", "2"], "must be in 0..1"),
         ([*arguments, *out, "--num-chunks", "2", "--overwrite"], "one would throw away what another has answered"),
         ([*arguments, *out, "--template", "vicuna"], "unknown template 'vicuna'"),
         ([*arguments, *out, "--template", "plain"], "'plain' writes an image alone and no question; .* v1_mmtag"),

@@ -34,7 +34,7 @@ class Unfinished(Exception):
 class ChatJob:
     """One question to a chat model.
 
-    Requests of equal content are told apart by their attempt, so `first_attempt` separates several runs.
+    Requests of equal content differ in their attempt, so `first_attempt` separates several runs.
     """
 
     key: Hashable

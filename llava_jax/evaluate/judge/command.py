@@ -34,7 +34,7 @@ from llava_jax.files import make_folder
 
 LOG = "judged.jsonl"
 ATTEMPTS_PER_RUN = 1000
-"""Distance of the attempts of two runs, by which requests of equal content are told apart."""
+"""Difference of the first attempts of two runs, which makes requests of equal content different."""
 
 
 @dataclass(frozen=True, kw_only=True)

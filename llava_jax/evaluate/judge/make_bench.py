@@ -39,14 +39,14 @@ QUESTIONS, REFERENCES, CONTEXT = "questions.jsonl", "answers_reference.jsonl", "
 MANIFEST, LOG = "manifest.json", "asked.jsonl"
 
 
-class QuestionAnswer(NamedTuple):
+class BenchQuestion(NamedTuple):
     """A question about an image, and its reference answer if it is known."""
 
     question: str
     answer: str = ""
 
 
-Asked = dict[tuple[int, str], QuestionAnswer]
+Asked = dict[tuple[int, str], BenchQuestion]
 """(index of an image, kind) -> question."""
 
 
@@ -181,25 +181,25 @@ class BenchMaker:
             try:
                 answer = self._rules.answer(kind, self.contexts[image])
                 turns = parse.parse(kind, answer, "stop", self._pooled(image))
-                asked[image, kind] = QuestionAnswer(turns[0]["value"], turns[1]["value"])
+                asked[image, kind] = BenchQuestion(turns[0]["value"], turns[1]["value"])
             except parse.Reject as reject:
                 self.rejects[reject.reason] += 1
         return asked
 
     def _ask_for_questions(self, drawn: Sequence[int]) -> Asked:
         """Returns the first question of each text of the model, because later ones may depend on it."""
-        def parse_question(job: ChatJob, response: Response) -> QuestionAnswer:
-            return QuestionAnswer(parse.parse(job.key[1], response.text, response.finish_reason)[0]["value"])
+        def parse_question(job: ChatJob, response: Response) -> BenchQuestion:
+            return BenchQuestion(parse.parse(job.key[1], response.text, response.finish_reason)[0]["value"])
 
         written = self._ask([ChatJob((image, kind), self._prompts.messages(kind, self.contexts[image]),
                                      self.model.parameters) for image in drawn for kind in WRITTEN_KINDS],
                             parse_question, "questions")
-        return written | {(image, "detail_description"): QuestionAnswer(self._pooled(image)) for image in drawn}
+        return written | {(image, "detail_description"): BenchQuestion(self._pooled(image)) for image in drawn}
 
     def _ask_for_answers(self, asked: Asked) -> Asked:
-        def parse_answer(job: ChatJob, response: Response) -> QuestionAnswer:
+        def parse_answer(job: ChatJob, response: Response) -> BenchQuestion:
             question = asked[job.key].question
-            return QuestionAnswer(question, self._parse_answer(job, question, response))
+            return BenchQuestion(question, self._parse_answer(job, question, response))
 
         return self._ask([ChatJob(key, self._answer_messages(self.contexts[key[0]], question), self.model.parameters)
                           for key, (question, _) in asked.items()], parse_answer, "answers")
@@ -224,7 +224,7 @@ class BenchMaker:
             raise parse.Reject("contradiction", f"{found[0].claim!r}, but {found[0].against}")
         return text
 
-    def _ask(self, jobs: Sequence[ChatJob], parse_response: Callable[[ChatJob, Response], QuestionAnswer], unit: str
+    def _ask(self, jobs: Sequence[ChatJob], parse_response: Callable[[ChatJob, Response], BenchQuestion], unit: str
              ) -> Asked:
         """Returns the accepted responses.
 

@@ -1,4 +1,4 @@
-"""What a judge is told: a system prompt, and one rule for each category of questions."""
+"""The prompts of a judge: a system prompt, and one rule for each category of questions."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ class JudgeRules:
 
     @property
     def hash(self) -> str:
-        """SHA-256, in hex, of everything that the judge is told except question, image and answers."""
+        """SHA-256, in hex, of the prompts, without question, image and answers."""
         content = [self.system, sorted((category, *rule) for category, rule in self.rules.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -136,8 +136,8 @@ def insides(scene: Scene, image: str) -> Iterator[ProbeQuestion]:
     for a, b in scene.pairs:
         box, other = a.box, b.box
         within = other.x1 <= box.x1 and box.x2 <= other.x2 and other.y1 <= box.y1 and box.y2 <= other.y2
-        apart = box.x2 < other.x1 or other.x2 < box.x1 or box.y2 < other.y1 or other.y2 < box.y1
-        if (within or apart) and _are_large(a, b):
+        disjoint = box.x2 < other.x1 or other.x2 < box.x1 or box.y2 < other.y1 or other.y2 < box.y1
+        if (within or disjoint) and _are_large(a, b):
             yield ProbeQuestion("inside", "inside", {"a": a.name.plain, "b": b.name.plain}, "yes" if within else "no",
                       ("yes", "no"), image)
 

@@ -107,7 +107,7 @@ def check(path: str, title: str, questions: Sequence[Question], lines: Sequence[
                                                      (line["question_id"] for line in lines)))
     if other := [line["question_id"] for line in lines if line["question_id"] not in num_asked]:
         raise UserError(f"{path}: {len(other):,} of {len(lines):,} answers are to questions that {title} does not "
-                        f"have here, the first to {other[0]!r} (its own begin with {questions[0].id!r}); they are of "
+                        f"have here, the first to {other[0]!r} (its own start with {questions[0].id!r}); they are of "
                         "another benchmark, version or split")
     if doubled := [id for id in num_given if num_given[id] > num_asked[id]]:
         raise UserError(f"{path}: {len(doubled):,} questions have more than one answer, the first is {doubled[0]!r}; "

@@ -1,4 +1,4 @@
-"""The command that asks a model the questions of a benchmark and scores the answers, or scores a file of answers."""
+"""Asks a model the questions of a benchmark and scores the answers, or scores a file of answers."""
 
 import dataclasses
 import importlib.util
@@ -92,7 +92,7 @@ class EvaluateCommand:
         if self.limit is not None and self.limit < 1 or self.batch_size < 1:
             raise UserError("--limit and --batch-size must be at least 1")
         if not 0 <= self.chunk_idx < self.num_chunks:
-            raise UserError(f"--chunk-idx {self.chunk_idx}: with --num-chunks {self.num_chunks} it lies in "
+            raise UserError(f"--chunk-idx {self.chunk_idx}: with --num-chunks {self.num_chunks} it must be in "
                              f"0..{self.num_chunks - 1}")
 
     @property

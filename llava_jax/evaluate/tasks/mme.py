@@ -97,7 +97,7 @@ class Mme(QuestionFileTask):
         for category in sorted({str(question.id).split("/")[0] for question in questions}):
             folder = os.path.join(root, category)
             if category in ("", ".", ".."):
-                raise UserError(f"MME: {category!r} is no category, and the id of a question begins with it")
+                raise UserError(f"MME: {category!r} is no category, and the id of a question starts with it")
             if os.path.isdir(own := os.path.join(folder, "questions_answers_YN")):  # images may be elsewhere
                 folder = own
             if not os.path.isdir(folder):
