@@ -39,7 +39,7 @@ def test_the_file_has_the_plans_of_the_script():
 def test_recorded_memory_is_that_of_the_recipe_of_today(needs_libtpu, name):
     plan = RECORDED[name]
     recipe = cli.parse(config.Recipe, plan["flags"].split(),
-                       default=config.load_recipe_module(plan["recipe"]).recipe())
+                       default=config.load_recipe(plan["recipe"]))
     where = parse(plan["topology"])
     recipe, _ = with_slices(recipe, where)
     model, _ = planned_config(recipe.model)
