@@ -1,4 +1,4 @@
-"""A file with one caption a row: JSON list, JSON lines or TSV, told from the content; its rows are left as they are."""
+"""Files with one caption per row: JSON list, JSON lines or TSV, detected by content. Rows are copied unchanged."""
 
 import itertools
 import json
@@ -13,16 +13,17 @@ from llava_jax.errors import UserError
 from llava_jax.files import atomic_write
 
 BOM = b"\xef\xbb\xbf"
-HEAD = 1 << 20  # bytes that tell the form
+HEAD_BYTES = 1 << 20
+"""Number of bytes that are read to detect the form."""
 
 
 class CaptionFile:
-    """Iterating gives the bytes of every row in turn, a line with its end; `caption(row)` reads one.
+    """Iterates over the bytes of every row, lines with their newline. `caption(row)` reads the caption of a row.
 
-    `form` is "list", "lines" or "tsv". Of TSV, captions are the first column, or the one called "caption" if the first
-    line names columns. Blank lines are no rows. Small when pickled, and then good for `caption` alone.
+    `form` is "list", "lines" or "tsv". In TSV, captions are the first column, or the column "caption" if the first line
+    names columns. Blank lines are no rows. A pickled CaptionFile is small, and only `caption` works.
 
-    Raises UserError, one line that names the file, if it is missing, empty or none of these.
+    Raises UserError, one line that names the file, if it is missing, empty or of another form.
     """
 
     def __init__(self, path: str):
@@ -31,7 +32,7 @@ class CaptionFile:
             raise UserError(f"{path}: no such file")
         self.size = os.path.getsize(path)
         with open(path, "rb") as file:
-            head = file.read(HEAD)
+            head = file.read(HEAD_BYTES)
         for magic, what in UNREADABLE:
             if head.startswith(magic):
                 raise UserError(f"{path}: the file {what}")
@@ -51,7 +52,7 @@ class CaptionFile:
         return iter(self._list) if self._list else itertools.islice(self._all_lines(), int(self._header), None)
 
     def caption(self, row: bytes) -> str:
-        """Raises UserError that says what is wrong with the row."""
+        """Returns the caption of a row. Raises UserError that says what is wrong with the row."""
         try:
             text = row.decode()
         except UnicodeDecodeError as error:
@@ -71,7 +72,7 @@ class CaptionFile:
         return found
 
     def where(self, index: int) -> str:
-        """File, row and line, for messages."""
+        """Returns file, row and line of a row, for messages."""
         if self._list:
             return self._list.where(index)
         with open(self.path, "rb") as file:
@@ -80,7 +81,7 @@ class CaptionFile:
         return f"{self.path}, row {index + 1} (line {line})"
 
     def write(self, path: str, kept: np.ndarray) -> None:
-        """The rows where `kept`, bool [rows], in this file's form and order; all or nothing."""
+        """Writes the rows where `kept`, bool [rows], in this file's form and order, all or nothing."""
         rows = itertools.compress(self, kept)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with atomic_write(path) as file:
@@ -97,14 +98,14 @@ class CaptionFile:
         return {**self.__dict__, "_list": None}
 
     def _all_lines(self) -> Iterator[bytes]:
-        """The lines that are not blank."""
+        """Yields the lines that are not blank."""
         with open(self.path, "rb") as file:
             file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
             yield from (line for line in file if line.strip())
 
 
 class _ListRows(JsonRows):
-    """The rows of a JSON list as bytes."""
+    """Iterates over the rows of a JSON list as bytes."""
 
     def __iter__(self) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
@@ -121,7 +122,7 @@ def _form(head: bytes, first: bytes, path: str) -> str:
             json.loads(first.decode("latin-1"))
             return "lines"
         except (ValueError, RecursionError):
-            if len(first) == len(head) == HEAD:  # the line goes on
+            if len(first) == len(head) == HEAD_BYTES:  # the line goes on
                 return "lines"
     if b"\t" in first:
         return "tsv"

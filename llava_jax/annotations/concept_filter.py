@@ -1,18 +1,17 @@
-"""The concept-balanced filter that made CC3M's 3 million captions 595 thousand (Visual Instruction Tuning, appendix).
+"""The concept-balanced filter that reduced CC3M from 3 million captions to 595 thousand (paper, appendix).
 
-1. Find the noun phrases of every caption (noun_phrases.py). The frequency of a phrase is the number of captions that
-   have it; a caption counts once, however often it repeats the phrase.
-2. Forget the phrases with a frequency below 3: they are rare combinations, mostly covered by other phrases.
-3. From the least to the most frequent phrase that is left, put the captions that have it into the pool; where there are
-   more than 100, a random 100 of them.
+1. Find the noun phrases of every caption (noun_phrases.py). The frequency of a phrase is the number of captions with
+   it. A caption that repeats a phrase counts once.
+2. Drop phrases with a frequency below 3. They are rare combinations, mostly covered by other phrases.
+3. From the least to the most frequent remaining phrase, add its captions to the pool; a random 100 of them if there
+   are more.
 
-Where this leaves something open it is read literally. The 100 are drawn from all captions of the phrase, whether or not
-they are in the pool already, so a common phrase may end up with more than 100. The pool is a set: no caption is in it
-twice. It follows that the order of the phrases decides nothing but which random numbers each gets; those of the same
-frequency come in the order of their texts.
+The paper is read literally. The 100 are drawn from all captions of the phrase, including those in the pool, so a common
+phrase may end up with more than 100. The pool is a set, so the order of phrases only decides which random numbers they
+get. Phrases of equal frequency are sorted by text.
 
-A caption of which no phrase is left is not kept. The result depends on the captions in their order, the chunker and the
-seed alone; not on the number of processes.
+A caption without a remaining phrase is dropped. The result depends on the captions in their order, the chunker and the
+seed alone, not on the number of processes.
 """
 
 import dataclasses
@@ -28,32 +27,33 @@ from llava_jax.annotations.noun_phrases import Chunker
 from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
 
-BATCH = 10_000  # rows that a process takes at once
+BATCH_ROWS = 10_000
+"""Number of rows that a process handles at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionPhrases:
-    """Which phrases each row has: row i has `texts[k]` for k in `ids[starts[i] : starts[i + 1]]`, all distinct."""
+    """The distinct phrases of every row: row i has `texts[k]` for k in `ids[starts[i] : starts[i + 1]]`."""
 
     texts: Sequence[str]
     starts: np.ndarray  # int64 [rows + 1]
     ids: np.ndarray  # int32
 
     def frequencies(self, kept: np.ndarray | None = None) -> np.ndarray:
-        """Rows that have each phrase, int64 [phrases]; of the rows where `kept`, bool [rows], if given."""
+        """Returns the number of rows with each phrase, int64 [phrases]; only of the rows where `kept`, if given."""
         ids = self.ids if kept is None else self.ids[np.repeat(kept, np.diff(self.starts))]
         return np.bincount(ids, minlength=len(self.texts))
 
 
 def select(phrases: CaptionPhrases, min_frequency: int = 3, max_per_phrase: int = 100, seed: int = 0) -> np.ndarray:
-    """The rows that the rule keeps, bool [rows]."""
+    """Returns which rows the rule keeps, bool [rows]."""
     frequencies = phrases.frequencies()
     rows = np.repeat(np.arange(len(phrases.starts) - 1, dtype=np.int32), np.diff(phrases.starts))
     kept = np.zeros(len(phrases.starts) - 1, bool)
-    taken_whole = (frequencies >= min_frequency) & (frequencies <= max_per_phrase)
-    kept[rows[taken_whole[phrases.ids]]] = True
+    rare = (frequencies >= min_frequency) & (frequencies <= max_per_phrase)
+    kept[rows[rare[phrases.ids]]] = True
 
-    # Of the others, the rows phrase by phrase.
+    # Group the rows of frequent phrases by phrase.
     frequent = (frequencies >= min_frequency) & (frequencies > max_per_phrase)
     entries = np.flatnonzero(frequent[phrases.ids])
     entries = entries[np.argsort(phrases.ids[entries], kind="stable")]
@@ -68,9 +68,9 @@ def select(phrases: CaptionPhrases, min_frequency: int = 3, max_per_phrase: int 
 def find_phrases(
     file: CaptionFile, chunker: Chunker, workers: int | None = None, skip_bad_rows: bool = False
 ) -> tuple[CaptionPhrases, dict[int, str]]:
-    """The phrases of every row, and what is wrong with the rows, by their number, that have no caption.
+    """Returns the phrases of every row, and what is wrong with rows without a caption, by row number.
 
-    Raises UserError, one line, at the first of these unless they are to be skipped.
+    Raises UserError, one line, at the first such row unless `skip_bad_rows`.
     """
     known: dict[str, int] = {}
     ids, counts, bad = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)], {}
@@ -96,7 +96,7 @@ def _batches(file: CaptionFile) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     for row in file:
         batch.append(row)
-        if len(batch) == BATCH:
+        if len(batch) == BATCH_ROWS:
             yield batch
             batch = []
     if batch:
@@ -105,20 +105,20 @@ def _batches(file: CaptionFile) -> Iterator[list[bytes]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Extract:
-    """What a process does with a batch of rows."""
+    """Finds the phrases of a batch of rows, in a worker process."""
 
     file: CaptionFile
     chunker: Chunker
 
     def __call__(self, rows: Sequence[bytes]) -> tuple[int, str, np.ndarray, np.ndarray, list[tuple[int, str]]]:
-        """Bytes read; distinct phrases, one a line; for all rows in turn the numbers of their phrases; how many each
-        row has; and of every bad row its place and what is wrong with it."""
+        """Returns the number of bytes; the distinct phrases, one a line; the phrase numbers of all rows; the number of
+        phrases of every row; and index and error of every bad row."""
         captions, broken = [""] * len(rows), []
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             try:
-                captions[place] = self.file.caption(row)
+                captions[index] = self.file.caption(row)
             except ValueError as error:
-                broken.append((place, str(error)))
+                broken.append((index, str(error)))
         found = self.chunker(captions)
         known: dict[str, int] = {}
         numbers = [known.setdefault(text, len(known)) for texts in found for text in texts]

@@ -193,7 +193,7 @@ class JsonList:
 
 
 def _merge(lists: list[JsonList], merged: JsonList, seed: int) -> None:
-    """The rows of all lists, shuffled; they are read again from the files."""
+    """Writes the rows of all lists in shuffled order, reading them from the files again."""
     order = [(which, row) for which, written in enumerate(lists) for row in range(len(written))]
     random.Random(f"{seed} merged").shuffle(order)
     with contextlib.ExitStack() as files:

@@ -169,7 +169,7 @@ def test_processes_batches_and_hash_seeds_do_not_matter(tmp_path, monkeypatch):
     data = tmp_path / "data.tsv"
     data.write_text(encode("tsv", captions(400)))
     run(data, tmp_path / "one")
-    monkeypatch.setattr(filter_module, "BATCH", 7)
+    monkeypatch.setattr(filter_module, "BATCH_ROWS", 7)
     run(data, tmp_path / "small batches")
     for number, workers in enumerate((1, 2)):
         command = [sys.executable, "-m", "llava_jax.prepare", "filter", data, tmp_path / f"many {number}"]
@@ -211,7 +211,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row(tmp_path, name, capsys, monkeypatch):
-    monkeypatch.setattr(filter_module, "BATCH", 7)
+    monkeypatch.setattr(filter_module, "BATCH_ROWS", 7)
     form, row, reason = BAD_ROWS[name]
     data, output = tmp_path / "data", tmp_path / "kept"
     good = [line.encode() + b"\n" for line in encode(form, captions()).splitlines()]

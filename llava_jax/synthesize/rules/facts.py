@@ -1,5 +1,7 @@
-"""What can be said and asked of a scene, in no language yet: each fact names its key in the phrase tables of
-english.py and korean.py, and the values that its sentences speak of."""
+"""Facts of a scene that can be stated or asked, in no particular language.
+
+A fact names its key in the phrase tables (english.txt, korean.txt) and the values of its sentences.
+"""
 
 import random
 from collections import Counter
@@ -27,19 +29,19 @@ from llava_jax.annotations.scene import (
 from llava_jax.annotations.vocabulary import COCO
 
 RARE = ("elephant", "zebra", "giraffe", "airplane", "train", "boat", "bear", "surfboard", "toilet", "pizza", "kite")
-"""Categories of COCO that nobody overlooks: where one has no box and no caption names it, it is not there."""
+"""Categories of COCO that annotators do not overlook. Without box and caption, such an object is absent."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`values`: field of the phrase -> Name, Count, Position, Side, a tuple of these, or a caption."""
+    """A fact. `values` maps fields of its phrases to a Name, Count, Position, Side, a tuple of these, or a caption."""
 
     key: str
     values: Mapping[str, Any]
 
     @property
     def names(self) -> set[Name]:
-        """Of what it speaks, without sizes."""
+        """Names in the values, without sizes."""
         named = (value.name if isinstance(value, Count) else value for value in self.values.values())
         return {value.plain for value in named if isinstance(value, Name)}
 
@@ -49,7 +51,7 @@ def fact(key: str, **values: Any) -> Fact:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[list[Fact]]:
-    """Facts of conversations; those of one list are alike, and a conversation takes one of each."""
+    """Returns facts for conversations, in lists of similar facts. A conversation uses one of every list."""
     things = scene.objects
     found = [
         [*_totals(scene), *(fact("list", items=tuple(scene.counts)) for _ in range(2) if 1 < len(scene.counts) < 6)],
@@ -86,7 +88,7 @@ def questions(scene: Scene, rng: random.Random) -> list[list[Fact]]:
 
 
 def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
-    """Facts of a detailed description in the order in which they are told: the whole, each thing, what relates them."""
+    """Yields the facts of a detailed description in order: the scene, every object, and relations."""
     if not scene.shapes:
         for text in rng.sample(scene.captions, min(len(scene.captions), 1 if len(scene.counts) > 2 else 3)):
             yield fact("caption", text=text)
@@ -117,7 +119,7 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
 
 
 def inferences(scene: Scene) -> list[list[Fact]]:
-    """Facts of reasoning; those of one list are alike."""
+    """Returns facts for reasoning, in lists of similar facts."""
     unique, groups = scene.unique, scene.groups
     total = Count(len(scene.objects), OBJECT)
     pairs = [(a, b) for a in groups for b in groups if a != b and not _overlap(a.name, b.name)]
@@ -163,7 +165,7 @@ def _totals(scene: Scene) -> list[Fact]:
 
 
 def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
-    """What a description can add to the places of the things."""
+    """Yields facts that a description can add to the positions of the objects."""
     for pair in combinations(scene.unique, 2):
         a, b = rng.sample(pair, 2)
         names = {"a": a.name.plain, "b": b.name.plain}
@@ -206,13 +208,13 @@ def _single_by(things: list[SceneObject], attribute: str) -> list[SceneObject]:
 
 
 def _alone(thing: SceneObject, scene: Scene) -> bool:
-    """Whether "what is there?" has this thing as its one answer."""
+    """Whether this object is the only answer to "what is there?"."""
     clear = scene.shapes and thing.across and thing.down
     return bool(clear) and sum(other.position == thing.position for other in scene.objects) == 1
 
 
 def _together(scene: Scene) -> Iterator[tuple[Count, str]]:
-    """Groups of which every one is on the same side."""
+    """Yields groups whose objects are all on the same side."""
     for count in scene.counts:
         things = [thing for thing in scene.objects if thing.name.plain == count.name]
         if count.number > 1:
@@ -225,12 +227,12 @@ def _together(scene: Scene) -> Iterator[tuple[Count, str]]:
 
 
 def _absent(scene: Scene, rng: random.Random) -> list[Name]:
-    """Names of what is not there: for shapes those that share a word with what is, since they are the hardest."""
+    """Draws names of absent objects. Shapes share a word with a present object, because such questions are hard."""
     if not scene.shapes:
         text = " ".join(scene.captions).lower()
         shown = {count.name.noun for count in scene.counts} | {name.noun for name in scene.crowds}
         if not shown or not shown <= set(COCO):
-            return []  # nobody has looked for them
+            return []  # annotators have not looked for them
         near = {"airplane": "plane", "surfboard": "surf", "pizza": "slice"}
         names = [n for n in RARE if n not in shown and n not in text and near.get(n, n) not in text]
         return [Name(name) for name in rng.sample(names, min(2, len(names)))]
@@ -241,7 +243,7 @@ def _absent(scene: Scene, rng: random.Random) -> list[Name]:
 
 
 def _empty_corners(scene: Scene) -> list[str]:
-    """Corners without anything; none where some place is unclear."""
+    """Returns empty corners; none if some position is unclear."""
     if not all(thing.across and thing.down for thing in scene.objects):
         return []
     taken = {thing.position for thing in scene.objects}
@@ -273,7 +275,7 @@ def _flip(place: str, one: str, other: str) -> str:
 
 
 def _halves(thing: SceneObject) -> Iterator[tuple[str, bool]]:
-    """Halves of the picture and whether a sheet over them hides the thing whole; none where it is cut."""
+    """Yields halves of the image, and whether covering the half hides the object; none if it is in both halves."""
     if thing.box.x2 < 0.47 or thing.box.x1 > 0.53:
         yield from (("left", thing.box.x2 < 0.47), ("right", thing.box.x1 > 0.53))
     if thing.box.y2 < 0.47 or thing.box.y1 > 0.53:
@@ -292,7 +294,7 @@ def _shared(scene: Scene) -> Iterator[Fact]:
 
 
 def _odd(scene: Scene) -> Iterator[Fact]:
-    """One thing of another colour or shape than all the rest, which are alike in it."""
+    """Yields the one object of another colour or shape than all other objects, which share theirs."""
     number = len(scene.objects)
     for attribute in ("colour", "noun"):
         counts = Counter(getattr(thing.name, attribute) for thing in scene.objects)

@@ -1,4 +1,4 @@
-"""Phrases of a language, read from a text file, and how they become sentences."""
+"""A table of a language's phrases, read from a text file, and sentences made of them."""
 
 import random
 import re
@@ -16,14 +16,14 @@ ALTERNATIVES = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 
 @dataclass
 class Phrasing:
-    """Lines that say one thing: of each list one is drawn. `sentences`: those of the answer, in order."""
+    """Questions, of which one is drawn, and sentences of an answer, of which one of every list is drawn."""
 
     questions: list[str] = field(default_factory=list)
     sentences: list[list[str]] = field(default_factory=list)
 
 
 class PhraseTable:
-    """The phrases of "en" or "ko". Raises UserError for another language."""
+    """Holds the phrases of "en" or "ko". Raises UserError for another language."""
 
     def __init__(self, language: str):
         if language not in LANGUAGES:
@@ -33,9 +33,9 @@ class PhraseTable:
         self.entries = _read(Path(__file__).with_name(f"{name}.txt"))
 
     def say(self, what: str, fact: Fact, rng: random.Random) -> tuple[str, str]:
-        """A question (empty for a description) and its answer.
+        """Draws a question (empty for a description) and its answer.
 
-        Raises UserError where something has no name in the language.
+        Raises UserError if an object has no name in the language.
         """
         fields: dict[str, str] = dict(self.words.CONSTANTS)
         for key, value in fact.values.items():
@@ -75,7 +75,7 @@ def _read(path: Path) -> dict[tuple[str, str], list[Phrasing]]:
 
 
 def _draw(text: str, rng: random.Random) -> str:
-    """One of each [a|b], from the inside out; a category may have brackets of its own."""
+    """Draws one of every [a|b], from the inside out. A category may contain brackets."""
     drawn = 1
     while drawn:
         text, drawn = ALTERNATIVES.subn(lambda match: rng.choice(match[1].split("|")), text)
