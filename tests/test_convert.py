@@ -203,4 +203,4 @@ def test_memory_stays_near_the_largest_file(tmp_path):
         print(f"to {to}: model {total / 1e9:.2f} GB, largest file {largest / 1e6:.0f} MB, "
               f"peak {peak / 1e6:.0f} MB, {peak / largest:.2f} of it")
         # A tensor counts twice: as an array, and as pages of the mapped file, which Linux drops when it needs memory.
-        assert 0.1 * largest < peak < 2.2 * largest
+        assert 0.1 * largest < peak < 2.5 * largest

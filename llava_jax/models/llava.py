@@ -30,7 +30,7 @@ class LlavaConfig:
     feature_layer: int = -2
     feature_select: str = "patch"
     processor: ImageProcessor | None = None
-    """How images become tiles; by default CLIP's with mode pad, or SigLIP's."""
+    """Image processor; by default CLIP's statistics with mode pad, or SigLIP's with mode resize."""
     template: str = "vicuna_v1"
     exif: bool = False
     """Whether the model was trained on images turned as their EXIF orientation says."""

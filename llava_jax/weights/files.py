@@ -104,7 +104,7 @@ def other_format(directory: Path) -> str:
     if any(directory.glob("*.gguf")):
         return f"{directory}: a GGUF model, llama.cpp's format, is not read; take the model's safetensors"
     if any(directory.glob("pytorch_model*")) or any(directory.glob("*.bin")):
-        return (f"{directory} holds pytorch_model.bin, a torch pickle, which is not read here: open it with "
+        return (f"{directory} contains pytorch_model.bin, a torch pickle, which is not read here: open it with "
                 "transformers and save_pretrained it, which writes safetensors")
     if found := sorted([*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")]):
         return f"{directory}: no model, but one is in {found[-1].parent}"
