@@ -58,6 +58,7 @@ def test_an_adapter_is_the_kernel_into_which_it_is_merged(wanted):
     plain = llava.abstract_params(CONFIG)[0]
     model = llava.from_params(plain, base)
     merged = adapt(model, wanted, rng)
+    assert all(jnp.abs(merged[path] - base[path]).max() > 0.1 for path in merged)
     graph, adapted = llava.to_params(model)
     assert {path for path in adapted if "/adapter/lora_" in path} == adapted.keys() - base.keys() != set()
 
@@ -74,9 +75,7 @@ def test_an_adapter_is_the_kernel_into_which_it_is_merged(wanted):
 
     (_, expected), gradients = run(plain, base | merged)
     (_, found), by_adapter = run(graph, adapted)
-    (_, without), _ = run(plain, base)
     np.testing.assert_allclose(found, expected, atol=1e-4 * expected.std())
-    assert jnp.abs(found - without).max() > 0.1 * expected.std()
     for path in merged:  # the gradient of a kernel, seen through one factor, is that of the other
         a, b = (adapted[path.replace("kernel", f"adapter/lora_{name}")] for name in "ab")
         seen = SCALE * jnp.einsum("...ir,...io->...ro", a, gradients[path].reshape(*a.shape[:-1], b.shape[-1]))
