@@ -33,7 +33,7 @@ def render(template: str, **values: Any) -> str:
     return page.replace("\r", "&#13;").encode(errors="backslashreplace").decode()
 
 
-def check_page(path: str, option: str = "--output") -> None:
+def check_page(path: str, option: str = "--out") -> None:
     """Raises UserError if a page at `path`, a value of `option`, would replace a file that is no page."""
     if not os.path.exists(path):
         return

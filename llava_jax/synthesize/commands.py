@@ -164,8 +164,8 @@ class ViewCommand:
     """folder of the run"""
     image_root: str = ""
     """folder to which image paths are relative; without it boxes are drawn in a blank square"""
-    output: str = ""
-    """the page; FOLDER/view.html if empty"""
+    out: str = ""
+    """path of the page; FOLDER/view.html if empty"""
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 24
     """number of samples, drawn by seed, alternating between the kinds"""
     only: Literal["all", "accepted", "flagged", "rejected"] = "all"
@@ -180,8 +180,8 @@ class ViewCommand:
             raise UserError(f"--count is {self.count}: it must be at least 1")
         if self.image_root and not os.path.isdir(self.image_root):
             raise UserError(f"--image-root {self.image_root}: no such folder")
-        output = self.output or os.path.join(self.folder, "view.html")
-        page.check_page(output)
+        out = self.out or os.path.join(self.folder, "view.html")
+        page.check_page(out)
         settings = SynthesisSettings.load(self.folder)
         try:
             synthesis = open_synthesis(settings)
@@ -198,8 +198,8 @@ class ViewCommand:
                  "answers in the log": f"{len(log):,}",
                  "shown": f"{len(samples)}, {self.only}, drawn with seed {self.seed}"}
         title = f"Instruction data of {os.path.basename(os.path.abspath(self.folder))}"
-        page.write(output, render_page(title, about, samples, self.image_root, settings.language))
-        _print(f"{output}: {len(samples)} sample{'s' * (len(samples) != 1)}")
+        page.write(out, render_page(title, about, samples, self.image_root, settings.language))
+        _print(f"{out}: {len(samples)} sample{'s' * (len(samples) != 1)}")
         return 0
 
     def _wants(self, outcome: Outcome) -> bool:

@@ -119,7 +119,7 @@ def test_the_command_draws_and_filters(synthesis, tmp_path, capsys):
     assert view("-n", "3", "--seed", "1")["quiet"] != view("-n", "3", "--seed", "2")["quiet"]
     (out / "other.html").write_text("data")
     with pytest.raises(UserError, match="there is something else than a page"):
-        synthesize.main(["view", str(out), "--output", str(out / "other.html")])
+        synthesize.main(["view", str(out), "--out", str(out / "other.html")])
 
 
 def test_pictures_outside_of_the_image_root_are_not_shown(tmp_path):
