@@ -119,7 +119,7 @@ def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], leng
             visual = images * per_tile
             tokens[2 : 2 + visual] = IMAGE_TOKEN_ID
             batch["visual_index"][row, start + 2 : start + 2 + visual] = image * per_tile + np.arange(visual)
-            learned = min(PROMPT + visual, size - 1)
+            learned = min(PROMPT_TOKENS + visual, size - 1)
             batch["tokens"][row, at], batch["positions"][row, at] = tokens, np.arange(size)
             batch["labels"][row, start + learned : start + size] = tokens[learned:]
             batch["segment_ids"][row, at] = number
