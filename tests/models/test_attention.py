@@ -89,12 +89,15 @@ def test_what_cannot_run_raises():
 
 BASE = LlavaConfig()
 NARROW = dataclasses.replace(BASE, vision=VisionConfig(hidden_size=96, num_heads=3))
+SO400M = LlavaConfig(vision=VisionConfig(
+    384, 14, 1152, 4304, 27, 16, "gelu_pytorch_tanh", class_token=False, patch_bias=True, pre_norm=False))
 ODD = dataclasses.replace(BASE, text=LlamaConfig(head_dim=100))
 
 
 @pytest.mark.parametrize("name, platform, config, dtype, expected", [
     ("auto", "cpu", BASE, "float32", ("xla", "xla")), ("auto", "tpu", BASE, "bfloat16", ("splash", "splash")),
     ("auto", "tpu", NARROW, "bfloat16", ("splash", "xla")), ("splash", "tpu", NARROW, "bfloat16", ("splash", "splash")),
+    ("auto", "tpu", SO400M, "bfloat16", ("splash", "xla")), ("auto", "gpu", SO400M, "bfloat16", ("cudnn", "cudnn")),
     ("auto", "gpu", BASE, "bfloat16", ("cudnn", "cudnn")), ("auto", "gpu", BASE, "float32", ("xla", "xla")),
     ("auto", "gpu", ODD, "bfloat16", ("xla", "cudnn")), ("cudnn", "gpu", ODD, "float32", ("cudnn", "cudnn")),
     ("xla", "tpu", BASE, "bfloat16", ("xla", "xla")),
