@@ -32,7 +32,9 @@ BASE = LlavaConfig(
 BIASED = dataclasses.replace(BASE.text, qkv_bias=True, out_bias=True, mlp_bias=True)
 MODELS = {kind: dataclasses.replace(BASE, projector=kind)
           for kind in ("identity", "linear", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu")}
-MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu"),
+NEWLINES = dataclasses.replace(BASE.processor, mode="anyres", pinpoints=((28, 56),))
+MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu", processor=NEWLINES,
+                                         vision=dataclasses.replace(BASE.vision, patch_bias=True)),
            "tied": dataclasses.replace(BASE, text=dataclasses.replace(BASE.text, tie_word_embeddings=True))}
 """One model for every kind of layer: each row of the sharding table must match a parameter of one of them."""
 
@@ -54,7 +56,10 @@ def gradients(model: str, trained: str, remat: str, sizes: tuple[int, int, int])
     rows = NamedSharding(mesh, sharding.ROWS)
     with jax.set_mesh(mesh):
         placed = {path: jax.device_put(x, layout[path]) for path, x in parameters(model).items()}
-        batch = {name: jax.device_put(x[0], rows) for name, x in make_batch().items()}
+        batch = {name: x[0] for name, x in make_batch().items()}
+        if not MODELS[model].processor.is_fixed:  # one visual token is the newline, behind the features of both tiles
+            batch["visual_index"][:, 4] = 2 * MODELS[model].processor.features_per_tile
+        batch = {name: jax.device_put(x, rows) for name, x in batch.items()}
         learned = {path: x for path, x in placed.items() if re.fullmatch(trained, path)}
         frozen = {path: x for path, x in placed.items() if path not in learned}
         differentiate = jax.jit(functools.partial(jax.value_and_grad(loss_sum, argnums=1), graph),

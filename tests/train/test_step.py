@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jax_core
 from sharded_steps import LENGTH, MODEL, ROWS, STAGE, make_batch, run
 
 from llava_jax import config
@@ -85,7 +86,7 @@ def dot_flops(jaxpr) -> float:
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             count += 2 * depth * math.prod(equation.outvars[0].aval.shape)
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        count += sum(times * dot_flops(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        count += sum(times * dot_flops(inner) for inner in jax_core.jaxprs_in_params(equation.params))
     return count
 
 
