@@ -236,7 +236,7 @@ def _where(path: str, key: str, item: Any) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class _CaptionRow:
     """An image with captions. `boxes` are (category, (x1, y1, x2, y2), crowd), or None if the row has no such field."""
 
     id: str
@@ -245,7 +245,7 @@ class _Row:
     boxes: list[tuple[str, Sequence[float], bool]] | None
 
 
-def _read_json_row(row: Any, notes: Counter[str]) -> _Row:
+def _read_json_row(row: Any, notes: Counter[str]) -> _CaptionRow:
     if not isinstance(row, dict):
         raise UserError("a row must be an object")
     image = _text(row, "image")
@@ -263,10 +263,10 @@ def _read_json_row(row: Any, notes: Counter[str]) -> _Row:
     for caption in given:
         _add_caption(captions, caption, notes)
     if row.get("boxes") is None:
-        return _Row(check_text(str(name), "id"), image, tuple(captions), None)
+        return _CaptionRow(check_text(str(name), "id"), image, tuple(captions), None)
     if not isinstance(row["boxes"], list) or not all(isinstance(box, dict) for box in row["boxes"]):
         raise UserError("has boxes that are no list of objects")
-    return _Row(check_text(str(name), "id"), image, tuple(captions), [_json_box(box, row) for box in row["boxes"]])
+    return _CaptionRow(check_text(str(name), "id"), image, tuple(captions), [_json_box(box, row) for box in row["boxes"]])
 
 
 def _json_box(box: dict[str, Any], row: dict[str, Any]) -> tuple[str, Sequence[float], bool]:
@@ -287,7 +287,7 @@ def _json_box(box: dict[str, Any], row: dict[str, Any]) -> tuple[str, Sequence[f
     return _text(box, "category"), corners, bool(box.get("iscrowd"))
 
 
-def _read_tfds_row(row: dict[str, Any], notes: Counter[str]) -> _Row:
+def _read_tfds_row(row: dict[str, Any], notes: Counter[str]) -> _CaptionRow:
     if not isinstance(row.get("captions"), list) or "image/id" not in row or "image/filename" not in row:
         raise UserError("coco_captions' features captions, image/id and image/filename are needed; it has "
                          + ", ".join(row))
@@ -298,7 +298,7 @@ def _read_tfds_row(row: dict[str, Any], notes: Counter[str]) -> _Row:
     name = f"{number:012d}" if isinstance(number, int) else check_text(str(number), "image/id")
     objects = row.get("objects")
     if objects is None:
-        return _Row(name, _text(row, "image/filename"), tuple(captions), None)
+        return _CaptionRow(name, _text(row, "image/filename"), tuple(captions), None)
     boxes = []
     for thing in objects:
         if not isinstance(thing, dict) or "bbox" not in thing:
@@ -308,7 +308,7 @@ def _read_tfds_row(row: dict[str, Any], notes: Counter[str]) -> _Row:
             continue
         y1, x1, y2, x2 = thing["bbox"]
         boxes.append((_text(thing, "label"), (x1, y1, x2, y2), bool(thing.get("is_crowd"))))
-    return _Row(name, _text(row, "image/filename"), tuple(captions), boxes)
+    return _CaptionRow(name, _text(row, "image/filename"), tuple(captions), boxes)
 
 
 def _add_caption(captions: list[str], caption: Any, notes: Counter[str]) -> None:

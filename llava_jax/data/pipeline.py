@@ -85,7 +85,7 @@ class Batches(grain.IterDataset):
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self)
 
-    def open_rows(self, state: dict[str, int]) -> tuple[Pool, Iterator["_Row"]]:
+    def open_rows(self, state: dict[str, int]) -> tuple[Pool, Iterator["_PlannedSequence"]]:
         """Returns a pool, and the sequences of all processes from a state on."""
         if self._kept is None:
             if self.spec.bad_rows == "skip":
@@ -200,7 +200,7 @@ class _BatchIterator(grain.DatasetIterator):
                 self._pool.close()
             self._pool = None
 
-    def _stack(self, rows: Sequence["_Row"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:
+    def _stack(self, rows: Sequence["_PlannedSequence"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:
         spec = self._batches.spec
         shape = (self._batches.batch_size // self._batches.process_count, spec.sequence_length)
         slots = (shape[0], spec.tiles_per_sequence)
@@ -233,7 +233,7 @@ class _BatchIterator(grain.DatasetIterator):
         return batch | {"skipped": np.array([skipped[reason] for reason in REASONS], np.int32)}
 
 
-def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_Row"]:
+def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_PlannedSequence"]:
     """Gives the sequences of all processes from a state on. Workers tokenise the next window meanwhile."""
     done, skipped = state["row"], Counter()
     windows = _windows(batches, state, pool)
@@ -248,7 +248,7 @@ def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["
                 following.ask((number + 1) / len(rows))
             row = rows[order[number]]
             after = {"epoch": window.epoch, "window": window.number, "row": number + 1}
-            yield _Row([window.numbers[i] for i in row], [texts[i] for i in row], skipped, after)
+            yield _PlannedSequence([window.numbers[i] for i in row], [texts[i] for i in row], skipped, after)
             skipped = Counter()
         window, done = following, 0
 
@@ -262,7 +262,7 @@ def _windows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_
 
 
 @dataclasses.dataclass
-class _Row:
+class _PlannedSequence:
     """A sequence to build: its records and their texts, what was skipped before it, and the state after it."""
 
     numbers: list[int]
