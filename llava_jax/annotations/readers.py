@@ -266,7 +266,8 @@ def _read_json_row(row: Any, notes: Counter[str]) -> _CaptionRow:
         return _CaptionRow(check_text(str(name), "id"), image, tuple(captions), None)
     if not isinstance(row["boxes"], list) or not all(isinstance(box, dict) for box in row["boxes"]):
         raise UserError("has boxes that are no list of objects")
-    return _CaptionRow(check_text(str(name), "id"), image, tuple(captions), [_json_box(box, row) for box in row["boxes"]])
+    boxes = [_json_box(box, row) for box in row["boxes"]]
+    return _CaptionRow(check_text(str(name), "id"), image, tuple(captions), boxes)
 
 
 def _json_box(box: dict[str, Any], row: dict[str, Any]) -> tuple[str, Sequence[float], bool]:

@@ -200,7 +200,8 @@ class _BatchIterator(grain.DatasetIterator):
                 self._pool.close()
             self._pool = None
 
-    def _stack(self, rows: Sequence["_PlannedSequence"], images: Sequence[list[np.ndarray | str]]) -> dict[str, np.ndarray]:
+    def _stack(self, rows: Sequence["_PlannedSequence"], images: Sequence[list[np.ndarray | str]]
+               ) -> dict[str, np.ndarray]:
         spec = self._batches.spec
         shape = (self._batches.batch_size // self._batches.process_count, spec.sequence_length)
         slots = (shape[0], spec.tiles_per_sequence)

@@ -24,7 +24,7 @@ from llava_jax.pages import page
 from llava_jax.synthesize.estimate import describe, estimate
 from llava_jax.synthesize.output import MANIFEST, REJECTED, check_folder
 from llava_jax.synthesize.running import open_log, open_synthesis, read_status
-from llava_jax.synthesize.synthesis import COUNTS, SETTINGS, Outcome, Synthesis, SynthesisSettings, Task
+from llava_jax.synthesize.synthesis import COUNTS, SETTINGS, Outcome, Synthesis, SynthesisSettings, SynthesisTask
 from llava_jax.synthesize.viewer import ViewedSample, render_page
 
 
@@ -95,12 +95,12 @@ class PreviewCommand:
         return UNANSWERED if failures else 0
 
     async def _ask(
-        self, tasks: list[Task], synthesis: Synthesis, log: AnswerLog, cancel: CancelToken
+        self, tasks: list[SynthesisTask], synthesis: Synthesis, log: AnswerLog, cancel: CancelToken
     ) -> dict[tuple[str, str], str]:
         """Writes the first answer of every task to the log. Returns why other tasks have none."""
         failures = {}
 
-        def record(task: Task, attempt: int, answer: Any) -> bool:
+        def record(task: SynthesisTask, attempt: int, answer: Any) -> bool:
             if isinstance(answer, Exception):
                 failures[task.name] = str(answer)
             return True
@@ -212,7 +212,7 @@ class ViewCommand:
 
 
 def _print_tasks(
-    tasks: Sequence[Task], log: AnswerLog | None = None, failures: Mapping[tuple[str, str], str] | None = None
+    tasks: Sequence[SynthesisTask], log: AnswerLog | None = None, failures: Mapping[tuple[str, str], str] | None = None
 ) -> None:
     shown: set[str] = set()
     for number, task in enumerate(tasks, 1):
@@ -224,7 +224,7 @@ def _print_tasks(
             _print_answers(task.outcome(log), failures.get(task.name))
 
 
-def _print_prompt(task: Task, whole: bool) -> None:
+def _print_prompt(task: SynthesisTask, whole: bool) -> None:
     messages = task.request(0).messages
     if not whole:
         _print("(system message and examples as above)\n")
@@ -269,7 +269,7 @@ def _read_log(path: str) -> Iterator[AnswerLog | dict]:
 
 
 def _read_duplicates(folder: str) -> dict[tuple[str, str], str]:
-    """Reads which tasks the last run has rejected as duplicates: `Task.name` -> detail."""
+    """Reads which tasks the last run has rejected as duplicates: `SynthesisTask.name` -> detail."""
     path, found = os.path.join(folder, REJECTED), {}
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -281,7 +281,7 @@ def _read_duplicates(folder: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def _final(task: Task, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]) -> Outcome:
+def _final(task: SynthesisTask, log: AnswerLog, duplicates: Mapping[tuple[str, str], str]) -> Outcome:
     outcome = task.outcome(log)
     if task.name not in duplicates or outcome.verdict is None:
         return outcome

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Message, Response
-from llava_jax.synthesize.synthesis import Synthesis, Task
+from llava_jax.synthesize.synthesis import Synthesis, SynthesisTask
 from llava_jax.text.tokenizer import Tokenizer
 
 SAMPLE_TASKS = 1000
@@ -127,7 +127,8 @@ def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, token
     )
 
 
-def _answered(synthesis: Synthesis, kind: str, log: AnswerLog | dict) -> tuple[int, list[tuple[Task, Response]]]:
+def _answered(synthesis: Synthesis, kind: str, log: AnswerLog | dict
+              ) -> tuple[int, list[tuple[SynthesisTask, Response]]]:
     """Returns the number of tasks with an answer in the log, and up to SAMPLE_TASKS of them with their first answer."""
     count, some = 0, []
     for task in synthesis if len(log) else ():

@@ -21,7 +21,7 @@ from llava_jax.errors import UserError
 from llava_jax.files import atomic_write
 from llava_jax.synthesize.parse import Reject, Seen
 from llava_jax.synthesize.prompts import KINDS
-from llava_jax.synthesize.synthesis import LOG, SETTINGS, Outcome, Synthesis, Task, Verdict
+from llava_jax.synthesize.synthesis import LOG, SETTINGS, Outcome, Synthesis, SynthesisTask, Verdict
 
 FILES = {kind: f"{kind}.json" for kind in KINDS}
 MERGED, REJECTED, FLAGGED, MANIFEST = "instruct.json", "rejected.jsonl", "flagged.jsonl", "manifest.json"
@@ -43,13 +43,13 @@ def write_outputs(
     log: AnswerLog,
     failures: Mapping[tuple[str, str], str],
     price: Price | None = None,
-    progress: Callable[[Iterator[Task]], Iterator[Task]] = iter,
+    progress: Callable[[Iterator[SynthesisTask]], Iterator[SynthesisTask]] = iter,
 ) -> dict[str, Any]:
     """Writes all files from the log, in the order of the tasks, and returns the manifest.
 
     A finished task is written once to the file of its kind and to the merged file, or once to rejected.jsonl.
-    `failures` maps `Task.name` to the reason why a task got no answer. A task with the turns of an earlier task is
-    rejected as a duplicate. Every file appears when it is complete. Memory keeps some 200 bytes per record.
+    `failures` maps `SynthesisTask.name` to the reason why a task got no answer. A task with the turns of an earlier
+    task is rejected as a duplicate. Every file appears when it is complete. Memory keeps some 200 bytes per record.
     """
     folder, tally = synthesis.settings.out, _Tally(price)
     _sweep(folder)
@@ -104,7 +104,7 @@ def _sweep(folder: str) -> None:
             os.unlink(os.path.join(folder, name))
 
 
-def _final(task: Task, outcome: Outcome, failure: str | None, seen: Seen) -> Verdict | None:
+def _final(task: SynthesisTask, outcome: Outcome, failure: str | None, seen: Seen) -> Verdict | None:
     """Returns the final verdict of a task, or None if it must still be asked."""
     if not outcome.done:
         return None if failure is None else Verdict((), "request_failed", failure, None)
@@ -116,13 +116,13 @@ def _final(task: Task, outcome: Outcome, failure: str | None, seen: Seen) -> Ver
     return outcome.verdict
 
 
-def _rejection(task: Task, outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
+def _rejection(task: SynthesisTask, outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
     answer = outcome.answers[-1][1].text if outcome.answers else None
     return {"id": task.context.id, "image": task.context.image, "kind": task.kind, "reason": verdict.reason,
             "detail": verdict.detail, "attempts": len(outcome.answers), "answer": answer}
 
 
-def _flag(task: Task, verdict: Verdict) -> dict[str, Any]:
+def _flag(task: SynthesisTask, verdict: Verdict) -> dict[str, Any]:
     findings = [finding._asdict() for finding in verdict.evidence.findings]
     return {"id": task.context.id, "image": task.context.image, "kind": task.kind, "score": verdict.evidence.score,
             "findings": findings}

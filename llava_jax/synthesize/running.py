@@ -26,7 +26,7 @@ from llava_jax.errors import UserError, user_path
 from llava_jax.files import atomic_write, read_json, require_fields
 from llava_jax.progress import Progress
 from llava_jax.synthesize.output import check_folder, date, to_json, write_outputs
-from llava_jax.synthesize.synthesis import SETTINGS, Synthesis, SynthesisSettings, Task
+from llava_jax.synthesize.synthesis import SETTINGS, Synthesis, SynthesisSettings, SynthesisTask
 
 STATUS, BATCHES = "progress.json", "batches"
 STATUS_SECONDS = 5.0
@@ -70,7 +70,7 @@ class RunStatus:
         self._accepted, self._rejected, self._tokens = Counter[str](), Counter[str](), Counter[str]()
         self._path, self._start, self._written = os.path.join(synthesis.settings.out, STATUS), time.time(), 0.0
 
-    def record(self, task: Task, attempt: int, answer: Response | RequestFailed) -> bool:
+    def record(self, task: SynthesisTask, attempt: int, answer: Response | RequestFailed) -> bool:
         """Records an answer, and returns whether the task is done."""
         done = True
         if isinstance(answer, RequestFailed):
@@ -280,5 +280,5 @@ async def _announce_signal(cancel: CancelToken) -> None:
             print("finishing what is in flight; once more to leave at once", file=sys.stderr)
 
 
-def _bar(total: int) -> Callable[[Iterator[Task]], Iterator[Task]]:
+def _bar(total: int) -> Callable[[Iterator[SynthesisTask]], Iterator[SynthesisTask]]:
     return lambda tasks: tqdm(tasks, total=total, desc="writing", unit=" tasks", disable=not sys.stderr.isatty())

@@ -200,7 +200,7 @@ class Outcome(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class SynthesisTask:
     """An image, and a kind of record to make of it."""
 
     kind: str
@@ -254,8 +254,8 @@ class Task:
         return {"id": self.context.id, "image": self.context.image, "conversations": conversation}
 
 
-class Synthesis(Sequence[Task]):
-    """The tasks of a run, by image in the order of the source. Every Task is made on access.
+class Synthesis(Sequence[SynthesisTask]):
+    """The tasks of a run, by image in the order of the source. Every SynthesisTask is made on access.
 
     Raises UserError, one line, if prompts or images cannot be read, or if there are too few images.
     """
@@ -274,19 +274,19 @@ class Synthesis(Sequence[Task]):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, index: int) -> Task:
+    def __getitem__(self, index: int) -> SynthesisTask:
         image, number = self._index[index].tolist()
         kind, context, question = KINDS[number], self.contexts[image], None
         if kind == "detail_description":
             draw = random.Random(f"{self.settings.seed} question {context.id}")
             question = draw.choice(self.questions)
-        return Task(kind, context, question, self)
+        return SynthesisTask(kind, context, question, self)
 
     def count(self, kind: str) -> int:
         """Returns the number of tasks of a kind."""
         return len(self._of(kind))
 
-    def drawn(self, seed: int, kinds: Sequence[str] = KINDS) -> Iterator[Task]:
+    def drawn(self, seed: int, kinds: Sequence[str] = KINDS) -> Iterator[SynthesisTask]:
         """Yields all tasks of these kinds in random order, alternating between the kinds."""
         orders = [self._of(kind).tolist() for kind in kinds]
         for kind, order in zip(kinds, orders, strict=True):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from llava_jax.annotations.boxes import Box
 from llava_jax.pages import page
 from llava_jax.pages.thumbnails import Thumbnail, load_thumbnail
-from llava_jax.synthesize.synthesis import Outcome, Task
+from llava_jax.synthesize.synthesis import Outcome, SynthesisTask
 
 KIND_NAMES = {"conversation": "conversation", "detail_description": "detailed description",
               "complex_reasoning": "complex reasoning"}
@@ -22,7 +22,7 @@ MAX_LABELLED_BOXES = 40
 class ViewedSample(NamedTuple):
     """A task with its outcome so far."""
 
-    task: Task
+    task: SynthesisTask
     outcome: Outcome
 
 
