@@ -152,7 +152,8 @@ def write_report(output: Path, results: dict, probes: dict, questions: list, sec
         "by_kind": {name: scores[name] for name in ("blind", "stage 1 alone", "unseen pairs")},
         "probes": probes,
         "questions": {name: len(result.items) for name, result in results.items()},
-        "seconds": seconds,
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_part": seconds,
     }, indent=1) + "\n")
     return scores
 
