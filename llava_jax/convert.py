@@ -40,8 +40,8 @@ class Convert:
     to: Literal["hf", "native"]
     """Layout of DST."""
     template: str | None = None
-    """Conversation template. By default that of SRC; for a join vicuna_v1, llava_llama_3 or qwen_1_5, one whose end of
-    an answer is a token of LLAMA's tokenizer."""
+    """Conversation template. By default that of SRC; for a join the first of vicuna_v1, llava_llama_3, qwen_1_5 and
+    gemma_instruct whose end of an answer is LLAMA's EOS, or else one of its tokens."""
     image_mode: ImageMode | None = None
     """Image mode: crop to the centre, pad or resize to a square. By default that of SRC; for a join pad with CLIP,
     resize with SigLIP."""

@@ -1,1 +1,1 @@
-"""Questions with known answers, put to a model."""
+"""Benchmarks: questions with known answers for a model."""

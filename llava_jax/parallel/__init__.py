@@ -1,1 +1,1 @@
-"""One run on several hosts: which process this is, how all of them meet, agree, and end together."""
+"""Spreads a run over devices and hosts: the mesh, parameter shardings, and the processes."""

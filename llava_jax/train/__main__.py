@@ -46,6 +46,7 @@ def main(args: list[str]) -> int:
                 print(stopped, file=sys.stderr)
             return 130 if stopped.signal == signal.SIGINT else cli.STOPPED
         if first:
+            print(f"the model is {model}", flush=True)
             recipe.finish(model)
     return 0
 

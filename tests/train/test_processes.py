@@ -158,6 +158,7 @@ def test_two_processes_set_a_damaged_checkpoint_aside(make_recipe, whole):
     codes, outputs, errors = train(two, 2)
     assert codes == [0, 0], errors
     assert "align/8: this checkpoint is damaged" in outputs[0] and "the one before, of step 6" in outputs[0]
+    assert f"the model is {two.output}/model\n" in outputs[0] and "the model is" not in outputs[1]
     assert_same_run(two, whole)
 
 

@@ -52,7 +52,7 @@ Asked = dict[tuple[int, str], BenchQuestion]
 
 @dataclass(frozen=True)
 class MakeBench:
-    """Make a bench like LLaVA-Bench (COCO) from images with captions and boxes.
+    """Makes a bench like LLaVA-Bench (COCO) from images with captions and boxes.
 
     OUT gets questions.jsonl, answers_reference.jsonl and context.jsonl, which `evaluate llava-bench-coco`, `judge
     llava-bench-coco` and LLaVA's scripts accept, and manifest.json. Without --model the rules write everything, and

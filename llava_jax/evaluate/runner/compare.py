@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CompareRuns:
-    """Compare two runs of a benchmark: a table, and a page of the questions whose answers differ.
+    """Compares two runs of a benchmark: a table, and a page of the questions whose answers differ.
 
     A run is a folder that evaluate has written, such as OUT/pope."""
 

@@ -39,7 +39,7 @@ def published_results() -> Mapping[str, Sequence[PublishedResult]]:
 
 @dataclass(frozen=True)
 class ShowPublished:
-    """Print published figures of one benchmark or of all, with their sources."""
+    """Prints published figures of one benchmark or of all, with their sources."""
 
     bench: tyro.conf.Positional[str] = ""
     """name of a benchmark; by default all"""

@@ -134,7 +134,7 @@ def _read_pairs(path: str) -> list[tuple[str | int, str]]:
 
 @dataclass(frozen=True)
 class ScienceQAEnsemble:
-    """Join a LLaVA's answers to ScienceQA with those of a language model that sees no image, or let it judge.
+    """Joins a LLaVA's answers to ScienceQA with those of a language model that sees no image, or lets it judge.
 
     The language model's answers, and its judgements where the two differ, come from files, or are asked of any server
     with OpenAI's chat API (--model); what was answered is kept in OUT/asked.jsonl and never asked again. Exit codes: 1

@@ -244,7 +244,7 @@ def _check(problem: Any, where: str) -> None:
 
 @dataclass(frozen=True)
 class ScienceQAData:
-    """Make ScienceQA's training and test files, from its own files or from Hugging Face's.
+    """Makes ScienceQA's training and test files, from its own files or from Hugging Face's.
 
     Hugging Face's rows are first written in ScienceQA's own layout. A format is INPUT-OUTPUT as in the paper: QCM
     (question, context, choices) or CQM, and for example LEA (lecture, explanation, then the answer) or A."""
