@@ -1,4 +1,4 @@
-"""An image as a text-only teacher sees it: captions, and boxes as `category: [x1, y1, x2, y2]`.
+"""Describes an image to a text-only teacher: captions, and boxes as `category: [x1, y1, x2, y2]`.
 
 A language model without vision sees an image through these alone (Visual Instruction Tuning, section 3).
 """
@@ -16,11 +16,11 @@ from llava_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """The captions and boxes of one image.
+    """Captions and boxes of one image.
 
     Attributes:
-      id, image: Id and image file name of the record to be made.
-      captions: Captions, one line each.
+      id, image: Id and image file name of the record.
+      captions: Captions without line breaks.
     """
 
     id: str
@@ -43,27 +43,27 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class AnnotationSource:
-    """Files with captions and boxes (COCO's, or other data), and which boxes are used."""
+    """Files with captions and boxes (COCO's, or other data), and rules for the boxes to use."""
 
-    # COCO's captions_*.json, of 2014 or 2017
     captions: str = ""
-    # COCO's instances_*.json of the same split; conversations alone can do without boxes
+    """COCO's captions_*.json, of 2014 or 2017."""
     instances: str = ""
-    # Alternative to these two: a file of JSON lines, one {"image", "captions", "boxes", "width", "height"} per image;
-    # or a TFDS data set in ArrayRecord with the features of coco_captions, as FOLDER or FOLDER:SPLIT
+    """COCO's instances_*.json of the same split. Conversations alone need no boxes."""
     data: str = ""
-    # Names of images: "short" makes COCO_train2014_000000033471.jpg 000000033471.jpg, "file" keeps them
+    """Data instead of COCO's files: JSON lines of {"image", "captions", "boxes", "width", "height"}, one per image, or
+    a TFDS data set in ArrayRecord with the features of coco_captions, as FOLDER or FOLDER:SPLIT."""
     names: Literal["short", "file"] = "short"
-    # Text in front of image names, such as coco/train2017/
+    """Names of images: short changes COCO_train2014_000000033471.jpg to 000000033471.jpg, file keeps it."""
     prefix: str = ""
-    # Smallest area of a box, as a fraction of the image
+    """Prefix of the names of images, such as coco/train2017/."""
     min_box_area: float = 0.0
-    # Number of boxes of an image at most; the largest ones are used
+    """Minimum area of a box, as a fraction of the image."""
     max_boxes: int | None = None
-    # Number of boxes of an image at least; images with fewer are skipped
+    """Maximum number of boxes of an image. The largest ones are used."""
     min_boxes: int = 0
-    # COCO's regions of many uncounted objects: keep, marked "(crowd)", or drop
+    """Minimum number of boxes of an image. Images with fewer are skipped."""
     crowd: Literal["keep", "drop"] = "keep"
+    """Treatment of COCO's regions of many uncounted objects: keep, marked "(crowd)", or drop."""
 
     def __post_init__(self):
         if not 0 <= self.min_box_area < 1:

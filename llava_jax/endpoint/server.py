@@ -21,17 +21,17 @@ class Server:
     """Options for the server of a model. Call `check` before use."""
 
     api_key_env: str = "OPENAI_API_KEY"
-    """environment variable with the API key; local servers may need none"""
+    """Name of the environment variable with the API key. Local servers may need none."""
     concurrency: int = 50
-    """number of concurrent requests"""
+    """Number of concurrent requests."""
     requests_per_minute: float | None = None
-    """limit of requests of the account, which is never exceeded"""
+    """Maximum number of requests a minute that the account allows; never exceeded."""
     tokens_per_minute: float | None = None
-    """limit of tokens of the account, prompts and answers together"""
+    """Maximum number of tokens a minute that the account allows, prompts and answers together."""
     timeout: float = 600.0
-    """seconds until a try without an answer fails"""
+    """Number of seconds until a try without an answer fails."""
     retries: int = 8
-    """number of further tries after errors of the server or the network"""
+    """Number of further tries after errors of the server or the network."""
 
     def check(self) -> None:
         """Raises UserError, one line, for invalid values."""

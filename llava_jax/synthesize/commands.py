@@ -38,9 +38,9 @@ class EstimateCommand:
 
     settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     prices: str = ""
-    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
+    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}."""
     tokenizer: str = ""
-    """file or folder of the teacher's tokenizer, to count tokens; otherwise 4.3 bytes count as a token"""
+    """File or folder of the teacher's tokenizer, to count tokens. Otherwise 4.3 bytes count as a token."""
 
     def run(self) -> int:
         self.settings.check()
@@ -69,9 +69,9 @@ class PreviewCommand:
     settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     server: Annotated[Server, tyro.conf.arg(name="")]
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 5
-    """number of tasks, drawn by seed, alternating between the kinds"""
+    """Number of tasks, drawn by seed, alternating between the kinds."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """print the prompts and send no request"""
+    """Whether to print the prompts and send no request."""
 
     def run(self) -> int:
         self.settings.check()
@@ -120,7 +120,7 @@ class StatusCommand:
     """Prints the progress of a run, or how it ended; also while it is running."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """folder of the run"""
+    """Folder of the run."""
 
     def run(self) -> int:
         settings = SynthesisSettings.load(self.folder)
@@ -161,19 +161,19 @@ class ViewCommand:
     """Writes an HTML page of samples: image, boxes, captions, answer and verdict; also while the run is running."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """folder of the run"""
+    """Folder of the run."""
     image_root: str = ""
-    """folder to which image paths are relative; without it boxes are drawn in a blank square"""
+    """Folder of the images, to which image paths are relative. Without it boxes are drawn in a blank square."""
     out: str = ""
-    """path of the page; FOLDER/view.html if empty"""
+    """Path of the page; default: OUT/view.html."""
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 24
-    """number of samples, drawn by seed, alternating between the kinds"""
+    """Number of samples, drawn by seed, alternating between the kinds."""
     only: Literal["all", "accepted", "flagged", "rejected"] = "all"
-    """which samples; flagged ones are accepted and contradict captions or boxes"""
+    """Samples to show. Flagged ones are accepted and contradict captions or boxes."""
     kind: Literal["all", "conversation", "detail", "complex"] = "all"
-    """kind of record"""
+    """Kind of record to show."""
     seed: int = 0
-    """random seed of the draw"""
+    """Random seed of the draw."""
 
     def run(self) -> int:
         if self.count < 1:

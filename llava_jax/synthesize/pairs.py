@@ -44,25 +44,26 @@ class PairsCommand:
     """
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """file with the pairs"""
+    """File with the pairs."""
     out: str = "pairs.json"
-    """JSON list to write"""
+    """Path of the JSON list to write."""
     filter: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """keep only the pairs that the concept-balanced filter selects, with the defaults of prepare filter"""
+    """Whether to keep only the pairs that the concept-balanced filter selects, with the defaults of `prepare
+    filter`."""
     language: str = "en"
-    """language of the instructions; captions stay as they are"""
+    """Language of the instructions; captions stay as they are."""
     questions: str = ""
-    """file with your own short instructions, one a line"""
+    """File with your own short instructions, one a line."""
     prefix: str = ""
-    """text in front of image names, such as coco/train2017/"""
+    """Prefix of the names of images, such as coco/train2017/."""
     seed: int = 0
-    """random seed for the instructions, the position of <image>, the filter, and the choice of an image's caption"""
+    """Random seed for the instructions, the position of <image>, the filter, and the choice of an image's caption."""
     bad_rows: Literal["error", "skip"] = "error"
-    """how to handle a row without image or caption: stop, or skip and count it"""
+    """Treatment of a row without image or caption: stop with an error, or skip and count it."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """replace OUT if it exists"""
+    """Whether to replace OUT if it exists."""
     workers: int | None = None
-    """number of processes that find phrases; by default one per core, 0 for this process alone"""
+    """Number of processes that extract noun phrases; default: one per core. 0 uses this process alone."""
 
     def run(self) -> int:
         self._check()

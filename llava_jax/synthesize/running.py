@@ -150,14 +150,14 @@ class RunCommand:
     settings: Annotated[SynthesisSettings, tyro.conf.arg(name="")]
     server: Annotated[Server, tyro.conf.arg(name="")]
     max_cost: float | None = None
-    """USD, by --prices, that all answers in OUT may cost, tries without an answer included. No request is sent that
-    could exceed it; only a server that ignores max_completion_tokens can, by its requests in flight"""
+    """Maximum cost in USD, by --prices, of all answers in OUT, including tries without an answer. No request is sent
+    that could exceed it. Only a server that ignores max_completion_tokens can exceed it, by the requests in flight."""
     max_requests: int | None = None
-    """number of requests that this command may send"""
+    """Maximum number of requests of this command."""
     prices: str = ""
-    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}"""
+    """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}."""
     batch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """use the Batch API, which is cheaper and takes up to a day; the command may be stopped and run again"""
+    """Whether to use the Batch API, which is cheaper and may need a day. The command may be stopped and run again."""
 
     def run(self) -> int:
         settings = self.settings

@@ -43,39 +43,40 @@ class SynthesisSettings:
     """Teacher, images and kinds of records. Call `check` before use."""
 
     source: Annotated[AnnotationSource, tyro.conf.arg(name="")]
-    """captions and boxes of the images"""
+    """Captions and boxes of the images."""
     out: str = "data/instruct"
-    """folder for the answers and the records; the same command continues where it stopped"""
+    """Folder for the answers and the records. The same command continues a stopped run."""
     teacher: Literal["openai", "rules"] = "openai"
-    """any server with OpenAI's chat API, or rules without a model, which need boxes and no server"""
+    """Author of the answers: openai is any server with OpenAI's chat API; rules need boxes, but no model and no
+    server."""
     model: str = ""
-    """name of the model on the server; there is no default, because models come and go"""
+    """Name of the model on the server. There is no default, because models come and go."""
     base_url: str = ""
-    """address of the server's API, such as http://127.0.0.1:8000/v1; OPENAI_BASE_URL or OpenAI's own if empty"""
+    """Address of the server's API, such as http://127.0.0.1:8000/v1; default: OPENAI_BASE_URL, or OpenAI's own."""
     language: str = "en"
-    """language of the records: a code such as en, ko, fr"""
+    """Language of the records: a code such as en, ko, fr."""
     prompts: str = ""
-    """folder with your own prompts: KIND/system_message.txt, KIND/NNN_caps.txt and KIND/NNN_conv.txt"""
+    """Folder with your own prompts: KIND/system_message.txt, KIND/NNN_caps.txt and KIND/NNN_conv.txt."""
     questions: str = ""
-    """file with ways to ask for a detailed description, one a line"""
+    """File with requests for a detailed description, one a line."""
     conversation: int | None = None
-    """number of images, drawn by seed, to make conversations of; all by default, 0 for none"""
+    """Number of images, drawn by seed, with a conversation; default: all, 0 for none."""
     detail: int | None = None
-    """number of images to make detailed descriptions of"""
+    """Number of images, drawn by seed, with a detailed description; default: all, 0 for none."""
     complex: int | None = None
-    """number of images to make complex reasoning of"""
+    """Number of images, drawn by seed, with complex reasoning; default: all, 0 for none."""
     seed: int = 0
-    """random seed for the images, the questions for descriptions, the position of <image>, and the merged order"""
+    """Random seed for the images, the questions for descriptions, the position of <image>, and the merged order."""
     attempts: int = 3
-    """maximum number of requests of a task whose answers are rejected for their content"""
+    """Maximum number of requests of a task whose answers are rejected for their content."""
     drop_contradictions: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """reject answers that contradict captions or boxes (English); otherwise flagged.jsonl lists them"""
+    """Whether to reject answers that contradict captions or boxes (English). Otherwise flagged.jsonl lists them."""
     max_completion_tokens: int = 2048
-    """maximum number of tokens of an answer, hidden reasoning included"""
+    """Maximum number of tokens of an answer, hidden reasoning included."""
     temperature: float | None = None
-    """sampling temperature; sent only if given, because many models refuse it"""
+    """Sampling temperature; sent only if given, because many models refuse it."""
     parameters: str = ""
-    """further parameters of the request as a JSON object, such as '{"reasoning_effort": "low"}'"""
+    """Further parameters of the request as a JSON object, such as '{"reasoning_effort": "low"}'."""
 
     @property
     def request_parameters(self) -> dict[str, Any]:

@@ -51,15 +51,15 @@ class ChatModel:
     """Any model behind a server with OpenAI's chat API, and the parameters of its requests."""
 
     model: str = ""
-    """name of the model at the server; there is no default, because models come and go"""
+    """Name of the model on the server. There is no default, because models come and go."""
     base_url: str = ""
-    """address of the server's API, such as http://127.0.0.1:8000/v1; OPENAI_BASE_URL or OpenAI's own if empty"""
+    """Address of the server's API, such as http://127.0.0.1:8000/v1; default: OPENAI_BASE_URL, or OpenAI's own."""
     max_new_tokens: int = 2048
-    """largest number of tokens of an answer, hidden reasoning included"""
+    """Maximum number of tokens of an answer, hidden reasoning included."""
     temperature: float | None = None
-    """sampling temperature; sent only if given, because many models refuse it"""
+    """Sampling temperature; sent only if given, because many models refuse it."""
     max_requests: int | None = None
-    """largest number of requests of this command"""
+    """Maximum number of requests of this command."""
     server: Annotated[Server, tyro.conf.arg(name="")] = field(default_factory=Server)
 
     def check(self) -> None:

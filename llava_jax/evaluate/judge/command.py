@@ -75,33 +75,33 @@ class JudgeAnswers:
     3, 75 and 130 the same command goes on."""
 
     bench: tyro.conf.Positional[Literal["llava-bench-coco", "llava-bench-wild"]]
-    """set of questions; llava-bench-coco also for the output of make-bench"""
+    """Set of questions: llava-bench-coco (also for the output of make-bench) or llava-bench-wild."""
     answers: str
-    """file of the answers to judge, JSON lines, as evaluate writes them"""
+    """File of the answers to judge, JSON lines, as evaluate writes them."""
     data: str
-    """folder of the benchmark, or its question file"""
+    """Folder of the benchmark, or its question file."""
     out: str
-    """folder for the results"""
+    """Folder for the results."""
     model: Annotated[ChatModel, tyro.conf.arg(name="")]
     reference: str = ""
-    """file of reference answers, in place of the benchmark's"""
+    """File of reference answers, instead of the benchmark's."""
     context: str = ""
-    """file of the images in words, in place of the benchmark's"""
+    """File of the images in words, instead of the benchmark's."""
     rules: str = ""
-    """a rule.json as LLaVA has it, in place of the project's prompts"""
+    """Path of LLaVA's rule.json, instead of the project's prompts."""
     swap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """judge in the other order as well, the reference second, and report the difference"""
+    """Whether to judge in the other order as well, the reference second, and report the difference."""
     runs: int = 1
-    """number of runs of the judge; several give mean and standard deviation"""
+    """Number of runs of the judge; several give mean and standard deviation."""
     attempts: int = 3
-    """largest number of requests for a judgement, if replies have no scores"""
+    """Maximum number of requests for a judgement, if replies have no scores."""
     compat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """as LLaVA's scripts: scores are read from the first line alone and asked for once, a reply without them counts as
-    -1 for both, and means are rounded; --temperature 0.2 and --rules FILE make the requests equal too"""
+    """Whether to score as LLaVA's scripts do. They ask once, read the first line alone, count a reply without scores as
+    -1 for both, and round means. With --temperature 0.2 and --rules FILE the requests are equal too."""
     partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """judge the existing answers, instead of refusing a file that misses some"""
+    """Whether to judge the existing answers, instead of refusing an incomplete file."""
     max_failed: float = 0.05
-    """largest share of failed judgements; above it the exit code is 4"""
+    """Maximum share of failed judgements; above it the exit code is 4."""
 
     def run(self) -> int:
         self._check()

@@ -65,15 +65,15 @@ class MakeBench:
     source: Annotated[AnnotationSource, tyro.conf.arg(name="")]
     model: Annotated[ChatModel, tyro.conf.arg(name="")]
     out: str
-    """folder for the bench"""
+    """Folder for the bench."""
     count: int = 30
-    """number of images; each gives three questions"""
+    """Number of images. Each gives three questions."""
     questions: Literal["model", "rules"] = "model"
-    """author of the questions if there is a --model; the reference answers are the model's"""
+    """Author of the questions if there is a --model; the reference answers are the model's."""
     seed: int = 0
-    """random seed for the images and for the requests for descriptions"""
+    """Random seed for the images and for the requests for descriptions."""
     attempts: int = 3
-    """largest number of requests for a text, if replies are rejected"""
+    """Maximum number of requests for a text, if replies are rejected."""
 
     def run(self) -> int:
         if self.count < 1 or self.attempts < 1:

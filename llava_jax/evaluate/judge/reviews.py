@@ -215,17 +215,17 @@ class SummarizeReviews:
     of the same answers also get their mean, which is what LLaVA published."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """files of reviews, or folders, whose files are chosen as by LLaVA's summary"""
+    """Files of reviews, or folders. The files of a folder are chosen as LLaVA's summary does."""
     compat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """the arithmetic of LLaVA's summary, and its lines"""
+    """Whether to use the arithmetic of LLaVA's summary, and print its lines."""
     ignore: tuple[str, ...] = ()
-    """ids of questions to leave out, such as those about images with people"""
+    """Ids of questions to leave out, such as questions about images with people."""
     select: tuple[str, ...] = ()
-    """parts that the name of a file must have"""
+    """Texts that a file's name must contain."""
     version: str = ""
-    """version of the judge: 0613 for files with that in their name, 0314 for all other files"""
+    """Version of the judge: 0613 for files with that in their name, 0314 for all other files."""
     max_failed: float = 0.05
-    """largest share of failed judgements in a file; above it the exit code is 4"""
+    """Maximum share of failed judgements in a file; above it the exit code is 4."""
 
     def run(self) -> int:
         paths = [path for path in sorted(self._paths()) if self._wanted(config_name(path))]

@@ -31,19 +31,20 @@ class ProbesData:
     """Makes the questions of the probes `spatial` and `multilingual` from boxes, as OUT/probes.jsonl."""
 
     out: str
-    """folder for probes.jsonl; the names of images are relative to it, or later to --image-root"""
+    """Folder for probes.jsonl; the names of images are relative to it, or later to --image-root."""
     captions: str = ""
-    """COCO's captions_*.json, for the list of images"""
+    """COCO's captions_*.json, for the list of images."""
     instances: str = ""
-    """COCO's instances_*.json of the same split"""
+    """COCO's instances_*.json of the same split."""
     data: str = ""
-    """instead: JSON lines of {image, captions, boxes, width, height}, or a TFDS data set like coco_captions"""
+    """Data instead of COCO's files: JSON lines of {image, captions, boxes, width, height}, or a TFDS data set like
+    coco_captions."""
     prefix: str = ""
-    """prefix of the names of images, such as val2017/"""
+    """Prefix of the names of images, such as val2017/."""
     each: int = 500
-    """largest number of questions of each kind"""
+    """Maximum number of questions of each kind."""
     seed: int = 0
-    """random seed: which images form a set, and which sets are chosen"""
+    """Random seed for the images that form a set, and for the choice of sets."""
 
     def run(self) -> int:
         contexts = open_contexts(AnnotationSource(captions=self.captions, instances=self.instances, data=self.data,

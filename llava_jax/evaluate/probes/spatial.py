@@ -29,7 +29,7 @@ class Probe(QuestionFileTask):
     """What `spatial` and `multilingual` share: the questions of probes.jsonl, in one language or several."""
 
     name_choices: bool = True
-    """end each question with its possible answers"""
+    """Whether each question ends with its possible answers."""
 
     required_files = "probes.jsonl (probes-data makes it from boxes) and its pictures"
     question_file = FILE

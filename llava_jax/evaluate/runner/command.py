@@ -45,37 +45,37 @@ class EvaluateCommand:
     """Options that all benchmarks share. `task_command` adds those of one benchmark."""
 
     data: str
-    """folder of the benchmark, or its file of questions"""
+    """Folder of the benchmark, or its file of questions."""
     model: str = ""
-    """folder of the model that answers"""
+    """Folder of the model that answers."""
     answers: str = ""
-    """file of answers to score as it is, without a model"""
+    """File of answers to score, without a model."""
     out: str = ""
-    """folder for the results; they are written to its subfolder with the benchmark's name"""
+    """Folder for the results. They are written to its subfolder with the benchmark's name."""
     partial: Flag = False
-    """score an incomplete file of answers, or one with doubled or foreign answers, as the original's scorer would"""
+    """Whether to score a file with missing, duplicate or unknown answers, as the original scorer would."""
     name: str = ""
-    """name of the model in the results; by default that of its folder"""
+    """Name of the model in the results; default: the name of its folder."""
     limit: int | None = None
-    """number of questions to ask, the first ones"""
+    """Number of questions to ask, from the first one on; default: all."""
     batch_size: int = 16
-    """number of questions at a time"""
+    """Number of questions per batch."""
     score_by: Literal["generation", "likelihood"] = "generation"
-    """way of answering: likelihood chooses the likeliest of the choices, instead of letting the model write"""
+    """Way of answering: generation lets the model write, likelihood selects the most likely choice."""
     baseline: Literal["none", "blind", "shuffled"] = "none"
-    """images that the model sees: blind shows another question's, shuffled mixes the patches of each image"""
+    """Images that the model sees: blind shows another question's, shuffled mixes the patches of each image."""
     template: str = ""
-    """conversation format of the prompts, such as vicuna_v1; by default the model's own"""
+    """Conversation format of the prompts, such as vicuna_v1; default: the model's own."""
     num_chunks: int = 1
-    """number of parts of the questions, for independent processes that write to the same folder"""
+    """Number of parts of the questions, for independent processes that write to the same folder."""
     chunk_idx: int = 0
-    """part of this process, from 0; the process that ends last scores"""
+    """Index of this process's part, from 0. The process that ends last scores."""
     overwrite: Flag = False
-    """delete existing answers, instead of continuing"""
+    """Whether to delete existing answers, instead of continuing."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """precision of the model; by default bfloat16 on TPU and GPU, float32 on CPU"""
+    """Compute dtype of the model; default: bfloat16 on TPU and GPU, float32 on CPU."""
     mesh: config.Mesh = field(default_factory=lambda: MESH)
-    """mesh of this host's devices; by default tensor is as many as divide the heads, and data the remaining devices"""
+    """Mesh of this host's devices. By default tensor is as many as divide the heads, and data the remaining devices."""
     task: Task
 
     benchmark: ClassVar[str]

@@ -30,13 +30,13 @@ class CompareRuns:
     A run is a folder that evaluate has written, such as OUT/pope."""
 
     first: tyro.conf.Positional[str]
-    """folder of a run"""
+    """Folder of a run."""
     second: tyro.conf.Positional[str]
-    """folder of another run of the same benchmark"""
+    """Folder of another run of the same benchmark."""
     out: str = ""
-    """file of the page; by default compare.html in the second folder"""
+    """Path of the page; default: compare.html in the second folder."""
     all: bool = False
-    """show questions with equal answers as well"""
+    """Whether to show questions with equal answers as well."""
 
     def run(self) -> int:
         out = self.out or os.path.join(self.second, "compare.html")

@@ -42,7 +42,7 @@ class ShowPublished:
     """Prints published figures of one benchmark or of all, with their sources."""
 
     bench: tyro.conf.Positional[str] = ""
-    """name of a benchmark; by default all"""
+    """Name of a benchmark; default: all."""
 
     def run(self) -> int:
         found = published_results()

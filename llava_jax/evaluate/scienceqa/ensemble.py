@@ -142,26 +142,27 @@ class ScienceQAEnsemble:
     goes on."""
 
     answers: tyro.conf.Positional[str]
-    """LLaVA's answers, JSON lines: those of a model tuned to reason, which say `The answer is X.`"""
+    """LLaVA's answers, JSON lines, of a model tuned to reason. Its answers contain `The answer is X.`"""
     data: str
-    """ScienceQA's folder, as for evaluate scienceqa"""
+    """ScienceQA's folder, as for evaluate scienceqa."""
     out: str
-    """folder for the results"""
+    """Folder for the results."""
     split: str = "test"
-    """test, val, minitest, ..."""
+    """Split: test, val, minitest, ..."""
     teacher: str = ""
-    """the language model's answers: a result file (JSON with outputs) or JSON lines; by default --model is asked"""
+    """The language model's answers: a result file (JSON with outputs) or JSON lines. By default --model is asked."""
     judge: str = ""
-    """file of its judgements, JSON lines; by default --model is asked, and without a model there is no judge"""
+    """File of the language model's judgements, JSON lines. By default --model is asked, and without a model there is no
+    judge."""
     unread: Literal["draw", "wrong"] = "draw"
-    """treatment of an answer without a letter: draw a choice, as LLaVA's scripts do, or count it as wrong"""
+    """Treatment of an answer without a letter: draw a choice, as LLaVA's scripts do, or count it as wrong."""
     seed: int = 0
-    """random seed for these draws and for the examples that the language model is shown"""
+    """Random seed for these draws and for the examples in the language model's prompt."""
     partial: bool = False
-    """count the questions that both have answered, instead of refusing incomplete files"""
+    """Whether to count only the questions that both have answered, instead of refusing incomplete files."""
     model: Annotated[ChatModel, tyro.conf.arg(name="")] = field(default_factory=ChatModel)
     shots: int = 2
-    """number of solved questions of the train split that the language model is shown first"""
+    """Number of solved questions of the train split in the language model's prompt."""
 
     def run(self) -> int:
         if not self.teacher and not self.model.model:

@@ -250,20 +250,20 @@ class ScienceQAData:
     (question, context, choices) or CQM, and for example LEA (lecture, explanation, then the answer) or A."""
 
     data: tyro.conf.Positional[str]
-    """folder with problems.json, pid_splits.json and images, or with Hugging Face's parquet files, or one of these"""
+    """Folder with problems.json, pid_splits.json and images, or with Hugging Face's parquet files, or one of these."""
     out: str = ""
-    """folder for the files; by default data itself"""
+    """Folder for the files; default: the folder of DATA."""
     splits: tuple[str, ...] = ("train", "val", "test")
-    """splits of pid_splits.json: train, val, test, trainval, minival, minitest"""
+    """Splits of pid_splits.json: train, val, test, trainval, minival, minitest."""
     formats: tuple[str, ...] = ("QCM-LEA", "CQM-A")
-    """formats; each gives one file per split"""
+    """Formats of the prompts. Each gives one file per split."""
     kind: Literal["llava", "jsonl"] = "llava"
-    """form of the files: llava_SPLIT_FORMAT.json with conversations, or scienceqa_SPLIT_FORMAT.jsonl with instruction
-    and output"""
+    """Form of the files: llava_SPLIT_FORMAT.json with conversations, or scienceqa_SPLIT_FORMAT.jsonl with instruction
+    and output."""
     download: bool = False
-    """download the parquet files from Hugging Face into data first (0.6 GB)"""
+    """Whether to download the parquet files from Hugging Face into DATA first (0.6 GB)."""
     overwrite: bool = False
-    """replace files that exist"""
+    """Whether to replace existing files."""
 
     def run(self) -> int:
         for prompt_format in self.formats:

@@ -100,14 +100,14 @@ class ScienceQA(Task):
     uses_prompts = True
 
     style: Literal["letter", "reason", "prompter"] = "letter"
-    """form of the answer. letter: the letter alone (compare IMG-accuracy with LLaVA-1.5's 71.6 and 66.8). reason: for
+    """Form of the answer. letter: the letter alone (compare IMG-accuracy with LLaVA-1.5's 71.6 and 66.8). reason: for
     models tuned on QCM-LEA and the like (compare Avg with 91.09, Vicuna 13B v1.3). prompter: for models tuned on
-    QCM-LEPA, which reason and are then asked for the answer (compare Avg with the paper's 90.92)"""
+    QCM-LEPA, which reason and are then asked for the answer (compare Avg with the paper's 90.92)."""
     input: str = ""
-    """form of the question: QCM, CQM, or QCML and others that contain the reasoning; by default QCM, and for letter
-    the layout of LLaVA-1.5's published run, from llava_test_CQM-A.json of LLaVA's eval.zip if data has it"""
+    """Form of the question: QCM, CQM, or QCML and others that contain the reasoning; default: QCM, and for letter the
+    layout of LLaVA-1.5's published run, from llava_test_CQM-A.json of LLaVA's eval.zip if --data has it."""
     split: str = "test"
-    """split: test, val, minitest, ..."""
+    """Split: test, val, minitest, ..."""
 
     def load(self, data: str) -> list[Question]:
         if self.input and self.input not in INPUTS:

@@ -41,9 +41,9 @@ class LlavaBench(QuestionFileTask):
     """What both sets share. The score needs reviews, which `evaluate judge` makes."""
 
     reviews: tuple[str, ...] = ()
-    """files of a judge's reviews of these answers; their mean is the score, and without a file there is none"""
+    """Files of a judge's reviews of these answers. Their mean is the score; without a file there is no score."""
     compat: bool = False
-    """the arithmetic of LLaVA's summary, where judgements that failed lower both means"""
+    """Whether to use the arithmetic of LLaVA's summary, where failed judgements lower both means."""
 
     name: ClassVar[str]  # key in TASKS
     prefix: ClassVar[str] = ""  # prefix of categories in rules and reviews

@@ -44,7 +44,7 @@ class MMBench(Task):
     """MMBench, dev: writes the upload for its server; with the answers in the table, accuracy of the letters."""
 
     all_rounds: bool = False
-    """ask each question once for every rotation of its options"""
+    """Whether to ask each question once for every rotation of its options."""
 
     title = "MMBench dev"
     required_files = "mmbench_dev_20230712.tsv, which has the pictures"

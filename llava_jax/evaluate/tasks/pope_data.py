@@ -30,13 +30,13 @@ class PopeData:
     """
 
     instances: str
-    """COCO's instances_*.json, or JSON lines of {image, objects: [name, ...]}"""
+    """COCO's instances_*.json, or JSON lines of {image, objects: [name, ...]}."""
     out: str
-    """folder for llava_pope_test.jsonl and coco/coco_pope_*.json; its folder val2014/ is for the images"""
+    """Folder for llava_pope_test.jsonl and coco/coco_pope_*.json. Its folder val2014/ is for the images."""
     pictures: int = 500
-    """number of images, drawn from those with at least three kinds of objects"""
+    """Number of images, drawn from those with at least three kinds of objects."""
     seed: int = 0
-    """random seed for the images and for the objects of the random questions"""
+    """Random seed for the images and for the objects of the random questions."""
 
     def run(self) -> int:
         objects = read_objects(self.instances)

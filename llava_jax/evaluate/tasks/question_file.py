@@ -20,7 +20,7 @@ class QuestionFileTask(Task):
     """
 
     image_root: str = ""
-    """folder of the images; by default where the benchmark has them"""
+    """Folder of the images; default: the benchmark's own."""
 
     question_file: ClassVar[str]
     image_folder: ClassVar[str] = ""  # the benchmark's own folder of images; "": the questions name the folders

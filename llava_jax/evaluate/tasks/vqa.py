@@ -28,7 +28,7 @@ class VqaTask(QuestionFileTask):
     """What VQAv2 and VizWiz share: a server that knows the answers, and a tool that scores with annotations."""
 
     annotations: str = ""
-    """the benchmark's annotations of these questions (val), to score them here"""
+    """File of the benchmark's annotations of these questions (val), to score them on this machine."""
 
     server: ClassVar[str]
     key: ClassVar[str]  # field that identifies a question in questions and annotations
