@@ -11,13 +11,16 @@ import threading
 import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
 
 from llava_jax.errors import UserError
 
 T = TypeVar("T")
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""Type of an option without a value: --name sets it, and there is no --no-name."""
 
 STOPPED = 75
 """Exit code of a command that was stopped: EX_TEMPFAIL of sysexits.h. The same command continues."""

@@ -22,7 +22,7 @@ COMMANDS = {
     "compare": "llava_jax.evaluate.runner.compare:CompareRuns",
     "published": "llava_jax.evaluate.runner.published:ShowPublished",
 }
-"""Name of a command -> "module:class"."""
+"""Maps the name of a command to "module:class"."""
 
 
 def main(args: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(args: list[str]) -> int:
         print("\nOther commands:\n")
         for name in COMMANDS:
             print(f"  {name:18} {(_command(name).__doc__ or '').splitlines()[0]}")
-        print("\nEach explains itself: python -m llava_jax.evaluate NAME --help")
+        print("\nHelp of a benchmark or command: python -m llava_jax.evaluate NAME --help")
         return 0 if args else 2
     name = args[0]
     if name not in TASKS and name not in COMMANDS:

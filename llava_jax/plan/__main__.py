@@ -24,25 +24,27 @@ def parser() -> Parser:
                      formatter_class=argparse.RawDescriptionHelpFormatter,
                      epilog="fields of the recipe: python -m llava_jax.train RECIPE --help")
     add = options.add_argument
-    add("recipe", help="file of a recipe, or its name in configs/")
-    add("--topology", required=True, help="name of a slice, such as v5e-64, v5p-128, v6e-32; several slices: v5e-256x2")
-    add("--stage", help="stage to plan; all by default")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--dump-hlo", metavar="FILE", help="file for the text of the optimised program, with the compiler's cycles; "
-        "for several stages, the stage's name is added before the suffix")
-    add("--rows-per-epoch", type=int, metavar="N", help="number of packed sequences of an epoch; by default they are "
-        "counted in the data")
-    add("--search", action="store_true", help="search the fastest mesh, micro-batches and remat of a stage (by default "
-        "the last one) that fit; the batch size does not change")
-    add("--tries", type=int, default=8, metavar="N", help="with --search, number of fitting candidates to compile "
-        "(default 8)")
+    add("recipe", help="File of a recipe, or its name in configs/.")
+    add("--topology", required=True,
+        help="Name of a slice, such as v5e-64, v5p-128, v6e-32; of several slices: v5e-256x2.")
+    add("--stage", help="Stage to plan; default: all.")
+    add("--json", action="store_true", help="Whether to print one JSON object.")
+    add("--dump-hlo", metavar="FILE", help="File for the text of the optimised program, with the compiler's cycles. "
+        "For several stages, the stage's name is added before the suffix.")
+    add("--rows-per-epoch", type=int, metavar="N", help="Number of packed sequences of an epoch; default: counted in "
+        "the data.")
+    add("--search", action="store_true", help="Whether to search the fastest mesh, micro-batches and remat of a stage "
+        "(default: the last one) that fit. The batch size does not change.")
+    add("--tries", type=int, default=8, metavar="N", help="With --search, number of fitting candidates to compile; "
+        "default: 8.")
     add("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), metavar="N",
-        help="with --search, number of parallel compilations; one needs 2 cores and some GB (default: half the cores)")
-    add("--inference", action="store_true", help="plan prefill and decode of the recipe's model instead of training")
-    add("--batch", type=int, default=1, metavar="B", help="with --inference, number of prompts (default 1)")
-    add("--context", type=int, default=2048, metavar="S", help="with --inference, tokens of a prompt (default "
-        "2048)")
-    add("--price-per-chip-hour", type=float, metavar="PRICE", help="price of a chip for an hour, to report the cost")
+        help="With --search, number of parallel compilations; default: half the cores. One needs 2 cores and some GB.")
+    add("--inference", action="store_true",
+        help="Whether to plan prefill and decode of the recipe's model instead of training.")
+    add("--batch", type=int, default=1, metavar="B", help="With --inference, number of prompts; default: 1.")
+    add("--context", type=int, default=2048, metavar="S", help="With --inference, number of tokens of a prompt; "
+        "default: 2048.")
+    add("--price-per-chip-hour", type=float, metavar="PRICE", help="Price of a chip for an hour, to report the cost.")
     return options
 
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.config import Data, Stage
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import open_mixture
@@ -18,7 +18,7 @@ from llava_jax.errors import UserError, user_path
 from llava_jax.files import atomic_write, parse_json
 from llava_jax.prepare.audit import audit
 from llava_jax.prepare.findings import KINDS, SUSPECT, Checker, Finding
-from llava_jax.prepare.options import Flag, WorkerOptions, require_at_least
+from llava_jax.prepare.options import WorkerOptions, require_at_least
 from llava_jax.prepare.settings import ModelOptions
 from llava_jax.text import agreement
 

@@ -14,11 +14,10 @@ from collections.abc import Iterable
 import tyro
 from tqdm import tqdm
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError, user_path
 from llava_jax.prepare.archives import SUFFIXES, require_space, unpack
-from llava_jax.prepare.options import Flag
 from llava_jax.prepare.published import File, Folder, Published, get, table
 
 SHOWN_MISSING = 3

@@ -7,10 +7,10 @@ from typing import Literal
 from llava_jax.annotations.captions import CaptionFile
 from llava_jax.annotations.concept_filter import find_phrases, select
 from llava_jax.annotations.noun_phrases import open_chunker
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.errors import UserError
 from llava_jax.prepare.filter_report import write_report
-from llava_jax.prepare.options import DataArgument, Flag, OutArgument, WorkerOptions, require_at_least
+from llava_jax.prepare.options import DataArgument, OutArgument, WorkerOptions, require_at_least
 from llava_jax.prepare.writing import check_absent
 
 

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from llava_jax.cli import Flag
 from llava_jax.config import Data
 from llava_jax.errors import UserError
 
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 DataArgument = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
 OutArgument = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 

@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from typing import Any, Literal
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
 from llava_jax.errors import DISK_FULL_ERRNOS, UserError
 from llava_jax.files import read_json
 from llava_jax.prepare.options import (
     DataOptions,
-    Flag,
     ImageOptions,
     OutArgument,
     WorkerOptions,

@@ -9,13 +9,14 @@ from typing import Annotated
 
 import tyro
 
+from llava_jax.cli import Flag
 from llava_jax.config import Data
 from llava_jax.data.examples import DataSpec
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError
 from llava_jax.pages import page
-from llava_jax.prepare.options import Flag, require_at_least
+from llava_jax.prepare.options import require_at_least
 from llava_jax.prepare.preview_page import PreviewRecord, render_page
 from llava_jax.prepare.settings import ModelOptions
 

@@ -11,12 +11,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.data.records import REASONS
 from llava_jax.data.sources import Mixture, open_mixture
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import parse_json, temporary_path
-from llava_jax.prepare.options import DataOptions, Flag, OutArgument, WorkerOptions
+from llava_jax.prepare.options import DataOptions, OutArgument, WorkerOptions
 from llava_jax.prepare.ranking import mix_rows, rank, read_rows, sample_rows, split_rows
 from llava_jax.prepare.writing import check_outputs, common_root, move_images, write_rows
 

@@ -20,7 +20,7 @@ def main(args: list[str]) -> int:
         print(f"{__doc__}\n")
         for name in COMMANDS:
             print(f"  {name:8} {(_command(name).__doc__ or '').splitlines()[0]}")
-        print("\nEach command explains itself: python -m llava_jax.synthesize COMMAND --help")
+        print("\nHelp of a command: python -m llava_jax.synthesize COMMAND --help")
         return 0 if args else 2
     if args[0] not in COMMANDS:
         raise UserError(f"synthesize has no command {args[0]!r}; there are {', '.join(COMMANDS)}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import load_price
@@ -70,7 +70,7 @@ class PreviewCommand:
     server: Annotated[Server, tyro.conf.arg(name="")]
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 5
     """Number of tasks, drawn by seed, alternating between the kinds."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    dry_run: Flag = False
     """Whether to print the prompts and send no request."""
 
     def run(self) -> int:

@@ -23,6 +23,7 @@ from llava_jax.annotations.captions import CaptionFile
 from llava_jax.annotations.concept_filter import find_phrases, select
 from llava_jax.annotations.context import AnnotationSource, open_contexts
 from llava_jax.annotations.noun_phrases import light_chunker
+from llava_jax.cli import Flag
 from llava_jax.data.records import check_text
 from llava_jax.endpoint.server import note
 from llava_jax.errors import UserError
@@ -47,7 +48,7 @@ class PairsCommand:
     """File with the pairs."""
     out: str = "pairs.json"
     """Path of the JSON list to write."""
-    filter: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    filter: Flag = False
     """Whether to keep only the pairs that the concept-balanced filter selects, with the defaults of `prepare
     filter`."""
     language: str = "en"
@@ -60,7 +61,7 @@ class PairsCommand:
     """Random seed for the instructions, the position of <image>, the filter, and the choice of an image's caption."""
     bad_rows: Literal["error", "skip"] = "error"
     """Treatment of a row without image or caption: stop with an error, or skip and count it."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: Flag = False
     """Whether to replace OUT if it exists."""
     workers: int | None = None
     """Number of processes that extract noun phrases; default: one per core. 0 uses this process alone."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.cancel import CancelToken
 from llava_jax.endpoint.errors import EndpointStopped, NotSentError, RequestFailed
@@ -156,7 +156,7 @@ class RunCommand:
     """Maximum number of requests of this command."""
     prices: str = ""
     """JSON file: {"MODEL": {"prompt": USD per million tokens, "completion": ..., "cached": ..., "batch": factor}}."""
-    batch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    batch: Flag = False
     """Whether to use the Batch API, which is cheaper and may need a day. The command may be stopped and run again."""
 
     def run(self) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from llava_jax.annotations.context import AnnotationSource, Context, open_contexts
+from llava_jax.cli import Flag
 from llava_jax.endpoint.client import without_password
 from llava_jax.endpoint.request import ChatRequest, Response
 from llava_jax.errors import UserError
@@ -69,7 +70,7 @@ class SynthesisSettings:
     """Random seed for the images, the questions for descriptions, the position of <image>, and the merged order."""
     attempts: int = 3
     """Maximum number of requests of a task whose answers are rejected for their content."""
-    drop_contradictions: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    drop_contradictions: Flag = False
     """Whether to reject answers that contradict captions or boxes (English). Otherwise flagged.jsonl lists them."""
     max_completion_tokens: int = 2048
     """Maximum number of tokens of an answer, hidden reasoning included."""

@@ -1,8 +1,8 @@
 """A judge compares a model's answers on LLaVA-Bench with reference answers (Visual Instruction Tuning, 5.1).
 
 The judge is any language model. It gets the image in words, the question and both answers, and gives each answer a
-score. The requests follow from files and options alone, and every reply is kept under a hash of its request. So all
-results can be made from the log again, and nothing is paid twice.
+score. The requests depend on files and options alone, and every reply is kept under a hash of its request. All
+results can therefore be made from the log again, and nothing is paid twice.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from llava_jax.cli import one_line, printable
+from llava_jax.cli import Flag, one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.client import without_password
 from llava_jax.endpoint.errors import RequestFailed
@@ -67,12 +67,12 @@ class JudgeAnswers:
 
     The score is the mean of the answers' scores over the mean of the reference's, in percent. A judgement without two
     scores from 1 to 10 is asked for again, then left out and counted. OUT gets judge.json and judge.md (figures,
-    failures, model and prompts of the judge), reviews/reviews_N.jsonl (as LLaVA's scripts write them; `evaluate
-    reviews` reads them), failed.jsonl, and judged.jsonl with every reply: the same command asks only what is missing.
+    failures, model and prompts of the judge), reviews/reviews_N.jsonl (the format of LLaVA's scripts, which `evaluate
+    reviews` reads), failed.jsonl, and judged.jsonl with every reply. The same command asks only for missing replies.
 
-    Exit codes: 0; 1, some requests got no answer; 2, a mistake, in one line, or no request at all was answered; 3,
-    --max-requests; 4, more than --max-failed of the judgements failed; 130 after Ctrl-C and 75 after SIGTERM. After 1,
-    3, 75 and 130 the same command goes on."""
+    Exit codes: 0; 1, some requests got no answer; 2, an error of the user in one line, or no request was answered;
+    3, --max-requests are used up; 4, more than --max-failed of the judgements failed; 130 after Ctrl-C and 75 after
+    SIGTERM. After 1, 3, 75 and 130 the same command continues."""
 
     bench: tyro.conf.Positional[Literal["llava-bench-coco", "llava-bench-wild"]]
     """Set of questions: llava-bench-coco (also for the output of make-bench) or llava-bench-wild."""
@@ -89,16 +89,16 @@ class JudgeAnswers:
     """File of the images in words, instead of the benchmark's."""
     rules: str = ""
     """Path of LLaVA's rule.json, instead of the project's prompts."""
-    swap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    swap: Flag = False
     """Whether to judge in the other order as well, the reference second, and report the difference."""
     runs: int = 1
     """Number of runs of the judge; several give mean and standard deviation."""
     attempts: int = 3
     """Maximum number of requests for a judgement, if replies have no scores."""
-    compat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    compat: Flag = False
     """Whether to score as LLaVA's scripts do. They ask once, read the first line alone, count a reply without scores as
     -1 for both, and round means. With --temperature 0.2 and --rules FILE the requests are equal too."""
-    partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    partial: Flag = False
     """Whether to judge the existing answers, instead of refusing an incomplete file."""
     max_failed: float = 0.05
     """Maximum share of failed judgements; above it the exit code is 4."""
@@ -134,9 +134,9 @@ class JudgeAnswers:
 
     def _check(self) -> None:
         self.model.check()
-        for name, most in (("runs", ATTEMPTS_PER_RUN), ("attempts", ATTEMPTS_PER_RUN - 1)):
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"--{name} is {getattr(self, name)}: it must be from 1 to {most}")
+        for name, maximum in (("runs", ATTEMPTS_PER_RUN), ("attempts", ATTEMPTS_PER_RUN - 1)):
+            if not 1 <= getattr(self, name) <= maximum:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be from 1 to {maximum}")
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"--max-failed is {self.max_failed:g}: it is a share, from 0 to 1")
 
@@ -180,7 +180,7 @@ class JudgeAnswers:
 
     def _report(self, jobs: Sequence[Judgement], log: AnswerLog, failures: Mapping[Hashable, RequestFailed]
                 ) -> JudgeReport:
-        """Makes the report from the log: each judgement has a review or, unless it counts as -1, a failure."""
+        """Makes the report from the log. Each judgement has a review, a failure, or both if its scores are -1."""
         report = JudgeReport(self.compat)
         for job in jobs:
             review, failure = None, {}

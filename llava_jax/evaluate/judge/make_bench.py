@@ -57,10 +57,11 @@ class MakeBench:
     OUT gets questions.jsonl, answers_reference.jsonl and context.jsonl, which `evaluate llava-bench-coco`, `judge
     llava-bench-coco` and LLaVA's scripts accept, and manifest.json. Without --model the rules write everything, and
     need boxes. An image without all three questions and answers is replaced by the next one drawn. Every reply is kept
-    in OUT/asked.jsonl: the same command asks only what is missing.
+    in OUT/asked.jsonl, and the same command asks only for missing replies.
 
-    Exit codes: 0; 1, some requests got no answer; 2, a mistake, in one line, or no request at all was answered; 3,
-    --max-requests; 130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command goes on."""
+    Exit codes: 0; 1, some requests got no answer; 2, an error of the user in one line, or no request was answered;
+    3, --max-requests are used up; 130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command
+    continues."""
 
     source: Annotated[AnnotationSource, tyro.conf.arg(name="")]
     model: Annotated[ChatModel, tyro.conf.arg(name="")]
@@ -209,7 +210,7 @@ class BenchMaker:
         return {"role": "system", "content": self._reference_prompt}, {"role": "user", "content": content}
 
     def _parse_answer(self, job: ChatJob, question: str, response: Response) -> str:
-        """Returns the text of a response that can be a reference. Raises parse.Reject for others."""
+        """Returns the text of a response as a reference answer. Raises parse.Reject if it is not acceptable."""
         image, text = job.key[0], parse.THINKING.sub("", response.text).strip()
         if response.finish_reason == "length":
             raise parse.Reject("truncated", "the reply hit the limit of tokens")

@@ -12,12 +12,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import tyro
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.endpoint.wording import find_refusal
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.tables import markdown
@@ -37,7 +37,7 @@ SEPARATOR = "=" * 33
 Review = Mapping[str, Any]
 """A line of a file of reviews: {id, question_id, answer1_id, answer2_id, category, content, tuple}.
 
-`tuple` is the score of the reference and that of the candidate."""
+`tuple` has the scores of the reference and of the candidate."""
 
 
 class Unscored(UserError):
@@ -124,8 +124,8 @@ def scored(reviews: Iterable[Review]) -> list[Review]:
 
 def failure_notes(reviews: Sequence[Review], compat: bool) -> list[str]:
     """Returns a note that counts and quotes reviews without scores, or nothing."""
-    there = set(map(id, scored(reviews)))
-    failed = [review for review in reviews if id(review) not in there]
+    scored_ids = set(map(id, scored(reviews)))
+    failed = [review for review in reviews if id(review) not in scored_ids]
     named = "; ".join(f"question {review['question_id']!r}: {quote(str(review.get('content', '')))}"
                       for review in failed[:MAX_EXAMPLES])
     how = "count as they are in both means" if compat else "are left out"
@@ -180,7 +180,7 @@ def table(rows: Mapping[str, Mapping[str, str]], corner: str) -> str:
     """Returns a Markdown table from name of a row -> category -> cell."""
     names = sorted({category for cells in rows.values() for category in cells}, key=_position)
     return markdown([[corner, *map(short, names)],
-                     *([name, *(cells.get(each, "") for each in names)] for name, cells in rows.items())])
+                     *([name, *(cells.get(column, "") for column in names)] for name, cells in rows.items())])
 
 
 def short(category: str) -> str:
@@ -211,12 +211,12 @@ class SummarizeReviews:
     """Summarizes files of reviews, those of `judge` or those of LLaVA's scripts.
 
     Failed judgements, which LLaVA's scripts mark with scores of -1, are left out and counted. If they are too many, the
-    exit code is 4. --compat prints what LLaVA's summary prints, where they lower both means. Several files of reviews
-    of the same answers also get their mean, which is what LLaVA published."""
+    exit code is 4. --compat prints what LLaVA's summary prints, where they lower both means. For several files of
+    reviews of the same answers, it also prints their mean, which is what LLaVA published."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
     """Files of reviews, or folders. The files of a folder are chosen as LLaVA's summary does."""
-    compat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    compat: Flag = False
     """Whether to use the arithmetic of LLaVA's summary, and print its lines."""
     ignore: tuple[str, ...] = ()
     """Ids of questions to leave out, such as questions about images with people."""
@@ -324,7 +324,7 @@ def _by_category(reviews: Iterable[Review]) -> dict[str, list[Sequence[float]]]:
 
 
 def _pair(review: Review) -> Sequence[float]:
-    """Returns the scores of a review. Those without a category may have them as `score`."""
+    """Returns the scores of a review. A review without a category may have the key `score` instead of `tuple`."""
     return review.get("tuple" if "tuple" in review or "category" in review else "score")
 
 

@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
 from llava_jax import config
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import answer_file, results
 from llava_jax.evaluate.runner.answer_file import NOT_ASKED, Line
@@ -28,8 +28,6 @@ from llava_jax.text import templates
 
 if TYPE_CHECKING:
     from llava_jax.models.llava import LlavaConfig
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 MESH = config.Mesh(1, 1, -1)
 MAX_EXAMPLES = 5

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.errors import UserError
 from llava_jax.evaluate.runner import results_page
 from llava_jax.evaluate.runner.answer_file import match
@@ -35,7 +35,7 @@ class CompareRuns:
     """Folder of another run of the same benchmark."""
     out: str = ""
     """Path of the page; default: compare.html in the second folder."""
-    all: bool = False
+    all: Flag = False
     """Whether to show questions with equal answers as well."""
 
     def run(self) -> int:
@@ -111,9 +111,9 @@ def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 def figures(one: Row, other: Row, names: Sequence[str]) -> list[list[str]]:
     """Returns a table of the runs' figures and their differences, the main figure first."""
-    there = list(dict.fromkeys([*filter(None, [one.get("main")]), *one["figures"], *other["figures"]]))
+    figure_names = dict.fromkeys([*filter(None, [one.get("main")]), *one["figures"], *other["figures"]])
     rows = []
-    for name in there:
+    for name in figure_names:
         a, b = one["figures"].get(name), other["figures"].get(name)
         rows.append([name, number(a), number(b), "" if a is None or b is None else f"{b - a:+.2f}"])
     return [["figure", *names, "difference"], *rows]

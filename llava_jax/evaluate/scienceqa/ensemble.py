@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llava_jax.cli import one_line, printable
+from llava_jax.cli import Flag, one_line, printable
 from llava_jax.endpoint.budget import Budget
 from llava_jax.endpoint.log import AnswerLog
 from llava_jax.errors import UserError
@@ -136,10 +136,12 @@ def _read_pairs(path: str) -> list[tuple[str | int, str]]:
 class ScienceQAEnsemble:
     """Joins a LLaVA's answers to ScienceQA with those of a language model that sees no image, or lets it judge.
 
-    The language model's answers, and its judgements where the two differ, come from files, or are asked of any server
-    with OpenAI's chat API (--model); what was answered is kept in OUT/asked.jsonl and never asked again. Exit codes: 1
-    when requests got no answer, 3 when --max-requests stopped it, 130 after Ctrl-C, 75 after SIGTERM; the same command
-    goes on."""
+    If the two differ, the language model can also judge. Its answers and judgements come from files, or from any server
+    with OpenAI's chat API (--model). Every reply is kept in OUT/asked.jsonl, and the same command asks only for missing
+    replies.
+
+    Exit codes: 0; 1, some requests got no answer; 2, an error of the user in one line; 3, --max-requests are used up;
+    130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command continues."""
 
     answers: tyro.conf.Positional[str]
     """LLaVA's answers, JSON lines, of a model tuned to reason. Its answers contain `The answer is X.`"""
@@ -158,7 +160,7 @@ class ScienceQAEnsemble:
     """Treatment of an answer without a letter: draw a choice, as LLaVA's scripts do, or count it as wrong."""
     seed: int = 0
     """Random seed for these draws and for the examples in the language model's prompt."""
-    partial: bool = False
+    partial: Flag = False
     """Whether to count only the questions that both have answered, instead of refusing incomplete files."""
     model: Annotated[ChatModel, tyro.conf.arg(name="")] = field(default_factory=ChatModel)
     shots: int = 2

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from llava_jax.cli import printable
+from llava_jax.cli import Flag, printable
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
 from llava_jax.errors import UserError
 from llava_jax.evaluate.tasks.question_file import read_json
@@ -260,9 +260,9 @@ class ScienceQAData:
     kind: Literal["llava", "jsonl"] = "llava"
     """Form of the files: llava_SPLIT_FORMAT.json with conversations, or scienceqa_SPLIT_FORMAT.jsonl with instruction
     and output."""
-    download: bool = False
+    download: Flag = False
     """Whether to download the parquet files from Hugging Face into DATA first (0.6 GB)."""
-    overwrite: bool = False
+    overwrite: Flag = False
     """Whether to replace existing files."""
 
     def run(self) -> int:

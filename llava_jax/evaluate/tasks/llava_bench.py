@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from llava_jax.cli import Flag
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge.reviews import (
     ORDER,
@@ -42,7 +43,7 @@ class LlavaBench(QuestionFileTask):
 
     reviews: tuple[str, ...] = ()
     """Files of a judge's reviews of these answers. Their mean is the score; without a file there is no score."""
-    compat: bool = False
+    compat: Flag = False
     """Whether to use the arithmetic of LLaVA's summary, where failed judgements lower both means."""
 
     name: ClassVar[str]  # key in TASKS

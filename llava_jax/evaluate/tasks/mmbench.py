@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llava_jax.cli import Flag
 from llava_jax.errors import UserError, user_path
 from llava_jax.evaluate.tasks.base import (
     LETTER_INSTRUCTION,
@@ -43,7 +44,7 @@ NO_VALUE = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan"
 class MMBench(Task):
     """MMBench, dev: writes the upload for its server; with the answers in the table, accuracy of the letters."""
 
-    all_rounds: bool = False
+    all_rounds: Flag = False
     """Whether to ask each question once for every rotation of its options."""
 
     title = "MMBench dev"
