@@ -1,6 +1,6 @@
-"""Attention implementations and their choice: plain XLA, Pallas kernels for TPUs (`splash`), and cuDNN for GPUs.
+"""Chooses the attention implementation: plain XLA, Pallas kernels for TPUs (`splash`), or cuDNN for GPUs.
 
-The choice (`resolve`) is explicit and never changes silently: an implementation that cannot run raises.
+The choice (`resolve`) is explicit and never changes silently: an implementation that cannot run raises an error.
 """
 
 import functools
@@ -17,7 +17,7 @@ from llava_jax.models.dot_product import attention
 NAMES = ("xla", "splash", "cudnn")
 
 Attend = Callable[[Array, Array, Array], Array]
-"""`query [B, T, N, H], key [B, T, K, H], value [B, T, K, H] -> [B, T, N, H]`."""
+"""`query [B, T, N, H], key [B, S, K, H], value [B, S, K, H] -> [B, T, N, H]`."""
 
 
 def resolve(name: str, platform: str) -> str:
@@ -28,7 +28,7 @@ def resolve(name: str, platform: str) -> str:
 def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
     """Returns attention for sequences of `length` tokens, which attend to earlier tokens of their own segment.
 
-    `segment_ids`: one segment if None. Raises UserError if `name` is not one of NAMES.
+    `segment_ids`: None means one segment. Raises UserError if `name` is not one of NAMES.
     """
     _check(name)
     if name == "splash":
@@ -44,8 +44,8 @@ def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None)
 def bidirectional_attention(name: str, heads: int) -> Callable[[Array], Array]:
     """Returns attention of all tokens to all tokens, `[B, T, 3 N H] -> [B, T, N, H]`, for a vision tower.
 
-    Its argument has queries, keys and values side by side. The kernel of `splash` takes heads that fill vectors of 128
-    numbers, as CLIP's do. Raises UserError for other heads, and if `name` is not one of NAMES.
+    Its argument is the concatenation of queries, keys and values. `splash` requires heads that fill vectors of 128
+    lanes, as CLIP's do; otherwise a call raises UserError. Raises UserError if `name` is not in NAMES.
     """
     _check(name)
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn") if name == "cudnn" else attention

@@ -1,6 +1,6 @@
-"""The same functions in forms that XLA for CPUs compiles well: own backward passes, and another order of axes.
+"""Implements matmul and attention in forms that XLA compiles well for CPUs, with custom VJPs and cache layouts.
 
-scripts/bench_train.py and scripts/bench_decode.py measure what they save.
+scripts/bench_train.py and scripts/bench_decode.py measure the time that they save.
 """
 
 import jax
@@ -14,7 +14,7 @@ NUM_CHUNKS = 4
 
 
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """`x @ kernel`, with a backward pass of its own on a CPU."""
+    """Returns `x @ kernel`. On a CPU it has a custom VJP (`_matmul_backward`)."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
     return _matmul_on_cpu(x, kernel) if on_cpu else x @ kernel
@@ -41,25 +41,25 @@ def attention_heads_first(
     value: Float[Array, "B K S H"],
     mask: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
-    """`attention` of few queries over a cache whose axes are in the order that XLA for CPUs multiplies without copy."""
+    """Computes `attention` of few queries over a cache with heads first, which XLA for CPUs reads without a copy."""
     B, T, N, H = query.shape
     K = key.shape[1]
     query = query.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
     scores = jnp.einsum("BKSH,BKQH->BKSQ", key, query, preferred_element_type=jnp.float32).swapaxes(2, 3) * H**-0.5
     mask = jnp.repeat(mask, N // K, axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("BKQS,BKSH->BKQH", weights, value)
-    return mixed.reshape(B, K, T, -1, H).swapaxes(1, 2).reshape(B, T, N, H)
+    weighted = jnp.einsum("BKQS,BKSH->BKQH", weights, value)
+    return weighted.reshape(B, K, T, -1, H).swapaxes(1, 2).reshape(B, T, N, H)
 
 
 @jax.custom_vjp
 def chunked_causal_attention(
     query: Array, key: Array, value: Array, mask: Bool[Array, "#B T T"]
 ) -> Float[Array, "B T N H"]:
-    """`attention` under a causal mask. With a backward pass it runs in NUM_CHUNKS, which skip most masked scores.
+    """Computes `attention` under a causal mask. Its VJP works in NUM_CHUNKS chunks, which skip most masked scores.
 
-    Weights are not saved but recomputed from each query's log-sum-exp (FlashAttention, section 3.1): on a CPU, memory
-    traffic of saved weights costs more than the recomputation.
+    The attention weights are not saved but recomputed from each query's log-sum-exp (FlashAttention, section 3.1). On a
+    CPU the memory traffic of saved weights costs more than the recomputation.
     """
     return attention(query, key, value, mask)
 
@@ -68,14 +68,14 @@ def _attention_forward(query: Array, key: Array, value: Array, mask: Array) -> t
     q, k, v = _heads(query, key) * query.shape[-1] ** -0.5, key.swapaxes(1, 2), value.swapaxes(1, 2)
     outputs, log_sums = [], []
     for chunk in _chunks(query.shape[1]):
-        seen = slice(chunk.stop)
-        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q[..., chunk, :], k[:, :, seen], preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None, chunk, seen], scores, jnp.finfo(jnp.float32).min)
+        visible = slice(chunk.stop)
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q[..., chunk, :], k[:, :, visible], preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None, chunk, visible], scores, jnp.finfo(jnp.float32).min)
         largest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = weights.sum(-1, keepdims=True)
-        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), v[:, :, seen])
-        outputs.append((mixed / total).astype(value.dtype))
+        weighted = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), v[:, :, visible])
+        outputs.append((weighted / total).astype(value.dtype))
         log_sums.append((largest + jnp.log(total))[..., 0])
     output, log_sum = _tokens(jnp.concatenate(outputs, axis=3)), jnp.concatenate(log_sums, axis=3)
     return output, (query, key, value, mask, output, log_sum)
@@ -86,21 +86,21 @@ def _attention_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array | Non
     scale = query.shape[-1] ** -0.5
     q, g, output = _heads(query, key) * scale, _heads(g, key), _heads(output, key)
     k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    inner = (output * g).sum(-1, dtype=jnp.float32)
-    by_query, by_key, by_value = jnp.zeros(q.shape, jnp.float32), [], []
+    delta = (output * g).sum(-1, dtype=jnp.float32)
+    grad_query, grad_key, grad_value = jnp.zeros(q.shape, jnp.float32), [], []
     for chunk in _chunks(query.shape[1]):
         later = slice(chunk.start, None)
         q_, g_ = q[..., later, :], g[..., later, :]
         scores = jnp.einsum("BKSH,BKGTH->BKGST", k[:, :, chunk], q_, preferred_element_type=jnp.float32)
         weights = jnp.exp(scores - log_sum[..., None, later])
         weights = jnp.where(mask[:, None, None, later, chunk].swapaxes(-1, -2), weights, 0)
-        by_weights = jnp.einsum("BKSH,BKGTH->BKGST", v[:, :, chunk], g_, preferred_element_type=jnp.float32)
-        by_scores = (weights * (by_weights - inner[..., None, later])).astype(q.dtype)
-        by_value.append(jnp.einsum("BKGST,BKGTH->BKSH", weights.astype(g.dtype), g_))
-        by_key.append(jnp.einsum("BKGST,BKGTH->BKSH", by_scores, q_))
-        by_query = by_query.at[..., later, :].add(jnp.einsum("BKGST,BKSH->BKGTH", by_scores, k[:, :, chunk]))
-    by_key, by_value = (jnp.concatenate(chunks, axis=2).swapaxes(1, 2) for chunks in (by_key, by_value))
-    return _tokens((by_query * scale).astype(query.dtype)), by_key, by_value, None
+        grad_weights = jnp.einsum("BKSH,BKGTH->BKGST", v[:, :, chunk], g_, preferred_element_type=jnp.float32)
+        grad_scores = (weights * (grad_weights - delta[..., None, later])).astype(q.dtype)
+        grad_value.append(jnp.einsum("BKGST,BKGTH->BKSH", weights.astype(g.dtype), g_))
+        grad_key.append(jnp.einsum("BKGST,BKGTH->BKSH", grad_scores, q_))
+        grad_query = grad_query.at[..., later, :].add(jnp.einsum("BKGST,BKSH->BKGTH", grad_scores, k[:, :, chunk]))
+    grad_key, grad_value = (jnp.concatenate(chunks, axis=2).swapaxes(1, 2) for chunks in (grad_key, grad_value))
+    return _tokens((grad_query * scale).astype(query.dtype)), grad_key, grad_value, None
 
 
 chunked_causal_attention.defvjp(_attention_forward, _attention_backward)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention in plain XLA operations."""
+"""Computes scaled dot-product attention in plain XLA operations."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ def attention(
     value: Float[Array, "B S K H"],
     mask: Bool[Array, "#B T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention of N query heads over K key-value heads (N a multiple of K), softmax in float32.
+    """Computes scaled dot-product attention of N query heads over K key-value heads, with softmax in float32.
 
-    `mask` is True where a query attends to a key. A query that attends to no key gets the mean of all values, not NaN.
+    N is a multiple of K. `mask` is True where a query attends to a key. A query that attends to no key gets the mean of
+    all values, not NaN.
     """
     B, T, N, H = query.shape
     K = key.shape[2]

@@ -1,4 +1,4 @@
-"""Layers that the vision tower and the decoder share: linear maps, norms, a scanned stack of layers."""
+"""Defines the layers that the vision tower and the decoder share: linear maps, norms, a scanned stack of layers."""
 
 import copy
 import math
@@ -40,14 +40,14 @@ REMAT = {
 - `save_attention`: queries, keys, values and the output of attention.
 - `save_qkv`: queries, keys and values.
 - `full`: the input of each layer; the forward pass of each layer is recomputed.
-- `offload`: the input, queries, keys, values and the residual after attention, in the host's memory.
+- `offload`: the input, queries, keys, values and the residual after attention, in host memory.
 """
 
 normal = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """`[..., *inputs] -> [..., *outputs]` by a kernel of shape `inputs + outputs`, computed in the input's dtype.
+    """A linear map `[..., *inputs] -> [..., *outputs]` with a kernel of shape `inputs + outputs`, in the input's dtype.
 
     `adapter`, if set, is a module `[..., D] -> [..., F]` over flattened axes, whose result is added before the bias:
     a low-rank update beside the kernel, for example. `replicate_layers` and `fuse` keep it.
@@ -73,7 +73,7 @@ class Linear(nnx.Module):
         return y.reshape(*y.shape[:-1], *self.outputs)
 
 
-class SideBySide(nnx.Module):
+class FusedAdapters(nnx.Module):
     """Adapters of fused linear maps: their results are concatenated, with zeros for a map without adapter."""
 
     def __init__(self, linears: Sequence[Linear]):
@@ -87,7 +87,7 @@ class SideBySide(nnx.Module):
 
 
 def fuse(linears: Sequence[Linear]) -> Linear:
-    """Fuses stacked linear maps of the same input into one, whose outputs are side by side on one axis."""
+    """Fuses stacked linear maps of the same input, all with bias, into one with their outputs concatenated."""
 
     def concatenate(arrays: list[nnx.Param], axes: int) -> nnx.Param:
         flat = [x[...].reshape(*x.shape[:-axes], -1) for x in arrays]
@@ -99,7 +99,7 @@ def fuse(linears: Sequence[Linear]) -> Linear:
     fused.bias = concatenate([linear.bias for linear in linears], axes)
     fused.outputs = fused.bias.shape[1:]
     if any(linear.adapter is not None for linear in linears):
-        fused.adapter = SideBySide(linears)
+        fused.adapter = FusedAdapters(linears)
     return fused
 
 
@@ -119,7 +119,7 @@ class LayerNorm(nnx.Module):
 
 
 def mean_and_variance(x: Float[Array, "... D"]) -> tuple[Float[Array, "... 1"], Float[Array, "... 1"]]:
-    """Mean and variance over the last axis, float32."""
+    """Returns mean and variance over the last axis, float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     # The mean of squares minus the squared mean, because it reads `x` once, not twice.
@@ -166,7 +166,8 @@ def replicate_layers(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Mo
 def scan(layers: nnx.Module, x: T, *xs: Array, call: Callable, remat: str = "none") -> tuple[T, Array | None]:
     """Runs `x, y = call(layer, x, *xs[layer])` over stacked layers. Returns the last `x` and the stacked `y`.
 
-    `x`: an array whose first axis is the batch, or a tuple of such arrays.
+    `x` is an array whose first axis is the batch, or a tuple of such arrays. `xs` have a leading layer axis. `remat`
+    is a policy of REMAT. Raises UserError if it is unknown.
     """
     if remat not in REMAT:
         raise UserError(f"remat: unknown policy {remat!r}; choose one of {', '.join(REMAT)}")

@@ -1,4 +1,4 @@
-"""The LLaMA decoder, and Vicuna, Mistral and Qwen2, which differ in sizes, biases and tied embeddings."""
+"""Implements the LLaMA decoder. Vicuna, Mistral and Qwen2 differ only in sizes, biases and tied embeddings."""
 
 import functools
 import math
@@ -24,13 +24,17 @@ from llava_jax.parallel.sharding import ROWS, constrain
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Longer contexts by slower rotation: `linear` divides all frequencies by `factor`, `llama3` only low ones."""
+    """Scaling of rotary frequencies for longer contexts, as transformers' `rope_scaling`."""
 
     kind: str
+    """Type: `linear` divides all frequencies by `factor`, `llama3` only the low ones."""
     factor: float
     low_freq_factor: float = 1.0
+    """Number of rotations in `original_length` up to which llama3 divides a frequency by `factor`."""
     high_freq_factor: float = 4.0
+    """Number of rotations in `original_length` from which llama3 keeps a frequency."""
     original_length: int = 8192
+    """Number of positions that the model was pre-trained on (original_max_position_embeddings)."""
 
     def __post_init__(self):
         if self.kind not in ("linear", "llama3"):
@@ -59,6 +63,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     max_length: int = 4096
+    """Maximum number of positions (max_position_embeddings)."""
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -68,14 +73,14 @@ class LlamaConfig:
 
 
 def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:
-    """Radians per position of each rotated pair, float32."""
+    """Returns the angle in radians by which one position rotates each pair, float32."""
     frequencies = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # llama3: frequencies above the high bound are unchanged, those below the low bound slower, others interpolated.
+    # llama3 keeps frequencies above the high bound, divides those below the low bound, and interpolates in between.
     rotations = scaling.original_length * frequencies / (2 * math.pi)
     blend = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0.0, 1.0)
@@ -85,7 +90,7 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, "H/2"]:
 def rope_tables(
     config: LlamaConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
-    """Cosine and sine of the angle by which each position rotates each pair of a head, float32."""
+    """Returns cosine and sine of the angle by which each position rotates each pair of a head, float32."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
@@ -94,12 +99,12 @@ def rope_tables(
 def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 H"], sin: Float[Array, "B T 1 H"]
 ) -> Float[Array, "B T N H"]:
-    """Rotary position embedding over half-split pairs (i, i + H/2), in float32: bfloat16 cannot count past 256."""
-    # A matrix product with ones and zeros swaps the halves exactly, because a TPU moves them more slowly.
+    """Applies rotary position embedding to the pairs (i, i + H/2), in float32 because bfloat16 rounds the angles."""
+    # A matmul with 1, -1 and 0 swaps the halves exactly, and on a TPU faster than moving them between lanes.
     half = np.eye(x.shape[-1] // 2)
     swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), x.dtype)
-    other = jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
-    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+    swapped = jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
 class LlamaAttention(nnx.Module):
@@ -142,7 +147,8 @@ class LlamaBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Applies the block. Returns the new `x`, and keys and values.
 
-        These are the new tokens', or with a cache those of all layers, where the new ones are written at `slots`.
+        Without `cache`, these are the keys and values of `x`. With it, they are the cache of all layers, with the keys
+        and values of `x` written at the positions `slots` of `layer`. `heads_first`: the cache is `[L, B, K, S, H]`.
         """
         h = optimization_barrier(self.attention_norm(x))
         query = name(apply_rope(self.attention.q_proj(h), cos, sin), "q_proj")
@@ -151,15 +157,15 @@ class LlamaBlock(nnx.Module):
         written = key, value
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            at = (layer, rows, slice(None), slots) if heads_first else (layer, rows, slots)
-            written = tuple(old.at[at].set(new) for old, new in zip(cache, written, strict=True))
+            index = (layer, rows, slice(None), slots) if heads_first else (layer, rows, slots)
+            written = tuple(old.at[index].set(new) for old, new in zip(cache, written, strict=True))
             key, value = written[0][layer], written[1][layer]
         x = name(x + self.attention.o_proj(attend(query, key, value)), "attention_residual")
         return x + self.mlp(optimization_barrier(self.mlp_norm(x))), written
 
 
 class Llama(nnx.Module):
-    """The decoder: from embeddings to hidden states after the last norm. `embed` precedes it and `logits` follows."""
+    """The decoder, from embeddings to hidden states after the last norm. Call `embed` before and `logits` after it."""
 
     def __init__(self, config: LlamaConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
         self.config = config
@@ -172,11 +178,11 @@ class Llama(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(*sizes, bias=False, rngs=rngs)
 
     def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        """Embeddings of `tokens`. An id outside the vocabulary (a visual token) gets the embedding of id 0."""
-        known = (tokens >= 0) & (tokens < self.config.vocab_size)
+        """Returns embeddings. An id outside the vocabulary, such as a visual token's, gets the embedding of id 0."""
+        in_vocabulary = (tokens >= 0) & (tokens < self.config.vocab_size)
         # The table is replicated, because a lookup in shards of its columns would be gathered again for every token.
         table = constrain(self.embedding[...].astype(dtype), P())
-        return constrain(table[jnp.where(known, tokens, 0)], ROWS)
+        return constrain(table[jnp.where(in_vocabulary, tokens, 0)], ROWS)
 
     def __call__(
         self,
@@ -185,7 +191,7 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         with_cache: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Causal hidden states. A token attends to earlier tokens of its own segment.
+        """Returns hidden states after the last norm. A token attends to itself and earlier tokens of its segment.
 
         `with_cache` adds the keys and values, each `[L, B, T, K, H]`, which `extend` continues.
         """
@@ -206,7 +212,7 @@ class Llama(nnx.Module):
         cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]],
         layers: Sequence[LlamaBlock] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Hidden states of further tokens, whose keys and values are written into the cache at `positions`.
+        """Returns hidden states of further tokens, and the cache with their keys and values written at `positions`.
 
         `layers`: the same layers as separate modules, which a CPU runs faster than a scan over their stack. The cache
         is then `[L, B, K, S, H]`, because XLA for CPUs multiplies it in this order without a copy.
@@ -230,10 +236,10 @@ class Llama(nnx.Module):
         return self.norm(x), cache
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores over the vocabulary, float32."""
+        """Returns logits over the vocabulary, float32."""
         kernel = self.output_kernel().astype(x.dtype)
         return jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=jnp.float32)
 
     def output_kernel(self) -> Float[Array, "D V"]:
-        """Kernel from hidden states to scores, in its stored dtype; the embedding's transpose if tied."""
+        """Returns the kernel from hidden states to logits, in its stored dtype: the embedding's transpose if tied."""
         return self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]

@@ -22,18 +22,22 @@ from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """Settings that a checkpoint fixes: sizes of the parts, features that are read, preparation of images and text."""
+    """Settings that a checkpoint fixes: model sizes, selected features, image processor and conversation template."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: LlamaConfig = field(default_factory=LlamaConfig)
     projector: str = "mlp2x_gelu"
+    """Type of the projector (models/projector.py)."""
     feature_layer: int = -2
+    """Index of the vision tower's hidden state that the projector reads, as transformers' `vision_feature_layer`."""
     feature_select: str = "patch"
+    """Features that the projector reads: `patch`, or `cls_patch` with the class token before the patches."""
     processor: ImageProcessor | None = None
     """Image processor; by default CLIP's statistics with mode pad, or SigLIP's with mode resize."""
     template: str = "vicuna_v1"
+    """Name of the conversation template (text/templates.py)."""
     exif: bool = False
-    """Whether the model was trained on images turned as their EXIF orientation says."""
+    """Whether the model was trained on images rotated as their EXIF orientation says."""
 
     def __post_init__(self):
         if self.feature_select not in ("patch", "cls_patch"):
@@ -47,9 +51,8 @@ class LlavaConfig:
             siglip = {} if self.vision.class_token else {"mode": "resize", "mean": SIGLIP_MEAN, "std": SIGLIP_STD}
             object.__setattr__(self, "processor", ImageProcessor(**expected, **siglip))
         for name, value in expected.items():
-            if getattr(self.processor, name) != value:
-                found = getattr(self.processor, name)
-                raise UserError(f"processor.{name} is {found}, but {value} suits vision and feature_select")
+            if (actual := getattr(self.processor, name)) != value:
+                raise UserError(f"processor.{name} is {actual}, but {value} suits vision and feature_select")
 
     def with_image_mode(self, mode: str | None) -> "LlavaConfig":
         """Returns the configuration with another image mode, or itself if `mode` is None."""
@@ -71,23 +74,28 @@ class AttentionChoice(NamedTuple):
 def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) -> AttentionChoice:
     """Chooses the attention implementations of a model on a platform.
 
-    `auto` is the platform's implementation in a part whose sizes and dtype it supports, otherwise xla. Any other name
-    is used in both parts, and raises where it cannot run.
+    With `auto`, each part uses the platform's implementation if that supports its sizes and dtype, otherwise xla. Both
+    parts use any other name, and the model raises an error where it cannot run.
     """
     chosen = resolve(name, platform)
     if name != "auto" or chosen == "xla":
         return AttentionChoice(chosen, chosen)
-    tower = config.vision.hidden_size // config.vision.num_heads
+    vision_head_dim = config.vision.hidden_size // config.vision.num_heads
     if chosen == "splash":
         fills = fills_lanes(config.vision.hidden_size, config.vision.num_heads)
         return AttentionChoice(chosen, chosen if fills else "xla")
     # cuDNN's flash attention supports no float32, and a head_dim of at most 128 (256 from Hopper on) that 8 divides.
-    supported = [dtype != "float32" and size <= 128 and size % 8 == 0 for size in (config.text.head_dim, tower)]
+    supported = [dtype != "float32" and head_dim <= 128 and head_dim % 8 == 0
+                 for head_dim in (config.text.head_dim, vision_head_dim)]
     return AttentionChoice(*(chosen if is_supported else "xla" for is_supported in supported))
 
 
 class LlavaModel(nnx.Module):
-    """The model. `dtype` is the compute dtype, to which parameters are cast where they are used."""
+    """LLaVA: vision tower, projector and decoder.
+
+    `dtype` is the compute dtype, to which parameters are cast where they are used. `attention` names an implementation
+    of models/attention.py, and `remat` a policy of `layers.REMAT`.
+    """
 
     def __init__(self, config: LlavaConfig, *, dtype: str = "float32", attention: str | AttentionChoice = "xla",
                  remat: str = "none", rngs: nnx.Rngs):
@@ -109,22 +117,23 @@ class LlavaModel(nnx.Module):
         visual_index: Int[Array, "B T"] | Int[Array, "B T 4"] | None = None,
         visual_weight: Float[Array, "B T 4"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Returns the scores of the next token, float32. The arguments are those of `hidden`."""
+        """Returns the logits of the next token, float32. The arguments are those of `hidden`."""
         return self.decoder.logits(self.hidden(tokens, tiles, positions, segment_ids, visual_index, visual_weight))
 
     def hidden(self, tokens, tiles, positions=None, segment_ids=None, visual_index=None, visual_weight=None,
                with_cache: bool = False):
-        """Returns the decoder's hidden states `[B, T, D]`, from which `decoder.logits` computes scores.
+        """Returns the decoder's hidden states `[B, T, D]`, from which `decoder.logits` computes logits.
 
         Args:
           tokens: int32 [B, T], with IMAGE_TOKEN_ID at the position of every visual token.
           tiles: [B, I, H, W, 3], float32 as `ImageProcessor.normalise` returns them, or uint8; None for text alone.
           positions: int32 [B, T]; 0, 1, 2 ... if None.
           segment_ids: int32 [B, T]. Tokens attend to their own segment only; one segment if None.
-          visual_index: int32 [B, T], the feature of the sequence's tiles that a visual token takes. Features are
-            counted through tile by tile, and one more than the last is the newline (`ImageProcessor.visual_index`).
-            If None, the k-th visual token takes the k-th feature, which suits modes of one tile an image.
-          visual_weight: float [B, T, 4], if `visual_index` is [B, T, 4]: a visual token is the weighted sum of four.
+          visual_index: int32 [B, T], index of the feature that replaces each visual token. Features are numbered over
+            all tiles of a sequence, and the index after the last is the newline (`ImageProcessor.visual_index`). If
+            None, the k-th feature replaces the k-th visual token, which matches modes with one tile per image.
+          visual_weight: float [B, T, 4], if `visual_index` is [B, T, 4]: the weights of each token's four features,
+            whose weighted sum replaces it.
           with_cache: see `Llama.__call__`.
         """
         x = self.embed(tokens, tiles, visual_index, visual_weight)
@@ -149,16 +158,16 @@ class LlavaModel(nnx.Module):
         if not self.config.processor.is_fixed:
             newline = self.image_newline.get_value().astype(visual.dtype)
             visual = jnp.append(visual, jnp.broadcast_to(newline, (len(visual), 1, len(newline))), axis=1)
-        # A gather within each sequence needs no communication between devices that hold different sequences.
+        # A gather within each sequence needs no communication between devices with different sequences.
         index = jnp.maximum(visual_index, 0).reshape(len(tokens), -1, 1)
-        found = jnp.take_along_axis(visual, index, axis=1)
+        selected = jnp.take_along_axis(visual, index, axis=1)
         if visual_weight is not None:
-            weight = visual_weight.astype(found.dtype)
-            found = jnp.einsum("btkd,btk->btd", found.reshape(*weight.shape, -1), weight)
-        return jnp.where(is_visual[..., None], found, x)
+            weight = visual_weight.astype(selected.dtype)
+            selected = jnp.einsum("btkd,btk->btd", selected.reshape(*weight.shape, -1), weight)
+        return jnp.where(is_visual[..., None], selected, x)
 
     def features(self, tiles) -> Float[Array, "B I*P D"]:
-        """Returns the vision tower's features of each sequence's tiles, one tile after the other."""
+        """Returns the vision tower's features of each sequence's tiles, in order of the tiles."""
         B, I = tiles.shape[:2]
         if tiles.dtype == jnp.uint8:
             processor = self.config.processor
@@ -175,7 +184,7 @@ def _image_newline(size: int, rngs: nnx.Rngs) -> nnx.Param:
 
 
 Parameters = dict[str, jax.Array]
-"""Path -> array, for example `decoder/layers/mlp/up_proj/kernel`. Layers are stacked on the first axis."""
+"""Arrays by path, for example `decoder/layers/mlp/up_proj/kernel`. Layers are stacked on the first axis."""
 
 
 def to_params(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
@@ -192,18 +201,18 @@ def from_params(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
 
 def abstract_params(config: LlavaConfig, dtype: str = "float32", attention: str | AttentionChoice = "xla",
                     remat: str = "none") -> tuple[nnx.GraphDef, Parameters]:
-    """`to_params` of a model of this configuration without memory: the parameters are ShapeDtypeStructs, float32."""
+    """Returns `to_params` of a model without allocating memory: the parameters are float32 ShapeDtypeStructs."""
     return to_params(nnx.eval_shape(
         lambda: LlavaModel(config, dtype=dtype, attention=attention, remat=remat, rngs=nnx.Rngs(0))))
 
 
 def init_params(config: LlavaConfig, seed: int = 0) -> Parameters:
-    """Random parameters, float32. Call it inside jit with output shardings if the model is large."""
+    """Returns initial parameters, float32. Call it inside jit with output shardings if the model is large."""
     return to_params(LlavaModel(config, rngs=nnx.Rngs(seed)))[1]
 
 
 def fresh_params(config: LlavaConfig, paths: Collection[str], seed: int) -> Parameters:
-    """Initial values, float32, of the parameters at `paths`. Every part of the model draws from the seed by itself.
+    """Returns initial values, float32, of the parameters at `paths`. Each part of the model uses the seed separately.
 
     Call it inside jit, which drops the parameters of a part that `paths` does not name.
     """

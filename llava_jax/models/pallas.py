@@ -1,4 +1,4 @@
-"""Attention by Pallas kernels on TPUs: JAX's splash kernel for the decoder, and a kernel for the vision tower."""
+"""Runs attention in Pallas kernels on TPUs: JAX's splash kernel for the decoder, and a kernel for the vision tower."""
 
 import functools
 from collections.abc import Callable
@@ -15,25 +15,33 @@ NUM_LANES = 128
 """Width of a TPU's vector registers. Splash's blocks are multiples of it, and sequences are padded to a multiple."""
 
 SPLASH_BLOCK_SIZES = {"TPU v6": 2048, "TPU7": 2048}
-"""Longest splash block whose backward kernel compiles, by the start of a device's kind; 1024 for other devices."""
+"""Longest splash block whose backward kernel compiles, by prefix of `device_kind`; 1024 for other devices."""
 
 
 def fills_lanes(size: int, heads: int) -> bool:
-    """Tells whether the heads of a vision tower fill a TPU's vectors, as the tower's kernel requires."""
+    """Returns whether the heads of a vision tower fill a TPU's vectors, as the tower's kernel requires."""
     return NUM_LANES % (size // heads) == 0 and size % NUM_LANES == 0
 
 
 def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array | None,
                      interpret: bool = False) -> Array:
-    """JAX's splash kernel, forward and (fused) backward, with the longest blocks that the device's memory allows."""
+    """Runs JAX's splash attention kernel, causal, with the longest blocks that compile on the device.
+
+    Args:
+      query, key, value: [B, T, N, H], [B, T, K, H], [B, T, K, H]; N is a multiple of K.
+      segment_ids: int32 [B, T]; None means one segment.
+      interpret: whether Pallas interprets the kernel, for tests without a TPU.
+
+    Returns [B, T, N, H].
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, T, N, H = query.shape
     padded = -(-T // NUM_LANES) * NUM_LANES
     # At least two blocks in a sequence, because the kernel skips blocks that the causal mask hides completely.
-    block = _block(padded, min(_longest_block(), max(padded // 2, NUM_LANES)))
-    half = _block(block, max(block // 2, NUM_LANES))
+    block = _largest_block(padded, min(_longest_block(), max(padded // 2, NUM_LANES)))
+    half = _largest_block(block, max(block // 2, NUM_LANES))
     sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=half, block_q_dkv=block,
                               block_kv_dkv=block, block_kv_dkv_compute=half, use_fused_bwd_kernel=True)
 
@@ -57,16 +65,16 @@ def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array 
 
 
 def split_qkv(qkv: Float[Array, "B T 3NH"], heads: int) -> list[Float[Array, "B T N H"]]:
-    """Splits queries, keys and values that are side by side."""
+    """Splits concatenated queries, keys and values."""
     qkv = qkv.reshape(*qkv.shape[:2], 3, heads, -1)
     return [qkv[:, :, part] for part in range(3)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def bidirectional_attention(qkv: Array, heads: int, interpret: bool = False) -> Array:
-    """Attention by a kernel that keeps all scores of a head in fast memory, `[B, T, 3 N H] -> [B, T, N, H]`.
+    """Computes attention `[B, T, 3 N H] -> [B, T, N, H]` in a kernel that keeps all scores of a head in VMEM.
 
-    The heads stay side by side, as matrix products write and read them.
+    The heads stay adjacent on the last axis, as the matmuls before and after write and read them.
     """
     from jax.experimental import pallas as pl
 
@@ -94,9 +102,9 @@ def _bidirectional_kernel(query, key, value, out, *, head_dim: int):
         scores = jax.lax.dot_general(query, jnp.where(head_of == head, key, 0), (((1,), (1,)), ((), ())),
                                      preferred_element_type=jnp.float32) * head_dim**-0.5
         weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
-        mixed = jax.lax.dot_general(weights.astype(value.dtype), value, (((1,), (0,)), ((), ())),
-                                    preferred_element_type=jnp.float32)
-        result = jnp.where(head_of == head, mixed / weights.sum(axis=1, keepdims=True), result)
+        weighted = jax.lax.dot_general(weights.astype(value.dtype), value, (((1,), (0,)), ((), ())),
+                                       preferred_element_type=jnp.float32)
+        result = jnp.where(head_of == head, weighted / weights.sum(axis=1, keepdims=True), result)
     out[0] = result.astype(out.dtype)
 
 
@@ -121,9 +129,9 @@ def _each_device(function: Callable, count: int, *specs: P) -> Callable:
 def _longest_block() -> int:
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return next((size for start, size in SPLASH_BLOCK_SIZES.items() if kind.startswith(start)), 1024)
+    return next((size for prefix, size in SPLASH_BLOCK_SIZES.items() if kind.startswith(prefix)), 1024)
 
 
-def _block(length: int, most: int) -> int:
-    """The largest divisor of `length` up to `most`, all multiples of NUM_LANES."""
-    return max(size for size in range(NUM_LANES, most + 1, NUM_LANES) if length % size == 0)
+def _largest_block(length: int, limit: int) -> int:
+    """Returns the largest multiple of NUM_LANES that divides `length` and is at most `limit`."""
+    return max(size for size in range(NUM_LANES, limit + 1, NUM_LANES) if length % size == 0)

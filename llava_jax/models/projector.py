@@ -1,4 +1,4 @@
-"""The projector: from the vision tower's features to the decoder's embedding space."""
+"""Implements the projector from the vision tower's features to the decoder's embedding space."""
 
 import math
 import re
@@ -13,16 +13,16 @@ from llava_jax.models.layers import Linear
 
 
 def depth(kind: str) -> int:
-    """Number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N. Raises UserError for any other name."""
+    """Returns the number of linear layers: `identity` 0, `linear` 1, `mlpNx_gelu` N. Raises UserError otherwise."""
     if kind in ("identity", "linear"):
-        return ("identity", "linear").index(kind)
+        return 0 if kind == "identity" else 1
     if match := re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind):
         return int(match[1])
     raise UserError(f"projector {kind!r} is not one of identity, linear, mlp2x_gelu (or any mlpNx_gelu)")
 
 
 def torch_uniform(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
-    """Default initialisation of torch.nn.Linear, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as LLaVA's projector has it."""
+    """Draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch.nn.Linear's default, which LLaVA's projector uses."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -36,12 +36,14 @@ class Projector(nnx.Module):
             raise UserError(f"projector identity: hidden_size {inputs} of the vision tower and {outputs} of the "
                             "decoder differ")
         for i in range(self.count):
-            linear = Linear([inputs if i == 0 else outputs], [outputs], bias=True, rngs=rngs, init=torch_uniform)
-            bias = torch_uniform(rngs.params(), (inputs if i == 0 else outputs, outputs), jnp.float32)[0]
-            linear.bias = nnx.Param(bias)
+            fan_in = inputs if i == 0 else outputs
+            linear = Linear([fan_in], [outputs], bias=True, rngs=rngs, init=torch_uniform)
+            linear.bias = nnx.Param(torch_uniform(rngs.params(), (fan_in, outputs), jnp.float32)[0])
             setattr(self, f"layers_{i}", linear)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
         for i in range(self.count):
-            x = getattr(self, f"layers_{i}")(jax.nn.gelu(x, approximate=False) if i else x)
+            if i > 0:
+                x = jax.nn.gelu(x, approximate=False)
+            x = getattr(self, f"layers_{i}")(x)
         return x

@@ -1,4 +1,4 @@
-"""The vision transformers of CLIP and SigLIP, as far as LLaVA reads them: hidden states, no pooling head."""
+"""Implements the vision transformers of CLIP and SigLIP up to their hidden states. LLaVA reads no pooling head."""
 
 import copy
 from collections.abc import Callable
@@ -49,11 +49,12 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Number of patches along one side. A remainder that fills no patch is not seen (as in a convolution)."""
+        """Number of patches along one side. Pixels beyond the last complete patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
     def patches(self) -> int:
+        """Number of patches of an image."""
         return self.grid**2
 
     @property
@@ -63,7 +64,7 @@ class VisionConfig:
 
 
 class VisionAttention(nnx.Module):
-    """The parameters of attention as checkpoints store them. `FusedAttention` computes with them."""
+    """Parameters of attention as checkpoints store them. `FusedAttention` computes with them."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         heads = (config.num_heads, config.hidden_size // config.num_heads)
@@ -74,7 +75,7 @@ class VisionAttention(nnx.Module):
 
 
 class FusedAttention(nnx.Module):
-    """Attention of stacked layers with one matrix product for queries, keys and values."""
+    """Attention of stacked layers with one matmul for queries, keys and values."""
 
     def __init__(self, parts: VisionAttention):
         self.qkv_proj, self.o_proj = fuse([parts.q_proj, parts.k_proj, parts.v_proj]), parts.o_proj
@@ -103,7 +104,7 @@ class VisionBlock(nnx.Module):
     def __call__(self, state: tuple[Array, tuple[Array, Array]], attend: Callable) -> tuple[Array, tuple[Array, Array]]:
         """Applies the block to `state`: hidden states, and their mean and variance.
 
-        The statistics are carried, because XLA then fuses them with the matrix product that makes the hidden states.
+        The statistics are carried, because XLA then fuses them with the matmul that computes the hidden states.
         """
         x, stats = state
         x = x + self.attention(self.attention_norm(x, stats), attend)
@@ -112,7 +113,7 @@ class VisionBlock(nnx.Module):
 
 
 class Vit(nnx.Module):
-    """The vision tower, with all layers and the last norm of its checkpoint. It runs the layers that are asked for."""
+    """The vision tower, with all layers and the last norm of its checkpoint. A call runs only the needed layers."""
 
     def __init__(self, config: VisionConfig, *, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
         self.config = config
@@ -127,7 +128,7 @@ class Vit(nnx.Module):
         self.post_norm = LayerNorm(size, config.norm_eps)
 
     def __call__(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B P D"]:
-        """Hidden states of the class token, if any, and of the patches, in the images' dtype.
+        """Returns hidden states of the class token, if any, and of the patches, in the images' dtype.
 
         `layer` counts as `hidden_states` does in transformers: 0 is the input of the first layer, `num_layers` or -1
         the output of the last layer, before the last norm. LLaVA reads -2 (Visual Instruction Tuning, section 4.1).
@@ -138,14 +139,14 @@ class Vit(nnx.Module):
         patches = images.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3).reshape(-1, grid**2, side, side, 3)
         x = self.patch(patches)
         if self.class_embedding is not None:
-            first = self.class_embedding[...].astype(x.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.hidden_size)), x], axis=1)
+            class_token = self.class_embedding[...].astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(class_token, (x.shape[0], 1, config.hidden_size)), x], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         layers = copy.copy(self.layers)
         layers.attention = FusedAttention(layers.attention)
-        # Replicated before the scan, because the pieces of single layers would be too small to send.
+        # Replicated before the scan, because shards of single layers would be too small to send efficiently.
         layers = replicate_layers(layers, depth(config, layer), x.dtype)
         attend = bidirectional_attention(self.attention, config.num_heads)
         (x, _), _ = scan(layers, (x, mean_and_variance(x)), call=lambda block, state: (block(state, attend), None),
@@ -154,7 +155,7 @@ class Vit(nnx.Module):
 
 
 def depth(config: VisionConfig, layer: int) -> int:
-    """Number of blocks to run for the hidden states of `layer`. Raises UserError if the tower has no such layer."""
+    """Returns the number of blocks to run for hidden state `layer`. Raises UserError if the tower has no such layer."""
     if not -config.num_layers - 1 <= layer <= config.num_layers:
         raise UserError(f"feature_layer {layer}: the vision tower has {config.num_layers} layers, "
                         f"so it must be in {-config.num_layers - 1}..{config.num_layers}")
