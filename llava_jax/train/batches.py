@@ -22,7 +22,7 @@ COUNT_TIMEOUT = 3600.0
 
 
 def data_spec(data: config.Data, model: LlavaConfig, tokenizer: Tokenizer, path: str) -> DataSpec:
-    """Returns how the records of `path` become the tokens, labels and tiles of a stage. Opens the data files."""
+    """Opens the data at `path`. Returns the spec by which its records become tokens, labels and tiles of a stage."""
     return DataSpec(
         mixture=open_mixture(path, data.image_root), tokenizer=tokenizer,
         template=templates.get(data.template or model.template),
@@ -55,7 +55,7 @@ def count_steps(context: TrainContext, stage: config.Stage) -> int:
 
 
 def shard_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:
-    """Puts the arrays that a step reads on the mesh, with micro-batches on a leading axis."""
+    """Puts the arrays that a step reads on the mesh, each as [micro_batches, B, ...]."""
     sharding = NamedSharding(mesh, P(None, ("data", "fsdp")))
     names = ("tokens", "labels", "positions", "segment_ids", "tiles", "visual_index")
     return {name: jax.make_array_from_process_local_data(

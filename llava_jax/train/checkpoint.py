@@ -1,7 +1,7 @@
-"""Checkpoints of a stage, by Orbax: trainable parameters, optimizer state, and a `StageRecord`.
+"""Saves and restores checkpoints of a stage with Orbax: trainable parameters, optimizer state and a `StageRecord`.
 
 Frozen parameters are not stored: the record has their fingerprint. The file of the record also stores a digest of every
-array, which restoring compares.
+array, which is compared when the checkpoint is restored.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from llava_jax.train.digests import check_finite, digests
 from llava_jax.train.step import TrainState
 
 READ_BYTES = 2**24
+"""Number of bytes that are read at once to check a file."""
 
 DIVERGED = ("set lower learning rates, or optimizer.clip (and another --output, if this stage has checkpoints, whose "
             "recipe cannot change)")
@@ -40,6 +41,7 @@ class StageRecord:
     """What a checkpoint stores beside arrays."""
 
     total_steps: int
+    """Number of steps of the stage."""
     frozen: str
     """Fingerprint of the frozen parameters."""
     skipped: dict[str, int]
@@ -58,7 +60,12 @@ class DamagedCheckpoint(UserError):
 
 
 class Checkpoints:
-    """Checkpoints of one stage in one directory, named by their step. They are written while training continues."""
+    """Checkpoints of one stage in one directory, named by their step. They are written while training continues.
+
+    Args:
+      every: number of steps between checkpoints.
+      keep: number of newest checkpoints that are kept.
+    """
 
     def __init__(self, directory: Path, every: int, keep: int):
         self.directory, self.every, self.keep = directory, every, keep
@@ -67,7 +74,7 @@ class Checkpoints:
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         # Created on first use, because it creates its directory, which a run that fails at its start should not leave.
-        # Directories are created before `save` returns: in the background, Orbax waits 300 s for one that it cannot.
+        # Directories are created before `save` returns, because in the background Orbax waits 300 s if it cannot.
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, async_options=ocp.AsyncOptions(
             create_directories_asynchronously=False,
             barrier_sync_fn=self._barrier if jax.process_count() > 1 else None))
@@ -98,14 +105,16 @@ class Checkpoints:
         Raises UserError, and saves nothing, if parameters or optimizer state are not finite.
         """
         items = {"trainable": state.trainable, "optimizer": state.optimizer}
-        found = {name: digests(tree) for name, tree in items.items()}
-        check_finite({f"{name} {path}": pair for name, paths in found.items() for path, pair in paths.items()},
+        digests_by_item = {name: digests(tree) for name, tree in items.items()}
+        check_finite({f"{name} {path}": pair
+                      for name, paths in digests_by_item.items() for path, pair in paths.items()},
                      f"stages.{self.directory.name}, after step {step}",
                      f"this state was not saved; {DIVERGED}")
         content = dataclasses.asdict(record) | {"stage": self.directory.name, "step": step, "digests": {
-            name: {path: digest for path, (digest, _) in paths.items()} for name, paths in found.items()}}
+            name: {path: digest for path, (digest, _) in paths.items()}
+            for name, paths in digests_by_item.items()}}
         self.wait()
-        with self._noting_errors():
+        with self._record_errors():
             self.manager.save(step, force=True, args=ocp.args.Composite(
                 trainable=ocp.args.StandardSave(state.trainable),
                 optimizer=ocp.args.StandardSave(state.optimizer),
@@ -119,7 +128,7 @@ class Checkpoints:
             raise self.error
         if self.saving and not self.manager.is_saving_in_progress():
             self.saving = False
-            with self._noting_errors():
+            with self._record_errors():
                 self.manager.wait_until_finished()
 
     def wait(self) -> None:
@@ -174,8 +183,8 @@ class Checkpoints:
             del self.__dict__["manager"]
 
     @contextlib.contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        """Notes that saving failed if the block does, so that `close` does not wait."""
+    def _record_errors(self) -> Iterator[None]:
+        """Records an error of the block, so that `close` does not wait."""
         try:
             yield
         except BaseException as error:
@@ -206,17 +215,18 @@ class Checkpoints:
             name: handler.restore(self._folder(step) / name, args=ocp.args.StandardRestore(like))
             for name, like in likes.items()})
         for name, item in items.items():
-            found = {path: digest for path, (digest, _) in digests(item).items()}
-            if other := [path for path in found | expected[name] if found.get(path) != expected[name].get(path)]:
-                more = f" and {len(other) - 2} more" if len(other) > 2 else ""
-                raise DamagedCheckpoint(self, step, f"{name}: {', '.join(other[:2])}{more} "
-                                                    f"{'is' if len(other) == 1 else 'are'} not what was saved")
+            actual = {path: digest for path, (digest, _) in digests(item).items()}
+            changed = [path for path in actual | expected[name] if actual.get(path) != expected[name].get(path)]
+            if changed:
+                more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+                raise DamagedCheckpoint(self, step, f"{name}: {', '.join(changed[:2])}{more} "
+                                                    f"{'is' if len(changed) == 1 else 'are'} not what was saved")
         return items
 
     def _read(self, step: int, names: list[str], read: Callable[[], Any]) -> Any:
         """Returns `read()`, which reads the items `names`. All processes call it.
 
-        Raises DamagedCheckpoint on all of them if it fails on one, unless the disk or the network is to blame.
+        Raises DamagedCheckpoint on all of them if it fails on one, unless the disk or the network fails.
         """
         result = problem = None
         try:
@@ -226,7 +236,7 @@ class Checkpoints:
                 raise
             for name in names:
                 _read_through(self._folder(step) / name)
-            while error.__cause__ is not None:  # TensorStore's own words are below Orbax's
+            while error.__cause__ is not None:  # Orbax's error wraps TensorStore's, which says more
                 error = error.__cause__
             problem = " ".join(str(error).split())[:200] or type(error).__name__
         if problem:
@@ -250,7 +260,7 @@ def _sha256(content: dict) -> str:
 
 
 def _read_through(folder: epath.Path) -> None:
-    """Reads every file to its end, to raise the error of a file that the disk does not give. Ignores missing files."""
+    """Reads every file to its end, to raise the error of one that cannot be read. Ignores missing files."""
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
             if path.is_dir():

@@ -1,4 +1,4 @@
-"""Computes digests of arrays on their devices: of their bits, and whether all values are finite."""
+"""Computes digests of the bits of arrays on their devices, and whether all values are finite."""
 
 import hashlib
 import math
@@ -16,8 +16,8 @@ from llava_jax.errors import UserError
 def digests(tree: Any) -> dict[str, tuple[str, bool]]:
     """Returns the digest of every array of a tree by its path, and whether the array is finite.
 
-    A digest depends on bits, shape and dtype, not on the sharding or the number of processes. Another value of one
-    element always changes it. It takes one pass over the memory. Arrays in host memory move to the devices one by one.
+    A digest depends on bits, shape and dtype, not on the sharding or the number of processes. A change of one
+    element always changes it. It reads the memory once. Arrays in host memory move to the devices one by one.
     """
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
               for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -39,12 +39,12 @@ def fingerprint(found: Mapping[str, tuple[str, bool]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16] if lines else "none"
 
 
-def check_finite(found: Mapping[str, tuple[str, bool]], what: str, mend: str) -> None:
-    """Raises UserError that starts with `what` and ends with `mend` if an array of `digests` is not finite."""
+def check_finite(found: Mapping[str, tuple[str, bool]], what: str, advice: str) -> None:
+    """Raises UserError that starts with `what` and ends with `advice` if an array of `digests` is not finite."""
     if wrong := [path for path, (_, finite) in found.items() if not finite]:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{what}: {', '.join(wrong[:3])}{more} {'is' if len(wrong) == 1 else 'are'} not finite "
-                        f"(NaN or infinite); {mend}")
+                        f"(NaN or infinite); {advice}")
 
 
 @jax.jit
@@ -59,7 +59,7 @@ def _sum_of_bits(x: Array) -> Array:
     for axis in range(x.ndim):
         stride = np.uint32(math.prod(x.shape[axis + 1 :]) * 0x9E3779B1 % 2**32)
         word = word + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-    # Every line is a bijection, so another element gives another word. A sum has no order, so shardings do not matter.
+    # Every line is a bijection, so a changed element changes its word. A sum does not depend on order or sharding.
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return jnp.sum(word ^ (word >> 16), dtype=jnp.uint32)

@@ -1,7 +1,7 @@
-"""Hashes the inputs of a stage, because a restart must find the same.
+"""Hashes the inputs of a stage, because a restart must use the same ones.
 
 `inputs.json` in the output directory stores the hashes by stage. They cover data files, tokenizer, template and model
-configuration, not image files beside the data. Of very large sources they cover samples.
+configuration, not image files beside the data. For very large sources they cover samples.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from llava_jax.train.setup import TrainContext
 from llava_jax.weights.tokenizer_files import TOKENIZER_FILES
 
 COMPLETE_BYTES = 2**32
-"""Largest size in bytes of a local source that is hashed completely. Of other sources samples are hashed."""
+"""Largest size in bytes of a local source that is hashed completely. Other sources are hashed by samples."""
 
 SAMPLES, SAMPLE_BYTES = 256, 2**16
 """Number of samples of a source, and their size in bytes."""
@@ -73,7 +73,7 @@ def _hash_source(source: Source) -> str:
 
 
 def _hash_files(files: list[str], complete: bool) -> str:
-    """Returns a hash of names, sizes and contents. Times do not count, because a new machine copies inputs again."""
+    """Returns a hash of names, sizes and contents. It ignores times, because a copy of the inputs has others."""
     digest = hashlib.sha256()
     for file in files:
         path = epath.Path(file)
@@ -89,7 +89,7 @@ def _hash_files(files: list[str], complete: bool) -> str:
 
 
 def _hash_samples(file: BinaryIO, size: int, count: int, digest: Any) -> None:
-    """Adds pieces from the first to the last, where parquet and ArrayRecord store the positions of all others."""
+    """Adds evenly spaced samples, up to the end of the file, where parquet and ArrayRecord store their index."""
     last = max(0, size - SAMPLE_BYTES)
     for number in range(count):
         file.seek(last * number // (count - 1))

@@ -2,8 +2,8 @@
 
 On a local disk, and on NFS with working locks, the lock is an flock, which the kernel releases when the process ends.
 A note in the file names its owner. A note of another host, a file system without locks, and a bucket need a heartbeat:
-a run rewrites its note every HEARTBEAT_SECONDS, and counts as gone after LOST_SECONDS without one. There, two runs that
-start within two seconds may both continue.
+a run rewrites its note every HEARTBEAT_SECONDS, and counts as ended after LOST_SECONDS without a heartbeat. There, two
+runs that start within two seconds may both continue.
 """
 
 import contextlib
@@ -27,11 +27,14 @@ from llava_jax.parallel.processes import allgather_object
 
 NAME = ".lock"
 HEARTBEAT_SECONDS, LOST_SECONDS = 10.0, 45.0
+"""Seconds between heartbeats, and seconds without one after which a run counts as ended."""
 KILL_SECONDS = 10.0
 """Seconds that a killed process may need to end. The kernel keeps its lock until then."""
 SETTLE_SECONDS = 2.0
 """Seconds until a bucket shows the later of two notes that were written at the same time."""
 NOTE_BYTES = 512
+"""Size of the note in bytes, padded so that every write replaces all of it."""
+
 
 @contextlib.contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
@@ -63,10 +66,12 @@ class _Lock:
         self.thread.start()
 
     def write(self) -> None:
+        """Writes the note with the next heartbeat's number."""
         self.beats += 1
         self.put(json.dumps(self.note | {"beat": self.beats}).ljust(NOTE_BYTES).encode())
 
     def refuse(self) -> None:
+        """Raises UserError that names the run of the stored note."""
         note = self.read()
         owner = f"a {_owner(note)}" if note else "another run"
         raise UserError(f"{self.directory}: {owner} is using this output directory; end it, or give another --output")

@@ -17,11 +17,11 @@ LOSS_CHUNK_TOKENS = 1024
 def cross_entropy(
     hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], labels: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Returns the summed negative log likelihood of `labels[:, t + 1]` given `hidden[:, t]`. IGNORE counts nothing.
+    """Returns the summed negative log likelihood of `labels[:, t + 1]` given `hidden[:, t]`, without IGNORE.
 
     Logits are computed for LOSS_CHUNK_TOKENS positions at a time, together with the gradients, so that [B, T, V] never
-    exists and no matmul runs twice. Under a mesh (`jax.set_mesh`) each device computes positions of its own rows. It
-    gathers the kernel once and scatters its part of the kernel's gradient once.
+    exists and no matmul runs twice. Under a mesh (`jax.set_mesh`) each device computes positions of its own sequences.
+    It gathers the kernel once and scatters its part of the kernel's gradient once.
     """
     labels = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORE)], axis=1)
     return _sum(hidden, kernel.astype(hidden.dtype), labels)
@@ -50,24 +50,24 @@ def _on_devices(function: Callable, hidden: Array, kernel: Array, labels: Array)
     if mesh.empty:
         loss, *gradients = function(hidden, kernel, labels)
         return loss, *(x.astype(kernel.dtype) for x in gradients)
-    # Devices along `tensor` have the same rows and split their positions.
-    rows, parts = P(("data", "fsdp"), "tensor"), ("fsdp", "tensor")
+    # Devices along `tensor` have the same sequences and split their positions.
+    rows, axes = P(("data", "fsdp"), "tensor"), ("fsdp", "tensor")
     T = hidden.shape[1]
     padding = -T % mesh.shape["tensor"]
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE)
 
     def local(hidden, kernel, labels):
-        loss, *gradients = function(hidden, jax.lax.all_gather(kernel, parts, axis=0, tiled=True), labels)
+        loss, *gradients = function(hidden, jax.lax.all_gather(kernel, axes, axis=0, tiled=True), labels)
         if gradients:
             grad_hidden, grad_kernel = gradients
-            grad_kernel = jax.lax.psum_scatter(grad_kernel.astype(kernel.dtype), parts, scatter_dimension=0, tiled=True)
+            grad_kernel = jax.lax.psum_scatter(grad_kernel.astype(kernel.dtype), axes, scatter_dimension=0, tiled=True)
             # The barrier keeps the scatter here, because until then every device stores the complete gradient.
             gradients = jax.lax.optimization_barrier((grad_hidden, jax.lax.psum(grad_kernel, "data")))
         return jax.lax.psum(loss, AXES), *gradients
 
-    layouts = (P(), rows, P(parts, None))[: 3 if function is _loss_and_gradients else 1]
-    run = jax.shard_map(local, in_specs=(rows, P(parts, None), rows), out_specs=layouts, check_vma=False)
+    layouts = (P(), rows, P(axes, None))[: 3 if function is _loss_and_gradients else 1]
+    run = jax.shard_map(local, in_specs=(rows, P(axes, None), rows), out_specs=layouts, check_vma=False)
     loss, *gradients = run(hidden, kernel, labels)
     return (loss, gradients[0][:, :T], gradients[1]) if gradients else (loss,)
 
@@ -105,6 +105,7 @@ def _chunks(hidden: Array, labels: Array) -> tuple[Float[Array, "C T D"], Int[Ar
 
 
 def _logits(x: Float[Array, "T D"], labels: Int[Array, "T"], kernel: Float[Array, "D V"]) -> tuple[Array, ...]:
+    """Returns `x`, the logits, their log-sum-exp, the labels as one-hot mask, and which positions are supervised."""
     logits = jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=jnp.float32)
     is_label = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels[:, None]
     return x, logits, jax.nn.logsumexp(logits, axis=-1), is_label, labels != IGNORE

@@ -29,45 +29,45 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Peak dense bfloat16 FLOP/s of a JAX device, by the start of its kind, from the makers' data sheets."""
+"""Peak dense bfloat16 FLOP/s of a JAX device, by prefix of `device_kind`, from the vendors' data sheets."""
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the device's peak FLOP/s, or None if it is not known."""
+    """Returns the device's peak FLOP/s, or None if PEAK_FLOPS does not list it."""
     kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, segment_ids: np.ndarray,
                 images: int) -> float:
-    """Returns the FLOPs that a step on these sequences needs by formula. A multiply-add counts 2.
+    """Returns the model FLOPs of a step on these sequences. A multiply-add counts 2.
 
     Padding, empty image slots and recomputation count nothing. Attention counts the visible pairs only. A matmul with
     weights costs one forward pass, one for its input's gradient if anything below it is trained, and one for its
     weights' gradient if these are trained. `trained` names parts: vision, projector, decoder.
     """
     text, vision = model.text, model.vision
-    real = segment_ids > 0
-    tokens, pairs = int(real.sum()), int((positions[real].astype(np.int64) + 1).sum())
-    layer = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
-    layer += 3 * text.hidden_size * text.intermediate_size
-    weights = 2 * tokens * (text.num_layers * layer + text.hidden_size * text.vocab_size)
+    is_token = segment_ids > 0
+    tokens, pairs = int(is_token.sum()), int((positions[is_token].astype(np.int64) + 1).sum())
+    layer_weights = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
+    layer_weights += 3 * text.hidden_size * text.intermediate_size
+    decoder = 2 * tokens * (text.num_layers * layer_weights + text.hidden_size * text.vocab_size)
     attention = 4 * pairs * text.num_layers * text.num_heads * text.head_dim
     # Attention multiplies two activations, so its backward pass is always twice its forward pass.
-    total = weights * (2 + ("decoder" in trained)) + attention * 3
-    patches = images * (vision.num_tokens)
+    total = decoder * (2 + ("decoder" in trained)) + attention * 3
+    vision_tokens = images * vision.num_tokens
     blocks = vit.depth(vision, model.feature_layer)
-    tower = 2 * patches * blocks * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
-    tower += 4 * patches * (vision.num_tokens) * blocks * vision.hidden_size
+    tower = 2 * vision_tokens * blocks * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
+    tower += 4 * vision_tokens * vision.num_tokens * blocks * vision.hidden_size
     total += tower * (3 if "vision" in trained else 1)
     embedding = 2 * images * vision.patches * 3 * vision.patch_size**2 * vision.hidden_size
     total += embedding * (2 if "vision" in trained else 1)
-    width = vision.hidden_size
+    input_size = vision.hidden_size
     for layer in range(projector_depth(model.projector)):
-        product = 2 * images * model.processor.features_per_tile * width * text.hidden_size
+        matmul = 2 * images * model.processor.features_per_tile * input_size * text.hidden_size
         below = "vision" in trained or layer > 0 and "projector" in trained
-        total += product * (1 + below + ("projector" in trained))
-        width = text.hidden_size
+        total += matmul * (1 + below + ("projector" in trained))
+        input_size = text.hidden_size
     return float(total)
 
 
@@ -96,7 +96,7 @@ class MetricsWindow:
         for name, count in counts.items():
             self.counts[name] += count
 
-    def take_skipped(self) -> Counter:
+    def pop_skipped(self) -> Counter:
         """Returns the number of rows, by reason, that all processes skipped since the last call."""
         counts = allreduce_sum("skipped rows", [self.skipped.pop(reason, 0) for reason in REASONS])
         return Counter({reason: count for reason, count in zip(REASONS, counts, strict=True) if count})
@@ -203,9 +203,9 @@ class Log:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Reads the lines of `metrics.jsonl`; none if it is missing. Raises UserError that names file and damaged line.
+    """Reads the lines of `metrics.jsonl`, except an incomplete last line. A missing file has none.
 
-    It leaves out an incomplete last line.
+    Raises UserError that names the file and the damaged line.
     """
     text = read_text(path) if path.exists() else ""
     lines = []
@@ -216,8 +216,10 @@ def read_lines(path: Path) -> list[dict]:
             if key not in line and key not in ("stage", "step"):
                 continue
             value = line.get(key)
-            if not isinstance(value, kinds) or isinstance(value, bool) or kinds is not str and not abs(value) < 1e300 \
-                    or key == "step" and value < 1:
+            valid = isinstance(value, kinds) and not isinstance(value, bool)
+            if valid and kinds is not str:
+                valid = abs(value) < 1e300 and (key != "step" or value >= 1)
+            if not valid:
                 raise UserError(f"{where}: {key} is {json_type(value)}; the file is damaged: remove this line")
         lines.append(line)
     return lines
@@ -227,11 +229,11 @@ def _resume_wandb(wandb: Any, directory: Path, project: str) -> Any:
     """Opens the W&B run of this output directory, whose id is stored in it, so that a restart continues it."""
     path = directory / "wandb.json"
     stored = read_json(path) if path.exists() else {}
-    known = stored.get("id") if stored.get("project") == project else None
-    if known is not None and not isinstance(known, str):
+    run_id = stored.get("id") if stored.get("project") == project else None
+    if run_id is not None and not isinstance(run_id, str):
         raise UserError(f"{path}: id must be a text; remove the file to report to a new W&B run")
     # W&B writes its files on this machine only.
-    run = wandb.init(project=project, id=known, dir=str(directory) if isinstance(directory, Path) else None,
+    run = wandb.init(project=project, id=run_id, dir=str(directory) if isinstance(directory, Path) else None,
                      resume="allow")
     output.write_json(path, {"project": project, "id": run.id})
     return run

@@ -24,8 +24,8 @@ RESUMABLE_FIELDS = ("output", "mesh.*", "log_every", "validate_every", "sample_e
 RESUMABLE_WHEN_FINISHED = ("path", "image_root", "bad_rows")
 """Fields of a stage's data that nothing reads once a later stage has started."""
 
-SEEN_WITHIN = 60.0
-"""Seconds within which all hosts must see a new file. NFS caches missing files that long."""
+VISIBLE_TIMEOUT = 60.0
+"""Seconds within which all hosts must see a new file. NFS clients cache the absence of a file for so long."""
 
 
 def directory(recipe: config.Recipe) -> Path:
@@ -44,7 +44,7 @@ def check_shared(recipe: config.Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     allgather_object("the file is there", None)
-    until = time.monotonic() + SEEN_WITHIN
+    until = time.monotonic() + VISIBLE_TIMEOUT
     while not (seen := (folder / name).exists()) and time.monotonic() < until:
         time.sleep(0.5)
     blind = [str(i) for i, seen in enumerate(allgather_object("the file is seen", seen)) if not seen]
@@ -63,8 +63,11 @@ def remove_leftovers(folder: Path) -> None:
     if jax.process_index() == 0 and isinstance(folder, Path):
         files.remove_leftovers(str(folder / "model"))
         for pattern in (".shared-*", ".model.????????", "checkpoints/*/*.orbax-checkpoint-tmp"):
-            for left in folder.glob(pattern):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            for leftover in folder.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
     allgather_object("the leftovers are gone", None)
 
 
@@ -80,8 +83,8 @@ def check_recipe(recipe: config.Recipe) -> None:
     if not isinstance(stored.get("stages"), dict):
         raise UserError(f"{path}: stages is missing or no object; the file is damaged: remove it if you are sure that "
                         "this directory holds a run of the same recipe")
-    known = flat(recipe)
-    if unknown := [name for name in _flat(stored) if not name.startswith("stages.") and name not in known]:
+    current = flat(recipe)
+    if unknown := [name for name in _flat(stored) if not name.startswith("stages.") and name not in current]:
         raise UserError(f"{recipe.output}: holds a run of another version of this project, whose recipe has "
                         f"{', '.join(unknown[:6])}; give another --output, or remove the directory to start again")
     started = finished = list(stored["stages"])
@@ -91,7 +94,7 @@ def check_recipe(recipe: config.Recipe) -> None:
         finished, waiting = started[:-1], {*stored["stages"], *recipe.stages}.difference(started)
     free = [*RESUMABLE_FIELDS, *(f"stages.{name}.*" for name in waiting),
             *(f"stages.{name}.data.{field}" for name in finished for field in RESUMABLE_WHEN_FINISHED)]
-    changed = flat(recipe).items() ^ _flat(stored).items()
+    changed = current.items() ^ _flat(stored).items()
     fields = sorted({name for name, _ in changed if not any(fnmatchcase(name, pattern) for pattern in free)})
     if not fields and list(recipe.stages)[: len(started)] != started:
         fields = ["the order of the stages"]

@@ -15,11 +15,11 @@ from llava_jax.train.setup import TrainContext
 from llava_jax.weights import check_export
 
 PROBE_RECORDS = {"error": 16, "skip": 100}
-"""Number of records of a source that are tried, by `bad_rows`. All must be valid, or one."""
+"""Number of records of a source that are tried, by `bad_rows`: with error all must be valid, with skip one."""
 
 
 def check_stages(context: TrainContext) -> None:
-    """Opens and tries what every unfinished stage will need. Raises UserError for a mistake."""
+    """Checks the export, and optimizer, images and data of every unfinished stage. Raises UserError for a mistake."""
     check_export(context.model, context.tokenizer_directory)
     for name, stage in context.recipe.stages.items():
         try:

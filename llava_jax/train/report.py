@@ -1,4 +1,4 @@
-"""A run as one HTML page: scores, loss curves, and images with questions and answers."""
+"""Writes a run as one HTML page: scores, loss curves, and images with questions and answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -21,7 +21,7 @@ from llava_jax.train.setup import TrainContext
 NUM_SAMPLES = 4
 MAX_NEW_TOKENS = 48
 PROBE_RECORDS = 100
-"""Number of first records in which questions are searched."""
+"""Number of first records from which the questions are chosen."""
 
 
 class Samples:

@@ -31,7 +31,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 @dataclass(frozen=True)
 class TrainContext:
-    """A recipe and what follows from it and from the devices. It does not change during a run."""
+    """A recipe, and all that is derived from it and the devices. It does not change during a run."""
 
     recipe: config.Recipe
     mesh: jax.sharding.Mesh
@@ -80,7 +80,7 @@ def setup(recipe: config.Recipe) -> TrainContext:
 def model_config(model: config.Model, read: Callable = read_config) -> LlavaConfig:
     """Returns the configuration of a recipe's model, from its source checkpoints.
 
-    `read` returns the configuration of a checkpoint directory; for a LLaVA it also takes the template's name.
+    `read` returns the configuration of a checkpoint directory; for a LLaVA its second argument is the template's name.
     """
     if model.llava:
         found = read(model.llava, model.template)
@@ -113,16 +113,16 @@ def model_layout(
     fresh_paths(recipe.model, shapes)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     sharding.check_rows(mesh)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    data_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, stage in recipe.stages.items():
         try:
             trainable_paths(stage, list(shapes))
         except ValueError as error:
             raise UserError(f"stages.{name}.{error}") from None
-        if stage.batch_size // stage.gradient_accumulation % groups:
+        if stage.batch_size // stage.gradient_accumulation % data_devices:
             raise UserError(f"stages.{name}.batch_size: {stage.batch_size} sequences in "
-                            f"{stage.gradient_accumulation} micro-batches do not divide over data x fsdp = {groups} "
-                            "devices")
+                            f"{stage.gradient_accumulation} micro-batches do not divide over data x fsdp = "
+                            f"{data_devices} devices")
     return dtype, graphs, shapes, shardings
 
 
@@ -137,7 +137,7 @@ def resolve_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Token
         model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
     last = list(recipe.stages.values())[-1]
     model = dataclasses.replace(model, template=final_template(recipe, model.template), exif=last.data.exif)
-    # Only the template that comes with a LLaVA has been trained with.
+    # Only the template that a LLaVA checkpoint names was used in its training.
     agreement.check(model.template, tokenizer, model.text.vocab_size, source,
                     trained=bool(recipe.model.llava and not recipe.model.template),
                     visual_tokens=model.processor.features_per_tile, context=model.text.max_length)
@@ -152,8 +152,8 @@ def resolve_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Token
 def final_template(recipe: config.Recipe, default: str) -> str:
     """Returns the template of the finished model: that of the last stage with conversations.
 
-    A recipe of captions alone leaves the model `model.template`, or the captions' template. Raises UserError if
-    `model.template` is another than that stage's, because the model would be asked in another form than trained.
+    Without such a stage it is `model.template` if that is set, otherwise the captions' template. Raises UserError if
+    `model.template` differs from that stage's, because the model would be prompted in another form than trained.
     """
     named = {name: templates.get(stage.data.template or default) for name, stage in recipe.stages.items()}
     chats = [name for name, template in named.items() if not template.captions]

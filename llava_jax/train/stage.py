@@ -1,4 +1,4 @@
-"""One stage in training: opens its data and state, runs a step, reports, saves."""
+"""Trains one stage: opens its data and state, runs steps, reports and saves them."""
 
 import contextlib
 import math
@@ -48,7 +48,7 @@ class StageTrainer:
         return self.start == self.total_steps and not self._missing
 
     def open(self) -> None:
-        """Loads the state, opens the data and compiles nothing yet. Then evaluates what a stopped run left out.
+        """Loads the state, opens the data and compiles nothing yet. Then runs evaluations that a stopped run missed.
 
         Raises UserError if the parameters or the inputs of the stage are not those of its checkpoint.
         """
@@ -86,7 +86,7 @@ class StageTrainer:
         self._evaluate(self._missing, self.start)
 
     def train_step(self, step: int, batch: dict) -> None:
-        """Dispatches a step and waits until at most MAX_STEPS_IN_FLIGHT others are not finished."""
+        """Dispatches a step and waits until at most MAX_STEPS_IN_FLIGHT earlier steps are unfinished."""
         if step == self.start + 1:
             output.write_recipe(self.recipe)
             write_inputs(self.context, self.name, self._inputs)
@@ -100,7 +100,7 @@ class StageTrainer:
     def report(self, step: int) -> None:
         """Logs the metrics if they are due. Raises UserError if a loss is not finite."""
         if step % self.recipe.log_every == 0 or step == self.total_steps:
-            self.skipped += self._window.take_skipped()
+            self.skipped += self._window.pop_skipped()
             line = self._window.close() | {"learning_rate": self._peak_rate * float(self._rate_factor(step - 1)),
                                            "skipped": dict(self.skipped)}
             self._figures = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
@@ -115,7 +115,7 @@ class StageTrainer:
     def save(self, step: int, stopping: int) -> None:
         """Starts to write a checkpoint if it is due or the run stops."""
         if self.checkpoints.due(step) or step == self.total_steps or stopping:
-            self.skipped += self._window.take_skipped()
+            self.skipped += self._window.pop_skipped()
             allgather_object(f"stages.{self.name}, checkpoint of step {step}", None)
             self.checkpoints.save(step, self.state, StageRecord(
                 self.total_steps, self._frozen_fingerprint, dict(self.skipped), self.data.get_state()))

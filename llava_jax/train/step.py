@@ -58,7 +58,7 @@ def abstract_state(tx: optax.GradientTransformation, trainable: Parameters, offl
 
 
 def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, ""]:
-    """Returns the summed loss of a batch; `count_supervised(batch)` is the number of its summands."""
+    """Returns the summed loss of a batch; `count_supervised(batch)` is the number of its terms."""
     model = from_params(graph, trainable | frozen)
     hidden = model.hidden(batch["tokens"], batch["tiles"], batch["positions"], batch["segment_ids"],
                           batch["visual_index"])
@@ -81,8 +81,8 @@ def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state
 
     def train_step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         def add(sums, batch):
-            sums_of_batch = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
-            return jax.tree.map(jnp.add, sums, sums_of_batch), None
+            micro_batch = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
+            return jax.tree.map(jnp.add, sums, micro_batch), None
 
         count = count_supervised(batch)
         if batch["tokens"].shape[0] == 1:

@@ -73,7 +73,7 @@ def steps(event: str, processes: str) -> None:
 
 def main(args: list[str]) -> None:
     group.CONNECT_TIMEOUT, group.HEARTBEAT_TIMEOUT = float(args[1]), float(args[2])
-    output.SEEN_WITHIN = 0.0
+    output.VISIBLE_TIMEOUT = 0.0
     scenario, _, processes = args[0].partition(":")
     initialize()
     with group.abort_all_on_error():
