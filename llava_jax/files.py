@@ -253,6 +253,11 @@ def write_file(path: str, content: bytes | str) -> None:
         file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
 
 
+def write_json(path: str, value: Any, indent: int = 1) -> None:
+    """Writes one JSON value, indented, atomically."""
+    write_file(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
 def write_json_lines(path: str, rows: Iterable[Any]) -> None:
     """Writes one JSON value per line, atomically."""
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -43,7 +43,7 @@ MAX_EMPTY_ROUNDS = 3
 ENDED = ("completed", "expired", "cancelled", "failed")
 CREATE_TRIES = 5
 PART = re.compile(r"batch-[0-9a-f]{16}\.jsonl")
-LEFT = re.compile(
+LEFTOVER = re.compile(
     r"batch-[0-9a-f]{16}\.jsonl|\.(batch-[0-9a-f]{16}\.jsonl|batches\.json)(\.[0-9a-f]{6})?\.[0-9a-f]+\.tmp")
 
 T = TypeVar("T")
@@ -74,14 +74,14 @@ async def answer_all_in_batches(
     budget, cancel = budget or Budget(batch=True), cancel or CancelToken()
     batches = _Batches(endpoint, log, folder, budget, cancel, progress)
     attempts = dict.fromkeys(range(len(jobs)), 0)  # of jobs that are not settled
-    empty, known = 0, len(log)
+    empty_rounds, num_answers = 0, len(log)
     try:
         while True:
             await batches.finish()
-            empty = 0 if len(log) > known or batches.learned else empty + 1
-            if empty > MAX_EMPTY_ROUNDS:
+            empty_rounds = 0 if len(log) > num_answers or batches.learned else empty_rounds + 1
+            if empty_rounds > MAX_EMPTY_ROUNDS:
                 raise EndpointStopped(f"{MAX_EMPTY_ROUNDS} rounds of batches brought no answer; see {batches.path}")
-            known, batches.learned = len(log), False
+            num_answers, batches.learned = len(log), False
             wanted = _unanswered(jobs, attempts, endpoint, log, record, batches, progress)
             limit = batches.write(wanted, requests_per_part, bytes_per_part)
             if not batches.open:
@@ -166,13 +166,13 @@ class _Batches:
         self.learned = False  # whether a batch showed refusals
         self._endpoint, self._client, self._log = endpoint, endpoint.client, log
         self._folder, self._stop, self._progress = folder, cancel, progress
-        self._said, self._fatal = list[str](), list[EndpointStopped]()
+        self._shown_states, self._fatal = list[str](), list[EndpointStopped]()
         self._parts = self._load()
         for part in self.open:  # a part that was neither submitted nor kept is written again
             part.collected = part.file is None and not os.path.exists(os.path.join(folder, part.name))
         budget.reserved += sum(part.worst for part in self.open)
         for name in os.listdir(folder):  # files that a killed process had not recorded or not deleted
-            if LEFT.fullmatch(name) and name not in [part.name for part in self.open]:
+            if LEFTOVER.fullmatch(name) and name not in [part.name for part in self.open]:
                 os.unlink(os.path.join(folder, name))
 
     @property
@@ -220,11 +220,11 @@ class _Batches:
                 if part.batch is None and (part.status != "waiting" or wait == MIN_POLL_SECONDS):
                     await self._submit(part)
             await self._stop.sleep(wait)
-            ended = [await self._look(part) for part in self._running()]
+            ended = [await self._poll(part) for part in self._running()]
             wait = MIN_POLL_SECONDS if any(ended) else min(MAX_POLL_SECONDS, wait * 1.5)
             if self._fatal:
                 raise self._fatal[0]
-            self._tell()
+            self._print_states()
 
     def _running(self) -> list[_Part]:
         return [part for part in self.open if part.batch is not None]
@@ -270,7 +270,7 @@ class _Batches:
         )
         return _checked(batch, status=str)
 
-    async def _look(self, part: _Part) -> bool:
+    async def _poll(self, part: _Part) -> bool:
         """Returns whether a batch has ended. Its answers are in the log then."""
 
         async def retrieve() -> Any:
@@ -372,11 +372,11 @@ class _Batches:
                 raise
             raise EndpointStopped(f"{what}: {error.detail}; the same command goes on") from None
 
-    def _tell(self) -> None:
+    def _print_states(self) -> None:
         states = [f"{part.batch}: {part.status}, {part.done} of {part.requests}" for part in self._running()]
-        if self._progress is not None and states and states != self._said:
+        if self._progress is not None and states and states != self._shown_states:
             self._progress.print(f"{time.strftime('%H:%M')} " + "; ".join(states))
-            self._said = states
+            self._shown_states = states
 
     def _load(self) -> list[_Part]:
         if not os.path.exists(self.path):

@@ -31,10 +31,10 @@ def find_leak(kind: str, question: str, answer: str) -> str | None:
     """
     if TAG.search(question):
         return f"the question wants to be agreed with: {question:.80}"
-    asked, said = _words(question), _words(answer)
+    asked, answered = _words(question), _words(answer)
     choice = "or" in asked or (asked and asked[0] in AUXILIARY)
-    told = set(said) - EMPTY_WORDS
-    if not choice and len(said) <= SHORT_ANSWER and told and told <= set(asked):
+    content = set(answered) - EMPTY_WORDS
+    if not choice and len(answered) <= SHORT_ANSWER and content and content <= set(asked):
         return f"the question has all that the answer says: {question:.80}"
     if kind == "complex_reasoning":
         for sentence in re.split(r"(?<=[.!?])\s+", question):

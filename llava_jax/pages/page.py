@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import atomic_write
+from llava_jax.files import write_file
 
 DOCTYPE = b"<!doctype html>"
 
@@ -46,5 +46,4 @@ def check_page(path: str, option: str = "--out") -> None:
 
 def write(path: str, page: str) -> None:
     """Writes a page completely or not at all."""
-    with atomic_write(path) as file:
-        file.write(page.encode())
+    write_file(path, page)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from llava_jax import config
-from llava_jax.files import atomic_write
+from llava_jax.files import write_file
 from llava_jax.models.llava import choose_attention
 from llava_jax.plan import inference, search, show
 from llava_jax.plan.data import length
@@ -87,6 +87,5 @@ def print_json(options: argparse.Namespace, where: Slice, notes: list[str], **co
 def write_hlo(path: Path, text: str, stage: str) -> None:
     """Writes the text of a program, and prints the path on stderr."""
     path = path.with_name(f"{path.stem}.{stage}{path.suffix}") if stage else path
-    with atomic_write(str(path)) as file:
-        file.write(text.encode())
+    write_file(str(path), text)
     print(f"wrote {path}", file=sys.stderr)

@@ -14,24 +14,24 @@ from llava_jax.prepare.findings import KINDS, ROW, Checker, Finding, locate_row,
 from llava_jax.prepare.progress import run_tasks
 
 TASK_ROWS = 512
-"""Largest number of rows in one task of a worker; for parquet, a task reads complete row groups."""
+"""Maximum number of rows in one task of a worker; for parquet, a task reads complete row groups."""
 PACKED_RECORDS = 64 * packing.WINDOW
-"""Largest number of records that are packed to estimate how many sequences an epoch has."""
+"""Maximum number of records that are packed to estimate how many sequences an epoch has."""
 KEPT_FINDINGS, KEPT_OF_KIND = 1000, 5
-"""Number of findings in memory, and of these at least so many of each kind."""
+"""Number of findings that are kept in memory, and number of them that are kept of each kind in any case."""
 MAX_BINS, BIN_WIDTHS = 10, (1, 2, 2.5, 5, 10)
-"""Largest number of bins of a histogram, and their widths up to a power of ten."""
+"""Maximum number of bins of a histogram, and their widths up to a power of ten."""
 
 
 class Audit:
-    """Holds what was found in the rows of a mixture.
+    """Findings and figures of the rows of a mixture.
 
     Attributes:
       rows: ROW of every row, source by source.
-      images: number of distinct images.
-      counts: number of findings by kind, for every source.
-      unknown: number of rows by key that nothing reads, for every source.
-      first, shown: the first KEPT_FINDINGS findings, and the first KEPT_OF_KIND of every kind.
+      images: Number of distinct images.
+      counts: Number of findings by kind, for every source.
+      unknown: Number of rows by key that nothing reads, for every source.
+      first, shown: The first KEPT_FINDINGS findings, and the first KEPT_OF_KIND of every kind.
     """
 
     def __init__(self, mixture: Mixture, save: Callable[[Finding], Any] | None):
@@ -86,7 +86,7 @@ class Audit:
         }
 
     def _estimate_packing(self, max_length: int, tiles_per_sequence: int, batch_size: int) -> dict[str, Any]:
-        """Packs windows of an epoch in random order, as training does; a long epoch only in part, to be quick."""
+        """Packs windows of an epoch in random order, as training does. Of a long epoch it packs a part, to be quick."""
         rng = np.random.default_rng(0)
         starts, counts = self.mixture.starts, self.mixture.counts
         share = min(1, PACKED_RECORDS / sum(counts))

@@ -1,4 +1,4 @@
-"""`prepare check`: reports bad rows, and figures of the good ones, as text or JSON."""
+"""Command `prepare check`: reports bad rows, and figures of the good rows, as text or JSON."""
 
 import contextlib
 import dataclasses
@@ -23,17 +23,17 @@ from llava_jax.prepare.settings import ModelOptions
 from llava_jax.text import agreement
 
 COLUMNS = 100
-"""Largest width of the text report."""
+"""Maximum number of columns of the text report."""
 SHOWN_FINDINGS = 20
 """Number of findings in the text report."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check(WorkerOptions, ModelOptions):
-    """Reads a data set once, and reports which rows are bad and why, and the figures of the good ones.
+    """Reads a data set once, and reports bad rows with reasons, and figures of the good rows.
 
-    The exit code is 0 if nothing was found, or only what --allow names; 1 if something was found; 2 if the data cannot
-    be opened. Kinds of unusable rows: malformed, role, turn_order, image_count, outside_root, missing_image,
+    The exit code is 0 if nothing was found but the kinds of --allow, 1 if another kind was found, and 2 if the data
+    cannot be opened. Kinds of unusable rows: malformed, role, turn_order, image_count, outside_root, missing_image,
     broken_image, no_supervised_tokens, too_long, unsupported. Kinds of rows that training would use, but that look
     wrong: empty_answer, empty_question, wrong_type, animated, rotated, transparent, faint, separator, media_mark,
     duplicate_id, duplicate, duplicate_question.
@@ -49,10 +49,10 @@ class Check(WorkerOptions, ModelOptions):
     """
 
     tiles_per_sequence: int | None = None
-    """Number of tiles of a packed sequence (data.tiles_per_sequence of a recipe); by default the number that the rows
+    """Number of tiles of a packed sequence (data.tiles_per_sequence of a recipe); default: the number that the rows
     need, at least 2."""
     visual_tokens: int | None = None
-    """Number of visual tokens of a tile, if --model is not a complete LLaVA; 576 by default."""
+    """Number of visual tokens of a tile, if --model is not a complete LLaVA; default: 576."""
     batch_size: int = Stage.batch_size
     """Number of packed sequences per step, to report the number of steps of an epoch."""
     json: Flag = False
@@ -98,7 +98,7 @@ class Check(WorkerOptions, ModelOptions):
 
 @contextlib.contextmanager
 def _findings_file(path: str) -> Iterator[Callable[[Finding], Any] | None]:
-    """Gives a function that writes a finding as a JSON line to a file, which appears when it is complete."""
+    """Yields a function that writes a finding as a JSON line to a file, which appears when it is complete."""
     if not path:
         yield None
         return

@@ -25,13 +25,13 @@ SHOWN_MISSING = 3
 
 
 class Copy:
-    """Represents a copy of a published set in the folder `to`. `read` and `fetch` fill in its attributes.
+    """A copy of a published set in the folder `to`. `read` and `fetch` fill in its attributes.
 
     Attributes:
-      rows: number of rows of the data file.
-      problem: problem of the data file in one line, or "".
-      named: paths of the images that the data file names, by folder; None without a good data file.
-      missing: those of them that do not exist, by folder.
+      rows: Number of rows of the data file.
+      problem: Problem of the data file in one line, or "".
+      named: Paths of the images that the data file names, by folder; None without a good data file.
+      missing: Named images that do not exist, by folder.
     """
 
     def __init__(self, published: Published, to: str):
@@ -242,12 +242,12 @@ class Fetch:
 
     name: tyro.conf.Positional[str] = ""
     """Name of the set: cc3m_595k, lcs_558k, instruct_150k, mix665k, ..."""
-    to: str = "data"
-    """Folder for the set; the recipes read data."""
+    out: str = "data"
+    """Folder for the set. The recipes read from data."""
     list: Flag = False
     """Whether to list the sets and do nothing else."""
     check: Flag = False
-    """Whether to report only what is missing; needs no network."""
+    """Whether to report missing files and do nothing else; needs no network."""
     rename: Flag = False
     """Whether to rename files that differ from a missing image only in the extension."""
 
@@ -255,7 +255,7 @@ class Fetch:
         if self.list or not self.name:
             print(table())
             return 0
-        copy = Copy(get(self.name), self.to)
+        copy = Copy(get(self.name), self.out)
         if self.check:
             copy.read()
         else:

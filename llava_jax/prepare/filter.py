@@ -28,21 +28,21 @@ class Filter(WorkerOptions):
     out: OutArgument
     """File to write, in the format of DATA."""
     report: str = ""
-    """Page to write, with the frequencies of phrases before and after; by default OUT with the ending .html."""
+    """Page to write, with the frequencies of phrases before and after; default: OUT with the suffix .html."""
     min_frequency: int = 3
-    """Smallest number of captions of a phrase; rarer phrases are ignored."""
+    """Minimum number of captions of a phrase. Rarer phrases are ignored."""
     max_per_phrase: int = 100
-    """Largest number of captions that are selected for one phrase."""
+    """Maximum number of captions that are selected for one phrase."""
     seed: int = 0
     """Random seed for the selection among the captions of a phrase."""
     chunker: Literal["light", "spacy"] = "light"
-    """Finder of noun phrases: word lists and patterns, or a spaCy pipeline, which is much slower."""
+    """Chunker for noun phrases: light (word lists and patterns) or spacy (a pipeline, which is much slower)."""
     spacy_model: str = ""
-    """With --chunker spacy, an installed pipeline (en_core_web_sm) or the folder of an unpacked one."""
+    """Installed pipeline (en_core_web_sm) or folder of an unpacked one, with --chunker spacy."""
     bad_rows: Literal["error", "skip"] = "error"
-    """What happens to rows without a caption: error stops, skip leaves them out."""
+    """Treatment of rows without a caption: error stops, skip leaves them out."""
     overwrite: Flag = False
-    """Whether existing files are replaced."""
+    """Whether to replace existing files."""
 
     def run(self) -> int:
         report = self.report or os.path.splitext(self.out)[0] + ".html"

@@ -44,7 +44,7 @@ KINDS = (*REASONS, *SUSPECT)
 
 ROW = np.dtype([("id", "u8"), ("question", "u8"), ("answer", "u4"),
                 ("tokens", "i4"), ("supervised", "i4"), ("images", "u2"), ("tiles", "u1"), ("good", "?")])
-"""What is kept of a row, in 32 bytes. Texts and images are hashes of 64 bits; `question` is 0 without a record."""
+"""Fields that are kept of a row, in 32 bytes. Texts and images are 64-bit hashes; `question` is 0 without a record."""
 
 _ANGLED = re.compile(r"<+[^<>\s]+>+")  # </s>, <|im_start|>, <<SYS>>: marks of a template that may be next to words
 _TOKEN = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token can look like
@@ -104,7 +104,7 @@ class Checker:
     settings: Settings
     max_length: int
     tiles_per_sequence: int | None
-    """Largest number of tiles of a row; None for any number."""
+    """Maximum number of tiles of a row; None for any number."""
 
     def __call__(self, task: tuple[int, int, int]) -> Chunk:
         which, start, stop = task

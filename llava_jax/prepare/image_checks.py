@@ -9,7 +9,7 @@ from llava_jax.image_files import MAX_PIXELS, MissingImage, open_header, open_im
 from llava_jax.prepare.settings import Settings
 
 IMAGE_SECONDS = 30.0
-"""Largest time to decode one image. Training has no limit, because all hosts must skip the same rows."""
+"""Maximum seconds to decode one image. Training has no limit, because all hosts must skip the same rows."""
 FAINT_LEVELS = 16
 """Number of grey levels, of 256, below which a grey image of 16 or 32 bits counts as faint."""
 
@@ -18,7 +18,7 @@ Problem = tuple[str, str]
 
 
 def check_image(image: str | bytes, settings: Settings) -> list[Problem]:
-    """Opens an image as training does. All of it is decoded, because nothing less finds a truncated file."""
+    """Opens an image as training does, and decodes it completely, because that finds a truncated file."""
     content = image if isinstance(image, bytes) else b""
     try:
         content = content or read_image(image, settings.max_pixels)

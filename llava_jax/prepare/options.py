@@ -21,7 +21,7 @@ class DataOptions:
     data: DataArgument
     """Data file or folder of any format, or a mixture file."""
     image_root: str = ""
-    """Folder that image paths are relative to; by default the folder of the data file."""
+    """Folder of the images, to which paths in the data are relative; default: the data file's folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ImageOptions:
     exif: Flag = False
     """Whether images are rotated by their EXIF orientation (data.exif of a recipe)."""
     max_pixels: int = Data.max_pixels
-    """Largest number of pixels of an image (data.max_pixels of a recipe); a larger image makes its row unusable."""
+    """Maximum number of pixels of an image (data.max_pixels of a recipe). A row with a larger one is unusable."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class WorkerOptions:
     """Says how many processes work."""
 
     workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
-    """Number of worker processes, by default one per core; 0 uses this process alone."""
+    """Number of worker processes; default: one per core. 0 uses this process alone."""
 
 
 def require_at_least(least: int, options: Any, *names: str) -> None:

@@ -53,13 +53,13 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
     """Folder to write. If it is called FOLDER/NAME/1.0.0, tfds.data_source("NAME", data_dir=FOLDER) opens it too."""
     image_size: int | None = None
     """Side in pixels of the square that the model sees (336 for LLaVA-1.5). Larger images are stored as that square,
-    which is smaller and faster to read. By default image files are stored byte for byte."""
+    which is smaller and faster to read. Without it image files are stored byte for byte."""
     image_mode: Literal["pad", "crop"] = "pad"
-    """With --image-size, how the model makes an image square: pad fills up (LLaVA-1.5), crop cuts out the centre."""
+    """Image mode of the model, with --image-size: pad fills up to a square (LLaVA-1.5), crop cuts out the centre."""
     image_format: Literal["jpeg", "png"] = "jpeg"
-    """With --image-size, format of the squares: png changes no pixel that the model sees, but saves little."""
+    """Format of the squares, with --image-size: png changes no pixel that the model sees, but saves little."""
     quality: int = 95
-    """With --image-size, JPEG quality, 1 to 100."""
+    """JPEG quality, 1 to 100, with --image-size."""
     shard_size: str = "256MB"
     """Approximate size of a shard."""
     shards: int | None = None
@@ -67,11 +67,11 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
     split: str = "train"
     """Name of the split."""
     name: str = ""
-    """Name of the data set; by default that of the folder."""
+    """Name of the data set; default: the folder's name."""
     bad_rows: Literal["error", "skip"] = "error"
-    """What happens to unusable rows: error stops without a data set, skip leaves them out and counts them."""
+    """Treatment of unusable rows: error stops without a data set, skip leaves them out and counts them."""
     overwrite: Flag = False
-    """Whether a data set in OUT, or part of one, is replaced."""
+    """Whether to replace a data set in OUT, or part of one."""
 
     def run(self) -> int:
         self._check_options()

@@ -26,11 +26,11 @@ class Settings:
     template: Template = templates.TEMPLATES["vicuna_v1"]
     processor: ImageProcessor = ImageProcessor()
     context: int | None = None
-    """Largest number of tokens of a conversation that the model takes, if known."""
+    """Maximum number of tokens of a conversation, if the model is known."""
     exif: bool = False
     """Whether images are rotated by their EXIF orientation."""
     max_pixels: int = MAX_PIXELS
-    """Largest number of pixels of an image."""
+    """Maximum number of pixels of an image."""
 
     def __post_init__(self):
         if not 1 <= self.max_pixels <= LARGEST_LIMIT:
@@ -78,9 +78,9 @@ class ModelOptions(ImageOptions, DataOptions):
     model: str = ""
     """Directory of the LLaVA to train, or of its language model or tokenizer. Without it tokens are not counted."""
     template: str = ""
-    """Conversation template; by default that of the model, or vicuna_v1."""
+    """Conversation template; default: the model's, or vicuna_v1."""
     max_length: int | None = None
-    """Number of tokens of a packed sequence (data.sequence_length of a recipe); 2048 by default."""
+    """Number of tokens of a packed sequence (data.sequence_length of a recipe); default: 2048."""
 
     def load_settings(self) -> Settings:
         return dataclasses.replace(Settings.load(self.model, self.template), exif=self.exif, max_pixels=self.max_pixels)

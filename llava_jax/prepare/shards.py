@@ -63,7 +63,7 @@ def serialise(record: Record, images: list[bytes], sizes: list[tuple[int, int]])
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """Decides what is stored of an image: its file or, if `size` is given, the square that the model sees."""
+    """Encodes an image for storage: its file or, if `size` is given, the square that the model sees."""
 
     size: int | None = None
     mode: str = "pad"
@@ -219,7 +219,7 @@ def _is_note(note: dict[str, Any]) -> bool:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Writes a JSON file that is complete or absent, even after a power cut."""
+    """Writes a JSON file that is complete or absent even after a power cut, unlike one of `files.write_json`."""
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
     replace(f"{path}.part", path)

@@ -26,13 +26,13 @@ class RowOptions(WorkerOptions, DataOptions):
     """Says which rows a command selects from, and how."""
 
     exclude: str = ""
-    """File of findings of `prepare check --bad-rows`; the rows that it names are left out."""
+    """File of findings of `prepare check --bad-rows`. Its rows are left out."""
     exclude_kinds: tuple[str, ...] = REASONS
-    """Kinds of findings for which --exclude leaves a row out; by default those of unusable rows."""
+    """Kinds of findings for which --exclude leaves a row out; default: the kinds of unusable rows."""
     seed: int = 0
     """Random seed of the selection."""
     overwrite: Flag = False
-    """Whether existing files are replaced."""
+    """Whether to replace existing files."""
 
     def open(self, outputs: Sequence[str]) -> tuple[Mixture, np.ndarray]:
         """Opens the data, checks the outputs, and returns the mixture and the numbers of the rows to select from."""
@@ -51,7 +51,7 @@ class Split(RowOptions):
     out_dir: OutArgument
     """Folder for the parts."""
     parts: str = "train=0.98,validation=0.02"
-    """Names of the parts with shares (0.02) or numbers of rows (500); one share may be `rest`."""
+    """Names of the parts with shares (0.02) or numbers of rows (500). One share may be `rest`."""
     by: Literal["image", "row"] = "image"
     """Unit of the split: image keeps all rows about one image in one part."""
     format: Literal["json", "jsonl", "parquet"] = "json"
@@ -78,17 +78,17 @@ class Split(RowOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample(RowOptions):
-    """Takes a number or a share of the rows of a data set, at random but reproducibly.
+    """Draws a number or a share of the rows of a data set, at random but reproducibly.
 
-    A sample is contained in every larger sample with the same seed. Every row of a mixture file is taken at most once.
+    A sample is contained in every larger sample with the same seed. Every row of a mixture file is drawn at most once.
     """
 
     out: OutArgument
     """File to write: .json, .jsonl or .parquet."""
     count: int = 0
-    """Number of rows to take."""
+    """Number of rows of the sample."""
     fraction: float = 0.0
-    """Share of the rows to take; 1 takes all, in their order."""
+    """Share of the rows; 1 keeps all, in their order."""
 
     def run(self) -> int:
         if (self.count > 0) == (self.fraction > 0) or self.count < 0 or not 0 <= self.fraction <= 1:
@@ -107,8 +107,9 @@ class Mix(WorkerOptions):
     """Combines several data sets: a mixture file, which names them, or one file with all rows.
 
     A part is PATH, or PATH with settings after commas: `a.json b.json,epochs=2 c.parquet,count=5000,image_root=images`.
-    `epochs` is how often, or which share of, its rows come in an epoch, `count` how many rows; `weight`, which all
-    parts have or none, is its share of the epoch. Training and every prepare command read a mixture file.
+    `epochs` is the number of times, or the share, that an epoch reads of the part's rows. `count` is the number of rows
+    in an epoch. `weight` is the part's share of an epoch; either all parts have it, or none. Training and every prepare
+    command read a mixture file.
     """
 
     out: OutArgument
@@ -120,7 +121,7 @@ class Mix(WorkerOptions):
     seed: int = 0
     """Random seed of the selection and order of the rows, with --materialise."""
     overwrite: Flag = False
-    """Whether an existing file is replaced."""
+    """Whether to replace an existing file."""
 
     def run(self) -> int:
         if not self.materialise and not self.out.endswith(".json"):

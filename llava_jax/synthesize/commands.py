@@ -218,15 +218,15 @@ def _print_tasks(
     for number, task in enumerate(tasks, 1):
         title = f" {number} of {len(tasks)}: {task.kind}, id {task.context.id} "
         _print(f"{title:=^100}")
-        _print_prompt(task, whole=task.kind not in shown)
+        _print_prompt(task, with_examples=task.kind not in shown)
         shown.add(task.kind)
         if log is not None:
             _print_answers(task.outcome(log), failures.get(task.name))
 
 
-def _print_prompt(task: SynthesisTask, whole: bool) -> None:
+def _print_prompt(task: SynthesisTask, with_examples: bool) -> None:
     messages = task.request(0).messages
-    if not whole:
+    if not with_examples:
         _print("(system message and examples as above)\n")
         messages = messages[-1:]
     for message in messages:
@@ -253,7 +253,7 @@ def _print_answers(outcome: Outcome, failure: str | None) -> None:
 
 
 def _print(text: str) -> None:
-    """Prints text of others, which may have characters that the terminal cannot show, or obeys."""
+    """Prints untrusted text, safe for a terminal, and with ? for characters that it cannot show."""
     encoding = sys.stdout.encoding or "utf-8"
     print(printable(text).encode(encoding, "replace").decode(encoding))
 
@@ -269,7 +269,7 @@ def _read_log(path: str) -> Iterator[AnswerLog | dict]:
 
 
 def _read_duplicates(folder: str) -> dict[tuple[str, str], str]:
-    """Reads which tasks the last run has rejected as duplicates: `SynthesisTask.name` -> detail."""
+    """Returns the tasks that the last run rejected as duplicates: `SynthesisTask.name` -> detail."""
     path, found = os.path.join(folder, REJECTED), {}
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):

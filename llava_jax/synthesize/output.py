@@ -18,7 +18,7 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
-from llava_jax.files import atomic_write
+from llava_jax.files import atomic_write, write_json
 from llava_jax.synthesize.parse import Reject, Seen
 from llava_jax.synthesize.prompts import KINDS
 from llava_jax.synthesize.synthesis import LOG, SETTINGS, Outcome, Synthesis, SynthesisTask, Verdict
@@ -69,10 +69,10 @@ def write_outputs(
             elif verdict.accepted:
                 lists[task.kind].write(task.to_record(verdict.turns))
                 if verdict.evidence is not None and verdict.evidence.findings:
-                    flagged.write(to_json(_flag(task, verdict)))
+                    flagged.write(_to_line(_flag(task, verdict)))
                     tally.flag(verdict)
             else:
-                rejected.write(to_json(_rejection(task, outcome, verdict)))
+                rejected.write(_to_line(_rejection(task, outcome, verdict)))
                 tally.rejects[task.kind][verdict.reason] += 1
         for written in lists.values():
             written.close()
@@ -82,19 +82,18 @@ def write_outputs(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, FILES[kind]))
     manifest = _manifest(synthesis, records, tally)
-    with atomic_write(os.path.join(folder, MANIFEST)) as file:
-        file.write(to_json(manifest, indent=1))
+    write_json(os.path.join(folder, MANIFEST), manifest)
     return manifest
 
 
 def date(seconds: float) -> str:
-    """Formats seconds since 1970, in UTC."""
+    """Formats a time, in seconds since 1970, as a date in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
-def to_json(row: dict[str, Any], indent: int | None = None) -> bytes:
-    """Returns JSON with a newline. Half of a surrogate pair, from a server or a file name, is escaped."""
-    return json.dumps(row, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
+def _to_line(row: dict[str, Any]) -> bytes:
+    """Returns a line of JSON. Half of a surrogate pair, from a server or a file name, is escaped."""
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _sweep(folder: str) -> None:

@@ -23,9 +23,9 @@ from llava_jax.endpoint.request import Response
 from llava_jax.endpoint.run import Ending, answer_all
 from llava_jax.endpoint.server import OVER_BUDGET, UNANSWERED, Server, check_answered, code_of, note
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import atomic_write, read_json, require_fields
+from llava_jax.files import read_json, require_fields, write_json
 from llava_jax.progress import Progress
-from llava_jax.synthesize.output import check_folder, date, to_json, write_outputs
+from llava_jax.synthesize.output import check_folder, date, write_outputs
 from llava_jax.synthesize.synthesis import SETTINGS, Synthesis, SynthesisSettings, SynthesisTask
 
 STATUS, BATCHES = "progress.json", "batches"
@@ -102,8 +102,7 @@ class RunStatus:
                  "rejected_answers": dict(self.rejects.most_common()), "requests": self._budget.requests,
                  "tokens": dict(tokens), "cost_usd": self._budget.cost if self._budget.price else None,
                  "lost_usd": self._budget.lost}
-        with atomic_write(self._path) as file:
-            file.write(to_json(about, indent=1))
+        write_json(self._path, about)
         self._written = time.monotonic()
 
 
@@ -168,8 +167,7 @@ class RunCommand:
             self.server.check_model(settings.model, settings.base_url)
         synthesis = open_synthesis(settings)
         with open_log(settings) as log:
-            with atomic_write(os.path.join(settings.out, SETTINGS)) as file:
-                file.write(to_json(settings.as_json(), indent=1))
+            write_json(os.path.join(settings.out, SETTINGS), settings.as_json())
             spent = sum(price.cost(reply) for _, reply in log.items()) if price else 0.0
             lost = (read_status(settings) or {}).get("lost_usd", 0.0)
             budget = Budget(self.max_cost, self.max_requests, price, self.batch, spent, lost)

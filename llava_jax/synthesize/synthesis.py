@@ -72,7 +72,7 @@ class SynthesisSettings:
     """Maximum number of requests of a task whose answers are rejected for their content."""
     drop_contradictions: Flag = False
     """Whether to reject answers that contradict captions or boxes (English). Otherwise flagged.jsonl lists them."""
-    max_completion_tokens: int = 2048
+    max_new_tokens: int = 2048
     """Maximum number of tokens of an answer, hidden reasoning included."""
     temperature: float | None = None
     """Sampling temperature; sent only if given, because many models refuse it."""
@@ -82,18 +82,18 @@ class SynthesisSettings:
     @property
     def request_parameters(self) -> dict[str, Any]:
         """Parameters of the requests. Raises UserError if `parameters` is no JSON object, or has an invalid limit."""
-        more = parse_json(self.parameters or "{}", f"--parameters {self.parameters}: not a JSON object")
+        further = parse_json(self.parameters or "{}", f"--parameters {self.parameters}: not a JSON object")
         try:
             json.dumps(more, allow_nan=False)
         except ValueError as error:
             raise UserError(f"--parameters {self.parameters}: {error}") from None
-        for name in {"max_tokens", "max_completion_tokens"} & set(more):
-            if type(more[name]) is not int or more[name] < 1:
-                raise UserError(f"--parameters: {name} is {more[name]!r:.40}: it must be a whole number above 0")
-        if taken := {"model", "messages", "stream", "n"} & set(more):
-            raise UserError(f"--parameters: {sorted(taken)[0]} cannot be set")
-        heat = {} if self.temperature is None else {"temperature": self.temperature}
-        return {"max_completion_tokens": self.max_completion_tokens, **heat, **more}
+        for name in {"max_tokens", "max_completion_tokens"} & set(further):
+            if type(further[name]) is not int or further[name] < 1:
+                raise UserError(f"--parameters: {name} is {further[name]!r:.40}: it must be a whole number above 0")
+        if reserved := {"model", "messages", "stream", "n"} & set(further):
+            raise UserError(f"--parameters: {sorted(reserved)[0]} cannot be set")
+        temperature = {} if self.temperature is None else {"temperature": self.temperature}
+        return {"max_completion_tokens": self.max_new_tokens, **temperature, **further}
 
     def check(self) -> None:
         """Raises UserError, one line, for invalid values and for prompts that cannot be read."""
@@ -103,11 +103,11 @@ class SynthesisSettings:
 
     def check_values(self) -> None:
         """Raises UserError for invalid values, without reading any file."""
-        least = dict.fromkeys(("seed", *COUNTS.values()), 0) | {"attempts": 1, "max_completion_tokens": 1}
-        for name in least:
+        minimum = dict.fromkeys(("seed", *COUNTS.values()), 0) | {"attempts": 1, "max_new_tokens": 1}
+        for name in minimum:
             value = getattr(self, name)
-            if value is not None and value < least[name]:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least[name]}")
+            if value is not None and value < minimum[name]:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {minimum[name]}")
         if not any(self.count(kind) != 0 for kind in KINDS):
             raise UserError("--conversation, --detail and --complex are all 0: there is nothing to make")
         if self.teacher == "openai" and not self.model:
@@ -302,13 +302,13 @@ class Synthesis(Sequence[SynthesisTask]):
 
     def _draw(self, kind: str) -> np.ndarray:
         """Returns whether the kind is made of each image, bool [images]."""
-        wanted, there = self.settings.count(kind), len(self.contexts)
+        wanted, num_images = self.settings.count(kind), len(self.contexts)
         if wanted is None:
-            return np.ones(there, bool)
-        if wanted > there:
-            raise UserError(f"--{COUNTS[kind]} {wanted}: there are only {there:,} images")
-        chosen = np.zeros(there, bool)
-        chosen[random.Random(f"{self.settings.seed} {kind}").sample(range(there), wanted)] = True
+            return np.ones(num_images, bool)
+        if wanted > num_images:
+            raise UserError(f"--{COUNTS[kind]} {wanted}: there are only {num_images:,} images")
+        chosen = np.zeros(num_images, bool)
+        chosen[random.Random(f"{self.settings.seed} {kind}").sample(range(num_images), wanted)] = True
         return chosen
 
 

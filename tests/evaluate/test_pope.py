@@ -161,7 +161,7 @@ def instances(tmp_path):
 
 def test_builds_questions_from_instances(tmp_path, instances):
     path, annotations = instances
-    PopeData(str(path), str(tmp_path / "out"), pictures=12, seed=5).run()
+    PopeData(str(path), str(tmp_path / "out"), count=12, seed=5).run()
     there = {f"{n:04}.jpg": {KINDS[a["category_id"]] for a in annotations if a["image_id"] == n} for n in range(40)}
     questions = Pope().load(str(tmp_path / "out"))
     assert len(questions) == 12 * 6 * 3 == len({question.id for question in questions})
@@ -206,7 +206,7 @@ def test_building_again_gives_the_same(tmp_path, instances):
 
 def test_too_few_pictures_or_things(instances, tmp_path):
     with pytest.raises(UserError, match="3 kinds of things or more; 1,000 are wanted"):
-        PopeData(str(instances[0]), str(tmp_path / "out"), pictures=1000).run()
+        PopeData(str(instances[0]), str(tmp_path / "out"), count=1000).run()
     with pytest.raises(UserError, match="fewer than 3 are not in it"):
         pope_data.make_questions({"a.jpg": ["cup", "dog", "car"]}, 1, 0)
     assert not (tmp_path / "out").exists()

@@ -176,7 +176,7 @@ def test_list_and_unknown_names(capsys):
 
 
 def test_fetch_from_the_hub(captions, tmp_path, capsys):
-    assert Fetch(name="captions", to=str(tmp_path / "data")).run() == 0
+    assert Fetch(name="captions", out=str(tmp_path / "data")).run() == 0
     out = capsys.readouterr()
     assert "captions is complete" in out.out and "10 rows" in out.out and "all 10 that are used" in out.out
     assert "GB are free" in out.err
@@ -186,7 +186,7 @@ def test_fetch_from_the_hub(captions, tmp_path, capsys):
 
 
 def test_what_is_there_is_not_downloaded_again(captions, tmp_path):
-    fetch = Fetch(name="captions", to=str(tmp_path))
+    fetch = Fetch(name="captions", out=str(tmp_path))
     assert fetch.run() == 0
     captions.log.clear()
     assert fetch.run() == 0 and not captions.log
@@ -202,7 +202,7 @@ def test_a_download_that_was_stopped_goes_on(captions, tmp_path):
     part = tmp_path / "captions" / f"images.zip.{hashlib.sha256(content).hexdigest()[:8]}.part"
     part.parent.mkdir()
     part.write_bytes(content[:300])
-    assert Fetch(name="captions", to=str(tmp_path)).run() == 0
+    assert Fetch(name="captions", out=str(tmp_path)).run() == 0
     assert [wanted for command, path, wanted in captions.log if (command, path) == ("GET", url)] == ["bytes=300-"]
     assert (tmp_path / "captions/images.zip").read_bytes() == content and not part.exists()
 
@@ -213,9 +213,9 @@ def test_a_damaged_download_is_thrown_away(captions, tmp_path):
     part.parent.mkdir()
     part.write_bytes(b"x" * 300)
     with pytest.raises(UserError, match="images.zip: the download was damaged on the way; run this again"):
-        Fetch(name="captions", to=str(tmp_path)).run()
+        Fetch(name="captions", out=str(tmp_path)).run()
     assert not part.exists() and not (tmp_path / "captions/images.zip").exists()
-    assert Fetch(name="captions", to=str(tmp_path)).run() == 0
+    assert Fetch(name="captions", out=str(tmp_path)).run() == 0
 
 
 def test_a_lost_connection_is_one_line_and_keeps_what_came(captions, tmp_path, monkeypatch):
@@ -224,14 +224,14 @@ def test_a_lost_connection_is_one_line_and_keeps_what_came(captions, tmp_path, m
     content = captions.files["/datasets/someone/captions/resolve/main/captions.json"]
     captions.cut = [200, *[0] * 20]
     with pytest.raises(UserError, match="no network: .*") as raised:
-        Fetch(name="captions", to=str(tmp_path)).run()
+        Fetch(name="captions", out=str(tmp_path)).run()
     assert "\n" not in str(raised.value)
     (part,) = tmp_path.glob("captions.json.*.part")
     assert part.read_bytes() == content[: part.stat().st_size] and part.stat().st_size >= 64
 
 
 def test_check_touches_no_network(captions, tmp_path, capsys):
-    assert Fetch(name="captions", to=str(tmp_path), check=True).run() == 1
+    assert Fetch(name="captions", out=str(tmp_path), check=True).run() == 1
     assert not captions.log
     out = capsys.readouterr().out
     assert "captions.json: missing" in out and "https://huggingface.co/datasets/someone/captions/resolve/main/" in out
@@ -242,24 +242,24 @@ def test_a_truncated_archive_of_the_hub(captions, tmp_path):
     path = next(path for path in captions.files if path.endswith("images.zip"))
     captions.files[path] = captions.files[path][:300]
     with pytest.raises(UserError, match="images.zip: a broken zip file"):
-        Fetch(name="captions", to=str(tmp_path)).run()
+        Fetch(name="captions", out=str(tmp_path)).run()
 
 
 def test_no_network_is_one_line(captions, tmp_path, monkeypatch):
     captions.server_close()
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits, and tries again"))
     with pytest.raises(UserError, match=r"cannot be downloaded \(no network: .*\): try again, or put") as raised:
-        Fetch(name="captions", to=str(tmp_path)).run()
+        Fetch(name="captions", out=str(tmp_path)).run()
     assert "\n" not in str(raised.value) and str(tmp_path / "captions.json") in str(raised.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"\(HF_HUB_OFFLINE is set\)"):
-        Fetch(name="captions", to=str(tmp_path)).run()
+        Fetch(name="captions", out=str(tmp_path)).run()
 
 
 def test_offline_as_a_command(tmp_path):
     code = ("from llava_jax import cli; from llava_jax.prepare.fetch import Fetch; "
             "cli.run(lambda args: cli.parse(Fetch, args, prog='fetch').run())")
-    done = subprocess.run([sys.executable, "-c", code, "lcs_558k", "--to", tmp_path], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code, "lcs_558k", "--out", tmp_path], capture_output=True, text=True,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain/resolve/main/blip")
@@ -271,26 +271,26 @@ def test_what_the_hub_answers_is_told(status, captions, tmp_path):
     captions.files.clear()
     captions.status = status
     with pytest.raises(UserError, match="the hub answers: .*(404|403|503)") as raised:
-        Fetch(name="captions", to=str(tmp_path)).run()
+        Fetch(name="captions", out=str(tmp_path)).run()
     assert "\n" not in str(raised.value)
 
 
 def test_a_wrong_count_is_told_and_the_file_kept(captions, tmp_path, capsys):
     text = json.dumps([row(name) for name in CAPTIONS[:9]])
     (tmp_path / "captions.json").write_text(text)
-    assert Fetch(name="captions", to=str(tmp_path)).run() == 1
+    assert Fetch(name="captions", out=str(tmp_path)).run() == 1
     out = capsys.readouterr().out
     assert "captions.json: 9 rows instead of 10; move the file away" in out and "all 9 that are used are there" in out
     assert (tmp_path / "captions.json").read_text() == text
     (tmp_path / "captions.json").write_text(text[:-30])
-    assert Fetch(name="captions", to=str(tmp_path)).run() == 1
+    assert Fetch(name="captions", out=str(tmp_path)).run() == 1
     assert re.search(r"captions.json, line 1: broken JSON .*; move the file away", capsys.readouterr().out)
 
 
 def test_an_approximate_count_does_not_fail(captions, tmp_path, capsys, monkeypatch):
     about = {**vars(SETS["captions"]), "rows": 9, "approximate": True}
     monkeypatch.setitem(SETS, "captions", Published(**about))
-    assert Fetch(name="captions", to=str(tmp_path)).run() == 0
+    assert Fetch(name="captions", out=str(tmp_path)).run() == 0
     assert "10 rows, expected about 9" in capsys.readouterr().out
 
 

@@ -238,7 +238,7 @@ def test_what_tries_without_an_answer_may_cost_is_kept(tmp_path, capsys):
     (tmp_path / "prices.json").write_text('{"teacher": {"prompt": 100, "completion": 400}}')
     fake = FakeOpenAI(answer=answer_messages, faults=lambda number: "cut" if number else None)
     with fake.serve() as url:
-        options = options_of(tmp_path, url, "--prices", str(tmp_path / "prices.json"), "--max-completion-tokens", "200",
+        options = options_of(tmp_path, url, "--prices", str(tmp_path / "prices.json"), "--max-new-tokens", "200",
                              "--concurrency", "1", "--retries", "0", "--max-cost", "1")
         assert synthesize.main(["run", *options]) == 1
         assert "tries that brought no answer may have cost up to 0." in capsys.readouterr().err
@@ -254,7 +254,7 @@ def test_limits_of_requests_and_cost(tmp_path, capsys):
     fake = FakeOpenAI(answer=answer_messages)
     (tmp_path / "prices.json").write_text('{"teacher": {"prompt": 100, "completion": 400}}')
     with fake.serve() as url:
-        options = options_of(tmp_path, url, "--prices", str(tmp_path / "prices.json"), "--max-completion-tokens", "200")
+        options = options_of(tmp_path, url, "--prices", str(tmp_path / "prices.json"), "--max-new-tokens", "200")
         assert synthesize.main(["run", *options, "--max-requests", "7"]) == 3
         assert fake.paid.total() == 7 == records_of(tmp_path).total()
         assert "--max-requests 7 are used up; the same command goes on" in capsys.readouterr().err

@@ -60,12 +60,12 @@ def test_a_category_that_rules_cannot_name_is_told_before_any_work(tmp_path):
 def test_the_parameters_of_a_request_are_those_that_were_given():
     source = AnnotationSource(data="images.jsonl")
     assert SynthesisSettings(source).request_parameters == {"max_completion_tokens": 2048}
-    given = SynthesisSettings(source, temperature=0.0, max_completion_tokens=9, parameters='{"top_p": 0.5}')
+    given = SynthesisSettings(source, temperature=0.0, max_new_tokens=9, parameters='{"top_p": 0.5}')
     assert given.request_parameters == {"max_completion_tokens": 9, "temperature": 0.0, "top_p": 0.5}
 
 
 @pytest.mark.parametrize(("name", "least"), [
-    ("attempts", 1), ("max_completion_tokens", 1), ("seed", 0), ("conversation", 0), ("detail", 0), ("complex", 0)])
+    ("attempts", 1), ("max_new_tokens", 1), ("seed", 0), ("conversation", 0), ("detail", 0), ("complex", 0)])
 def test_the_least_that_can_be_meant(name, least):
     given = {"source": AnnotationSource(data="images.jsonl"), "model": "teacher"}
     SynthesisSettings(**given, **{name: least}).check()
@@ -88,7 +88,7 @@ def test_the_same_settings_make_the_same_requests_in_another_process(tmp_path):
     assert json.loads(ended.stdout) == keys
 
 
-@pytest.mark.parametrize("change", [{"model": "other"}, {"temperature": 0.1}, {"max_completion_tokens": 7},
+@pytest.mark.parametrize("change", [{"model": "other"}, {"temperature": 0.1}, {"max_new_tokens": 7},
                                     {"parameters": '{"top_p": 0.5}'}, {"language": "ko"}])
 def test_what_an_answer_depends_on_changes_its_key(tmp_path, change):
     assert make_synthesis(tmp_path)[0].key(0) != make_synthesis(tmp_path, **change)[0].key(0)

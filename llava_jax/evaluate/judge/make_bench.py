@@ -27,7 +27,7 @@ from llava_jax.endpoint.wording import find_refusal, find_source
 from llava_jax.errors import UserError
 from llava_jax.evaluate.judge.chat_model import ChatJob, ChatModel, Unfinished, require_answers
 from llava_jax.evaluate.judge.rules import read_prompt
-from llava_jax.files import make_folder, write_file, write_json_lines
+from llava_jax.files import make_folder, write_json, write_json_lines
 from llava_jax.synthesize import evidence, parse
 from llava_jax.synthesize.prompts import KINDS, Prompts, read_questions
 from llava_jax.synthesize.rules import RulesTeacher
@@ -125,7 +125,7 @@ class MakeBench:
         }
         for file, rows in ((CONTEXT, described), (REFERENCES, references), (QUESTIONS, questions)):
             write_json_lines(os.path.join(self.out, file), rows)
-        write_file(os.path.join(self.out, MANIFEST), json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+        write_json(os.path.join(self.out, MANIFEST), manifest)
 
 
 class BenchMaker:

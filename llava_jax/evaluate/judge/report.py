@@ -22,7 +22,7 @@ from llava_jax.evaluate.judge.reviews import (
     table,
 )
 from llava_jax.evaluate.tasks.base import MAX_EXAMPLES, quote
-from llava_jax.files import write_file
+from llava_jax.files import write_file, write_json
 
 REVIEWS = "reviews"
 """Name of the folder of reviews."""
@@ -115,7 +115,7 @@ def write_report(report: JudgeReport, folder: str, paths: Mapping[str, str], jud
         "options": dict(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    write_file(os.path.join(folder, "judge.json"), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_json(os.path.join(folder, "judge.json"), content)
     text = _markdown(rows, content, report.failed[:MAX_EXAMPLES])
     write_file(os.path.join(folder, "judge.md"), text + "\n")
     return "\n".join(lines) if report.compat else text

@@ -12,7 +12,7 @@ from llava_jax.evaluate.tasks.base import Answer, Question, Scores, group_scores
 
 @dataclass(frozen=True)
 class Multilingual(Probe):
-    """The questions of the spatial probes in English, and the same in Korean."""
+    """Questions of the spatial probes in English and in Korean."""
 
     title = "Multilingual probes"
     languages = LANGUAGES
@@ -25,8 +25,8 @@ class Multilingual(Probe):
         items = score_answers(questions, answers)
         scores, chance = {item.id: item.score for item in items}, guessing(questions)
         figures, parts = {"guessing": mean(chance.values())}, {}
-        spoken = dict.fromkeys(question.row["language"] for question in questions)
-        for language in spoken:
+        languages = dict.fromkeys(question.row["language"] for question in questions)
+        for language in languages:
             asked = [question for question in questions if question.row["language"] == language]
             kinds = by_kind(asked, items)
             figures[language] = mean(kinds[kind] for kind in guessing(asked))
@@ -34,7 +34,7 @@ class Multilingual(Probe):
         by_number = group_scores((scores.get(question.id, 0.0), [question.row["number"]]) for question in questions)
         if in_both := [min(values) for values in by_number.values() if len(values) == len(self.languages)]:
             figures["both"] = 100 * mean(in_both)
-        return Scores(figures | parts, next(reversed(spoken)), items,
+        return Scores(figures | parts, next(reversed(languages)), items,
                       [*make_notes(questions, answers, items), *_english_notes(questions, answers)])
 
     def _question(self, question: Question, language: str, wording: Mapping[str, Any]) -> Question:

@@ -1,4 +1,4 @@
-"""lmms-eval's classes of a llava_jax model. Only lmms-eval imports this file."""
+"""Classes of a llava_jax model for lmms-eval, which alone imports this file."""
 
 import math
 import sys
@@ -53,8 +53,8 @@ class LlavaJax(lmms):
                 yield request
 
         answered = self.llava.batch_unordered(asked(), self.batch_size)
-        for place, answer in tqdm(answered, "llava_jax", len(requests), disable=self.rank != 0):
-            number = numbers[place]
+        for position, answer in tqdm(answered, "llava_jax", len(requests), disable=self.rank != 0):
+            number = numbers[position]
             counts = TokenCounts(len(answer.prompt_tokens), len(answer.tokens))
             results[number] = GenerationResult(answer.text, counts)
             self.cache_hook.add_partial("generate_until", requests[number].args[:2], answer.text)
@@ -67,32 +67,33 @@ class LlavaJax(lmms):
         of a bare pair. If the context has no room for a question and its answers, the value is infinite.
         """
         together: dict[tuple, list[int]] = {}  # requests with equal questions
-        for number, (context, _, _, *place) in enumerate(request.args for request in requests):
-            together.setdefault((context, *place), []).append(number)
+        for number, (context, _, _, *document) in enumerate(request.args for request in requests):
+            together.setdefault((context, *document), []).append(number)
         asked, wanted, groups = [], [], []
         for numbers in together.values():
-            context, _, to_images, *place = requests[numbers[0]].args
-            request = self._request(context, {"max_new_tokens": MAX_CHOICE_TOKENS}, to_images, *place)
+            context, _, to_images, *document = requests[numbers[0]].args
+            request = self._request(context, {"max_new_tokens": MAX_CHOICE_TOKENS}, to_images, *document)
             answers = [requests[number].args[1] for number in numbers]
-            answers = [(answer if isinstance(answer, str) else answer(self._doc(*place))).strip() for answer in answers]
+            answers = [answer if isinstance(answer, str) else answer(self._doc(*document)) for answer in answers]
+            answers = [answer.strip() for answer in answers]
             if why := too_long(self.llava, request, answers):
                 print(f"request {numbers[0]} is not asked, none of its answers is likely: {why}", file=sys.stderr)
                 continue
             asked.append(request)
             wanted.append(answers)
             groups.append(numbers)
-        said = self.llava.batch(asked, self.batch_size)
+        completions = self.llava.batch(asked, self.batch_size)
         results: list[GenerationResult] = [GenerationResult((math.inf, False))] * len(requests)
         for group, scores in self.llava.log_likelihoods(zip(asked, wanted, strict=True), self.batch_size):
             for number, answer, score in zip(groups[group], wanted[group], scores, strict=True):
-                results[number] = GenerationResult((-score, said[group].text.startswith(answer)))
+                results[number] = GenerationResult((-score, completions[group].text.startswith(answer)))
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise NotImplementedError("llava_jax answers tasks of one round; this one has several")
 
-    def _request(self, context: str, settings: Mapping[str, Any], to_images: Any, *place: Any) -> Request:
-        images = to_images(self._doc(*place)) or [] if to_images else []
+    def _request(self, context: str, settings: Mapping[str, Any], to_images: Any, *document: Any) -> Request:
+        images = to_images(self._doc(*document)) or [] if to_images else []
         return _make(context, images, settings)
 
     def _doc(self, id: int, task: str, split: str) -> Any:
@@ -104,9 +105,9 @@ class LlavaJaxChat(LlavaJax):
 
     is_simple = False
 
-    def _request(self, context: str, to_messages: Any, settings: Mapping[str, Any], *place: Any) -> Request:
+    def _request(self, context: str, to_messages: Any, settings: Mapping[str, Any], *document: Any) -> Request:
         messages, images = [], []
-        for message in to_messages(self._doc(*place)):
+        for message in to_messages(self._doc(*document)):
             text = ""
             for part in message["content"]:
                 if part["type"] == "text":

@@ -33,7 +33,7 @@ class PopeData:
     """COCO's instances_*.json, or JSON lines of {image, objects: [name, ...]}."""
     out: str
     """Folder for llava_pope_test.jsonl and coco/coco_pope_*.json. Its folder val2014/ is for the images."""
-    pictures: int = 500
+    count: int = 500
     """Number of images, drawn from those with at least three kinds of objects."""
     seed: int = 0
     """Random seed for the images and for the objects of the random questions."""
@@ -41,7 +41,7 @@ class PopeData:
     def run(self) -> int:
         objects = read_objects(self.instances)
         try:
-            rows_of = make_questions(objects, self.pictures, self.seed)
+            rows_of = make_questions(objects, self.count, self.seed)
         except UserError as error:
             raise UserError(f"{self.instances}: {error}") from None
         make_folder(os.path.join(self.out, "coco"))
@@ -52,7 +52,7 @@ class PopeData:
                            "text": row["text"] + PHRASE_INSTRUCTION, "category": category} for row in rows]
         # Last, because a folder with questions must have their labels.
         write_json_lines(os.path.join(self.out, Pope.question_file), questions)
-        print(f"{len(questions):,} questions about {self.pictures:,} pictures in {self.out}")
+        print(f"{len(questions):,} questions about {self.count:,} pictures in {self.out}")
         return 0
 
 

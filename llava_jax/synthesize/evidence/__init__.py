@@ -23,7 +23,7 @@ class Contradiction(NamedTuple):
     Attributes:
       kind: object, count, attribute, position or relation.
       claim: The sentence.
-      against: What captions and boxes say.
+      against: Content of captions and boxes that contradicts it.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Evidence(NamedTuple):
 
     @property
     def score(self) -> float:
-        """The fraction of claims that hold; 1 without claims."""
+        """Fraction of claims that are not contradicted; 1 without claims."""
         return 1 - len(self.findings) / max(self.claims, 1)
 
 
@@ -64,11 +64,11 @@ def check(
     if language != "en":
         return Evidence(checked=False)
     vocabulary = _vocabulary(tuple(categories))
-    judge = EvidenceChecker(context, vocabulary)
+    checker = EvidenceChecker(context, vocabulary)
     findings: dict[Contradiction, None] = {}
     checked = 0
     for claim in all_claims(turns, vocabulary):
-        verdict = judge(claim)
+        verdict = checker(claim)
         checked += verdict is not None
         if verdict:
             findings[Contradiction(*verdict)] = None

@@ -7,7 +7,7 @@ from llava_jax.synthesize.evidence.claims import Claim
 from llava_jax.synthesize.evidence.reading import DETERMINERS, Mention, read
 
 SLACK = 0.05
-"""How far a centre may be on the wrong side, as a fraction of the image, before a position counts as wrong."""
+"""Distance that a centre may be on the wrong side, as a fraction of the image, before a position is wrong."""
 SIMILAR_COLOURS = [set(group.split()) for group in (
     "grey silver white", "grey black", "brown tan beige orange", "gold golden yellow", "blue turquoise teal cyan",
     "green teal", "purple violet pink", "red maroon", "red orange", "beige white tan",
@@ -56,15 +56,16 @@ class EvidenceChecker:
             return None
         if not shown and (not self.coloured or number):
             return None  # a matter of _object
-        told = [other.number for other in self._named(mention) if other.number is not None and not self.coloured]
+        named = () if self.coloured else self._named(mention)
+        counts = [len(shown), *(other.number for other in named if other.number is not None)]
         colour_counts = not mention.colours or meaning.categories <= self.coloured
         total = claim.total and meaning.exact and colour_counts
-        if min([len(shown), *told]) <= number <= max([len(shown), *told]) or (number < len(shown) and not total):
+        if min(counts) <= number <= max(counts) or (number < len(shown) and not total):
             return ""
         return f"there {_are(len(shown), mention)}"
 
     def _attribute(self, claim: Claim) -> str | None:
-        mention, said = claim.a, set(claim.values)
+        mention, claimed = claim.a, set(claim.values)
         if mention.meaning.categories <= self.coloured:
             shown = self._shown(mention, colours=False)
             has = {box.category.partition(" ")[0] for box in shown}
@@ -78,7 +79,7 @@ class EvidenceChecker:
             if len(shown) > 1 or not has:
                 return None
             has |= {colour for group in SIMILAR_COLOURS if group & has for colour in group}
-        if said & has:
+        if claimed & has:
             return ""
         return f"its colour is {' or '.join(sorted(has))}"
 
@@ -111,7 +112,7 @@ class EvidenceChecker:
         return boxes
 
     def _named(self, mention: Mention) -> list[Mention]:
-        """Returns mentions in captions that can mean the same.
+        """Returns mentions in captions that can mean the same object.
 
         For coloured shapes the boxes suffice. "animals" supports a dog only if no animal has a box.
         """

@@ -188,8 +188,8 @@ def _positions(sentence: Sentence) -> Iterator[Claim]:
         subject = then if then and (not clause or re.search(r"(?:[,:]|\band) $", before)) else clause or then
         if subject:
             mention = sentence.mentions[int(subject[1])]
-            tells_which = before.endswith(f"§{subject[1]} ") and mention.text.startswith("the ")
-            if not (tells_which and _BARE.fullmatch(match[0])):
+            is_selector = before.endswith(f"§{subject[1]} ") and mention.text.startswith("the ")
+            if not (is_selector and _BARE.fullmatch(match[0])):
                 yield Claim("position", sentence.text, mention, _position_values(match))
     for match in _HALF.finditer(sentence.marked):
         half = match["one"] or match["other"]
@@ -214,15 +214,15 @@ def _replies(asked: Sentence, answer: str, vocabulary: Vocabulary) -> Iterator[C
     """Yields what an answer claims together with its question: "How many dogs are there?" "Two." """
     first, *_ = sentences(answer, vocabulary) or [read("", vocabulary)]
     text, mentions = f"{asked.text} {first.text}", asked.mentions
-    said = re.match(r"(yes|no)\b", first.marked)
+    yes_or_no = re.match(r"(yes|no)\b", first.marked)
     if _HOW_MANY.search(asked.marked) and (found := numbers(first.text)):
         yield Claim("count", text, mentions[0], (found[0],), total=not mentions[0].narrowed)
-    if said and _EXISTS.search(asked.marked) and not mentions[0].narrowed:
-        yield Claim("object" if said[1] == "yes" else "absent", text, mentions[0])
-    elif said and re.match(r"(?:is|are|do you see|can) ", asked.marked):
+    if yes_or_no and _EXISTS.search(asked.marked) and not mentions[0].narrowed:
+        yield Claim("object" if yes_or_no[1] == "yes" else "absent", text, mentions[0])
+    elif yes_or_no and re.match(r"(?:is|are|do you see|can) ", asked.marked):
         for claim in (*_relations(asked), *_positions(asked)):
-            yield Claim(claim.kind, text, claim.a, claim.values, claim.b, negated=said[1] == "no")
-    if re.search(r"\bcolou?r\b", asked.marked) and len(mentions) == 1 and colours(first.text) and not said:
+            yield Claim(claim.kind, text, claim.a, claim.values, claim.b, negated=yes_or_no[1] == "no")
+    if re.search(r"\bcolou?r\b", asked.marked) and len(mentions) == 1 and colours(first.text) and not yes_or_no:
         yield Claim("attribute", text, mentions[0], colours(first.text)[:1])
     place = _POSITION.search(asked.marked)
     if place and not mentions and first.mentions and re.match(r"what|who|which (?!is|are)", asked.marked):
