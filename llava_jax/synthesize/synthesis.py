@@ -84,7 +84,7 @@ class SynthesisSettings:
         """Parameters of the requests. Raises UserError if `parameters` is no JSON object, or has an invalid limit."""
         further = parse_json(self.parameters or "{}", f"--parameters {self.parameters}: not a JSON object")
         try:
-            json.dumps(more, allow_nan=False)
+            json.dumps(further, allow_nan=False)
         except ValueError as error:
             raise UserError(f"--parameters {self.parameters}: {error}") from None
         for name in {"max_tokens", "max_completion_tokens"} & set(further):

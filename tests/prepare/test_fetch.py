@@ -296,7 +296,7 @@ def test_an_approximate_count_does_not_fail(captions, tmp_path, capsys, monkeypa
 
 def test_a_tree_of_which_parts_are_missing(mix, capsys):
     put(mix, *(f"mix/coco/train/{i}.jpg" for i in range(5)), "mix/ocr/images/0.jpg", "mix/vg/VG_1/2.jpg")
-    assert Fetch(name="mix", to=str(mix)).run() == 1
+    assert Fetch(name="mix", out=str(mix)).run() == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{mix}/mix.json: 13 rows"
     assert lines[1] == f"{mix}/mix/coco/train: 5 images of about 5; all 4 that are used are there"
@@ -315,9 +315,9 @@ def test_archives_that_are_put_there_are_unpacked(mix, capsys):
     (mix / "mix/vg/images.zip").write_bytes(zip_of(["VG_1/1.jpg", "VG_1/2.jpg"]))
     (mix / "mix/vg/images2.zip").write_bytes(zip_of(["VG_2/1.jpg", "VG_2/7.jpg"]))
     put(mix, *(f"mix/ocr/images/{i}.jpg" for i in range(4)))
-    assert Fetch(name="mix", to=str(mix), check=True).run() == 1
+    assert Fetch(name="mix", out=str(mix), check=True).run() == 1
     assert "train.zip is there: leave out --check to unpack it" in capsys.readouterr().out
-    assert Fetch(name="mix", to=str(mix)).run() == 0
+    assert Fetch(name="mix", out=str(mix)).run() == 0
     assert (mix / "mix/coco/train/4.jpg").read_text() == "image 4.jpg"
     assert (mix / "mix/vg/VG_2/7.jpg").read_text() == "image VG_2/7.jpg"
 
@@ -327,7 +327,7 @@ def test_an_archive_that_lacks_an_image_is_no_error(mix, capsys):
     (mix / "mix/ocr").mkdir()
     (mix / "mix/ocr/images.zip").write_bytes(zip_of(["0.jpg", "1.jpg", "3.jpg"]))
     for _ in range(2):
-        assert Fetch(name="mix", to=str(mix)).run() == 1
+        assert Fetch(name="mix", out=str(mix)).run() == 1
         assert "1 of the 4 that are used are missing: 2.jpg" in capsys.readouterr().out
 
 
@@ -336,10 +336,10 @@ def test_other_extensions_are_told_and_renamed(mix, capsys):
     put(mix, "mix/ocr/images/0.jpg", "mix/ocr/images/0.gif", "mix/ocr/images/1.gif", "mix/ocr/images/1.png",
         "mix/ocr/images/2.PNG", "mix/ocr/images/3.txt", "mix/ocr/images/9.gif")
     (mix / "mix/ocr/images/1.gif").write_text("the first")
-    assert Fetch(name="mix", to=str(mix), check=True).run() == 1
+    assert Fetch(name="mix", out=str(mix), check=True).run() == 1
     out = capsys.readouterr().out
     assert "2 of them are there under another extension, 1.gif for 1.jpg: add --rename" in out
-    assert Fetch(name="mix", to=str(mix), check=True, rename=True).run() == 1
+    assert Fetch(name="mix", out=str(mix), check=True, rename=True).run() == 1
     assert "1 of the 4 that are used are missing: 3.jpg" in capsys.readouterr().out
     left = {path.name for path in (mix / "mix/ocr/images").iterdir()}
     assert left == {"0.jpg", "0.gif", "1.jpg", "1.png", "2.jpg", "3.txt", "9.gif"}
@@ -351,7 +351,7 @@ def test_a_folder_may_be_a_link(mix, tmp_path, capsys):
     put(tmp_path / "another_disk", *(f"{i}.jpg" for i in range(4)))
     (mix / "mix/ocr").mkdir()
     (mix / "mix/ocr/images").symlink_to(tmp_path / "another_disk")
-    assert Fetch(name="mix", to=str(mix), check=True).run() == 0
+    assert Fetch(name="mix", out=str(mix), check=True).run() == 0
     assert "ocr/images: 4 images of about 4; all 4 that are used are there" in capsys.readouterr().out
 
 
@@ -361,7 +361,7 @@ def test_an_image_outside_is_refused_and_never_renamed(image, mix, capsys):
     rows = json.loads((mix / "mix.json").read_text())
     rows[0]["image"] = image
     (mix / "mix.json").write_text(json.dumps(rows))
-    assert Fetch(name="mix", to=str(mix / "."), check=True, rename=True).run() == 1
+    assert Fetch(name="mix", out=str(mix / "."), check=True, rename=True).run() == 1
     assert "the data file names" in capsys.readouterr().out and (mix / "outside/1.png").exists()
 
 
@@ -370,4 +370,4 @@ def test_a_folder_that_cannot_be_is_one_line(mix):
     rows[0]["image"] = "a\0b/1.jpg"
     (mix / "mix.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match="no file can have this name"):
-        Fetch(name="mix", to=str(mix), check=True).run()
+        Fetch(name="mix", out=str(mix), check=True).run()
