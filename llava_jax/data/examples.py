@@ -1,4 +1,4 @@
-"""A record's number -> its tokens and its tiles: what the worker processes do. Imports neither Grain nor JAX."""
+"""Turns a record's number into its tokens and tiles, in worker processes. Imports neither Grain nor JAX."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ class EncodedRecord(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Says which records there are and how they become tokens and tiles. Can be pickled.
+    """The records, and all settings by which they become tokens and tiles. Can be pickled.
 
     A record that cannot be used raises BadRow, with one line that names file and row.
     """
@@ -49,7 +49,7 @@ class DataSpec:
     context: int | None = None
     """Largest number of tokens of a conversation, if the model's context is shorter than a sequence."""
     exif: bool = False
-    """Whether images are turned as their EXIF orientation says."""
+    """Whether images are rotated as their EXIF orientation says."""
     max_pixels: int = MAX_PIXELS
     """Largest number of pixels of an image."""
     bad_rows: Literal["error", "skip"] = "error"
@@ -57,7 +57,8 @@ class DataSpec:
 
     def __call__(self, what: Literal["texts", "tiles"], numbers: Sequence[int]) -> list:
         """Returns `text` or `tiles` of the records; the reason of a bad one if `bad_rows` is "skip"."""
-        load, results = {"texts": self.text, "tiles": self.tiles}[what], []
+        load = {"texts": self.text, "tiles": self.tiles}[what]
+        results = []
         for number in numbers:
             try:
                 results.append(load(number))
@@ -71,14 +72,15 @@ class DataSpec:
         """Encodes the conversation of a record. Opens no image, but reads their sizes where the layout needs them."""
         record = self._record(number)
         layouts = record_layouts(record, self.processor, self.exif, self.max_pixels)
-        if (tiles := sum(layout.tiles for layout in layouts)) > self.tiles_per_sequence:
+        tiles = sum(layout.tiles for layout in layouts)
+        if tiles > self.tiles_per_sequence:
             message = f"{tiles} tiles do not fit into the {self.tiles_per_sequence} of a sequence"
             raise BadRow("too_long", f"{record.source}: {message} (data.tiles_per_sequence)")
-        most, limit = min((self.sequence_length, "data.sequence_length"),
-                          (self.context or math.inf, "the model's context"))
+        max_length, limit = min((self.sequence_length, "data.sequence_length"),
+                                (self.context or math.inf, "the model's context"))
         try:
             counts = [len(layout.index) for layout in layouts]
-            example = encode_conversation(record.turns, self.template, self.tokenizer, counts, max_length=most)
+            example = encode_conversation(record.turns, self.template, self.tokenizer, counts, max_length=max_length)
         except NoSupervisedTokens as error:
             raise BadRow("no_supervised_tokens", f"{record.source}: {error}") from None
         except TooLong as error:
@@ -100,7 +102,6 @@ class DataSpec:
                     raise UserError(f"the image's size is {opened.size}, but image_widths and image_heights say {size}")
                 tiles.append(self.processor(opened))
         return np.concatenate(tiles)
-
 
     def _record(self, number: int) -> Record:
         source, index = self.mixture.locate(number)

@@ -1,7 +1,7 @@
 """Classifies the fields of rows and turns, besides texts and images, as honoured, refused or unknown.
 
-A field that changes the meaning of a row is never ignored. Flags that mask an answer are honoured. Media other than
-images, boxes, tools and preferences are refused. `prepare check` counts all other fields.
+A field that changes the meaning of a row is never ignored. Flags that mask an answer are honoured. Boxes,
+tools, preferences and media other than images are refused. `prepare check` counts all other fields.
 """
 
 import re
@@ -94,7 +94,7 @@ def check_text(text: str, name: str, is_answer: bool) -> None:
     """Raises Unsupported if a text has a mark for a medium or a box that is inserted later."""
     mark = _BOX.search(text)
     if not mark and not is_answer:
-        mark = _IMAGE.search(text) or next((found for found in _MEDIUM.finditer(text) if _is_mark(found, text)), None)
+        mark = _IMAGE.search(text) or next((match for match in _MEDIUM.finditer(text) if _is_mark(match, text)), None)
     if mark:
         raise Unsupported(f"{name} has the mark {mark[0].strip()}; of marks, only <image> can be read")
 
@@ -125,21 +125,21 @@ def _flag(
     fields: Mapping[str, Any], name: str, default: bool, keys: tuple[str, ...] = (*SUPERVISED, *MASKED)
 ) -> bool:
     """Returns what the flags of a row or a turn say (0 or 1, true or false), or `default` without flags."""
-    said = {}
+    flags = {}
     for key in keys:
         value = fields.get(key)
         if value is None or value == "":
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise Unsupported(f"{name} has {key} {value!r:.40}; only 0 and 1, true and false can be honoured")
-        said[key] = bool(value) != (key in MASKED)
-    if len(set(said.values())) > 1:
-        raise Unsupported(f"{name} contradicts itself: {' and '.join(said)} say different things")
-    return next(iter(said.values()), default)
+        flags[key] = bool(value) != (key in MASKED)
+    if len(set(flags.values())) > 1:
+        raise Unsupported(f"{name} contradicts itself: {' and '.join(flags)} say different things")
+    return next(iter(flags.values()), default)
 
 
-def _is_mark(found: re.Match, text: str) -> bool:
-    kind = found[1] or found[2]
+def _is_mark(match: re.Match, text: str) -> bool:
+    kind = match[1] or match[2]
     return kind == "img" or f"</{kind}>" not in text
 
 

@@ -21,9 +21,9 @@ from llava_jax.errors import UserError
 from llava_jax.files import atomic_write
 
 PIECE_BYTES = 1 << 26
-"""Number of bytes scanned together."""
+"""Number of bytes scanned at a time."""
 SMALL_PIECE_BYTES = 1 << 20
-"""Number of bytes read together if only the current item is kept."""
+"""Number of bytes read at a time if only the current item is kept."""
 MIN_INDEXED_BYTES = 1 << 20
 """Size of the smallest file with an index file. Scanning a smaller one is faster than reading an index."""
 VERSION = 2
@@ -48,7 +48,7 @@ class JsonRows:
     size or time of the data file have changed. If it cannot be written, the index stays in memory.
 
     Raises UserError, one line that names the file and where possible the line, if the file is empty, of another kind,
-    or a list that is broken. `rows[i]` raises BadRow ("malformed") if that row is no JSON.
+    or a broken list. `rows[i]` raises BadRow ("malformed") if that row is no JSON.
     """
 
     def __init__(self, path: str):
@@ -90,25 +90,25 @@ class JsonRows:
 
     def _index(self) -> np.ndarray:
         """Returns int64 [rows, 3]: first byte, end, and line (from 1) of every row."""
-        about = os.stat(self.path)
-        if about.st_size < MIN_INDEXED_BYTES:
+        status = os.stat(self.path)
+        if status.st_size < MIN_INDEXED_BYTES:
             return _find_rows(self._bytes(), self.path)
-        mark = [about.st_size, about.st_mtime_ns]
+        stamp = [status.st_size, status.st_mtime_ns]
         folder, name = os.path.split(self.path)
         cache = os.path.join(folder, f".{name}.index.npy")
-        with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # there is none, or a damaged one
+        with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # a missing or damaged index
             stored = np.load(cache, mmap_mode="r")
-            if stored.dtype == np.int64 and stored.ndim == 2 and stored[0].tolist() == [*mark, _seal(stored[1:])]:
+            if stored.dtype == np.int64 and stored.ndim == 2 and stored[0].tolist() == [*stamp, _checksum(stored[1:])]:
                 return stored[1:]
         found = _find_rows(self._bytes(), self.path)
-        with contextlib.suppress(OSError, ValueError):  # a folder that is full or not ours
+        with contextlib.suppress(OSError, ValueError):  # a folder that is full or not writable
             with atomic_write(cache) as file:
-                np.save(file, np.concatenate([np.array([[*mark, _seal(found)]], np.int64), found]))
+                np.save(file, np.concatenate([np.array([[*stamp, _checksum(found)]], np.int64), found]))
             return np.load(cache, mmap_mode="r")[1:]
         return found
 
 
-def _seal(offsets: np.ndarray) -> int:
+def _checksum(offsets: np.ndarray) -> int:
     """Returns version and checksum of an index, because a flipped bit would move a row's bounds."""
     return VERSION << 32 | zlib.crc32(np.ascontiguousarray(offsets))
 
@@ -191,7 +191,7 @@ def _find_rows(content: mmap.mmap, path: str) -> np.ndarray:
 
 
 def _find_lines(content: mmap.mmap, start: int, path: str) -> np.ndarray:
-    """Finds the rows of JSON lines. Empty lines are no rows. Lines are parsed only until one is valid."""
+    """Returns the offsets of JSON lines. Empty lines are no rows. Lines are parsed only until one is valid."""
     starts, firsts = [np.array([start])], [np.frombuffer(content[start : start + 1], np.uint8)]
     with open(path, "rb") as file:  # not through the map: its pages would count as this process's memory
         for at in range(start, len(content), PIECE_BYTES):
@@ -232,7 +232,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
-    """Finds the rows of `[row, row, ...]`; a row is parsed only to find its end."""
+    """Returns the offsets of the rows of `[row, row, ...]`. A row is parsed only for the position of its end."""
     text, found = _Text(content, start), array("q")
     try:
         at, closed = text.first_item(0, "]")
@@ -246,8 +246,8 @@ def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
     except (json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "msg", error)
         line = text.line_of(getattr(error, "pos", at))
-        whole = f"; the {len(found) // 3:,} rows before are whole" if found else ""
-        raise UserError(f"{path}, line {line}: broken JSON ({reason}){whole}") from None
+        hint = f"; the {len(found) // 3:,} rows before are whole" if found else ""
+        raise UserError(f"{path}, line {line}: broken JSON ({reason}){hint}") from None
     return np.frombuffer(found, np.int64).reshape(-1, 3)
 
 
@@ -256,10 +256,10 @@ SKIPPING = json.JSONDecoder(parse_int=str)
 
 
 class _Text:
-    """Holds a piece of a file, from offset `base` on, that moves forward as it is read.
+    """A piece of a file, from offset `base` on, that moves forward as it is read.
 
-    As Latin-1 every byte is one character: positions in the text are offsets in the file, and no byte of a longer
-    UTF-8 sequence can be mistaken for a character of JSON's syntax.
+    It is decoded as Latin-1, in which every byte is one character. So positions in the text are offsets in the file,
+    and no byte of a longer UTF-8 sequence can be mistaken for a character of JSON's syntax.
     """
 
     def __init__(

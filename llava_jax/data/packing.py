@@ -1,4 +1,4 @@
-"""Decides which conversations share a sequence: long with short ones, so that tokens and tiles are both used up."""
+"""Packs conversations into sequences: long with short ones, so that both tokens and tiles are used up."""
 
 from collections.abc import Sequence
 
@@ -16,14 +16,17 @@ def pack(tokens: Sequence[int], tiles: Sequence[int], sequence_length: int, tile
 
     `tokens[i]` and `tiles[i]` are the numbers of record i. A sequence starts with the longest remaining record. Records
     with tiles follow, as many as free tiles and tokens allow: each is the longest within its share of the free tokens,
-    and the last one may use all of them. Then come records without tiles, each the longest that fits. (Best fit
-    decreasing, the usual choice, joins long records with long ones. At the end, short ones fill the tiles but not the
-    tokens.)
+    and the last one may use all of them. Then records without tiles follow, each the longest that there is room for.
+    (Best-fit decreasing, the usual choice, packs long records with long ones. The last sequences then have short ones,
+    which fill the tiles but not the tokens.)
 
-    Returns ascending lists of i, in the order of their first record. Raises UserError for a record that fits nowhere.
+    Returns ascending lists of i, in the order of their first record. Raises UserError for a record that is larger than
+    a sequence.
     """
     tokens, tiles = np.asarray(tokens, np.int64), np.asarray(tiles, np.int64)
-    for number in np.flatnonzero((tokens > sequence_length) | (tiles > tiles_per_sequence))[:1]:
+    too_large = np.flatnonzero((tokens > sequence_length) | (tiles > tiles_per_sequence))
+    if len(too_large):
+        number = too_large[0]
         raise UserError(f"record {number} has {tokens[number]} tokens and {tiles[number]} tiles: more than a "
                         f"sequence's {sequence_length} and {tiles_per_sequence}")
     remaining = _Remaining(tokens.tolist(), tiles.tolist(), tiles_per_sequence)
@@ -33,10 +36,10 @@ def pack(tokens: Sequence[int], tiles: Sequence[int], sequence_length: int, tile
         chosen = [remaining.remove(count, length)]
         free_tokens, free_tiles = sequence_length - length, tiles_per_sequence - count
         while shortest := remaining.shortest(free_tiles):
-            several = min(free_tiles, free_tokens // shortest)
-            if not several:
+            max_records = min(free_tiles, free_tokens // shortest)
+            if not max_records:
                 break
-            share = free_tokens // several
+            share = free_tokens // max_records
             found = remaining.longest(share, free_tiles, 1) or remaining.shortest_from(share, free_tiles)
             if found is None or found[1] > free_tokens:
                 break
@@ -50,10 +53,10 @@ def pack(tokens: Sequence[int], tiles: Sequence[int], sequence_length: int, tile
 
 
 class _Remaining:
-    """Holds the records that are in no sequence yet, by numbers of tiles and tokens.
+    """The records that are in no sequence yet, by number of tiles and tokens.
 
-    Bit t of `lengths[c]` says whether there is a record of t tokens with c tiles: an integer of some thousand bits
-    answers in a microsecond which length is nearest to another.
+    Bit t of the integer `lengths[c]` is set if there is a record of t tokens with c tiles. Such an integer of some
+    thousand bits returns the nearest length to another in a microsecond.
     """
 
     def __init__(self, tokens: list[int], tiles: list[int], tiles_per_sequence: int):
@@ -88,8 +91,8 @@ class _Remaining:
 
     def remove(self, count: int, length: int) -> int:
         """Removes the first remaining record of these numbers and returns it."""
-        here = self.records[count, length]
+        same_size = self.records[count, length]
         self.number -= 1
-        if len(here) == 1:
+        if len(same_size) == 1:
             self.lengths[count] ^= 1 << length
-        return here.pop()
+        return same_size.pop()

@@ -31,8 +31,8 @@ class ParquetRows:
         counts = []
         for file in self.files:
             try:
-                about = pyarrow.parquet.read_metadata(file)
-                rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+                metadata = pyarrow.parquet.read_metadata(file)
+                rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 _raise_unless_damaged(error)
                 raise UserError(f"{file}: not a readable parquet file ({_line(error)})") from None

@@ -1,10 +1,10 @@
-"""Batches of packed sequences: record numbers -> windows of examples -> sequences -> batches, for any number of hosts.
+"""Builds batches: record numbers -> windows of examples -> packed sequences -> batches, for any number of hosts.
 
 Grain shuffles and mixes the numbers of the records. Every host tokenises each window of them (in worker processes) and
 packs it, so that all hosts know one global order of sequences. A host decodes only the images of its own sequences.
 The sequences depend neither on the number of hosts nor of workers, and a position in the data is three integers.
-The price: every host reads and tokenises all records, at a twelfth of the time that decoding an image takes. Where
-files hold the images too, as packed ones do, it reads these with them.
+The price: every host reads and tokenises all records, at a twelfth of the time that decoding an image takes. If
+the files contain the images, as packed files do, every host reads these as well.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ START = {"epoch": 0, "window": 0, "row": 0}
 
 
 class Batches(grain.IterDataset):
-    """Gives batches of packed sequences as numpy arrays.
+    """Iterates over batches of packed sequences, as dicts of numpy arrays.
 
-    This process gives B = batch_size / process_count sequences of each batch, of T = `spec.sequence_length` tokens and
+    Each process gets B = batch_size / process_count sequences of a batch, with T = `spec.sequence_length` tokens and
     I = `spec.tiles_per_sequence` tiles:
 
     tokens int32 [B, T]: IMAGE_TOKEN_ID at the position of every visual token; 0 where segment_ids is 0
     labels int32 [B, T]: the token where it is supervised, else -100; not shifted
     positions, segment_ids int32 [B, T]: position in the conversation; its number in the sequence from 1, 0 for padding
-    visual_index int32 [B, T]: feature of the sequence's tiles that a visual token takes
+    visual_index int32 [B, T]: index of the feature that replaces a visual token
         (`ImageProcessor.visual_index`); -1 elsewhere
     tiles uint8 [B, I, size, size, 3], tile_segment_ids int32 [B, I]: 0 for an empty slot
     skipped int32 [len(REASONS)]: number of bad records on the way to this batch, by reason
@@ -54,8 +54,8 @@ class Batches(grain.IterDataset):
     "window", "row"}, is the same on all processes and continues bit for bit with any other number of them. The last
     batch is filled up with padding.
 
-    With `keep`, for one epoch that is passed through again and again, workers and packed texts are kept until `close`.
-    Every pass decodes the images again.
+    With `keep`, for repeated passes over one epoch, workers and packed texts are kept until `close`. Every pass decodes
+    the images again.
 
     Raises UserError if batch_size is not divisible by process_count, or if the first PROBE_RECORDS records are all
     invalid. A record that cannot be used raises BadRow, or is left out and counted, as `spec.bad_rows` says.
@@ -168,17 +168,17 @@ class _BatchIterator(grain.DatasetIterator):
 
     def _next(self) -> dict[str, np.ndarray]:
         batches = self._batches
-        here = batches.batch_size // batches.process_count
+        local_size = batches.batch_size // batches.process_count
         if self._pool is None:
             self._pool, self._rows = batches.open_rows(self._state)
             self._pending = deque()
-        while len(self._pending) < 2 + 2 * batches.workers // here:
+        while len(self._pending) < 2 + 2 * batches.workers // local_size:
             rows = list(itertools.islice(self._rows, batches.batch_size))
             if not rows:
                 break
-            mine = rows[batches.process_index * here :][:here]
-            images = [self._pool.submit("tiles", row.numbers) for row in mine]
-            self._pending.append((mine, images, rows[-1].after))
+            local_rows = rows[batches.process_index * local_size :][:local_size]
+            images = [self._pool.submit("tiles", row.numbers) for row in local_rows]
+            self._pending.append((local_rows, images, rows[-1].after))
         if not self._pending:
             raise StopIteration
         rows, images, after = self._pending.popleft()
@@ -223,19 +223,19 @@ class _BatchIterator(grain.DatasetIterator):
                     skipped[tiles] += 1
                     continue
                 segment += 1
-                here, there = slice(start, start + len(text.tokens)), slice(slot, slot + len(tiles))
-                batch["tokens"][b, here], batch["labels"][b, here] = text.tokens, text.labels
-                batch["positions"][b, here] = np.arange(len(text.tokens))
-                batch["segment_ids"][b, here] = segment
+                span, slots_used = slice(start, start + len(text.tokens)), slice(slot, slot + len(tiles))
+                batch["tokens"][b, span], batch["labels"][b, span] = text.tokens, text.labels
+                batch["positions"][b, span] = np.arange(len(text.tokens))
+                batch["segment_ids"][b, span] = segment
                 visual = start + np.flatnonzero(text.tokens == IMAGE_TOKEN_ID)
                 batch["visual_index"][b, visual] = spec.processor.visual_index(text.layouts, slot, slots[1])
-                batch["tiles"][b, there], batch["tile_segment_ids"][b, there] = tiles, segment
-                start, slot = here.stop, there.stop
+                batch["tiles"][b, slots_used], batch["tile_segment_ids"][b, slots_used] = tiles, segment
+                start, slot = span.stop, slots_used.stop
         return batch | {"skipped": np.array([skipped[reason] for reason in REASONS], np.int32)}
 
 
 def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_PlannedSequence"]:
-    """Gives the sequences of all processes from a state on. Workers tokenise the next window meanwhile."""
+    """Yields the sequences of all processes from a state on. Workers tokenise the next window meanwhile."""
     done, skipped = state["row"], Counter()
     windows = _windows(batches, state, pool)
     window = next(windows, None)
@@ -273,7 +273,7 @@ class _PlannedSequence:
 
 
 class _Window:
-    """Asks the workers for the texts of a window's records, little by little."""
+    """The texts of a window's records, which the workers tokenise step by step."""
 
     def __init__(self, order: _Order, pool: Pool, epoch: int, number: int):
         self.epoch, self.number, self.numbers = epoch, number, order.window(epoch, number)

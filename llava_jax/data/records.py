@@ -40,7 +40,7 @@ class BadRow(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Holds one conversation about none, one or several images."""
+    """A conversation about none, one or several images."""
 
     id: str
     images: tuple[Image, ...]  # in the order of their <image> in the turns
@@ -67,8 +67,8 @@ def parse_row(row: Any, where: str) -> Record:
       list of parts: {"type": "text"}, and {"type": "image"} or {"type": "image_url"}, each of which becomes an
       `<image>` at its position; parts are joined by newlines.
     - Images are the row's `image` or `images`: a path, {"bytes", "path"} or a list of these; or the parts' own (`path`,
-      `url`, `base64`, `image`). A `data:` URL contains the image itself. Every `<image>` takes the next one; a
-      part with an `index` takes the one of that number.
+      `url`, `base64`, `image`). A `data:` URL contains the image itself. Every `<image>` refers to the
+      next one, and a part with an `index` to the one of that number.
     - A system text is a first turn or the row's `system`, `system_prompt` or `system_message`. An empty first turn
       omits the template's own, as it does in a prompt; an empty `system` has no effect.
     - A turn's `weight`, `loss`, `train`, `masked` (fields.py has all) mask an answer.
@@ -117,7 +117,7 @@ def kind(value: Any) -> str:
 
 
 def check_text(text: str, name: str) -> str:
-    """Returns the text. Raises UserError if it has a character that no file name and no tokenizer takes."""
+    """Returns the text. Raises UserError if it has a character that no file name or tokenizer accepts."""
     if "\0" in text:
         raise UserError(f"{name} has a NUL character")
     try:
@@ -213,17 +213,18 @@ def _content(content: Any, name: str, is_answer: bool) -> tuple[str, list[_Slot]
     for number, part in enumerate(content, 1):
         if isinstance(part, Mapping):
             fields.check_part(part, f"{name}, part {number}")
-        sort = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
-        if sort == "text":
+        part_type = "text" if isinstance(part, str) else part.get("type") if isinstance(part, Mapping) else None
+        if part_type == "text":
             text = part if isinstance(part, str) else part.get("text")
             if not isinstance(text, str):  # a list in it would be parts of parts, without limit
                 raise UserError(f"{name}, part {number} must be text, not {kind(text)}")
             text, own = _content(text, f"{name}, part {number}", is_answer)
-        elif sort in ("image", "image_url"):
+        elif part_type in ("image", "image_url"):
             text, own = "<image>", [_own_image(part, f"{name}, part {number}")]
         else:
-            mistake = fields.Unsupported if isinstance(sort, str) and re.search("video|audio", sort) else UserError
-            raise mistake(f"{name}, part {number}: type {sort!r:.80}; text, image and image_url can be read")
+            is_medium = isinstance(part_type, str) and re.search("video|audio", part_type)
+            error = fields.Unsupported if is_medium else UserError
+            raise error(f"{name}, part {number}: type {part_type!r:.80}; text, image and image_url can be read")
         texts.append(text)
         slots += own
     return "\n".join(texts), slots
@@ -313,4 +314,10 @@ def _fill(slots: list[_Slot], column: tuple[Image, ...]) -> tuple[Image, ...]:
     if numbers and numbers != set(range(len(column))):
         raise BadRow("image_count", f"the parts' indices {sorted(numbers)} are not those of the {len(column)} images")
     following = iter(column)
-    return tuple(column[slot] if isinstance(slot, int) else next(following) if slot is None else slot for slot in slots)
+    images = []
+    for slot in slots:
+        if slot is None:
+            images.append(next(following))
+        else:
+            images.append(column[slot] if isinstance(slot, int) else slot)
+    return tuple(images)

@@ -44,8 +44,8 @@ class Source:
         record = parse_row(row, where)
         if row.get(self.key) is None:
             raise BadRow("malformed", f"{record.source}: has {turns_key(row)}, the rows before it have {self.key}")
-        if others := self._unread(index):
-            record = dataclasses.replace(record, unknown=(*others, *record.unknown))
+        if unread := self._unread(index):
+            record = dataclasses.replace(record, unknown=(*unread, *record.unknown))
         if not record.images:
             return record
         return dataclasses.replace(record, images=tuple(self._resolve(image, record) for image in record.images))
@@ -84,7 +84,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Joins several sources, with the number of rows of each source in an epoch.
+    """Several sources, with the number of rows of each source in an epoch.
 
     An epoch continues in the shuffled order of a source's rows at the end of the last one, so no row repeats before all
     have been used. Rows have consecutive numbers, source by source.
@@ -104,8 +104,8 @@ class Mixture:
 
     def locate(self, number: int) -> tuple[Source, int]:
         """Returns the source of row `number` of the mixture, and the row's index in that source."""
-        which = bisect.bisect_right(self.starts, number) - 1
-        return self.sources[which], number - self.starts[which]
+        index = bisect.bisect_right(self.starts, number) - 1
+        return self.sources[index], number - self.starts[index]
 
 
 def open_source(path: str | os.PathLike, image_root: str | os.PathLike = "") -> Source:
@@ -133,9 +133,9 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
     """Opens a data file as a mixture of one, or the files that a mixture file names.
 
     A mixture file is a JSON object {"mixture": [{"path", "image_root", "epochs" | "count" | "weight"}, ...]}, with
-    paths relative to its folder. `epochs` (1 by default) is the number of times, or the share, that an epoch reads of a
-    source; `count` is the number of rows. With `weight`, for all sources or none, an epoch has as many rows as all
-    sources together, divided by weight. Raises what `open_source` raises, and UserError for an invalid mixture file.
+    paths relative to its folder. `epochs` (1 by default) is the number of times that an epoch reads a source, or a
+    fraction of it. `count` is the number of rows. With `weight`, for all sources or none, an epoch has as many rows as
+    all sources together, divided by weight. Raises what `open_source` raises, and UserError for a bad mixture file.
     """
     parts = _read_mixture(os.fspath(path))
     if parts is None:
@@ -154,8 +154,8 @@ def open_mixture(path: str | os.PathLike, image_root: str | os.PathLike = "") ->
             raise UserError(f"{path}, part {number}: {error}") from None
     sizes = [len(source) for source in sources]
     if any("weight" in part for part in parts):
-        whole = sum(part["weight"] for part in parts)
-        counts = [round(sum(sizes) * part["weight"] / whole) for part in parts]
+        total_weight = sum(part["weight"] for part in parts)
+        counts = [round(sum(sizes) * part["weight"] / total_weight) for part in parts]
     else:
         shares = zip(parts, sizes, strict=True)
         counts = [part.get("count", round(part.get("epochs", 1) * size)) for part, size in shares]
@@ -172,7 +172,7 @@ def _needed(rows: JsonRows | ParquetRows | TfdsRows, index: int) -> Any:
 
 def _find_format(rows: Any) -> str:
     """Returns the key of the turns in the first rows."""
-    found, problem, others = {}, None, []
+    found, problem, fields_seen = {}, None, []
     for i in range(min(len(rows), PROBE_ROWS)):
         try:
             row = _needed(rows, i)
@@ -186,12 +186,12 @@ def _find_format(rows: Any) -> str:
             found.setdefault(key, i + 1)
         elif isinstance(row, dict):
             names = rows.columns(i) if isinstance(rows, ParquetRows) else row
-            others.append(", ".join(map(str, names)) or "nothing")
+            fields_seen.append(", ".join(map(str, names)) or "nothing")
     if len(found) > 1:
         seen = ", ".join(f"row {row} has {key}" for key, row in found.items())
         raise UserError(f"{rows.path}: the file is ambiguous: {seen}; split it into files of one format each")
     if not found:
-        seen = f"the first row has {others[0]:.200}" if others else problem or "the first rows are no objects"
+        seen = f"the first row has {fields_seen[0]:.200}" if fields_seen else problem or "the first rows are no objects"
         raise UserError(f"{rows.path}: of no known format: a row needs {', '.join(FORMATS)}; {seen}")
     return next(iter(found))
 

@@ -231,7 +231,7 @@ def _text_or_bytes(value: bytes) -> str | bytes:
 
 
 def _rows(columns: dict[str, Any], depth: int) -> Any:
-    """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}], `depth` lists deep."""
+    """Converts {"a": [1, 2], "b": [3, 4]} to [{"a": 1, "b": 3}, {"a": 2, "b": 4}], inside `depth` lists."""
     if not depth:
         return columns
     return [_rows(dict(zip(columns, values, strict=True)), depth - 1) for values in zip(*columns.values(), strict=True)]
@@ -277,7 +277,7 @@ def _shard_names(name: str, split: dict[str, Any], count: int, folder: str) -> l
     parts = {"DATASET": name, "SPLIT": split["name"], "FILEFORMAT": "array_record", "NUM_SHARDS": f"{count:0{digits}}"}
     numbers = [f"{shard:0{digits}}" for shard in range(count)]
     fields = [parts | {"SHARD_INDEX": number, "SHARD_X_OF_Y": f"{number}-of-{count:0{digits}}"} for number in numbers]
-    return [_inside(_FIELD.sub(lambda found, given=given: given[found[1]], template), folder) for given in fields]
+    return [_inside(_FIELD.sub(lambda match, values=values: values[match[1]], template), folder) for values in fields]
 
 
 def _inside(name: str, folder: str) -> str:

@@ -17,7 +17,7 @@ LOSS_CHUNK_TOKENS = 1024
 def cross_entropy(
     hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], labels: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Returns the summed negative log likelihood of `labels[:, t + 1]` given `hidden[:, t]`, without IGNORE.
+    """Returns the summed negative log likelihood of `labels[:, t + 1]` given `hidden[:, t]`, except IGNORE labels.
 
     Logits are computed for LOSS_CHUNK_TOKENS positions at a time, together with the gradients, so that [B, T, V] never
     exists and no matmul runs twice. Under a mesh (`jax.set_mesh`) each device computes positions of its own sequences.
