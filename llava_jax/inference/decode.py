@@ -1,4 +1,4 @@
-"""The functions that run on the device: `prefill`, `extend`, `insert` and `decode`."""
+"""Defines the functions that run on the device: `prefill`, `extend`, `insert` and `decode`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class DecodeState(NamedTuple):
     """Slots with one answer in progress each.
 
     Prompts are padded on the right, so a token's position is its index in the cache. Cache entries behind a slot's
-    newest token are padding, or left from an earlier request. Each is overwritten before a query attends to it.
+    newest token are padding, or remain from an earlier request. Each is overwritten before a query attends to it.
     """
 
     cache: Cache
@@ -70,10 +70,10 @@ def extend(
     eos_ids: tuple[int, ...],
     length: int,
 ) -> tuple[DecodeState, Int[Array, "B 1"]]:
-    """Continues computed prefixes with further tokens of prompts, without images, as `prefill` does.
+    """Computes the remaining tokens of prompts after computed prefixes, and writes one token after each.
 
-    `rows` holds the row of `prefix` that each prompt starts with; several prompts may start with the same one. The
-    prefix has written no token: its max_new_tokens was 0.
+    `rows`: the row of `prefix` with which each prompt starts; prompts may share one. The prefixes have written no
+    token: their max_new_tokens was 0. `tokens` have no images. See `prefill` for the other arguments.
     """
     cache = _pad_cache(tuple(part[:, rows] for part in prefix.cache), length)
     start = prefix.position[rows] + 1
@@ -90,8 +90,8 @@ def insert(state: DecodeState, prefix: DecodeState, slots: Int[Array, "B"], leng
     positions = (slice(None),) * (length_axis - 2) + (slice(prefix.cache[0].shape[length_axis]),)
     cache = tuple(old.at[:, slots, *positions].set(new, mode="drop")
                   for old, new in zip(state.cache, prefix.cache, strict=True))
-    others = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state[1:], prefix[1:])
-    return DecodeState(cache, *others)
+    fields = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state[1:], prefix[1:])
+    return DecodeState(cache, *fields)
 
 
 def decode(
@@ -138,7 +138,7 @@ def write(
 
 
 def _pad_cache(cache: Cache, length: int) -> tuple[Array, Array]:
-    """Pads S of the cache to `length`."""
+    """Pads the positions S of the cache to `length`."""
     return tuple(jnp.pad(part, [(0, 0), (0, 0), (0, length - part.shape[2]), (0, 0), (0, 0)]) for part in cache)
 
 

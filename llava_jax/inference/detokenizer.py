@@ -1,4 +1,4 @@
-"""From token ids to the text of an answer, as they come, until it ends."""
+"""Decodes the tokens of an answer to text while they are generated, until the answer ends."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from llava_jax.text.tokenizer import StreamDecoder
 class Completion:
     """A finished answer."""
 
-    text: str  # without the stop string and without outer blanks, as LLaVA's scripts keep an answer
+    text: str  # without the stop string and outer whitespace, as in LLaVA's scripts
     tokens: list[int]  # all ids that were written, with the end token or those of the stop string
     finish_reason: str  # "stop": the model ended it, or a stop string came; "length": max_new_tokens were written
     prompt_tokens: list[int]  # IMAGE_TOKEN_ID at the position of every visual token
@@ -19,8 +19,8 @@ class Completion:
 class Detokenizer:
     """Collects one answer. It ends with a token of `eos_ids`, a string of `stop`, or after `max_new_tokens` tokens.
 
-    Tokens are looked at one after another, so the end depends on the tokens alone, not on how many came at once.
-    Outer blanks are not part of the text, because a template adds its own when the answer is shown to a model again.
+    Tokens are processed one by one, so the end depends on the tokens alone, not on how many came at once.
+    Outer whitespace is not part of the text, because a template adds its own when the answer is shown to a model again.
     """
 
     def __init__(self, decoder: StreamDecoder, eos_ids: Collection[int], stop: Sequence[str], max_new_tokens: int):

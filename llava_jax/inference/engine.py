@@ -1,4 +1,4 @@
-"""Prefill, insert and decode of one model, jitted, for prompts of any length."""
+"""Jits prefill, insert and decode of one model, for prompts of any length."""
 
 import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -40,7 +40,7 @@ class Prompt:
 
 
 class Engine:
-    """Writes answers with one model, in the slots of a decode state.
+    """Generates answers with one model, in the slots of a decode state.
 
         prefix, tokens = engine.prefill([prompt])                # one row, and its first token [1, 1]
         state = engine.insert(state, prefix, [3])                # the row's answer continues in slot 3
@@ -48,7 +48,7 @@ class Engine:
 
     A request may be inserted between any two calls of `decode`. A slot is free once its answer has ended, or once
     `active` is False for it. What `prefill` returns is a decode state too: requests that start together are decoded in
-    it, without an insertion.
+    it without `insert`.
 
     All shapes are rounded up: rows and tile slots to powers of two, lengths to 2^k or 3 * 2^k from 64 on. `prefill` is
     compiled once for each (rows, prompt length, tile slots, cache length), and `decode` once for each (slots, cache
@@ -136,7 +136,7 @@ class Engine:
             inputs = tokens, lengths, *self._pad_tiles(tokens, prompts), *_settings(prompts, rows)
             with self._on_mesh():
                 return self._prefill(self.parameters, *self._split(inputs), length=length)
-        # The prefixes are rows of a state of their own, which have nothing to write.
+        # The prefixes are rows of a separate state, which write no tokens.
         count = max(rows // 4, bucket(len(owners)))
         tokens, lengths = pad_tokens([prompt.tokens[: prompt.prefix_length] for prompt in owners.values()], count,
                                      prefix_bucket)
@@ -213,7 +213,7 @@ class Engine:
         return from_params(self.graph, self.parameters)
 
     def _swap_cache(self, state: DecodeState) -> DecodeState:
-        """Swaps positions and heads of the cache on a CPU, whose layers take them the other way round."""
+        """Swaps positions and heads of the cache on a CPU, whose layers expect heads first."""
         return state if self._layers is None else state._replace(cache=tuple(x.swapaxes(2, 3) for x in state.cache))
 
     @property
@@ -221,7 +221,7 @@ class Engine:
         return self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
     def _rows(self, count: int) -> int:
-        """Returns the number of rows for `count` prompts: one of few, and a multiple of the data axes."""
+        """Returns the padded number of rows for `count` prompts: a bucket, and a multiple of the data axes."""
         return -(-bucket(count) // self._data_devices) * self._data_devices
 
     def _split(self, inputs: Any) -> Any:
@@ -233,7 +233,7 @@ class Engine:
 
 
 def _settings(prompts: Sequence[Prompt], rows: int) -> tuple[np.ndarray, Sampling]:
-    """Returns max_new_tokens and sampling of each row; a row of padding has nothing to write."""
+    """Returns max_new_tokens and sampling of each row; a row of padding writes nothing."""
     max_new_tokens = np.zeros(rows, np.int32)
     sampling = Sampling(np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.ones(rows, np.float32))
     for row, prompt in enumerate(prompts):

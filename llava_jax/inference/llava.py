@@ -1,4 +1,4 @@
-"""The public model: loads a checkpoint, answers requests, scores continuations."""
+"""Defines the public model, `Llava`: loads a checkpoint, answers requests, scores continuations."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ ImageSource = Image.Image | str | os.PathLike | bytes
 Messages = str | Sequence[Mapping[str, str]]
 
 STREAM_STEPS = 4
-"""Number of tokens between two pieces of a stream. Fewer look smoother, more keep the device busier."""
+"""Number of tokens between two pieces of a stream. Fewer look smoother, more use the device better."""
 
 
 class PromptTooLong(UserError):
@@ -49,7 +49,7 @@ class Request:
     Args:
       assistant_prefix: text that the answer is forced to start with, appended right after the template's assistant
         tag; include a leading space if you need one. The completion is what the model adds to it.
-      verbatim: keep outer blanks of the texts and write a bare `<image>`, as LLaVA's benchmark scripts do.
+      verbatim: keep outer whitespace of the texts and write a bare `<image>`, as LLaVA's benchmark scripts do.
     """
 
     messages: Messages
@@ -127,8 +127,8 @@ class Llava:
           tiles: float32, as `ImageProcessor.normalise` returns them, or uint8; None for text alone.
           positions: 0, 1, 2 ... by default.
           segment_ids: a token attends to its own segment only. By default a row is one segment.
-          visual_index, visual_weight: features that the visual tokens take (models/llava.py). By default the k-th
-            visual token of a row takes the k-th feature of its tiles.
+          visual_index, visual_weight: features that replace the visual tokens (`LlavaModel.hidden`). By default the
+            k-th feature of a row's tiles replaces its k-th visual token.
         """
         return self._logits(self.parameters, tokens, tiles, positions, segment_ids, visual_index, visual_weight)
 
@@ -204,7 +204,7 @@ class Llava:
     def log_likelihood(self, request: Request | Mapping, continuations: Sequence[str]) -> list[float]:
         """Returns for each continuation the sum of its tokens' natural log-probabilities.
 
-        A continuation comes where the model would write it, as in training (`ASSISTANT: Yes`), or right after the
+        A continuation is appended where the model would write it, as in training (`ASSISTANT: Yes`), or right after the
         request's `assistant_prefix`. The end of its turn is not counted. Sampling settings are ignored.
         """
         return next(self.log_likelihoods([(request, continuations)]))[1]
@@ -332,14 +332,14 @@ def as_messages(messages: Messages, num_images: int) -> list[dict[str, str]]:
 
 def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
          template: str | None = None, attention: str = "auto") -> Llava:
-    """Opens a model directory of any supported layout, which its files tell.
+    """Loads a model from a directory of any supported layout, which is detected from its files.
 
     Args:
       path: directory that `llava_jax.train`, `llava_jax.convert` or transformers has written.
       dtype: "bfloat16" or "float32", of parameters and computation. By default bfloat16 on TPU and GPU, else float32.
       mesh: devices that the parameters and rows are split over (`sharding.make_mesh`). None uses one device.
+      template: name of the conversation template, if the model's files do not name the one that it was trained with.
       attention: xla, splash (TPU) or cudnn (GPU), in prefill as in training. auto uses the platform's and reports it.
-      template: name of the conversation template, if the model's files do not tell the one of its training.
 
     Raises UserError that names the file if something is missing, damaged or not supported, for a tokenizer with ids
     beyond the embedding, and for a parameter that the mesh does not divide.

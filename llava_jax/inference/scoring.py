@@ -1,4 +1,4 @@
-"""Log-probabilities of given continuations of a prompt."""
+"""Computes log-probabilities of given continuations of a prompt."""
 
 import os
 from collections.abc import Sequence

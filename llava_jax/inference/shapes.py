@@ -1,4 +1,4 @@
-"""Shapes from a fixed set: prompts and tiles are padded to them, so that few programs are compiled."""
+"""Pads prompts and tiles to shapes from a fixed set, so that few programs are compiled."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,11 +27,11 @@ prefix_bucket = partial(length_bucket, smallest=16, steps=8)
 """Bucket of a prefix that several prompts share."""
 
 short_bucket = partial(length_bucket, smallest=16)
-"""Bucket of what follows a prefix."""
+"""Bucket of the tokens that follow a prefix."""
 
 
 def batch_key(num_tiles: int, num_tokens: int) -> tuple[int, int]:
-    """Returns what prompts have in common that share a batch without much padding: tile slots and length."""
+    """Returns the padded number of tiles and tokens. Prompts with the same key share a batch with little padding."""
     return bucket(num_tiles), length_bucket(num_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Connects the processes of a run. Process 0 starts this script, which outlives it and so can name it when it dies.
+"""Connects the processes of a run. Process 0 starts this script, which outlives process 0 and so can report its death.
 
 Every process keeps one connection and sends JSON lines. The coordinator collects the values of a collective call and
 sends them to all processes. It agrees on the step of a stop. It names the process that failed, died or fell silent.
@@ -7,7 +7,7 @@ A connection that speaks HTTP/2 is JAX's and is forwarded to JAX's service in pr
 open when process 0 dies, because JAX would abort the other processes with a C++ stack trace before they print its name.
 
 The coordinator ignores connections without a correct greeting, and forwards JAX's only for hosts of the run. It runs
-without this package and without JAX; its argument holds those of `coordinate` as JSON.
+without this package and without JAX. Its argument is a JSON object with the arguments of `coordinate`.
 """
 
 import asyncio
@@ -75,7 +75,19 @@ def proof(secret: str) -> str:
 
 
 class Coordinator:
-    """State of a run of `count` processes."""
+    """State of a run of `count` processes.
+
+    Attributes:
+      names: process and host, for messages.
+      strangers: connections without a greeting, in order of their age.
+      writers: connection of each process that has greeted and not ended.
+      heard: time of the last message of each process.
+      left: processes that ended properly or reported an error.
+      rounds: name and values by process of each unfinished collective call, by its number.
+      steps: step of each process, after a process asked for a stop.
+      verdict: process and message of the error that ends the run.
+      over: set when the coordinator may end.
+    """
 
     def __init__(self, count: int, hosts: list[str], heartbeat_timeout: float, jax_port: int, secret: str = ""):
         self.heartbeat_timeout, self.jax_port, self.proof = heartbeat_timeout, jax_port, proof(secret)

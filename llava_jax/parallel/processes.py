@@ -1,6 +1,6 @@
-"""Communication between the processes of a run: start, collective values, the agreed stop, the end of all on an error.
+"""Communicates between the processes of a run: start, collective values, a common stop, an end of all on an error.
 
-A single process needs none of it, so every function returns at once. Nothing here uses the devices.
+A single process needs none of this, so every function returns at once. Nothing here uses the devices.
 """
 
 import atexit
@@ -36,7 +36,7 @@ LOAD_TIMEOUT = 1800.0
 """Seconds that processes wait for the last of them to read a model's files."""
 
 WORK_TIMEOUT = 24 * 3600.0
-"""Seconds that processes wait where one works alone or each has another amount: data prepared, questions answered."""
+"""Seconds that processes wait for unequal work, such as prepared data or answered questions."""
 
 HEARTBEAT_TIMEOUT = 60.0
 """Seconds without a message after which a process counts as lost."""

@@ -1,4 +1,4 @@
-"""The mesh of devices, and one table from parameter paths to their sharding."""
+"""Builds the mesh of devices, and maps parameter paths to shardings by one table."""
 
 import functools
 import math
@@ -45,14 +45,14 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     """Arranges the devices (all by default) on a recipe's axes. Raises UserError if their numbers do not match."""
     devices = jax.devices() if devices is None else devices
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    requested = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         size, remainder = divmod(len(devices), math.prod(size for size in sizes if size != -1))
         if remainder or not size:
-            raise UserError(f"mesh: {asked} does not divide {len(devices)} devices")
+            raise UserError(f"mesh: {requested} does not divide {len(devices)} devices")
         sizes[sizes.index(-1)] = size
     if math.prod(sizes) != len(devices):
-        raise UserError(f"mesh: {asked} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
+        raise UserError(f"mesh: {requested} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
                         "set one axis to -1 to use all of them")
     if devices[0].platform != "tpu":
         grid = np.asarray(devices).reshape(sizes)
@@ -74,7 +74,7 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
 
 
 def parameter_shardings(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
-    """Sharding by path. Raises UserError naming parameter, dimension and axis if a dimension does not divide."""
+    """Returns shardings by path. Raises UserError that names parameter, dimension and axis if one does not divide."""
     specs = config.match_rules(TABLE, list(shapes), "sharding", allow_unused=True)
     for path, spec in specs.items():
         for size, axes in zip(shapes[path], spec, strict=False):
@@ -97,7 +97,7 @@ def check_rows(mesh: jax.sharding.Mesh) -> None:
 def constrain(x: jax.Array, spec: P) -> jax.Array:
     """Constrains the sharding of `x` to `spec` if a mesh is set (`jax.set_mesh`).
 
-    A batch that the axes do not divide is left as it is: sample answers in training come a few at a time.
+    A batch that the axes do not divide is unchanged, because sample answers in training are small batches.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or spec == ROWS and row_axes(x.shape[0]) is None:
@@ -106,6 +106,6 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def row_axes(count: int) -> tuple[str, ...] | None:
-    """Mesh axes that split a batch of `count`; None if they do not divide it, so that every device has all of it."""
+    """Returns the mesh axes that split a batch of `count`; None if they do not divide it, so that it is replicated."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if count % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")

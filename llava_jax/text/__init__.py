@@ -1,1 +1,1 @@
-"""Text in and out of the model: tokenizers, conversation templates, tokens and labels. Imports no JAX."""
+"""Converts text to tokens and back: tokenizers, conversation templates, labels. Imports no JAX."""

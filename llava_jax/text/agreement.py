@@ -1,7 +1,7 @@
 """Checks that a template, a tokenizer and a model match.
 
-A mismatch causes no error by itself. JAX clamps an id beyond the embedding to another one, and a model learns an end of
-an answer that is no token as a few letters.
+A mismatch causes no error by itself. JAX clamps an id beyond the embedding to another one. If the end of an answer is
+no token, the model learns it as a few letters.
 """
 
 import functools
@@ -13,7 +13,7 @@ from llava_jax.text.templates import IMAGE, Template, get
 from llava_jax.text.tokenizer import Tokenizer
 
 CANDIDATES = ("vicuna_v1", "llava_llama_3", "qwen_1_5", "gemma_instruct")
-"""Templates of different families, in the order in which their ends are looked up in a tokenizer."""
+"""Templates of different families, in the order in which `choose_template` tries them."""
 
 
 def check(template: str | Template, tokenizer: Tokenizer, vocab_size: int, where: str, trained: bool = False,
@@ -23,9 +23,9 @@ def check(template: str | Template, tokenizer: Tokenizer, vocab_size: int, where
     Args:
       vocab_size: number of rows of the model's embedding.
       trained: whether the model was trained on this template. An end that is no token is then reported on stderr only,
-        because inference here also searches for the text of the end.
+        because this project's inference also searches for the text of the end.
       visual_tokens: number of visual tokens of a tile.
-      context: largest number of tokens that the model takes.
+      context: maximum number of tokens of the model's context.
     """
     if context is not None and visual_tokens >= context:
         raise UserError(f"{where}: an image takes {visual_tokens:,} tokens, and the model's context is {context:,} "
@@ -42,8 +42,8 @@ def check(template: str | Template, tokenizer: Tokenizer, vocab_size: int, where
 
 def tokens_beyond(tokenizer: Tokenizer, vocab_size: int) -> list[tuple[str, int]]:
     """Returns tokens whose ids have no row. `<image>` and a padding token need none: they are never looked up."""
-    spared = () if tokenizer.pad_id in (tokenizer.bos_id, tokenizer.eos_id) else (tokenizer.pad_id,)
-    return [(text, i) for text, i in tokenizer.tokens_from(vocab_size) if text != IMAGE and i not in spared]
+    exempt = () if tokenizer.pad_id in (tokenizer.bos_id, tokenizer.eos_id) else (tokenizer.pad_id,)
+    return [(text, i) for text, i in tokenizer.tokens_from(vocab_size) if text != IMAGE and i not in exempt]
 
 
 def end_problem(template: str | Template, tokenizer: Tokenizer) -> str:
@@ -58,9 +58,10 @@ def end_problem(template: str | Template, tokenizer: Tokenizer) -> str:
 
 def choose_template(tokenizer: Tokenizer) -> str | None:
     """Chooses a template for a decoder: one that ends with the tokenizer's EOS, else with any of its tokens."""
-    known = {name: tokenizer.special_id(get(name).end) for name in CANDIDATES}
-    known = {name: end for name, end in known.items() if end is not None}
-    return next((name for name, end in known.items() if end == tokenizer.eos_id), next(iter(known), None))
+    ends = {name: tokenizer.special_id(get(name).end) for name in CANDIDATES}
+    ends = {name: end for name, end in ends.items() if end is not None}
+    first = next(iter(ends), None)
+    return next((name for name, end in ends.items() if end == tokenizer.eos_id), first)
 
 
 def template_for_decoder(tokenizer: Tokenizer, where: str) -> str:
@@ -73,12 +74,12 @@ def template_for_decoder(tokenizer: Tokenizer, where: str) -> str:
     return name
 
 
-def check_length(asked: int, context: int, name: str) -> int:
-    """Returns `asked`, or the model's context if that is shorter, which is then reported on stderr."""
-    if asked > context:
-        say(f"{name} is {asked:,}, the model's context {context:,} tokens (max_position_embeddings): a longer "
+def check_length(length: int, context: int, name: str) -> int:
+    """Returns `length`, or the model's context if that is shorter, which is then reported on stderr."""
+    if length > context:
+        say(f"{name} is {length:,}, the model's context {context:,} tokens (max_position_embeddings): a longer "
             "conversation is too_long")
-    return min(asked, context)
+    return min(length, context)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class ImageCount(UserError):
 
 
 class Example(NamedTuple):
-    """Holds one conversation. `labels[t]` is `tokens[t]` if that token is supervised (not shifted), else IGNORE."""
+    """One conversation. `labels[t]` is `tokens[t]` if that token is supervised (not shifted), else IGNORE."""
 
     tokens: Int32[np.ndarray, "T"]
     labels: Int32[np.ndarray, "T"]
@@ -96,8 +96,8 @@ def encode_prompt(
     if IMAGE in assistant_prefix:
         raise UserError(f"assistant_prefix contains {IMAGE}, but an answer has no images")
     answer = Span(check_text(assistant_prefix, "assistant_prefix"), False, cut=True)
-    laid_out = [*spans(turns, get(template), system, True, verbatim), answer]
-    return _encode(laid_out, tokenizer, visual_tokens).tokens
+    rendered = [*spans(turns, get(template), system, True, verbatim), answer]
+    return _encode(rendered, tokenizer, visual_tokens).tokens
 
 
 def eos_ids_and_texts(template: str | Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
@@ -136,16 +136,16 @@ def conversation_spans(turns: Sequence[Mapping[str, Any]], template: str | Templ
     return spans(read, get(template), system, unsupervised=unsupervised)
 
 
-def tokenize_spans(laid_out: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
+def tokenize_spans(rendered: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
     """Tokenizes a conversation. An image is one token; a BOS token has the offsets (-1, -1).
 
     The text is cut at each `<image>`, as in LLaVA, and where an answer starts. So no token reaches from the prompt into
     the answer, and a prompt is a prefix of its training sequence. LLaMA's tokenizers need no cut at answers, because
     none of their tokens reaches across; each cut would add a space.
     """
-    text = "".join(span.text for span in laid_out)
-    starts = np.cumsum([0, *(len(span.text) for span in laid_out)]).tolist()
-    cuts = [] if tokenizer.adds_prefix_space else [at for at, span in zip(starts, laid_out, strict=False) if span.cut]
+    text = "".join(span.text for span in rendered)
+    starts = np.cumsum([0, *(len(span.text) for span in rendered)]).tolist()
+    cuts = [] if tokenizer.adds_prefix_space else [at for at, span in zip(starts, rendered, strict=False) if span.cut]
     ids, offsets = [tokenizer.bos_id] * tokenizer.adds_bos, [(-1, -1)] * tokenizer.adds_bos
     start = 0
     for i, piece in enumerate(text.split(IMAGE)):
@@ -161,12 +161,12 @@ def tokenize_spans(laid_out: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
     return Tokens(ids, offsets)
 
 
-def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int]) -> Example:
-    ids, offsets = tokenize_spans(laid_out, tokenizer)
+def _encode(rendered: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int]) -> Example:
+    ids, offsets = tokenize_spans(rendered, tokenizer)
     tokens = np.array(ids, np.int32)
     first, last = np.array(offsets, np.int64).reshape(-1, 2).T
-    ends = np.cumsum([len(span.text) for span in laid_out])
-    ranges = [(end - len(span.text), end) for span, end in zip(laid_out, ends, strict=True) if span.supervised]
+    ends = np.cumsum([len(span.text) for span in rendered])
+    ranges = [(end - len(span.text), end) for span, end in zip(rendered, ends, strict=True) if span.supervised]
     edges = np.array(ranges, np.int64).ravel()
     # A token that reaches into a supervised span belongs to it.
     supervised = _inside(first, edges) | (_inside(last - 1, edges) & (last > first))
@@ -180,5 +180,5 @@ def _encode(laid_out: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int |
 
 
 def _inside(positions: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Says for each position whether it is in [edges[0], edges[1]), [edges[2], edges[3]), ...; the edges ascend."""
+    """Returns whether each position is in [edges[0], edges[1]), [edges[2], edges[3]), ...; the edges ascend."""
     return np.searchsorted(edges, positions, side="right") % 2 == 1

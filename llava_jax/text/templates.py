@@ -19,7 +19,7 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Holds the strings of one conversation format.
+    """Strings of one conversation format.
 
     A question is `user + gap + text + after_user`, an answer `assistant + gap + text + before_end + end + after_end`.
     The answer's `gap + text + before_end + end` is supervised. With `signs`, `end` is before every turn instead, and
@@ -40,7 +40,7 @@ class Template:
     after_end: str = ""
     between: str = ""  # string before every question but the first
     signs: bool = False  # whether `end` starts every turn; it and the assistant's role are supervised, as in LLaVA v0
-    empty: Literal["open", "closed", "omitted"] = "open"  # form of an empty text: its role only, as any text, or none
+    empty: Literal["open", "closed", "omitted"] = "open"  # an empty text: role only, as any text, or none
     captions: bool = False  # whether only the images of a question are kept: image-caption pairs
     image: str = IMAGE  # form of an image's mark
 
@@ -257,27 +257,28 @@ def spans(
 
     sign = template.end if template.signs else ""
     supervised = [role == "assistant" and i not in unsupervised for i, (role, _) in enumerate(turns)]
-    learns = any(supervised)  # whether a sign is supervised: as the answer before it
-    laid_out = [Span(before, False)]
+    # A sign is supervised as the answer before it; the first one, if any answer is.
+    is_supervised = any(supervised)
+    rendered = [Span(before, False)]
     for i, (role, text) in enumerate(turns):
         text = text if verbatim else _move_image(text, template)
         if role == "user":
-            laid_out += [Span(sign, learns), Span(_question(text, template, first=i == 0, system=inside), False)]
+            rendered += [Span(sign, is_supervised), Span(_question(text, template, first=i == 0, system=inside), False)]
             continue
-        learns = supervised[i]
+        is_supervised = supervised[i]
         answer = template.gap + text + template.before_end
         if not text and template.empty != "closed":
-            laid_out.append(Span(template.assistant if template.empty == "open" else "", False))
+            rendered.append(Span(template.assistant if template.empty == "open" else "", False))
         elif template.signs:
-            laid_out += [Span(sign + template.assistant, learns), Span(answer, learns, cut=True)]
+            rendered += [Span(sign + template.assistant, is_supervised), Span(answer, is_supervised, cut=True)]
         else:
-            laid_out += [Span(template.assistant, False), Span(answer + template.end, learns, cut=True),
+            rendered += [Span(template.assistant, False), Span(answer + template.end, is_supervised, cut=True),
                          Span(template.after_end, False)]
     if open_answer:
-        laid_out.append(Span(sign + template.assistant, False))
+        rendered.append(Span(sign + template.assistant, False))
     elif template.signs:
-        laid_out.append(Span(sign + template.after_end, learns))
-    return [span for span in laid_out if span.text]
+        rendered.append(Span(sign + template.after_end, is_supervised))
+    return [span for span in rendered if span.text]
 
 
 def _question(text: str, template: Template, first: bool, system: str) -> str:
