@@ -1,4 +1,4 @@
-"""Command lines: dataclass fields become options, and a UserError becomes one line and exit code 2."""
+"""Runs command lines: dataclass fields become options, and a UserError becomes one line and exit code 2."""
 
 import contextlib
 import io

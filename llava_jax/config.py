@@ -112,7 +112,7 @@ class Data:
     tiles_per_sequence: int = 2
     """Number of image tiles of a packed sequence."""
     exif: bool = False
-    """Whether images are turned as their EXIF orientation says. LLaVA did not."""
+    """Whether images are rotated as their EXIF orientation says, which LLaVA did not."""
     max_pixels: int = MAX_PIXELS
     """Maximum number of pixels of an image. A row with a larger one is bad."""
     bad_rows: Literal["error", "skip"] = "error"
@@ -143,11 +143,11 @@ class Optimizer:
     b2: float = 0.999
     """Decay rate of the second moment."""
     eps: float = 1e-8
-    """Constant added to the root of the second moment."""
+    """Constant added to the square root of the second moment."""
     offload: bool = False
     """Whether the moments stay in host memory and move to the devices for each update."""
     clip: float | None = None
-    """Maximum global gradient norm. LLaVA-1.5 trained without."""
+    """Maximum global gradient norm; default: no clipping, as in LLaVA-1.5."""
 
     def __post_init__(self):
         if not 0 <= self.warmup_ratio <= 1:

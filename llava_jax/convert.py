@@ -30,7 +30,7 @@ class Convert:
     hf opens in transformers' LlavaForConditionalGeneration, with tokenizer, processor and chat template. native is
     this project's layout, with stacked layers.
 
-    SRC, CLIP and LLAMA are directories with safetensors, whose files tell the layout. The second form joins a CLIP or
+    SRC, CLIP and LLAMA are directories with safetensors, whose layout is detected. The second form joins a CLIP or
     SigLIP and a LLaMA, Mistral or Qwen2 by a new, untrained projector. DST must be missing or empty; it appears when
     it is complete.
     """

@@ -1,4 +1,4 @@
-"""UserError: an error that a user can fix. Other errors are faults of the machine or of this code."""
+"""Defines UserError, an error that a user can fix. Other errors are faults of the machine or of this code."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Atomic writing, and reading of small files with errors that name them."""
+"""Writes files atomically, and reads small files with errors that name them."""
 
 import contextlib
 import fcntl
@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 from llava_jax.errors import DISK_FULL_ERRNOS, UserError, user_path
 
 LARGEST_SMALL_FILE = 2**28
-"""Maximum bytes of a small file: a configuration, an index, a table of prices."""
+"""Maximum size in bytes of a small file, such as a configuration or an index."""
 
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
-"""Part of the names of temporary files that says which host wrote them."""
+"""Part of the names of temporary files: a hash of the host that wrote them."""
 
 ABANDONED_SECONDS = 24 * 3600.0
 """Seconds without a change after which a temporary file of another host is a leftover. Its locks are not seen here."""
@@ -200,13 +200,13 @@ def require_fields(row: Any, kinds: Mapping[str, type | tuple[type, ...]], name:
             raise UserError(f"{name}: {field!r} cannot be {shown}")
 
 
-def show_json(value: Any, most: int = 60) -> str:
+def show_json(value: Any, limit: int = 60) -> str:
     """Returns a JSON value as text for a message: safe for a terminal, and cut if it is long."""
     try:
         text = json.dumps(value)
     except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
         return json_type(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def json_type(value: Any) -> str:

@@ -34,6 +34,8 @@ Ctrl-C stops an answer."""
 
 @dataclass(frozen=True)
 class Options:
+    """Options of the command line."""
+
     model: str
     """Directory of the model."""
     image: tuple[str, ...] = ()
@@ -43,9 +45,9 @@ class Options:
     max_new_tokens: int = 512
     """Maximum number of tokens of an answer."""
     temperature: float = 0.0
-    """0 chooses the most likely token; above 0 tokens are drawn."""
+    """Sampling temperature: 0 chooses the most likely token, above 0 tokens are drawn."""
     top_p: float = 1.0
-    """Probability of the smallest set of most likely tokens that is drawn from."""
+    """Total probability of the most likely tokens from which one is drawn."""
     seed: int = 0
     """Random seed; the same seed draws the same answer."""
     stop: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ class Options:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Whether to print one JSON object: text, finish_reason, prompt_tokens, completion_tokens, seconds."""
     template: str | None = None
-    """Name of the conversation template, if the model's files do not tell the one of its training."""
+    """Name of the conversation template, if the model's files do not name the one that it was trained with."""
     dtype: str | None = None
     """bfloat16 or float32. By default bfloat16 on TPU and GPU, float32 on CPU."""
 

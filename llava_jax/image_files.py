@@ -29,7 +29,7 @@ MAX_SCANS = 100
 """Largest number of scans in a JPEG. Cameras and converters write 1 to 10, and each costs as much as the image."""
 
 STRIP_PIXELS = 2**22
-"""Number of pixels that are processed together."""
+"""Number of pixels that are processed at a time."""
 
 ORIENTATION = 0x0112
 """EXIF tag of the orientation; 1 is upright."""
@@ -64,10 +64,10 @@ def open_image(
 
     Greys of 16 bits are scaled from 0..65535, because PIL would make everything above 255 white. Integers of 32 bits
     and floats are scaled from 0..255 (floats up to 1: 0..1; integers up to 65535: 0..65535), and any other range from
-    its least to its greatest value.
+    its smallest to its largest value.
 
     Args:
-      exif: turn the image as its EXIF orientation says. LLaVA does not.
+      exif: rotate the image as its EXIF orientation says. LLaVA does not.
       max_pixels: largest width times height, checked in the header before anything is decoded.
       seconds: largest time to decode a JPEG or PNG.
 
@@ -91,7 +91,7 @@ def image_size(source: str | os.PathLike | bytes, exif: bool = False, max_pixels
             _check_pixels(_webp_size(start), max_pixels)
             with Image.open(file, formats=FORMATS) as image:
                 _check_pixels(image.size, max_pixels)
-                swap = exif and orientation(image) > 4  # turned by a quarter
+                swap = exif and orientation(image) > 4  # rotated by 90 degrees
                 return (image.height, image.width) if swap else image.size
 
 
@@ -104,12 +104,12 @@ def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> bytes:
 def _open_file(path: str | os.PathLike, max_pixels: int) -> BinaryIO:
     with user_path(path):
         try:
-            about = os.stat(path)
-            if not stat.S_ISREG(about.st_mode):  # a pipe would block, a device never end
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
                 raise UserError(f"{path}: the image cannot be read (it is no regular file)")
-            if about.st_size > 16 * max_pixels:  # uncompressed, 4 channels of 32 bits
-                raise UserError(f"{path}: the image cannot be read (a file of {about.st_size:,} bytes)")
-            if not about.st_size:
+            if status.st_size > 16 * max_pixels:  # uncompressed, 4 channels of 32 bits
+                raise UserError(f"{path}: the image cannot be read (a file of {status.st_size:,} bytes)")
+            if not status.st_size:
                 raise UserError(f"{path}: the file is empty (0 bytes)")
             return open(path, "rb")
         except (FileNotFoundError, NotADirectoryError):
@@ -208,6 +208,7 @@ def _webp_size(content: bytes) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any PIL mode to RGB, as `open_image` says."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _scale_grey(image)
     if image.mode in ("La", "RGBa"):
@@ -240,7 +241,7 @@ def _scale_grey(image: Image.Image) -> Image.Image:
 
 
 def _finite_range(values: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:
-    """Returns the least and the greatest finite value; (0, 0) if there is none."""
+    """Returns the smallest and the largest finite value; (0, 0) if there is none."""
     low, high = np.inf, -np.inf
     for rows in row_strips(*size):
         finite = values[rows][np.isfinite(values[rows])]

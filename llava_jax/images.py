@@ -1,4 +1,4 @@
-"""Turns images into model input on the host: square tiles, their pixels normalised, the order of their visual tokens.
+"""Turns images into model input on the host: square tiles, normalised pixels, and the order of the visual tokens.
 
 PIL resizes uint8 images with its own rounding, which no device reproduces, and the pre-trained vision towers
 saw exactly these pixels. So everything up to the uint8 tile happens here; the tile is what crosses to the device.
@@ -31,8 +31,8 @@ ImageMode = Literal["crop", "pad", "resize"]
 class Layout(NamedTuple):
     """The visual tokens of one image, in order.
 
-    `index[k]` is the feature of the k-th visual token. Features of the image's tiles are counted through, tile by tile.
-    One more than the last of them stands for the newline.
+    `index[k]` is the feature of the k-th visual token. Features are numbered over all tiles of the image. The index
+    after the last one is the newline.
     """
 
     tiles: int
@@ -57,7 +57,7 @@ class ImageProcessor:
     size: int = 336
     """Side of a tile in pixels."""
     mode: Literal["crop", "pad", "resize", "anyres"] = "pad"
-    """Way from an image to its tiles."""
+    """Mode, which determines how an image becomes tiles."""
     patches: int = 24
     """Number of patches along one side of a tile."""
     class_token: bool = False

@@ -1,4 +1,4 @@
-"""A log of JSON lines: one process appends whole lines, any number of processes read."""
+"""Writes and reads a log of JSON lines: one process appends complete lines, any number of processes read."""
 
 import fcntl
 import json
@@ -126,7 +126,7 @@ class JsonLinesFile:
 
 
 def is_json(line: bytes) -> bool:
-    """Whether a line is JSON of any type."""
+    """Returns whether a line is JSON of any type."""
     try:
         json.loads(line)
     except RecursionError:
@@ -137,7 +137,7 @@ def is_json(line: bytes) -> bool:
 
 
 def is_written(path: str) -> bool:
-    """Whether a process has the file open to write."""
+    """Returns whether a process has the file open to write."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

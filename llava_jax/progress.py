@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line now and then."""
+"""Shows the progress of long work: a bar on a terminal, otherwise one line a minute."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from tqdm import tqdm
 from llava_jax.cli import printable
 
 SECONDS_PER_LINE = 60.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 
 
 class Progress:

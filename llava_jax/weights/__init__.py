@@ -1,4 +1,4 @@
-"""Checkpoints in and out: the native layout and Hugging Face's, in files and on devices."""
+"""Reads and writes checkpoints in the native layout and in Hugging Face's, in files and on devices."""
 
 from llava_jax.weights.checkpoint import check_export, load_checkpoint, load_model, read_config, save_hf, save_native
 from llava_jax.weights.source import fresh_paths

@@ -1,4 +1,4 @@
-"""Recognises the conversation template of a checkpoint from its files. A Jinja text is never executed."""
+"""Recognises the conversation template of a checkpoint from its files. Jinja source is never executed."""
 
 import json
 import re
@@ -22,7 +22,7 @@ MARKS = {
     "qwen_2_5": ("<|im_start|>", "<|im_end|>"),  # its system text contains the next one's
     "qwen_1_5": ("<|im_start|>", "<|im_end|>"),
 }
-# Patterns that it must not contain: the same marks with other blanks, newlines or signs around them.
+# Patterns that it must not contain: the same marks with other whitespace or signs around them.
 _NOT_VICUNA = r"(USER|ASSISTANT):\s*\n(?!\Z)|###"
 _NOT_CHATML = r"<\|im_end\|>(?!\n)|<\|im_start\|>\w+(?![\w\n'\"])|role(['\"]\])?\s*[+~]\s*['\"][^\n]"
 OTHERS = {"vicuna_v1": _NOT_VICUNA, "qwen_2_5": _NOT_CHATML, "qwen_1_5": _NOT_CHATML}
@@ -40,7 +40,7 @@ def template_name(directory: Path, text_model: str) -> str:
     file, text = chat_template(directory)
     if not text:
         return _by_decoder(directory, text_model)
-    if name := _ours(text):
+    if name := _exported_template(text):
         return name
     joined = _joined(text)
     for name, marks in (("vicuna_v1", LLAVA_HF), *MARKS.items()):
@@ -64,15 +64,14 @@ def _by_decoder(directory: Path, text_model: str) -> str:
     return name
 
 
-def _ours(text: str) -> str | None:
+def _exported_template(text: str) -> str | None:
     """Returns the template from which `templates.chat_template` wrote a text, in this or an earlier version."""
-    if not (header := re.match(r'\{%- set t = \{"name": "(\w+)", .*?\} -%\}', text)):
-        return None
-    if header[1] not in templates.TEMPLATES:
+    header = re.match(r'\{%- set t = \{"name": "(\w+)", .*?\} -%\}', text)
+    if header is None or header[1] not in templates.TEMPLATES:
         return None
     for field, value in asdict(templates.get(header[1])).items():
         written = "none" if value is None else json.dumps(value)
-        # An exported template may have a blank after its images; a field may be newer than the text.
+        # An exported template may have a space after its images, and an old one lacks newer fields.
         if field != "image" and f'"{field}": ' in header[0] and f'"{field}": {written}' not in header[0]:
             return None
     return header[1]
@@ -85,7 +84,7 @@ def _joined(text: str) -> str:
 
 
 def _has_system(joined: str, system: str | None) -> bool:
-    """Tells whether a text contains this system text between the bounds of strings or marks."""
+    """Returns whether a text contains this system text between the bounds of strings or marks."""
     return re.search(rf"(?:^|['\"}}>]|system)\s*{re.escape(system or '')}\s*(?:['\"{{<]|USER:|$)", joined) is not None
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: reading them onto devices, and writing them in the native layout or in Hugging Face's (hf).
+"""Reads checkpoints onto devices, and writes them in the native layout or in Hugging Face's (hf).
 
 The native layout is a directory with config.json ("model_type": "llava_jax"), the stacked parameters under their paths
 in model.safetensors (or numbered files and an index), and the tokenizer's files unchanged.
@@ -21,13 +21,14 @@ from llava_jax.weights.files import TensorSpec
 from llava_jax.weights.source import Config, ParameterSource
 
 SHARD_BYTES = 5 * 10**9
+"""Default largest size of a file of tensors, as in transformers."""
 
 
 def read_config(path: str | Path, template: str | None = None) -> Config:
-    """Reads `configs.read_config`, and tells from the tensors whether embeddings are tied if config.json is wrong.
+    """Reads a configuration as `configs.read_config` does, and corrects a wrong `tie_word_embeddings`.
 
-    A config may tie a head that the files store separately: of LLaVA's two flags one is often left at its default. As
-    in transformers, the stored head then counts if it differs from the embedding.
+    Some configurations tie embeddings although the files have a separate head, because LLaVA has two flags and one is
+    often left at its default. As in transformers, a head in the files is used if it differs from the embedding.
     """
     config, directory = configs.read_config(path, template), Path(path)
     text = getattr(config, "text", config)
@@ -50,7 +51,7 @@ def load_checkpoint(
 
     Args:
       path: a directory of a LLaVA (Hugging Face's layout as any transformers wrote it, or the native one), or of a
-        CLIP, SigLIP, LLaMA, Mistral or Qwen2. Its files tell which. The text tower of a CLIP is left out.
+        CLIP, SigLIP, LLaMA, Mistral or Qwen2, which is detected from its files. The text tower of a CLIP is left out.
       dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them. The files may be
         either, or float16.
       template: see `read_config`.
@@ -191,7 +192,7 @@ def check_export(config: LlavaConfig, tokenizer_dir: str | Path) -> None:
 
 
 def padded_rows(rows: int, largest_id: int) -> int:
-    """Number of rows of an embedding that includes `largest_id`: unchanged, or else a multiple of 64."""
+    """Returns the number of rows of an embedding that includes `largest_id`: unchanged, or else a multiple of 64."""
     return rows if largest_id < rows else -(-(largest_id + 1) // 64) * 64
 
 
@@ -228,15 +229,16 @@ def _hf_specs(parameters: ParameterSource, rows: int, dtype: str | None) -> list
     specs = []
     for name, mapping in tables.tensor_mappings(parameters.shapes).items():
         shape = mapping.hf_shape
-        more = rows - shape[0] if name in (tables.EMBEDDING, tables.HEAD) else 0
+        new_rows = rows - shape[0] if name in (tables.EMBEDDING, tables.HEAD) else 0
 
-        def blocks(mapping: tables.TensorMapping = mapping, more: int = more) -> Iterator[np.ndarray]:
+        def blocks(mapping: tables.TensorMapping = mapping, new_rows: int = new_rows) -> Iterator[np.ndarray]:
             x = mapping.transform.to_hf(parameters.read(mapping.path, mapping.layer))
             yield x
-            if more:
-                yield np.broadcast_to(_mean_row(x), (more, x.shape[1]))
+            if new_rows:
+                yield np.broadcast_to(_mean_row(x), (new_rows, x.shape[1]))
 
-        specs.append(TensorSpec(name, _dtype(parameters, mapping.path, dtype), (shape[0] + more, *shape[1:]), blocks))
+        padded_shape = (shape[0] + new_rows, *shape[1:])
+        specs.append(TensorSpec(name, _dtype(parameters, mapping.path, dtype), padded_shape, blocks))
     projector = _dtype(parameters, "projector/layers_0/kernel", dtype)
     for name, x in source.second_linear(parameters.shapes, projector).items():
         specs.append(TensorSpec(name, projector, x.shape, lambda x=x: [x]))
@@ -244,7 +246,7 @@ def _hf_specs(parameters: ParameterSource, rows: int, dtype: str | None) -> list
 
 
 def _mean_row(x: np.ndarray) -> np.ndarray:
-    # Summed in float64, 256 rows at a time, to need little memory and never overflow the dtype.
+    # Summed in float64, 256 rows at a time, because that needs little memory and cannot overflow the dtype.
     total = sum(x[start : start + 256].astype(np.float64).sum(0) for start in range(0, len(x), 256))
     return (total / len(x)).astype(x.dtype)
 

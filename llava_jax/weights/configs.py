@@ -1,4 +1,4 @@
-"""config.json in and out: of the native layout, and of Hugging Face's LLaVA, its vision towers and decoders."""
+"""Reads and writes config.json of the native layout, and of Hugging Face's LLaVA, vision towers and decoders."""
 
 import dataclasses
 import os
@@ -48,8 +48,8 @@ OLD_IMAGE_MODES = {"square": "crop"}
 def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
     """Reads the configuration of a checkpoint directory: a LLaVA, a vision tower (CLIP, SigLIP) or a decoder.
 
-    config.json tells the layout. `template` replaces a LLaVA's conversation template, which is then not read from its
-    files. Raises UserError that names file and field if a file is missing or if no model here computes what it asks.
+    config.json determines the layout. `template` replaces a LLaVA's conversation template, which is then not read from
+    its files. Raises UserError that names file and field if a file is missing or a setting is not supported.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -177,15 +177,15 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     )
 
 
-def _build(file: Path, make: Callable, /, **values: Any) -> Any:
+def _build(file: Path, constructor: Callable, /, **values: Any) -> Any:
     try:
-        return make(**values)
+        return constructor(**values)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def _read_processor(directory: Path, file: Path, config: Any, mode: str | None) -> ImageProcessor:
-    """Reads the image processor of a LLaVA in Hugging Face's layout; `mode` overrules its files."""
+    """Reads the image processor of a LLaVA in Hugging Face's layout; `mode` overrides its files."""
     vision = config.vision_config
     found = _processor_settings(directory, vision.model_type == "siglip_vision_model")
     if mode:
@@ -198,8 +198,8 @@ def _read_processor(directory: Path, file: Path, config: Any, mode: str | None) 
 def _processor_settings(directory: Path, is_siglip: bool = False) -> dict[str, Any]:
     """Reads mode, mean and std from the files of an image processor. Without files they are CLIP's or SigLIP's.
 
-    CLIP's crops the centre, or pads to a square if `do_pad` is set. SigLIP's resizes to a square. Raises UserError if
-    the files ask for something else.
+    CLIP's processor crops the centre, or pads to a square if `do_pad` is set. SigLIP's resizes to a square. Raises
+    UserError if the files have another setting.
     """
     image_processor = {"image_processor": fields.Field(dict)}
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -254,12 +254,12 @@ def _read_native(raw: dict, file: Path) -> LlavaConfig:
 
 
 def native_config(config: LlavaConfig) -> dict:
-    """Makes the config.json of the native layout."""
+    """Returns the config.json of the native layout."""
     return {"model_type": MODEL_TYPE, "version": VERSION, **dataclasses.asdict(config)}
 
 
 def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtype: str) -> dict:
-    """Makes the config.json of Hugging Face's LLaVA, with every field that matters, because defaults change.
+    """Returns the config.json of Hugging Face's LLaVA, with every field that matters, because defaults change.
 
     `tokens`: ids of "image", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the tensors.
     Raises UserError if Hugging Face's model cannot compute the same function.
@@ -287,11 +287,12 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
 
 
 def select_strategy(config: LlavaConfig) -> str:
-    """Hugging Face's name of the features that are read: `default` drops the first one, which is CLIP's class token."""
+    """Returns Hugging Face's name of the selected features: `default` drops the first one, CLIP's class token."""
     return "default" if config.feature_select == "patch" and config.vision.class_token else "full"
 
 
 def hf_vision(config: VisionConfig) -> dict:
+    """Returns the config of a CLIP or SigLIP vision tower. Raises UserError if Hugging Face has no such tower."""
     flags = (config.class_token, config.patch_bias, config.pre_norm)
     clip, siglip = (True, False, True), (False, True, False)
     if flags not in (clip, siglip):
@@ -305,7 +306,10 @@ def hf_vision(config: VisionConfig) -> dict:
 
 
 def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
-    """Makes the config of a Qwen2 if only queries, keys and values have biases, and otherwise of a LLaMA."""
+    """Returns the config of a Qwen2 if only queries, keys and values have biases, otherwise of a LLaMA.
+
+    `vocab_size`: number of rows of the embedding. Raises UserError if Hugging Face has no decoder with these biases.
+    """
     qwen2 = config.qkv_bias and not config.out_bias
     if config.out_bias and not config.qkv_bias or qwen2 and config.mlp_bias:
         raise UserError("Hugging Face has no decoder with these biases: "

@@ -1,4 +1,4 @@
-"""Types and ranges of the fields of a config.json, checked before a model is built from them.
+"""Checks types and ranges of the fields of a config.json, before a model is built from them.
 
 A size that no model has is refused, because it would fill the memory or run for ever: a billion layers, for example.
 """
@@ -94,7 +94,7 @@ def check_fields(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field]
 
 
 def decoder(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Checked fields of a LLaMA, Mistral or Qwen2, and of its rotary embedding."""
+    """Returns the checked fields of a LLaMA, Mistral or Qwen2, and of its rotary embedding."""
     found = check_fields(file, raw, DECODER, prefix)
     for name in ("rope_scaling", "rope_parameters"):
         if found.get(name):
@@ -103,7 +103,7 @@ def decoder(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 
 def llava(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked fields of a LLaVA and its parts."""
+    """Returns the checked fields of a LLaVA and its parts."""
     found = check_fields(file, raw, LLAVA)
     for name, part in (("vision_config", tower), ("text_config", decoder)):
         if name in found:
@@ -112,19 +112,19 @@ def llava(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tower(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Checked fields of a vision tower of CLIP or SigLIP."""
+    """Returns the checked fields of a vision tower of CLIP or SigLIP."""
     return check_fields(file, raw, TOWER, prefix)
 
 
 def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked fields of a CLIP or SigLIP with text tower: those of its vision tower, which old files have twice."""
+    """Returns the checked vision fields of a CLIP or SigLIP with text tower. Old files have them twice."""
     names = ("vision_config", "vision_config_dict")
     found = check_fields(file, raw, {name: Field(dict, null=True) for name in names})
     return {name: tower(file, part, f"{name}.") for name, part in found.items() if part}
 
 
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked fields of the native layout. Raises UserError if one is missing or unknown."""
+    """Returns the checked fields of the native layout. Raises UserError if one is missing or unknown."""
     found = _exactly(file, raw, LlavaConfig)
     for name, kind in (("vision", VisionConfig), ("text", LlamaConfig), ("processor", ImageProcessor)):
         found[name] = _exactly(file, found[name], kind, f"{name}.")

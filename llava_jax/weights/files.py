@@ -1,7 +1,7 @@
-"""Safetensors files: reading through the safetensors library, and writing one block of a tensor at a time.
+"""Reads safetensors files through the safetensors library, and writes them one block of a tensor at a time.
 
 Large models are cut into several files; an index names the file of each tensor. The library writes a file only from
-tensors that are all in memory, so this module has a writer of its own.
+tensors that are all in memory, so this module has its own writer.
 """
 
 import contextlib
@@ -47,13 +47,13 @@ class TensorInfo:
 
     def read(self, index: int | slice | None = None) -> np.ndarray:
         """Reads the tensor, or an index or slice of its first axis."""
-        assert self.dtype
+        assert self.dtype  # raises UserError for an unsupported type
         with safe_open(self.file, "numpy") as file:
             return file.get_tensor(self.name) if index is None else file.get_slice(self.name)[index]
 
 
 def has_tensors(directory: Path) -> bool:
-    """Tells whether a directory has files for `list_tensors`, which may still be damaged."""
+    """Returns whether a directory has files for `list_tensors`, which may still be damaged."""
     return any((directory / name).exists() for name in (SINGLE, INDEX))
 
 
@@ -97,7 +97,7 @@ def _is_inside(directory: Path, name: Any, index: Path) -> bool:
 
 
 def other_format(directory: Path) -> str:
-    """Says which other format a directory contains and how to convert it; "" if the format is unknown."""
+    """Describes which other format a directory contains and how to convert it; "" if the format is unknown."""
     if (directory / "adapter_config.json").exists():
         return (f"{directory}: a LoRA (PEFT) adapter, which contains changes to another model; merge it into that one "
                 "with PEFT's merge_and_unload, save_pretrained the result, and name its directory")
@@ -127,7 +127,7 @@ def _tensors_in_file(file: Path) -> dict[str, TensorInfo]:
 
 
 class NotFinite(NamedTuple):
-    """Names of tensors with non-finite values: as they were given, or after a cast to a dtype of less range."""
+    """Names of tensors with non-finite values: in the source, or after a cast to a dtype with less range."""
 
     stored: list[str]
     overflowed: list[str]
@@ -142,14 +142,15 @@ class NotFinite(NamedTuple):
         return "; ".join(lines)
 
 
-def shorten(names: Sequence[str], most: int = 10) -> str:
-    """Joins names for a message, at most `most` of them."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def shorten(names: Sequence[str], limit: int = 10) -> str:
+    """Joins names for a message, at most `limit` of them."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def write_json(file: Path, value: dict) -> None:
+    """Writes an indented JSON file in UTF-8."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    file.write_bytes(text.encode(errors="backslashreplace"))  # half a surrogate pair stays the escape that it was
+    file.write_bytes(text.encode(errors="backslashreplace"))  # a lone surrogate stays an escape
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,13 @@ def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: in
 
 
 def _shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    shards, room = [[]], shard_bytes
+    shards, free_bytes = [[]], shard_bytes
     for tensor in tensors:
-        if tensor.nbytes > room and shards[-1]:
+        if tensor.nbytes > free_bytes and shards[-1]:
             shards.append([])
-            room = shard_bytes
+            free_bytes = shard_bytes
         shards[-1].append(tensor)
-        room -= tensor.nbytes
+        free_bytes -= tensor.nbytes
     return shards
 
 
@@ -230,7 +231,7 @@ def _write_block(file: BinaryIO | None, block: np.ndarray, tensor: TensorSpec, f
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Tells whether a contiguous array of DTYPES has no NaN or infinity: their exponents have all bits set."""
+    """Returns whether a contiguous array of DTYPES has no NaN or infinity: their exponents have all bits set."""
     mask = EXPONENTS[x.dtype]
     bits = x.reshape(-1).view(mask.dtype)
     return all((bits[at : at + WRITE_BYTES] & mask).max() != mask for at in range(0, bits.size, WRITE_BYTES))

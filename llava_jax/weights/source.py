@@ -1,4 +1,4 @@
-"""Parameters by path, in files of either layout or in memory, read one layer at a time."""
+"""Reads parameters by path, from files of either layout or from memory, one layer at a time."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -36,7 +36,7 @@ class ParameterSource:
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """Shapes by path of the parameters of a model, or of a vision tower or decoder."""
+    """Returns shapes by path of the parameters of a model, or of a vision tower or decoder."""
     part, model = "", config
     if isinstance(config, VisionConfig):
         part, model = "vision/", LlavaConfig(vision=config, feature_layer=0)
@@ -47,7 +47,7 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 
 def fresh_paths(model: Model, paths: Collection[str]) -> set[str]:
-    """Paths of the parameters that a recipe initialises. Raises UserError if an expression matches no parameter."""
+    """Returns the paths that a recipe initialises. Raises UserError if an expression matches no parameter."""
     if model.fresh is None:
         return set() if model.llava else {path for path in paths if path.startswith("projector/")}
     matches = {pattern: {path for path in paths if re.fullmatch(pattern, path)} for pattern in model.fresh}
@@ -116,7 +116,7 @@ def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) 
 
 
 def has_own_head(tensors: Mapping[str, files.TensorInfo]) -> bool:
-    """Tells whether Hugging Face's files contain a head that differs from the embedding."""
+    """Returns whether Hugging Face's files contain a head that differs from the embedding."""
     found = {tables.hf_name(name): tensor for name, tensor in tensors.items()}
     head, embedding = found.get(tables.HEAD), found.get(tables.EMBEDDING)
     if head is None or embedding is None:
@@ -151,7 +151,7 @@ def join(*sources: ParameterSource) -> ParameterSource:
 
 
 def second_linear(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Makes the second layer of a one-layer projector: the identity. Hugging Face's layout always has two layers."""
+    """Returns an identity as second layer of a one-layer projector, because Hugging Face's layout has two layers."""
     return {name: np.eye(*shape, dtype=dtype) if len(shape) == 2 else np.zeros(shape, dtype)
             for name, shape in _second_linear_shapes(shapes).items()}
 
@@ -159,12 +159,12 @@ def second_linear(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, np.
 def _second_linear_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     if "projector/layers_0/kernel" not in shapes or "projector/layers_1/kernel" in shapes:
         return {}
-    width = shapes["projector/layers_0/kernel"][1]
-    return {f"{tables.PROJECTOR}linear_2.weight": (width, width), f"{tables.PROJECTOR}linear_2.bias": (width,)}
+    size = shapes["projector/layers_0/kernel"][1]
+    return {f"{tables.PROJECTOR}linear_2.weight": (size, size), f"{tables.PROJECTOR}linear_2.bias": (size,)}
 
 
 def _common(dtypes: set[np.dtype]) -> np.dtype:
-    """The dtype of a stack of layers. float32 represents all values of float16 and bfloat16."""
+    """Returns the dtype of a stack of layers. float32 represents all values of float16 and bfloat16."""
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face's layout (hf) and their parameters: one table for reading and writing.
+"""Maps tensors of Hugging Face's layout (hf) to parameters, by one table for reading and writing.
 
 Names are those of the checkpoints under llava-hf/ at Hugging Face, which every version of transformers opens. Other
 spellings differ in their prefixes (`hf_name`).
@@ -36,8 +36,8 @@ class Transform:
 
 VECTOR = Transform(lambda s: (math.prod(s),), (0,))
 SAME = Transform(lambda s: s, (0, 1))
-FROM_WIDTH = Transform(lambda s: (s[0], math.prod(s[1:])), (1, 0))  # kernel [D, ...], weight [..., D]
-TO_WIDTH = Transform(lambda s: (math.prod(s[:-1]), s[-1]), (1, 0))  # kernel [..., D], weight [D, ...]
+FROM_HIDDEN = Transform(lambda s: (s[0], math.prod(s[1:])), (1, 0))  # kernel [D, ...], weight [..., D]
+TO_HIDDEN = Transform(lambda s: (math.prod(s[:-1]), s[-1]), (1, 0))  # kernel [..., D], weight [D, ...]
 PATCH = Transform(lambda s: s, (3, 2, 0, 1))  # kernel [height, width, 3, D], weight [D, 3, height, width]
 
 VISION = "vision_tower.vision_model."
@@ -50,33 +50,33 @@ MODULES = (
     (f"{VISION}embeddings.position_embedding", "vision/position_embedding", SAME),
     (f"{VISION}pre_layrnorm", "vision/pre_norm/scale", VECTOR),
     (f"{VISION}encoder.layers.*.layer_norm1", "vision/layers/attention_norm/scale", VECTOR),
-    (f"{VISION}encoder.layers.*.self_attn.q_proj", "vision/layers/attention/q_proj/kernel", FROM_WIDTH),
-    (f"{VISION}encoder.layers.*.self_attn.k_proj", "vision/layers/attention/k_proj/kernel", FROM_WIDTH),
-    (f"{VISION}encoder.layers.*.self_attn.v_proj", "vision/layers/attention/v_proj/kernel", FROM_WIDTH),
-    (f"{VISION}encoder.layers.*.self_attn.out_proj", "vision/layers/attention/o_proj/kernel", TO_WIDTH),
+    (f"{VISION}encoder.layers.*.self_attn.q_proj", "vision/layers/attention/q_proj/kernel", FROM_HIDDEN),
+    (f"{VISION}encoder.layers.*.self_attn.k_proj", "vision/layers/attention/k_proj/kernel", FROM_HIDDEN),
+    (f"{VISION}encoder.layers.*.self_attn.v_proj", "vision/layers/attention/v_proj/kernel", FROM_HIDDEN),
+    (f"{VISION}encoder.layers.*.self_attn.out_proj", "vision/layers/attention/o_proj/kernel", TO_HIDDEN),
     (f"{VISION}encoder.layers.*.layer_norm2", "vision/layers/mlp_norm/scale", VECTOR),
-    (f"{VISION}encoder.layers.*.mlp.fc1", "vision/layers/mlp/up_proj/kernel", FROM_WIDTH),
-    (f"{VISION}encoder.layers.*.mlp.fc2", "vision/layers/mlp/down_proj/kernel", TO_WIDTH),
+    (f"{VISION}encoder.layers.*.mlp.fc1", "vision/layers/mlp/up_proj/kernel", FROM_HIDDEN),
+    (f"{VISION}encoder.layers.*.mlp.fc2", "vision/layers/mlp/down_proj/kernel", TO_HIDDEN),
     (f"{VISION}post_layernorm", "vision/post_norm/scale", VECTOR),
-    (f"{PROJECTOR}linear_1", "projector/layers_0/kernel", FROM_WIDTH),
-    (f"{PROJECTOR}linear_2", "projector/layers_1/kernel", FROM_WIDTH),
+    (f"{PROJECTOR}linear_1", "projector/layers_0/kernel", FROM_HIDDEN),
+    (f"{PROJECTOR}linear_2", "projector/layers_1/kernel", FROM_HIDDEN),
     (f"{LANGUAGE}embed_tokens", "decoder/embedding", SAME),
     (f"{LANGUAGE}layers.*.input_layernorm", "decoder/layers/attention_norm/scale", VECTOR),
-    (f"{LANGUAGE}layers.*.self_attn.q_proj", "decoder/layers/attention/q_proj/kernel", FROM_WIDTH),
-    (f"{LANGUAGE}layers.*.self_attn.k_proj", "decoder/layers/attention/k_proj/kernel", FROM_WIDTH),
-    (f"{LANGUAGE}layers.*.self_attn.v_proj", "decoder/layers/attention/v_proj/kernel", FROM_WIDTH),
-    (f"{LANGUAGE}layers.*.self_attn.o_proj", "decoder/layers/attention/o_proj/kernel", TO_WIDTH),
+    (f"{LANGUAGE}layers.*.self_attn.q_proj", "decoder/layers/attention/q_proj/kernel", FROM_HIDDEN),
+    (f"{LANGUAGE}layers.*.self_attn.k_proj", "decoder/layers/attention/k_proj/kernel", FROM_HIDDEN),
+    (f"{LANGUAGE}layers.*.self_attn.v_proj", "decoder/layers/attention/v_proj/kernel", FROM_HIDDEN),
+    (f"{LANGUAGE}layers.*.self_attn.o_proj", "decoder/layers/attention/o_proj/kernel", TO_HIDDEN),
     (f"{LANGUAGE}layers.*.post_attention_layernorm", "decoder/layers/mlp_norm/scale", VECTOR),
-    (f"{LANGUAGE}layers.*.mlp.gate_proj", "decoder/layers/mlp/gate_proj/kernel", FROM_WIDTH),
-    (f"{LANGUAGE}layers.*.mlp.up_proj", "decoder/layers/mlp/up_proj/kernel", FROM_WIDTH),
-    (f"{LANGUAGE}layers.*.mlp.down_proj", "decoder/layers/mlp/down_proj/kernel", TO_WIDTH),
+    (f"{LANGUAGE}layers.*.mlp.gate_proj", "decoder/layers/mlp/gate_proj/kernel", FROM_HIDDEN),
+    (f"{LANGUAGE}layers.*.mlp.up_proj", "decoder/layers/mlp/up_proj/kernel", FROM_HIDDEN),
+    (f"{LANGUAGE}layers.*.mlp.down_proj", "decoder/layers/mlp/down_proj/kernel", TO_HIDDEN),
     (f"{LANGUAGE}norm", "decoder/norm/scale", VECTOR),
-    ("language_model.lm_head", "decoder/lm_head/kernel", FROM_WIDTH),
+    ("language_model.lm_head", "decoder/lm_head/kernel", FROM_HIDDEN),
 )
 EMBEDDING = f"{LANGUAGE}embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 
-# Prefixes of names and their replacement; the first match counts. Transformers 4.52 moved all but the head below
+# Prefixes of names and their replacement; the first match is used. Transformers 4.52 moved all but the head below
 # `model.`, 5.6 removed `vision_model.`. A CLIP or LLaMA alone names no part.
 PREFIXES = (
     (r"(model\.)?vision_tower\.(vision_model\.)?", VISION),
@@ -138,5 +138,5 @@ def tensor_mappings(shapes: Mapping[str, Shape]) -> dict[str, TensorMapping]:
 
 
 def is_stacked(path: str) -> bool:
-    """Tells whether the first axis of a parameter counts layers."""
+    """Returns whether the first axis of a parameter counts layers."""
     return "/layers/" in path

@@ -21,7 +21,7 @@ IMAGE, PAD = "<image>", "<pad>"
 
 
 def copy(source: Path, target: Path, template: str) -> None:
-    """Copies what the native layout has of a tokenizer: its files, and the ids that start and end a text."""
+    """Writes the tokenizer of the native layout: its files, and the ids that start and end a text."""
     tokenizer = Tokenizer.load(source)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
@@ -62,7 +62,7 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
 
 
 def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: str) -> dict[str, Any]:
-    """Ids that start, end and pad a text: those of the source, and the template's end of an answer."""
+    """Returns the ids that start, end and pad a text: those of the source, and the template's end of an answer."""
     file = source / "generation_config.json"
     known = read_json(file) if file.exists() else {}
     for role in ("bos_token_id", "eos_token_id"):
@@ -136,14 +136,14 @@ def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, tem
 
 
 def _prefixes_once(spec: dict[str, Any]) -> bool:
-    """Tells whether a tokenizer.json puts SentencePiece's blank only before the first text (not `legacy`)."""
+    """Returns whether a tokenizer.json adds SentencePiece's space only before the first text (not `legacy`)."""
     return (spec.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
 
 
 def _chat_template(name: str, spec: dict[str, Any]) -> str:
     template = templates.get(name)
     if _prefixes_once(spec):
-        # LLaVA tokenizes the text after an image separately, with a blank before it; here the template must write it.
+        # LLaVA tokenizes the text after an image separately, with a space before it; here the template must write it.
         template = dataclasses.replace(template, image=template.image.replace(IMAGE, f"{IMAGE} "))
     return templates.chat_template(template)
 
@@ -177,9 +177,9 @@ def _write_processor(directory: Path, config: LlavaConfig) -> None:
 
 
 def tokenizer_json(file: Path, legacy: bool) -> dict[str, Any]:
-    """Makes the tokenizer.json of a LLaMA-type tokenizer.model.
+    """Returns the tokenizer.json of a LLaMA-type tokenizer.model.
 
-    `legacy`: a blank precedes every text between special tokens, not only the first. SentencePiece's BPE joins the
+    `legacy`: a space precedes every text between special tokens, not only the first. SentencePiece's BPE joins the
     neighbours whose piece has the highest score, so its scores order the merges.
     """
     model = SentencePieceProcessor(model_file=str(file))
