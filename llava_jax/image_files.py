@@ -62,7 +62,7 @@ def open_image(
 ) -> Image.Image:
     """Reads an image file, or its bytes, as RGB. As in LLaVA, transparent pixels keep their colour.
 
-    Greys of 16 bits are scaled from 0..65535, because PIL would make everything above 255 white. Integers of 32 bits
+    Greys of 16 bits are scaled from 0..65535, because PIL would clip all values above 255 to white. Integers of 32 bits
     and floats are scaled from 0..255 (floats up to 1: 0..1; integers up to 65535: 0..65535), and any other range from
     its smallest to its largest value.
 
@@ -130,7 +130,7 @@ def open_header(content: bytes, max_pixels: int = MAX_PIXELS, seconds: float | N
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turns an image as its EXIF orientation says. Damaged EXIF is ignored."""
+    """Rotates an image as its EXIF orientation says. Damaged EXIF is ignored."""
     return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
 
 

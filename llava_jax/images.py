@@ -25,7 +25,7 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 MODES = ("crop", "pad", "resize", "anyres")
 
 ImageMode = Literal["crop", "pad", "resize"]
-"""Modes that a recipe or a command line can choose. `anyres` comes with a checkpoint, as it needs pinpoints."""
+"""Modes that a recipe or a command line can choose. `anyres` needs pinpoints, so only a checkpoint sets it."""
 
 
 class Layout(NamedTuple):
@@ -61,7 +61,7 @@ class ImageProcessor:
     patches: int = 24
     """Number of patches along one side of a tile."""
     class_token: bool = False
-    """Whether the class token's feature comes before those of a tile's patches."""
+    """Whether the class token's feature precedes those of a tile's patches."""
     mean: tuple[float, ...] = CLIP_MEAN
     """Mean of each colour in [0, 1]."""
     std: tuple[float, ...] = CLIP_STD

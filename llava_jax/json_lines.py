@@ -10,7 +10,7 @@ from typing import Any
 from llava_jax.errors import DISK_FULL_ERRNOS, UserError, user_path
 
 LOCK_TRIES, LOCK_SECONDS = 10, 0.05
-"""Number of tries to lock a file, and seconds between them, because `is_written` holds the lock for a moment."""
+"""Number of tries to lock a file, and seconds between them, because `is_written` has the lock for a moment."""
 
 SYNC_SECONDS = 5.0
 """Seconds between calls of fsync. A crash of the machine, not of the process, can lose the lines of that time."""

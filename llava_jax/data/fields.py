@@ -12,7 +12,7 @@ from llava_jax.errors import UserError
 
 SYSTEM = ("system", "system_prompt", "system_message")  # keys of a row's system text
 
-# Keys of a turn that say whether it is supervised: OpenAI and OpenChat, ms-swift, axolotl. MASKED: torchtune, axolotl.
+# Keys of a turn's flag for supervision: OpenAI and OpenChat, ms-swift, axolotl. MASKED: torchtune, axolotl.
 SUPERVISED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable", "learn")
 MASKED = ("masked", "mask")
 SUPERVISED_ROWS = ("weight", "loss", "loss_weight", "loss_scale", "train", "masked")  # the same for a row
@@ -32,7 +32,7 @@ ANY_MARK = re.compile(r"<(video|audio|img)>")
 
 SIZES = ("image_widths", "image_heights")  # of the images of a row, in pixels; `prepare pack` writes them
 
-# Keys that a record is made of, or that make a row unusable. From a parquet file `parse_row` gets only these.
+# Keys from which a record is parsed, or by which a row is refused. From a parquet file `parse_row` gets only these.
 READ = frozenset({
     "id", "image", "images", *SIZES, *SYSTEM, "response", "history", "label", "kto_tag", "objects", *PREFERENCES,
     *TOOLS, *SUPERVISED_ROWS,
@@ -124,7 +124,7 @@ def _refuse_media(fields: Mapping[str, Any], name: str) -> None:
 def _flag(
     fields: Mapping[str, Any], name: str, default: bool, keys: tuple[str, ...] = (*SUPERVISED, *MASKED)
 ) -> bool:
-    """Returns what the flags of a row or a turn say (0 or 1, true or false), or `default` without flags."""
+    """Returns the value of the flags of a row or a turn (0 or 1, true or false), or `default` without flags."""
     flags = {}
     for key in keys:
         value = fields.get(key)

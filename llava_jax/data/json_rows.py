@@ -318,7 +318,7 @@ class _Text:
         return self.base + len(self.text) >= len(self.content)
 
     def _move(self, at: int) -> int:
-        """Moves the start of the text to `at`, or makes the text longer if it starts there. Returns the new `at`."""
+        """Moves the start of the text to `at`, or doubles its length if it starts there. Returns the new `at`, 0."""
         self.line_of(at)
         self.size = self.piece if at else 2 * self.size
         self.base += at

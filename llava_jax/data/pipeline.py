@@ -3,8 +3,8 @@
 Grain shuffles and mixes the numbers of the records. Every host tokenises each window of them (in worker processes) and
 packs it, so that all hosts know one global order of sequences. A host decodes only the images of its own sequences.
 The sequences depend neither on the number of hosts nor of workers, and a position in the data is three integers.
-The price: every host reads and tokenises all records, at a twelfth of the time that decoding an image takes. If
-the files contain the images, as packed files do, every host reads these as well.
+The price: every host reads and tokenises all records, in a twelfth of the time of decoding an image. If the
+files contain the images, as packed files do, every host reads these as well.
 """
 
 import dataclasses
@@ -219,7 +219,7 @@ class _BatchIterator(grain.DatasetIterator):
             start = slot = segment = 0
             skipped += row.skipped
             for text, tiles in zip(row.texts, found, strict=True):
-                if isinstance(tiles, str):  # its images turned out to be bad: the records after it move up
+                if isinstance(tiles, str):  # its images are bad, so the records after it move up
                     skipped[tiles] += 1
                     continue
                 segment += 1

@@ -19,7 +19,7 @@ from llava_jax.files import parse_json, read_text
 PROBE_ROWS = 100
 """Number of first rows from which the format of a file is detected."""
 NEEDED = {*FORMATS, *fields.READ}
-"""Keys that a record is made of, or that make a row unusable."""
+"""Keys from which a record is parsed, or by which a row is refused."""
 MAX_MIXTURE_BYTES = 1 << 20
 """Largest size of a mixture file."""
 

@@ -19,7 +19,7 @@ from llava_jax.data.records import BadRow
 from llava_jax.errors import UserError
 
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
-"""Options of a reader that does not read ahead, which would read megabytes for every row."""
+"""Options of a reader without read-ahead, which would read megabytes for every row."""
 MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENODEV)
 """Errors of the machine, not of the file."""
 BUFFER_BYTES = 1 << 15
@@ -267,7 +267,7 @@ def _choose_split(splits: list[str], wanted: str, path: str) -> str:
     return wanted or ("train" if "train" in splits else splits[0])
 
 
-# Not str.format: the template comes with the data, and a format's width alone can ask for gigabytes.
+# Not str.format, because the data contain the template, and a width in it could allocate gigabytes.
 _FIELD = re.compile(r"\{(DATASET|SPLIT|FILEFORMAT|NUM_SHARDS|SHARD_INDEX|SHARD_X_OF_Y)\}")
 
 

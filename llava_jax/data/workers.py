@@ -44,8 +44,8 @@ class Pool:
             with contextlib.suppress(ImportError, AttributeError, OSError):
                 import fcntl
 
-                # On Linux, results such as tiles cross at once instead of in pieces of 64 KB. Pieces take a tenth of
-                # the time of decoding an image.
+                # On Linux, results such as tiles then cross in one write instead of pieces of 64 KB, which cost a tenth
+                # of the time of decoding an image.
                 fcntl.fcntl(self._executor._result_queue._writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def submit(self, *arguments: Any) -> Future:
@@ -86,8 +86,7 @@ class Pool:
 def keep_freed_memory() -> None:
     """Lets glibc keep freed memory for this process; does nothing without glibc.
 
-    Otherwise large buffers, such as XLA's on a CPU and those of images, come from the kernel each time, zeroed page by
-    page.
+    Otherwise the kernel allocates large buffers, such as XLA's on a CPU and those of images, anew and zeroes each page.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

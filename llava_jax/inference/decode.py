@@ -18,7 +18,7 @@ NO_TOKEN = -1
 """Value in the output of a slot that wrote no token."""
 
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
-"""Keys and values of all layers, as `Llama.extend` takes them."""
+"""Keys and values of all layers, the `cache` of `Llama.extend`."""
 
 
 class DecodeState(NamedTuple):
@@ -50,7 +50,7 @@ def prefill(
 
     Args:
       lengths: number of tokens of each prompt; `tokens` is padded behind them.
-      tiles, visual_index: as `LlavaModel.hidden` takes them; None for text alone.
+      tiles, visual_index: see `LlavaModel.hidden`; None for text alone.
       max_new_tokens: number of tokens that a row may write, the first one included; 0 for a row that is padding.
       eos_ids: token ids that end a row.
       length: cache length of the result, at least a prompt's length + max_new_tokens for a state that is decoded.

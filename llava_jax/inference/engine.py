@@ -170,7 +170,7 @@ class Engine:
                  rows: int = 1) -> Iterator[list[str]]:
         """Answers prompts that start together. Yields the next piece of each text, until all answers have ended.
 
-        The first pieces come after one token, the next ones after up to `steps` tokens.
+        The first pieces have one token, the next ones up to `steps` tokens.
         """
         length = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
         state, tokens = self.prefill(prompts, rows, length)

@@ -149,7 +149,7 @@ class Llava:
           images: PIL images, paths or bytes of files, one for each `<image>` in the messages, in order. If the
             messages have no `<image>`, all images come before the first user message.
           max_new_tokens: maximum number of tokens of the answer. The model's context may leave room for fewer.
-          temperature: 0 chooses the most likely token; above 0 tokens are drawn, the more evenly the higher it is.
+          temperature: 0 chooses the most likely token; above 0 tokens are drawn. Higher values draw more evenly.
           top_p: draws only from the most likely tokens that together have this probability.
           stop: texts that end the answer, in addition to the template's. They are not part of its text.
           seed: the same request with the same seed draws the same answer, alone or in a batch.
@@ -161,7 +161,7 @@ class Llava:
         return self.batch([request])[0]
 
     def stream(self, messages: Messages, images: Sequence[ImageSource] = (), **settings) -> Iterator[str]:
-        """Yields the text of `generate` in pieces, as it is written. It takes the same arguments.
+        """Yields the text of `generate` in pieces, as it is written. The arguments are the same.
 
         No piece splits a character or shows part of a stop string.
         """
@@ -240,7 +240,7 @@ class Llava:
                         yield index, [score for _, score in sorted(found.pop(index).items())]
 
     def encode(self, messages: Messages, images: Sequence[ImageSource] = ()) -> dict[str, np.ndarray]:
-        """Returns what `model` takes for one prompt: `tokens` [1, T], and if it has images `tiles` and `visual_index`.
+        """Returns the arguments of `model` for a prompt: `tokens` [1, T], with images also `tiles` and `visual_index`.
 
         `tiles` is uint8 [1, I, H, W, 3]. `visual_index` is int32 [1, T], -1 at the positions of text.
         """

@@ -84,7 +84,7 @@ def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) 
     if chosen == "splash":
         fills = fills_lanes(config.vision.hidden_size, config.vision.num_heads)
         return AttentionChoice(chosen, chosen if fills else "xla")
-    # cuDNN's flash attention supports no float32, and a head_dim of at most 128 (256 from Hopper on) that 8 divides.
+    # cuDNN's flash attention needs 16 bits, and a head_dim of at most 128 (256 from Hopper on) that 8 divides.
     supported = [dtype != "float32" and head_dim <= 128 and head_dim % 8 == 0
                  for head_dim in (config.text.head_dim, vision_head_dim)]
     return AttentionChoice(*(chosen if is_supported else "xla" for is_supported in supported))

@@ -23,7 +23,7 @@ DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """Position of this process among those of a run."""
+    """Position of this process in a run."""
 
     coordinator_address: str
     """host:port at which process 0 listens."""
@@ -41,7 +41,7 @@ def detect_cluster() -> ClusterInfo | None:
     3. the metadata of a Cloud TPU VM with TPU devices: agent-worker-number, worker-network-endpoints.
 
     For 2 and 3, MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID and MEGASCALE_COORDINATOR_ADDRESS, from the environment or
-    from the metadata's tpu-env, say that there are several slices. JAX_PLATFORMS=cpu skips 2 and 3.
+    from the metadata's tpu-env, describe several slices. JAX_PLATFORMS=cpu skips 2 and 3.
 
     Raises UserError that names a missing or invalid variable, and OSError if the metadata server does not answer.
     """

@@ -1,7 +1,7 @@
 """Connects the processes of a run. Process 0 starts this script, which outlives process 0 and so can report its death.
 
 Every process keeps one connection and sends JSON lines. The coordinator collects the values of a collective call and
-sends them to all processes. It agrees on the step of a stop. It names the process that failed, died or fell silent.
+sends them to all processes. It chooses the step of a stop. It names the process that failed, died or stopped sending.
 
 A connection that speaks HTTP/2 is JAX's and is forwarded to JAX's service in process 0. The forwarded connection stays
 open when process 0 dies, because JAX would abort the other processes with a C++ stack trace before they print its name.
@@ -314,7 +314,7 @@ async def coordinate(host: str, port: int, count: int, **settings: Any) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # it outlives the processes
         signal.signal(number, signal.SIG_IGN)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its tracebacks when strangers take all file descriptors
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # no tracebacks if strangers use up all file descriptors
     try:
         asyncio.run(coordinate(**json.loads(sys.argv[1])))
     except OSError as error:

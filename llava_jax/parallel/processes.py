@@ -75,10 +75,12 @@ class ProcessGroup:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def gather(self, name: str, value: Any, seconds: float) -> list:
+        """Returns the value of every process; see `allgather_object`."""
         self.send(kind="round", name=name, value=value, seconds=seconds)
         return self.values.get()
 
     def should_stop(self, signal: int) -> int:
+        """Counts a step, waits while the last step is being agreed, and returns the signal of a stop after it, or 0."""
         with self.changed:
             self.steps += 1
             if signal and not self.asked:
@@ -154,10 +156,10 @@ _group: ProcessGroup | None = None
 
 
 def initialize() -> None:
-    """Connects the processes of a run, if there are several, and makes JAX one program of them.
+    """Connects the processes of a run, if there are several, and initializes JAX across them.
 
     Call it before JAX uses a device; a second call does nothing. Raises UserError or OSError if the processes do not
-    connect. Afterwards an error of one process ends all: each of the others prints one line that names the process.
+    connect. Afterwards an error of one process ends all, and each other process prints one line that names it.
     All exit with 2 for a UserError, 130 for Ctrl-C, 75 for a process that was stopped, killed, lost or late, else 1.
     """
     global _group
@@ -183,7 +185,7 @@ def _initialize_jax(cluster: ClusterInfo, address: str, port: int, jax_port: int
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would replace Python's handler of SIGTERM
-    day = 24 * 3600  # the coordinator notices a lost process, and says which
+    day = 24 * 3600  # the coordinator detects and names a lost process
     jax.distributed.initialize(
         f"[{address}]:{port}" if ":" in address else f"{address}:{port}", cluster.num_processes, cluster.process_id,
         cluster_detection_method="deactivate", initialization_timeout=math.ceil(CONNECT_TIMEOUT),
@@ -192,7 +194,7 @@ def _initialize_jax(cluster: ClusterInfo, address: str, port: int, jax_port: int
 
 
 def allgather_object(name: str, value: Any, seconds: float = BARRIER_TIMEOUT) -> list:
-    """Returns the `value` of every process, by its index. All processes must make the same calls in the same order.
+    """Returns the `value` of every process, by its index. All processes must call it equally often, in the same order.
 
     `value` is anything that JSON can represent. If a process has not called it `seconds` after the first one did, the
     run ends with a line that names it.
@@ -229,7 +231,7 @@ def should_stop(signal: int) -> int:
 
 @contextlib.contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """Ends all processes if the block raises an error. The others print a line that names this process."""
+    """Ends all processes if the block raises an error. Other processes print a line that names this one."""
     try:
         yield
     except BaseException as error:
@@ -238,7 +240,7 @@ def abort_all_on_error() -> Iterator[None]:
 
 
 def abort_all(error: BaseException) -> None:
-    """Ends all processes because of an error of this one, where the error then takes its usual course."""
+    """Ends all processes because of an error of this one, which then raises it as usual."""
     if _group is None or _group.code or isinstance(error, CollectiveError):
         return
     if isinstance(error, SystemExit):

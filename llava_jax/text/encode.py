@@ -82,7 +82,7 @@ def encode_prompt(
     They are the first tokens of the same conversation in training.
 
     Args:
-      messages: as `templates.read_messages` takes them; the last one is the user's.
+      messages: see `templates.read_messages`; the last one is the user's.
       visual_tokens: number of visual tokens of every image, or a sequence with one number for each `<image>`.
       assistant_prefix: text right after the template's assistant tag (`ASSISTANT:`); include a leading space if you
         need one.

@@ -365,7 +365,7 @@ def check_text(text: str, name: str) -> str:
 def render(messages: Sequence[Mapping[str, Any]], template: str | Template, open_answer: bool = False) -> str:
     """Returns the text of a conversation, without the BOS token that a tokenizer may add.
 
-    Messages are as `read_messages` takes them; `open_answer` ends the text with the start of an assistant turn.
+    See `read_messages` for the messages. `open_answer` ends the text with the start of an assistant turn.
     """
     system, turns = read_messages(messages)
     return "".join(span.text for span in spans(turns, get(template), system, open_answer))

@@ -24,14 +24,14 @@ BYTE = "<0x[0-9A-F]{2}>"
 SPACE = "\u2581"
 """Character that SentencePiece writes for a space."""
 MAX_IDS = 2**24
-"""Largest number of ids. A larger id comes from a damaged file, and would fill the memory with empty tokens."""
+"""Largest number of ids. A larger id means a damaged file, and would fill the memory with empty tokens."""
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokens(NamedTuple):
     """Token ids, and the offsets [start, end) of every token in the text, in characters.
 
-    Each token of a character that takes several may have the offsets of the character, or empty ones at its start.
+    If a character has several tokens, each may have the offsets of the character, or empty ones at its start.
     """
 
     ids: list[int]
@@ -54,12 +54,12 @@ class Tokenizer:
         """Reads a tokenizer.
 
         Args:
-          path: a directory, or one file, of which only that file is read. If a directory has both a `tokenizer.model`
-            and a `tokenizer.json`, the model is used: the other was converted from it, perhaps with another `legacy`.
-            Special tokens come from all files of the directory.
+          path: a directory, or one file, which is then the only one that is read. If a directory has both a
+            `tokenizer.model` and a `tokenizer.json`, the model is used, because the other was converted from it,
+            perhaps with another `legacy`. Special tokens are read from all files of the directory.
           legacy: where SentencePiece adds a space. True: before the text and after each special token in it. False:
-            only before the text. None: what tokenizer_config.json says; if it says nothing, True for a tokenizer.model,
-            and what the pipeline does for a tokenizer.json. Byte-level BPE ignores it.
+            only before the text. None: as tokenizer_config.json sets it; if unset, True for a tokenizer.model, and
+            as in the pipeline of a tokenizer.json. Byte-level BPE ignores it.
 
         Raises UserError if there is no tokenizer, if it is damaged, or if two files disagree.
         """
@@ -180,7 +180,7 @@ class _SentencePiece:
         self.prefixes = "".join(processor.encode("a", out_type=str)).startswith(SPACE)
         self.prefix_once = self.prefixes and legacy is False
         if self.prefix_once:
-            # A protobuf message takes the last value of a field: this appends normalizer_spec.add_dummy_prefix = 0.
+            # In protobuf the last value of a field counts: this appends normalizer_spec.add_dummy_prefix = 0.
             self.processor = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         control = (i for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i))
         self.added = {processor.id_to_piece(i): _Added(i, special=True) for i in control}

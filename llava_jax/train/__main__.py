@@ -17,6 +17,7 @@ from llava_jax.data.workers import keep_freed_memory
 
 
 def main(args: list[str]) -> int:
+    """Trains the recipe that the options describe and returns an exit code. Raises UserError for a mistake."""
     name = args.pop(0) if args and not args[0].startswith("-") else "mini"
     default = config.load_recipe(name)
     recipe = cli.parse(type(default), args, default=default, prog=f"python -m llava_jax.train {name}",

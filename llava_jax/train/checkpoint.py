@@ -38,7 +38,7 @@ DIVERGED = ("set lower learning rates, or optimizer.clip (and another --output, 
 
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
-    """What a checkpoint stores beside arrays."""
+    """Data that a checkpoint stores besides arrays."""
 
     total_steps: int
     """Number of steps of the stage."""
@@ -138,7 +138,7 @@ class Checkpoints:
             time.sleep(0.005)
 
     def record(self, step: int) -> StageRecord:
-        """Reads what the checkpoint of `step` stores beside arrays."""
+        """Reads the record of the checkpoint of `step`."""
         def read() -> StageRecord:
             content = self._read_meta(step)
             return StageRecord(**{field.name: content[field.name] for field in dataclasses.fields(StageRecord)})

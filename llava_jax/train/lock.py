@@ -54,7 +54,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 class _Lock:
-    """The note and its heartbeat. Subclasses define where the note is stored."""
+    """The note and its heartbeat. Subclasses define `acquire`, `put` and `release` for their storage."""
 
     def __init__(self, directory: Path):
         self.directory, self.path = directory, directory / NAME

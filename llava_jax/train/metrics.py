@@ -1,4 +1,4 @@
-"""Measures training and logs the figures: to `metrics.jsonl`, and to TensorBoard and W&B if the recipe says so."""
+"""Measures training and logs the metrics to `metrics.jsonl`, and optionally to TensorBoard and W&B."""
 
 import json
 import time
@@ -72,7 +72,7 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
 
 
 class MetricsWindow:
-    """Figures of the steps since the last line of metrics."""
+    """Metrics of the steps since the last line of `metrics.jsonl`."""
 
     def __init__(self, model: LlavaConfig, mesh: jax.sharding.Mesh, trained: set[str]):
         self.model, self.trained, self.skipped = model, trained, Counter()

@@ -19,7 +19,7 @@ Batch = dict[str, Array]
 """Packed sequences: tokens, labels, positions, segment_ids [B, T], visual_index [B, T], tiles [B, I, H, W, 3]."""
 
 COMPILER_OPTIONS = {"tpu": {
-    # Windowed einsums, which gather weights piece by piece, take several times as long on a v6e.
+    # Windowed einsums, which gather weights piece by piece, are several times slower on a v6e.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
 }}
 """Compiler options by platform."""

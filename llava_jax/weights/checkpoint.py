@@ -162,7 +162,7 @@ def save_hf(
     Args:
       directory: path of a missing or empty directory. It appears when it is complete.
       config, parameters: of the model. Arrays that several processes share are gathered one layer at a time. Every
-        process must make this call, and the first process writes.
+        process must call this function, and the first process writes.
       tokenizer_dir: a checkpoint with the tokenizer's files. Missing `<image>` and `<pad>` tokens are added. If their
         ids need it, the embedding and the head are padded with their mean row to a multiple of 64.
       dtype: "float32", "bfloat16" or "float16" for all tensors; unchanged if None.

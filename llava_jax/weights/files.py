@@ -84,9 +84,10 @@ def list_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 
 def _is_inside(directory: Path, name: Any, index: Path) -> bool:
-    """Returns True if `name` is a file of the index's directory. Raises UserError otherwise: no index may open others.
+    """Returns True if `name` is a file of the index's directory. Raises UserError otherwise.
 
-    Links are followed only into `blobs` of Hugging Face's cache, because its snapshots consist of links.
+    An index must not open other files. Links are followed only into `blobs` of Hugging Face's cache, because its
+    snapshots consist of links.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w .+=-]{1,200}", name, re.ASCII) or not name.strip("."):
         raise UserError(f"{index}: weight_map names {name!r}, which is not the name of a file beside it")
@@ -171,7 +172,7 @@ def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: in
     """Writes `model.safetensors`, or an index and numbered files of at most `shard_bytes` (or one tensor).
 
     It needs the memory of one block. With `directory` None it computes every block and writes nothing: processes that
-    share the parameters must all take part in gathering them. Returns the tensors that were not finite.
+    share the parameters must all gather them. Returns the tensors that were not finite.
     """
     shards = _shards(tensors, shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
