@@ -1,1 +1,1 @@
-"""Captions and boxes of images: readers, what boxes say for certain, and words for it in English and Korean."""
+"""Captions and boxes of images: readers, facts that follow from boxes, and their words in English and Korean."""

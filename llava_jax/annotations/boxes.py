@@ -1,4 +1,4 @@
-"""Boxes of one image and of many, and the choice of those that a teacher sees."""
+"""Boxes of one image and of many images, and the choice of boxes that a teacher sees."""
 
 import dataclasses
 from array import array
@@ -12,9 +12,9 @@ from llava_jax.errors import UserError
 DECIMALS = 3
 """Number of decimals of a box in a prompt."""
 SUSPECT_OVERHANG, MAX_OVERHANG = 0.05, 0.5
-"""How far a box may reach beyond the image's edge, as a fraction of the image, before it looks wrong and is wrong."""
+"""Fractions of the image beyond its edge: a box that reaches further looks wrong, or is wrong."""
 MAX_SUSPECT_SHARE = 0.3
-"""Fraction of a source's boxes. If more boxes look wrong in the same way, they have another format."""
+"""Maximum fraction of a source's boxes that look wrong in one way. If there are more, the format is another one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ def select_boxes(
 
     Args:
       notes: Counts of dropped and clipped boxes are added here.
-      min_area: Smallest area, as a fraction of the image.
-      max_boxes: Number of boxes of an image at most; the largest ones are kept.
+      min_area: Minimum area, as a fraction of the image.
+      max_boxes: Maximum number of boxes of an image. The largest ones are kept.
       crowds: Whether crowds are kept.
 
     Raises UserError with file and image if more than MAX_SUSPECT_SHARE of the boxes look wrong in the same way.

@@ -52,7 +52,7 @@ class CaptionFile:
         return iter(self._list) if self._list else itertools.islice(self._all_lines(), int(self._header), None)
 
     def caption(self, row: bytes) -> str:
-        """Returns the caption of a row. Raises UserError that says what is wrong with the row."""
+        """Returns the caption of a row. Raises UserError with the fault of the row."""
         try:
             text = row.decode()
         except UnicodeDecodeError as error:

@@ -6,9 +6,9 @@
 3. From the least to the most frequent remaining phrase, add its captions to the pool; a random 100 of them if there
    are more.
 
-The paper is read literally. The 100 are drawn from all captions of the phrase, including those in the pool, so a common
-phrase may end up with more than 100. The pool is a set, so the order of phrases only decides which random numbers they
-get. Phrases of equal frequency are sorted by text.
+This follows the paper literally: the 100 are drawn from all captions of the phrase, including captions in the pool, so
+a common phrase may have more than 100 in the end. The pool is a set, so the order of phrases only decides which random
+numbers they get. Phrases of equal frequency are sorted by text.
 
 A caption without a remaining phrase is dropped. The result depends on the captions in their order, the chunker and the
 seed alone, not on the number of processes.
@@ -68,7 +68,7 @@ def select(phrases: CaptionPhrases, min_frequency: int = 3, max_per_phrase: int 
 def find_phrases(
     file: CaptionFile, chunker: Chunker, workers: int | None = None, skip_bad_rows: bool = False
 ) -> tuple[CaptionPhrases, dict[int, str]]:
-    """Returns the phrases of every row, and what is wrong with rows without a caption, by row number.
+    """Returns the phrases of every row, and the faults of rows without a caption, by row number.
 
     Raises UserError, one line, at the first such row unless `skip_bad_rows`.
     """

@@ -1,4 +1,4 @@
-"""The drawn scenes: pictures of coloured shapes, written to disk as a data set in COCO's format.
+"""Draws scenes: pictures of coloured shapes, written to disk as a data set in COCO's format.
 
 A picture has 60 x 60 pixels and one to four objects, each within its own cell of a 3 x 3 grid. Objects are small or
 large, of eight colours and five shapes, over a plain, shaded or patterned background, anti-aliased and with noise.

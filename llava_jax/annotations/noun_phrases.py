@@ -28,7 +28,7 @@ def open_chunker(name: str, spacy_model: str = "") -> Chunker:
     """Returns the chunker "light" or "spacy". Raises UserError if spaCy or its pipeline is missing."""
     if name == "spacy":
         chunker = SpacyChunker(spacy_model)
-        chunker([""])  # what is missing is said now, not by a worker
+        chunker([""])  # raises an error now, not in a worker
         return chunker
     return light_chunker
 
@@ -111,16 +111,16 @@ def _load_spacy(model: str) -> Any:
     if os.path.isfile(model):
         unpack = "unzip" if model.endswith((".whl", ".zip")) else "tar -xf"
         raise UserError(f"{model}: give a folder, not an archive ({unpack} it, and name the folder that it becomes)")
-    place = model
+    folder = model
     if os.path.isdir(model):
-        folders = sorted(folder for folder, _, files in os.walk(model) if "config.cfg" in files)
+        folders = sorted(path for path, _, files in os.walk(model) if "config.cfg" in files)
         if not folders:
             raise UserError(f"{model}: no spaCy pipeline in this folder (there is no config.cfg in it)")
-        place = folders[0]
+        folder = folders[0]
     try:
-        pipeline = spacy.load(place)
+        pipeline = spacy.load(folder)
     except (OSError, ValueError) as error:
-        reason = "" if place == model else f" ({' '.join(str(error).split())[:200]})"
+        reason = "" if folder == model else f" ({' '.join(str(error).split())[:200]})"
         raise UserError(
             f"{model}: spaCy cannot load this pipeline{reason}; python -m spacy download en_core_web_sm gets one, or "
             "unpack its wheel and name that folder"
@@ -143,7 +143,7 @@ _WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,]\d+)+|[^\W_]+(?:[-'&][^\W_]+)*
 #   P  prepositions, particles and adverbs, which end a phrase                     T  to, can, will, ...
 #   C  and, or    ,  comma              .  other signs            S  's            M  numbers
 #   A  adverbs that stand before adjectives                       J  adjectives
-#   N  nouns, and any word that is not known    L  their plurals  H  one person ("actor"), who does things
+#   N  nouns, and any unknown word    L  their plurals            H  persons ("actor"), who are subjects
 #   B  is, has    V  verbs              d  words in -ed           e  those that nouns go with ("snow covered")
 #   g  words in -ing                    h  those that stand before nouns ("smiling"); "back" and "inside" behave alike
 # Words that are verbs and nouns, by which of both they are more often:
@@ -211,7 +211,7 @@ class _Tags(dict):
 
 _tag_of = _Tags()
 
-# ---- patterns over the letters; each replaces the letters of single words, so that places stay ----
+# ---- patterns over the letters; each replaces the letters of single words, so that positions stay ----
 
 _THE = "DEF"
 _ONE, _MANY = "NHbc", "Lzy"
@@ -226,7 +226,7 @@ _VERB = re.compile(
     f"|(?<=[Ly])c(?=[PA]|CV)|(?<=L)b(?=CV)"
     f"|(?<=[{_ONE}])L(?=[{_THE}R])"
 )
-# "a hand waves", "a hand trembles": one thing, so what ends in -s is no noun.
+# "a hand waves", "a hand trembles": after a singular noun, a word in -s is a verb.
 _VERB_OF_ONE = re.compile(f"(E[AJMde]*[{_ONE}]+)(?:y|L(?![S{_NOUN}]))")
 # A participle or 1930's before a noun.
 _MODIFIER = re.compile(

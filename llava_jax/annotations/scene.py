@@ -1,4 +1,4 @@
-"""What boxes show for certain: names, counts, positions and relations. A margin leaves unclear cases out."""
+"""Reads from boxes what is certain: names, counts, positions and relations. A margin excludes unclear cases."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES
 LARGE = 0.265
 """Minimum length of a large object's longer side, as a fraction of the image's side."""
 MAX_COUNT = 10
-"""Largest number that is claimed, because annotators mark larger numbers of objects as crowds."""
+"""Maximum number that is claimed, because annotators mark larger numbers of objects as crowds."""
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top", "above": "below", "below": "above"}
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 
@@ -49,14 +49,14 @@ class Count:
 
 @dataclass(frozen=True)
 class Position:
-    """Holds the word for a ninth or a half of the image, as in `SceneObject.position`."""
+    """A ninth or a half of the image, as a word of `SceneObject.position`."""
 
     word: str
 
 
 @dataclass(frozen=True)
 class Side:
-    """Holds the word for where one object is relative to another, as `side` returns it."""
+    """The direction from one object to another, as a word that `side` returns."""
 
     word: str
 

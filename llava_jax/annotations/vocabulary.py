@@ -1,4 +1,4 @@
-"""English words for the categories of a data set, and what a word says about the number of objects."""
+"""English words for the categories of a data set, with their meaning for the number of objects."""
 
 import re
 from collections.abc import Iterable
@@ -108,7 +108,7 @@ _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "chil
 
 
 def read_synonyms() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Reads english_synonyms.txt: by category, words for the same, for some of it, and for more than it."""
+    """Reads english_synonyms.txt. It has three lists for each category: equal, narrower and wider words."""
     synonyms = {}
     for line in Path(__file__).with_name("english_synonyms.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):

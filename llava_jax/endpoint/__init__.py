@@ -1,1 +1,1 @@
-"""Any server that speaks OpenAI's chat API: asked within its limits and a budget, every answer kept in a log."""
+"""Client of any server with OpenAI's chat API. It respects rate limits and a budget, and logs every answer."""

@@ -1,4 +1,4 @@
-"""A limit of cost that holds before a request is sent, not after."""
+"""Limits the cost of a run before a request is sent, not after."""
 
 from collections import Counter
 from typing import Literal

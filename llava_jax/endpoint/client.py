@@ -33,7 +33,7 @@ RATE_LIMIT_PATIENCE = 900.0
 FIRST_COMPLETION = 500
 """Number of tokens that an answer is expected to have before the first answer."""
 CROWDED = 3
-"""Number of refusals in a row with a Retry-After, from which on it applies to all requests."""
+"""Number of consecutive refusals with a Retry-After after which all requests wait."""
 LEARNING_RATE = 0.02
 """Weight of a new answer in the expected number of tokens."""
 LIMITS = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}
@@ -409,7 +409,7 @@ def _words(error: object, secret: Secret = NO_SECRET) -> str:
 
 
 def _is_unreached(error: Exception) -> bool:
-    """Whether a connection failed before anything was sent, so that it costs nothing."""
+    """Whether a connection failed before the request was sent, which costs nothing."""
     return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
 
 

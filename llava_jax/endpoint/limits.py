@@ -1,4 +1,4 @@
-"""When the next request may be sent: rate limits, the server's Retry-After, and back-off."""
+"""Rate limits, the server's Retry-After, and back-off: the time at which the next request may be sent."""
 
 import asyncio
 import email.utils

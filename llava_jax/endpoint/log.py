@@ -1,4 +1,4 @@
-"""The log of every answer that was paid for."""
+"""Stores every answer that was paid for in a log."""
 
 import dataclasses
 import json

@@ -11,7 +11,7 @@ from typing import Any
 MIN_LENGTH = 8
 """Minimum number of characters of a secret key. Shorter keys ("EMPTY", "none") are words that local servers want."""
 PART_LENGTH = 12
-"""Number of consecutive characters of a key that are hidden even without the rest of the key."""
+"""Number of consecutive characters of a key that are hidden even if other characters are missing."""
 HIDDEN = "***"
 
 
@@ -73,7 +73,7 @@ class Secret:
 
 
 def _forms(key: str) -> list[tuple[str, int]]:
-    """Returns the ways to write the key, with the number of consecutive characters that give it away."""
+    """Returns the encodings of the key, with the number of consecutive characters that are hidden."""
     plain = min(PART_LENGTH, len(key))
     raw = key.encode()
     forms = {

@@ -1,1 +1,1 @@
-"""HTML reports of the other rooms: one base template, tables, curves and thumbnails."""
+"""HTML reports of the other packages: one base template, tables, curves and thumbnails."""

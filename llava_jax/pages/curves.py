@@ -1,4 +1,4 @@
-"""Curves over two axes as SVG."""
+"""Draws curves over two axes as SVG."""
 
 import math
 from collections.abc import Iterator, Sequence

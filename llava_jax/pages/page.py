@@ -1,4 +1,4 @@
-"""Pages are Jinja2 templates that extend `pages/base.html`. A page is one file, which loads nothing from elsewhere."""
+"""Renders pages from Jinja2 templates that extend `pages/base.html`. A page is one file without external resources."""
 
 import os
 from pathlib import Path

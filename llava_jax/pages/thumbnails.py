@@ -1,4 +1,4 @@
-"""Images inside a page: scaled down, encoded as data URLs, and never from outside the folder they belong to."""
+"""Images of a page: scaled down, encoded as data URLs, and never from outside the image folder."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ MAX_PNG_PIXELS = 224 * 224
 
 
 class Thumbnail(NamedTuple):
-    """An image as a data URL, or the problem because of which there is none."""
+    """An image as a data URL, or the problem with it."""
 
     url: str = ""
     width: int = 0

@@ -23,7 +23,7 @@ from llava_jax.plan.step import abstract_step, device_bytes
 from llava_jax.plan.topologies import GIB, Slice
 
 VMEM_BYTES = 128 * 2**20
-"""Largest size of a chip's own memory, where activations may be instead of HBM."""
+"""Maximum size of a chip's VMEM, which may contain activations instead of HBM."""
 
 HOST_BYTES_PER_SECOND = 8e9
 """Approximate rate between a device and its host's memory; used only to order the candidates."""

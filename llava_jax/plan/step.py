@@ -41,7 +41,7 @@ class Memory:
     host: int
     """Bytes that the step keeps in the host's memory; not part of the peak."""
     limit: int
-    """Largest peak that the compiler accepts."""
+    """Maximum peak that the compiler accepts."""
 
     @property
     def peak(self) -> int:

@@ -1,4 +1,4 @@
-"""The page of `prepare filter`: what the filter did to the noun phrases."""
+"""Writes the page of `prepare filter`: frequencies of noun phrases before and after the filter."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,7 +38,7 @@ def write_report(path: str, name: str, counts: Mapping[str, str], phrases: Seque
 
 
 def _frequencies_by_rank(frequencies: np.ndarray) -> list[tuple[int, int]]:
-    """Points (rank, frequency), evenly spaced over the logarithm of the rank."""
+    """Returns points (rank, frequency), evenly spaced over the logarithm of the rank."""
     ordered = np.sort(frequencies[frequencies > 0])[::-1]
     ranks = np.unique(np.geomspace(1, len(ordered), CURVE_POINTS).round().astype(int)) if len(ordered) else []
     return [(int(rank), int(ordered[rank - 1])) for rank in ranks]

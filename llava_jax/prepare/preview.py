@@ -80,7 +80,7 @@ class Preview(ModelOptions):
         spec = DataSpec(mixture=mixture, **vars(settings), sequence_length=max_length,
                         tiles_per_sequence=self.tiles_per_sequence)
         shown = read_rows(self._numbers(mixture), spec)
-        bad = sum(one.bad is not None for one in shown)
+        bad = sum(record.bad is not None for record in shown)
         how = "chosen" if self.rows else "the first" if self.first else f"drawn with seed {self.seed}"
         about = {
             "format": "; ".join(dict.fromkeys(source.format for source in mixture.sources)),

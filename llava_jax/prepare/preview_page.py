@@ -86,7 +86,7 @@ def align_tokens(turns: Sequence[Mapping[str, str]], example: EncodedRecord, set
 
 
 def _card(record: PreviewRecord, settings: Settings) -> dict[str, Any]:
-    """The values of a record's card."""
+    """Returns the values of a record's card."""
     images, tokens = [], []
     if record.tiles is not None:
         first_tiles = np.cumsum([0, *(layout.tiles for layout in record.example.layouts)])[:-1]
@@ -103,7 +103,7 @@ def _card(record: PreviewRecord, settings: Settings) -> dict[str, Any]:
 
 
 def _image(image: str | bytes, tile: np.ndarray, settings: Settings) -> dict[str, Any]:
-    """The values of an original image and of the tile made from it."""
+    """Returns the values of an original image and of the tile made from it."""
     original = open_image(image, settings.exif, settings.max_pixels)
     with open_header(image if isinstance(image, bytes) else read_image(image, settings.max_pixels),
                      settings.max_pixels) as file:
@@ -118,7 +118,7 @@ def _image(image: str | bytes, tile: np.ndarray, settings: Settings) -> dict[str
 
 
 def _token(part: TokenText, settings: Settings) -> dict[str, Any]:
-    """The values of a token: style classes, a sign if it has no text, and its characters with their signs."""
+    """Returns the values of a token: style classes, a sign if it has no text, and its characters with their signs."""
     token = {"id": part.token, "classes": "gap", "sign": "", "characters": _signed(part.text)}
     if part.token is None:
         return token
@@ -153,7 +153,7 @@ def _sequences(good: Sequence[PreviewRecord], sequence_length: int,
 
 
 def _runs(example: EncodedRecord) -> list[tuple[str, int]]:
-    """Kinds of tokens with the lengths of their runs."""
+    """Returns kinds of tokens with the lengths of their runs."""
     tokens, labels, _ = example
     kinds = np.where(tokens == IMAGE_TOKEN_ID, "visual", np.where(labels == IGNORE, "prompt", "supervised"))
     return [(str(kind), len([*run])) for kind, run in itertools.groupby(kinds)]
@@ -167,7 +167,7 @@ def _stored(row: Any) -> str:
 
 
 def _shortened(value: Any) -> Any:
-    """A row as JSON, without the millions of characters of an image."""
+    """Returns a row as JSON, without the millions of characters of an image."""
     if isinstance(value, bytes):
         return f"({len(value):,} bytes)"
     if isinstance(value, Mapping):

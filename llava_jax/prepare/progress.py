@@ -1,4 +1,4 @@
-"""Tasks in worker processes, with a progress bar."""
+"""Runs tasks in worker processes, with a progress bar."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Rows as ArrayRecord shards of a TFDS data set: what the worker processes of `prepare pack` run."""
+"""Writes rows as ArrayRecord shards of a TFDS data set, in the worker processes of `prepare pack`."""
 
 import contextlib
 import dataclasses

@@ -122,15 +122,15 @@ def _map_part(part: Any, change: Callable) -> Any:
 
 def _map_value(value: Any, change: Callable) -> Any:
     if isinstance(value, list | tuple):
-        return [_map_one(one, change) for one in value]
+        return [_map_one(item, change) for item in value]
     return _map_one(value, change)
 
 
 def _map_one(value: Any, change: Callable) -> Any:
     if isinstance(value, Mapping):
         used = next((key for key in ("bytes", "path", "url") if value.get(key)), None)
-        return {key: _map_one(one, change) if key == used and isinstance(one, str | bytes) else one
-                for key, one in value.items()}
+        return {key: _map_one(item, change) if key == used and isinstance(item, str | bytes) else item
+                for key, item in value.items()}
     return change(value) if value and isinstance(value, str | bytes) else value
 
 

@@ -1,1 +1,1 @@
-"""Instruction data from captions and boxes."""
+"""Instruction data, made from captions and boxes."""

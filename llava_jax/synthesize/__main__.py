@@ -1,4 +1,4 @@
-"""Makes instruction data from captions and boxes by a language model: `python -m llava_jax.synthesize COMMAND ...`."""
+"""Makes instruction data from captions and boxes: `python -m llava_jax.synthesize COMMAND ...`."""
 
 import importlib
 

@@ -98,10 +98,10 @@ def describe(kinds: Sequence[KindEstimate], price: Price | None, attempts: int) 
 
 def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, tokenizer: Tokenizer | None) -> KindEstimate:
     requests = [task.request(0) for task in itertools.islice(synthesis.drawn(0, (kind,)), SAMPLE_TASKS)]
-    *shared, _ = requests[0].messages  # all but the last, the image, is the same for all
-    answered, known = _answered(synthesis, kind, log)
-    rejected = 1 - statistics.fmean(task.verdict(response).accepted for task, response in known) if known else 0.0
-    counted = [(task.request(0), response) for task, response in known
+    *shared, _ = requests[0].messages  # all requests share every message but the last, which is the image
+    answered, measured = _answered(synthesis, kind, log)
+    rejected = 1 - statistics.fmean(task.verdict(response).accepted for task, response in measured) if measured else 0.0
+    counted = [(task.request(0), response) for task, response in measured
                if response.prompt_tokens and not response.estimated]  # some servers count nothing
     size = 1 / BYTES_PER_TOKEN
     if counted:
@@ -118,7 +118,7 @@ def _estimate_kind(synthesis: Synthesis, kind: str, log: AnswerLog | dict, token
     else:
         examples = [message for message in shared if message["role"] == "assistant"]
         completion = tokens(examples) / len(examples) if examples else DEFAULT_COMPLETION
-    # A task is asked once, and with every reject once more, as long as it may be.
+    # A task is asked once, and once more after every reject, up to `attempts` times.
     times = sum(rejected**attempt for attempt in range(synthesis.attempts))
     tasks = synthesis.count(kind)
     return KindEstimate(

@@ -128,7 +128,7 @@ def _flag(task: SynthesisTask, verdict: Verdict) -> dict[str, Any]:
 
 
 class _Tally:
-    """Counts for the manifest. An answer that several tasks share counts once, because it was paid once."""
+    """Counts for the manifest. An answer that several tasks share counts once, because it is paid for once."""
 
     def __init__(self, price: Price | None):
         self.rejects = {kind: Counter() for kind in KINDS}

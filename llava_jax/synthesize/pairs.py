@@ -1,4 +1,4 @@
-"""Stage-1 data from image-caption pairs: every caption becomes the answer to a random short instruction.
+"""Makes stage-1 data from image-caption pairs: every caption becomes the answer to a random short instruction.
 
 This is the paper's naive expansion (Visual Instruction Tuning, sections 3 and 4.2): a pair gives a conversation of one
 turn, whose question is drawn from a pool and asks for a brief description.
@@ -112,7 +112,7 @@ class PairsCommand:
             raise UserError(f"--out {self.out}: exists already; add --overwrite to replace it")
 
     def _record(self, file: CaptionFile, row: bytes, number: int, questions: tuple[str, ...]) -> dict[str, Any]:
-        """Returns the record of a row. Raises UserError that says what is wrong with the row."""
+        """Returns the record of a row. Raises UserError with the fault of the row."""
         caption, fields = check_text(file.caption(row).strip(), "the caption"), json.loads(row)
         image = fields.get("image")
         if not isinstance(image, str) or not image:

@@ -31,7 +31,7 @@ MAX_CHARACTERS = 50_000
 
 
 class Reject(UserError):
-    """Raised for an answer that makes no record, with a `reason` in REASONS and one line of `detail`."""
+    """Raised for an answer that gives no record, with a `reason` in REASONS and one line of `detail`."""
 
     def __init__(self, reason: str, detail: str):
         self.reason, self.detail = reason, " ".join(detail.split())
@@ -79,7 +79,7 @@ class Seen:
         self._digests.add(digest)
 
 
-THINKING = re.compile(r"\A\s*<think>.*?</think>", re.S)  # how some local models begin
+THINKING = re.compile(r"\A\s*<think>.*?</think>", re.S)  # the start of some local models' answers
 FENCE = re.compile(r"\A```[a-z]*\n(.*?)\n?```\Z", re.S | re.I)
 SEPARATOR = re.compile(r"\s*={3,}\s*")
 RULE = re.compile(r"\s*(?:[-*_]\s?){3,}\s*")  # a Markdown line across
@@ -210,8 +210,8 @@ def _pair(question: str, answer: str) -> tuple[Turn, ...]:
 def _plain(text: str) -> str:
     """Returns a text without blank lines around it, repeated blank lines, and bold print of the complete text."""
     text = re.sub(r"\n\s*\n\s*", "\n\n", text.strip())
-    whole = re.fullmatch(r"\*\*([^*]+)\*\*|__([^_]+)__", text)
-    return (whole[1] or whole[2]).strip() if whole else text
+    bold = re.fullmatch(r"\*\*([^*]+)\*\*|__([^_]+)__", text)
+    return (bold[1] or bold[2]).strip() if bold else text
 
 
 SYLLABLES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")

@@ -50,7 +50,7 @@ class Prompts:
     def load(cls, folder: str = "", language: str = "en", kinds: tuple[str, ...] = KINDS) -> "Prompts":
         """Loads the project's own prompts, or those in `folder`.
 
-        For another language than English, the system message ends with the demand for it. The worked examples stay as
+        For another language than English, the system message ends with a request for it. The worked examples stay as
         they are. Raises UserError, one line, for an unknown language, for a missing or empty kind or file, and for an
         incomplete example.
         """
@@ -110,9 +110,9 @@ def read_questions(name: str, language: str = "en", folder: str = "", file: str 
     if file:
         return _read_pool(file)
     own_name = f"questions{'' if language == 'en' else f'.{language}'}.txt"
-    for place in (folder, OWN):
-        path = os.path.join(place, name, own_name)
-        if place and os.path.isfile(path):
+    for root in (folder, OWN):
+        path = os.path.join(root, name, own_name)
+        if root and os.path.isfile(path):
             return _read_pool(path)
     raise UserError(f"there are no questions in {language_name(language)} for {name}: write a file of them, one a "
                      "line, and name it with --questions")

@@ -83,7 +83,7 @@ class ChatModel:
     def ask(self, jobs: Sequence[ChatJob], log: AnswerLog, budget: Budget, unit: str, attempts: int,
             accept: Callable[[ChatJob, Response], bool], rejects: Counter[str] | None = None
             ) -> dict[Hashable, RequestFailed]:
-        """Asks what the log does not hold yet. Returns the failures by key of their job.
+        """Asks the jobs without an answer in the log. Returns the failures by key of their job.
 
         A response that `accept` does not accept is asked for again, up to `attempts` times. Progress shows `rejects`.
         Raises Unfinished if the user or a limit stopped the run.

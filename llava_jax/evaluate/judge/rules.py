@@ -18,7 +18,7 @@ PUBLISHED_SYSTEM = "You are a helpful and precise assistant for checking the qua
 
 
 class JudgeRule(NamedTuple):
-    """The prompt of one category. `role` is what the two answers' authors are called."""
+    """The prompt of one category. `role` is the name of the two answers' authors."""
 
     role: str
     prompt: str

@@ -1,1 +1,1 @@
-"""Questions that test two limits which the paper names: places in an image, and other languages."""
+"""Questions that test two limits named in the paper: positions in an image, and other languages."""

@@ -23,7 +23,7 @@ from llava_jax.files import make_folder, write_json_lines
 FILE = "probes.jsonl"
 KINDS = ("left/right", "above/below", "inside", "between", "counting", "binding")
 MIN_BOX_AREA = 0.005
-"""Smallest share of the image that a box must cover, because 24 x 24 patches hardly show smaller objects."""
+"""Minimum share of the image that a box must cover, because 24 x 24 patches hardly show smaller objects."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def write_probes(contexts: Iterable[Context], folder: str, each: int, seed: int 
 def make_sets(contexts: Iterable[Context], each: int, seed: int = 0) -> dict[str, list[list[ProbeQuestion]]]:
     """Returns sets of questions by kind, with at most `each` questions of a kind.
 
-    `together` has, by kind, groups of sets that are chosen as a group, because only the group has every text with
-    either answer.
+    `together` has, by kind, groups of sets that are chosen together, because only the group has every text with
+    each answer.
     """
     draw = random.Random(seed)
     by_text: dict[str, dict[Any, dict[str, list[ProbeQuestion]]]] = {kind: {} for kind in KINDS}
@@ -144,7 +144,7 @@ def insides(scene: Scene, image: str) -> Iterator[ProbeQuestion]:
 
 
 def betweens(scene: Scene, image: str, draw: random.Random) -> Iterator[list[ProbeQuestion]]:
-    """Yields whether the middle one, and an outer one, of three objects in a line is between the other two."""
+    """Yields two questions about three objects in a line: is the middle one between the others, is an outer one?"""
     for a, c, b in permutations(scene.unique[:8], 3):
         if scene.unique.index(a) < scene.unique.index(b) and _between(c, a, b) and _are_large(a, b, c):
             names = [thing.name.plain for thing in draw.sample((a, b), 2)]
@@ -217,7 +217,7 @@ def _words(name: Name) -> tuple[str, str]:
 
 def _one_of_each(answers: Mapping[str, list[ProbeQuestion]], kind: str, draw: random.Random
                  ) -> list[list[ProbeQuestion]]:
-    """Returns sets of one text with an image for each answer. The numbers are those that give most questions."""
+    """Returns sets of one text with an image for each answer. For counting, it uses the numbers with most questions."""
     by_number = sorted(answers.values(), key=len, reverse=True)
     if kind == "counting":
         sizes = [count * len(asks) for count, asks in enumerate(by_number, 1)][1:]
@@ -236,11 +236,11 @@ def _zip_random(groups: Sequence[list], draw: random.Random) -> list[list]:
 
 
 def _choose(together: Sequence[list[list[ProbeQuestion]]], each: int, draw: random.Random) -> list[list[ProbeQuestion]]:
-    taken: list[list[ProbeQuestion]] = []
+    chosen: list[list[ProbeQuestion]] = []
     count = 0
     for sets in draw.sample(together, len(together)):
         size = sum(map(len, sets))
         if count + size <= each:
-            taken += sets
+            chosen += sets
             count += size
-    return taken
+    return chosen

@@ -1,4 +1,4 @@
-"""Probes of positions, numbers, and of which colour belongs to which object: a bag of patches cannot answer them."""
+"""Probes of positions, numbers and colours of objects, which a bag of patches cannot answer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ WORDING = {"text": str, "answer": str, "choices": [str]}
 
 @dataclass(frozen=True)
 class Probe(QuestionFileTask):
-    """What `spatial` and `multilingual` share: the questions of probes.jsonl, in one language or several."""
+    """Base class of `Spatial` and `Multilingual`: the questions of probes.jsonl, in one language or several."""
 
     name_choices: bool = True
     """Whether each question ends with its possible answers."""
@@ -67,7 +67,7 @@ class Probe(QuestionFileTask):
 
 @dataclass(frozen=True)
 class Spatial(Probe):
-    """Probes of space: left, right, above, below, inside, between, counting, and which attribute is whose."""
+    """Probes of space: left, right, above, below, inside, between, counting, and attributes of objects."""
 
     title = "Spatial probes"
     languages = ("en",)

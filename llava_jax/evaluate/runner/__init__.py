@@ -1,1 +1,1 @@
-"""Puts questions to a model, keeps the answers, and writes figures and pages of a run."""
+"""Asks a model questions, stores the answers, and writes figures and pages of a run."""

@@ -78,7 +78,7 @@ class AnswerFolder:
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that all answers of a run have in common."""
+    """Returns the settings that must be equal for all answers of a run."""
     model = settings["model"]
     return {"benchmark": settings["benchmark"], "questions": settings["questions_hash"], "name": settings["name"],
             "model": model["hash"], **{key: model[key] for key in ("template", "dtype", "score_by", "baseline")}}

@@ -75,7 +75,7 @@ def check_questions(questions: Iterable[Question], source: str, config: LlavaCon
         results = tqdm(pool.map(error_of, asked), "images", len(asked), leave=False, disable=not sys.stderr.isatty())
         errors = [(image, error) for image, error in zip(asked, results, strict=True) if error]
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the images in work alone
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits only for images in progress
     if errors:
         image, error = errors[0]
         raise UserError(f"{source}, question {asked[image]!r}: {error}; {len(errors):,} of {len(asked):,} images "
@@ -131,7 +131,7 @@ def generate(llava: Llava, task: Task, questions: Sequence[Question], batch_size
 
 def choose(llava: Llava, task: Task, questions: Sequence[Question], batch_size: int = 16,
            images_of: ImageChooser = OWN_IMAGES) -> Iterator[Generation]:
-    """Yields the likeliest choice of every question, by the sum of its tokens' log-probabilities."""
+    """Yields the most likely choice of every question, by the sum of its tokens' log-probabilities."""
     asked: list[int] = []
     ready: deque[Generation] = deque()
 
@@ -156,7 +156,8 @@ def choose(llava: Llava, task: Task, questions: Sequence[Question], batch_size: 
 def ask(llava: Llava, task: Task, questions: Sequence[Question], batch_size: int = 16,
         images_of: ImageChooser = OWN_IMAGES) -> list[Answer]:
     """Returns the answers of `generate` in the order of the questions, without a file."""
-    texts = {one.index: one.text for one in generate(llava, task, questions, batch_size, images_of)}
+    generations = generate(llava, task, questions, batch_size, images_of)
+    texts = {generation.index: generation.text for generation in generations}
     return [Answer(question.id, texts[index], question.text) for index, question in enumerate(questions)]
 
 
@@ -166,7 +167,7 @@ def make_request(question: Question, task: Task, images_of: ImageChooser = OWN_I
 
 
 def too_long(llava: Llava, request: Request, choices: Sequence[str] = ()) -> str:
-    """Returns why the model's context has no room for the request and each of `choices` after it, "" if it has."""
+    """Returns the reason why the request, or a choice after it, exceeds the model's context; "" if all fit."""
     prefix = request.assistant_prefix or templates.get(llava.template).gap
     try:
         llava.prompt_tokens(request)

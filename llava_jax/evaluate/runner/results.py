@@ -19,7 +19,7 @@ from llava_jax.evaluate.tasks.base import Question, ScoredAnswer, Scores, Task
 from llava_jax.files import write_file
 
 SAMPLE_BYTES, NUM_SAMPLES = 4096, 256
-"""Size and number of the samples of a large weight file that its hash is made of."""
+"""Size and number of the samples of a large weight file that are hashed."""
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
@@ -118,7 +118,7 @@ def write(folder: str, task: Task, settings: Mapping[str, Any], questions: Seque
 
 
 def about(result: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings of a run that a reader must know, by name."""
+    """Returns the settings of a run for its report, by name."""
     model = result.get("model") or {}
     chosen = {name: value for name, value in result["options"].items() if value not in ("", False)}
     facts = {

@@ -1,4 +1,4 @@
-"""ScienceQA's problems, from its own files or from Hugging Face's rows, and the files that LLaVA makes of them.
+"""Reads ScienceQA's problems, from its own files or from Hugging Face's, and writes the files that LLaVA trains on.
 
 `write_conversations` writes what LLaVA's converter writes, byte for byte, with its oddities: the formats AL and AE have
 each other's content, and a question that starts with `Question: ` loses every `Question: ` in it.
@@ -31,7 +31,7 @@ HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 INPUTS = {
     "QCM": "Question: {question}\nContext: {context}\nOptions: {options}\n",
     "CQM": "Context: {context}\nQuestion: {question}\nOptions: {options}\n",
-    # These contain the reasoning, which gives an upper bound of its worth.
+    # These contain the reasoning, for an upper bound of its benefit.
     "QCML": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture}\n",
     "QCME": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {solution}\n",
     "QCMLE": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture} {solution}\n",

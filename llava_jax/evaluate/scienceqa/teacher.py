@@ -1,4 +1,4 @@
-"""Questions to a language model that sees no image: to solve ScienceQA, and to judge between two answers."""
+"""Asks a language model that sees no image to solve ScienceQA, or to judge between two answers."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from llava_jax.evaluate.scienceqa.task import FAILED, parse_statement
 from llava_jax.files import write_json_lines
 
 MAX_JUDGEMENTS = 2
-"""Largest number of requests for a judgement, until it names one letter."""
+"""Maximum number of requests for a judgement, until it names one letter."""
 
 SOLVE = (
     "You solve multiple-choice questions on school science. Recall what one has to know, reason in a few sentences, "
@@ -49,7 +49,7 @@ def judge_messages(problem: Problem, ours: str, teacher: str) -> tuple[Message, 
 
 @dataclass(frozen=True)
 class ScienceQATeacher:
-    """Asks one language model, and writes its answers to files. What the log holds is not asked again.
+    """Asks one language model, and writes its answers to files. Answers in the log are not asked for again.
 
     Both methods return texts by problem. They raise Unfinished if the run was stopped, or if requests failed and
     `partial` is False.
@@ -61,12 +61,12 @@ class ScienceQATeacher:
     partial: bool
 
     def solve(self, problems: Mapping[str, Problem], shots: Sequence[Problem], path: str) -> dict[str, str]:
-        """Asks for answers. A text without a letter counts as one: the model may have said that it needs the image."""
+        """Asks for answers. A text without a letter counts too, because the model may need the image."""
         return self._ask({pid: solve_messages(problem, shots) for pid, problem in problems.items()}, 1, path)
 
     def judge(self, problems: Mapping[str, Problem], ours: Mapping[str, str], teacher: Mapping[str, str],
               path: str) -> dict[str, str]:
-        """Asks for judgements, once more if one names no letter. Then the last one counts."""
+        """Asks for judgements, and once more if a judgement names no letter. The last one counts."""
         messages = {pid: judge_messages(problem, ours[pid], teacher[pid]) for pid, problem in problems.items()}
         return self._ask(messages, MAX_JUDGEMENTS, path)
 

@@ -1,1 +1,1 @@
-"""One benchmark a file: its questions, how it is scored, and its upload."""
+"""Benchmarks, one a file: questions, scoring, and files to upload."""

@@ -33,7 +33,7 @@ TASKS = {
     "llava-bench-coco": "llava_jax.evaluate.tasks.llava_bench:LlavaBenchCoco",
     "llava-bench-wild": "llava_jax.evaluate.tasks.llava_bench:LlavaBenchWild",
 }
-"""Name of a task -> "module:class". A module is imported when its task is used."""
+"""Maps the name of a task to "module:class". A module is imported when its task is used."""
 
 LETTER_INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 PHRASE_INSTRUCTION = "\nAnswer the question using a single word or phrase."
@@ -81,7 +81,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """The score of one answer, from 0 to 1, or None if nothing here can score it."""
+    """The score of one answer, from 0 to 1, or None if the task cannot score it."""
 
     id: str | int
     score: float | None
@@ -101,7 +101,7 @@ class Scores:
 
 
 class Task:
-    """A benchmark. Subclasses override `load` and `score`, and the other methods if they need to.
+    """A benchmark. Subclasses override `load` and `score`, and other methods if necessary.
 
     The options of a benchmark are the fields of its class, a frozen dataclass. Each option has a default.
     """

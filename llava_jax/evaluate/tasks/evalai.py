@@ -1,7 +1,7 @@
 """The VQA challenge normalizes short answers before it compares them: numbers, articles, punctuation, contractions.
 
-The rules are those of the challenge's Python tools and of the answer processor in Pythia and LLaVA. What looks like a
-mistake here is part of the rules.
+The rules are those of the challenge's Python tools and of the answer processor in Pythia and LLaVA. Apparent
+mistakes are part of the rules.
 """
 
 import re

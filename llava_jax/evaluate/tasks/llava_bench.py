@@ -39,7 +39,7 @@ class JudgeCase:
 
 @dataclass(frozen=True)
 class LlavaBench(QuestionFileTask):
-    """What both sets share. The score needs reviews, which `evaluate judge` makes."""
+    """Base class of both sets. The score needs reviews, which `evaluate judge` makes."""
 
     reviews: tuple[str, ...] = ()
     """Files of a judge's reviews of these answers. Their mean is the score; without a file there is no score."""
@@ -199,7 +199,7 @@ class LlavaBenchCoco(LlavaBench):
     files = {
         "questions": (question_file, "questions.jsonl"),
         "references": ("qa90_gpt4_answer.jsonl", "answers_reference.jsonl"),
-        # The second is its place in LLaVA's repository, relative to the folder of the questions.
+        # The second is its path in LLaVA's repository, relative to the folder of the questions.
         "context": ("caps_boxes_coco2014_val_80.jsonl", "../../../llava/eval/table/caps_boxes_coco2014_val_80.jsonl",
                     "context.jsonl"),
     }
@@ -221,7 +221,7 @@ class LlavaBenchCoco(LlavaBench):
 
 @dataclass(frozen=True)
 class LlavaBenchWild(LlavaBench):
-    """LLaVA-Bench (In-the-Wild): paintings, memes, sketches and the like, described by people who know them."""
+    """LLaVA-Bench (In-the-Wild): paintings, memes, sketches and other images, described by people who know them."""
 
     title = "LLaVA-Bench (In-the-Wild)"
     required_files = ("questions.jsonl, answers_gpt4.jsonl, context.jsonl and images/, the Hugging Face data set "

@@ -1,4 +1,4 @@
-"""MMBench, English and Chinese: multiple choice, right only if right for every rotation of the options.
+"""MMBench, English and Chinese: multiple choice, where an answer must be right for every rotation of the options.
 
 The published TSV has a question once for each rotation, under indices that differ by a million. LLaVA's `--all-rounds`
 rotates the options itself (Liu et al. 2023).
@@ -37,7 +37,7 @@ ROTATION_STEP = 1_000_000
 """Rows whose indices differ by a multiple of this are one question."""
 NO_VALUE = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
             "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
-"""Cells that pandas, with which the original reads the table, takes for missing values."""
+"""Cells that pandas, with which the original reads the table, reads as missing values."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""TextVQA: questions whose answer is written in the image. The published prompts contain what an OCR read."""
+"""TextVQA: questions whose answer is written in the image. The published prompts contain tokens of an OCR."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -25,7 +25,7 @@ ALL_OF_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 
 @dataclass(frozen=True)
 class VqaTask(QuestionFileTask):
-    """What VQAv2 and VizWiz share: a server that knows the answers, and a tool that scores with annotations."""
+    """Base class of VQAv2 and VizWiz: a server scores the answers, or annotations do, with the benchmark's tool."""
 
     annotations: str = ""
     """File of the benchmark's annotations of these questions (val), to score them on this machine."""

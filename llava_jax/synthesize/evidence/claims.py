@@ -102,7 +102,7 @@ class Claim:
       text: The sentence.
       values: The number of a count, the colours of an attribute, otherwise some of "left", "right", "above", "below"
         and "middle".
-      total: Whether a count says that there are no more.
+      total: Whether a count includes all objects.
       negated: Whether the claim is denied.
     """
 
@@ -128,8 +128,8 @@ def claims(question: str, answer: str, vocabulary: Vocabulary) -> Iterator[Claim
     """
     *_, asked = sentences(question, vocabulary) or [read("", vocabulary)]
     yield from _replies(asked, answer, vocabulary)
-    for place, sentence in enumerate(sentences(_resolved(asked, answer), vocabulary)):
-        if place or not _EXISTS.search(asked.marked):
+    for number, sentence in enumerate(sentences(_resolved(asked, answer), vocabulary)):
+        if number or not _EXISTS.search(asked.marked):
             yield from _absences(sentence)
         stated = not _is_hedged(sentence) and not _NEGATED.search(re.sub("^no, ", "", sentence.marked))
         if stated and not is_general(asked, sentence):
@@ -145,19 +145,19 @@ def _statements(sentence: Sentence) -> Iterator[Claim]:
         if not _POSITION.search(marked[: match.start()])
         for number in re.findall(r"§(\d+)", match["list"])
     }
-    for place, mention in enumerate(mentions):
-        there = place in totals or is_claimed(sentence, place)
-        if (mention.named or mention.colours) and there:
+    for index, mention in enumerate(mentions):
+        claimed = index in totals or is_claimed(sentence, index)
+        if (mention.named or mention.colours) and claimed:
             yield Claim("object", text, mention)
         if mention.colours:
             yield Claim("attribute", text, mention, mention.colours)
-        part = re.search(rf"\b(?:of|out of) §{place}\b(?!\d)", marked)
+        part = re.search(rf"\b(?:of|out of) §{index}\b(?!\d)", marked)
         if mention.number is not None and not part:
-            yield Claim("count", text, mention, (mention.number,), total=place in totals and not mention.narrowed)
+            yield Claim("count", text, mention, (mention.number,), total=index in totals and not mention.narrowed)
     for match in _SO_MANY.finditer(marked):
-        whole = mentions[int(match["of"] or match["among"] or match["all"])]
-        number = numbers(match["n"] or match["m"]) if match["all"] is None else [whole.number]
-        some = mentions[int(match["kind"])] if match["kind"] else replace(whole, colours=(match["colour"],))
+        group = mentions[int(match["of"] or match["among"] or match["all"])]
+        number = numbers(match["n"] or match["m"]) if match["all"] is None else [group.number]
+        some = mentions[int(match["kind"])] if match["kind"] else replace(group, colours=(match["colour"],))
         if number != [None]:
             yield Claim("count", text, some, tuple(number), total=not some.narrowed)
     for match in _PREDICATE.finditer(marked):
@@ -180,7 +180,7 @@ def _relations(sentence: Sentence) -> Iterator[Claim]:
 
 
 def _positions(sentence: Sentence) -> Iterator[Claim]:
-    """A position belongs to the mention in front of it, or to the one after "at the left there is"."""
+    """Yields positions. Each belongs to the mention before it, or to the mention after "at the left there is"."""
     for match in _POSITION.finditer(sentence.marked):
         before, after = sentence.marked[: match.start()], sentence.marked[match.end() :]
         clause = re.search(r"§(\d+)[^;§]*$", before)
@@ -211,7 +211,7 @@ def _absences(sentence: Sentence) -> Iterator[Claim]:
 
 
 def _replies(asked: Sentence, answer: str, vocabulary: Vocabulary) -> Iterator[Claim]:
-    """Yields what an answer claims together with its question: "How many dogs are there?" "Two." """
+    """Yields claims of a question and its answer together: "How many dogs are there?" "Two." """
     first, *_ = sentences(answer, vocabulary) or [read("", vocabulary)]
     text, mentions = f"{asked.text} {first.text}", asked.mentions
     yes_or_no = re.match(r"(yes|no)\b", first.marked)
@@ -224,9 +224,9 @@ def _replies(asked: Sentence, answer: str, vocabulary: Vocabulary) -> Iterator[C
             yield Claim(claim.kind, text, claim.a, claim.values, claim.b, negated=yes_or_no[1] == "no")
     if re.search(r"\bcolou?r\b", asked.marked) and len(mentions) == 1 and colours(first.text) and not yes_or_no:
         yield Claim("attribute", text, mentions[0], colours(first.text)[:1])
-    place = _POSITION.search(asked.marked)
-    if place and not mentions and first.mentions and re.match(r"what|who|which (?!is|are)", asked.marked):
-        yield Claim("position", text, first.mentions[0], _position_values(place))
+    position = _POSITION.search(asked.marked)
+    if position and not mentions and first.mentions and re.match(r"what|who|which (?!is|are)", asked.marked):
+        yield Claim("position", text, first.mentions[0], _position_values(position))
 
 
 def _resolved(asked: Sentence, answer: str) -> str:

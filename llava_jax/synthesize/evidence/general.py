@@ -1,4 +1,4 @@
-"""Statements that are general, supposed or compared, and so claim nothing of the image."""
+"""Statements that are general, supposed or compared, and therefore claim nothing about the image."""
 
 import re
 

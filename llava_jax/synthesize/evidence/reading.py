@@ -1,4 +1,4 @@
-"""English sentences with their mentions of objects marked, so that patterns can match what is said of them."""
+"""English sentences with their mentions of objects marked, so that patterns can match statements about them."""
 
 import re
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class Sentence:
     """A sentence.
 
     Attributes:
-      marked: Words in lower case, with §0, §1, ... in place of the mentions.
+      marked: Words in lower case, with §0, §1, ... instead of the mentions.
     """
 
     text: str

@@ -1,6 +1,6 @@
 """A teacher without a model: instruction data by rules, from captions and boxes alone.
 
-It takes the place of GPT-4 in the paper (Visual Instruction Tuning, section 3), which saw captions and boxes only.
+It replaces GPT-4 of the paper (Visual Instruction Tuning, section 3), which saw captions and boxes only.
 `RulesTeacher` answers as a language model would, in sentences; `short` writes the miniature's short answers.
 Both read `annotations.scene` and one table of phrases.
 """

@@ -84,7 +84,7 @@ def questions(scene: Scene, rng: random.Random) -> list[list[Fact]]:
                 for a, b in scene.pairs
             ],
         ]  # fmt: skip
-    return [alike for alike in found if alike]
+    return [facts for facts in found if facts]
 
 
 def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
@@ -155,7 +155,7 @@ def inferences(scene: Scene) -> list[list[Fact]]:
             n, m = Count(counted["left"], OBJECT), Count(counted["right"], OBJECT)
             key = "balance" if n.number == m.number else "left_heavy" if n.number > m.number else "right_heavy"
             found.append([fact(key, n=n, m=m)])
-    return [alike for alike in found if alike]
+    return [facts for facts in found if facts]
 
 
 def _totals(scene: Scene) -> list[Fact]:

@@ -23,7 +23,7 @@ class Phrasing:
 
 
 class PhraseTable:
-    """Holds the phrases of "en" or "ko". Raises UserError for another language."""
+    """Phrases of "en" or "ko". Raises UserError for another language."""
 
     def __init__(self, language: str):
         if language not in LANGUAGES:
@@ -48,7 +48,7 @@ class PhraseTable:
         return question, answer
 
     def fill(self, key: str, rng: random.Random | None = None, **texts: object) -> tuple[str, str]:
-        """Returns question and answer of a short answer, with `texts` in place of the fields.
+        """Returns question and answer of a short answer, with `texts` as values of the fields.
 
         `rng` draws the question if the table has several. Nothing else is drawn, and capitals stay as they are.
         """
