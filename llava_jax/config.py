@@ -287,7 +287,7 @@ def load_recipe(name: str, **arguments: Any) -> Recipe:
             if not hasattr(module, "recipe"):
                 raise UserError(f"{path}: a recipe file defines recipe(), and this one does not")
             return module.recipe(**arguments)
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.py")})
-    near = difflib.get_close_matches(name, known, 1)
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.py")})
+    near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"recipe {name!r}: no such recipe; {hint}there are {', '.join(known) or 'none'}")
+    raise UserError(f"recipe {name!r}: no such recipe; {hint}there are {', '.join(names) or 'none'}")

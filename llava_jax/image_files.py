@@ -142,10 +142,10 @@ def orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        value = image.getexif().get(ORIENTATION, 1)
     except (OSError, *_DECODER_ERRORS):
         return 1
-    return found if found in range(1, 9) else 1
+    return value if value in range(1, 9) else 1
 
 
 @contextlib.contextmanager
@@ -175,8 +175,8 @@ def _describe(content: bytes) -> str:
         return "an HEIC image, as iPhones write it, which cannot be read; convert it to JPEG"
     if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
         return "not an image but a video, or of another format in its container (ISO)"
-    known = ", ".join("WebP" if name == "WEBP" else name for name in FORMATS)
-    return f"not an image, or of an unknown format; known are {known}"
+    names = ", ".join("WebP" if name == "WEBP" else name for name in FORMATS)
+    return f"not an image, or of an unknown format; known are {names}"
 
 
 class _Timed(io.BytesIO):

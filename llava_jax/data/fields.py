@@ -102,13 +102,13 @@ def check_text(text: str, name: str, is_answer: bool) -> None:
 def unknown_keys(row: Mapping[str, Any], turns_key: str, turns: list[Any]) -> tuple[str, ...]:
     """Returns the names of fields that nothing reads: "turn.NAME" in turns, "part.NAME" in their parts."""
     known = _KNOWN | {turns_key} | ({"response", "history"} if turns_key == "query" else set())
-    found = [str(key) for key in row.keys() - known if not _is_empty(row[key])]
+    unknown = [str(key) for key in row.keys() - known if not _is_empty(row[key])]
     turns = [turn for turn in turns if isinstance(turn, Mapping)]
     inner = {str(key) for turn in turns for key in turn.keys() - _KNOWN_IN_TURNS if not _is_empty(turn[key])}
     contents = [turn[key] for turn in turns for key in ("content", "value") if isinstance(turn.get(key), list)]
     parts = {str(key) for content in contents for part in content if isinstance(part, Mapping)
              for key in part.keys() - _KNOWN_IN_PARTS if not _is_empty(part[key])}
-    return (*sorted(found), *(f"turn.{key}" for key in sorted(inner)), *(f"part.{key}" for key in sorted(parts)))
+    return (*sorted(unknown), *(f"turn.{key}" for key in sorted(inner)), *(f"part.{key}" for key in sorted(parts)))
 
 
 def _refuse_media(fields: Mapping[str, Any], name: str) -> None:

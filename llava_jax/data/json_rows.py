@@ -100,12 +100,12 @@ class JsonRows:
             stored = np.load(cache, mmap_mode="r")
             if stored.dtype == np.int64 and stored.ndim == 2 and stored[0].tolist() == [*stamp, _checksum(stored[1:])]:
                 return stored[1:]
-        found = _find_rows(self._bytes(), self.path)
+        offsets = _find_rows(self._bytes(), self.path)
         with contextlib.suppress(OSError, ValueError):  # a folder that is full or not writable
             with atomic_write(cache) as file:
-                np.save(file, np.concatenate([np.array([[*stamp, _checksum(found)]], np.int64), found]))
+                np.save(file, np.concatenate([np.array([[*stamp, _checksum(offsets)]], np.int64), offsets]))
             return np.load(cache, mmap_mode="r")[1:]
-        return found
+        return offsets
 
 
 def _checksum(offsets: np.ndarray) -> int:
@@ -233,22 +233,22 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 def _find_in_list(content: mmap.mmap, start: int, path: str) -> np.ndarray:
     """Returns the offsets of the rows of `[row, row, ...]`. A row is parsed only for the position of its end."""
-    text, found = _Text(content, start), array("q")
+    text, offsets = _Text(content, start), array("q")
     try:
         at, closed = text.first_item(0, "]")
         while not closed:
             at, stop = text.skip_value(at)
-            found.extend((text.base + at, text.base + stop, text.line_of(at)))
+            offsets.extend((text.base + at, text.base + stop, text.line_of(at)))
             at, closed = text.next_item(stop, "]")
         at = text.skip_space(at + 1)
-        if text.base + at < len(content) and found:
+        if text.base + at < len(content) and offsets:
             raise json.JSONDecodeError("there is more after the end of the list", text.text, at)
     except (json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "msg", error)
         line = text.line_of(getattr(error, "pos", at))
-        hint = f"; the {len(found) // 3:,} rows before are whole" if found else ""
+        hint = f"; the {len(offsets) // 3:,} rows before are whole" if offsets else ""
         raise UserError(f"{path}, line {line}: broken JSON ({reason}){hint}") from None
-    return np.frombuffer(found, np.int64).reshape(-1, 3)
+    return np.frombuffer(offsets, np.int64).reshape(-1, 3)
 
 
 # Python refuses integers of thousands of digits, which do not matter while rows are only skipped.

@@ -40,14 +40,14 @@ def pack(tokens: Sequence[int], tiles: Sequence[int], sequence_length: int, tile
             if not max_records:
                 break
             share = free_tokens // max_records
-            found = remaining.longest(share, free_tiles, 1) or remaining.shortest_from(share, free_tiles)
-            if found is None or found[1] > free_tokens:
+            size = remaining.longest(share, free_tiles, 1) or remaining.shortest_from(share, free_tiles)
+            if size is None or size[1] > free_tokens:
                 break
-            chosen.append(remaining.remove(*found))
-            free_tokens, free_tiles = free_tokens - found[1], free_tiles - found[0]
-        while found := remaining.longest(free_tokens, 0, 0):
-            chosen.append(remaining.remove(*found))
-            free_tokens -= found[1]
+            chosen.append(remaining.remove(*size))
+            free_tokens, free_tiles = free_tokens - size[1], free_tiles - size[0]
+        while size := remaining.longest(free_tokens, 0, 0):
+            chosen.append(remaining.remove(*size))
+            free_tokens -= size[1]
         sequences.append(sorted(chosen))
     return sorted(sequences, key=lambda chosen: chosen[0])
 
@@ -76,18 +76,18 @@ class _Remaining:
 
     def shortest_from(self, min_tokens: int, max_tiles: int) -> tuple[int, int] | None:
         """Returns (tiles, tokens) of the shortest record with a tile and at least `min_tokens` tokens."""
-        found = []
+        candidates = []
         for count in range(1, max_tiles + 1):
             lengths = self.lengths[count] >> min_tokens
             if lengths:
-                found.append((min_tokens + (lengths & -lengths).bit_length() - 1, count))
-        length, count = min(found, default=(-1, 0))
+                candidates.append((min_tokens + (lengths & -lengths).bit_length() - 1, count))
+        length, count = min(candidates, default=(-1, 0))
         return (count, length) if length >= 0 else None
 
     def shortest(self, max_tiles: int) -> int:
         """Returns the number of tokens of the shortest record with a tile; 0 if there is none."""
-        found = self.shortest_from(0, max_tiles)
-        return found[1] if found else 0
+        record = self.shortest_from(0, max_tiles)
+        return record[1] if record else 0
 
     def remove(self, count: int, length: int) -> int:
         """Removes the first remaining record of these numbers and returns it."""

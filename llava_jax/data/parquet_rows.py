@@ -87,8 +87,8 @@ class ParquetRows:
 
 def find_parquet(folder: str) -> list[str]:
     """Returns the parquet files in a folder and its subfolders. Linked folders are skipped: they may be loops."""
-    found = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    return sorted(path for path in found if path.endswith(".parquet"))
+    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in paths if path.endswith(".parquet"))
 
 
 _NUMBER = re.compile(r"(^|[-_./])\d+(?=[-_.]|$)")

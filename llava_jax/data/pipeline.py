@@ -215,10 +215,10 @@ class _BatchIterator(grain.DatasetIterator):
             "tile_segment_ids": np.zeros(slots, np.int32),
         }
         skipped = Counter()
-        for b, (row, found) in enumerate(zip(rows, images, strict=True)):
+        for b, (row, row_tiles) in enumerate(zip(rows, images, strict=True)):
             start = slot = segment = 0
             skipped += row.skipped
-            for text, tiles in zip(row.texts, found, strict=True):
+            for text, tiles in zip(row.texts, row_tiles, strict=True):
                 if isinstance(tiles, str):  # its images are bad, so the records after it move up
                     skipped[tiles] += 1
                     continue

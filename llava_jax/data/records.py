@@ -54,10 +54,10 @@ class Record:
 
 def turns_key(row: Any) -> str | None:
     """Returns the key of a row's turns, or None. Raises UserError if there are several."""
-    found = [key for key in FORMATS if isinstance(row, Mapping) and row.get(key) is not None]
-    if len(found) > 1:
-        raise UserError(f"the row is ambiguous: it has {' and '.join(found)}; leave one")
-    return found[0] if found else None
+    keys = [key for key in FORMATS if isinstance(row, Mapping) and row.get(key) is not None]
+    if len(keys) > 1:
+        raise UserError(f"the row is ambiguous: it has {' and '.join(keys)}; leave one")
+    return keys[0] if keys else None
 
 
 def parse_row(row: Any, where: str) -> Record:
@@ -92,11 +92,11 @@ def parse_row(row: Any, where: str) -> Record:
             has = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"a row must have one of {', '.join(FORMATS)}; this one has {has:.200}")
         fields.check_row(row)
-        given = _query_turns(row) if key == "query" else _turn_list(row[key])
-        turns, slots = _turns(given, _system(row))
+        turn_list = _query_turns(row) if key == "query" else _turn_list(row[key])
+        turns, slots = _turns(turn_list, _system(row))
         column = _column(row)
         images = _fill(slots, column)
-        unknown = fields.unknown_keys(row, key, given)
+        unknown = fields.unknown_keys(row, key, turn_list)
     except BadRow as bad:
         raise BadRow(bad.reason, f"{where}: {bad}") from None
     except fields.Unsupported as error:
@@ -307,9 +307,9 @@ def _filled(content: bytes, name: str) -> bytes:
 
 def _fill(slots: list[_Slot], column: tuple[Image, ...]) -> tuple[Image, ...]:
     """Returns the image of every slot. Raises BadRow unless all images of the column and all slots are used."""
-    own = sum(isinstance(slot, str | bytes) for slot in slots)
-    if len(slots) != own + len(column):
-        raise BadRow("image_count", f"{own + len(column)} images, but {len(slots)} times <image> in the turns")
+    num_own = sum(isinstance(slot, str | bytes) for slot in slots)
+    if len(slots) != num_own + len(column):
+        raise BadRow("image_count", f"{num_own + len(column)} images, but {len(slots)} times <image> in the turns")
     numbers = {slot for slot in slots if isinstance(slot, int)}
     if numbers and numbers != set(range(len(column))):
         raise BadRow("image_count", f"the parts' indices {sorted(numbers)} are not those of the {len(column)} images")

@@ -172,7 +172,7 @@ def _needed(rows: JsonRows | ParquetRows | TfdsRows, index: int) -> Any:
 
 def _find_format(rows: Any) -> str:
     """Returns the key of the turns in the first rows."""
-    found, problem, fields_seen = {}, None, []
+    first_rows, problem, fields_seen = {}, None, []
     for i in range(min(len(rows), PROBE_ROWS)):
         try:
             row = _needed(rows, i)
@@ -183,17 +183,17 @@ def _find_format(rows: Any) -> str:
         except UserError as error:
             raise UserError(f"{rows.where(i)}: {error}") from None
         if key is not None:
-            found.setdefault(key, i + 1)
+            first_rows.setdefault(key, i + 1)
         elif isinstance(row, dict):
             names = rows.columns(i) if isinstance(rows, ParquetRows) else row
             fields_seen.append(", ".join(map(str, names)) or "nothing")
-    if len(found) > 1:
-        seen = ", ".join(f"row {row} has {key}" for key, row in found.items())
+    if len(first_rows) > 1:
+        seen = ", ".join(f"row {row} has {key}" for key, row in first_rows.items())
         raise UserError(f"{rows.path}: the file is ambiguous: {seen}; split it into files of one format each")
-    if not found:
+    if not first_rows:
         seen = f"the first row has {fields_seen[0]:.200}" if fields_seen else problem or "the first rows are no objects"
         raise UserError(f"{rows.path}: of no known format: a row needs {', '.join(FORMATS)}; {seen}")
-    return next(iter(found))
+    return next(iter(first_rows))
 
 
 def _open_folder(path: str, folder: str) -> ParquetRows | TfdsRows:

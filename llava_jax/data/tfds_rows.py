@@ -133,13 +133,13 @@ class TfdsRows:
             name, expected = self.files[shard], self._starts[shard + 1] - self._starts[shard]
             try:
                 reader = ArrayRecordReader(name, RANDOM_ACCESS, file_reader_buffer_size=BUFFER_BYTES)
-                found = reader.num_records()
+                actual = reader.num_records()
             except RuntimeError as error:  # ArrayRecord's only one, without a code
                 if code := next((code for code in MACHINE_ERRORS if os.strerror(code) in str(error)), None):
                     raise OSError(code, os.strerror(code), name) from error
                 raise UserError(f"{name}: not a readable ArrayRecord file ({_line(error)})") from None
-            if found != expected:  # also what a truncated or missing file shows: it reads as empty
-                message = f"has {found} rows, but dataset_info.json says {expected}; it is truncated, copy it again"
+            if actual != expected:  # also what a truncated or missing file shows: it reads as empty
+                message = f"has {actual} rows, but dataset_info.json says {expected}; it is truncated, copy it again"
                 raise UserError(f"{name}: {message}")
             self._readers[shard] = reader
         return self._readers[shard]
@@ -249,11 +249,11 @@ def _version_folder(path: str) -> str:
         return path
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder")
-    found = sorted(inner.name for inner in folder.iterdir() if (inner / "dataset_info.json").exists())
-    if len(found) == 1:
-        return _join(path, found[0])
-    if found:
-        raise UserError(f"{path}: has several data sets or versions, choose one: {', '.join(found)}")
+    names = sorted(inner.name for inner in folder.iterdir() if (inner / "dataset_info.json").exists())
+    if len(names) == 1:
+        return _join(path, names[0])
+    if names:
+        raise UserError(f"{path}: has several data sets or versions, choose one: {', '.join(names)}")
     partly = "; a pack into it has not finished: run it again" if (folder / ".pack").exists() else ""
     raise UserError(f"{path}: no TFDS data set, there is no dataset_info.json in it{partly}")
 

@@ -53,9 +53,9 @@ class Detokenizer:
                 self.finish_reason = "length"
         if self.finish_reason:
             self._pending += self._decoder.finish()
-        found = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
-        if found:
-            self._pending = self._pending[: min(found)]
+        stops = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
+        if stops:
+            self._pending = self._pending[: min(stops)]
             self.finish_reason = "stop"
         certain = len(self._pending) - (0 if self.finish_reason else self._length_of_stop_start())
         piece, self._pending = self._blanks + self._pending[:certain], self._pending[certain:]

@@ -190,8 +190,8 @@ class Engine:
         tokens, _ = pad_tokens([row.tokens for row in scoring_rows], rows, length_bucket)
         inputs = tokens, *pad_tiles(tokens, tiles, layouts, self._processor), *score_positions(scoring_rows, rows)
         with self._on_mesh():
-            found = np.asarray(self._score(self.parameters, *self._split(inputs)), np.float64)
-        return [{number: found[row, : len(tokens), column].sum().item()
+            scores = np.asarray(self._score(self.parameters, *self._split(inputs)), np.float64)
+        return [{number: scores[row, : len(tokens), column].sum().item()
                  for column, (number, tokens) in enumerate(scored.continuations)}
                 for row, scored in enumerate(scoring_rows)]
 

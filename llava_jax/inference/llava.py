@@ -214,7 +214,7 @@ class Llava:
     ) -> Iterator[tuple[int, list[float]]]:
         """Runs `log_likelihood` for any number of requests: yields pairs of index and result, as they are finished."""
         counts: dict[int, int] = {}
-        found: dict[int, dict[int, float]] = collections.defaultdict(dict)
+        partial: dict[int, dict[int, float]] = collections.defaultdict(dict)
         gap = templates.get(self.template).gap
         with image_opener(self._tiles) as open_tiles:
 
@@ -235,9 +235,9 @@ class Llava:
                 _, scored_rows, layouts, tiles = zip(*batch, strict=True)
                 scored = self._engine.score(scored_rows, [future.result() for future in tiles], layouts, size)
                 for (index, *_), scores in zip(batch, scored, strict=True):
-                    found[index] |= scores
-                    if len(found[index]) == counts[index]:
-                        yield index, [score for _, score in sorted(found.pop(index).items())]
+                    partial[index] |= scores
+                    if len(partial[index]) == counts[index]:
+                        yield index, [score for _, score in sorted(partial.pop(index).items())]
 
     def encode(self, messages: Messages, images: Sequence[ImageSource] = ()) -> dict[str, np.ndarray]:
         """Returns the arguments of `model` for a prompt: `tokens` [1, T], with images also `tiles` and `visual_index`.

@@ -58,7 +58,7 @@ def pad_tiles(tokens: np.ndarray, tiles: Sequence[np.ndarray], layouts: Sequence
         return None, None
     padded = np.zeros((len(tokens), slots, processor.size, processor.size, 3), np.uint8)
     visual_index = np.full(tokens.shape, -1, np.int32)
-    for row, (own, images) in enumerate(zip(tiles, layouts, strict=True)):
-        padded[row, : len(own)] = own
+    for row, (row_tiles, images) in enumerate(zip(tiles, layouts, strict=True)):
+        padded[row, : len(row_tiles)] = row_tiles
         visual_index[row, tokens[row] == IMAGE_TOKEN_ID] = processor.visual_index(images, 0, slots)
     return padded, visual_index

@@ -41,7 +41,7 @@ def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None)
     return functools.partial(jax.nn.dot_product_attention, mask=mask[:, None], implementation="cudnn")
 
 
-def bidirectional_attention(name: str, heads: int) -> Callable[[Array], Array]:
+def bidirectional_attention(name: str, num_heads: int) -> Callable[[Array], Array]:
     """Returns attention of all tokens to all tokens, `[B, T, 3 N H] -> [B, T, N, H]`, for a vision tower.
 
     Its argument is the concatenation of queries, keys and values. `splash` requires heads that fill vectors of 128
@@ -53,11 +53,11 @@ def bidirectional_attention(name: str, heads: int) -> Callable[[Array], Array]:
     def run(qkv: Float[Array, "B T 3NH"]) -> Float[Array, "B T N H"]:
         size = qkv.shape[2] // 3
         if name == "splash":
-            if not pallas.fills_lanes(size, heads):
-                raise UserError(f"attention splash: a vision tower of hidden_size {size} with {heads} heads does not "
-                                f"fill vectors of {pallas.NUM_LANES}; choose xla or auto")
-            return pallas.bidirectional_attention(qkv, heads)
-        return attend(*pallas.split_qkv(qkv, heads))
+            if not pallas.fills_lanes(size, num_heads):
+                raise UserError(f"attention splash: a vision tower of hidden_size {size} with {num_heads} heads does "
+                                f"not fill vectors of {pallas.NUM_LANES}; choose xla or auto")
+            return pallas.bidirectional_attention(qkv, num_heads)
+        return attend(*pallas.split_qkv(qkv, num_heads))
 
     return run
 

@@ -18,9 +18,9 @@ SPLASH_BLOCK_SIZES = {"TPU v6": 2048, "TPU7": 2048}
 """Longest splash block whose backward kernel compiles, by prefix of `device_kind`; 1024 for other devices."""
 
 
-def fills_lanes(size: int, heads: int) -> bool:
+def fills_lanes(size: int, num_heads: int) -> bool:
     """Returns whether the heads of a vision tower fill a TPU's vectors, as the tower's kernel requires."""
-    return NUM_LANES % (size // heads) == 0 and size % NUM_LANES == 0
+    return NUM_LANES % (size // num_heads) == 0 and size % NUM_LANES == 0
 
 
 def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array | None,
@@ -64,14 +64,14 @@ def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array 
     return run(pad(query * H**-0.5), pad(key), pad(value), pad(segments, -1))[:, :T]
 
 
-def split_qkv(qkv: Float[Array, "B T 3NH"], heads: int) -> list[Float[Array, "B T N H"]]:
+def split_qkv(qkv: Float[Array, "B T 3NH"], num_heads: int) -> list[Float[Array, "B T N H"]]:
     """Splits concatenated queries, keys and values."""
-    qkv = qkv.reshape(*qkv.shape[:2], 3, heads, -1)
+    qkv = qkv.reshape(*qkv.shape[:2], 3, num_heads, -1)
     return [qkv[:, :, part] for part in range(3)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def bidirectional_attention(qkv: Array, heads: int, interpret: bool = False) -> Array:
+def bidirectional_attention(qkv: Array, num_heads: int, interpret: bool = False) -> Array:
     """Computes attention `[B, T, 3 N H] -> [B, T, N, H]` in a kernel that keeps all scores of a head in VMEM.
 
     The heads stay adjacent on the last axis, as the matmuls before and after write and read them.
@@ -85,12 +85,13 @@ def bidirectional_attention(qkv: Array, heads: int, interpret: bool = False) -> 
             return pl.BlockSpec((1, T, NUM_LANES), lambda row, lanes: (row, 0, part * (size // NUM_LANES) + lanes))
 
         return pl.pallas_call(
-            functools.partial(_bidirectional_kernel, head_dim=size // heads), grid=(qkv.shape[0], size // NUM_LANES),
+            functools.partial(_bidirectional_kernel, head_dim=size // num_heads),
+            grid=(qkv.shape[0], size // NUM_LANES),
             in_specs=[block(0), block(1), block(2)], out_specs=block(0),
             out_shape=jax.ShapeDtypeStruct((qkv.shape[0], T, size), qkv.dtype),
             interpret=interpret, name="bidirectional_attention")(qkv, qkv, qkv)
 
-    return _each_device(batch, B, P(None, None))(qkv).reshape(B, T, heads, -1)
+    return _each_device(batch, B, P(None, None))(qkv).reshape(B, T, num_heads, -1)
 
 
 def _bidirectional_kernel(query, key, value, out, *, head_dim: int):

@@ -391,11 +391,11 @@ def _resolve(added: Mapping[str, _Added], id_of: Callable[[str], int | None], fi
     """Fills in ids from the vocabulary, and drops tokens without any. Raises UserError if the vocabulary disagrees."""
     resolved = {}
     for text, token in added.items():
-        known = id_of(text)
-        if None not in (known, token.id) and known != token.id:
-            raise UserError(f"{file} has {text!r} = {known}, the files beside it {token.id}; make them agree")
-        if known is not None or token.id is not None:
-            resolved[text] = token._replace(id=known if token.id is None else token.id)
+        vocabulary_id = id_of(text)
+        if None not in (vocabulary_id, token.id) and vocabulary_id != token.id:
+            raise UserError(f"{file} has {text!r} = {vocabulary_id}, the files beside it {token.id}; make them agree")
+        if vocabulary_id is not None or token.id is not None:
+            resolved[text] = token._replace(id=vocabulary_id if token.id is None else token.id)
     return resolved
 
 

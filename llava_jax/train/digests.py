@@ -26,22 +26,22 @@ def digests(tree: Any) -> dict[str, tuple[str, bool]]:
     for path in sorted(on_host):
         leaf = jax.device_put(leaves[path], leaves[path].sharding.with_memory_kind("device"))
         sums[path] = jax.block_until_ready(_sums({path: leaf})[path])
-    found = {}
+    result = {}
     for path, (total, finite) in jax.device_get(sums).items():
         leaf = leaves[path]
-        found[path] = f"{int(total):08x} {leaf.dtype}{list(leaf.shape)}", bool(finite)
-    return found
+        result[path] = f"{int(total):08x} {leaf.dtype}{list(leaf.shape)}", bool(finite)
+    return result
 
 
-def fingerprint(found: Mapping[str, tuple[str, bool]]) -> str:
+def fingerprint(digests_by_path: Mapping[str, tuple[str, bool]]) -> str:
     """Returns one hash over the `digests` of a tree."""
-    lines = "".join(f"{path} {digest}\n" for path, (digest, _) in sorted(found.items()))
+    lines = "".join(f"{path} {digest}\n" for path, (digest, _) in sorted(digests_by_path.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:16] if lines else "none"
 
 
-def check_finite(found: Mapping[str, tuple[str, bool]], what: str, advice: str) -> None:
-    """Raises UserError that starts with `what` and ends with `advice` if an array of `digests` is not finite."""
-    if wrong := [path for path, (_, finite) in found.items() if not finite]:
+def check_finite(digests_by_path: Mapping[str, tuple[str, bool]], what: str, advice: str) -> None:
+    """Raises UserError that starts with `what` and ends with `advice` if an array is not finite."""
+    if wrong := [path for path, (_, finite) in digests_by_path.items() if not finite]:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{what}: {', '.join(wrong[:3])}{more} {'is' if len(wrong) == 1 else 'are'} not finite "
                         f"(NaN or infinite); {advice}")

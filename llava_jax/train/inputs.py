@@ -33,35 +33,36 @@ SAMPLES, SAMPLE_BYTES = 256, 2**16
 def hash_inputs(context: TrainContext, batches: Batches) -> dict[str, str]:
     """Returns hashes of the data sources, the tokenizer, the template and the model's configuration, by name."""
     spec, mixture = batches.spec, batches.spec.mixture
-    found = {}
+    hashes = {}
     for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1):
-        found[f"data {number}: {source.path}"] = f"{_hash_source(source)} {len(source)} rows, {count} in an epoch"
+        hashes[f"data {number}: {source.path}"] = f"{_hash_source(source)} {len(source)} rows, {count} in an epoch"
     folder = Path(context.tokenizer_directory)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    found[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], complete=True)
-    found[f"template: {spec.template.name}"] = _hash_json(dataclasses.asdict(spec.template))
+    hashes[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], complete=True)
+    hashes[f"template: {spec.template.name}"] = _hash_json(dataclasses.asdict(spec.template))
     # The template of the finished model is a field of the recipe.
-    found["model: the settings in its config.json"] = _hash_json(dataclasses.asdict(context.model) | {"template": None})
-    return found
+    settings = dataclasses.asdict(context.model) | {"template": None}
+    hashes["model: the settings in its config.json"] = _hash_json(settings)
+    return hashes
 
 
-def check_inputs(context: TrainContext, stage: str, found: dict[str, str]) -> None:
+def check_inputs(context: TrainContext, stage: str, hashes: dict[str, str]) -> None:
     """Raises UserError that names the inputs that changed since the stage was trained so far."""
     path = context.directory / "inputs.json"
-    before = (read_json(path) if path.exists() else {}).get(stage, found)
+    before = (read_json(path) if path.exists() else {}).get(stage, hashes)
     if not isinstance(before, dict):
         raise UserError(f"{path}: {stage} must be an object; remove the file if the data are as they were")
-    if changed := [name for name in found | before if found.get(name) != before.get(name)]:
+    if changed := [name for name in hashes | before if hashes.get(name) != before.get(name)]:
         raise UserError(f"stages.{stage} was trained so far with other inputs than there are now: "
                         f"{'; '.join(changed[:3])}. Bring them back, give another --output, or remove {path} to go on "
                         "with what is there")
 
 
-def write_inputs(context: TrainContext, stage: str, found: dict[str, str]) -> None:
+def write_inputs(context: TrainContext, stage: str, hashes: dict[str, str]) -> None:
     """Writes the hashes of a stage, for `check_inputs` of later runs."""
     if jax.process_index() == 0:
         path = context.directory / "inputs.json"
-        output.write_json(path, (read_json(path) if path.exists() else {}) | {stage: found})
+        output.write_json(path, (read_json(path) if path.exists() else {}) | {stage: hashes})
 
 
 def _hash_source(source: Source) -> str:

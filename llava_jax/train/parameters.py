@@ -45,6 +45,6 @@ def split_parameters(context: TrainContext, stage: str, rates: Mapping[str, floa
     allgather_object(f"stages.{stage}: the parameters are loaded", None, LOAD_TIMEOUT)
     trainable = {path: x for path, x in parameters.items() if path in rates}
     frozen = {path: x for path, x in parameters.items() if path not in rates}
-    found = digests(frozen)
-    check_finite(found | digests(trainable), f"stages.{stage}", SOURCES_NOT_FINITE)
-    return trainable, frozen, fingerprint(found)
+    frozen_digests = digests(frozen)
+    check_finite(frozen_digests | digests(trainable), f"stages.{stage}", SOURCES_NOT_FINITE)
+    return trainable, frozen, fingerprint(frozen_digests)

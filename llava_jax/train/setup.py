@@ -83,10 +83,10 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
     `read` returns the configuration of a checkpoint directory; for a LLaVA its second argument is the template's name.
     """
     if model.llava:
-        found = read(model.llava, model.template)
-        if not isinstance(found, LlavaConfig):
+        checkpoint = read(model.llava, model.template)
+        if not isinstance(checkpoint, LlavaConfig):
             raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
-        return found
+        return checkpoint
     chosen = {"projector": model.projector, "feature_layer": model.feature_layer,
               "feature_select": model.feature_select, "template": model.template}
     joined = LlavaConfig(vision=read(model.vision), text=read(model.language),

@@ -95,12 +95,12 @@ def chat_template(directory: Path) -> tuple[Path, str]:
         return jinja, read_text(jinja)
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         file = directory / name
-        found = read_json(file).get("chat_template") if file.exists() else None
-        if isinstance(found, list):  # several, by name
-            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
-            found = named[0].get("template") if named else None
-        if not isinstance(found, str | None):
-            raise UserError(f"{file}: chat_template is {json_type(found)}; it must be a text")
-        if found:
-            return file, found
+        template = read_json(file).get("chat_template") if file.exists() else None
+        if isinstance(template, list):  # several, by name
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if not isinstance(template, str | None):
+            raise UserError(f"{file}: chat_template is {json_type(template)}; it must be a text")
+        if template:
+            return file, template
     return jinja, ""

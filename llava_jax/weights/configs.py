@@ -78,28 +78,28 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
         return _vision(file, "", _parse(file, kind, fields.tower(file, raw)))
     if kind in ("clip", "siglip"):
         return _vision(file, "vision_config.", _parse(file, kind, fields.clip(file, raw)).vision_config)
-    own = fields.check_fields(file, raw, {MODEL_TYPE: fields.Field(dict)}).get(MODEL_TYPE, {})
-    own = fields.check_fields(file, own, fields.HF_EXTRAS, f"{MODEL_TYPE}.")
-    return _llava(directory, file, _parse_llava(file, raw), own | ({"template": template} if template else {}))
+    extras = fields.check_fields(file, raw, {MODEL_TYPE: fields.Field(dict)}).get(MODEL_TYPE, {})
+    extras = fields.check_fields(file, extras, fields.HF_EXTRAS, f"{MODEL_TYPE}.")
+    return _llava(directory, file, _parse_llava(file, raw), extras | ({"template": template} if template else {}))
 
 
 def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:
-    found = fields.llava(file, raw)
+    checked = fields.llava(file, raw)
     for name, kinds in (("vision_config", TOWERS), ("text_config", TEXT_MODELS)):
-        kind = found.get(name, {}).get("model_type", kinds[0])
+        kind = checked.get(name, {}).get("model_type", kinds[0])
         if kind not in kinds:
             raise UserError(f"{file}: {name}.model_type is {kind!r}; supported: {' and '.join(kinds)}")
-    return _parse(file, "llava", found)
+    return _parse(file, "llava", checked)
 
 
-def _parse(file: Path, kind: str, found: dict[str, Any]) -> Any:
+def _parse(file: Path, kind: str, settings: dict[str, Any]) -> Any:
     """Builds Hugging Face's configuration, whose class fills in the defaults of missing fields."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     from transformers import AutoConfig, logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return AutoConfig.for_model(kind, **{name: value for name, value in found.items() if name != "model_type"})
+        return AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if name != "model_type"})
     except (OSError, MemoryError):
         raise
     except Exception as error:  # their validators raise many types
@@ -117,7 +117,7 @@ def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
             raise UserError(f"{file}: {prefix}{field} is {value!r}; supported: {choices}")
 
 
-def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
+def _llava(directory: Path, file: Path, config: Any, extras: dict) -> LlavaConfig:
     _expect(file, config, multimodal_projector_bias=True, projector_hidden_act=("gelu", "linear"),
             vision_feature_select_strategy=tuple(FEATURE_SELECT))
     text = dataclasses.replace(_text(file, "text_config.", config.text_config),
@@ -132,10 +132,11 @@ def _llava(directory: Path, file: Path, config: Any, own: dict) -> LlavaConfig:
         projector="mlp2x_gelu" if config.projector_hidden_act == "gelu" else "linear",
         feature_layer=config.vision_feature_layer,
         feature_select="patch" if is_siglip else FEATURE_SELECT[select],
-        processor=_read_processor(directory, file, config, own.get("image_mode")),
-        exif=own.get("exif", False),
-        template=_build(file, templates.get,
-                        template=own.get("template") or template_name(directory, config.text_config.model_type)).name,
+        processor=_read_processor(directory, file, config, extras.get("image_mode")),
+        exif=extras.get("exif", False),
+        template=_build(
+            file, templates.get,
+            template=extras.get("template") or template_name(directory, config.text_config.model_type)).name,
     )
 
 
@@ -187,12 +188,12 @@ def _build(file: Path, constructor: Callable, /, **values: Any) -> Any:
 def _read_processor(directory: Path, file: Path, config: Any, mode: str | None) -> ImageProcessor:
     """Reads the image processor of a LLaVA in Hugging Face's layout; `mode` overrides its files."""
     vision = config.vision_config
-    found = _processor_settings(directory, vision.model_type == "siglip_vision_model")
+    settings = _processor_settings(directory, vision.model_type == "siglip_vision_model")
     if mode:
-        found["mode"] = OLD_IMAGE_MODES.get(mode, mode)
+        settings["mode"] = OLD_IMAGE_MODES.get(mode, mode)
     has_class = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
     return _build(file, ImageProcessor, size=vision.image_size, patches=vision.image_size // vision.patch_size,
-                  class_token=has_class, **found)
+                  class_token=has_class, **settings)
 
 
 def _processor_settings(directory: Path, is_siglip: bool = False) -> dict[str, Any]:
@@ -216,9 +217,9 @@ def _processor_settings(directory: Path, is_siglip: bool = False) -> dict[str, A
             defaults = SIGLIP if is_siglip else CLIP
             lists = {name: settings.get(f"image_{name}") or defaults[name] for name in ("mean", "std")}
             pads = fields.check_fields(file, settings, {"do_pad": fields.Field(bool, null=True)}).get("do_pad")
-            found = defaults | _as_tuples(file, lists) | ({"mode": "pad"} if pads else {})
-            _build(file, ImageProcessor, **found)
-            return found
+            result = defaults | _as_tuples(file, lists) | ({"mode": "pad"} if pads else {})
+            _build(file, ImageProcessor, **result)
+            return result
     return dict(SIGLIP if is_siglip else CLIP)
 
 
@@ -242,13 +243,13 @@ def _read_native(raw: dict, file: Path) -> LlavaConfig:
     if raw.get("version") != VERSION:
         raise UserError(f"{file}: version {raw.get('version')!r} of the {MODEL_TYPE} layout is not known here; "
                         f"{VERSION} is")
-    found = fields.native(file, {key: value for key, value in raw.items() if key not in ("model_type", "version")})
-    scaling = found["text"]["rope_scaling"]
-    text = found["text"] | {"rope_scaling": scaling and _build(file, RopeScaling, **scaling)}
-    lists = {name: found["processor"][name] for name in ("mean", "std", "pinpoints")}
-    parts = {"processor": _build(file, ImageProcessor, **found["processor"] | _as_tuples(file, lists)),
-             "vision": _build(file, VisionConfig, **found["vision"]), "text": _build(file, LlamaConfig, **text)}
-    config = _build(file, LlavaConfig, **found | parts)
+    checked = fields.native(file, {key: value for key, value in raw.items() if key not in ("model_type", "version")})
+    scaling = checked["text"]["rope_scaling"]
+    text = checked["text"] | {"rope_scaling": scaling and _build(file, RopeScaling, **scaling)}
+    lists = {name: checked["processor"][name] for name in ("mean", "std", "pinpoints")}
+    parts = {"processor": _build(file, ImageProcessor, **checked["processor"] | _as_tuples(file, lists)),
+             "vision": _build(file, VisionConfig, **checked["vision"]), "text": _build(file, LlamaConfig, **text)}
+    config = _build(file, LlavaConfig, **checked | parts)
     _build(file, projector.depth, kind=config.projector)
     return dataclasses.replace(config, template=_build(file, templates.get, template=config.template).name)
 
@@ -298,11 +299,11 @@ def hf_vision(config: VisionConfig) -> dict:
     if flags not in (clip, siglip):
         raise UserError("Hugging Face has no vision tower with these flags: "
                         f"class_token {flags[0]}, patch_bias {flags[1]}, pre_norm {flags[2]}")
-    own = {"model_type": "clip_vision_model", "projection_dim": 768}  # of a head that LLaVA does not have
+    kind = {"model_type": "clip_vision_model", "projection_dim": 768}  # of a head that LLaVA does not have
     if flags == siglip:
-        own = {"model_type": "siglip_vision_model", "vision_use_head": False}
+        kind = {"model_type": "siglip_vision_model", "vision_use_head": False}
     sizes = {theirs: getattr(config, ours) for theirs, ours in VISION_FIELDS.items()}
-    return own | sizes | {"num_channels": 3, "attention_dropout": 0.0}
+    return kind | sizes | {"num_channels": 3, "attention_dropout": 0.0}
 
 
 def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
@@ -321,10 +322,10 @@ def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
             scaling |= {"low_freq_factor": config.rope_scaling.low_freq_factor,
                         "high_freq_factor": config.rope_scaling.high_freq_factor,
                         "original_max_position_embeddings": config.rope_scaling.original_length}
-    own = {"model_type": "qwen2", "use_sliding_window": False}
+    kind = {"model_type": "qwen2", "use_sliding_window": False}
     if not qwen2:
-        own = {"model_type": "llama", "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+        kind = {"model_type": "llama", "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     sizes = {theirs: getattr(config, ours) for theirs, ours in TEXT_FIELDS.items()}
-    return own | sizes | {
+    return kind | sizes | {
         "vocab_size": vocab_size, "hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": scaling,
         "attention_dropout": 0.0, "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True}

@@ -95,20 +95,20 @@ def check_fields(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field]
 
 def decoder(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the checked fields of a LLaMA, Mistral or Qwen2, and of its rotary embedding."""
-    found = check_fields(file, raw, DECODER, prefix)
+    checked = check_fields(file, raw, DECODER, prefix)
     for name in ("rope_scaling", "rope_parameters"):
-        if found.get(name):
-            found[name] = check_fields(file, found[name], ROPE, f"{prefix}{name}.")
-    return found
+        if checked.get(name):
+            checked[name] = check_fields(file, checked[name], ROPE, f"{prefix}{name}.")
+    return checked
 
 
 def llava(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the checked fields of a LLaVA and its parts."""
-    found = check_fields(file, raw, LLAVA)
+    checked = check_fields(file, raw, LLAVA)
     for name, part in (("vision_config", tower), ("text_config", decoder)):
-        if name in found:
-            found[name] = part(file, found[name], f"{name}.")
-    return found
+        if name in checked:
+            checked[name] = part(file, checked[name], f"{name}.")
+    return checked
 
 
 def tower(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -119,19 +119,19 @@ def tower(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the checked vision fields of a CLIP or SigLIP with text tower. Old files have them twice."""
     names = ("vision_config", "vision_config_dict")
-    found = check_fields(file, raw, {name: Field(dict, null=True) for name in names})
-    return {name: tower(file, part, f"{name}.") for name, part in found.items() if part}
+    checked = check_fields(file, raw, {name: Field(dict, null=True) for name in names})
+    return {name: tower(file, part, f"{name}.") for name, part in checked.items() if part}
 
 
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the checked fields of the native layout. Raises UserError if one is missing or unknown."""
-    found = _exactly(file, raw, LlavaConfig)
+    checked = _exactly(file, raw, LlavaConfig)
     for name, kind in (("vision", VisionConfig), ("text", LlamaConfig), ("processor", ImageProcessor)):
-        found[name] = _exactly(file, found[name], kind, f"{name}.")
-    if found["text"]["rope_scaling"] is not None:
-        found["text"]["rope_scaling"] = _exactly(
-            file, found["text"]["rope_scaling"], RopeScaling, "text.rope_scaling.")
-    return found
+        checked[name] = _exactly(file, checked[name], kind, f"{name}.")
+    if checked["text"]["rope_scaling"] is not None:
+        checked["text"]["rope_scaling"] = _exactly(
+            file, checked["text"]["rope_scaling"], RopeScaling, "text.rope_scaling.")
+    return checked
 
 
 def _exactly(file: Path, raw: Mapping[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:

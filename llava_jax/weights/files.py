@@ -176,7 +176,7 @@ def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: in
     """
     shards = _shards(tensors, shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
-    weight_map, found = {}, NotFinite([], [])
+    weight_map, not_finite = {}, NotFinite([], [])
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal only
         for i, shard in enumerate(shards, 1):
             name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
@@ -185,13 +185,13 @@ def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: in
                 if file:
                     file.write(_make_header(shard))
                 for tensor in shard:
-                    written = sum(_write_block(file, block, tensor, found) for block in tensor.blocks())
+                    written = sum(_write_block(file, block, tensor, not_finite) for block in tensor.blocks())
                     assert written == math.prod(tensor.shape), f"{tensor.name}: {written} elements for {tensor.shape}"
                     bar.update(tensor.nbytes)
     if directory and len(shards) > 1:
         write_json(directory / INDEX,
                    {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    return found
+    return not_finite
 
 
 def _shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
@@ -216,7 +216,7 @@ def _make_header(tensors: Sequence[TensorSpec]) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def _write_block(file: BinaryIO | None, block: np.ndarray, tensor: TensorSpec, found: NotFinite) -> int:
+def _write_block(file: BinaryIO | None, block: np.ndarray, tensor: TensorSpec, not_finite: NotFinite) -> int:
     # A transposed view becomes contiguous, and its dtype changes, a few rows at a time, which saves memory.
     rows = max(1, WRITE_BYTES // max(1, block[0].size * tensor.dtype.itemsize))
     for start in range(0, len(block) if file else 0, rows):
@@ -224,7 +224,7 @@ def _write_block(file: BinaryIO | None, block: np.ndarray, tensor: TensorSpec, f
         with np.errstate(over="ignore"):  # reported below
             stored = piece.astype(tensor.dtype, order="C", copy=False)
         if not is_finite(stored):
-            names = found.overflowed if is_finite(np.ascontiguousarray(piece)) else found.stored
+            names = not_finite.overflowed if is_finite(np.ascontiguousarray(piece)) else not_finite.stored
             if tensor.name not in names:
                 names.append(tensor.name)
         file.write(stored.view(np.uint8).data)

@@ -83,9 +83,9 @@ def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) 
     expected |= _second_linear_shapes(wanted)
     tied = "decoder/embedding" in wanted and "decoder/lm_head/kernel" not in wanted
 
-    found, stored, unused = files.list_tensors(directory), {}, []
-    names = [tables.hf_name(original) for original in found]
-    for name, (original, tensor) in zip(names, found.items(), strict=True):
+    tensors, stored, unused = files.list_tensors(directory), {}, []
+    names = [tables.hf_name(original) for original in tensors]
+    for name, (original, tensor) in zip(names, tensors.items(), strict=True):
         if tables.IGNORED.fullmatch(name):
             continue
         if tied and name == tables.HEAD:
@@ -112,13 +112,13 @@ def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) 
         name = names[path, layer]
         return mappings[name].transform.from_hf(stored[name].read(), mappings[name].shape)
 
-    return ParameterSource(wanted, {path: _common(found) for path, found in dtypes.items()}, read)
+    return ParameterSource(wanted, {path: _common(kinds) for path, kinds in dtypes.items()}, read)
 
 
 def has_own_head(tensors: Mapping[str, files.TensorInfo]) -> bool:
     """Returns whether Hugging Face's files contain a head that differs from the embedding."""
-    found = {tables.hf_name(name): tensor for name, tensor in tensors.items()}
-    head, embedding = found.get(tables.HEAD), found.get(tables.EMBEDDING)
+    by_hf_name = {tables.hf_name(name): tensor for name, tensor in tensors.items()}
+    head, embedding = by_hf_name.get(tables.HEAD), by_hf_name.get(tables.EMBEDDING)
     if head is None or embedding is None:
         return False
     if head.shape != embedding.shape:
@@ -168,11 +168,11 @@ def _common(dtypes: set[np.dtype]) -> np.dtype:
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
-def _check(directory: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape], unused: list[str]) -> None:
-    unused = unused + [name for name in found if name not in expected]
-    missing = [name for name in expected if name not in found]
-    wrong = [f"{name} {list(found[name])} instead of {list(shape)}" for name, shape in expected.items()
-             if name in found and found[name] != shape]
+def _check(directory: Path, actual: Mapping[str, Shape], expected: Mapping[str, Shape], unused: list[str]) -> None:
+    unused = unused + [name for name in actual if name not in expected]
+    missing = [name for name in expected if name not in actual]
+    wrong = [f"{name} {list(actual[name])} instead of {list(shape)}" for name, shape in expected.items()
+             if name in actual and actual[name] != shape]
     problems = [f"{title}: {files.shorten(names)}" for title, names in
                 [("missing", missing), ("of another shape", wrong), ("left over", unused)] if names]
     if problems:

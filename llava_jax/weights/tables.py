@@ -123,18 +123,19 @@ def tensor_mappings(shapes: Mapping[str, Shape]) -> dict[str, TensorMapping]:
         rows.append((f"{module}.weight", path, transform))
         if path.endswith(("/kernel", "/scale")):
             rows.append((f"{module}.bias", re.sub(r"\w+$", "bias", path), VECTOR))
-    found: dict[str, TensorMapping] = {}
+    mappings: dict[str, TensorMapping] = {}
     for name, path, transform in rows:
         if path not in shapes:
             continue
         if is_stacked(path):
             layers, *shape = shapes[path]
-            found |= {name.replace("*", str(i)): TensorMapping(path, i, tuple(shape), transform) for i in range(layers)}
+            for i in range(layers):
+                mappings[name.replace("*", str(i))] = TensorMapping(path, i, tuple(shape), transform)
         else:
-            found[name] = TensorMapping(path, None, tuple(shapes[path]), transform)
-    if unmapped := sorted(shapes.keys() - {mapping.path for mapping in found.values()}):
+            mappings[name] = TensorMapping(path, None, tuple(shapes[path]), transform)
+    if unmapped := sorted(shapes.keys() - {mapping.path for mapping in mappings.values()}):
         raise UserError(f"Hugging Face's layout has no tensor for {', '.join(unmapped)}")
-    return found
+    return mappings
 
 
 def is_stacked(path: str) -> bool:

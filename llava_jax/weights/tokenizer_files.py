@@ -64,17 +64,17 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
 def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: str) -> dict[str, Any]:
     """Returns the ids that start, end and pad a text: those of the source, and the template's end of an answer."""
     file = source / "generation_config.json"
-    known = read_json(file) if file.exists() else {}
+    settings = read_json(file) if file.exists() else {}
     for role in ("bos_token_id", "eos_token_id"):
-        value = known.get(role, [])
+        value = settings.get(role, [])
         ids = value if isinstance(value, list) and role == "eos_token_id" else [] if value in (None, []) else [value]
         if any(type(i) is not int or not 0 <= i < MAX_IDS for i in ids):
             raise UserError(f"{file}: {role} is {show_json(value)}, which is no token id")
-    ends = known.get("eos_token_id", tokenizer.eos_id)
+    ends = settings.get("eos_token_id", tokenizer.eos_id)
     ends = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
     end = tokenizer.special_id(templates.get(template).end)
     ends += [] if end is None or end in ends else [end]
-    return {"bos_token_id": known.get("bos_token_id", tokenizer.bos_id),
+    return {"bos_token_id": settings.get("bos_token_id", tokenizer.bos_id),
             "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
 
 
@@ -97,8 +97,8 @@ def _add_tokens(directory: Path, new: dict[str, int]) -> None:
     write_json(added_file, added)
     tokenizer = read_json(file)
     listed = tokenizer.get("added_tokens") or []
-    known = {*range(len(tokenizer["model"]["vocab"])), *(token["id"] for token in listed)}
-    later = sorted((id, name) for name, id in added.items() if id not in known)
+    known_ids = {*range(len(tokenizer["model"]["vocab"])), *(token["id"] for token in listed)}
+    later = sorted((id, name) for name, id in added.items() if id not in known_ids)
     tokenizer["added_tokens"] = [*listed, *(_special(id, name) for id, name in later)]
     write_json(file, tokenizer)
 
