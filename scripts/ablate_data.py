@@ -1,4 +1,4 @@
-"""The paper's ablation of the instruction data (Visual Instruction Tuning, table 4), in miniature.
+"""Repeats the paper's ablation of the instruction data (Visual Instruction Tuning, table 4) with the miniature.
 
     python scripts/ablate_data.py [--out runs/ablate_data] [--pictures 10000] [--epochs 2] [--questions 100]
 
@@ -9,9 +9,9 @@ model then gets one question of each kind about every held-out picture.
 In the paper GPT-4 gives each answer 1 to 10 points, and a model's score is its points relative to those of GPT-4's own
 answers. Here the points of an answer are the F1 score of its facts. Precision is the share of its claims that the boxes
 do not contradict. Recall is its number of different true facts relative to that of the rules teacher's answer.
-What synthesize/evidence does not read, such as the conclusion of an argument, earns and costs nothing.
+Text that synthesize/evidence does not read, such as the conclusion of an argument, does not count.
 
-Existing files are not made again. The output is a Markdown table.
+Existing files are kept. The output is a Markdown table.
 """
 
 import argparse
@@ -180,10 +180,10 @@ def f1(context: Context, question: str, answer: str, expected: str) -> float | N
 
 def facts(context: Context, question: str, answer: str) -> tuple[set, set]:
     """Returns the different claims of an answer: the true ones, and the false ones."""
-    judge, true, false = EvidenceChecker(context, WORDS), set(), set()
+    checker, true, false = EvidenceChecker(context, WORDS), set(), set()
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     for claim in all_claims(turns, WORDS):
-        verdict = judge(claim)
+        verdict = checker(claim)
         if verdict is not None:
             about = claim.a.text.removeprefix("the ").removeprefix("a "), claim.b and claim.b.text
             (false if verdict else true).add((claim.kind, *about, claim.values, claim.negated))

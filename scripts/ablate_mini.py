@@ -1,9 +1,9 @@
-"""What each part of the miniature is worth: the same recipe without a part of it, and with other seeds.
+"""Ablates the miniature: trains its recipe without one part, and with other seeds.
 
     python scripts/ablate_mini.py [--out runs/ablations] [NAME ...]
 
-Every variant is a run of configs/mini.py with overrides, in a process of its own; its report.json is kept, so a second
-call makes only what is missing. Ends with a Markdown table.
+Every variant is a run of configs/mini.py with overrides, in a process of its own. A second call trains only variants
+without a report.json. The output is a Markdown table.
 """
 
 import argparse
@@ -18,7 +18,7 @@ VARIANTS = {
     "seed 1": ["--seed", "1"],
     "seed 2": ["--seed", "2"],
     "linear projector": ["--model.projector", "linear"],
-    # One step with next to no learning rate: the projector enters stage 2 as it was drawn.
+    # One step with a negligible learning rate: the projector starts stage 2 with its initial weights.
     "without stage 1": ["--stages.align.steps", "1", "--stages.align.learning-rates",
                         "projector/.*", "1e-30", "(vision|decoder)/.*", "None"],
     "random vision tower": ["--model.vision", "{out}/random_vision"],
@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def write_random_vision(folder: Path) -> None:
-    """The miniature's vision tower as it is before training, in Hugging Face's layout."""
+    """Writes the miniature's vision tower with random weights, in Hugging Face's layout."""
     import shutil
 
     import numpy as np

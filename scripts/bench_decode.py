@@ -4,8 +4,8 @@
 
 Both use the same random weights in float32 and all threads. Both read the same prompts of one image and some text, and
 write the same number of greedy tokens. The script first checks that the tokens are the same, which also compiles. Then
-the two take turns in one process. `answer` counts the full call, with vision tower and prefill. `decode` leaves out the
-time of an answer of one token. Figures are medians, with the lowest and the highest.
+it measures the two alternately in one process. `answer` counts the full call, with vision tower and prefill. `decode`
+leaves out the time of an answer of one token. Figures are medians, with the lowest and the highest.
 """
 
 import argparse
@@ -34,8 +34,8 @@ class NoText:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="mini,100m", help=f"model sizes, of {', '.join(SIZES)}")
-    parser.add_argument("--rows", default="1,8", help="numbers of answers at once")
-    parser.add_argument("--text", type=int, default=60, help="number of a prompt's tokens besides those of its image")
+    parser.add_argument("--rows", default="1,8", help="batch sizes")
+    parser.add_argument("--text", type=int, default=60, help="number of a prompt's text tokens")
     parser.add_argument("--tokens", type=int, default=128, help="number of tokens of an answer")
     parser.add_argument("--rounds", type=int, default=7, help="number of measurements")
     args = parser.parse_args()

@@ -35,7 +35,7 @@ def main() -> None:
         start = time.perf_counter()
         answers = [answer.text for answer in ask(llava, task, questions, size)]
         if answers != texts.setdefault(sizes[0], answers):
-            raise SystemExit(f"{size} at once answer otherwise than {sizes[0]}")
+            raise SystemExit(f"a batch of {size} gives other answers than a batch of {sizes[0]}")
         return time.perf_counter() - start
 
     texts: dict[int, list[str]] = {}
@@ -44,9 +44,9 @@ def main() -> None:
     rates = len(questions) / np.array([[seconds(size) for size in sizes] for _ in range(args.rounds)])
     print("| questions at once | a second | ratio |\n|---|---|---|")
     for column, size in enumerate(sizes):
-        mine = rates[:, column]
-        print(f"| {size} | {np.median(mine):,.1f} ({mine.min():,.1f}-{mine.max():,.1f}) | "
-              f"{np.median(mine / rates[:, 0]):.2f} |")
+        of_size = rates[:, column]
+        print(f"| {size} | {np.median(of_size):,.1f} ({of_size.min():,.1f}-{of_size.max():,.1f}) | "
+              f"{np.median(of_size / rates[:, 0]):.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The check of answers against captions and boxes, measured: how much of what it flags is wrong, and how much of what
-is wrong it flags.
+"""Measures precision and recall of the check of answers against captions and boxes.
 
     python scripts/bench_evidence.py [--scenes 1000] [--show 5]
     python scripts/bench_evidence.py --labelled tests/synthesize/labelled_answers.json
 
-The first lets the rules teacher answer about scenes and about pictures of COCO's categories with made-up boxes, checks
-each answer as it is and once more with one thing in it made wrong: a number, left and right (or above and below)
-exchanged, a thing that is not there, a colour. The second reads answers in free text that were labelled by hand.
-Precision: the part of the flagged answers that are wrong; recall: the part of the wrong answers that are flagged.
+In the first, the rules teacher answers about scenes, and about pictures of COCO's categories with made-up boxes. Each
+answer is checked unchanged, and once more with one error: a number, left and right (or above and below) exchanged, an
+absent object, or a colour. The second reads answers in free text that were labelled by hand.
+
+Precision is the share of flagged answers that are wrong. Recall is the share of wrong answers that are flagged.
 """
 
 import argparse
@@ -31,7 +31,7 @@ THINGS = ("person", "bicycle", "car", "bus", "boat", "traffic light", "bench", "
 NUMBERS = "one two three four five six seven eight nine ten".split()
 OPPOSITE = {"left": "right", "above": "below", "higher up": "lower down", "upper": "lower", "top": "bottom"}
 OPPOSITE |= {other: word for word, other in OPPOSITE.items()}
-# What supposes, denies or concludes; changed, it would not be wrong, or not by the picture alone.
+# Words that suppose, deny or conclude. A changed sentence with them would not contradict the picture.
 NO_FACT = re.compile(r"\b(?:would|if|more|leaves|makes?|left over|(?:is|are) left|none?|not|nothing|empty|swaps?"
                      r"|changes?|counting|from|so|without|yes)\b", re.I)  # fmt: skip
 
@@ -48,7 +48,7 @@ def shapes(number: int, rng: random.Random) -> Context:
 
 
 def things(number: int, rng: random.Random) -> Context:
-    """Two to seven boxes of up to five categories; the caption says nothing of them."""
+    """Makes a context with two to seven boxes of up to five categories, which the caption does not mention."""
     boxes = []
     categories = rng.sample(THINGS, 5)
     for _ in range(rng.randint(2, 7)):
@@ -58,7 +58,7 @@ def things(number: int, rng: random.Random) -> Context:
     return Context(str(number), "", ("A view of the place on an ordinary day.",), tuple(boxes))
 
 
-# ---- one thing made wrong: each gives the sentence changed, or None where it has nothing to change ----
+# ---- one error: each function returns the changed sentence, or None if there is nothing to change ----
 
 
 def wrong_count(sentence: str, context: Context, rng: random.Random) -> str | None:
@@ -82,7 +82,7 @@ def swapped(sentence: str, context: Context, rng: random.Random) -> str | None:
 
 
 def absent_object(sentence: str, context: Context, rng: random.Random) -> str | None:
-    """A name of one thing by that of another category, which the picture does not show (of shapes, another shape)."""
+    """Replaces the name of an object by that of an absent category (for shapes, by another shape)."""
     names = {box.category for box in context.boxes}
     nouns = {name.rpartition(" ")[2] for name in names}
     found = list(re.finditer(rf"\b(?:{'|'.join(sorted(names, key=len, reverse=True))})\b", sentence, re.I))
@@ -111,14 +111,14 @@ CORRUPTIONS = {
 def corrupt(
     turns: tuple[parse.Turn, ...], context: Context, how: Callable, rng: random.Random
 ) -> tuple[parse.Turn, ...] | None:
-    """The turns with one sentence of the answers changed that states a fact; None where none can be."""
-    places = []
+    """Returns the turns with one factual sentence of the answers changed, or None if there is no such sentence."""
+    candidates = []
     for index, turn in enumerate(turns):
         if turn["from"] == "gpt":
             parts = re.split(r"(?<=[.!?])\s+", turn["value"])
-            places += [(index, parts, at) for at, part in enumerate(parts) if not NO_FACT.search(part)]
-    rng.shuffle(places)
-    for index, parts, at in places:
+            candidates += [(index, parts, at) for at, part in enumerate(parts) if not NO_FACT.search(part)]
+    rng.shuffle(candidates)
+    for index, parts, at in candidates:
         if changed := how(parts[at], context, rng):
             value = " ".join([*parts[:at], _articles(changed), *parts[at + 1 :]])
             return (*turns[:index], turns[index] | {"value": value}, *turns[index + 1 :])
@@ -152,8 +152,10 @@ def answers(make: Callable, number: int, seed: int) -> Iterator[tuple[tuple[pars
 
 
 def structured(make: Callable, categories: tuple[str, ...], number: int, seed: int, show: int = 0) -> dict[str, tuple]:
-    """For each way to be wrong: precision and recall where as many answers are wrong as are right, and how many wrong
-    ones there were. Shows some that were judged falsely."""
+    """Returns precision, recall and number of wrong answers for each kind of error, if half of the answers are wrong.
+
+    Prints some answers that were judged falsely.
+    """
     rng, results = random.Random(f"{seed} corrupt"), {name: [0, 0] for name in CORRUPTIONS}
     clean = flagged = 0
     for turns, context in answers(make, number, seed):
@@ -180,8 +182,11 @@ def structured(make: Callable, categories: tuple[str, ...], number: int, seed: i
 
 
 def labelled(path: str | Path, show: bool = False) -> tuple[float, float, int, int]:
-    """Precision, recall, wrong answers and all answers of a file of [{captions, boxes, right, wrong}], where boxes are
-    [category, x1, y1, x2, y2] and right and wrong lists of answers, or of [question, answer]."""
+    """Returns precision, recall, number of wrong answers and number of all answers of a file.
+
+    The file is [{captions, boxes, right, wrong}]. Boxes are [category, x1, y1, x2, y2]. Right and wrong are lists of
+    answers, or of [question, answer].
+    """
     flagged = caught = wrong = total = 0
     for image in json.loads(Path(path).read_text()):
         context = Context("", "", tuple(image["captions"]), tuple(Box(*box) for box in image["boxes"]))

@@ -1,4 +1,4 @@
-"""The concept-balanced filter measured: its speed and memory, and how well the light chunker finds noun phrases.
+"""Measures the concept-balanced filter: speed and memory, and the accuracy of the light chunker.
 
     python scripts/bench_filter.py [--captions 3000000] [--workers 2] [--folder DIR]
     python scripts/bench_filter.py --labelled tests/annotations/labelled_captions.tsv
@@ -27,7 +27,7 @@ import numpy as np
 from llava_jax.annotations.captions import CaptionFile
 from llava_jax.annotations.noun_phrases import SpacyChunker, light_chunker, read_word_lists
 
-# What captions are made of: J an adjective, N a noun, Z a verb in -s, G one in -ing, D one in -ed; | separates them.
+# Words of captions: J an adjective, N a noun, Z a verb in -s, G one in -ing, D one in -ed; | separates them.
 SHAPES = """a J N Z on the N|N of a J N in the N|person Z the N of N|the J N of the N at N|J N N G in a J N
 a N G a N with a N in the N|J N N isolated on a J background|actor Z the N N at the N|the N and the N of a J J N
 a J N N with J N and a J N|N Z to the N after a N during the N against N|portrait of a J N G in front of the N
@@ -37,7 +37,7 @@ this is one of the J N in the N of N where N Z|the J - J N has a N and N from th
 
 
 def words(count: int, endings: str, rng: np.random.Generator) -> list[str]:
-    """Distinct made-up words that can be spoken, with one of `endings`."""
+    """Makes distinct pronounceable words, each with one of `endings`."""
     consonants = "b br c d dr f g h k l m n p r s st t tr v w".split()
     syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]
     made: dict[str, None] = {}
@@ -72,7 +72,7 @@ def make_captions(path: Path, count: int, seed: int) -> None:
 
 
 def memory_of(process: int) -> tuple[int, int]:
-    """Resident bytes of a process and its descendants together, and the same with what they share counted once."""
+    """Returns resident bytes of a process and its descendants, and the same with shared pages counted once."""
     resident = shared_once = 0
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
@@ -109,7 +109,7 @@ def measure(count: int, workers: int, folder: Path, seed: int) -> None:
 
 
 def compare(found: Iterable[Iterable[str]], wanted: Iterable[Iterable[str]]) -> str:
-    """Precision, recall and F1 of distinct phrases, all captions together."""
+    """Returns precision, recall and F1 of distinct phrases over all captions, as text."""
     pairs = [(set(a), set(b)) for a, b in zip(found, wanted, strict=True)]
     right = sum(len(a & b) for a, b in pairs)
     precision, recall = right / sum(len(a) for a, _ in pairs), right / sum(len(b) for _, b in pairs)
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--captions", type=int, default=3_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, help="keep data, output and report here")
+    parser.add_argument("--folder", type=Path, help="folder for data, output and report; default: a temporary one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labelled", metavar="FILE", help="lines of caption, tab, phrases separated by ' | '")
     parser.add_argument("--agreement", metavar="CAPTIONS")

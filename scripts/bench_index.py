@@ -1,10 +1,10 @@
-"""How fast and how small a large JSON lines file opens.
+"""Measures the time and memory to open a large JSON lines file.
 
 python scripts/bench_index.py [--rows 5000000] [--folder FOLDER]
 
-Writes a file of conversations of about 600 bytes each and prints, each measured in a process of its own: seconds until
-the file is open for the first time and again, until 1,000 rows at random places are read, until the first packed rows
-of shuffled text are there, and the most memory that the process held.
+Writes a file of conversations of about 600 bytes each. Each measurement runs in a process of its own: opening the file
+for the first time and again, reading 1,000 rows at random positions, and packing the first sequences of shuffled text.
+Prints seconds and peak memory.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TOKENIZER = Path(__file__).parent.parent / "tests" / "golden" / "tokenizer.model
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=5_000_000)
-    parser.add_argument("--folder", default=None, help="where the file is written and removed again")
+    parser.add_argument("--folder", default=None, help="folder for the temporary file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = os.path.join(folder, "data.jsonl")

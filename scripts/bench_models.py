@@ -1,4 +1,4 @@
-"""The models of bench_train.py and bench_decode.py: one set of random weights, here and in transformers."""
+"""Makes the models of bench_train.py and bench_decode.py: equal random weights for llava_jax and transformers."""
 
 import tempfile
 
@@ -12,7 +12,7 @@ from llava_jax.weights.checkpoint import load_checkpoint
 from llava_jax.weights.configs import hf_config
 
 SIZES = {
-    # That of configs/mini.py.
+    # The size of configs/mini.py.
     "mini": LlavaConfig(
         VisionConfig(image_size=60, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4),
         LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=4,
@@ -25,13 +25,13 @@ SIZES = {
         VisionConfig(image_size=168, patch_size=14, hidden_size=256, intermediate_size=1024, num_layers=8, num_heads=4),
         LlamaConfig(vocab_size=4096, hidden_size=768, intermediate_size=2048, num_layers=12, num_heads=12,
                     num_kv_heads=12, head_dim=64)),
-    # LLaVA-1.5's.
+    # The size of LLaVA-1.5 7B.
     "7b": LlavaConfig(VisionConfig(), LlamaConfig()),
 }
 
 
 def torch_model(config: LlavaConfig, device: str = "cpu", dtype: str = "float32"):
-    """transformers' LLaVA with sdpa attention and weights that are large enough for every part to count."""
+    """Returns transformers' LLaVA with sdpa attention, and weights large enough for every part to affect the output."""
     import torch
     from transformers import LlavaConfig as HubConfig
     from transformers import LlavaForConditionalGeneration
@@ -51,14 +51,14 @@ def torch_model(config: LlavaConfig, device: str = "cpu", dtype: str = "float32"
 
 
 def parameters_of(model) -> Parameters:
-    """A torch model's weights, by way of its files."""
+    """Returns a torch model's weights, read from its saved files."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_checkpoint(folder)[1]
 
 
 def image_id(config: LlavaConfig) -> int:
-    """What stands for an image in transformers: an id of the vocabulary that no text here uses."""
+    """Returns the id of the image token in transformers, which no text here uses."""
     return config.text.vocab_size - 1
 
 
@@ -67,7 +67,7 @@ def count(parameters: Parameters) -> int:
 
 
 def pixel_values(tiles: np.ndarray):
-    """uint8 [N, H, W, 3] as transformers' model takes them: normalised, channels first, a torch tensor."""
+    """Converts tiles, uint8 [N, H, W, 3], to the input of transformers: a normalised tensor [N, 3, H, W]."""
     import torch
 
     from llava_jax.images import ImageProcessor
@@ -76,7 +76,7 @@ def pixel_values(tiles: np.ndarray):
 
 
 def machine() -> str:
-    """What the figures depend on, in a line."""
+    """Returns one line on the machine and the versions that the figures depend on."""
     import os
     import platform
 

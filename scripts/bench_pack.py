@@ -1,7 +1,7 @@
-"""What `prepare pack` costs and gains: size, packing and reading speed, and how much re-encoding changes what is seen.
+"""Measures `prepare pack`: size, speed of packing and reading, and the change of the tiles by re-encoding.
 
-Draws pictures of 640 x 480 and 640 x 427 pixels (noise of all scales with hard edges, JPEG of quality 90), or takes
-those of `--images FOLDER`. Times of reading are of one process.
+Draws pictures of 640 x 480 and 640 x 427 pixels (noise of all scales with hard edges, JPEG of quality 90), or uses
+the pictures of `--images FOLDER`. Reading is measured in one process.
 
     python scripts/bench_pack.py
 """
@@ -33,7 +33,7 @@ PROCESSOR = ImageProcessor(SIZE)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="number of pictures")
-    parser.add_argument("--images", default="", help="folder of pictures to take instead of drawn ones")
+    parser.add_argument("--images", default="", help="folder of pictures, instead of drawn ones")
     parser.add_argument("--workers", type=int, default=1, help="processes that pack")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +106,7 @@ def mean(source, measure) -> float:
 
 
 def per_row(source, work) -> float:
-    """Seconds to read a row in random order, and to do `work` with its image."""
+    """Returns the seconds to read a row in random order, and to do `work` with its image."""
     order = random.Random(0).sample(range(len(source)), min(len(source), 300))
     content_of(source, 0)
     start = time.perf_counter()
@@ -118,12 +118,12 @@ def per_row(source, work) -> float:
 
 
 def differences(before, after) -> tuple[float, int]:
-    """Mean and largest difference of the prepared tiles, of 255."""
+    """Returns the mean and the maximum difference of the prepared tiles, of 255."""
     found = []
     for index in range(0, len(before), max(1, len(before) // 100)):
         tiles = [PROCESSOR(open_image(content_of(source, index))) for source in (before, after)]
         found.append(np.abs(np.subtract(*tiles, dtype=int)))
-    return float(np.mean([one.mean() for one in found])), int(max(one.max() for one in found))
+    return float(np.mean([diff.mean() for diff in found])), int(max(diff.max() for diff in found))
 
 
 if __name__ == "__main__":

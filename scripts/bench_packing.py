@@ -24,7 +24,7 @@ TOKENS_PER_WORD = 1.35
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--scale", type=float, default=0.1, help="share of the mix's 665,298 records that is drawn")
-    parser.add_argument("--data", default="", help="a data set whose lengths are taken instead")
+    parser.add_argument("--data", default="", help="data set whose lengths are used instead")
     parser.add_argument("--model", default="", help="with --data: a LLaVA, for its tokenizer and template")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -47,14 +47,14 @@ def main() -> None:
 
 
 def made_up(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, words and images of each record of LLaVA-1.5's mix, of which only the counts are published."""
+    """Draws tokens, words and images of the records of LLaVA-1.5's mix, of which only the counts are published."""
     text, images = draw(MIX_665K, scale, rng)
     tokens = np.minimum(SYSTEM_TOKENS + text + VISUAL_TOKENS * images, MAX_TOKENS).astype(int)
     return tokens, np.maximum(text / TOKENS_PER_WORD, 1).astype(int), images
 
 
 def read(data: str, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same of a data set's rows that can be used."""
+    """Reads tokens, words and images of the usable rows of a data set."""
     from llava_jax.data.sources import open_mixture
     from llava_jax.prepare.settings import Settings
     from llava_jax.text.encode import encode_conversation
@@ -76,7 +76,7 @@ def read(data: str, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def grouped_batches(words: np.ndarray, has_image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """The records of every device's batches over an epoch."""
+    """Returns the records of every device's batches over an epoch."""
     mega, last = [], []
     for kind in (True, False):
         order = rng.permutation(np.flatnonzero(has_image == kind))
@@ -90,7 +90,7 @@ def grouped_batches(words: np.ndarray, has_image: np.ndarray, rng: np.random.Gen
 
 
 def deal(records: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """The longest first, each to the device that has the fewest words so far and is not full."""
+    """Distributes records, the longest first, to the device with the fewest words that is not full."""
     records = records[np.argsort(-words[records], kind="stable")]
     if len(records) % DEVICES:
         return np.concatenate([records[device::DEVICES] for device in range(DEVICES)])

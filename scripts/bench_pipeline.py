@@ -1,9 +1,9 @@
-"""The host's data pipeline against the bare cost of decoding and resizing: JPEG 640x480 -> 336 pixels, padded -> rows.
+"""Compares the data pipeline of a host with plain decoding and resizing: JPEG 640x480 -> 336 pixels, padded -> rows.
 
 python scripts/bench_pipeline.py [--workers 1 2] [--records 2000]
 
-Prints images per second of plain PIL in one process, then of `Batches` with each number of workers, and from these how
-many cores keep the chips of a host busy. Run it on the machine that will feed the chips.
+Prints images per second of plain PIL in one process, then of `Batches` with each number of workers. From these it
+computes the number of cores that keep the chips of a host busy. Run it on the host of the chips.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def decode_and_resize(path: str) -> np.ndarray:
-    """The least that a padded image costs, in plain PIL."""
+    """Decodes, pads and resizes an image in plain PIL, the minimum of work."""
     with Image.open(path) as image:
         image = image.convert("RGB")
     side = max(image.size)
@@ -66,7 +66,7 @@ def decode_and_resize(path: str) -> np.ndarray:
 
 
 def write(folder: str, records: int) -> tuple[list[str], str]:
-    """Smooth pictures with grain, about 100 KB each, and a conversation of about 150 words about each."""
+    """Writes smooth pictures with grain, about 100 KB each, and a conversation of about 150 words about each."""
     rng, paths, rows = np.random.default_rng(0), [], []
     for number in range(records):
         if number < 200:
@@ -88,19 +88,19 @@ def write(folder: str, records: int) -> tuple[list[str], str]:
 
 
 def measure(data: str, workers: int) -> tuple[float, float]:
-    """Images per second once the pipeline is running, and images of a row."""
+    """Returns images per second once the pipeline is running, and images per row."""
     spec = DataSpec(mixture=open_mixture(data), tokenizer=Tokenizer.load(TOKENIZER), template=TEMPLATES["vicuna_v1"],
                     processor=ImageProcessor(), sequence_length=ROW_LENGTH, tiles_per_sequence=SLOTS)
     batches = iter(Batches(spec, ROWS, workers=workers))
     for _ in range(20):
         next(batches)
-    count, places, start = 0, 0, time.perf_counter()
+    images, rows, start = 0, 0, time.perf_counter()
     while time.perf_counter() - start < 20:
         batch = next(batches)
-        count, places = count + int((batch["tile_segment_ids"] > 0).sum()), places + ROWS
+        images, rows = images + int((batch["tile_segment_ids"] > 0).sum()), rows + ROWS
     seconds = time.perf_counter() - start
     batches.close()
-    return count / seconds, count / places
+    return images / seconds, images / rows
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`synthesize run` measured against a fake of OpenAI's API that fails on every fifth request, and killed five times.
+"""Measures `synthesize run` with a fake of OpenAI's API that fails on every fifth request, and kills it five times.
 
     python scripts/bench_synthesize.py [--images 10000] [--kills 5] [--requests-per-minute 3000] [--folder DIR]
 
@@ -40,7 +40,7 @@ MEGABYTES = 500  # of memory, at most
 
 
 def write_images(path: Path, count: int) -> None:
-    """Five captions and two to nine boxes each; the first caption tells the images apart."""
+    """Writes images with five captions and two to nine boxes each. The first caption identifies the image."""
     with open(path, "w") as file:
         for i in range(count):
             animal = ANIMALS[i % len(ANIMALS)]
@@ -53,7 +53,7 @@ def write_images(path: Path, count: int) -> None:
 
 
 def serve(requests_per_minute: float) -> None:
-    """The fake, until stdin is closed; prints its address, and at the end what it has seen."""
+    """Runs the fake until stdin is closed. Prints its address, and at the end its counts."""
     from fake_openai import FakeOpenAI
 
     wrong = Counter()
@@ -86,11 +86,11 @@ def serve(requests_per_minute: float) -> None:
 
 
 def run_and_kill(command: list[str], log: Path, images: int, kills: int) -> tuple[list[tuple[float, float]], int]:
-    """Stretches of time between starts and ends of the command, and its largest resident memory in bytes."""
+    """Returns (start, end) of every run of the command, and its maximum resident memory in bytes."""
     stretches, memory = [], 0
     for part in range(1, kills + 2):
         goal = images * part // (kills + 1) if part <= kills else None
-        begun = time.monotonic()
+        started = time.monotonic()
         process = subprocess.Popen(command)
         while process.poll() is None:
             time.sleep(0.05)
@@ -99,7 +99,7 @@ def run_and_kill(command: list[str], log: Path, images: int, kills: int) -> tupl
             if goal is not None and log.exists() and _lines(log) >= goal:
                 process.kill()
                 process.wait()
-        stretches.append((begun, time.monotonic()))
+        stretches.append((started, time.monotonic()))
         print(f"{_lines(log):,} answers after {sum(end - start for start, end in stretches):.0f} s", flush=True)
     if process.returncode:
         sys.exit(f"the command ended with {process.returncode}")
@@ -107,10 +107,10 @@ def run_and_kill(command: list[str], log: Path, images: int, kills: int) -> tupl
 
 
 def throughput(stretches: list[tuple[float, float]], times: list[float], per_minute: float) -> float:
-    """Share of the requests that the limit allows."""
+    """Returns the share of the requests that the limit allows."""
     passed = seconds = 0.0
-    for number, (begun, ended) in enumerate(stretches):
-        own = [at for at in times if begun <= at <= ended]
+    for number, (started, ended) in enumerate(stretches):
+        own = [at for at in times if started <= at <= ended]
         if number == len(stretches) - 1:
             own = own[:-CONCURRENCY]
         passed, seconds = passed + len(own) - 1, seconds + own[-1] - own[0]
@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--requests-per-minute", type=float, default=3000)
-    parser.add_argument("--least-share", type=float, default=0.95, help="of the rate limit that must be reached")
-    parser.add_argument("--folder", type=Path, help="keep data and outputs here")
+    parser.add_argument("--least-share", type=float, default=0.95, help="minimum share of the rate limit")
+    parser.add_argument("--folder", type=Path, help="folder for data and outputs; default: a temporary one")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def measure(folder: Path, images: int, kills: int, per_minute: float) -> float:
-    """The share of the rate limit that was reached; -1 if anything else is not as it should be."""
+    """Returns the share of the rate limit that was reached, or -1 if another check fails."""
     data, out = folder / "images.jsonl", folder / "out"
     write_images(data, images)
     server = subprocess.Popen([sys.executable, __file__, "--serve", "--requests-per-minute", str(per_minute)],
@@ -167,7 +167,7 @@ def measure(folder: Path, images: int, kills: int, per_minute: float) -> float:
           f"(at most {kills * CONCURRENCY})")
     print(f"largest resident memory: {memory / 1e6:.0f} MB")
     print(f"throughput: {share:.1%} of {per_minute:,.0f} requests a minute; refused for the rate: "
-          f"{seen['refused'].get('rate', 0)}; {sum(end - begun for begun, end in stretches):.0f} s in all")
+          f"{seen['refused'].get('rate', 0)}; {sum(end - start for start, end in stretches):.0f} s in all")
     paid_once = len(set(keys)) == len(keys) and 0 <= lost - cut <= kills * CONCURRENCY
     return share if once and paid_once and memory < MEGABYTES * 1e6 else -1.0
 

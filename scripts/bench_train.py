@@ -1,4 +1,4 @@
-"""The train step measured beside its equivalent in transformers and PyTorch, with the same random weights and rows.
+"""Compares the train step with its equivalent in transformers and PyTorch, with equal random weights and rows.
 
     python scripts/bench_train.py [--sizes 30m,100m] [--rounds 7]        on a CPU, float32
     python scripts/bench_train.py --packing                              packed rows against padded batches
@@ -36,7 +36,7 @@ from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.step import init_state, make_train_step
 
 Batch = dict[str, np.ndarray]
-"""Rows as train/step.py takes them, without the axis of micro-batches."""
+"""Rows in the format of train/step.py, without the axis of micro-batches."""
 
 StepFunction = Callable[[Batch], float]
 """Runs one step on a batch and returns its loss."""
@@ -49,12 +49,13 @@ PROMPT_TOKENS = 36
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--sizes", default="", help=f"of {', '.join(SIZES)}; 30m,100m on a CPU, 7b on a GPU")
-    parser.add_argument("--rows", type=int, default=0, help="rows of a step; 4, on a GPU 8")
-    parser.add_argument("--text", type=int, default=0, help="tokens of a row besides its image's; 368, on a GPU 1472")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers in stage 2 where all are too many")
+    parser.add_argument("--sizes", default="",
+                        help=f"model sizes, of {', '.join(SIZES)}; default: 30m,100m on a CPU, 7b on a GPU")
+    parser.add_argument("--rows", type=int, default=0, help="rows per step; default: 4, on a GPU 8")
+    parser.add_argument("--text", type=int, default=0, help="text tokens of a row; default: 368, on a GPU 1472")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers in stage 2; default: all")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--packing", action="store_true", help="records of many lengths, packed here and padded there")
+    parser.add_argument("--packing", action="store_true", help="compare packed rows with padded batches")
     args = parser.parse_args()
     gpu = args.device == "gpu"
     print(machine(), flush=True)
@@ -96,13 +97,13 @@ def spread(rates: np.ndarray) -> str:
 
 
 def full_rows(config: LlavaConfig, rows: int, text: int) -> Batch:
-    """Rows without padding: one conversation with one image each."""
+    """Makes rows without padding: one conversation with one image each."""
     length = text + config.processor.features_per_tile
     return collate(config, [[(length, 1)]] * rows, length, 1)
 
 
 def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], length: int, slots: int) -> Batch:
-    """Random rows of conversations, given as (tokens, images); all behind the image and PROMPT_TOKENS is learned."""
+    """Makes random rows of conversations (tokens, images), supervised after their images and PROMPT_TOKENS."""
     rng, side = np.random.default_rng(0), config.vision.image_size
     shape = len(rows), length
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
@@ -129,7 +130,7 @@ def collate(config: LlavaConfig, rows: Sequence[Sequence[tuple[int, int]]], leng
 
 
 def ours(config: LlavaConfig, stage: int, dtype: str, parameters: Parameters | None = None) -> StepFunction:
-    """The step that `llava_jax.train` runs, on the first device; random weights where none are given."""
+    """Returns the step that `llava_jax.train` runs, on the first device. The default is random weights."""
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     platform = mesh.devices.flat[0].platform
     remat = "none" if platform == "cpu" else "full"
@@ -164,7 +165,7 @@ def stage_of(stage: int) -> Stage:
 
 
 def theirs(config: LlavaConfig, stage: int, dtype: str, model=None) -> StepFunction:
-    """transformers' model, a new one where none is given, in a plain loop of PyTorch."""
+    """Returns a step of transformers' model in a plain loop of PyTorch. The default is a new model."""
     import torch
 
     device = "cpu" if jax.devices()[0].platform == "cpu" else "cuda"
@@ -189,7 +190,7 @@ def theirs(config: LlavaConfig, stage: int, dtype: str, model=None) -> StepFunct
 
 
 def hub_batch(config: LlavaConfig, batch: Batch, dtype) -> dict:
-    """Rows of one conversation each as transformers takes them."""
+    """Converts rows of one conversation each to the inputs of transformers."""
     import torch
 
     tokens = np.where(batch["tokens"] == IMAGE_TOKEN_ID, image_id(config), batch["tokens"])
@@ -202,7 +203,7 @@ def hub_batch(config: LlavaConfig, batch: Batch, dtype) -> dict:
 
 
 def agree(config: LlavaConfig, batch: Batch, stage: int) -> tuple[StepFunction, StepFunction]:
-    """(theirs, ours) with the same weights in float32, after three steps whose losses are the same."""
+    """Returns (theirs, ours) with equal weights in float32, after three steps with equal losses."""
     model = torch_model(config)
     parameters = parameters_of(model)
     runs = theirs(config, stage, "float32", model), ours(config, stage, "float32", parameters)
@@ -214,12 +215,12 @@ def agree(config: LlavaConfig, batch: Batch, stage: int) -> tuple[StepFunction, 
 
 
 def in_turn(runs: tuple[StepFunction, StepFunction], batches: Sequence[Sequence[Batch]], rounds: int) -> np.ndarray:
-    """Seconds [2, rounds] of each one's batches, the two in turn."""
+    """Returns the seconds of both steps on their batches, [2, rounds], measured alternately."""
     return np.array([[timed(run, own) for run, own in zip(runs, batches, strict=True)] for _ in range(rounds)]).T
 
 
 def apart(make: Callable, config: LlavaConfig, stage: int, batch: Batch, rounds: int) -> list[float]:
-    """Seconds of steps of one framework alone, which leaves the device's memory free."""
+    """Returns the seconds of steps of one framework alone, and frees the device's memory."""
     run = make(config, stage, "float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
     timed(run, [batch] * 2)
     seconds = [timed(run, [batch]) for _ in range(rounds)]
@@ -239,10 +240,10 @@ def timed(run: StepFunction, batches: Sequence[Batch]) -> float:
 
 
 def packing(config: LlavaConfig, rounds: int, batch_size: int = 16, batches: int = 8) -> None:
-    """Learned tokens per second on the lengths of LLaVA-1.5's mix, all of them scaled as this model's images are.
+    """Compares supervised tokens per second on the lengths of LLaVA-1.5's mix, scaled as this model's images are.
 
-    As the original trains, batches are grouped by modality and length and padded to their longest; here the same
-    records are packed into rows of as many places in a step as an average batch of theirs has.
+    The original groups batches by modality and length, and pads them to the longest. Here the same records are packed.
+    A step has as many positions as an average batch of the original.
     """
     rng = np.random.default_rng(0)
     tokens, words, images = made_up(rng, 0.02)
@@ -270,10 +271,10 @@ def packing(config: LlavaConfig, rounds: int, batch_size: int = 16, batches: int
     seconds = in_turn(runs, (padded, steps), rounds)
     rates = learned[0] / seconds
     print(f"{count(abstract_params(config)[1]) / 1e6:.0f}M parameters, {len(records)} records, "
-          f"{learned[0]:,} learned tokens\n"
-          f"transformers: {len(padded)} padded batches, {fill[0]:.0%} tokens, {spread(rates[0])} learned tokens/s\n"
+          f"{learned[0]:,} supervised tokens\n"
+          f"transformers: {len(padded)} padded batches, {fill[0]:.0%} tokens, {spread(rates[0])} supervised tokens/s\n"
           f"here: {len(steps)} steps of {per_step} packed rows of {length}, {fill[1]:.0%} tokens, "
-          f"{spread(rates[1])} learned tokens/s\nratio {np.median(rates[1] / rates[0]):.2f}", flush=True)
+          f"{spread(rates[1])} supervised tokens/s\nratio {np.median(rates[1] / rates[0]):.2f}", flush=True)
 
 
 if __name__ == "__main__":

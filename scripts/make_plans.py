@@ -40,9 +40,9 @@ KEPT = ("stage", "fits", "memory", "rows", "tokens", "images", "model_flops", "c
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="compile what is in the file too")
-    parser.add_argument("--jobs", type=int, default=1, help="compilations at one time")
-    parser.add_argument("--only", default="", help="plans whose recipe and topology contain this text alone")
+    parser.add_argument("--fresh", action="store_true", help="compile plans again that are in the file")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel compilations")
+    parser.add_argument("--only", default="", help="text that recipe and topology must contain")
     options = parser.parse_args()
     before = json.loads(FILE.read_text()) if FILE.exists() else {}
     wanted = {f"{recipe} {topology}": (recipe, topology, flags) for recipe, topology, _, flags in PLANS}

@@ -172,11 +172,12 @@ def judge(folder: Folder) -> Iterator[Row]:
     """Counts the judge's requests that equal those of LLaVA's script."""
     task, rules = LlavaBenchCoco(), JudgeRules.load(str(folder("llava/llava/eval/table/rule.json")))
     cases = task.cases(task.paths(str(folder("llava/playground/data/coco2014_val_qa_eval"))))
-    said = {row["question_id"]: row["text"] for _, row in read_json_lines(str(folder("derived/judge/candidate.jsonl")))}
+    path = str(folder("derived/judge/candidate.jsonl"))
+    candidates = {row["question_id"]: row["text"] for _, row in read_json_lines(path)}
     wanted = json.loads(folder("derived/judge/original_messages_sha256.json").read_text())
-    messages = (json.dumps(rules.messages(case, said[case.question.id])) for case in cases)
+    messages = (json.dumps(rules.messages(case, candidates[case.question.id])) for case in cases)
     ours = [hashlib.sha256(text.encode()).hexdigest() for text in messages]
-    equal = sum(one == other for one, other in zip(ours, wanted, strict=True))
+    equal = sum(own == published for own, published in zip(ours, wanted, strict=True))
     yield Row("the judge's requests, LLaVA-Bench (COCO)", f"{equal:,}", f"{len(wanted):,}")
 
 

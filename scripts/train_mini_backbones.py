@@ -5,20 +5,20 @@ the library:
 
     JAX_PLATFORMS=cpu python scripts/train_mini_backbones.py [--out DIR] [--part tokenizer vision language]
 
-- `tokenizer`: LLaMA's kind (BPE over a text with a blank in front, bytes for what it has not seen), 512 pieces.
+- `tokenizer`: as LLaMA's (BPE over a text with a leading space, bytes for unseen characters), 512 pieces.
 - `vision`: contrastive, as CLIP. Regions of pictures (patches of the layer that LLaVA reads, averaged) against
-  captions that name some of an object's size, colour, shape and place ("a red object at the top"); every
-  caption that fits is right. Whole pictures (class token) against whole captions. The held-back colour-shape
+  captions that name some of an object's size, colour, shape and position ("a red object at the top"); every
+  matching caption is right. Whole pictures (class token) against whole captions. The held-back colour-shape
   pairs appear in no picture.
 - `language`: next-word prediction on text of the domain: descriptions, captions, restatements, questions and
   answers. A language model has read of every colour and shape, so its text names the held-back pairs too. Most
   descriptions are not sentences: one position stands for one object (or one patch of a picture) and holds the
-  sum of the embeddings of its words. So the decoder learns to read several words at one place, as a projector
-  will give them, without ever seeing a picture. It begins with lists of up to nine objects that are told again
+  sum of the embeddings of its words. So the decoder learns to read several words at one position, as a projector
+  will give them, without ever seeing a picture. It starts with lists of up to nine objects that are repeated
   in another order: there guessing among the objects pays little, and looking up ("red circle" -> "top-left")
   forms in a few hundred steps, which it does not on the pictures' one to four objects alone.
 
-Everything is seeded. `scores.json` records seconds, seed, sha256 and what probes and questions say of the parts.
+Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """
 
 import argparse
@@ -59,9 +59,9 @@ def main() -> None:
         make_tokenizer(args.out / "language", args.seed)
     for part in ("vision", "language"):
         if part in args.part:
-            began = time.perf_counter()
+            start = time.perf_counter()
             scores = makers[part](args.out, Encoder(args.out / "language"), args.seed)
-            seconds = round(time.perf_counter() - began)
+            seconds = round(time.perf_counter() - start)
             digest = hashlib.sha256((args.out / part / "model.safetensors").read_bytes()).hexdigest()
             known = json.loads(record.read_text()) if record.exists() else {}
             write_json(
