@@ -28,6 +28,7 @@ class EncodedRecord(NamedTuple):
 
     @property
     def tiles(self) -> int:
+        """Number of tiles of all images."""
         return sum(layout.tiles for layout in self.layouts)
 
 

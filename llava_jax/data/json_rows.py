@@ -71,6 +71,7 @@ class JsonRows:
             raise BadRow("malformed", f"{self.where(index)}: broken JSON ({error})") from None
 
     def where(self, index: int) -> str:
+        """Returns file, number and line of a row, for messages."""
         return f"{self.path}, row {index + 1} (line {self._offsets[index, 2]})"
 
     def __getstate__(self) -> dict:

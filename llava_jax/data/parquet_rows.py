@@ -77,6 +77,7 @@ class ParquetRows:
         return self._read[1], index - self._starts[number]
 
     def where(self, index: int) -> str:
+        """Returns file and number of a row, for messages."""
         file, _ = self._groups[bisect.bisect_right(self._starts, index) - 1]
         first = next(start for start, (name, _) in zip(self._starts, self._groups, strict=False) if name == file)
         return f"{file}, row {index - first + 1}"

@@ -131,6 +131,7 @@ class _Order:
         return math.ceil(sum(self.mixture.counts) / WINDOW)
 
     def window(self, epoch: int, window: int) -> list[int]:
+        """Returns the record numbers of a window of an epoch, in order."""
         order = self._epoch(epoch)
         return [order[i] for i in range(window * WINDOW, min((window + 1) * WINDOW, len(order)))]
 

@@ -100,6 +100,7 @@ class Mixture:
 
     @property
     def name(self) -> str:
+        """Paths of all sources, for messages."""
         return ", ".join(source.path for source in self.sources)
 
     def locate(self, number: int) -> tuple[Source, int]:

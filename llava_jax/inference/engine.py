@@ -95,6 +95,7 @@ class Engine:
 
     @property
     def parameters(self) -> Parameters:
+        """Parameters by path. They can be replaced by others of the same shapes."""
         return self._parameters
 
     @parameters.setter

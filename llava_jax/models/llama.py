@@ -59,9 +59,12 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have a bias, as in Qwen2."""
     out_bias: bool = False
+    """Whether the output projection of attention has a bias."""
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    """Whether the embedding's transpose is the kernel of the logits."""
     max_length: int = 4096
     """Maximum number of positions (max_position_embeddings)."""
 
@@ -108,6 +111,8 @@ def apply_rope(
 
 
 class LlamaAttention(nnx.Module):
+    """Parameters of grouped-query attention. `LlamaBlock` computes with them."""
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         query, key = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         self.q_proj = Linear([config.hidden_size], query, bias=config.qkv_bias, rngs=rngs)
@@ -117,6 +122,8 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaMlp(nnx.Module):
+    """The gated MLP `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.gate_proj = Linear([config.hidden_size], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
         self.up_proj = Linear([config.hidden_size], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
@@ -128,6 +135,8 @@ class LlamaMlp(nnx.Module):
 
 
 class LlamaBlock(nnx.Module):
+    """One layer of the decoder: attention and MLP, each after a norm and with a residual."""
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = LlamaAttention(config, rngs=rngs)

@@ -24,7 +24,7 @@ ACTIVATIONS = {
 class VisionConfig:
     """Sizes of a vision tower. The defaults are those of CLIP ViT-L/14-336.
 
-    SigLIP has a bias of the patch embedding, and neither class token nor norm before the first layer.
+    SigLIP has `patch_bias`, but neither `class_token` nor `pre_norm`.
     """
 
     image_size: int = 336
@@ -34,10 +34,14 @@ class VisionConfig:
     num_layers: int = 24
     num_heads: int = 16
     activation: str = "quick_gelu"
+    """Activation of the MLP, a key of ACTIVATIONS."""
     norm_eps: float = 1e-5
     class_token: bool = True
+    """Whether a class token precedes the patches."""
     patch_bias: bool = False
+    """Whether the patch embedding has a bias."""
     pre_norm: bool = True
+    """Whether a norm precedes the first layer."""
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -85,6 +89,8 @@ class FusedAttention(nnx.Module):
 
 
 class VisionMlp(nnx.Module):
+    """The MLP `down_proj(activation(up_proj(x)))`."""
+
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
         self.up_proj = Linear([config.hidden_size], [config.intermediate_size], bias=True, rngs=rngs)
@@ -95,6 +101,8 @@ class VisionMlp(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
+    """One layer of the vision tower: attention and MLP, each after a norm and with a residual."""
+
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.attention = VisionAttention(config, rngs=rngs)

@@ -273,6 +273,7 @@ class Coordinator:
 
 
 def is_loopback(address: str) -> bool:
+    """Returns whether an IP address or name is this machine's loopback."""
     try:
         return ipaddress.ip_address(address.split("%")[0]).is_loopback
     except ValueError:  # a name

@@ -73,6 +73,7 @@ class Checkpoints:
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager of the directory."""
         # Created on first use, because it creates its directory, which a run that fails at its start should not leave.
         # Directories are created before `save` returns, because in the background Orbax waits 300 s if it cannot.
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, async_options=ocp.AsyncOptions(

@@ -108,6 +108,7 @@ class _Lock:
                 self.write()
 
     def stop_heartbeat(self) -> None:
+        """Stops the heartbeat and waits for its thread."""
         self.ended.set()
         self.thread.join()
 

@@ -197,6 +197,7 @@ class Log:
             self.wandb.log(numbers | {f"{line['stage']}/step": line["step"]})
 
     def close(self) -> None:
+        """Closes TensorBoard and W&B."""
         for copy in (self.tensorboard, self.wandb):
             if copy:
                 getattr(copy, "close", getattr(copy, "finish", None))()

@@ -19,7 +19,9 @@ from llava_jax.text.templates import IMAGE
 from llava_jax.train.setup import TrainContext
 
 NUM_SAMPLES = 4
+"""Number of questions."""
 MAX_NEW_TOKENS = 48
+"""Maximum number of tokens of an answer."""
 PROBE_RECORDS = 100
 """Number of first records from which the questions are chosen."""
 

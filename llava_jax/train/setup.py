@@ -46,13 +46,16 @@ class TrainContext:
 
     @property
     def directory(self) -> Path:
+        """Output directory: a local path, or the path-like object of a bucket."""
         return output.directory(self.recipe)
 
     @property
     def tokenizer_directory(self) -> str:
+        """Path of the source checkpoint that has the tokenizer."""
         return self.recipe.model.llava or self.recipe.model.language
 
     def checkpoints(self, stage: str) -> Checkpoints:
+        """Opens the checkpoints of a stage. The caller closes them."""
         recipe = self.recipe
         return Checkpoints(self.directory / "checkpoints" / stage, recipe.checkpoint_every, recipe.keep_checkpoints)
 

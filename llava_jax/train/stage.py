@@ -45,6 +45,7 @@ class StageTrainer:
         self._missing = self.evaluations.missing(self.start)
 
     def is_finished(self) -> bool:
+        """Returns whether all steps are trained and all evaluations are in the log."""
         return self.start == self.total_steps and not self._missing
 
     def open(self) -> None:
@@ -125,6 +126,7 @@ class StageTrainer:
         self._evaluate(self.evaluations.due(step), step)
 
     def close(self) -> None:
+        """Closes data, checkpoints, evaluations and the progress bar."""
         self._stack.close()
 
     def _evaluate(self, kinds: list[str], step: int) -> None:

@@ -26,6 +26,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EXPONENTS = {DTYPES["F32"]: np.uint32(0x7F800000), DTYPES["F16"]: np.uint16(0x7C00), DTYPES["BF16"]: np.uint16(0x7F80)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Names of a single file, and of the index of several files."""
 WRITE_BYTES = 2**22
 """Number of bytes that a write copies at a time."""
 
@@ -41,6 +42,7 @@ class TensorInfo:
 
     @property
     def dtype(self) -> np.dtype:
+        """NumPy dtype. Raises UserError for a type that cannot be read."""
         if self.kind not in DTYPES:
             raise UserError(f"{self.file}: tensors of type {self.kind} cannot be read; {', '.join(DTYPES)} can")
         return DTYPES[self.kind]
@@ -165,6 +167,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

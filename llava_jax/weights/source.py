@@ -103,13 +103,13 @@ def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) 
             raise UserError(f"{directory}/config.json: projector_hidden_act linear is read where linear_2 is the "
                             f"identity (LLaVA's one-layer projector), but {name} is not")
 
-    names = {(mapping.path, mapping.layer): name for name, mapping in mappings.items()}
+    tensor_names = {(mapping.path, mapping.layer): name for name, mapping in mappings.items()}
     dtypes: dict[str, set[np.dtype]] = {path: set() for path in wanted}
     for name, mapping in mappings.items():
         dtypes[mapping.path].add(stored[name].dtype)
 
     def read(path: str, layer: int | None) -> np.ndarray:
-        name = names[path, layer]
+        name = tensor_names[path, layer]
         return mappings[name].transform.from_hf(stored[name].read(), mappings[name].shape)
 
     return ParameterSource(wanted, {path: _common(kinds) for path, kinds in dtypes.items()}, read)

@@ -24,13 +24,16 @@ class Transform:
     order: Shape
 
     def hf_shape(self, shape: Shape) -> Shape:
+        """Returns the tensor's shape in the hf layout for a parameter of `shape`."""
         merged = self.merge(shape)
         return tuple(merged[axis] for axis in self.order)
 
     def to_hf(self, x: np.ndarray) -> np.ndarray:
+        """Converts a parameter to the hf layout."""
         return x.reshape(self.merge(x.shape)).transpose(self.order)
 
     def from_hf(self, x: np.ndarray, shape: Shape) -> np.ndarray:
+        """Converts a tensor of the hf layout to a parameter of `shape`."""
         return x.transpose(np.argsort(self.order)).reshape(shape)
 
 
