@@ -46,9 +46,9 @@ class Convert:
     """Image mode: crop to the centre, pad or resize to a square. By default that of SRC; for a join pad with CLIP,
     resize with SigLIP."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of all tensors; unchanged by default."""
+    """Dtype of all tensors; default: unchanged."""
     shard_size: str = "5GB"
-    """Largest size of a file of tensors, such as 500MB."""
+    """Maximum size of a file of tensors, such as 500MB."""
     vision: str | None = None
     """Join: directory of the vision tower."""
     language: str | None = None
@@ -56,9 +56,9 @@ class Convert:
     projector: str | None = None
     """Join: linear, or mlp2x_gelu (the default)."""
     feature_layer: int | None = None
-    """Join: hidden state of the vision tower that the projector reads; by default -2."""
+    """Join: hidden state of the vision tower that the projector reads; default: -2."""
     seed: int | None = None
-    """Join: random seed of the new projector; by default 0."""
+    """Join: random seed of the new projector; default: 0."""
 
 
 def main(args: Sequence[str] | None = None) -> int:

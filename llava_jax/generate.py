@@ -8,9 +8,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from typing import TYPE_CHECKING
 
 from llava_jax import cli
 from llava_jax.errors import UserError
@@ -52,14 +50,14 @@ class Options:
     """Random seed; the same seed draws the same answer."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, in addition to the template's."""
-    stream: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    stream: cli.Flag = False
     """Whether to print the answer while it is written. A chat always does."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: cli.Flag = False
     """Whether to print one JSON object: text, finish_reason, prompt_tokens, completion_tokens, seconds."""
     template: str | None = None
     """Name of the conversation template, if the model's files do not name the one that it was trained with."""
     dtype: str | None = None
-    """bfloat16 or float32. By default bfloat16 on TPU and GPU, float32 on CPU."""
+    """Compute dtype, bfloat16 or float32; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
     def sampling(self) -> dict:
         """Returns the arguments of `Llava.generate` and `Llava.stream` besides messages and images."""

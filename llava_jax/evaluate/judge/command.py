@@ -63,7 +63,7 @@ class Judgement(ChatJob):
 
 @dataclass(frozen=True)
 class JudgeAnswers:
-    """Has a language model judge answers on LLaVA-Bench against those of a reference.
+    """Asks a language model to judge answers on LLaVA-Bench against reference answers.
 
     The score is the mean of the answers' scores over the mean of the reference's, in percent. A judgement without two
     scores from 1 to 10 is asked for again, then left out and counted. OUT gets judge.json and judge.md (figures,

@@ -208,7 +208,7 @@ def read_reviews(path: str) -> list[Review]:
 
 @dataclass(frozen=True)
 class SummarizeReviews:
-    """Summarizes files of reviews, those of `judge` or those of LLaVA's scripts.
+    """Summarizes files of reviews, written by `judge` or by LLaVA's scripts.
 
     Failed judgements, which LLaVA's scripts mark with scores of -1, are left out and counted. If they are too many, the
     exit code is 4. --compat prints what LLaVA's summary prints, where they lower both means. For several files of

@@ -45,7 +45,7 @@ class EvaluateCommand:
     data: str
     """Folder of the benchmark, or its file of questions."""
     model: str = ""
-    """Folder of the model that answers."""
+    """Directory of the model."""
     answers: str = ""
     """File of answers to score, without a model."""
     out: str = ""
@@ -63,7 +63,7 @@ class EvaluateCommand:
     baseline: Literal["none", "blind", "shuffled"] = "none"
     """Images that the model sees: blind shows another question's, shuffled mixes the patches of each image."""
     template: str = ""
-    """Conversation format of the prompts, such as vicuna_v1; default: the model's own."""
+    """Conversation template of the prompts, such as vicuna_v1; default: the model's."""
     num_chunks: int = 1
     """Number of parts of the questions, for independent processes that write to the same folder."""
     chunk_idx: int = 0

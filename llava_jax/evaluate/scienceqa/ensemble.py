@@ -134,14 +134,15 @@ def _read_pairs(path: str) -> list[tuple[str | int, str]]:
 
 @dataclass(frozen=True)
 class ScienceQAEnsemble:
-    """Joins a LLaVA's answers to ScienceQA with those of a language model that sees no image, or lets it judge.
+    """Combines a LLaVA's answers to ScienceQA with the answers of a language model that sees no image.
 
     If the two differ, the language model can also judge. Its answers and judgements come from files, or from any server
     with OpenAI's chat API (--model). Every reply is kept in OUT/asked.jsonl, and the same command asks only for missing
     replies.
 
-    Exit codes: 0; 1, some requests got no answer; 2, an error of the user in one line; 3, --max-requests are used up;
-    130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command continues."""
+    Exit codes: 0; 1, some requests got no answer; 2, an error of the user in one line, or no request was answered;
+    3, --max-requests are used up; 130 after Ctrl-C and 75 after SIGTERM. After 1, 3, 75 and 130 the same command
+    continues."""
 
     answers: tyro.conf.Positional[str]
     """LLaVA's answers, JSON lines, of a model tuned to reason. Its answers contain `The answer is X.`"""
