@@ -247,6 +247,12 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
+def sha256_of(path: str) -> str:
+    """Returns the SHA-256 digest of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_file(path: str, content: bytes | str) -> None:
     """Writes a file atomically. Lone surrogates, which UTF-8 does not encode, are escaped as in JSON."""
     with atomic_write(path) as file:

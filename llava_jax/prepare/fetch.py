@@ -5,7 +5,6 @@ Files of the Hugging Face hub are downloaded. Images that only their publishers 
 """
 
 import dataclasses
-import hashlib
 import os
 import sys
 from collections import defaultdict
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from llava_jax.cli import Flag, printable
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError, user_path
+from llava_jax.files import sha256_of
 from llava_jax.prepare.archives import SUFFIXES, require_space, unpack
 from llava_jax.prepare.published import File, Folder, Published, get, table
 
@@ -160,7 +160,7 @@ def download(file: File, to: str) -> None:
             os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
             with open(part, "ab") as local:
                 http_get(url, local, resume_size=local.tell(), expected_size=about.size, headers=build_hf_headers())
-        if len(etag) == 64 and _sha256(part) != etag:
+        if len(etag) == 64 and sha256_of(part) != etag:
             os.unlink(part)
             raise UserError(f"{target}: the download was damaged on the way; run this again")
         os.replace(part, target)
@@ -175,11 +175,6 @@ def download(file: File, to: str) -> None:
     why = " ".join(why.split())
     advice = f"try again, or put the file to {target} yourself; --check works without a network"
     raise UserError(f"{file.origin} cannot be downloaded ({why:.150}): {advice}")
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _named_images(rows: Iterable[dict]) -> Iterable[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,7 @@ from llava_jax.endpoint.log import AnswerLog
 from llava_jax.endpoint.prices import Price
 from llava_jax.endpoint.request import Response
 from llava_jax.errors import UserError
-from llava_jax.files import atomic_write, write_json
+from llava_jax.files import atomic_write, sha256_of, write_json
 from llava_jax.synthesize.parse import Reject, Seen
 from llava_jax.synthesize.prompts import KINDS
 from llava_jax.synthesize.synthesis import LOG, SETTINGS, Outcome, Synthesis, SynthesisTask, Verdict
@@ -241,6 +240,4 @@ def _manifest(synthesis: Synthesis, records: Mapping[str, int], tally: _Tally) -
 def _describe(path: str) -> dict[str, Any]:
     if "://" in path:
         return {"path": path}
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": os.path.abspath(path), "bytes": os.path.getsize(path), "sha256": digest}
+    return {"path": os.path.abspath(path), "bytes": os.path.getsize(path), "sha256": sha256_of(path)}

@@ -1,7 +1,6 @@
 """Writes a judge's reviews, and their figures over runs and orders."""
 
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from llava_jax.evaluate.judge.reviews import (
     table,
 )
 from llava_jax.evaluate.tasks.base import MAX_EXAMPLES, quote
-from llava_jax.files import write_file, write_json
+from llava_jax.files import sha256_of, write_file, write_json
 
 REVIEWS = "reviews"
 """Name of the folder of reviews."""
@@ -111,7 +110,7 @@ def write_report(report: JudgeReport, folder: str, paths: Mapping[str, str], jud
                   "replied": [_date(time) for time in (min(report.created), max(report.created))]
                   if report.created else []},
         "tokens": dict(report.tokens),
-        "files": {kind: {"path": os.path.abspath(path), "sha256": _hash(path)} for kind, path in paths.items()},
+        "files": {kind: {"path": os.path.abspath(path), "sha256": sha256_of(path)} for kind, path in paths.items()},
         "options": dict(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -151,11 +150,6 @@ def _markdown(rows: Mapping[str, tuple[Ratios, Ratios]], content: Mapping[str, A
 
 def _write_lines(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # in ASCII, as LLaVA's scripts
-
-
-def _hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _date(seconds: int) -> str:
