@@ -15,7 +15,9 @@ from jaxtyping import Float32, Int32, UInt8
 from PIL import Image
 
 from llava_jax.errors import UserError
-from llava_jax.image_files import MAX_PIXELS, row_strips, to_rgb
+from llava_jax.image_files import MAX_PIXELS, open_image, row_strips, to_rgb
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "MODES", "ImageMode", "ImageProcessor", "Layout", "open_image"]
 
 # OpenAI's CLIP statistics of RGB in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
