@@ -446,7 +446,7 @@ def test_rules_on_the_scenes(tmp_path, capsys, language):
 
 @pytest.mark.slow
 def test_five_kills_among_faults():
-    script = Path(__file__).parents[1] / "scripts" / "bench_synthesize.py"
+    script = Path(__file__).parents[2] / "scripts" / "bench_synthesize.py"
     ended = subprocess.run([sys.executable, str(script), "--images", "1000", "--least-share", "0"], capture_output=True,
                            text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
