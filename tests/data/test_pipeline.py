@@ -1,6 +1,5 @@
 """Packed rows against the records they are made of, one by one; order, resume and skips against plain enumeration."""
 
-import dataclasses
 import io
 import json
 import pickle
@@ -11,71 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline_data import (
+    LENGTH,
+    PER_IMAGE,
+    PROCESSOR,
+    SIZE,
+    SLOTS,
+    TOKENIZER,
+    packed_rows,
+    png,
+    settings,
+    write_file,
+    write_rows,
+)
 
 from llava_jax.data import pipeline
-from llava_jax.data.examples import DataSpec
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import REASONS, BadRow
-from llava_jax.data.sources import Mixture, Source, open_source
+from llava_jax.data.sources import Mixture, Source
 from llava_jax.errors import UserError
-from llava_jax.images import ImageProcessor
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, encode_conversation
-from llava_jax.text.templates import TEMPLATES
 from llava_jax.text.tokenizer import Tokenizer
-
-TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer.model"
-SIZE, PER_IMAGE, LENGTH, SLOTS = 14, 4, 160, 3
-PROCESSOR = ImageProcessor(SIZE, patches=2)
-
-
-def png(rng: np.random.Generator) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (*rng.integers(5, 40, 2), 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_rows(folder: Path, count: int, seed: int = 0, images=(0, 1, 1, 1, 2)) -> list[dict]:
-    """Rows with 0 to 2 images each, 1 or 2 questions, and answers of which no two are alike."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        names = [f"{number}-{k}.png" for k in range(rng.choice(images))]
-        for name in names:
-            (folder / name).write_bytes(png(rng))
-        turns = []
-        for turn in range(rng.integers(1, 3)):
-            question = "<image>\n" * (len(names) if turn == 0 else 0) + "What is here?"
-            answer = f"Row {number} of {seed}." + " It is red." * rng.integers(0, 3)
-            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        rows.append({"id": f"{seed}-{number}", "image": names, "conversations": turns})
-    return rows
-
-
-def write_file(folder: Path, rows: list[dict], name: str = "data.json") -> Source:
-    (folder / name).write_text(json.dumps(rows))
-    return open_source(folder / name)
-
-
-def settings(*sources: Source, **changes) -> dict:
-    """Options of Batches; `changes` are fields of the DataSpec or other options."""
-    spec = {
-        "mixture": Mixture(sources, tuple(len(source) for source in sources)),
-        "tokenizer": Tokenizer.load(TOKENIZER),
-        "template": TEMPLATES["vicuna_v1"],
-        "processor": PROCESSOR,
-        "sequence_length": LENGTH,
-        "tiles_per_sequence": SLOTS,
-    }
-    names = {field.name for field in dataclasses.fields(DataSpec)}
-    spec |= {name: value for name, value in changes.items() if name in names}
-    return {"spec": DataSpec(**spec), "seed": 7} | {n: value for n, value in changes.items() if n not in names}
-
-
-def packed_rows(**options):
-    """The rows of batches of one row each."""
-    for batch in Batches(batch_size=1, **options):
-        skipped = batch.pop("skipped")
-        yield {name: value[0] for name, value in batch.items()} | {"skipped": skipped}
 
 
 @pytest.fixture(autouse=True)
@@ -262,14 +217,15 @@ def test_resume_in_another_process(source, tmp_path):
     state = json.dumps(iterator.get_state())
     code = """
 import sys; sys.path[:0] = sys.argv[1:2]
-from test_pipeline import *
+from pipeline_data import *
+from llava_jax.data import pipeline
 pipeline.WINDOW = 32
 rows = iter(Batches(batch_size=2, **settings(open_source(sys.argv[2]))))
 rows.set_state(json.loads(sys.argv[3]))
-np.savez(sys.argv[4], **{f"{i}-{name}": value for i, row in enumerate(take(rows, 5)) for name, value in row.items()})
+np.savez(sys.argv[4], **{f"{i}-{name}": value for i in range(5) for name, value in next(rows).items()})
 """
     out = tmp_path / "rows.npz"
-    subprocess.run([sys.executable, "-c", code, Path(__file__).parent, source.path, state, out], check=True)
+    subprocess.run([sys.executable, "-c", code, Path(__file__).parents[1], source.path, state, out], check=True)
     with np.load(out) as there:
         for i, row in enumerate(take(iterator, 5)):
             assert all(np.array_equal(there[f"{i}-{name}"], value) for name, value in row.items())
@@ -475,56 +431,3 @@ def test_count_rows_opens_no_image(spoilt, monkeypatch):
     expected = len(list(packed_rows(**rows, epochs=1)))
     monkeypatch.setattr("llava_jax.data.examples.open_image", lambda path: pytest.fail("an image was opened"))
     assert Batches(batch_size=1, **rows).count_rows() == expected
-
-
-ANYRES = ImageProcessor(SIZE, "anyres", 2, pinpoints=((28, 14), (14, 28), (28, 28)))
-
-
-def sized_rows(folder: Path, sizes: list[tuple[int, int]], **fields) -> list[dict]:
-    for number, size in enumerate(sizes):
-        Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
-    turns = [{"from": "human", "value": "<image>\n" * len(sizes) + "What is here?"}, {"from": "gpt", "value": "It."}]
-    return [{"images": [f"{number}.png" for number in range(len(sizes))], "conversations": turns, **fields}]
-
-
-def test_tiles_of_several_sizes_are_counted_and_indexed(tmp_path):
-    """Two conversations of images with other numbers of tiles and tokens, against layouts one by one."""
-    sizes = [(40, 20), (20, 44)]
-    rows = sized_rows(tmp_path, sizes) + sized_rows(tmp_path, sizes[:1])
-    source = write_file(tmp_path, rows)
-    [row] = packed_rows(**settings(source, processor=ANYRES, sequence_length=400,
-                                   tiles_per_sequence=12, shuffle=False, epochs=1))
-    expected, tiles, slot = [], [], 0
-    for size, red in [(sizes[0], 0), (sizes[1], 1), (sizes[0], 0)]:
-        count, index = ANYRES.layout(*size)
-        expected += [12 * 4 if feature == count * 4 else feature + slot * 4 for feature in index.tolist()]
-        tiles += list(ANYRES(Image.new("RGB", size, (red, 0, 0))))
-        slot += count
-    assert slot == 9 and row["tile_segment_ids"].tolist() == [1] * 6 + [2] * 3 + [0] * 3
-    visual = row["tokens"] == IMAGE_TOKEN_ID
-    assert row["visual_index"][visual].tolist() == expected and (row["visual_index"][~visual] == -1).all()
-    np.testing.assert_array_equal(row["tiles"][:slot], tiles)
-    with pytest.raises(BadRow, match="6 tiles do not fit into the 5 of a sequence"):
-        next(packed_rows(**settings(source, processor=ANYRES, tiles_per_sequence=5)))
-
-
-def test_stored_sizes_spare_the_headers_and_must_be_true(tmp_path, monkeypatch):
-    rows = sized_rows(tmp_path, [(40, 20)], image_widths=[40], image_heights=[20])
-    options = settings(write_file(tmp_path, rows), processor=ANYRES, epochs=1)
-    monkeypatch.setattr("llava_jax.data.examples.image_size", lambda *_: 1 / 0)
-    [row] = packed_rows(**options)
-    assert (row["tokens"] == IMAGE_TOKEN_ID).sum() == len(ANYRES.layout(40, 20).index)
-    rows[0]["image_widths"] = [41]
-    with pytest.raises(BadRow, match=r"size is \(40, 20\), but image_widths and image_heights say \(41, 20\)"):
-        next(packed_rows(**settings(write_file(tmp_path, rows, "wrong.json"), processor=ANYRES, epochs=1)))
-
-
-def test_layouts_are_those_of_the_turned_image(tmp_path):
-    rows = sized_rows(tmp_path, [(40, 20)])
-    tags = Image.Exif()
-    tags[0x0112] = 6
-    Image.new("RGB", (40, 20)).save(tmp_path / "0.png", exif=tags)
-    for exif, size in ((False, (40, 20)), (True, (20, 40))):
-        [row] = packed_rows(**settings(write_file(tmp_path, rows), processor=ANYRES, exif=exif, epochs=1))
-        visual = row["visual_index"][row["tokens"] == IMAGE_TOKEN_ID].tolist()
-        assert visual == ANYRES.visual_index([ANYRES.layout(*size)], 0, SLOTS).tolist()
