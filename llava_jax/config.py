@@ -34,6 +34,38 @@ def _check_table(name: str, table: Table) -> None:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (LoRA, arXiv:2106.09685): a trained `scale * lora_a @ lora_b` beside frozen kernels."""
+
+    rank: int = 128
+    """Number of columns of `lora_a`."""
+    alpha: float = 256.0
+    """Factor of the update; `scale` divides it."""
+    dropout: float = 0.05
+    """Fraction of an adapter's inputs that a training step sets to zero."""
+    targets: tuple[str, ...] = ("decoder/layers/(attention/(q|k|v|o)_proj|mlp/(gate|up|down)_proj)",)
+    """Regular expressions for the paths of the linear maps that get an adapter."""
+    rslora: bool = False
+    """Whether `scale` is alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732) instead of alpha / rank."""
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise UserError(f"lora.rank is {self.rank}: it must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha is {self.alpha}: it must be positive")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is {self.dropout}: it must be at least 0 and less than 1")
+        if not self.targets:
+            raise UserError("lora.targets is empty: give regular expressions for paths, or leave lora out")
+        _check_table("lora.targets", tuple((pattern, None) for pattern in self.targets))
+
+    @property
+    def scale(self) -> float:
+        """Factor of `lora_a @ lora_b`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
 class Model:
     """Checkpoints that a run starts from, and how they are joined."""
 
@@ -54,6 +86,8 @@ class Model:
     fresh: tuple[str, ...] | None = None
     """Regular expressions for the paths of parameters that no checkpoint has, initialised from the seed. By default the
     projector if `vision` and `language` are joined, otherwise none."""
+    lora: Lora | None = None
+    """Low-rank adapters that are added to the model, in training beside it and in the finished model merged."""
     template: str | None = None
     """Conversation template of the finished model; default: the last stage's, or the checkpoint's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

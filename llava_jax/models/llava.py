@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from llava_jax.config import Lora
 from llava_jax.errors import UserError
 from llava_jax.images import SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
-from llava_jax.models import vit
+from llava_jax.models import lora, vit
 from llava_jax.models.attention import resolve
 from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.pallas import fills_lanes
@@ -38,6 +39,8 @@ class LlavaConfig:
     """Name of the conversation template (text/templates.py)."""
     exif: bool = False
     """Whether the model was trained on images rotated as their EXIF orientation says."""
+    lora: Lora | None = None
+    """Low-rank adapters of the model's linear maps (models/lora.py)."""
 
     def __post_init__(self):
         if self.feature_select not in ("patch", "cls_patch"):
@@ -107,6 +110,8 @@ class LlavaModel(nnx.Module):
         self.decoder = Llama(config.text, attention=attention.decoder, remat=remat, rngs=rngs)
         if not config.processor.is_fixed:
             self.image_newline = _image_newline(config.text.hidden_size, rngs)
+        if config.lora is not None:
+            lora.add_adapters(self, config.lora, rngs.params())
 
     def __call__(
         self,
@@ -227,4 +232,7 @@ def fresh_params(config: LlavaConfig, paths: Collection[str], seed: int) -> Para
         fresh["image_newline"] = _image_newline(config.text.hidden_size, nnx.Rngs(seed)).get_value()
     for part in sorted({path.split("/")[0] for path in paths} & parts.keys()):
         fresh |= {f"{part}/{path}": x for path, x in to_params(parts[part]())[1].items() if f"{part}/{path}" in paths}
+    if adapters := [path for path in paths if lora.is_adapter(path)]:
+        shapes, key = abstract_params(config)[1], nnx.Rngs(seed).params()
+        fresh |= {path: lora.init_factor(key, path, shapes[path].shape) for path in adapters}
     return fresh

@@ -30,6 +30,9 @@ TABLE = (
     (r"(vision|decoder)/layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),
     (r"(vision|decoder)/layers/(attention/o_proj|mlp/down_proj)/bias", P()),
     (r"(vision|decoder)/.*norm/(scale|bias)", P()),
+    (r"(vision|decoder)/layers/.*/adapter/lora_a", P(None, ("tensor", "fsdp"), None)),
+    (r"(vision|decoder)/layers/.*/adapter/lora_b", P(None, None, ("tensor", "fsdp"))),
+    (r"projector/layers_\d+/adapter/lora_[ab]", P()),
     # Alternating, because the columns of one kernel are the rows of the next. With one layout for all of them and three
     # axes in use, XLA's partitioner returns wrong gradients of the first kernel (jaxlib 0.10.2, on CPU).
     (r"projector/layers_\d*[02468]/kernel", P("fsdp", "tensor")),

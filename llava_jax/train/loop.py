@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from llava_jax import config
+from llava_jax.models import lora
 from llava_jax.models.llava import choose_attention
 from llava_jax.parallel.processes import LOAD_TIMEOUT, WORK_TIMEOUT, allgather_object, should_stop
 from llava_jax.train import output, preflight
@@ -85,16 +86,17 @@ def print_setup(context: TrainContext) -> None:
 
 
 def write_model(context: TrainContext) -> Path:
-    """Writes the finished model and returns its directory."""
+    """Writes the finished model, with its adapters merged, and returns its directory."""
     target = context.directory / "model"
     parameters = load_parameters(context, lambda path: "float32", before=None)
     allgather_object("the trained parameters are loaded", None, LOAD_TIMEOUT)
     check_finite(digests(parameters), f"{target}: not written", SOURCES_NOT_FINITE)
+    model, parameters = lora.merge(context.model, parameters)
     if isinstance(target, Path):
-        save_hf(target, context.model, parameters, context.tokenizer_directory)
+        save_hf(target, model, parameters, context.tokenizer_directory)
         return target
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder) / "model", context.model, parameters, context.tokenizer_directory)
+        save_hf(Path(folder) / "model", model, parameters, context.tokenizer_directory)
         if jax.process_index() == 0:
             target.mkdir(parents=True, exist_ok=True)
             for path in sorted((Path(folder) / "model").iterdir(), key=lambda path: path.name == "config.json"):

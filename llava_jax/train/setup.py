@@ -89,9 +89,12 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
         checkpoint = read(model.llava, model.template)
         if not isinstance(checkpoint, LlavaConfig):
             raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
-        return checkpoint
+        if model.lora and checkpoint.lora:
+            raise UserError(f"model.lora: {model.llava} has adapters already, which are trained further without "
+                            "model.lora; merge them first (python -m llava_jax.convert --merge) to add new ones")
+        return dataclasses.replace(checkpoint, lora=model.lora or checkpoint.lora)
     chosen = {"projector": model.projector, "feature_layer": model.feature_layer,
-              "feature_select": model.feature_select, "template": model.template}
+              "feature_select": model.feature_select, "template": model.template, "lora": model.lora}
     joined = LlavaConfig(vision=read(model.vision), text=read(model.language),
                          **{name: value for name, value in chosen.items() if value is not None})
     return joined.with_image_mode(model.image_mode)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_jax.config import Lora
 from llava_jax.errors import UserError
 from llava_jax.files import read_json, show_json
 from llava_jax.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
@@ -249,6 +250,8 @@ def _read_native(raw: dict, file: Path) -> LlavaConfig:
     lists = {name: checked["processor"][name] for name in ("mean", "std", "pinpoints")}
     parts = {"processor": _build(file, ImageProcessor, **checked["processor"] | _as_tuples(file, lists)),
              "vision": _build(file, VisionConfig, **checked["vision"]), "text": _build(file, LlamaConfig, **text)}
+    if checked["lora"] is not None:
+        parts["lora"] = _build(file, Lora, **checked["lora"] | {"targets": tuple(map(str, checked["lora"]["targets"]))})
     config = _build(file, LlavaConfig, **checked | parts)
     _build(file, projector.depth, kind=config.projector)
     return dataclasses.replace(config, template=_build(file, templates.get, template=config.template).name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_jax.config import Lora
 from llava_jax.errors import UserError
 from llava_jax.files import show_json
 from llava_jax.images import ImageProcessor
@@ -81,6 +82,7 @@ NATIVE_RANGES = {
     "max_length": DECODER["max_position_embeddings"], "norm_eps": EPS, "rope_theta": ROPE["rope_theta"],
     "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
     "original_length": ROPE["original_max_position_embeddings"], "feature_layer": LLAVA["vision_feature_layer"],
+    "rank": Field(int, 1, 2**14), "alpha": Field(float, 1e-6, 1e6), "dropout": Field(float, 0, 1),
 }
 """Ranges of the numbers in a config.json of the native layout, by the names of the dataclasses' fields."""
 
@@ -125,12 +127,14 @@ def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the checked fields of the native layout. Raises UserError if one is missing or unknown."""
-    checked = _exactly(file, raw, LlavaConfig)
+    checked = _exactly(file, {"lora": None} | raw, LlavaConfig)  # configurations without it are older
     for name, kind in (("vision", VisionConfig), ("text", LlamaConfig), ("processor", ImageProcessor)):
         checked[name] = _exactly(file, checked[name], kind, f"{name}.")
     if checked["text"]["rope_scaling"] is not None:
         checked["text"]["rope_scaling"] = _exactly(
             file, checked["text"]["rope_scaling"], RopeScaling, "text.rope_scaling.")
+    if checked["lora"] is not None:
+        checked["lora"] = _exactly(file, checked["lora"], Lora, "lora.")
     return checked
 
 
@@ -154,4 +158,4 @@ def _native_field(field: dataclasses.Field) -> Field:
     if typing.get_origin(field.type) is tuple:
         return Field(list)
     assert field.type not in (int, float), f"{field.name} has no range"
-    return Field(dict, null=field.type == RopeScaling | None)
+    return Field(dict, null=field.type in (RopeScaling | None, Lora | None))

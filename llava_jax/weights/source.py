@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_jax.config import Model
 from llava_jax.errors import UserError
-from llava_jax.models import llava
+from llava_jax.models import llava, lora
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
@@ -48,12 +48,13 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 def fresh_paths(model: Model, paths: Collection[str]) -> set[str]:
     """Returns the paths that a recipe initialises. Raises UserError if an expression matches no parameter."""
+    adapters = {path for path in paths if lora.is_adapter(path)} if model.lora else set()
     if model.fresh is None:
-        return set() if model.llava else {path for path in paths if path.startswith("projector/")}
+        return adapters if model.llava else adapters | {path for path in paths if path.startswith("projector/")}
     matches = {pattern: {path for path in paths if re.fullmatch(pattern, path)} for pattern in model.fresh}
     if unused := [pattern for pattern, matched in matches.items() if not matched]:
         raise UserError(f"model.fresh: {', '.join(unused)}: matches no parameter")
-    return set().union(*matches.values())
+    return adapters.union(*matches.values())
 
 
 def from_native_files(directory: Path, config: Config, fresh: Collection[str] = ()) -> ParameterSource:

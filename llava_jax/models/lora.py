@@ -1,0 +1,135 @@
+"""Implements low-rank adapters (LoRA, arXiv:2106.09685) beside the kernels of linear maps.
+
+A kernel K, as a matrix [in, out], becomes K + scale * lora_a @ lora_b with lora_a [in, rank] and lora_b [rank, out].
+Adapters of stacked layers have the layer axis first. An adapter's parameters are `PATH/adapter/lora_a` and `lora_b`
+for a linear map at PATH.
+"""
+
+import dataclasses
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llava_jax.config import Lora
+from llava_jax.errors import UserError
+from llava_jax.models.cpu import matmul
+from llava_jax.models.layers import Linear
+
+if TYPE_CHECKING:
+    from llava_jax.models.llava import LlavaConfig, Parameters
+
+TAKES_ADAPTER = re.compile(r"(vision|decoder)/layers/.*|projector/layers_\d+")
+"""Paths of linear maps that may have an adapter: the loss reads the head's kernel, the patch embedding is an image
+filter in other implementations."""
+FACTOR = re.compile(r"(.*)/adapter/lora_[ab]")
+
+
+class LoraAdapter(nnx.Module):
+    """The low-rank map `scale * dropout(x) @ lora_a @ lora_b`.
+
+    Attributes:
+      dropout_key: random key of the dropout, in stacked layers one for each; None for no dropout. See `set_dropout`.
+    """
+
+    def __init__(self, lora: Lora, lora_a: Array, lora_b: Array):
+        self.scale, self.dropout = lora.scale, lora.dropout
+        self.lora_a, self.lora_b = nnx.Param(lora_a), nnx.Param(lora_b)
+        self.dropout_key: Array | None = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        if self.dropout_key is not None:
+            # The backward pass of a rematerialised layer computes the mask again from the key.
+            keep = jax.random.bernoulli(self.dropout_key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        x = matmul(x, self.lora_a[...].astype(x.dtype)) * self.scale
+        return matmul(x, self.lora_b[...].astype(x.dtype))
+
+
+def add_adapters(model: nnx.Module, lora: Lora, key: Array) -> None:
+    """Adds adapters to the linear maps of a model that `lora.targets` match.
+
+    Raises UserError if a target matches nothing, or a module that takes no adapter.
+    """
+    for path, linear in _targets(model, lora):
+        kernel = linear.kernel.shape
+        layers = kernel[:1] if "/layers/" in path else ()
+        axes = len(layers) + linear.num_input_axes
+        shapes = {"lora_a": (*layers, math.prod(kernel[len(layers) : axes]), lora.rank),
+                  "lora_b": (*layers, lora.rank, math.prod(kernel[axes:]))}
+        factors = {name: init_factor(key, f"{path}/adapter/{name}", shape) for name, shape in shapes.items()}
+        linear.adapter = LoraAdapter(lora, **factors)
+
+
+def _targets(model: nnx.Module, lora: Lora) -> Iterator[tuple[str, Linear]]:
+    """Yields path and module of every linear map that gets an adapter."""
+    linears = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+               if isinstance(module, Linear)}
+    parameters = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    # A linear map counts as one module: neither its kernel nor its bias is a target.
+    names = linears.keys() | {path for path in parameters if path.rpartition("/")[0] not in linears}
+    for pattern in lora.targets:
+        matches = sorted(filter(re.compile(pattern).fullmatch, names))
+        if wrong := [path for path in matches if not (path in linears and TAKES_ADAPTER.fullmatch(path))]:
+            raise UserError(f"model.lora.targets: {pattern!r} matches {wrong[0]}, which takes no adapter")
+        if not matches:
+            maps = ", ".join(sorted(path for path in linears if TAKES_ADAPTER.fullmatch(path)))
+            raise UserError(f"model.lora.targets: {pattern!r} matches no linear map; there are {maps}")
+    for path, linear in linears.items():
+        if any(re.fullmatch(pattern, path) for pattern in lora.targets):
+            yield path, linear
+
+
+def is_adapter(path: str) -> bool:
+    """Returns whether a parameter path is that of an adapter."""
+    return FACTOR.fullmatch(path) is not None
+
+
+def init_factor(key: Array, path: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns initial values of an adapter's parameter, float32: zeros for lora_b, and as PEFT for lora_a.
+
+    PEFT draws lora_a from torch's kaiming_uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)).
+    """
+    if path.endswith("lora_b"):
+        return jnp.zeros(shape, jnp.float32)
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(_path_key(key, path), shape, jnp.float32, -bound, bound)
+
+
+def set_dropout(model: nnx.Module, key: Array) -> None:
+    """Sets the keys of the adapters' dropout, which differ by path and layer. A model without `key` has no dropout."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, LoraAdapter) and module.dropout:
+            own, a = _path_key(key, "/".join(map(str, path))), module.lora_a
+            module.dropout_key = jax.random.split(own, a.shape[0]) if a.ndim == 3 else own
+
+
+def _path_key(key: Array, path: str) -> Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def merge(config: "LlavaConfig", parameters: "Parameters") -> tuple["LlavaConfig", "Parameters"]:
+    """Merges the adapters of a model into its kernels: K + scale * lora_a @ lora_b.
+
+    The product and the sum are float32, and the result has the kernel's dtype and
+    sharding. Returns the configuration without `lora`, and the parameters without adapters.
+    """
+    merged = {path: x for path, x in parameters.items() if not is_adapter(path)}
+    for linear in sorted({match[1] for path in parameters if (match := FACTOR.fullmatch(path))}):
+        a, b = (parameters[f"{linear}/adapter/lora_{name}"] for name in "ab")
+        merged[f"{linear}/kernel"] = _merge(merged[f"{linear}/kernel"], a, b, config.lora.scale)
+    return dataclasses.replace(config, lora=None), merged
+
+
+def _merge(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    def add(kernel, a, b):
+        update = scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+        return (kernel.astype(jnp.float32) + update.reshape(kernel.shape)).astype(kernel.dtype)
+
+    return jax.jit(add, out_shardings=kernel.sharding if isinstance(kernel, jax.Array) else None)(kernel, a, b)
