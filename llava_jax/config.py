@@ -70,7 +70,8 @@ class Model:
     """Checkpoints that a run starts from, and how they are joined."""
 
     vision: str = ""
-    """Directory of the vision tower in Hugging Face layout."""
+    """Directory of the vision tower in Hugging Face layout. Beside `llava`: the tower that an original LLaVA names but
+    does not contain."""
     language: str = ""
     """Directory of the decoder and its tokenizer in Hugging Face layout."""
     llava: str = ""
@@ -96,7 +97,7 @@ class Model:
     """Implementation of attention (models/attention.py); auto is splash on TPU, cudnn on GPU, xla on CPU."""
 
     def __post_init__(self):
-        if bool(self.llava) == bool(self.vision or self.language):
+        if self.llava and self.language or not (self.llava or self.vision or self.language):
             raise UserError("model: give either llava, or both vision and language")
         if not self.llava and not (self.vision and self.language):
             missing = "language" if self.vision else "vision"

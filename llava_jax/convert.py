@@ -23,21 +23,21 @@ PROG = "python -m llava_jax.convert"
 class Convert:
     """Converts a checkpoint, one tensor at a time: memory for the largest tensor is enough.
 
-    python -m llava_jax.convert SRC DST --to {hf,native}
+    python -m llava_jax.convert SRC DST --to LAYOUT
 
-    python -m llava_jax.convert --vision CLIP --language LLAMA DST --to {hf,native}
+    python -m llava_jax.convert --vision CLIP --language LLAMA DST --to LAYOUT
 
-    hf opens in transformers' LlavaForConditionalGeneration, with tokenizer, processor and chat template. native is
-    this project's layout, with stacked layers.
+    hf opens in transformers, with tokenizer, processor and chat template. native is this project's layout, with stacked
+    layers. original opens in LLaVA's own code. peft and original-lora are adapters, of transformers' PEFT and of LLaVA.
 
-    SRC, CLIP and LLAMA are directories with safetensors, whose layout is detected. The second form joins a CLIP or
-    SigLIP and a LLaMA, Mistral or Qwen2 by a new, untrained projector. DST must be missing or empty; it appears when
-    it is complete.
+    SRC, CLIP and LLAMA are directories with safetensors or torch files, whose layout is detected. The second form joins
+    a CLIP or SigLIP and a LLaMA, Mistral or Qwen2 by a new, untrained projector. DST must be missing or empty; it
+    appears when it is complete.
     """
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SRC] DST")]
     """Paths SRC and DST, or DST alone for a join."""
-    to: Literal["hf", "native"]
+    to: Literal["hf", "native", "original", "peft", "original-lora"]
     """Layout of DST."""
     template: str | None = None
     """Conversation template. By default that of SRC; for a join the first of vicuna_v1, llava_llama_3, qwen_1_5 and
@@ -45,12 +45,14 @@ class Convert:
     image_mode: ImageMode | None = None
     """Image mode: crop to the centre, pad or resize to a square. By default that of SRC; for a join pad with CLIP,
     resize with SigLIP."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of all tensors; default: unchanged."""
+    dtype: Literal["bfloat16", "float16", "float32", "keep"] = "bfloat16"
+    """Dtype of all tensors; keep leaves every bit as it is."""
     shard_size: str = "5GB"
     """Maximum size of a file of tensors, such as 500MB."""
+    base: str | None = None
+    """Directory of the decoder to which SRC, a delta of LLaVA v0 or v1-1, is added."""
     vision: str | None = None
-    """Join: directory of the vision tower."""
+    """Directory of the vision tower: of a join, or of an SRC in the original layout that only names it."""
     language: str | None = None
     """Join: directory of the decoder and its tokenizer."""
     projector: str | None = None
@@ -69,9 +71,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
     start = time.monotonic()
     target = Path(options.paths[-1])
-    config, parameters, tokenizer_dir = _join(options) if options.vision else _open(options)
-    save = checkpoint.save_hf if options.to == "hf" else checkpoint.save_native
-    save(target, config, parameters, tokenizer_dir, dtype=options.dtype, shard_bytes=_bytes(options.shard_size))
+    config, parameters, tokenizer_dir = _join(options) if len(options.paths) == 1 else _open(options)
+    save = {"hf": checkpoint.save_hf, "native": checkpoint.save_native}[options.to]
+    dtype = None if options.dtype == "keep" else options.dtype
+    save(target, config, parameters, tokenizer_dir, dtype=dtype, shard_bytes=_bytes(options.shard_size))
     files = list(target.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{target}: {size / 1e9:.2f} GB in {len(files)} {'file' if len(files) == 1 else 'files'} of tensors, "
@@ -80,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _check(options: Convert) -> None:
-    joins = [name for name in ("vision", "language", "projector", "feature_layer", "seed")
+    joins = [name for name in ("language", "projector", "feature_layer", "seed")
              if getattr(options, name) is not None]
     count = len(options.paths)
     if count > 2:
@@ -89,6 +92,10 @@ def _check(options: Convert) -> None:
         raise UserError(f"--{joins[0].replace('_', '-')} belongs to a join, which takes DST but no SRC")
     if count < 2 and not (count and options.vision and options.language):
         raise UserError(f"give SRC and DST, or --vision, --language and DST (see {PROG} --help)")
+    if count == 1 and options.base:
+        raise UserError("--base belongs to a delta SRC, not to a join")
+    if options.to not in ("hf", "native"):
+        raise UserError(f"--to {options.to}: not written yet")
     if options.template:
         templates.get(options.template)
 
@@ -98,7 +105,7 @@ def _open(options: Convert) -> tuple:
     from llava_jax.weights import checkpoint
 
     path = Path(options.paths[0])
-    config, parameters = checkpoint.open_checkpoint(path, options.template)
+    config, parameters = checkpoint.open_checkpoint(path, options.template, vision=options.vision, base=options.base)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
     agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True,

@@ -56,6 +56,8 @@ class Options:
     """Whether to print one JSON object: text, finish_reason, prompt_tokens, completion_tokens, seconds."""
     template: str | None = None
     """Name of the conversation template, if the model's files do not name the one that it was trained with."""
+    vision: str | None = None
+    """Folder of the vision tower that a LLaVA in the original layout names but does not contain."""
     dtype: str | None = None
     """Compute dtype, bfloat16 or float32; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
@@ -77,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> int:
         check_text(text, name)
     from llava_jax import load
 
-    llava = load(options.model, options.dtype, template=options.template)
+    llava = load(options.model, options.dtype, template=options.template, vision=options.vision)
     if options.prompt is None:
         Chat(llava, options).run()
     elif options.stream:

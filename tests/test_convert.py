@@ -37,7 +37,7 @@ def assert_identical(found, expected):
 @pytest.fixture(scope="module")
 def joined(parts, tmp_path_factory):
     target = tmp_path_factory.mktemp("joined") / "hf"
-    convert.main(["--vision", str(parts[0]), "--language", str(parts[1]), str(target), "--to", "hf"])
+    convert.main(["--vision", str(parts[0]), "--language", str(parts[1]), str(target), "--to", "hf", "--dtype", "keep"])
     return target
 
 
@@ -57,7 +57,7 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
     bound = 1 / kernel.shape[0] ** 0.5  # torch.nn.Linear's default, from which LLaVA starts
     assert 0.95 * bound < np.abs(kernel).max() < bound and np.abs(bias).max() < bound
 
-    arguments = ["--vision", str(parts[0]), "--language", str(parts[1]), "--to", "native"]
+    arguments = ["--vision", str(parts[0]), "--language", str(parts[1]), "--to", "native", "--dtype", "keep"]
     for seed, same in [("0", True), ("1", False)]:
         convert.main([*arguments, str(tmp_path / seed), "--seed", seed])
         again = load_checkpoint(tmp_path / seed)[1]["projector/layers_0/kernel"]
@@ -74,8 +74,10 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
 def test_there_and_back_again_is_the_same(parts, tmp_path, dtype, projector):
     convert.main(["--vision", str(parts[0]), "--language", str(parts[1]), str(tmp_path / "a"), "--to", "hf",
                   "--dtype", dtype, "--projector", projector, "--template", "llava_llama_2", "--image-mode", "crop"])
-    convert.main([str(tmp_path / "a"), str(tmp_path / "own"), "--to", "native", "--shard-size", "20KB"])
-    convert.main([str(tmp_path / "own"), str(tmp_path / "b"), "--to", "hf", "--shard-size", "100KB"])
+    convert.main([str(tmp_path / "a"), str(tmp_path / "own"), "--to", "native", "--shard-size", "20KB",
+                  "--dtype", "keep"])
+    convert.main([str(tmp_path / "own"), str(tmp_path / "b"), "--to", "hf", "--shard-size", "100KB",
+                  "--dtype", "keep"])
     assert {str(tensor.dtype) for tensor in tensors(tmp_path / "a").values()} == {f"torch.{dtype}"}
     assert_identical(tmp_path / "b", tmp_path / "a")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == dtype
@@ -89,8 +91,9 @@ def test_parts_of_different_dtypes_stay_as_they_are(parts, tmp_path):
     shutil.copytree(parts[1], half)
     safetensors.torch.save_file({name: tensor.half() for name, tensor in tensors(half).items()},
                                 half / "model.safetensors")
-    convert.main(["--vision", str(parts[0]), "--language", str(half), str(tmp_path / "own"), "--to", "native"])
-    convert.main([str(tmp_path / "own"), str(tmp_path / "hf"), "--to", "hf"])
+    convert.main(["--vision", str(parts[0]), "--language", str(half), str(tmp_path / "own"), "--to", "native",
+                  "--dtype", "keep"])
+    convert.main([str(tmp_path / "own"), str(tmp_path / "hf"), "--to", "hf", "--dtype", "keep"])
     for name, tensor in tensors(tmp_path / "hf").items():
         assert tensor.dtype == (torch.float16 if name.startswith("language_model") else torch.float32), name
 
@@ -111,6 +114,9 @@ def test_a_checkpoint_keeps_or_changes_its_template(joined, tmp_path):
     ("{new} --to hf", "give SRC and DST, or --vision, --language and DST"),
     ("{new} --to hf --vision {vision}", "give SRC and DST, or --vision, --language and DST"),
     ("{joined} {new} --to hf --seed 1", "--seed belongs to a join"),
+    ("{new} --to hf --vision {vision} --language {language} --base {language}", "--base belongs to a delta SRC"),
+    ("{joined} {new} --to hf --vision {vision}", "is no LLaVA in the original layout, so it takes no vision tower"),
+    ("{joined} {new} --to hf --base {language}", "is no LLaVA in the original layout, so it is no delta"),
     ("{joined} {new} --to hf --colour red", "Unrecognized options: --colour"),
     ("{joined} {new} --to hf --shard-size big", "--shard-size 'big' is not a size such as 5GB"),
     ("{joined} {new} --to hf --template vicuna_v2", "unknown template 'vicuna_v2'; did you mean 'vicuna_v1'"),
@@ -196,7 +202,7 @@ def test_memory_stays_near_the_largest_file(tmp_path):
     source = ""
     for to in ["native", "hf"]:
         # The largest tensor, the embedding, fills a file.
-        peak = peak_memory(tmp_path / f"small{source}", tmp_path / f"large{source}", "--to", to,
+        peak = peak_memory(tmp_path / f"small{source}", tmp_path / f"large{source}", "--to", to, "--dtype", "keep",
                            "--shard-size", "140MB")
         source += " new"
         largest = max(file.stat().st_size for file in (tmp_path / f"large{source}").glob("*.safetensors"))

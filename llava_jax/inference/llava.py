@@ -331,15 +331,16 @@ def as_messages(messages: Messages, num_images: int) -> list[dict[str, str]]:
 
 
 def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
-         template: str | None = None, attention: str = "auto") -> Llava:
+         template: str | None = None, attention: str = "auto", vision: str | os.PathLike | None = None) -> Llava:
     """Loads a model from a directory of any supported layout, which is detected from its files.
 
     Args:
-      path: directory that `llava_jax.train`, `llava_jax.convert` or transformers has written.
+      path: directory that `llava_jax.train`, `llava_jax.convert`, transformers or the original LLaVA has written.
       dtype: "bfloat16" or "float32", of parameters and computation. By default bfloat16 on TPU and GPU, else float32.
       mesh: devices that the parameters and rows are split over (`sharding.make_mesh`). None uses one device.
       template: name of the conversation template, if the model's files do not name the one that it was trained with.
       attention: xla, splash (TPU) or cudnn (GPU), in prefill as in training. auto uses the platform's and reports it.
+      vision: folder of the vision tower that a LLaVA in the original layout names but does not contain.
 
     Raises UserError that names the file if something is missing, damaged or not supported, for a tokenizer with ids
     beyond the embedding, and for a parameter that the mesh does not divide.
@@ -348,7 +349,7 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype {dtype!r} is neither bfloat16 nor float32")
-    config = read_config(path, template)
+    config = read_config(path, template, vision)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
     sharding = None
@@ -358,7 +359,7 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
     tokenizer = Tokenizer.load(path)
     agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True,
                     visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
-    config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding)
+    config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding, vision=vision)
     llava = Llava(config, parameters, tokenizer, dtype, mesh, attention)
     if jax.default_backend() != "cpu":  # where there is a choice
         agreement.say(f"attention {llava.attention}, {dtype}")

@@ -47,9 +47,10 @@ def planned_config(model: config.Model) -> tuple[LlavaConfig, list[str]]:
     """
     notes = []
 
-    def read(directory: str, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
+    def read(directory: str, template: str | None = None,
+             vision: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
         if Path(directory).is_dir():
-            return read_config(directory, template)
+            return read_config(directory, template, vision)
         sizes = known(directory)
         notes.append(f"{directory} does not exist: the published sizes of {Path(directory).name} are used")
         return sizes

@@ -83,10 +83,11 @@ def setup(recipe: config.Recipe) -> TrainContext:
 def model_config(model: config.Model, read: Callable = read_config) -> LlavaConfig:
     """Returns the configuration of a recipe's model, from its source checkpoints.
 
-    `read` returns the configuration of a checkpoint directory; for a LLaVA its second argument is the template's name.
+    `read` returns the configuration of a checkpoint directory; for a LLaVA its further arguments are the template's
+    name and the folder of the vision tower.
     """
     if model.llava:
-        checkpoint = read(model.llava, model.template)
+        checkpoint = read(model.llava, model.template, model.vision or None)
         if not isinstance(checkpoint, LlavaConfig):
             raise UserError(f"model.llava: {model.llava} is only one part of a LLaVA; name it as vision or language")
         if model.lora and checkpoint.lora:

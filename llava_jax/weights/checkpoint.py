@@ -16,7 +16,7 @@ import numpy as np
 from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, Parameters, fresh_params
-from llava_jax.weights import configs, files, source, tables, tokenizer_files
+from llava_jax.weights import configs, files, original, source, tables, tokenizer_files
 from llava_jax.weights.files import TensorSpec
 from llava_jax.weights.source import Config, ParameterSource
 
@@ -24,13 +24,23 @@ SHARD_BYTES = 5 * 10**9
 """Default largest size of a file of tensors, as in transformers."""
 
 
-def read_config(path: str | Path, template: str | None = None) -> Config:
-    """Reads a configuration as `configs.read_config` does, and corrects a wrong `tie_word_embeddings`.
+def read_config(path: str | Path, template: str | None = None, vision: str | Path | None = None) -> Config:
+    """Reads the configuration of a checkpoint of any layout, and corrects a wrong `tie_word_embeddings`.
+
+    `template` replaces a LLaVA's conversation template. `vision` is the folder of the vision tower that an original
+    LLaVA names but does not contain.
 
     Some configurations tie embeddings although the files have a separate head, because LLaVA has two flags and one is
     often left at its default. As in transformers, a head in the files is used if it differs from the embedding.
     """
-    config, directory = configs.read_config(path, template), Path(path)
+    directory = Path(path)
+    raw = configs.read_raw(directory)
+    if original.is_original(directory, raw):
+        config = original.read_config(directory, raw, template, vision)
+    elif vision:
+        raise UserError(f"{path} is no LLaVA in the original layout, so it takes no vision tower from {vision}")
+    else:
+        config = configs.read_config(path, template)
     text = getattr(config, "text", config)
     if not getattr(text, "tie_word_embeddings", False) or not files.has_tensors(directory):
         return config
@@ -46,22 +56,24 @@ def load_checkpoint(
     dtype: str | Callable[[str], str] = "float32",
     template: str | None = None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    vision: str | Path | None = None,
 ) -> tuple[Config, Parameters]:
     """Reads a checkpoint directory of any supported layout onto devices.
 
     Args:
-      path: a directory of a LLaVA (Hugging Face's layout as any transformers wrote it, or the native one), or of a
-        CLIP, SigLIP, LLaMA, Mistral or Qwen2, which is detected from its files. The text tower of a CLIP is left out.
+      path: a directory of a LLaVA (Hugging Face's layout as any transformers wrote it, the original or the native
+        one), or of a CLIP, SigLIP, LLaMA, Mistral or Qwen2, which is detected from its files. The text tower of a CLIP
+        is left out.
       dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them. The files may be
         either, or float16.
-      template: see `read_config`.
+      template, vision: see `read_config`.
       sharding: function from a parameter's path and shape to its sharding; the default device if None.
 
     Returns the configuration (LlavaConfig; VisionConfig or LlamaConfig of a part) and the parameters by path. Paths of
     a part start with `vision/` or `decoder/`. The host needs the memory of one stacked parameter.
     Raises UserError if a file is missing, damaged or does not match, or if a value is not finite.
     """
-    config, parameters = open_checkpoint(Path(path), template)
+    config, parameters = open_checkpoint(Path(path), template, vision=vision)
     return config, _load(path, parameters, dtype, sharding)
 
 
@@ -90,20 +102,31 @@ def load_model(
         shardings = sharding and {path: sharding(path, shapes[path]) for path in fresh}
         parameters = jax.jit(initialise, out_shardings=shardings)()
     for path, part in parts.items():
-        parameters |= _load(path, _open(Path(path), part, fresh), dtype, sharding)
+        vision = sources.vision if sources.llava else None
+        parameters |= _load(path, _open(Path(path), part, fresh, vision=vision), dtype, sharding)
     if missing := sorted(shapes.keys() - parameters.keys()):
         raise UserError(f"model.fresh: no checkpoint has {files.shorten(missing)}, and no row names it")
     return parameters
 
 
-def open_checkpoint(directory: Path, template: str | None = None) -> tuple[Config, ParameterSource]:
-    """Opens a checkpoint: its configuration and its parameters, of which only the headers are read."""
-    config = read_config(directory, template)
-    return config, _open(directory, config)
+def open_checkpoint(directory: Path, template: str | None = None, *, vision: str | Path | None = None,
+                    base: str | Path | None = None) -> tuple[Config, ParameterSource]:
+    """Opens a checkpoint: its configuration and its parameters, of which only the headers are read.
+
+    `template` and `vision` are those of `read_config`. `base` is the decoder to which a delta is added.
+    """
+    config = read_config(directory, template, vision)
+    return config, _open(directory, config, vision=vision, base=base)
 
 
-def _open(directory: Path, config: Config, fresh: Collection[str] = ()) -> ParameterSource:
-    native = files.read_json(directory / "config.json")["model_type"] == configs.MODEL_TYPE
+def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, vision: str | Path | None = None,
+          base: str | Path | None = None) -> ParameterSource:
+    raw = configs.read_raw(directory)
+    if original.is_original(directory, raw):
+        return source.from_original_files(directory, config, original.open_tensors(directory, raw, vision, base), fresh)
+    if base:
+        raise UserError(f"{directory} is no LLaVA in the original layout, so it is no delta to add to {base}")
+    native = raw["model_type"] == configs.MODEL_TYPE
     return (source.from_native_files if native else source.from_hf_files)(directory, config, fresh)
 
 

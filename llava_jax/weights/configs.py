@@ -49,23 +49,15 @@ OLD_IMAGE_MODES = {"square": "crop"}
 def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
     """Reads the configuration of a checkpoint directory: a LLaVA, a vision tower (CLIP, SigLIP) or a decoder.
 
-    config.json determines the layout. `template` replaces a LLaVA's conversation template, which is then not read from
-    its files. Raises UserError that names file and field if a file is missing or a setting is not supported.
+    config.json determines the layout; `original.read_config` reads the original one. `template` replaces a LLaVA's
+    conversation template, which is then not read from its files. Raises UserError that names file and field if a file
+    is missing or a setting is not supported.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(f"{path}: " + ("a file; name its directory" if directory.exists() else "no such directory; to "
-                                       "fetch a model from the hub: hf download NAME --local-dir DIR"))
-    file = directory / "config.json"
-    if not file.exists() or (directory / "adapter_config.json").exists() and not has_tensors(directory):
-        raise UserError(other_format(directory) or f"{file}: no such file, so this is not the directory of a model")
-    raw = read_json(file)
+    raw, file = read_raw(directory), directory / "config.json"
     kind = raw.get("model_type")
     if kind == MODEL_TYPE:
         return _read_native(raw | ({"template": template} if template else {}), file)
-    if "mm_vision_tower" in raw:
-        raise UserError(f"{file}: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
-                         "take the checkpoint of the same name under llava-hf/ on the hub")
     kinds = ("llava", "clip", "siglip", *TOWERS, *TEXT_MODELS)
     if kind not in kinds:
         raise UserError(f"{file}: model_type {kind!r} is not supported; {', '.join(kinds)} and {MODEL_TYPE} are")
@@ -82,6 +74,17 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     extras = fields.check_fields(file, raw, {MODEL_TYPE: fields.Field(dict)}).get(MODEL_TYPE, {})
     extras = fields.check_fields(file, extras, fields.HF_EXTRAS, f"{MODEL_TYPE}.")
     return _llava(directory, file, _parse_llava(file, raw), extras | ({"template": template} if template else {}))
+
+
+def read_raw(directory: Path) -> dict[str, Any]:
+    """Returns the config.json of a model's directory. Raises UserError if it is not one."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: " + ("a file; name its directory" if directory.exists() else "no such directory;"
+                                            " to fetch a model from the hub: hf download NAME --local-dir DIR"))
+    file = directory / "config.json"
+    if not file.exists() or (directory / "adapter_config.json").exists() and not has_tensors(directory):
+        raise UserError(other_format(directory) or f"{file}: no such file, so this is not the directory of a model")
+    return read_json(file)
 
 
 def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:

@@ -78,13 +78,24 @@ def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) 
     `fresh`: paths of parameters that the checkpoint must not have. Raises UserError that lists the tensors which are
     missing, left over or of another shape than `config` asks for.
     """
+    return _from_tensors(directory, config, files.list_tensors(directory), fresh, _second_linear_shapes)
+
+
+def from_original_files(directory: Path, config: Config, tensors: Mapping[str, files.TensorInfo],
+                        fresh: Collection[str] = ()) -> ParameterSource:
+    """Opens a checkpoint in the original layout, whose `tensors` have their names of the hf layout already."""
+    return _from_tensors(directory, config, tensors, fresh, lambda shapes: {})
+
+
+def _from_tensors(directory: Path, config: Config, tensors: Mapping[str, files.TensorInfo], fresh: Collection[str],
+                  second_linear_shapes: Callable) -> ParameterSource:
     wanted = {path: shape for path, shape in shapes(config).items() if path not in fresh}
     mappings = tables.tensor_mappings(wanted)
     expected = {name: mapping.hf_shape for name, mapping in mappings.items()}
-    expected |= _second_linear_shapes(wanted)
+    expected |= second_linear_shapes(wanted)
     tied = "decoder/embedding" in wanted and "decoder/lm_head/kernel" not in wanted
 
-    tensors, stored, unused = files.list_tensors(directory), {}, []
+    stored, unused = {}, []
     names = [tables.hf_name(original) for original in tensors]
     for name, (original, tensor) in zip(names, tensors.items(), strict=True):
         if tables.IGNORED.fullmatch(name):
@@ -100,7 +111,7 @@ def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) 
     _check(directory, {name: tensor.shape for name, tensor in stored.items()}, expected, unused)
 
     for name, x in second_linear(wanted, np.dtype(np.float32)).items():
-        if not np.array_equal(stored[name].read().astype(np.float32), x):
+        if name in expected and not np.array_equal(stored[name].read().astype(np.float32), x):
             raise UserError(f"{directory}/config.json: projector_hidden_act linear is read where linear_2 is the "
                             f"identity (LLaVA's one-layer projector), but {name} is not")
 

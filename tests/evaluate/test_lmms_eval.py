@@ -110,7 +110,7 @@ def model(tmp_path_factory) -> str:
     """The miniature's backbones with a projector as it is born: its answers depend on picture and question."""
     folder = str(tmp_path_factory.mktemp("model") / "joined")
     convert.main(["--vision", str(BACKBONES / "vision"), "--language", str(BACKBONES / "language"), folder,
-                  "--to", "native"])
+                  "--to", "native", "--dtype", "keep"])
     return folder
 
 

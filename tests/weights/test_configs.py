@@ -79,7 +79,6 @@ def with_vision(**fields):
 @pytest.mark.parametrize("config, message", [
     ({"model_type": "llava_next"}, "model_type 'llava_next' is not supported; llava, clip"),
     ({}, "model_type None is not supported"),
-    (LLAVA_7B | {"mm_vision_tower": "openai/clip"}, "mm_vision_tower marks the original LLaVA layout"),
     (LLAVA_7B | {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
     (LLAVA_7B | {"vision_feature_layer": -26}, "feature_layer -26"),
     (LLAVA_7B | {"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
