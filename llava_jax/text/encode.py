@@ -47,7 +47,8 @@ def encode_conversation(
 
     As in LLaVA, a first turn that is not human is dropped, and the text is cut at each `<image>` into pieces that are
     tokenized separately. Labels follow from the offsets of tokens in the text, so they do not depend on how a tokenizer
-    merges characters. The formats of the first LLaVA supervise a little more (`Template.signs`).
+    merges characters. The formats of the first LLaVA supervise a little more (`Template.signs`), and so do those with
+    `Template.supervised_marks`.
 
     Args:
       turns: [{"from": "human" | "gpt", "value": str}, ...], alternating. In a value with exactly one `<image>` the mark
@@ -66,7 +67,8 @@ def encode_conversation(
     if max_length is not None and len(example.tokens) > max_length:
         over = len(example.tokens) - max_length
         raise TooLong(f"{len(example.tokens)} tokens, {over} more than max_length {max_length}")
-    return example
+    marks = _mark_ids(get(template).supervised_marks, tokenizer)
+    return example._replace(labels=np.where(np.isin(example.tokens, marks), example.tokens, example.labels))
 
 
 def encode_prompt(
@@ -98,6 +100,17 @@ def encode_prompt(
     answer = Span(check_text(assistant_prefix, "assistant_prefix"), False, cut=True)
     rendered = [*spans(turns, get(template), system, True, verbatim), answer]
     return _encode(rendered, tokenizer, visual_tokens).tokens
+
+
+def _mark_ids(marks: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    ids = []
+    for mark in marks:
+        tokens = tokenizer.tokenize(mark).ids
+        if len(tokens) != 1:
+            raise UserError(f"the template supervises {mark!r} everywhere, which is {len(tokens)} tokens of this "
+                            "tokenizer; name another template")
+        ids += tokens
+    return ids
 
 
 def eos_ids_and_texts(template: str | Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:

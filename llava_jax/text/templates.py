@@ -22,8 +22,8 @@ class Template:
     """Strings of one conversation format.
 
     A question is `user + gap + text + after_user`, an answer `assistant + gap + text + before_end + end + after_end`.
-    The answer's `gap + text + before_end + end` is supervised. With `signs`, `end` is before every turn instead, and
-    `end + after_end` after the last one.
+    The answer's `gap + text + before_end + end` is supervised; `supervised_marks` add more. With `signs`, `end` is
+    before every turn instead, and `end + after_end` after the last one.
     """
 
     name: str
@@ -43,6 +43,9 @@ class Template:
     empty: Literal["open", "closed", "omitted"] = "open"  # an empty text: role only, as any text, or none
     captions: bool = False  # whether only the images of a question are kept: image-caption pairs
     image: str = IMAGE  # form of an image's mark
+    # Texts of tokens that are supervised wherever they are, as in LLaVA-NeXT's Qwen scripts. If there are any, an
+    # answer's `assistant` and `after_end` are supervised too.
+    supervised_marks: tuple[str, ...] = ()
 
 
 class Span(NamedTuple):
@@ -190,6 +193,8 @@ TEMPLATES: dict[str, Template] = {
             name="qwen_2_5",
             system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
         ),
+        # The same text with the labels of LLaVA-NeXT and OneVision.
+        replace(_QWEN_1_5, name="qwen_1_5_original", supervised_marks=("\n", "<|im_start|>", "<|im_end|>")),
         Template(
             name="gemma_instruct",
             system=None,
@@ -213,7 +218,8 @@ TEMPLATES: dict[str, Template] = {
     )
 }
 # Other names of the same formats in LLaVA's scripts.
-ALIASES = {"v1": "vicuna_v1", "v0_plain": "plain", "mistral_direct": "chatml_direct", "qwen_2": "qwen_1_5"}
+ALIASES = {"v1": "vicuna_v1", "v0_plain": "plain", "mistral_direct": "chatml_direct", "qwen_2": "qwen_1_5",
+           "llama_3": "llava_llama_3"}
 
 
 def get(template: str | Template) -> Template:
@@ -272,8 +278,9 @@ def spans(
         elif template.signs:
             rendered += [Span(sign + template.assistant, is_supervised), Span(answer, is_supervised, cut=True)]
         else:
-            rendered += [Span(template.assistant, False), Span(answer + template.end, is_supervised, cut=True),
-                         Span(template.after_end, False)]
+            around = is_supervised and bool(template.supervised_marks)
+            rendered += [Span(template.assistant, around), Span(answer + template.end, is_supervised, cut=True),
+                         Span(template.after_end, around)]
     if open_answer:
         rendered.append(Span(sign + template.assistant, False))
     elif template.signs:
@@ -376,7 +383,8 @@ def chat_template(template: str | Template) -> str:
 
     `add_generation_prompt` is `open_answer`. It keeps only the checks on messages that the format itself needs.
     """
-    fields = {field: "none" if value is None else json.dumps(value) for field, value in asdict(get(template)).items()}
+    fields = {field: "none" if value is None else json.dumps(value) for field, value in asdict(get(template)).items()
+              if field != "supervised_marks"}  # it changes no text
     return "{%- set t = {" + ", ".join(f'"{field}": {value}' for field, value in fields.items()) + "} -%}" + _JINJA
 
 

@@ -34,7 +34,8 @@ RENDERED = {
     "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nwhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
 }
-for name, twin in {"chatml_direct": "mpt", "mistral_orca": "mpt", "qwen_2_5": "qwen_1_5"}.items():
+for name, twin in {"chatml_direct": "mpt", "mistral_orca": "mpt", "qwen_2_5": "qwen_1_5",
+                   "qwen_1_5_original": "qwen_1_5"}.items():
     RENDERED[name] = RENDERED[twin]
 GEMMA = (
     "<start_of_turn>user\n<image>\nhi<end_of_turn>\n<start_of_turn>model\nyes<end_of_turn>\n"
@@ -108,7 +109,8 @@ EMPTY = {
     "<|start_header_id|>user<|end_header_id|>\n\n<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>",
 }
-for name, twins in {"vicuna_v1": ("llava_v1", "v1_mmtag"), "llava_v0": ("v0_mmtag",), "qwen_1_5": ("qwen_2_5",),
+for name, twins in {"vicuna_v1": ("llava_v1", "v1_mmtag"), "llava_v0": ("v0_mmtag",),
+                    "qwen_1_5": ("qwen_2_5", "qwen_1_5_original"),
                     "llama_2": ("llava_llama_2", "mistral_instruct"), "mpt": ("chatml_direct", "mistral_orca")}.items():
     EMPTY |= dict.fromkeys(twins, EMPTY[name])
 
