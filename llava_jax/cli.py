@@ -41,7 +41,8 @@ def parse(
     are invalid.
     """
     printed = io.StringIO()
-    options = {"args": args, "prog": prog, "description": description}
+    # An optional part, such as model.lora, is set by its dotted fields if the default has it, not by a subcommand.
+    options = {"args": args, "prog": prog, "description": description, "config": (tyro.conf.AvoidSubcommands,)}
     if default is not None:
         options["default"] = default
     if "-h" in args or "--help" in args:

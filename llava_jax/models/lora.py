@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -112,6 +112,15 @@ def set_dropout(model: nnx.Module, key: Array) -> None:
 
 def _path_key(key: Array, path: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def describe(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Describes which linear maps have adapters, given the shapes of all parameters by path."""
+    maps = {match[1]: shape for path, shape in shapes.items() if (match := FACTOR.fullmatch(path))}
+    matrices = sum(shape[0] if len(shape) == 3 else 1 for shape in maps.values())
+    count = sum(math.prod(shape) for path, shape in shapes.items() if is_adapter(path))
+    return (f"LoRA of rank {lora.rank}, scale {lora.scale:g}, dropout {lora.dropout:g}: {matrices} matrices, "
+            f"{count:,} parameters, in {', '.join(sorted(maps))}")
 
 
 def merge(config: "LlavaConfig", parameters: "Parameters") -> tuple["LlavaConfig", "Parameters"]:

@@ -10,7 +10,7 @@ from llava_jax.plan.cycles import Profile, profile
 from llava_jax.plan.data import Length
 from llava_jax.plan.step import Memory, Program
 from llava_jax.plan.topologies import Slice
-from llava_jax.train.metrics import model_flops
+from llava_jax.train.metrics import model_flops, trained_parts
 from llava_jax.train.optimizer import trainable_paths
 
 
@@ -89,7 +89,7 @@ def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
     """Returns the model FLOPs of a step, if every sequence is one conversation and all image slots are full."""
     data = stage.data
     positions = np.broadcast_to(np.arange(data.sequence_length), (stage.batch_size, data.sequence_length))
-    trained = {path.split("/")[0] for path in trainable_paths(stage, list(abstract_params(model)[1]))}
+    trained = trained_parts(trainable_paths(stage, list(abstract_params(model)[1])))
     return model_flops(model, trained, positions, np.ones_like(positions), stage.batch_size * data.tiles_per_sequence)
 
 

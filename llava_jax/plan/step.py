@@ -83,7 +83,7 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
     frozen = {path: parameter(path, dtype) for path in shapes if path not in rates}
     tx = make_optimizer(stage, rates, stage.steps or SCHEDULE_STEPS)
     state = abstract_state(tx, trainable, stage.optimizer.offload)
-    return make_train_step(graphs[name], tx, state), (state, frozen, abstract_batch(stage, mesh, model))
+    return make_train_step(graphs[name], tx, state, recipe.seed), (state, frozen, abstract_batch(stage, mesh, model))
 
 
 def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:

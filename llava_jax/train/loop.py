@@ -9,7 +9,7 @@ import jax
 
 from llava_jax import config
 from llava_jax.models import lora
-from llava_jax.models.llava import choose_attention
+from llava_jax.models.llava import abstract_params, choose_attention
 from llava_jax.parallel.processes import LOAD_TIMEOUT, WORK_TIMEOUT, allgather_object, should_stop
 from llava_jax.train import output, preflight
 from llava_jax.train.checkpoint import DamagedCheckpoint
@@ -75,7 +75,7 @@ def train_stage(context: TrainContext, name: str, log: Log, stop: StopSignal) ->
 
 
 def print_setup(context: TrainContext) -> None:
-    """Prints which devices, dtype, attention and rematerialisation the run uses."""
+    """Prints which devices, dtype, attention, rematerialisation and adapters the run uses."""
     if jax.process_index() == 0:
         mesh = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items())
         device = context.mesh.devices.flat[0]
@@ -83,6 +83,9 @@ def print_setup(context: TrainContext) -> None:
         remat = ", ".join(f"{stage.remat} ({name})" for name, stage in context.recipe.stages.items())
         print(f"training on {context.mesh.size} {device.device_kind}, {mesh}; {context.dtype}, attention {attention}, "
               f"remat {remat}", flush=True)
+        if context.model.lora:
+            shapes = {path: x.shape for path, x in abstract_params(context.model)[1].items()}
+            print(lora.describe(context.model.lora, shapes), flush=True)
 
 
 def write_model(context: TrainContext) -> Path:

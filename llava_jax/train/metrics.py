@@ -1,8 +1,10 @@
 """Measures training and logs the metrics to `metrics.jsonl`, and optionally to TensorBoard and W&B."""
 
+import functools
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from llava_jax import config
 from llava_jax.data.records import REASONS
 from llava_jax.errors import UserError
 from llava_jax.files import json_type, parse_json, read_json, read_text
-from llava_jax.models import vit
-from llava_jax.models.llava import LlavaConfig
+from llava_jax.models import lora, vit
+from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.projector import depth as projector_depth
 from llava_jax.parallel.processes import allreduce_sum
 from llava_jax.train import output
@@ -38,13 +40,18 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
+def trained_parts(paths: Iterable[str]) -> set[str]:
+    """Returns the parts of trainable parameters: `decoder` for example, or `decoder/adapter` for its adapters."""
+    return {path.split("/")[0] + ("/adapter" if lora.is_adapter(path) else "") for path in paths}
+
+
 def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, segment_ids: np.ndarray,
                 images: int) -> float:
     """Returns the model FLOPs of a step on these sequences. A multiply-add counts 2.
 
     Padding, empty image slots and recomputation count nothing. Attention counts the visible pairs only. A matmul with
     weights costs one forward pass, one for its input's gradient if anything below it is trained, and one for its
-    weights' gradient if these are trained. `trained` names parts: vision, projector, decoder.
+    weights' gradient if these are trained. `trained` is `trained_parts`. Adapters count as if they were trained.
     """
     text, vision = model.text, model.vision
     is_token = segment_ids > 0
@@ -55,20 +62,34 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     attention = 4 * pairs * text.num_layers * text.num_heads * text.head_dim
     # Attention multiplies two activations, so its backward pass is always twice its forward pass.
     total = decoder * (2 + ("decoder" in trained)) + attention * 3
+    adapters = _adapter_sizes(model)
+    total += 6 * tokens * adapters["decoder"]
     vision_tokens = images * vision.num_tokens
     blocks = vit.depth(vision, model.feature_layer)
     tower = 2 * vision_tokens * blocks * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
-    tower += 4 * vision_tokens * vision.num_tokens * blocks * vision.hidden_size
-    total += tower * (3 if "vision" in trained else 1)
+    tower_attention = 4 * vision_tokens * vision.num_tokens * blocks * vision.hidden_size
+    has_gradient = "vision" in trained or "vision/adapter" in trained
+    total += tower * (1 + has_gradient + ("vision" in trained)) + tower_attention * (3 if has_gradient else 1)
+    total += 6 * vision_tokens * adapters["vision"] * blocks / vision.num_layers
     embedding = 2 * images * vision.patches * 3 * vision.patch_size**2 * vision.hidden_size
     total += embedding * (2 if "vision" in trained else 1)
     input_size = vision.hidden_size
     for layer in range(projector_depth(model.projector)):
         matmul = 2 * images * model.processor.features_per_tile * input_size * text.hidden_size
-        below = "vision" in trained or layer > 0 and "projector" in trained
+        below = has_gradient or layer > 0 and bool({"projector", "projector/adapter"} & trained)
         total += matmul * (1 + below + ("projector" in trained))
         input_size = text.hidden_size
+    total += 6 * images * model.processor.features_per_tile * adapters["projector"]
     return float(total)
+
+
+@functools.cache
+def _adapter_sizes(model: LlavaConfig) -> Counter[str]:
+    """Returns the number of adapter parameters of each part: vision, projector, decoder."""
+    sizes: Counter[str] = Counter()
+    for path, x in abstract_params(model)[1].items() if model.lora else ():
+        sizes[path.split("/")[0]] += x.size if lora.is_adapter(path) else 0
+    return sizes
 
 
 class MetricsWindow:

@@ -1,6 +1,7 @@
 """Checks all stages before the first step, because a mistake should not show after hours."""
 
 import contextlib
+import dataclasses
 import os
 
 from llava_jax import config
@@ -20,7 +21,7 @@ PROBE_RECORDS = {"error": 16, "skip": 100}
 
 def check_stages(context: TrainContext) -> None:
     """Checks the export, and optimizer, images and data of every unfinished stage. Raises UserError for a mistake."""
-    check_export(context.model, context.tokenizer_directory)
+    check_export(dataclasses.replace(context.model, lora=None), context.tokenizer_directory)
     for name, stage in context.recipe.stages.items():
         try:
             make_optimizer(stage, trainable_paths(stage, list(context.shardings)), total_steps=1)

@@ -12,7 +12,7 @@ from llava_jax.progress import Progress
 from llava_jax.train import batches, output
 from llava_jax.train.checkpoint import DIVERGED, StageRecord
 from llava_jax.train.inputs import check_inputs, hash_inputs, write_inputs
-from llava_jax.train.metrics import Log, MetricsWindow
+from llava_jax.train.metrics import Log, MetricsWindow, trained_parts
 from llava_jax.train.optimizer import make_optimizer, schedule, trainable_paths
 from llava_jax.train.parameters import split_parameters
 from llava_jax.train.setup import TrainContext
@@ -77,13 +77,14 @@ class StageTrainer:
         self._frozen_fingerprint = fingerprint
         self.log.rewind(self.name, self.start)
         graph = context.graphs[self.name]
-        self._train_step, self._loss = make_train_step(graph, optimizer, self.state), make_loss(graph)
+        self._train_step = make_train_step(graph, optimizer, self.state, self.recipe.seed)
+        self._loss = make_loss(graph)
         self._rate_factor = schedule(self.total_steps, stage.optimizer.warmup_ratio)
         self._peak_rate = max(rates.values())
         self._progress = self._close_later(Progress(self.total_steps, self.start, "steps", self.name,
                                                     lambda: self._figures, enabled=jax.process_index() == 0))
         self._figures = ""
-        self._window = MetricsWindow(context.model, context.mesh, {path.split("/")[0] for path in rates})
+        self._window = MetricsWindow(context.model, context.mesh, trained_parts(rates))
         self._evaluate(self._missing, self.start)
 
     def train_step(self, step: int, batch: dict) -> None:

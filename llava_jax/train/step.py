@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from llava_jax.models import lora
 from llava_jax.models.llava import Parameters, from_params
 from llava_jax.text.encode import IGNORE
 from llava_jax.train.loss import cross_entropy
@@ -57,9 +58,15 @@ def abstract_state(tx: optax.GradientTransformation, trainable: Parameters, offl
     return jax.tree_util.tree_map_with_path(shard, state)
 
 
-def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, ""]:
-    """Returns the summed loss of a batch; `count_supervised(batch)` is the number of its terms."""
+def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, batch: Batch,
+             dropout_key: Array | None = None) -> Float[Array, ""]:
+    """Returns the summed loss of a batch; `count_supervised(batch)` is the number of its terms.
+
+    `dropout_key`: random key of the adapters' dropout; None for no dropout.
+    """
     model = from_params(graph, trainable | frozen)
+    if dropout_key is not None:
+        lora.set_dropout(model, dropout_key)
     hidden = model.hidden(batch["tokens"], batch["tiles"], batch["positions"], batch["segment_ids"],
                           batch["visual_index"])
     with jax.named_scope("loss"):
@@ -71,26 +78,31 @@ def count_supervised(batch: Batch) -> Int[Array, ""]:
     return (batch["labels"][..., 1:] != IGNORE).sum()
 
 
-def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState) -> Callable:
+def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState, seed: int = 0
+                    ) -> Callable:
     """Returns a jitted `(state, frozen, batch) -> (state, metrics)`. It donates the state and keeps its shardings.
 
     `batch` has micro-batches on a leading axis [A, B, ...]. Their losses and gradients are summed and divided once by
     the number of supervised tokens, so that the result does not depend on the split into micro-batches and devices.
-    Only `state.trainable` is differentiated, clipped and measured (`grad_norm`, before clipping).
+    Only `state.trainable` is differentiated, clipped and measured (`grad_norm`, before clipping). The adapters' dropout
+    depends on `seed`, the step and the micro-batch, not on the devices.
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        def add(sums, batch):
-            micro_batch = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
-            return jax.tree.map(jnp.add, sums, micro_batch), None
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def micro_batch(batch, number):
+            return jax.value_and_grad(loss_sum, argnums=1)(
+                graph, state.trainable, frozen, batch, jax.random.fold_in(key, number))
 
         count = count_supervised(batch)
         if batch["tokens"].shape[0] == 1:
-            batch = jax.tree.map(lambda x: x[0], batch)
-            sums = jax.value_and_grad(loss_sum, argnums=1)(graph, state.trainable, frozen, batch)
+            sums = micro_batch(jax.tree.map(lambda x: x[0], batch), 0)
         else:
             zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trainable))
-            sums, _ = jax.lax.scan(add, zeros, batch)
+            numbered = batch, jnp.arange(batch["tokens"].shape[0])
+            sums, _ = jax.lax.scan(lambda sums, one: (jax.tree.map(jnp.add, sums, micro_batch(*one)), None),
+                                   zeros, numbered)
         loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
         with jax.named_scope("optimizer"):
             moments = jax.tree.map(to_device, state.optimizer, shardings.optimizer)

@@ -79,10 +79,10 @@ def work(folder: Path, made: Path, log: Path, seed: int, numbers: list[int]) -> 
         compiled = {}
         original = stage.make_train_step
 
-        def make_train_step(graph, tx, state):
+        def make_train_step(graph, tx, state, seed):
             key = str(sorted(state.trainable))
             if key not in compiled:
-                compiled[key] = original(graph, tx, state)
+                compiled[key] = original(graph, tx, state, seed)
             return compiled[key]
 
         stage.make_train_step = make_train_step

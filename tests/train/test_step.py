@@ -1,5 +1,6 @@
 """One train step: its loss against brute force, micro-batches against one batch, frozen parameters against memory."""
 
+import dataclasses
 import math
 
 import jax
@@ -14,7 +15,7 @@ from llava_jax.models import cpu, dot_product, layers
 from llava_jax.models.llava import abstract_params, init_params
 from llava_jax.parallel import sharding
 from llava_jax.text.encode import IGNORE
-from llava_jax.train.metrics import model_flops
+from llava_jax.train.metrics import model_flops, trained_parts
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.step import init_state, loss_sum, make_train_step
 
@@ -90,20 +91,23 @@ def dot_flops(jaxpr) -> float:
     return count
 
 
-@pytest.mark.parametrize("trained", [{"projector"}, {"projector", "decoder"}, {"vision", "projector", "decoder"}])
+@pytest.mark.parametrize("trained", [{"projector"}, {"projector", "decoder"}, {"vision", "projector", "decoder"},
+                                     {"projector", "decoder/adapter"}, {"vision/adapter", "projector/adapter"}])
 def test_model_flops_count_the_products_of_a_traced_step(monkeypatch, trained):
     # With the backward passes that JAX derives: a CPU's own leave products to the compiler to drop, or repeat them.
     monkeypatch.setattr(layers, "matmul", jnp.matmul)
     monkeypatch.setattr(cpu, "chunked_causal_attention", dot_product.attention)
-    graph, shapes = abstract_params(MODEL)
+    adapted = tuple(f"{part.split('/')[0]}/.*(_proj|layers_[01])" for part in trained if part.endswith("/adapter"))
+    model = dataclasses.replace(MODEL, lora=config.Lora(4, targets=adapted) if adapted else None)
+    graph, shapes = abstract_params(model)
     batch = {name: x[0] for name, x in make_batch().items()}
-    trainable = {path: x for path, x in shapes.items() if path.split("/")[0] in trained}
+    trainable = {path: x for path, x in shapes.items() if trained_parts([path]) <= trained}
     frozen = {path: x for path, x in shapes.items() if path not in trainable}
     traced = jax.make_jaxpr(jax.grad(lambda *parts: loss_sum(graph, *parts)))(trainable, frozen, batch)
     # The step computes all pairs of places, so the formula is told that every token sees a whole row; it makes the
     # head's gradient even where the compiler will drop it; and it turns queries and keys by products, both ways.
     places = np.full_like(batch["positions"], LENGTH - 1)
-    formula = model_flops(MODEL, trained, places, np.ones_like(places), images=2 * ROWS)
+    formula = model_flops(model, trained, places, np.ones_like(places), images=2 * ROWS)
     text = MODEL.text
     formula += 2 * ROWS * LENGTH * text.hidden_size * text.vocab_size * ("decoder" not in trained)
     formula += 2 * 2 * ROWS * LENGTH * text.num_layers * (text.num_heads + text.num_kv_heads) * text.head_dim**2
