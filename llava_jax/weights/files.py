@@ -1,4 +1,4 @@
-"""Reads safetensors files through the safetensors library, and writes them one block of a tensor at a time.
+"""Reads safetensors and torch files, and writes safetensors files one block of a tensor at a time.
 
 Large models are cut into several files; an index names the file of each tensor. The library writes a file only from
 tensors that are all in memory, so this module has its own writer.
@@ -21,24 +21,29 @@ from tqdm import tqdm
 
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import check_fetched, read_json, temporary_path
+from llava_jax.weights import torch_files
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EXPONENTS = {DTYPES["F32"]: np.uint32(0x7F800000), DTYPES["F16"]: np.uint16(0x7C00), DTYPES["BF16"]: np.uint16(0x7F80)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names of a single file, and of the index of several files."""
+TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""The same of torch files, which are read where there are no safetensors files."""
 WRITE_BYTES = 2**22
 """Number of bytes that a write copies at a time."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a safetensors file. Its data is read on demand."""
+    """A tensor in a safetensors or torch file. Its data is read on demand."""
 
     file: Path
     name: str
     kind: str
     shape: tuple[int, ...]
+    torch: torch_files.StoredTensor | None = None
+    """Its place in a torch file."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -50,25 +55,29 @@ class TensorInfo:
     def read(self, index: int | slice | None = None) -> np.ndarray:
         """Reads the tensor, or an index or slice of its first axis."""
         assert self.dtype  # raises UserError for an unsupported type
+        if self.torch:
+            return self.torch.read(self.file, index)
         with safe_open(self.file, "numpy") as file:
             return file.get_tensor(self.name) if index is None else file.get_slice(self.name)[index]
 
 
 def has_tensors(directory: Path) -> bool:
     """Returns whether a directory has files for `list_tensors`, which may still be damaged."""
-    return any((directory / name).exists() for name in (SINGLE, INDEX))
+    return any((directory / name).exists() for name in (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX))
 
 
 def list_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Lists the tensors of a directory's `model.safetensors`, or of the files that its index names.
+    """Lists the tensors of a directory's `model.safetensors`, of the files that its index names, or of torch files.
 
     Raises UserError if there is no such file, or if one is missing, damaged, outside the directory or lacks a tensor.
     """
-    single, index = directory / SINGLE, directory / INDEX
-    if single.exists():
-        return _tensors_in_file(single)
-    if not index.exists():
-        raise UserError(other_format(directory) or f"{single}: no such file, nor an index of several beside it")
+    found = [directory / name for name in (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX) if (directory / name).exists()]
+    if not found:
+        raise UserError(other_format(directory) or f"{directory / SINGLE}: no such file, nor an index of several "
+                        "beside it")
+    index = found[0]
+    if index.suffix != ".json":
+        return tensors_in_file(index)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no weight_map; download it again")
@@ -77,7 +86,7 @@ def list_tensors(directory: Path) -> dict[str, TensorInfo]:
         file = directory / name
         if not file.exists():
             raise UserError(f"{file} is missing, which {index.name} names; download it")
-        tensors |= _tensors_in_file(file)
+        tensors |= tensors_in_file(file)
     for name, file in weight_map.items():
         if name not in tensors:
             raise UserError(f"{directory / file} lacks the tensor {name}, which {index.name} names; "
@@ -106,16 +115,21 @@ def other_format(directory: Path) -> str:
                 "with PEFT's merge_and_unload, save_pretrained the result, and name its directory")
     if any(directory.glob("*.gguf")):
         return f"{directory}: a GGUF model, llama.cpp's format, is not read; take the model's safetensors"
+    if (directory / "mm_projector.bin").exists():
+        return (f"{directory}: a projector alone, trained in stage 1; name it as model.projector_weights of a recipe, "
+                "or by --projector-weights, beside a vision tower and a decoder")
     if any(directory.glob("pytorch_model*")) or any(directory.glob("*.bin")):
-        return (f"{directory} contains pytorch_model.bin, a torch pickle, which is not read here: open it with "
-                "transformers and save_pretrained it, which writes safetensors")
+        return f"{directory} has torch files, but neither {TORCH_SINGLE} nor {TORCH_INDEX}; download what is missing"
     if found := sorted([*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")]):
         return f"{directory}: no model, but one is in {found[-1].parent}"
     return ""
 
 
-def _tensors_in_file(file: Path) -> dict[str, TensorInfo]:
+def tensors_in_file(file: Path) -> dict[str, TensorInfo]:
     """Lists the tensors of a file. Raises UserError if the file is missing, truncated or damaged."""
+    if file.suffix != ".safetensors":
+        return {name: TensorInfo(file, name, tensor.kind, tensor.shape, tensor)
+                for name, tensor in torch_files.list_tensors(file).items()}
     with user_path(file):
         with open(file, "rb") as start:
             check_fetched(file, start.read(40))

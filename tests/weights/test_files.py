@@ -110,7 +110,8 @@ def test_broken_files_are_one_clear_line(sharded, spoil, message):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("pytorch_model-00001-of-00002.bin", "torch pickle.*save_pretrained"), ("mm_projector.bin", "torch pickle"),
+    ("pytorch_model-00001-of-00002.bin", "has torch files, but neither pytorch_model.bin nor"),
+    ("mm_projector.bin", "a projector alone, trained in stage 1; name it as model.projector_weights"),
     ("model-Q4_K.gguf", "a GGUF model, llama.cpp's format, is not read; take the model's safetensors"),
     ("adapter_config.json", r"a LoRA \(PEFT\) adapter.*merge_and_unload"),
     ("model/config.json", "no model, but one is in .*/model$"),
