@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from llava_jax.errors import UserError
 from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
-from llava_jax.images import ImageMode
+from llava_jax.images import parse_mode, parse_pinpoints
 
 T = TypeVar("T")
 
@@ -82,11 +82,14 @@ class Model:
     """Index of the vision tower's hidden state that is read, as in transformers; default -2."""
     feature_select: Literal["patch", "cls_patch"] | None = None
     """Features that are read: of the patches alone (the default), or of the class token and the patches."""
-    image_mode: ImageMode | None = None
-    """Image mode: crop the centre (the paper), pad to a square (LLaVA-1.5, the default) or resize to one (SigLIP)."""
+    image_mode: str | None = None
+    """Image mode: crop the centre (the paper), pad to a square (LLaVA-1.5, the default), resize to one (SigLIP), anyres
+    (LLaVA-1.6) or anyres_max_N, shrunk to N tiles (OneVision: anyres_max_9)."""
+    pinpoints: str = ""
+    """Canvas sizes that anyres chooses from: pixels such as (336x672),(672x336), or tiles such as (1x1),...,(6x6)."""
     fresh: tuple[str, ...] | None = None
     """Regular expressions for the paths of parameters that no checkpoint has, initialised from the seed. By default the
-    projector if `vision` and `language` are joined, otherwise none."""
+    projector, and the newline of anyres, if `vision` and `language` are joined, otherwise none."""
     lora: Lora | None = None
     """Low-rank adapters that are added to the model, in training beside it and in the finished model merged."""
     template: str | None = None
@@ -102,9 +105,14 @@ class Model:
         if not self.llava and not (self.vision and self.language):
             missing = "language" if self.vision else "vision"
             raise UserError(f"model.{missing} is empty: both parts are needed, or model.llava")
-        for name in ("projector", "feature_layer", "feature_select", "image_mode"):
-            if self.llava and getattr(self, name) is not None:
+        for name in ("projector", "feature_layer", "feature_select", "image_mode", "pinpoints"):
+            if self.llava and getattr(self, name) not in (None, ""):
                 raise UserError(f"model.{name} is fixed by the checkpoint model.llava; leave it out")
+        is_anyres = parse_mode(self.image_mode or "pad", "model.image_mode")[0] == "anyres"
+        if self.pinpoints and not is_anyres:
+            raise UserError("model.pinpoints are read with model.image_mode anyres or anyres_max_N alone")
+        if is_anyres:
+            parse_pinpoints(self.pinpoints, 1)
         _check_table("model.fresh", tuple((pattern, None) for pattern in self.fresh or ()))
 
 
@@ -138,8 +146,8 @@ class Data:
     """Folder of the images, to which paths in the data are relative; default: the data file's folder."""
     template: str = ""
     """Conversation template of this stage; default: the model's."""
-    image_mode: ImageMode | None = None
-    """Image mode of this stage; default: the model's."""
+    image_mode: str | None = None
+    """Image mode of this stage; default: the model's. anyres has the pinpoints of the model."""
     validation: str = ""
     """Path of validation data, whose loss is reported; default: none."""
     sequence_length: int = 2048
@@ -161,6 +169,7 @@ class Data:
         for name in ("sequence_length", "tiles_per_sequence", "max_pixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
+        parse_mode(self.image_mode or "pad", "data.image_mode")
         if self.workers < 0:
             raise UserError(f"data.workers is {self.workers}: it must be 0 or more")
 

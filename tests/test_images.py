@@ -158,7 +158,7 @@ def test_anyres_layouts_against_a_plain_loop(width, height, side, grids):
     pinpoints = tuple((28 * across, 28 * down) for across, down in grids)
     processor = ImageProcessor(28, "anyres", side, pinpoints=pinpoints)
     try:
-        tiles, index = processor.layout(width, height)
+        tiles, index, _ = processor.layout(width, height)
     except UserError:  # every canvas would keep nothing of so thin an image
         assert all(min(int(width * scale), int(height * scale)) == 0
                    for wide, high in pinpoints for scale in [min(wide / width, high / height)])
@@ -207,7 +207,7 @@ def test_visual_index_moves_each_image_behind_the_one_before(sizes, before, afte
         for feature in layout.index.tolist():
             expected.append(total * 4 if feature == layout.tiles * 4 else tile * 4 + feature)
         tile += layout.tiles
-    found = processor.visual_index(layouts, before, total)
+    found = processor.visual_tokens(layouts, before, total)["visual_index"]
     assert found.tolist() == expected and found.dtype == np.int32
     assert max(expected, default=0) <= total * 4
 

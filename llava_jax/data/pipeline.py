@@ -45,7 +45,8 @@ class Batches(grain.IterDataset):
     labels int32 [B, T]: the token where it is supervised, else -100; not shifted
     positions, segment_ids int32 [B, T]: position in the conversation; its number in the sequence from 1, 0 for padding
     visual_index int32 [B, T]: index of the feature that replaces a visual token
-        (`ImageProcessor.visual_index`); -1 elsewhere
+        (`ImageProcessor.visual_tokens`); -1 elsewhere. If the processor `is_weighted`, it is [B, T, 4], and there is
+        visual_weight float32 [B, T, 4], 0 elsewhere.
     tiles uint8 [B, I, size, size, 3], tile_segment_ids int32 [B, I]: 0 for an empty slot
     skipped int32 [len(REASONS)]: number of bad records on the way to this batch, by reason
 
@@ -211,7 +212,7 @@ class _BatchIterator(grain.DatasetIterator):
             "labels": np.full(shape, IGNORE, np.int32),
             "positions": np.zeros(shape, np.int32),
             "segment_ids": np.zeros(shape, np.int32),
-            "visual_index": np.full(shape, -1, np.int32),
+            **spec.processor.no_visual_tokens(shape),
             "tiles": np.zeros((*slots, spec.processor.size, spec.processor.size, 3), np.uint8),
             "tile_segment_ids": np.zeros(slots, np.int32),
         }
@@ -229,7 +230,8 @@ class _BatchIterator(grain.DatasetIterator):
                 batch["positions"][b, span] = np.arange(len(text.tokens))
                 batch["segment_ids"][b, span] = segment
                 visual = start + np.flatnonzero(text.tokens == IMAGE_TOKEN_ID)
-                batch["visual_index"][b, visual] = spec.processor.visual_index(text.layouts, slot, slots[1])
+                for name, values in spec.processor.visual_tokens(text.layouts, slot, slots[1]).items():
+                    batch[name][b, visual] = values
                 batch["tiles"][b, slots_used], batch["tile_segment_ids"][b, slots_used] = tiles, segment
                 start, slot = span.stop, slots_used.stop
         return batch | {"skipped": np.array([skipped[reason] for reason in REASONS], np.int32)}

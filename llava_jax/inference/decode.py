@@ -40,7 +40,8 @@ def prefill(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     tiles: UInt8[Array, "B I H W 3"] | None,
-    visual_index: Int[Array, "B T"] | None,
+    visual_index: Int[Array, "B T"] | Int[Array, "B T 4"] | None,
+    visual_weight: Float[Array, "B T 4"] | None,
     max_new_tokens: Int[Array, "B"],
     sampling: Sampling,
     eos_ids: tuple[int, ...],
@@ -50,12 +51,12 @@ def prefill(
 
     Args:
       lengths: number of tokens of each prompt; `tokens` is padded behind them.
-      tiles, visual_index: see `LlavaModel.hidden`; None for text alone.
+      tiles, visual_index, visual_weight: see `LlavaModel.hidden`; None for text alone.
       max_new_tokens: number of tokens that a row may write, the first one included; 0 for a row that is padding.
       eos_ids: token ids that end a row.
       length: cache length of the result, at least a prompt's length + max_new_tokens for a state that is decoded.
     """
-    hidden, cache = model.hidden(tokens, tiles, visual_index=visual_index, with_cache=True)
+    hidden, cache = model.hidden(tokens, tiles, None, None, visual_index, visual_weight, with_cache=True)
     return _write_first(model, hidden, lengths, _pad_cache(cache, length), lengths, max_new_tokens, sampling, eos_ids)
 
 

@@ -206,7 +206,7 @@ class Engine:
             return None
         return owners
 
-    def _pad_tiles(self, tokens: np.ndarray, prompts: Iterable[Prompt]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _pad_tiles(self, tokens: np.ndarray, prompts: Iterable[Prompt]) -> tuple[np.ndarray | None, ...]:
         tiles, layouts = zip(*((prompt.tiles, prompt.layouts) for prompt in prompts), strict=True)
         return pad_tiles(tokens, tiles, layouts, self._processor)
 

@@ -242,15 +242,17 @@ class Llava:
     def encode(self, messages: Messages, images: Sequence[ImageSource] = ()) -> dict[str, np.ndarray]:
         """Returns the arguments of `model` for a prompt: `tokens` [1, T], with images also `tiles` and `visual_index`.
 
-        `tiles` is uint8 [1, I, H, W, 3]. `visual_index` is int32 [1, T], -1 at the positions of text.
+        `tiles` is uint8 [1, I, H, W, 3]. `visual_index` is int32 [1, T], -1 at the positions of text. If the processor
+        `is_weighted`, it is [1, T, 4], and there is `visual_weight` float32 [1, T, 4].
         """
         request = Request(messages, images)
         tokens, layouts = self._encode(request)
         if not layouts:
             return {"tokens": tokens[None]}
-        tiles, visual_index = self._tiles(request.images), np.full(len(tokens), -1, np.int32)
-        visual_index[tokens == IMAGE_TOKEN_ID] = self.processor.visual_index(layouts, 0, len(tiles))
-        return {"tokens": tokens[None], "tiles": tiles[None], "visual_index": visual_index[None]}
+        tiles, visual = self._tiles(request.images), self.processor.no_visual_tokens(tokens.shape)
+        for name, values in self.processor.visual_tokens(layouts, 0, len(tiles)).items():
+            visual[name][tokens == IMAGE_TOKEN_ID] = values
+        return {name: value[None] for name, value in ({"tokens": tokens, "tiles": tiles} | visual).items()}
 
     def prompt_tokens(self, request: Request) -> Int[np.ndarray, "T"]:
         """Returns the ids of a request's prompt.
@@ -261,29 +263,29 @@ class Llava:
 
     def _encode(self, request: Request) -> tuple[Int[np.ndarray, "T"], list[Layout]]:
         """Returns a prompt's ids and the layouts of its images, of which no more than their headers is read."""
-        layouts = [self._layout(image) for image in request.images]
+        processor = self.processor.for_images(len(request.images))
+        layouts = processor.layouts([self._size(image) if not processor.is_fixed else (1, 1)
+                                     for image in request.images])
         tokens = encode_prompt(as_messages(request.messages, len(layouts)), self.template, self.tokenizer,
                                [len(layout.index) for layout in layouts], request.assistant_prefix, request.verbatim)
         if len(tokens) >= self.config.text.max_length:
             raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
         return tokens, layouts
 
-    def _layout(self, image: ImageSource) -> Layout:
-        if self.processor.is_fixed:
-            return self.processor.layout()
+    def _size(self, image: ImageSource) -> tuple[int, int]:
         if isinstance(image, Image.Image):
-            return self.processor.layout(*(turn_upright(image) if self.config.exif else image).size)
-        return self.processor.layout(*image_size(image, self.config.exif))
+            return (turn_upright(image) if self.config.exif else image).size
+        return image_size(image, self.config.exif)
 
     def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:
-        tiles = [np.zeros((0, self.processor.size, self.processor.size, 3), np.uint8)]
+        processor, tiles = self.processor.for_images(len(images)), []
         for image in images:
             if not isinstance(image, Image.Image):
                 image = open_image(image, self.config.exif)
             elif self.config.exif:
                 image = turn_upright(image)
-            tiles.append(self.processor(image))
-        return np.concatenate(tiles)
+            tiles.append(processor.tiles([image]))
+        return np.concatenate([self.processor.tiles(()), *tiles])
 
     def _prompt(self, request: Request, tokens: Int[np.ndarray, "T"], layouts: list[Layout],
                 tiles: UInt8[np.ndarray, "I H W 3"]) -> Prompt:

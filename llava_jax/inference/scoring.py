@@ -17,12 +17,13 @@ def log_probabilities(
     model: LlavaModel,
     tokens: Int[Array, "B T"],
     tiles: UInt8[Array, "B I H W 3"] | None,
-    visual_index: Int[Array, "B T"] | None,
+    visual_index: Int[Array, "B T"] | Int[Array, "B T 4"] | None,
+    visual_weight: Float[Array, "B T 4"] | None,
     positions: Int[Array, "B P"],
     next_tokens: Int[Array, "B P C"],
 ) -> Float[Array, "B P C"]:
     """Returns the log-probability of each of `next_tokens` after the tokens up to its position, float32."""
-    hidden = model.hidden(tokens, tiles, visual_index=visual_index)
+    hidden = model.hidden(tokens, tiles, None, None, visual_index, visual_weight)
     hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
     return jnp.take_along_axis(jax.nn.log_softmax(model.decoder.logits(hidden)), next_tokens, axis=-1)
 

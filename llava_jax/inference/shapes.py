@@ -48,17 +48,19 @@ def pad_tokens(prompts: Sequence[Sequence[int]], rows: int,
 
 
 def pad_tiles(tokens: np.ndarray, tiles: Sequence[np.ndarray], layouts: Sequence[Sequence[Layout]],
-              processor: ImageProcessor) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Returns the tiles of each row in equally many slots, uint8 [rows, I, H, W, 3], and the rows' `visual_index`.
+              processor: ImageProcessor) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Returns the tiles of each row in equally many slots, and the rows' visual_index and visual_weight.
 
-    `tokens` has the padded rows, `layouts` those of each row's images. Returns None for both if there are no tiles.
+    `tokens` has the padded rows, `layouts` those of each row's images. The tiles are uint8 [rows, I, H, W, 3]. Returns
+    None for all three if there are no tiles, and no weights if the processor has none.
     """
     slots = bucket(max(map(len, tiles)))
     if not slots:
-        return None, None
+        return None, None, None
     padded = np.zeros((len(tokens), slots, processor.size, processor.size, 3), np.uint8)
-    visual_index = np.full(tokens.shape, -1, np.int32)
+    visual = processor.no_visual_tokens(tokens.shape)
     for row, (row_tiles, images) in enumerate(zip(tiles, layouts, strict=True)):
         padded[row, : len(row_tiles)] = row_tiles
-        visual_index[row, tokens[row] == IMAGE_TOKEN_ID] = processor.visual_index(images, 0, slots)
-    return padded, visual_index
+        for name, values in processor.visual_tokens(images, 0, slots).items():
+            visual[name][row, tokens[row] == IMAGE_TOKEN_ID] = values
+    return padded, visual["visual_index"], visual.get("visual_weight")

@@ -57,11 +57,9 @@ class LlavaConfig:
             if (actual := getattr(self.processor, name)) != value:
                 raise UserError(f"processor.{name} is {actual}, but {value} suits vision and feature_select")
 
-    def with_image_mode(self, mode: str | None) -> "LlavaConfig":
-        """Returns the configuration with another image mode, or itself if `mode` is None."""
-        if mode is None:
-            return self
-        return replace(self, processor=replace(self.processor, mode=mode, pinpoints=()))
+    def with_image_mode(self, mode: str | None, pinpoints: str = "") -> "LlavaConfig":
+        """Returns the configuration with another image mode (`ImageProcessor.with_mode`); None changes nothing."""
+        return self if mode is None else replace(self, processor=self.processor.with_mode(mode, pinpoints))
 
 
 class AttentionChoice(NamedTuple):
@@ -108,7 +106,7 @@ class LlavaModel(nnx.Module):
         self.vision = Vit(config.vision, attention=attention.vision, remat=remat, rngs=rngs)
         self.projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.decoder = Llama(config.text, attention=attention.decoder, remat=remat, rngs=rngs)
-        if not config.processor.is_fixed:
+        if config.processor.has_newline:
             self.image_newline = _image_newline(config.text.hidden_size, rngs)
         if config.lora is not None:
             lora.add_adapters(self, config.lora, rngs.params())
@@ -160,15 +158,17 @@ class LlavaModel(nnx.Module):
         is_visual = tokens == IMAGE_TOKEN_ID
         if visual_index is None:
             visual_index = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, visual.shape[1] - 1)
-        if not self.config.processor.is_fixed:
+        if self.config.processor.has_newline:
             newline = self.image_newline.get_value().astype(visual.dtype)
             visual = jnp.append(visual, jnp.broadcast_to(newline, (len(visual), 1, len(newline))), axis=1)
         # A gather within each sequence needs no communication between devices with different sequences.
-        index = jnp.maximum(visual_index, 0).reshape(len(tokens), -1, 1)
-        selected = jnp.take_along_axis(visual, index, axis=1)
-        if visual_weight is not None:
-            weight = visual_weight.astype(selected.dtype)
-            selected = jnp.einsum("btkd,btk->btd", selected.reshape(*weight.shape, -1), weight)
+        index = jnp.maximum(visual_index, 0).reshape(*tokens.shape, -1)
+        selected = [jnp.take_along_axis(visual, index[..., k, None], axis=1) for k in range(index.shape[2])]
+        if visual_weight is None:
+            [selected] = selected
+        else:
+            selected = sum(x.astype(jnp.float32) * visual_weight[..., k, None] for k, x in enumerate(selected))
+            selected = selected.astype(visual.dtype)
         return jnp.where(is_visual[..., None], selected, x)
 
     def features(self, tiles) -> Float[Array, "B I*P D"]:

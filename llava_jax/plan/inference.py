@@ -84,7 +84,7 @@ def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -
     sampling = Sampling(array((batch, 2), "uint32"), array(rows, "float32"), array(rows, "float32"))
     side = model.vision.image_size
     inputs = (array((batch, context), "int32"), array(rows, "int32"), array((batch, 1, side, side, 3), "uint8"),
-              array((batch, context), "int32"), array(rows, "int32"), sampling)
+              array((batch, context), "int32"), None, array(rows, "int32"), sampling)
     prefill_step = jax.jit(
         lambda parameters, *inputs: prefill(from_params(graph, parameters), *inputs, EOS_IDS, context))
     # The engine donates the state to decode too.

@@ -91,10 +91,14 @@ def abstract_batch(stage: config.Stage, mesh: jax.sharding.Mesh, model: LlavaCon
     layout = NamedSharding(mesh, P(None, ("data", "fsdp")))
     data, side = stage.data, model.vision.image_size
     rows = (stage.gradient_accumulation, stage.batch_size // stage.gradient_accumulation)
-    batch = {name: jax.ShapeDtypeStruct((*rows, data.sequence_length), jnp.int32, sharding=layout)
-             for name in ("tokens", "labels", "positions", "segment_ids", "visual_index")}
-    tiles = (*rows, data.tiles_per_sequence, side, side, 3)
-    return batch | {"tiles": jax.ShapeDtypeStruct(tiles, jnp.uint8, sharding=layout)}
+
+    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*rows, *shape), jnp.dtype(dtype), sharding=layout)
+
+    batch = {name: array((data.sequence_length,), "int32") for name in ("tokens", "labels", "positions", "segment_ids")}
+    visual = model.with_image_mode(data.image_mode).processor.no_visual_tokens((data.sequence_length,))
+    batch |= {name: array(x.shape, x.dtype) for name, x in visual.items()}
+    return batch | {"tiles": array((data.tiles_per_sequence, side, side, 3), "uint8")}
 
 
 def compile_step(recipe: config.Recipe, name: str, where: Slice, mesh: jax.sharding.Mesh, model: LlavaConfig

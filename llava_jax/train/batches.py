@@ -57,6 +57,6 @@ def count_steps(context: TrainContext, stage: config.Stage) -> int:
 def shard_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, jax.Array]:
     """Puts the arrays that a step reads on the mesh, each as [micro_batches, B, ...]."""
     sharding = NamedSharding(mesh, P(None, ("data", "fsdp")))
-    names = ("tokens", "labels", "positions", "segment_ids", "tiles", "visual_index")
+    names = {"tokens", "labels", "positions", "segment_ids", "tiles", "visual_index", "visual_weight"} & batch.keys()
     return {name: jax.make_array_from_process_local_data(
-                sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])) for name in names}
+                sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])) for name in sorted(names)}

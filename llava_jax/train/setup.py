@@ -98,7 +98,7 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
               "feature_select": model.feature_select, "template": model.template, "lora": model.lora}
     joined = LlavaConfig(vision=read(model.vision), text=read(model.language),
                          **{name: value for name, value in chosen.items() if value is not None})
-    return joined.with_image_mode(model.image_mode)
+    return joined.with_image_mode(model.image_mode, model.pinpoints)
 
 
 def model_layout(
@@ -122,6 +122,13 @@ def model_layout(
     sharding.check_rows(mesh)
     data_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, stage in recipe.stages.items():
+        try:
+            processor = model.with_image_mode(stage.data.image_mode).processor
+        except UserError as error:
+            raise UserError(f"stages.{name}.data.image_mode: {error} (model.pinpoints)") from None
+        if processor.has_newline and not model.processor.has_newline:
+            raise UserError(f"stages.{name}.data.image_mode: {stage.data.image_mode} ends rows of patches with a "
+                            "newline, which the model lacks; set model.image_mode, and other modes by stage")
         try:
             trainable_paths(stage, list(shapes))
         except ValueError as error:

@@ -17,7 +17,8 @@ from llava_jax.text.encode import IGNORE
 from llava_jax.train.loss import cross_entropy
 
 Batch = dict[str, Array]
-"""Packed sequences: tokens, labels, positions, segment_ids [B, T], visual_index [B, T], tiles [B, I, H, W, 3]."""
+"""Packed sequences: tokens, labels, positions, segment_ids [B, T], visual_index [B, T], tiles [B, I, H, W, 3]. For some
+image processors visual_index and visual_weight [B, T, 4]."""
 
 COMPILER_OPTIONS = {"tpu": {
     # Windowed einsums, which gather weights piece by piece, are several times slower on a v6e.
@@ -68,7 +69,7 @@ def loss_sum(graph: nnx.GraphDef, trainable: Parameters, frozen: Parameters, bat
     if dropout_key is not None:
         lora.set_dropout(model, dropout_key)
     hidden = model.hidden(batch["tokens"], batch["tiles"], batch["positions"], batch["segment_ids"],
-                          batch["visual_index"])
+                          batch["visual_index"], batch.get("visual_weight"))
     with jax.named_scope("loss"):
         return cross_entropy(hidden, model.decoder.output_kernel(), batch["labels"])
 

@@ -83,8 +83,12 @@ NATIVE_RANGES = {
     "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
     "original_length": ROPE["original_max_position_embeddings"], "feature_layer": LLAVA["vision_feature_layer"],
     "rank": Field(int, 1, 2**14), "alpha": Field(float, 1e-6, 1e6), "dropout": Field(float, 0, 1),
+    "max_tiles": Field(int, 0, 9999),
 }
 """Ranges of the numbers in a config.json of the native layout, by the names of the dataclasses' fields."""
+ADDED = {"max_tiles": 0, "rule": "original", "merge": None, "several": "same", "video_pool": None,
+         "video_newline": "one_token"}
+"""Fields of the image processor that older files of the native layout lack, with their values then."""
 
 
 def check_fields(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
@@ -129,7 +133,8 @@ def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the checked fields of the native layout. Raises UserError if one is missing or unknown."""
     checked = _exactly(file, {"lora": None} | raw, LlavaConfig)  # configurations without it are older
     for name, kind in (("vision", VisionConfig), ("text", LlamaConfig), ("processor", ImageProcessor)):
-        checked[name] = _exactly(file, checked[name], kind, f"{name}.")
+        added = ADDED if kind is ImageProcessor else {}
+        checked[name] = _exactly(file, added | checked[name], kind, f"{name}.")
     if checked["text"]["rope_scaling"] is not None:
         checked["text"]["rope_scaling"] = _exactly(
             file, checked["text"]["rope_scaling"], RopeScaling, "text.rope_scaling.")
@@ -153,8 +158,9 @@ def _native_field(field: dataclasses.Field) -> Field:
         return NATIVE_RANGES[field.name]
     if field.type in (bool, str):
         return Field(field.type)
-    if typing.get_origin(field.type) is typing.Literal:
-        return TEXT
+    kinds = {typing.get_origin(kind) for kind in (field.type, *typing.get_args(field.type))}
+    if typing.Literal in kinds:
+        return Field(str, null=type(None) in typing.get_args(field.type))
     if typing.get_origin(field.type) is tuple:
         return Field(list)
     assert field.type not in (int, float), f"{field.name} has no range"

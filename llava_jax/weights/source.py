@@ -50,7 +50,8 @@ def fresh_paths(model: Model, paths: Collection[str]) -> set[str]:
     """Returns the paths that a recipe initialises. Raises UserError if an expression matches no parameter."""
     adapters = {path for path in paths if lora.is_adapter(path)} if model.lora else set()
     if model.fresh is None:
-        return adapters if model.llava else adapters | {path for path in paths if path.startswith("projector/")}
+        joined = {path for path in paths if re.match("projector/|image_newline$", path)}
+        return adapters if model.llava else adapters | joined
     matches = {pattern: {path for path in paths if re.fullmatch(pattern, path)} for pattern in model.fresh}
     if unused := [pattern for pattern, matched in matches.items() if not matched]:
         raise UserError(f"model.fresh: {', '.join(unused)}: matches no parameter")

@@ -43,7 +43,7 @@ def started(reciting, chain):
     def read(parameters):
         lengths = np.full(ROWS, 5, np.int32)
         model = from_params(graph, parameters)
-        return prefill(model, tokens, lengths, None, None, LIMITS, sampling, eos_ids, length=64)
+        return prefill(model, tokens, lengths, None, None, None, LIMITS, sampling, eos_ids, length=64)
 
     @jax.jit
     def go_on(parameters, state, going, steps):

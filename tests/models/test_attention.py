@@ -124,7 +124,7 @@ def test_prefill_on_a_tpu_has_the_kernels(name, kernels):
     array = jax.ShapeDtypeStruct
     sampling = Sampling(array((2, 2), "uint32"), array((2,), "float32"), array((2,), "float32"))
     inputs = (array((2, 128), "int32"), array((2,), "int32"), array((2, 1, 28, 28, 3), "uint8"),
-              array((2, 128), "int32"), array((2,), "int32"))
+              array((2, 128), "int32"), None, array((2,), "int32"))
     read = jax.jit(lambda parameters, *inputs: prefill(llava.from_params(graph, parameters), *inputs, (2,), 192))
     text = str(read.trace(shapes, *inputs, sampling).jaxpr)
     assert {kernel for kernel in ("bidirectional_attention", "splash") if kernel in text} == kernels

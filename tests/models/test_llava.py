@@ -175,7 +175,7 @@ def test_visual_tokens_by_index_against_a_plain_loop():
     counts = [len(layout.index) for layout in layouts]
     tokens = np.concatenate([[5], [IMAGE_TOKEN_ID] * counts[0], [6, 7], [IMAGE_TOKEN_ID] * counts[1], [8]])
     index = np.full(len(tokens), -1)
-    index[tokens == IMAGE_TOKEN_ID] = processor.visual_index(layouts, 1, num_tiles)
+    index[tokens == IMAGE_TOKEN_ID] = processor.visual_tokens(layouts, 1, num_tiles)["visual_index"]
     tiles = rng.integers(0, 256, (1, num_tiles, 28, 28, 3), np.uint8)
     found = np.asarray(model.embed(tokens[None], tiles, index[None]))[0]
 
@@ -200,7 +200,8 @@ def test_one_tile_an_image_needs_no_index(parameters):
     model = llava.from_params(llava.abstract_params(CONFIG)[0], parameters)
     tokens, images = conversation(np.random.default_rng(0), images=2)
     index = np.full(len(tokens), -1)
-    index[tokens == IMAGE_TOKEN_ID] = CONFIG.processor.visual_index([CONFIG.processor.layout()] * 2, 0, 2)
+    visual = CONFIG.processor.visual_tokens([CONFIG.processor.layout()] * 2, 0, 2)
+    index[tokens == IMAGE_TOKEN_ID] = visual["visual_index"]
     plain, indexed = (model.embed(tokens[None], images[None], *extra) for extra in ((), (index[None],)))
     np.testing.assert_array_equal(plain, indexed)
 
