@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jax.lax import optimization_barrier
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llava_jax.errors import UserError
@@ -19,7 +18,7 @@ from llava_jax.models.attention import Attend, causal
 from llava_jax.models.cpu import attention_heads_first
 from llava_jax.models.dot_product import attention
 from llava_jax.models.layers import Linear, RMSNorm, normal, scan, stack
-from llava_jax.parallel.sharding import ROWS, constrain
+from llava_jax.parallel.sharding import ROWS, constrain, lookup
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,7 @@ class Llama(nnx.Module):
     def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """Returns embeddings. An id outside the vocabulary, such as a visual token's, gets the embedding of id 0."""
         in_vocabulary = (tokens >= 0) & (tokens < self.config.vocab_size)
-        # The table is replicated, because a lookup in shards of its columns would be gathered again for every token.
-        table = constrain(self.embedding[...].astype(dtype), P())
-        return constrain(table[jnp.where(in_vocabulary, tokens, 0)], ROWS)
+        return lookup(self.embedding[...].astype(dtype), jnp.where(in_vocabulary, tokens, 0))
 
     def __call__(
         self,

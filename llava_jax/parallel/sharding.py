@@ -16,6 +16,10 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
 """Sharding of a batch: the devices of the axes data and fsdp split it."""
 
+LARGE_VOCABULARY = 65_536
+"""Number of ids above which no device stores the complete embedding or output kernel, or their gradients, in
+training."""
+
 # Hidden dimensions are sharded, never the vocabulary, because 32,000 and 32,064 do not divide by 256.
 # A leading None is the layer axis of the stacked parameters.
 TABLE = (
@@ -112,3 +116,24 @@ def row_axes(count: int) -> tuple[str, ...] | None:
     """Returns the mesh axes that split a batch of `count`; None if they do not divide it, so that it is replicated."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if count % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns `table[ids]`, [B, T, D], for a table whose columns the axes fsdp and tensor split (TABLE).
+
+    A small table is replicated. A large one has more elements than the result, so each device looks up the ids of all
+    sequences in its own columns. It sends every sequence's columns to the device that has the sequence.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or len(table) <= LARGE_VOCABULARY or row_axes(len(ids)) is None:
+        # Replicated, because XLA would gather a lookup in shards of the columns again for every token.
+        return constrain(constrain(table, P())[ids], ROWS)
+
+    def local(columns, ids):
+        x = columns[jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)]
+        x = jax.lax.all_to_all(x[..., None, :], "fsdp", split_axis=0, concat_axis=2, tiled=True)  # [b, T, fsdp, d]
+        x = jax.lax.all_gather(x, "tensor", axis=3)  # [b, T, fsdp, tensor, d]
+        return x.reshape(*ids.shape, -1)
+
+    specs = P(None, ("fsdp", "tensor")), ROWS
+    return jax.shard_map(local, in_specs=specs, out_specs=ROWS, check_vma=False)(table, ids)

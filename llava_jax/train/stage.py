@@ -88,14 +88,14 @@ class StageTrainer:
         self._evaluate(self._missing, self.start)
 
     def train_step(self, step: int, batch: dict) -> None:
-        """Dispatches a step and waits until at most MAX_STEPS_IN_FLIGHT earlier steps are unfinished."""
+        """Dispatches a step and waits until at most MAX_STEPS_IN_FLIGHT steps are unfinished."""
         if step == self.start + 1:
             output.write_recipe(self.recipe)
             write_inputs(self.context, self.name, self._inputs)
         self._sharded = batches.shard_batch(self.context.mesh, batch, self.stage.gradient_accumulation)
         self.state, metrics = self._train_step(self.state, self.frozen, self._sharded)
         self._window.add(metrics, batch)
-        jax.block_until_ready(self._window.steps[-1 - MAX_STEPS_IN_FLIGHT :][:1])
+        jax.block_until_ready(self._window.steps[:-MAX_STEPS_IN_FLIGHT][-1:])
         self._progress.update()
         self.checkpoints.check()
 

@@ -2,7 +2,8 @@
 
 python sharded_gradients.py CASE [CASE ...]. A CASE is MODEL:TRAINED:REMAT:DATA,FSDP,TENSOR, where TRAINED is a
 regular expression over parameter paths. Writes a JSON line for each case: by parameter, its largest gradient and the
-largest difference between the mesh and one device.
+largest difference between the mesh and one device; and how many arrays of both programs have the size of the complete
+output kernel. Models whose name starts with "large" have a large vocabulary on the mesh, and a small one on one device.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, abstract_params, init_params
 from llava_jax.models.vit import VisionConfig
 from llava_jax.parallel import sharding
+from llava_jax.train import loss
 from llava_jax.train.step import loss_sum
 
 # Every sharded dimension divides by eight.
@@ -36,6 +38,7 @@ NEWLINES = dataclasses.replace(BASE.processor, mode="anyres", pinpoints=((28, 56
 MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu", processor=NEWLINES,
                                          vision=dataclasses.replace(BASE.vision, patch_bias=True)),
            "tied": dataclasses.replace(BASE, text=dataclasses.replace(BASE.text, tie_word_embeddings=True))}
+MODELS |= {"large": BASE, "large_tied": MODELS["tied"]}
 """One model for every kind of layer: each row of the sharding table must match a parameter of one of them."""
 
 
@@ -48,8 +51,10 @@ def parameters(model: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def gradients(model: str, trained: str, remat: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """The loss, and its gradient by every parameter whose path matches `trained`."""
+def gradients(model: str, trained: str, remat: str, sizes: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], int]:
+    """The loss, and its gradient by every parameter whose path matches `trained`; the number of complete kernels."""
+    sharding.LARGE_VOCABULARY = 64 if model.startswith("large") and max(sizes) > 1 else 65_536
+    loss.NUM_LANES, loss.MAX_COLUMNS = 16, 48
     mesh = sharding.make_mesh(config.Mesh(*sizes), jax.devices()[: np.prod(sizes)])
     graph, shapes = abstract_params(MODELS[model], remat=remat)
     layout = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
@@ -64,14 +69,16 @@ def gradients(model: str, trained: str, remat: str, sizes: tuple[int, int, int])
         frozen = {path: x for path, x in placed.items() if path not in learned}
         differentiate = jax.jit(functools.partial(jax.value_and_grad(loss_sum, argnums=1), graph),
                                 out_shardings=(None, {path: layout[path] for path in learned}))
-        loss, found = differentiate(learned, frozen, batch)
-        return {"loss": np.asarray(loss)} | {path: np.asarray(x) for path, x in found.items()}
+        program = differentiate.lower(learned, frozen, batch).compile()
+        value, found = program(learned, frozen, batch)
+        kernels = re.findall(r"(?:f32|bf16)\[(?:64,(?:101|144)|(?:101|144),64)\]\S* (?!parameter)", program.as_text())
+        return {"loss": np.asarray(value)} | {path: np.asarray(x) for path, x in found.items()}, len(kernels)
 
 
 if __name__ == "__main__":
     for case in sys.argv[1:]:
         model, trained, remat, sizes = case.split(":")
-        expected = gradients(model, trained, "none", (1, 1, 1))
-        found = gradients(model, trained, remat, tuple(map(int, sizes.split(","))))
-        print(json.dumps({"case": case, "differences": {
+        expected, whole = gradients(model, trained, "none", (1, 1, 1))
+        found, kernels = gradients(model, trained, remat, tuple(map(int, sizes.split(","))))
+        print(json.dumps({"case": case, "kernels": [whole, kernels], "differences": {
             path: [float(np.abs(x).max()), float(np.abs(found[path] - x).max())] for path, x in expected.items()}}))

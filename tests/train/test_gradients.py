@@ -26,17 +26,21 @@ ALONE = [sizes for sizes in MESHES if max(sizes) == 8]
 TOLERANCE = 1e-4
 
 
-def differences(*cases: tuple[str, str, str, tuple[int, ...]]) -> dict[str, dict[str, list[float]]]:
-    """By case and parameter, the largest gradient and how far the mesh's is from that of one device."""
+def run(*cases: tuple[str, str, str, tuple[int, ...]]) -> list[dict]:
+    """The lines of the script."""
     named = [f"{model}:{trained}:{remat}:{','.join(map(str, sizes))}" for model, trained, remat, sizes in cases]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     result = subprocess.run([sys.executable, str(SCRIPT), *named], env=os.environ | {"XLA_FLAGS": flags}, text=True,
                             capture_output=True)
     assert result.returncode == 0, result.stderr
-    lines = map(json.loads, result.stdout.splitlines())
-    found = {line["case"]: line["differences"] for line in lines}
-    assert list(found) == named
-    return found
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["case"] for line in lines] == named
+    return lines
+
+
+def differences(*cases: tuple[str, str, str, tuple[int, ...]]) -> dict[str, dict[str, list[float]]]:
+    """By case and parameter, the largest gradient and how far the mesh's is from that of one device."""
+    return {line["case"]: line["differences"] for line in run(*cases)}
 
 
 def assert_same(found: dict[str, dict[str, list[float]]]) -> None:
@@ -67,6 +71,14 @@ def test_gradients_on_each_axis_alone_and_on_all():
     unseen = [row for row, _ in sharding.TABLE if not any(
         re.fullmatch(row, path) and gradient > 0 for path, (gradient, _) in gradients.items())]
     assert not unseen
+
+
+def test_no_device_has_the_complete_kernel_of_a_large_vocabulary():
+    """Beside one device, which has the loss and the lookup of a small vocabulary."""
+    (line,) = run(("large_tied", ALL, "none", (2, 2, 2)))
+    assert_same({line["case"]: line["differences"]})
+    one_device, mesh = line["kernels"]
+    assert one_device > 0 and mesh == 0
 
 
 @pytest.mark.slow

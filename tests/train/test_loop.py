@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from llava_jax import config
 from llava_jax.errors import UserError
-from llava_jax.train import batches, loop, validation
+from llava_jax.train import batches, loop, metrics, validation
 from llava_jax.train import stage as trainer
 from llava_jax.weights import load_checkpoint
 
@@ -96,6 +97,27 @@ def test_a_run_that_was_stopped_in_both_stages_ends_with_the_same_bits(make_reci
                     ("instruct", 2), ("instruct", 4), ("instruct", 6), ("instruct", 7)]
     last, expected = lines(cut)[-1], lines(whole)[-1]
     assert last["validation_loss"] == expected["validation_loss"]
+
+
+def test_the_host_waits_only_for_steps_that_are_two_behind(make_recipe, monkeypatch):
+    dispatched, waits, wait = [], [], jax.block_until_ready
+    add = metrics.MetricsWindow.add
+
+    def record(window, step, batch):
+        dispatched.append(step)
+        add(window, step, batch)
+
+    def block_until_ready(steps):
+        if isinstance(steps, list):
+            waits.append((len(dispatched), [i for i, step in enumerate(dispatched, 1) if step in steps]))
+        return wait(steps)
+
+    monkeypatch.setattr(metrics.MetricsWindow, "add", record)
+    monkeypatch.setattr(jax, "block_until_ready", block_until_ready)
+    recipe = make_recipe()
+    loop.train(dataclasses.replace(recipe, stages={"align": recipe.stages["align"]}, log_every=4))
+    # The metrics of step 4 are logged, so all steps before it are finished.
+    assert trainer.MAX_STEPS_IN_FLIGHT == 2 and waits == [(1, []), (2, []), (3, [1]), (4, [2]), (5, [])]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(make_recipe, monkeypatch):

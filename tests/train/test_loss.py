@@ -5,13 +5,19 @@ import numpy as np
 import pytest
 import torch
 
+from llava_jax.parallel import sharding
 from llava_jax.text.encode import IGNORE
 from llava_jax.train import loss
 
 
+@pytest.mark.parametrize("large", [100, 101])
 @pytest.mark.parametrize("chunk", [4, 7, 64])
-def test_loss_and_gradients_are_those_of_torch(monkeypatch, chunk):
+def test_loss_and_gradients_are_those_of_torch(monkeypatch, chunk, large):
+    """101 columns are a large vocabulary if `large` is less: chunks of 48, 80 or 101 columns, the last one padded."""
     monkeypatch.setattr(loss, "LOSS_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(loss, "LOSS_CHUNK_LOGITS", 48 * {4: 48, 7: 80, 64: 101}[chunk])
+    monkeypatch.setattr(loss, "NUM_LANES", 16)
+    monkeypatch.setattr(sharding, "LARGE_VOCABULARY", large)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 24, 48)).astype(np.float32)
     kernel = rng.normal(size=(48, 101)).astype(np.float32) / 7
