@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from llava_jax.errors import UserError
 from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
 from llava_jax.images import parse_mode, parse_pinpoints
+from llava_jax.video import VideoSampling
 
 T = TypeVar("T")
 
@@ -157,7 +158,9 @@ class Data:
     exif: bool = False
     """Whether images are rotated as their EXIF orientation says, which LLaVA did not."""
     max_pixels: int = MAX_PIXELS
-    """Maximum number of pixels of an image. A row with a larger one is bad."""
+    """Maximum number of pixels of an image or a frame. A row with a larger one is bad."""
+    video: VideoSampling = VideoSampling()
+    """Frames that are sampled of a video. Each takes a tile of `tiles_per_sequence`."""
     bad_rows: Literal["error", "skip"] = "error"
     """Treatment of rows that cannot be used: stop with an error, or skip and count them."""
     workers: int = 0

@@ -11,11 +11,12 @@ import llava_jax
 
 ROOT = Path(llava_jax.__file__).parent
 BASE = {"errors", "files", "json_lines", "cli", "progress", "config"}
-MODEL = {*BASE, "models", "text", "images", "image_files", "parallel"}
+MODEL = {*BASE, "models", "text", "images", "image_files", "video", "parallel"}
 NOUNS = {*MODEL, "weights", "data", "inference", "endpoint", "annotations", "pages"}
 ALLOWED = {
     "errors": set(), "files": BASE, "json_lines": BASE, "cli": BASE, "progress": BASE, "image_files": BASE,
-    "images": {*BASE, "image_files"}, "config": {*BASE, "image_files", "images"},
+    "images": {*BASE, "image_files"}, "video": {*BASE, "image_files"},
+    "config": {*BASE, "image_files", "images", "video"},
     "text": BASE, "parallel": BASE, "models": MODEL,
     "data": MODEL - {"models", "parallel"}, "weights": MODEL,
     "inference": {*MODEL, "weights", "data"}, "endpoint": BASE, "annotations": {*BASE, "data"},

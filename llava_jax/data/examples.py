@@ -17,6 +17,7 @@ from llava_jax.images import ImageProcessor, Layout
 from llava_jax.text.encode import ImageCount, NoSupervisedTokens, TooLong, encode_conversation
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.video import Video, VideoSampling, decode_frames, sampled_frames
 
 
 class EncodedRecord(NamedTuple):
@@ -52,7 +53,9 @@ class DataSpec:
     exif: bool = False
     """Whether images are rotated as their EXIF orientation says."""
     max_pixels: int = MAX_PIXELS
-    """Largest number of pixels of an image."""
+    """Largest number of pixels of an image or a frame."""
+    video: VideoSampling = VideoSampling()
+    """Frames that are sampled of a video."""
     bad_rows: Literal["error", "skip"] = "error"
     """Whether a record that cannot be used is an error, or is left out and counted."""
 
@@ -71,8 +74,7 @@ class DataSpec:
 
     def text(self, number: int) -> EncodedRecord:
         """Encodes the conversation of a record. Opens no image, but reads their sizes where the layout needs them."""
-        record = self._record(number)
-        layouts = record_layouts(record, self.processor, self.exif, self.max_pixels)
+        record, layouts = self.lay_out(number)
         tiles = sum(layout.tiles for layout in layouts)
         if tiles > self.tiles_per_sequence:
             message = f"{tiles} tiles do not fit into the {self.tiles_per_sequence} of a sequence"
@@ -94,31 +96,48 @@ class DataSpec:
 
     def tiles(self, number: int) -> UInt8[np.ndarray, "tiles size size 3"]:
         """Decodes the images of a record and returns their tiles."""
-        record = self._record(number)
-        tiles = [np.zeros((0, self.processor.size, self.processor.size, 3), np.uint8)]
+        record, tiles = self._record(number), [self.processor.tiles(())]
+        one = self.processor.for_images(sum(not isinstance(image, Video) for image in record.images))
         for image, size in zip(record.images, _stored_sizes(record, self.processor, self.exif), strict=True):
             with _named(record):
+                if isinstance(image, Video):  # frame by frame, because a tile is smaller
+                    sampled = sampled_frames(image, self.video, self.max_pixels)
+                    frames = decode_frames(image, sampled.indices, self.max_pixels)
+                    tiles += [self.processor.tiles([[frame]]) for frame in frames]
+                    continue
                 opened = open_image(image, self.exif, self.max_pixels)
                 if size not in (None, opened.size):  # its layout would be another
                     raise UserError(f"the image's size is {opened.size}, but image_widths and image_heights say {size}")
-                tiles.append(self.processor(opened))
+                tiles.append(one(opened))
         return np.concatenate(tiles)
+
+    def lay_out(self, number: int) -> tuple[Record, tuple[Layout, ...]]:
+        """Returns a record as the model gets it, and the layouts of its images and videos (`lay_out`)."""
+        return lay_out(self._record(number), self.processor, self.exif, self.max_pixels, self.video)
 
     def _record(self, number: int) -> Record:
         source, index = self.mixture.locate(number)
         return source[index]
 
 
-def record_layouts(record: Record, processor: ImageProcessor, exif: bool = False, max_pixels: int = MAX_PIXELS
-                   ) -> tuple[Layout, ...]:
-    """Returns the layout of each image of a record. Reads the images' headers only where the layout needs a size."""
-    if processor.is_fixed:
-        return (processor.layout(),) * len(record.images)
-    layouts = []
-    for image, size in zip(record.images, _stored_sizes(record, processor, exif), strict=True):
-        with _named(record):
-            layouts.append(processor.layout(*(size or image_size(image, exif, max_pixels))))
-    return tuple(layouts)
+def lay_out(record: Record, processor: ImageProcessor, exif: bool, max_pixels: int, video: VideoSampling
+            ) -> tuple[Record, tuple[Layout, ...]]:
+    """Returns a record, with the sentence about its clip if `video.time_text`, and layouts of its images and videos.
+
+    Decodes nothing: reads the headers of videos, and those of images where the layout needs a size.
+    """
+    media = []
+    with _named(record):
+        for image, size in zip(record.images, _stored_sizes(record, processor, exif), strict=True):
+            if isinstance(image, Video):
+                sampled = sampled_frames(image, video, max_pixels)
+                media.append(len(sampled.indices))
+                if video.time_text and len(record.images) == 1:
+                    turns = tuple(turn | {"value": sampled.tell_times(turn["value"])} for turn in record.turns)
+                    record = dataclasses.replace(record, turns=turns)
+            else:
+                media.append((1, 1) if processor.is_fixed else size or image_size(image, exif, max_pixels))
+        return record, tuple(processor.layouts(media))
 
 
 def _stored_sizes(record: Record, processor: ImageProcessor, exif: bool) -> Sequence[tuple[int, int] | None]:

@@ -1,7 +1,7 @@
 """Classifies the fields of rows and turns, besides texts and images, as honoured, refused or unknown.
 
 A field that changes the meaning of a row is never ignored. Flags that mask an answer are honoured. Boxes,
-tools, preferences and media other than images are refused. `prepare check` counts all other fields.
+tools, preferences and audio are refused. `prepare check` counts all other fields.
 """
 
 import re
@@ -17,7 +17,9 @@ SUPERVISED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training"
 MASKED = ("masked", "mask")
 SUPERVISED_ROWS = ("weight", "loss", "loss_weight", "loss_scale", "train", "masked")  # the same for a row
 
+VIDEOS = ("video", "videos")  # keys of a row's videos
 MEDIA = re.compile(r"(video|audio)s?(_(path|url|file)s?)?", re.IGNORECASE)  # keys
+CLIP_PARTS = ("start", "end", "video_start", "video_end", "start_time", "end_time")  # of a video, in seconds
 PREFERENCES = ("chosen", "rejected")  # two last answers, one preferred
 TOOLS = ("tools", "functions", "tool_calls", "function_call")
 PARTS_OF_ANSWERS = ("train_detail", "spans")  # axolotl: offsets of the supervised parts of a turn
@@ -35,13 +37,14 @@ SIZES = ("image_widths", "image_heights")  # of the images of a row, in pixels; 
 # Keys from which a record is parsed, or by which a row is refused. From a parquet file `parse_row` gets only these.
 READ = frozenset({
     "id", "image", "images", *SIZES, *SYSTEM, "response", "history", "label", "kto_tag", "objects", *PREFERENCES,
-    *TOOLS, *SUPERVISED_ROWS,
+    *TOOLS, *SUPERVISED_ROWS, *CLIP_PARTS,
     *(kind + plural + suffix for kind in ("video", "audio") for plural in ("", "s")
       for suffix in ("", *(f"_{what}{more}" for what in ("path", "url", "file") for more in ("", "s")))),
 })  # fmt: skip
-_KNOWN = {"id", "image", "images", *SIZES, *SYSTEM}
+_KNOWN = {"id", "image", "images", *VIDEOS, *SIZES, *SYSTEM}
 _KNOWN_IN_TURNS = {"from", "role", "value", "content", *SUPERVISED, *MASKED}
-_KNOWN_IN_PARTS = {"type", "text", "image", "image_url", "url", "path", "base64", "index", *SUPERVISED, *MASKED}
+_KNOWN_IN_PARTS = {"type", "text", "image", "image_url", "video", "video_url", "url", "path", "base64", "index",
+                   *SUPERVISED, *MASKED}
 
 
 class Unsupported(UserError):
@@ -50,7 +53,8 @@ class Unsupported(UserError):
 
 def check_row(row: Mapping[str, Any]) -> None:
     """Raises Unsupported if a field gives the row a meaning that training would miss."""
-    _refuse_media(row, "the row")
+    _refuse_media(row, "the row", VIDEOS)
+    _refuse_clip_parts(row, "the row")
     objects = row.get("objects")
     if isinstance(objects, Mapping) and any(not _is_empty(objects.get(key)) for key in ("bbox", "ref")):
         raise Unsupported("the row has objects (boxes for marks in its texts); write the boxes into the texts")
@@ -77,7 +81,8 @@ def check_turn(turn: Mapping[str, Any], name: str) -> None:
 
 def check_part(part: Mapping[str, Any], name: str) -> None:
     """Raises Unsupported if a part of a turn has other media, or masks only a part of the turn."""
-    _refuse_media(part, name)
+    _refuse_media(part, name, ("video", "video_url") if part.get("type") in ("video", "video_url") else ())
+    _refuse_clip_parts(part, name)
     if not _flag(part, name, default=True):
         raise Unsupported(f"{name} is masked by its flag; answers are supervised as a whole or not at all")
 
@@ -111,14 +116,22 @@ def unknown_keys(row: Mapping[str, Any], turns_key: str, turns: list[Any]) -> tu
     return (*sorted(unknown), *(f"turn.{key}" for key in sorted(inner)), *(f"part.{key}" for key in sorted(parts)))
 
 
-def _refuse_media(fields: Mapping[str, Any], name: str) -> None:
+def _refuse_media(fields: Mapping[str, Any], name: str, allowed: tuple[str, ...] = ()) -> None:
     for key, value in fields.items():
         if _is_empty(value) or not isinstance(key, str):
             continue
-        if MEDIA.fullmatch(key):
-            raise Unsupported(f"{name} has {key}; only texts and images can be trained on")
+        if MEDIA.fullmatch(key) and key not in allowed:
+            raise Unsupported(f"{name} has {key}; videos are given by the row's video or videos, or by parts, and "
+                              "audio cannot be trained on")
         if key in TOOLS:
             raise Unsupported(f"{name} has {key}; conversations with tools cannot be trained on")
+
+
+def _refuse_clip_parts(fields: Mapping[str, Any], name: str) -> None:
+    if any(not _is_empty(fields.get(key)) for key in (*VIDEOS, "video_url")):
+        for key in CLIP_PARTS:
+            if not _is_empty(fields.get(key)):
+                raise Unsupported(f"{name} has {key}: a video is read from its start to its end; cut the clip")
 
 
 def _flag(

@@ -10,11 +10,13 @@ from urllib.parse import unquote_to_bytes
 
 from llava_jax.data import fields
 from llava_jax.errors import UserError
+from llava_jax.video import Video
 
 REASONS = ("malformed", "role", "turn_order", "image_count", "outside_root", "missing_image", "broken_image",
            "no_supervised_tokens", "too_long", "unsupported")
 
 Image = str | bytes  # a path, or the encoded bytes of an image
+Medium = Image | Video
 
 # Key of a row's turns, and the format of such rows.
 FORMATS = {
@@ -40,10 +42,10 @@ class BadRow(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation about none, one or several images."""
+    """A conversation about none, one or several images or videos."""
 
     id: str
-    images: tuple[Image, ...]  # in the order of their <image> in the turns
+    images: tuple[Medium, ...]  # in the order of their <image> in the turns; a video has an <image> too
     # {"from": "human" | "gpt", "value": text}; the first may be from "system". An answer that is not supervised has
     # "loss": False too.
     turns: tuple[dict[str, Any], ...]
@@ -66,6 +68,8 @@ def parse_row(row: Any, where: str) -> Record:
     - Turns are {"from", "value"} or {"role", "content"}; names of roles are those of ROLES. A content is text, or a
       list of parts: {"type": "text"}, and {"type": "image"} or {"type": "image_url"}, each of which becomes an
       `<image>` at its position; parts are joined by newlines.
+    - Videos are the row's `video` or `videos`: a path or a list of paths; or parts {"type": "video"} and {"type":
+      "video_url"} with their own. A clip's mark is `<video>`, or in a row without images `<image>`.
     - Images are the row's `image` or `images`: a path, {"bytes", "path"} or a list of these; or the parts' own (`path`,
       `url`, `base64`, `image`). A `data:` URL contains the image itself. Every `<image>` refers to the
       next one, and a part with an `index` to the one of that number.
@@ -74,7 +78,7 @@ def parse_row(row: Any, where: str) -> Record:
     - A turn's `weight`, `loss`, `train`, `masked` (fields.py has all) mask an answer.
 
     ShareGPT rows may start with an answer, which encoding drops. Raises BadRow, also for fields that cannot be
-    honoured: other media, boxes, tools.
+    honoured: audio, boxes, tools.
     """
     if not isinstance(row, Mapping):
         raise BadRow("malformed", f"{where}: a row must be an object, not {kind(row)}")
@@ -93,9 +97,9 @@ def parse_row(row: Any, where: str) -> Record:
             raise UserError(f"a row must have one of {', '.join(FORMATS)}; this one has {has:.200}")
         fields.check_row(row)
         turn_list = _query_turns(row) if key == "query" else _turn_list(row[key])
-        turns, slots = _turns(turn_list, _system(row))
-        column = _column(row)
-        images = _fill(slots, column)
+        column, videos = _column(row), _videos(row)
+        turns, slots = _turns(turn_list, _system(row), bool(videos))
+        images = _fill(slots, column, videos)
         unknown = fields.unknown_keys(row, key, turn_list)
     except BadRow as bad:
         raise BadRow(bad.reason, f"{where}: {bad}") from None
@@ -136,8 +140,10 @@ def _query_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
-# Source of an `<image>`: its own image, the index of one in the row's column, or None for the column's next.
-_Slot = Image | int | None
+# Source of an `<image>`: its own image or video, the index of one in the row's column, None for the column's next
+# image, or _NEXT_VIDEO.
+_Slot = Medium | int | None
+_NEXT_VIDEO = Video("")
 
 
 def _turn_list(value: Any) -> list[Any]:
@@ -162,7 +168,8 @@ def _system(row: Mapping[str, Any]) -> str | None:
     return next(iter(given.values()), None)
 
 
-def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], ...], list[_Slot]]:
+def _turns(value: list[Any], system: str | None, has_videos: bool
+           ) -> tuple[tuple[dict[str, Any], ...], list[_Slot]]:
     """Returns the turns in LLaVA's form, and a slot for every `<image>` in them."""
     turns, slots = [], []
     first = value[0] if isinstance(value[0], Mapping) else {}
@@ -171,7 +178,7 @@ def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], 
             raise UserError("the row is ambiguous: its system text and that of its first turn differ; leave one")
         system = None
     if system is not None:
-        text, slots = _content(system, "system", False)
+        text, slots = _content(system, "system", False, has_videos)
         turns.append({"from": "system", "value": text})
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
@@ -184,7 +191,7 @@ def _turns(value: list[Any], system: str | None) -> tuple[tuple[dict[str, Any], 
         role, name = ROLES[role.lower()], f"turn {number}"
         fields.check_turn(turn, name)
         supervised = fields.is_supervised(turn, name, role == "gpt")
-        text, own = _content(turn.get(text), f"{name}'s {text}", role == "gpt")
+        text, own = _content(turn.get(text), f"{name}'s {text}", role == "gpt", has_videos)
         if text or role != "system" or not turns:
             turns.append({"from": role, "value": text} | ({"loss": False} if role == "gpt" and not supervised else {}))
         slots += own
@@ -202,11 +209,14 @@ def _check_order(roles: list[str], offset: int) -> None:
         raise BadRow("turn_order", "there is no human turn")
 
 
-def _content(content: Any, name: str, is_answer: bool) -> tuple[str, list[_Slot]]:
-    """Returns a turn's text, and a slot for every `<image>` in it."""
+def _content(content: Any, name: str, is_answer: bool, has_videos: bool) -> tuple[str, list[_Slot]]:
+    """Returns a turn's text, and a slot for every `<image>` in it. With `has_videos`, a `<video>` becomes one too."""
     if isinstance(content, str):
+        mark = "<image>|<video>" if has_videos and not is_answer else "<image>"
+        slots = [_NEXT_VIDEO if found == "<video>" else None for found in re.findall(mark, content)]
+        content = re.sub(mark, "<image>", content)
         fields.check_text(content, name, is_answer)
-        return check_text(content, name), [None] * content.count("<image>")
+        return check_text(content, name), slots
     if not isinstance(content, list):
         raise UserError(f"{name} must be text or a list of parts, not {kind(content)}")
     texts, slots = [], []
@@ -218,13 +228,16 @@ def _content(content: Any, name: str, is_answer: bool) -> tuple[str, list[_Slot]
             text = part if isinstance(part, str) else part.get("text")
             if not isinstance(text, str):  # a list in it would be parts of parts, without limit
                 raise UserError(f"{name}, part {number} must be text, not {kind(text)}")
-            text, own = _content(text, f"{name}, part {number}", is_answer)
+            text, own = _content(text, f"{name}, part {number}", is_answer, has_videos)
         elif part_type in ("image", "image_url"):
             text, own = "<image>", [_own_image(part, f"{name}, part {number}")]
+        elif part_type in ("video", "video_url"):
+            text, own = "<image>", [_own_video(part, f"{name}, part {number}")]
         else:
             is_medium = isinstance(part_type, str) and re.search("video|audio", part_type)
             error = fields.Unsupported if is_medium else UserError
-            raise error(f"{name}, part {number}: type {part_type!r:.80}; text, image and image_url can be read")
+            raise error(f"{name}, part {number}: type {part_type!r:.80}; text, image, image_url, video and video_url "
+                        "can be read")
         texts.append(text)
         slots += own
     return "\n".join(texts), slots
@@ -240,15 +253,30 @@ def _own_image(part: Mapping[str, Any], name: str) -> _Slot:
     return index if isinstance(index, int) and not isinstance(index, bool) else None
 
 
+def _own_video(part: Mapping[str, Any], name: str) -> Video:
+    for key in ("video_url", "url", "path", "video"):
+        if not _is_empty(part.get(key)):
+            return _video(part[key], f"{name}'s {key}")
+    return _NEXT_VIDEO
+
+
 def _column(row: Mapping[str, Any]) -> tuple[Image, ...]:
     """Returns the images of a row's own column."""
-    given = {key: row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])}
+    return tuple(_image(image, key) for key, image in _cells(row, "image", "images"))
+
+
+def _videos(row: Mapping[str, Any]) -> tuple[Video, ...]:
+    """Returns the videos of a row's own column."""
+    return tuple(_video(video, key) for key, video in _cells(row, "video", "videos"))
+
+
+def _cells(row: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:
+    """Returns the cells of the column under one of the keys, each with that key."""
+    given = {key: row[key] for key in keys if row.get(key) not in (None, "", [])}
     if len(given) > 1:
-        raise UserError("the row is ambiguous: it has image and images; leave one")
-    for key, value in given.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_image(image, key) for image in values if not _is_empty(image))
-    return ()
+        raise UserError(f"the row is ambiguous: it has {' and '.join(given)}; leave one")
+    return [(key, cell) for key, value in given.items()
+            for cell in (value if isinstance(value, list | tuple) else [value]) if not _is_empty(cell)]
 
 
 def _sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...] | None:
@@ -288,6 +316,15 @@ def _image(value: Any, name: str) -> Image:
     return check_text(value, name)
 
 
+def _video(value: Any, name: str) -> Video:
+    if isinstance(value, list | tuple):
+        raise fields.Unsupported(f"{name} is a list of frames; put them in a folder and give its path")
+    path = _image(value, name)
+    if isinstance(path, bytes):
+        raise fields.Unsupported(f"{name} is the content of a video; write it to a file and give its path")
+    return Video(path)
+
+
 def _decoded(text: str, name: str) -> bytes:
     """Decodes base64, also with line breaks, percent signs, - and _ for + and /, or without padding."""
     try:
@@ -305,19 +342,27 @@ def _filled(content: bytes, name: str) -> bytes:
     return content
 
 
-def _fill(slots: list[_Slot], column: tuple[Image, ...]) -> tuple[Image, ...]:
-    """Returns the image of every slot. Raises BadRow unless all images of the column and all slots are used."""
-    num_own = sum(isinstance(slot, str | bytes) for slot in slots)
-    if len(slots) != num_own + len(column):
-        raise BadRow("image_count", f"{num_own + len(column)} images, but {len(slots)} times <image> in the turns")
+def _fill(slots: list[_Slot], column: tuple[Image, ...], videos: tuple[Video, ...]) -> tuple[Medium, ...]:
+    """Returns the image or video of every slot. Raises BadRow unless all of the row and all slots are used."""
+    if videos and not column and _NEXT_VIDEO not in slots:  # LLaVA marks a video as an image
+        slots = [_NEXT_VIDEO if slot is None else slot for slot in slots]
+    num_videos = slots.count(_NEXT_VIDEO)
+    if num_videos != len(videos):
+        raise BadRow("image_count", f"{len(videos)} videos, but {num_videos} times <video> in the turns")
+    num_own = sum(isinstance(slot, str | bytes) or isinstance(slot, Video) and slot.path != "" for slot in slots)
+    if len(slots) != num_own + len(column) + len(videos):
+        count = len(slots) - num_videos
+        raise BadRow("image_count", f"{num_own + len(column)} images, but {count} times <image> in the turns")
     numbers = {slot for slot in slots if isinstance(slot, int)}
     if numbers and numbers != set(range(len(column))):
         raise BadRow("image_count", f"the parts' indices {sorted(numbers)} are not those of the {len(column)} images")
-    following = iter(column)
-    images = []
+    images, clips = iter(column), iter(videos)
+    filled = []
     for slot in slots:
         if slot is None:
-            images.append(next(following))
+            filled.append(next(images))
+        elif slot == _NEXT_VIDEO:
+            filled.append(next(clips))
         else:
-            images.append(column[slot] if isinstance(slot, int) else slot)
-    return tuple(images)
+            filled.append(column[slot] if isinstance(slot, int) else slot)
+    return tuple(filled)

@@ -11,10 +11,11 @@ from typing import Any
 from llava_jax.data import fields
 from llava_jax.data.json_rows import JsonRows
 from llava_jax.data.parquet_rows import ParquetRows, find_parquet
-from llava_jax.data.records import FORMATS, BadRow, Record, check_text, parse_row, turns_key
+from llava_jax.data.records import FORMATS, BadRow, Medium, Record, check_text, parse_row, turns_key
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import parse_json, read_text
+from llava_jax.video import Video
 
 PROBE_ROWS = 100
 """Number of first rows from which the format of a file is detected."""
@@ -72,9 +73,11 @@ class Source:
                 return self.rows.skipped
         return []
 
-    def _resolve(self, image: str | bytes, record: Record) -> str | bytes:
+    def _resolve(self, image: Medium, record: Record) -> Medium:
         if isinstance(image, bytes):
             return image
+        if isinstance(image, Video):
+            return Video(self._resolve(image.path, record))
         full = os.path.normpath(os.path.join(self.image_root, image))
         if not full.startswith(self.image_root.rstrip(os.sep) + os.sep):
             message = f"{record.source}: image {image} is outside the image root {self.image_root}"

@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.data.examples import record_layouts
+from llava_jax.data.examples import lay_out
 from llava_jax.data.fields import ANY_MARK
 from llava_jax.data.records import REASONS, BadRow, Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import UserError
 from llava_jax.images import Layout
-from llava_jax.prepare.image_checks import Problem, check_image
+from llava_jax.prepare.image_checks import Problem, check_medium
 from llava_jax.prepare.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, NoSupervisedTokens, encode_conversation
 from llava_jax.text.templates import IMAGE, Template
 from llava_jax.text.tokenizer import Tokenizer, Tokens
+from llava_jax.video import Video
 
 SUSPECT = {
     "empty_answer": "an answer without text",
@@ -143,11 +144,13 @@ class Checker:
         problems = []
         for number, (image, key) in enumerate(zip(record.images, hashes, strict=True), 1):
             if key not in seen:
-                seen[key] = check_image(image, self.settings)
-            name = f"image {number}" if isinstance(image, bytes) else image.removeprefix(source.image_root + os.sep)
+                seen[key] = check_medium(image, self.settings)
+            path = image.path if isinstance(image, Video) else image
+            name = f"image {number}" if isinstance(path, bytes) else path.removeprefix(source.image_root + os.sep)
             problems += [(kind, f"{name}: {message}") for kind, message in seen[key]]
         try:
-            layouts = record_layouts(record, self.settings.processor, self.settings.exif, self.settings.max_pixels)
+            record, layouts = lay_out(record, self.settings.processor, self.settings.exif, self.settings.max_pixels,
+                                      self.settings.video)
         except BadRow:  # an image that cannot be read, which is in `problems` already
             layouts = ()
         row["tiles"] = min(sum(layout.tiles for layout in layouts), 255)
@@ -241,8 +244,8 @@ def _find_marks(text: str, known: Sequence[str], tokenizer: Tokenizer | None) ->
     return marks
 
 
-def _hash(content: str | bytes) -> int:
+def _hash(content: str | bytes | Video) -> int:
     """Returns a hash of 64 bits, never 0."""
-    if isinstance(content, str):
-        content = content.encode(errors="surrogatepass")
+    if not isinstance(content, bytes):
+        content = str(content).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) or 1

@@ -1,12 +1,14 @@
-"""Finds what is wrong with one image: that it cannot be opened, or that training sees less of it than people do."""
+"""Finds what is wrong with one image or video: it cannot be opened, or training sees less of it than people do."""
 
 import os
 
 from PIL import Image
 
+from llava_jax.data.records import Medium
 from llava_jax.errors import UserError
 from llava_jax.image_files import MAX_PIXELS, MissingImage, open_header, open_image, orientation, read_image
 from llava_jax.prepare.settings import Settings
+from llava_jax.video import Video, decode_frames, sampled_frames
 
 IMAGE_SECONDS = 30.0
 """Maximum seconds to decode one image. Training has no limit, because all hosts must skip the same rows."""
@@ -17,8 +19,23 @@ Problem = tuple[str, str]
 """Kind of a finding, and its message."""
 
 
-def check_image(image: str | bytes, settings: Settings) -> list[Problem]:
-    """Opens an image as training does, and decodes it completely, because that finds a truncated file."""
+def check_medium(medium: Medium, settings: Settings) -> list[Problem]:
+    """Opens an image or a video as training does, and decodes what training decodes of it."""
+    if not isinstance(medium, Video):
+        return _check_image(medium, settings)
+    try:
+        sampled = sampled_frames(medium, settings.video, settings.max_pixels)
+        for _ in decode_frames(medium, sampled.indices, settings.max_pixels):
+            pass
+    except MissingImage:
+        return [("missing_image", "no such video file")]
+    except UserError as error:
+        return [("broken_image", str(error).removeprefix(f"{medium.path}: ").removeprefix("the video "))]
+    return []
+
+
+def _check_image(image: str | bytes, settings: Settings) -> list[Problem]:
+    """Opens an image, and decodes it completely, because that finds a truncated file."""
     content = image if isinstance(image, bytes) else b""
     try:
         content = content or read_image(image, settings.max_pixels)

@@ -42,6 +42,7 @@ def read_rows(numbers: Sequence[int], spec: DataSpec) -> list[PreviewRecord]:
         try:
             row = source.row(index)
             record = source[index]
+            record, _ = spec.lay_out(number)
             example = spec.text(number)
             tiles = spec.tiles(number)
         except BadRow as error:

@@ -18,9 +18,13 @@ from llava_jax.pages import page
 from llava_jax.pages.thumbnails import make_thumbnail
 from llava_jax.prepare.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, conversation_spans, tokenize_spans
+from llava_jax.video import Video, decode_frames, sampled_frames
 
 MAX_ORIGINAL_SIDE, MIN_TILE_SIDE = 144, 224
 """Pixels of the longer side of an original image, and of a tile after it is enlarged."""
+
+MAX_FRAMES = 4
+"""Number of frames shown of a video."""
 
 MAX_VALUE_LENGTH = 20_000
 """Number of characters shown of a value in a stored row. An image in base64 has millions."""
@@ -90,8 +94,9 @@ def _card(record: PreviewRecord, settings: Settings) -> dict[str, Any]:
     images, tokens = [], []
     if record.tiles is not None:
         first_tiles = np.cumsum([0, *(layout.tiles for layout in record.example.layouts)])[:-1]
-        images = [_image(image, tile, settings)
-                  for image, tile in zip(record.record.images, record.tiles[first_tiles], strict=True)]
+        for image, first in zip(record.record.images, first_tiles, strict=True):
+            show = _frames if isinstance(image, Video) else _image
+            images += show(image, record.tiles[first:], settings)
     if record.example:
         tokens = [_token(part, settings) for part in align_tokens(record.record.turns, record.example, settings)]
     return {
@@ -102,19 +107,30 @@ def _card(record: PreviewRecord, settings: Settings) -> dict[str, Any]:
         "row": None if record.row is None else _stored(record.row)}
 
 
-def _image(image: str | bytes, tile: np.ndarray, settings: Settings) -> dict[str, Any]:
-    """Returns the values of an original image and of the tile made from it."""
+def _frames(video: Video, tiles: np.ndarray, settings: Settings) -> list[dict[str, Any]]:
+    """Returns the values of a clip's first sampled frames and of the tiles made from them."""
+    sampled = sampled_frames(video, settings.video, settings.max_pixels)
+    shown = sampled.indices[:MAX_FRAMES]
+    return [_pair(frame, tile, f"frame {index}, {number} of {len(sampled.indices)} of the video", video.path)
+            for number, (index, frame, tile) in
+            enumerate(zip(shown, decode_frames(video, shown, settings.max_pixels), tiles, strict=False), 1)]
+
+
+def _image(image: str | bytes, tiles: np.ndarray, settings: Settings) -> list[dict[str, Any]]:
+    """Returns the values of an original image and of the first tile made from it."""
     original = open_image(image, settings.exif, settings.max_pixels)
     with open_header(image if isinstance(image, bytes) else read_image(image, settings.max_pixels),
                      settings.max_pixels) as file:
         kind, frames = f"{file.format} {file.mode}", 1
         with contextlib.suppress(Exception):  # a later frame may be damaged; only the first one is used
             frames = getattr(file, "n_frames", 1)
-    return {
-        "original": make_thumbnail(original, MAX_ORIGINAL_SIDE), "size": original.size,
-        "kind": kind + (f", first of {frames} frames" if frames > 1 else ""),
-        "tile": make_thumbnail(Image.fromarray(tile), len(tile), MIN_TILE_SIDE),
-        "path": f"embedded, {len(image):,} bytes" if isinstance(image, bytes) else image}
+    return [_pair(original, tiles[0], kind + (f", first of {frames} frames" if frames > 1 else ""),
+                  f"embedded, {len(image):,} bytes" if isinstance(image, bytes) else image)]
+
+
+def _pair(original: Image.Image, tile: np.ndarray, kind: str, path: str) -> dict[str, Any]:
+    return {"original": make_thumbnail(original, MAX_ORIGINAL_SIDE), "size": original.size, "kind": kind, "path": path,
+            "tile": make_thumbnail(Image.fromarray(tile), len(tile), MIN_TILE_SIDE)}
 
 
 def _token(part: TokenText, settings: Settings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from llava_jax.prepare.options import DataOptions, ImageOptions
 from llava_jax.text import agreement, templates
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.video import VideoSampling
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 """Model types of decoders that can be joined; other language models give only their tokenizer."""
@@ -30,7 +31,9 @@ class Settings:
     exif: bool = False
     """Whether images are rotated by their EXIF orientation."""
     max_pixels: int = MAX_PIXELS
-    """Maximum number of pixels of an image."""
+    """Maximum number of pixels of an image or a frame."""
+    video: VideoSampling = VideoSampling()
+    """Frames that are sampled of a video."""
 
     def __post_init__(self):
         if not 1 <= self.max_pixels <= LARGEST_LIMIT:
@@ -81,6 +84,9 @@ class ModelOptions(ImageOptions, DataOptions):
     """Conversation template; default: the model's, or vicuna_v1."""
     max_length: int | None = None
     """Number of tokens of a packed sequence (data.sequence_length of a recipe); default: 2048."""
+    video: VideoSampling = VideoSampling()
+    """Frames that are sampled of a video (data.video of a recipe)."""
 
     def load_settings(self) -> Settings:
-        return dataclasses.replace(Settings.load(self.model, self.template), exif=self.exif, max_pixels=self.max_pixels)
+        return dataclasses.replace(Settings.load(self.model, self.template), exif=self.exif,
+                                   max_pixels=self.max_pixels, video=self.video)

@@ -18,6 +18,7 @@ from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.image_files import MAX_PIXELS, MissingImage, decoding, open_header, open_image, orientation, read_image
 from llava_jax.images import ImageProcessor
+from llava_jax.video import Video
 
 SHOWN_BAD_ROWS = 3
 """Number of bad rows of a shard that its note quotes."""
@@ -134,6 +135,8 @@ class Examples:
         record = source[index]
         read, kept, sizes = [], [], []
         for image in record.images:
+            if isinstance(image, Video):
+                raise BadRow("unsupported", f"{record.source}: pack stores no videos; train on this file as it is")
             try:
                 read.append(image if isinstance(image, bytes) else read_image(image, self.encoding.max_pixels))
             except MissingImage as error:

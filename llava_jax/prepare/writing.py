@@ -9,12 +9,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from llava_jax.data.fields import VIDEOS
 from llava_jax.data.parquet_rows import ParquetRows
 from llava_jax.data.sources import Source
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
 from llava_jax.files import temporary_path
 
+PART_KEYS = ("image", "image_url", "video", "video_url")
+"""Types of parts with an image or a video, which is under a key of the same name, or under url or path."""
 FORMATS = ("json", "jsonl", "parquet")
 ROW_GROUP = 100
 """Number of parquet rows that are read together; Hugging Face uses 100 for rows with images."""
@@ -87,14 +90,14 @@ def is_path(image: str | bytes) -> bool:
 
 
 def map_images(row: Any, change: Callable[[str | bytes], str | bytes]) -> Any:
-    """Returns a copy of a row with `change(image)` for every image, which is a path, a URL or bytes.
+    """Returns a copy of a row with `change(image)` for every image or video, which is a path, a URL or bytes.
 
     The row may be of any format, and may be invalid.
     """
     if not isinstance(row, Mapping):
         return row
     row = dict(row)
-    for key in ("image", "images"):
+    for key in ("image", "images", *VIDEOS):
         if key in row:
             row[key] = _map_value(row[key], change)
     for key in ("messages", "conversations", "conversation"):
@@ -111,12 +114,12 @@ def _map_turn(turn: Any, change: Callable) -> Any:
 
 
 def _map_part(part: Any, change: Callable) -> Any:
-    if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
+    if not isinstance(part, Mapping) or part.get("type") not in PART_KEYS:
         return part
     if isinstance(part.get("base64"), str):  # has priority, as in records.py
         change(f"data:;base64,{part['base64']}")
         return part
-    return {key: _map_value(value, change) if key in ("image_url", "url", "path", "image") else value
+    return {key: _map_value(value, change) if key in (*PART_KEYS, "url", "path") else value
             for key, value in part.items()}
 
 

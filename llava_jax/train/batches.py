@@ -28,7 +28,8 @@ def data_spec(data: config.Data, model: LlavaConfig, tokenizer: Tokenizer, path:
         template=templates.get(data.template or model.template),
         processor=model.with_image_mode(data.image_mode).processor,
         sequence_length=data.sequence_length, tiles_per_sequence=data.tiles_per_sequence,
-        context=model.text.max_length, exif=data.exif, max_pixels=data.max_pixels, bad_rows=data.bad_rows)
+        context=model.text.max_length, exif=data.exif, max_pixels=data.max_pixels, video=data.video,
+        bad_rows=data.bad_rows)
 
 
 def open_batches(context: TrainContext, stage: config.Stage, path: str, **changes) -> Batches:

@@ -78,8 +78,11 @@ def asked(question: str, answer: str = "A ball.") -> dict:
 @pytest.mark.parametrize(
     "row, says",
     [
-        (PLAIN | {"video": "a.mp4"}, "the row has video; only texts and images"),
-        (PLAIN | {"videos": ["a.mp4"]}, "the row has videos"),
+        (PLAIN | {"video_path": "a.mp4"}, "the row has video_path; videos are given by the row's video or videos"),
+        (VIDEO | {"video": b"mp4"}, "video is the content of a video; write it to a file"),
+        (VIDEO | {"video": [["1.jpg", "2.jpg"]]}, "video is a list of frames; put them in a folder"),
+        (VIDEO | {"video": "a.mp4", "video_start": 2.0}, "the row has video_start: a video is read from its start"),
+        (asked([{"type": "video", "video": "a.mp4", "end": 3}]), "part 1 has end: a video is read"),
         (PLAIN | {"audio": {"path": "a.wav"}}, "the row has audio"),
         (PLAIN | {"audios": ["a.wav"]}, "the row has audios"),
         (VIDEO, "turn 1's value has the mark <video>"),
@@ -192,13 +195,13 @@ def test_fields_of_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    rows = [chat({"weight": 0.0}), chat({"weight": 1.0}), chat({"weight": 1.0}) | {"videos": ["a.mp4"], "score": 3}]
+    rows = [chat({"weight": 0.0}), chat({"weight": 1.0}), chat({"weight": 1.0}) | {"audios": ["a.mp3"], "score": 3}]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=pa.schema({
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string(), "weight": pa.float64()})),
-        "videos": pa.list_(pa.string()), "score": pa.int64(),
+        "audios": pa.list_(pa.string()), "score": pa.int64(),
     })), tmp_path / "rows.parquet")  # fmt: skip
     source = open_source(tmp_path / "rows.parquet")
     assert [turn.get("loss") for turn in source[0].turns] == [None, False, None, None]
     assert all("loss" not in turn for turn in source[1].turns)
-    with pytest.raises(BadRow, match="row 3: the row has videos"):
+    with pytest.raises(BadRow, match="row 3: the row has audios"):
         source[2]

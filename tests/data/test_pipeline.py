@@ -261,7 +261,7 @@ def spoil(rows: list[dict], folder: Path) -> dict[str, list[int]]:
         "image_count": {"conversations": [ask, answer]},
         "no_supervised_tokens": {"conversations": [text]},
         "too_long": {"conversations": [text, {"from": "gpt", "value": "word " * 2 * LENGTH}]},
-        "unsupported": {"video": "a.mp4", "conversations": [text, {"from": "gpt", "value": "word"}]},
+        "unsupported": {"audio": "a.mp3", "conversations": [text, {"from": "gpt", "value": "word"}]},
     }
     places = {}
     for number, (reason, row) in enumerate(bad.items()):

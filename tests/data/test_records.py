@@ -11,6 +11,7 @@ from llava_jax.data.records import REASONS, BadRow, Record, parse_row
 from llava_jax.text.encode import encode_conversation, encode_prompt
 from llava_jax.text.templates import read_messages
 from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.video import Video
 
 ASK, ANSWER = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
 TEXT_ONLY = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
@@ -68,6 +69,29 @@ def test_roles_of_other_tools_and_a_system_text():
     assert [t["from"] for t in read] == ["system", "human", "gpt", "human", "gpt"] and read[3]["value"] == "So?"
     row = {"system": "Be brief.", "messages": [{"role": r, "content": "Hello"} for r in ("user", "assistant")]}
     assert parse_row(row, "here").turns == (turn("system", "Be brief."), turn("human"), turn("gpt"))
+
+
+CLIP = Video("a.mp4")
+
+
+@pytest.mark.parametrize("row, question, media", [
+    ({"video": "a.mp4", "conversations": [ASK, ANSWER]}, "<image>\nWhat is it?", (CLIP,)),  # LLaVA-Video
+    ({"video": ["a.mp4"], "conversations": [turn("human", "<video>So?"), ANSWER]}, "<image>So?", (CLIP,)),
+    ({"videos": ["a.mp4", {"path": "b.mp4"}], "images": ["1.jpg"],  # ms-swift
+      "messages": [user("<video><image>So <video>?"), {"role": "assistant", "content": "A <video> tag."}]},
+     "<image><image>So <image>?", (CLIP, "1.jpg", Video("b.mp4"))),
+    ({"messages": [user({"type": "text", "text": "So?"}, {"type": "video", "video": "a.mp4"})]},
+     "So?\n<image>", (CLIP,)),
+    ({"images": ["1.jpg"], "messages": [user({"type": "video_url", "video_url": {"url": "file://a.mp4"}},
+                                             {"type": "image"}, "So?")]}, "<image>\n<image>\nSo?", (CLIP, "1.jpg")),
+    ({"videos": ["a.mp4"], "messages": [user({"type": "video"}, "So?")]}, "<image>\nSo?", (CLIP,)),
+])  # fmt: skip
+def test_a_video_has_a_mark_as_an_image_has(row, question, media):
+    if "messages" in row:
+        row["messages"] = [*row["messages"], {"role": "assistant", "content": "A <video> tag."}][:2]
+    record = parse_row(row, "here")
+    assert record.images == media and record.turns[0]["value"] == question
+    assert record.unknown == () and "<image>" not in record.turns[1]["value"]
 
 
 def test_columns_are_turns_too():
@@ -193,7 +217,11 @@ def test_ms_swift_rows():
         ({"id": 1, "image": "data:,", "conversations": [ASK]}, "broken_image", "has an image of 0 bytes"),
         ({"id": "\ud800", "conversations": TEXT_ONLY}, "malformed", "id has half of a UTF-16 pair"),
         ({"id": 1, "image": "a\0", "conversations": [ASK]}, "malformed", "image has a NUL"),
-        ({"id": 1, "messages": [user({"type": "video"})]}, "unsupported", "part 1: type 'video'"),
+        ({"id": 1, "messages": [user({"type": "video"})]}, "image_count", "0 videos, but 1 times <video>"),
+        ({"id": 1, "video": "a.mp4", "conversations": TEXT_ONLY}, "image_count", "1 videos, but 0 times <video>"),
+        ({"id": 1, "video": "a.mp4", "image": "b.jpg", "conversations": [ASK, ANSWER]}, "image_count", "1 videos, but"),
+        ({"id": 1, "video": "http://a/b.mp4", "conversations": [ASK, ANSWER]}, "malformed", "not on this machine"),
+        ({"id": 1, "video": "a.mp4", "videos": ["b"], "conversations": [ASK, ANSWER]}, "malformed", "video and videos"),
         ({"id": 1, "messages": [user(7)]}, "malformed", "part 1: type None"),
         ({"id": 1, "messages": [user({"type": "text", "text": None})]}, "malformed", "part 1 must be text"),
         ({"id": 1, "messages": [user({"type": "image"})]}, "image_count", "0 images, but 1 times <image>"),
