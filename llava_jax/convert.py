@@ -51,6 +51,11 @@ class Convert:
     """Maximum size of a file of tensors, such as 500MB."""
     base: str | None = None
     """Directory of the decoder to which SRC, a delta of LLaVA v0 or v1-1, is added."""
+    adapter: str | None = None
+    """Directory of adapters of SRC, of PEFT or of the original LLaVA. They stay beside the kernels, in native, peft and
+    original-lora, unless --merge is given."""
+    merge: cli.Flag = False
+    """Whether adapters are added to their kernels."""
     vision: str | None = None
     """Directory of the vision tower: of a join, or of an SRC in the original layout that only names it."""
     language: str | None = None
@@ -67,19 +72,37 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs `python -m llava_jax.convert`. Raises UserError if the options or a checkpoint are invalid."""
     options = cli.parse(Convert, sys.argv[1:] if args is None else args, prog=PROG)
     _check(options)
-    from llava_jax.weights import checkpoint
+    from llava_jax.weights import checkpoint, save_peft
 
     start = time.monotonic()
     target = Path(options.paths[-1])
-    config, parameters, tokenizer_dir = _join(options) if len(options.paths) == 1 else _open(options)
-    save = {"hf": checkpoint.save_hf, "native": checkpoint.save_native}[options.to]
+    config, parameters, tokenizer_dir, trained = _join(options) if len(options.paths) == 1 else _open(options)
+    config, parameters = _merged(options, config, parameters)
     dtype = None if options.dtype == "keep" else options.dtype
-    save(target, config, parameters, tokenizer_dir, dtype=dtype, shard_bytes=_bytes(options.shard_size))
-    files = list(target.glob("*.safetensors"))
+    if options.to in ("peft", "original-lora"):
+        save_peft(target, config, parameters, tokenizer_dir, layout=options.to, trained=trained, dtype=dtype)
+    else:
+        save = {"hf": checkpoint.save_hf, "native": checkpoint.save_native}[options.to]
+        save(target, config, parameters, tokenizer_dir, dtype=dtype, shard_bytes=_bytes(options.shard_size))
+    files = [*target.glob("*.safetensors"), *target.glob("*.bin")]
     size = sum(file.stat().st_size for file in files)
     print(f"{target}: {size / 1e9:.2f} GB in {len(files)} {'file' if len(files) == 1 else 'files'} of tensors, "
           f"{time.monotonic() - start:.0f} s")
     return 0
+
+
+def _merged(options: Convert, config: "LlavaConfig", parameters: "ParameterSource") -> tuple:
+    """Merges the adapters if --merge is given. Raises UserError if they must be and are not, or if there are none."""
+    from llava_jax.weights import peft
+
+    if options.merge and config.lora is None:
+        raise UserError(f"--merge: {options.paths[0]} has no adapters; name them with --adapter")
+    if options.merge:
+        return peft.merge(config, parameters)
+    if config.lora is not None and options.to in ("hf", "original"):
+        raise UserError(f"--to {options.to} has no place for adapters; add --merge, or write them with --to peft or "
+                        "--to original-lora")
+    return config, parameters
 
 
 def _check(options: Convert) -> None:
@@ -94,8 +117,10 @@ def _check(options: Convert) -> None:
         raise UserError(f"give SRC and DST, or --vision, --language and DST (see {PROG} --help)")
     if count == 1 and options.base:
         raise UserError("--base belongs to a delta SRC, not to a join")
-    if options.to not in ("hf", "native"):
+    if options.to in ("original", "original-lora"):
         raise UserError(f"--to {options.to}: not written yet")
+    if count == 1 and (options.adapter or options.to in ("peft", "original-lora")):
+        raise UserError("a join has no adapters: leave out --adapter, and write --to native, hf or original")
     if options.template:
         templates.get(options.template)
 
@@ -105,12 +130,21 @@ def _open(options: Convert) -> tuple:
     from llava_jax.weights import checkpoint
 
     path = Path(options.paths[0])
-    config, parameters = checkpoint.open_checkpoint(path, options.template, vision=options.vision, base=options.base)
+    from llava_jax.train.restore import open_run
+
+    if run := open_run(path):
+        if options.adapter or options.base or options.vision or options.template:
+            raise UserError(f"{path} is a run, which names its base itself; --adapter, --base, --vision and --template "
+                            "belong to other checkpoints")
+        config = run.config.with_image_mode(options.image_mode)
+        return config, run.parameters, Path(run.base), run.trained
+    config, parameters = checkpoint.open_checkpoint(path, options.template, vision=options.vision, base=options.base,
+                                                    adapter=options.adapter)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
     agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True,
                     visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
-    return config.with_image_mode(options.image_mode), parameters, path
+    return config.with_image_mode(options.image_mode), parameters, path, None
 
 
 def _join(options: Convert) -> tuple:
@@ -136,7 +170,7 @@ def _join(options: Convert) -> tuple:
                     visual_tokens=config.processor.features_per_tile, context=text.max_length)
     fresh = {path for path in source.shapes(config) if path.startswith("projector/")}
     projector = source.from_memory(fresh_params(config, fresh, options.seed or 0))
-    return config, source.join(vision_parameters, projector, text_parameters), Path(options.language)
+    return config, source.join(vision_parameters, projector, text_parameters), Path(options.language), None
 
 
 def _bytes(text: str) -> int:

@@ -58,6 +58,8 @@ class Options:
     """Name of the conversation template, if the model's files do not name the one that it was trained with."""
     vision: str | None = None
     """Folder of the vision tower that a LLaVA in the original layout names but does not contain."""
+    adapter: str | None = None
+    """Folder of LoRA adapters for the model, of PEFT or of the original LLaVA."""
     dtype: str | None = None
     """Compute dtype, bfloat16 or float32; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
@@ -79,7 +81,8 @@ def main(args: Sequence[str] | None = None) -> int:
         check_text(text, name)
     from llava_jax import load
 
-    llava = load(options.model, options.dtype, template=options.template, vision=options.vision)
+    llava = load(options.model, options.dtype, template=options.template, vision=options.vision,
+                 adapter=options.adapter)
     if options.prompt is None:
         Chat(llava, options).run()
     elif options.stream:

@@ -57,7 +57,7 @@ def picture(tmp_path_factory):
 @pytest.fixture
 def run(llava, monkeypatch, capsys):
     """Runs the command with the model at hand; returns what it prints."""
-    monkeypatch.setattr(llava_jax, "load", lambda path, dtype, template: llava)
+    monkeypatch.setattr(llava_jax, "load", lambda path, dtype, **_: llava)
 
     def run(*args):
         assert generate.main(["--model", "DIR", "--max-new-tokens", "12", *args]) == 0

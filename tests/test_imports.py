@@ -21,8 +21,9 @@ ALLOWED = {
     "data": MODEL - {"models", "parallel"}, "weights": MODEL,
     "inference": {*MODEL, "weights", "data"}, "endpoint": BASE, "annotations": {*BASE, "data"},
     "pages": {*BASE, "image_files"},
-    **dict.fromkeys(("train", "prepare", "synthesize", "evaluate", "generate", "convert"), NOUNS),
+    **dict.fromkeys(("train", "prepare", "synthesize", "evaluate", "generate"), NOUNS),
     "plan": {*NOUNS, "train"},  # it compiles the very step of `train`
+    "convert": {*NOUNS, "train"},  # it exports checkpoints of a run
 }
 """Room -> the rooms that it may import, besides itself."""
 EXCEPTIONS = {("evaluate/judge/make_bench.py", "synthesize")}  # its questions are synthesised

@@ -333,7 +333,8 @@ def as_messages(messages: Messages, num_images: int) -> list[dict[str, str]]:
 
 
 def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
-         template: str | None = None, attention: str = "auto", vision: str | os.PathLike | None = None) -> Llava:
+         template: str | None = None, attention: str = "auto", vision: str | os.PathLike | None = None,
+         adapter: str | os.PathLike | None = None) -> Llava:
     """Loads a model from a directory of any supported layout, which is detected from its files.
 
     Args:
@@ -343,6 +344,8 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
       template: name of the conversation template, if the model's files do not name the one that it was trained with.
       attention: xla, splash (TPU) or cudnn (GPU), in prefill as in training. auto uses the platform's and reports it.
       vision: folder of the vision tower that a LLaVA in the original layout names but does not contain.
+      adapter: folder of LoRA adapters, of PEFT or of the original LLaVA, which are added unmerged. `path` may then be
+        a decoder alone if the folder has the projector; `vision` is the folder of its vision tower.
 
     Raises UserError that names the file if something is missing, damaged or not supported, for a tokenizer with ids
     beyond the embedding, and for a parameter that the mesh does not divide.
@@ -351,7 +354,7 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype {dtype!r} is neither bfloat16 nor float32")
-    config = read_config(path, template, vision)
+    config = read_config(path, template, vision, adapter)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
     sharding = None
@@ -361,7 +364,8 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
     tokenizer = Tokenizer.load(path)
     agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True,
                     visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
-    config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding, vision=vision)
+    config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding, vision=vision,
+                                         adapter=adapter)
     llava = Llava(config, parameters, tokenizer, dtype, mesh, attention)
     if jax.default_backend() != "cpu":  # where there is a choice
         agreement.say(f"attention {llava.attention}, {dtype}")

@@ -86,6 +86,8 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
     `read` returns the configuration of a checkpoint directory; for a LLaVA its further arguments are the template's
     name and the folder of the vision tower.
     """
+    if model.adapter:
+        return read_config(model.llava or model.language, model.template, model.vision, model.adapter)
     if model.llava:
         checkpoint = read(model.llava, model.template, model.vision or None)
         if not isinstance(checkpoint, LlavaConfig):

@@ -1,6 +1,8 @@
 """Reads and writes checkpoints in the native layout and in Hugging Face's, in files and on devices."""
 
 from llava_jax.weights.checkpoint import check_export, load_checkpoint, load_model, read_config, save_hf, save_native
+from llava_jax.weights.peft_export import save_peft
 from llava_jax.weights.source import fresh_paths
 
-__all__ = ["check_export", "fresh_paths", "load_checkpoint", "load_model", "read_config", "save_hf", "save_native"]
+__all__ = ["check_export", "fresh_paths", "load_checkpoint", "load_model", "read_config", "save_hf", "save_native",
+           "save_peft"]

@@ -16,7 +16,7 @@ import numpy as np
 from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, Parameters, fresh_params
-from llava_jax.weights import configs, files, original, source, tables, tokenizer_files
+from llava_jax.weights import configs, files, original, peft, source, tables, tokenizer_files
 from llava_jax.weights.files import TensorSpec
 from llava_jax.weights.source import Config, ParameterSource
 
@@ -24,15 +24,18 @@ SHARD_BYTES = 5 * 10**9
 """Default largest size of a file of tensors, as in transformers."""
 
 
-def read_config(path: str | Path, template: str | None = None, vision: str | Path | None = None) -> Config:
+def read_config(path: str | Path, template: str | None = None, vision: str | Path | None = None,
+                adapter: str | Path | None = None) -> Config:
     """Reads the configuration of a checkpoint of any layout, and corrects a wrong `tie_word_embeddings`.
 
     `template` replaces a LLaVA's conversation template. `vision` is the folder of the vision tower that an original
-    LLaVA names but does not contain.
+    LLaVA names but does not contain. `adapter` is the folder of an adapter, whose configuration is added.
 
     Some configurations tie embeddings although the files have a separate head, because LLaVA has two flags and one is
     often left at its default. As in transformers, a head in the files is used if it differs from the embedding.
     """
+    if adapter:
+        return open_checkpoint(Path(path), template, vision=vision, adapter=adapter)[0]
     directory = Path(path)
     raw = configs.read_raw(directory)
     if original.is_original(directory, raw):
@@ -57,6 +60,7 @@ def load_checkpoint(
     template: str | None = None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     vision: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Config, Parameters]:
     """Reads a checkpoint directory of any supported layout onto devices.
 
@@ -66,15 +70,15 @@ def load_checkpoint(
         is left out.
       dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them. The files may be
         either, or float16.
-      template, vision: see `read_config`.
+      template, vision, adapter: see `open_checkpoint`.
       sharding: function from a parameter's path and shape to its sharding; the default device if None.
 
     Returns the configuration (LlavaConfig; VisionConfig or LlamaConfig of a part) and the parameters by path. Paths of
     a part start with `vision/` or `decoder/`. The host needs the memory of one stacked parameter.
     Raises UserError if a file is missing, damaged or does not match, or if a value is not finite.
     """
-    config, parameters = open_checkpoint(Path(path), template, vision=vision)
-    return config, _load(path, parameters, dtype, sharding)
+    config, parameters = open_checkpoint(Path(path), template, vision=vision, adapter=adapter)
+    return config, load_source(path, parameters, dtype, sharding)
 
 
 def load_model(
@@ -91,7 +95,6 @@ def load_model(
     """
     shapes = source.shapes(model)
     fresh = source.fresh_paths(sources, shapes)
-    parts = {sources.llava: model} if sources.llava else {sources.vision: model.vision, sources.language: model.text}
     parameters = {}
     if fresh:
         dtype_of = dtype if callable(dtype) else lambda path: dtype
@@ -101,22 +104,77 @@ def load_model(
 
         shardings = sharding and {path: sharding(path, shapes[path]) for path in fresh}
         parameters = jax.jit(initialise, out_shardings=shardings)()
-    for path, part in parts.items():
-        vision = sources.vision if sources.llava else None
-        parameters |= _load(path, _open(Path(path), part, fresh, vision=vision), dtype, sharding)
+    for path, part in _open_parts(sources, model, fresh).items():
+        parameters |= load_source(path, part, dtype, sharding)
     if missing := sorted(shapes.keys() - parameters.keys()):
         raise UserError(f"model.fresh: no checkpoint has {files.shorten(missing)}, and no row names it")
     return parameters
 
 
+def open_model(sources: Model, model: LlavaConfig, seed: int) -> ParameterSource:
+    """Opens the parameters of a recipe's model as `load_model` loads them, but reads no more than headers."""
+    fresh = source.fresh_paths(sources, source.shapes(model))
+    initial = source.from_memory(jax.jit(lambda: fresh_params(model, fresh, seed))())
+    return source.join(initial, *_open_parts(sources, model, fresh).values())
+
+
+def _open_parts(sources: Model, model: LlavaConfig, fresh: Collection[str]) -> dict[str, ParameterSource]:
+    """Opens the checkpoints of a recipe's model, by their paths."""
+    if sources.adapter:
+        base = Path(sources.llava or sources.language)
+        return {sources.adapter: open_checkpoint(base, sources.template, vision=sources.vision,
+                                                 adapter=sources.adapter)[1]}
+    if sources.llava:
+        return {sources.llava: _open(Path(sources.llava), model, fresh, vision=sources.vision or None)}
+    return {sources.vision: _open(Path(sources.vision), model.vision, fresh),
+            sources.language: _open(Path(sources.language), model.text, fresh)}
+
+
 def open_checkpoint(directory: Path, template: str | None = None, *, vision: str | Path | None = None,
-                    base: str | Path | None = None) -> tuple[Config, ParameterSource]:
+                    base: str | Path | None = None,
+                    adapter: str | Path | None = None) -> tuple[Config, ParameterSource]:
     """Opens a checkpoint: its configuration and its parameters, of which only the headers are read.
 
-    `template` and `vision` are those of `read_config`. `base` is the decoder to which a delta is added.
+    `template` and `vision` are those of `read_config`. `base` is the decoder to which a delta is added. `adapter` is
+    the folder of an adapter of PEFT or of the original LLaVA, whose parameters are added unmerged. Its base may be a
+    decoder alone if the folder has the projector and the configuration. The tower is then that of `vision`.
     """
+    if adapter:
+        folder = peft.Adapter(adapter)
+        opened = _open_decoder(directory, folder, template, vision) or open_checkpoint(
+            directory, template, vision=vision, base=base)
+        return peft.attach(folder, *opened, directory)
     config = read_config(directory, template, vision)
     return config, _open(directory, config, vision=vision, base=base)
+
+
+def _open_decoder(directory: Path, adapter: peft.Adapter, template: str | None,
+                  vision: str | Path | None) -> tuple[LlavaConfig, ParameterSource] | None:
+    """Opens the decoder of an adapter, with the tower and the configuration that the adapter's folder names.
+
+    Returns None if `directory` is not a decoder alone.
+    """
+    raw = configs.read_raw(directory)
+    if raw.get("model_type") not in configs.TEXT_MODELS or original.is_original(directory, raw):
+        return None
+    text = read_config(directory)
+    own, file = adapter.directory / "config.json", adapter.directory / peft.NOTE
+    if "config" in adapter.note:
+        config = configs.read_native(adapter.note["config"] | ({"template": template} if template else {}), file)
+        tower = vision
+    elif own.exists() and original.is_original(adapter.directory, raw := files.read_json(own)):
+        config, tower = original.read_config(directory, raw, template, vision), vision or raw["mm_vision_tower"]
+    else:
+        raise UserError(f"{directory} is a decoder alone, and {adapter.directory} has no projector and no config.json "
+                        "of a LLaVA; name a finished LLaVA as base, or the folder from the end of the training")
+    if not tower or not Path(tower).is_dir():
+        raise UserError(f"{directory} is a decoder alone; name the folder of the vision tower"
+                        f"{f' {tower}' if tower else ''} too (--vision, vision= in Python)")
+    tower_config, tower_parameters = open_checkpoint(Path(tower))
+    if tower_config != config.vision:
+        raise UserError(f"{tower} is not the vision tower of {adapter.directory}: its sizes differ")
+    config = dataclasses.replace(config, text=text, lora=None)
+    return config, source.join(tower_parameters, _open(directory, text))
 
 
 def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, vision: str | Path | None = None,
@@ -130,8 +188,9 @@ def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, visio
     return (source.from_native_files if native else source.from_hf_files)(directory, config, fresh)
 
 
-def _load(name: str | Path, parameters: ParameterSource, dtype: str | Callable[[str], str],
-          sharding: Callable | None) -> Parameters:
+def load_source(name: str | Path, parameters: ParameterSource, dtype: str | Callable[[str], str] = "float32",
+                sharding: Callable | None = None) -> Parameters:
+    """Reads parameters onto devices. `name` is that of their checkpoint, for messages; see `load_checkpoint`."""
     dtype_of = dtype if callable(dtype) else lambda path: dtype
     return {path: _to_devices(name, parameters, path, dtype_of(path), sharding) for path in parameters.shapes}
 
@@ -168,7 +227,7 @@ def save_native(
             files.write_json(target / "config.json", configs.native_config(config))
         return files.write(target, [_native_spec(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
 
-    _save(Path(directory), parameters, write)
+    save_directory(Path(directory), parameters, write)
 
 
 def save_hf(
@@ -200,11 +259,12 @@ def save_hf(
         if target:
             tokens = tokenizer_files.export(Path(tokenizer_dir), target, config)
             rows = padded_rows(rows, max(tokens["image"], tokens["pad"]))
-            widest = max((_dtype(parameters, path, dtype) for path in parameters.shapes), key=lambda d: d.itemsize)
-            files.write_json(target / "config.json", configs.hf_config(config, tokens, rows, widest.name))
+            dtypes = [stored_dtype(parameters, path, dtype) for path in parameters.shapes]
+            widest = max(dtypes, key=lambda dtype: dtype.itemsize).name
+            files.write_json(target / "config.json", configs.hf_config(config, tokens, rows, widest))
         return files.write(target, _hf_specs(parameters, rows, dtype), shard_bytes)
 
-    _save(Path(directory), parameters, write)
+    save_directory(Path(directory), parameters, write)
 
 
 def check_export(config: LlavaConfig, tokenizer_dir: str | Path) -> None:
@@ -219,8 +279,12 @@ def padded_rows(rows: int, largest_id: int) -> int:
     return rows if largest_id < rows else -(-(largest_id + 1) // 64) * 64
 
 
-def _save(directory: Path, parameters: Parameters | ParameterSource,
-          write: Callable[[Path | None, ParameterSource], files.NotFinite]) -> None:
+def save_directory(directory: Path, parameters: Parameters | ParameterSource,
+                   write: Callable[[Path | None, ParameterSource], files.NotFinite]) -> None:
+    """Calls `write` with a temporary directory that becomes `directory`. All processes call it; the first one writes.
+
+    The others call `write` with None, to gather the parameters. Raises UserError if a value is not finite.
+    """
     if not isinstance(parameters, ParameterSource):
         parameters = source.from_memory(parameters)
     if jax.process_index() == 0:
@@ -244,7 +308,7 @@ def _native_spec(parameters: ParameterSource, path: str, dtype: str | None) -> T
     def blocks() -> Iterator[np.ndarray]:
         return (parameters.read(path, layer) for layer in layers)
 
-    return TensorSpec(path, _dtype(parameters, path, dtype), shape, blocks)
+    return TensorSpec(path, stored_dtype(parameters, path, dtype), shape, blocks)
 
 
 def _hf_specs(parameters: ParameterSource, rows: int, dtype: str | None) -> list[TensorSpec]:
@@ -261,8 +325,8 @@ def _hf_specs(parameters: ParameterSource, rows: int, dtype: str | None) -> list
                 yield np.broadcast_to(_mean_row(x), (new_rows, x.shape[1]))
 
         padded_shape = (shape[0] + new_rows, *shape[1:])
-        specs.append(TensorSpec(name, _dtype(parameters, mapping.path, dtype), padded_shape, blocks))
-    projector = _dtype(parameters, "projector/layers_0/kernel", dtype)
+        specs.append(TensorSpec(name, stored_dtype(parameters, mapping.path, dtype), padded_shape, blocks))
+    projector = stored_dtype(parameters, "projector/layers_0/kernel", dtype)
     for name, x in source.second_linear(parameters.shapes, projector).items():
         specs.append(TensorSpec(name, projector, x.shape, lambda x=x: [x]))
     return specs
@@ -274,5 +338,6 @@ def _mean_row(x: np.ndarray) -> np.ndarray:
     return (total / len(x)).astype(x.dtype)
 
 
-def _dtype(parameters: ParameterSource, path: str, dtype: str | None) -> np.dtype:
+def stored_dtype(parameters: ParameterSource, path: str, dtype: str | None) -> np.dtype:
+    """Returns the dtype in which a parameter is written: its own if `dtype` is None."""
     return parameters.dtypes[path] if dtype is None else np.dtype(jnp.dtype(dtype))

@@ -57,7 +57,7 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     raw, file = read_raw(directory), directory / "config.json"
     kind = raw.get("model_type")
     if kind == MODEL_TYPE:
-        return _read_native(raw | ({"template": template} if template else {}), file)
+        return read_native(raw | ({"template": template} if template else {}), file)
     kinds = ("llava", "clip", "siglip", *TOWERS, *TEXT_MODELS)
     if kind not in kinds:
         raise UserError(f"{file}: model_type {kind!r} is not supported; {', '.join(kinds)} and {MODEL_TYPE} are")
@@ -240,7 +240,8 @@ def _is_close(given: Any, value: float) -> bool:
     return isinstance(given, bool | int | float) and 0.999 * value <= given <= 1.001 * value
 
 
-def _read_native(raw: dict, file: Path) -> LlavaConfig:
+def read_native(raw: dict, file: Path) -> LlavaConfig:
+    """Reads a configuration of the native layout. `file` is where it is, for messages."""
     if raw.get("version") == 1:
         raise UserError(f"{file}: version 1 of the {MODEL_TYPE} layout has parameter and field names of an earlier "
                         "version; convert the model again from its hf layout (python -m llava_jax.convert)")

@@ -111,8 +111,8 @@ def _is_inside(directory: Path, name: Any, index: Path) -> bool:
 def other_format(directory: Path) -> str:
     """Describes which other format a directory contains and how to convert it; "" if the format is unknown."""
     if (directory / "adapter_config.json").exists():
-        return (f"{directory}: a LoRA (PEFT) adapter, which contains changes to another model; merge it into that one "
-                "with PEFT's merge_and_unload, save_pretrained the result, and name its directory")
+        return (f"{directory}: LoRA adapters (PEFT), which change another model; name that model, and this folder by "
+                "--adapter (adapter= in Python, model.adapter in a recipe)")
     if any(directory.glob("*.gguf")):
         return f"{directory}: a GGUF model, llama.cpp's format, is not read; take the model's safetensors"
     if (directory / "mm_projector.bin").exists():
@@ -185,8 +185,9 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: int) -> NotFinite:
-    """Writes `model.safetensors`, or an index and numbered files of at most `shard_bytes` (or one tensor).
+def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: float = math.inf,
+          single: str = SINGLE) -> NotFinite:
+    """Writes the file `single`, or an index and numbered files of at most `shard_bytes` (or one tensor).
 
     It needs the memory of one block. With `directory` None it computes every block and writes nothing: processes that
     share the parameters must all gather them. Returns the tensors that were not finite.
@@ -196,13 +197,13 @@ def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: in
     weight_map, not_finite = {}, NotFinite([], [])
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal only
         for i, shard in enumerate(shards, 1):
-            name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
+            name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else single
             weight_map |= {tensor.name: name for tensor in shard}
             with open(directory / name, "wb") if directory else contextlib.nullcontext() as file:
                 if file:
                     file.write(_make_header(shard))
                 for tensor in shard:
-                    written = sum(_write_block(file, block, tensor, not_finite) for block in tensor.blocks())
+                    written = sum(write_block(file, block, tensor, not_finite) for block in tensor.blocks())
                     assert written == math.prod(tensor.shape), f"{tensor.name}: {written} elements for {tensor.shape}"
                     bar.update(tensor.nbytes)
     if directory and len(shards) > 1:
@@ -211,7 +212,7 @@ def write(directory: Path | None, tensors: Sequence[TensorSpec], shard_bytes: in
     return not_finite
 
 
-def _shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+def _shards(tensors: Sequence[TensorSpec], shard_bytes: float) -> list[list[TensorSpec]]:
     shards, free_bytes = [[]], shard_bytes
     for tensor in tensors:
         if tensor.nbytes > free_bytes and shards[-1]:
@@ -233,7 +234,8 @@ def _make_header(tensors: Sequence[TensorSpec]) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def _write_block(file: BinaryIO | None, block: np.ndarray, tensor: TensorSpec, not_finite: NotFinite) -> int:
+def write_block(file: BinaryIO | None, block: np.ndarray, tensor: TensorSpec, not_finite: NotFinite) -> int:
+    """Writes a block of a tensor in the tensor's dtype, unless `file` is None. Returns its number of elements."""
     # A transposed view becomes contiguous, and its dtype changes, a few rows at a time, which saves memory.
     rows = max(1, WRITE_BYTES // max(1, block[0].size * tensor.dtype.itemsize))
     for start in range(0, len(block) if file else 0, rows):

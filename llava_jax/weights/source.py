@@ -48,6 +48,8 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 def fresh_paths(model: Model, paths: Collection[str]) -> set[str]:
     """Returns the paths that a recipe initialises. Raises UserError if an expression matches no parameter."""
+    if model.adapter:
+        return set()
     adapters = {path for path in paths if lora.is_adapter(path)} if model.lora else set()
     if model.fresh is None:
         joined = {path for path in paths if re.match("projector/|image_newline$", path)}
@@ -161,6 +163,12 @@ def join(*sources: ParameterSource) -> ParameterSource:
     return ParameterSource({path: source.shapes[path] for path, source in owner.items()},
                            {path: source.dtypes[path] for path, source in owner.items()},
                            lambda path, layer: owner[path].read(path, layer))
+
+
+def replace(base: ParameterSource, other: ParameterSource) -> ParameterSource:
+    """Replaces parameters of `base` by those of `other`, which has the same shapes for them."""
+    return ParameterSource(base.shapes, {**base.dtypes, **other.dtypes},
+                           lambda path, layer: (other if path in other.shapes else base).read(path, layer))
 
 
 def second_linear(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, np.ndarray]:

@@ -113,7 +113,7 @@ def test_broken_files_are_one_clear_line(sharded, spoil, message):
     ("pytorch_model-00001-of-00002.bin", "has torch files, but neither pytorch_model.bin nor"),
     ("mm_projector.bin", "a projector alone, trained in stage 1; name it as model.projector_weights"),
     ("model-Q4_K.gguf", "a GGUF model, llama.cpp's format, is not read; take the model's safetensors"),
-    ("adapter_config.json", r"a LoRA \(PEFT\) adapter.*merge_and_unload"),
+    ("adapter_config.json", r"LoRA adapters \(PEFT\).*--adapter"),
     ("model/config.json", "no model, but one is in .*/model$"),
     ("snapshots/4d7a/config.json", "no model, but one is in .*/snapshots/4d7a$"),
     ("notes.txt", "config.json: no such file, so this is not the directory of a model"),

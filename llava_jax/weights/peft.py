@@ -1,0 +1,418 @@
+"""Reads LoRA adapters of PEFT, and of the original LLaVA, as parameters beside those of a base model.
+
+A PEFT folder has adapter_config.json and adapter_model.safetensors (or .bin). The original LLaVA adds
+non_lora_trainables.bin, whose parameters were trained in full, and its config.json. Sources: PEFT 0.21
+(utils/save_and_load.py, tuners/tuners_utils.py) and LLaVA (model/builder.py).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llava_jax.config import Lora
+from llava_jax.errors import UserError
+from llava_jax.files import matches_schema, read_json, show_json
+from llava_jax.models import lora
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.weights import fields, files, source, tables
+from llava_jax.weights.fields import FLAG, Field
+from llava_jax.weights.source import ParameterSource
+from llava_jax.weights.tables import Shape
+
+CONFIG, TENSORS, FULL = "adapter_config.json", "adapter_model", "non_lora_trainables.bin"
+NOTE = "llava_jax.json"
+"""File of an adapter's folder with its base and the model's configuration. PEFT ignores it."""
+
+READ = {
+    "peft_type": fields.TEXT, "r": Field(int, 1, 2**14), "lora_alpha": Field(float, 1e-6, 1e6),
+    "lora_dropout": Field(float, 0, 0.999), "use_rslora": FLAG, "rank_pattern": Field(dict, null=True),
+    "alpha_pattern": Field(dict, null=True),
+}
+"""Fields of adapter_config.json whose types are checked."""
+
+NO_EFFECT = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+             "megatron_core", "qalora_group_size", "eva_config", "target_modules", "exclude_modules", "modules_to_save",
+             "layers_to_transform", "layers_pattern")
+"""Fields that are read elsewhere or do not change what the adapter computes."""
+
+INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base as it is. pissa, olora, corda, loftq and lora_ga change it."""
+
+# Prefixes of the decoder's layers, the vision tower's encoder and the projector in a model that PEFT wraps.
+SPELLINGS = {
+    "peft": ("model.language_model.", "model.vision_tower.", "model."),  # transformers 5.6 and later
+    "transformers 4.52": ("model.language_model.", "model.vision_tower.vision_model.", "model."),
+    "transformers 4.51": ("language_model.model.", "vision_tower.vision_model.", ""),
+    "original-lora": ("model.", "model.vision_tower.vision_tower.vision_model.", "model."),
+    "decoder alone": ("", None, None),
+}
+
+SAMPLES = 32
+"""Number of values of a kernel in a fingerprint."""
+TOLERANCE = 2.0**-7
+"""Relative difference of two values that rounding to bfloat16, once or twice, may cause."""
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map that may have an adapter: its parameter path without `/kernel`, its layer, and its sizes."""
+
+    path: str
+    layer: int | None
+    inputs: int
+    outputs: int
+
+
+def linear_maps(shapes: Mapping[str, Shape], spelling: str) -> dict[str, LinearMap]:
+    """Returns the linear maps of a model with these parameters by their module names in a spelling."""
+    kernels = {path: shape for path, shape in shapes.items()
+               if path.endswith("/kernel") and lora.TAKES_ADAPTER.fullmatch(path.removesuffix("/kernel"))}
+    decoder, vision, projector = SPELLINGS[spelling]
+    maps = {}
+    for part, hf_prefix, prefix in (("decoder", tables.LANGUAGE, decoder), ("vision", tables.VISION, vision)):
+        own = {path: shape for path, shape in kernels.items() if path.startswith(f"{part}/") and prefix is not None}
+        for name, mapping in tables.tensor_mappings(own).items():
+            outputs, inputs = mapping.hf_shape
+            maps[prefix + name.removeprefix(hf_prefix).removesuffix(".weight")] = LinearMap(
+                mapping.path.removesuffix("/kernel"), mapping.layer, inputs, outputs)
+    for path, shape in kernels.items():
+        if path.startswith("projector/") and projector is not None:
+            module = projector + _projector_module(path, shapes, spelling)
+            maps[module] = LinearMap(path.removesuffix("/kernel"), None, *shape)
+    return maps
+
+
+def _projector_module(path: str, shapes: Mapping[str, Shape], spelling: str) -> str:
+    index = int(re.match(r"projector/layers_(\d+)", path)[1])
+    if spelling != "original-lora":
+        return f"{tables.PROJECTOR}linear_{index + 1}"
+    return f"mm_projector.{2 * index}" if "projector/layers_1/kernel" in shapes else "mm_projector"
+
+
+def full_mappings(shapes: Mapping[str, Shape], layout: str) -> dict[str, tables.TensorMapping]:
+    """Maps the names of tensors that are saved in full to parameters. `layout`: peft or original-lora."""
+    mappings = tables.tensor_mappings({path: shape for path, shape in shapes.items()
+                                       if path.startswith(("vision/", "decoder/"))})
+    if "image_newline" in shapes:
+        mappings["image_newline"] = tables.TensorMapping("image_newline", None, shapes["image_newline"], tables.VECTOR)
+    for path, shape in shapes.items():
+        if path.startswith("projector/"):
+            kind, transform = ("weight", tables.FROM_HIDDEN) if path.endswith("/kernel") else ("bias", tables.VECTOR)
+            mappings[f"{_projector_module(path, shapes, layout)}.{kind}"] = tables.TensorMapping(
+                path, None, shape, transform)
+    return mappings
+
+
+class Adapter:
+    """The folder of an adapter, of which only small files and headers are read.
+
+    Attributes:
+      directory: path of the folder.
+      settings: adapter_config.json.
+      note: content of NOTE, {} without it.
+
+    Raises UserError for a field that is unknown or changes the result in a way that is not supported.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.file = self.directory / CONFIG
+        if not self.file.exists():
+            raise UserError(f"{self.file}: no such file, so {self.directory} is not the folder of an adapter")
+        self.settings = read_json(self.file)
+        checked = fields.check_fields(self.file, self.settings, READ)
+        if checked.get("peft_type") != "LORA":
+            raise UserError(f"{self.file}: peft_type is {show_json(checked.get('peft_type'))}; supported: LORA")
+        for name, value in self.settings.items():
+            if name == "init_lora_weights":
+                if value not in INITS:
+                    raise UserError(f"{self.file}: init_lora_weights is {show_json(value)}, which changes the base "
+                                    "model; convert the adapter to an ordinary LoRA with PEFT "
+                                    "(save_pretrained with path_initial_model_for_weight_conversion)")
+            elif name not in READ and name not in NO_EFFECT and value not in (None, False, "none", "", {}, []):
+                raise UserError(f"{self.file}: {name} is {show_json(value)}, which is not supported; merge the adapter "
+                                "with PEFT's merge_and_unload, and use the merged model")
+        file = self.directory / NOTE
+        self.note = read_json(file) if file.exists() else {}
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """Tensors of adapter_model and non_lora_trainables by their names without PEFT's prefix."""
+        candidates = [self.directory / f"{TENSORS}.{kind}" for kind in ("safetensors", "bin")]
+        stored = next((file for file in candidates if file.exists()), None)
+        if stored is None:
+            raise UserError(f"{candidates[0]}: no such file, nor {candidates[1].name}; download the folder again")
+        tensors = {re.sub(r"^base_model\.(model\.)?", "", name): tensor
+                   for name, tensor in files.tensors_in_file(stored).items()}
+        if (self.directory / FULL).exists():
+            full = {name.removeprefix("base_model."): tensor
+                    for name, tensor in files.tensors_in_file(self.directory / FULL).items()}
+            # LLaVA's rule: files of wrapped models have one more `model.` than files of bare ones.
+            twice = any(name.startswith("model.model.") for name in full)
+            tensors |= {name.removeprefix("model.") if twice else name: tensor for name, tensor in full.items()}
+        return tensors
+
+    @property
+    def pairs(self) -> dict[str, dict[str, Any]]:
+        """The tensors A and B of each module."""
+        pairs: dict[str, dict[str, Any]] = {}
+        for name, tensor in self.tensors.items():
+            if match := re.fullmatch(r"(.*)\.lora_([AB])\.weight", name):
+                pairs.setdefault(match[1], {})[match[2]] = tensor
+        return pairs
+
+    def full(self, shapes: Mapping[str, Shape]) -> dict[tuple[str, int | None], tuple[Any, tables.TensorMapping]]:
+        """Returns tensors that replace whole parameters, by path and layer. Raises UserError for unknown tensors."""
+        mappings = full_mappings(shapes, "peft") | full_mappings(shapes, "original-lora")
+        found, unknown = {}, []
+        identity = source.second_linear(shapes, np.dtype(np.float32))
+        for name, tensor in self.tensors.items():
+            if re.fullmatch(r".*\.lora_[AB]\.weight", name):
+                continue
+            name = _canonical(name)
+            if name in identity and np.array_equal(tensor.read().astype(np.float32), identity[name]):
+                continue
+            mapping = mappings.get(name)
+            if mapping is None:
+                unknown.append(name)
+            elif tensor.shape != mapping.hf_shape:
+                raise UserError(f"{self.directory}: {name} is {list(tensor.shape)}, but the base model's is "
+                                f"{list(mapping.hf_shape)}; name the base that the adapter was trained on")
+            else:
+                found[mapping.path, mapping.layer] = tensor, mapping
+        if unknown:
+            raise UserError(f"{self.directory}: left over: {files.shorten(unknown)}; the base model has no such "
+                            "parameters")
+        saved = self.settings.get("modules_to_save") or []
+        names = [_canonical(name) for name in self.tensors]
+        if missing := [module for module in saved if not any(f".{module}." in f".{name}" for name in names)]:
+            raise UserError(f"{self.directory}: no tensor of {missing[0]}, which modules_to_save names; the folder is "
+                            "incomplete")
+        return found
+
+
+def _canonical(name: str) -> str:
+    """Returns the name of a parameter that was trained in full, in the hf layout or as the original projector's."""
+    name = re.sub(r"^(model\.)?vision_tower\.vision_tower\.", "vision_tower.", name)
+    return tables.hf_name(re.sub(r"^(model\.)?(?=(mm_projector|image_newline)\b)", "", name))
+
+
+def attach(adapter: Adapter, config: LlavaConfig, base: ParameterSource,
+           name: str | Path) -> tuple[LlavaConfig, ParameterSource]:
+    """Adds an adapter to the parameters of its base model. `name` is the base's, for messages.
+
+    Returns the configuration with `lora`, and the base's parameters with those of the adapter. Parameters that the
+    adapter's training changed in full replace the base's. The base may lack those.
+
+    Raises UserError if the base is another model than the adapter's (`fingerprint`), if a pair of tensors is missing,
+    left over or of another shape, or if the pairs are not those that the adapter's settings name.
+    """
+    if config.lora is not None:
+        raise UserError(f"{name} has adapters itself; merge them first (python -m llava_jax.convert --merge)")
+    shapes = source.shapes(config)
+    full = adapter.full(shapes)
+    check_base(adapter, base, {path for path, _ in full}, name)
+    targets = _targets(adapter, shapes)
+    paths = {target.path for target, _, _ in targets.values()}
+    settings = adapter.settings
+    usual = {path.removesuffix("/kernel") for path in shapes
+             if re.fullmatch(Lora().targets[0], path.removesuffix("/kernel"))}
+    added = Lora(max(rank for _, rank, _ in targets.values()), float(settings.get("lora_alpha", 8)),
+                float(settings.get("lora_dropout", 0)), Lora().targets if paths == usual else tuple(sorted(paths)),
+                settings.get("use_rslora", False))
+    config = dataclasses.replace(config, lora=added)
+    factors = _factors(adapter, targets, added)
+    expected = source.shapes(config)
+    missing = sorted(expected.keys() - base.shapes.keys() - factors.keys() - {path for path, _ in full})
+    if missing:
+        hint = "" if (adapter.directory / FULL).exists() else f" (the folder has no {FULL})"
+        raise UserError(f"{adapter.directory}{hint} and {name} lack {files.shorten(missing, 3)}; name a finished LLaVA "
+                        "as base, or the adapter's folder from the end of its training")
+    dtypes = {path: base.dtypes[path] for path in expected if path in base.dtypes}
+    for path in {path for path, _ in full}:
+        kinds = {tensor.dtype for (other, _), (tensor, _) in full.items() if other == path}
+        dtypes[path] = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    dtypes |= {path: dtype for path, (dtype, _) in factors.items()}
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        if path in factors:
+            return factors[path][1](layer)
+        if (path, layer) in full:
+            tensor, mapping = full[path, layer]
+            return mapping.transform.from_hf(tensor.read(), mapping.shape)
+        return base.read(path, layer)
+
+    return config, ParameterSource(expected, dtypes, read)
+
+
+def _targets(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, tuple[LinearMap, int, float]]:
+    """Returns linear map, rank and scale of every adapted module. Raises UserError if pairs and settings differ."""
+    pairs, settings, where = adapter.pairs, adapter.settings, adapter.directory
+    spellings = {name: linear_maps(shapes, name) for name in SPELLINGS}
+    spelling = max(spellings, key=lambda name: len(spellings[name].keys() & pairs.keys()))
+    maps = spellings[spelling]
+    unused = {module for module in pairs if tables.IGNORED.fullmatch(tables.hf_name(f"{module}.weight"))}
+    if unknown := sorted(pairs.keys() - maps.keys() - unused):
+        raise UserError(f"{where}: adapters of {files.shorten(unknown, 3)}, which the base model does not have or "
+                        "which takes no adapter here; name the base that the adapter was trained on")
+    if spelling in ("original-lora", "decoder alone"):  # PEFT wrapped a part of the model
+        parts = {maps[module].path.split("/")[0] for module in pairs}
+        maps = {module: linear for module, linear in maps.items() if linear.path.split("/")[0] in parts}
+    wanted = {module for module in maps if _is_target(adapter, module)}
+    absent, extra = wanted - pairs.keys(), pairs.keys() - wanted - unused
+    for problem, modules in (("no adapters of", absent), ("adapters of", extra)):
+        if modules:
+            raise UserError(f"{where}: {problem} {files.shorten(sorted(modules), 3)}, unlike target_modules in {CONFIG}"
+                            " says; the folder is incomplete, or its files are of different adapters")
+    if not wanted:
+        raise UserError(f"{where}: no tensor lora_A or lora_B")
+    targets = {}
+    for module in sorted(wanted):
+        rank = _by_pattern(adapter, "rank_pattern", module, settings.get("r", 8))
+        alpha = _by_pattern(adapter, "alpha_pattern", module, settings.get("lora_alpha", 8))
+        linear, pair = maps[module], pairs[module]
+        for half, shape in (("A", (rank, linear.inputs)), ("B", (linear.outputs, rank))):
+            if half not in pair:
+                raise UserError(f"{where}: {module}.lora_{half}.weight is missing; download the folder again")
+            if pair[half].shape != shape:
+                raise UserError(f"{where}: {module}.lora_{half}.weight is {list(pair[half].shape)} instead of "
+                                f"{list(shape)}; name the base that the adapter was trained on")
+        targets[module] = linear, rank, Lora(rank, alpha, rslora=settings.get("use_rslora", False)).scale
+    return targets
+
+
+def _is_target(adapter: Adapter, module: str) -> bool:
+    """Returns whether PEFT adapts a module, by the rules of its `check_target_module_exists`."""
+    target, exclude, layers = (adapter.settings.get(name) for name in
+                               ("target_modules", "exclude_modules", "layers_to_transform"))
+    for name, value in (("target_modules", target), ("exclude_modules", exclude or "-")):
+        if not matches_schema(value, str) and not matches_schema(value, [str]):
+            raise UserError(f"{adapter.file}: {name} is {show_json(value)}; it must be a text or a list of texts")
+    try:
+        if exclude and _matches(exclude, module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in adapter.settings.get("modules_to_save") or []):
+            return False
+        if isinstance(target, str):
+            return target.lower() == "all-linear" or _matches(target, module)
+        if not _matches(target, module) or layers is None or layers == []:
+            return _matches(target, module)
+        patterns = adapter.settings.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+                return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+        return False
+    except (re.error, TypeError) as error:
+        raise UserError(f"{adapter.file}: target_modules or its companions are invalid ({error})") from None
+
+
+def _matches(names: str | list[str], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _by_pattern(adapter: Adapter, field: str, module: str, default: Any) -> Any:
+    """Returns the rank or alpha of a module, as PEFT's `get_pattern_key` chooses it."""
+    limits = READ["r" if field == "rank_pattern" else "lora_alpha"]
+    for pattern, value in (adapter.settings.get(field) or {}).items():
+        if not limits.accepts(value):
+            raise UserError(f"{adapter.file}: {field} has {show_json(value)}; it must be {limits}")
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _factors(adapter: Adapter, targets: dict[str, tuple[LinearMap, int, float]], added: Lora
+             ) -> dict[str, tuple[np.dtype, Callable[[int | None], np.ndarray]]]:
+    """Returns dtype and reader of every parameter `lora_a` and `lora_b`.
+
+    Zeros fill a layer without adapter, and the columns of a smaller rank. They stay zero in training, because the
+    gradient of a zero column is zero if its row is. A scale of its own is multiplied into `lora_b`.
+    """
+    pairs = adapter.pairs
+    modules = {(linear.path, linear.layer): module for module, (linear, _, _) in targets.items()}
+    scales = {scale for _, _, scale in targets.values()}
+    factors = {}
+    for linear, _, _ in targets.values():
+        kinds = {pairs[module][half].dtype for (path, _), module in modules.items() if path == linear.path
+                 for half in "AB"}
+        dtype = kinds.pop() if len(kinds) == 1 and scales == {added.scale} else np.dtype(np.float32)
+
+        def lora_a(layer: int | None, linear: LinearMap = linear, dtype: np.dtype = dtype) -> np.ndarray:
+            a = np.zeros((linear.inputs, added.rank), dtype)
+            if module := modules.get((linear.path, layer)):
+                a[:, : targets[module][1]] = pairs[module]["A"].read().T
+            return a
+
+        def lora_b(layer: int | None, linear: LinearMap = linear, dtype: np.dtype = dtype) -> np.ndarray:
+            b = np.zeros((added.rank, linear.outputs), dtype)
+            if module := modules.get((linear.path, layer)):
+                _, rank, scale = targets[module]
+                value = pairs[module]["B"].read().T
+                b[:rank] = value if scale == added.scale else value.astype(np.float32) * (scale / added.scale)
+            return b
+
+        factors[f"{linear.path}/adapter/lora_a"] = dtype, lora_a
+        factors[f"{linear.path}/adapter/lora_b"] = dtype, lora_b
+    return factors
+
+
+def fingerprint(parameters: ParameterSource) -> dict[str, list[float]]:
+    """Returns values of some kernels of a base model, by path and layer, to recognise it by.
+
+    They are SAMPLES evenly spaced values, rounded to bfloat16, of the q_proj and down_proj kernels of the first and the
+    last layer of the decoder and the vision tower. So they do not depend on the layout, and by TOLERANCE not on the
+    dtype. A vocabulary may be padded.
+    """
+    samples = {}
+    for part in ("decoder", "vision"):
+        for kernel in ("attention/q_proj", "mlp/down_proj"):
+            path = f"{part}/layers/{kernel}/kernel"
+            for layer in sorted({0, parameters.shapes[path][0] - 1}) if path in parameters.shapes else ():
+                x = parameters.read(path, layer).reshape(-1)
+                values = x[np.linspace(0, x.size - 1, SAMPLES).astype(int)]
+                samples[f"{path}/{layer}"] = values.astype(ml_dtypes.bfloat16).astype(float).tolist()
+    return samples
+
+
+def check_base(adapter: Adapter, base: ParameterSource, trained: set[str], name: str | Path) -> None:
+    """Raises UserError if the base is not the one whose fingerprint the adapter's folder stores.
+
+    `trained`: parameters that the adapter replaces, which are not compared. Folders of other programs have none.
+    """
+    stored = adapter.note.get("fingerprint")
+    if stored is None:
+        return
+    actual = fingerprint(base)
+    same = isinstance(stored, dict) and all(
+        key.rpartition("/")[0] in trained or matches_schema(values, [float]) and
+        len(actual.get(key, [])) == len(values) and
+        all(math.isclose(x, y, rel_tol=TOLERANCE, abs_tol=1e-6) for x, y in zip(values, actual[key], strict=True))
+        for key, values in stored.items())
+    if not same:
+        raise UserError(f"{adapter.directory}: trained on another model than {name} (their kernels differ); name its "
+                        f"base, which was {show_json(adapter.note.get('base'))}")
+
+
+def merge(config: LlavaConfig, parameters: ParameterSource) -> tuple[LlavaConfig, ParameterSource]:
+    """Merges the adapters of a model into its kernels when they are read: K + scale * lora_a @ lora_b, in float32."""
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        x, factor = parameters.read(path, layer), path.removesuffix("kernel") + "adapter/lora_"
+        if f"{factor}a" not in parameters.shapes or not path.endswith("/kernel"):
+            return x
+        a, b = (parameters.read(factor + half, layer).astype(np.float32) for half in "ab")
+        return x.astype(np.float32) + config.lora.scale * (a @ b).reshape(x.shape)
+
+    kept = {path: shape for path, shape in parameters.shapes.items() if not lora.is_adapter(path)}
+    return (dataclasses.replace(config, lora=None),
+            ParameterSource(kept, {path: parameters.dtypes[path] for path in kept}, read))

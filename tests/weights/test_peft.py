@@ -1,0 +1,164 @@
+"""Adapters in files: PEFT's and the original LLaVA's against PEFT and torch, on random models."""
+
+import copy
+import dataclasses
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+
+import llava_jax
+from llava_jax.config import Lora
+from llava_jax.inference.llava import Llava
+from llava_jax.text.encode import IMAGE_TOKEN_ID
+from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.weights import checkpoint, load_checkpoint, save_peft, source
+from llava_jax.weights import peft as adapters
+
+DECODER = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
+IMAGE = 1990
+"""Id of the image token in transformers' model."""
+
+
+def adapted(model, **settings):
+    """The model wrapped by PEFT, with random adapters and, in `modules_to_save`, other weights."""
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**{"r": 4, "lora_alpha": 12} | settings))
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                weight.normal_(std=0.2)
+    return wrapped.eval()
+
+
+def torch_logits(model, tokens, images):
+    ids = torch.tensor(tokens.copy()).long()
+    ids[ids == IMAGE_TOKEN_ID] = IMAGE
+    with torch.no_grad():
+        return model(input_ids=ids, pixel_values=torch.tensor(images).permute(0, 3, 1, 2)).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def base(hf_model):
+    model = copy.deepcopy(hf_model)
+    model.config.image_token_id = IMAGE
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 1900, (2, 24)).astype(np.int32)
+    tokens[:, 5:9] = IMAGE_TOKEN_ID
+    return tokens, rng.normal(size=(2, 28, 28, 3)).astype(np.float32)
+
+
+def assert_same_logits(llava, model, inputs):
+    expected = torch_logits(model, *inputs)
+    actual = np.asarray(llava.model(inputs[0], inputs[1][:, None]))
+    assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
+
+
+def assert_merges_to(hf_dir, adapter, model, tmp_path):
+    """Merged parameters are those of a model whose adapters PEFT merges."""
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    shutil.copy(hf_dir / "tokenizer.model", tmp_path / "merged")
+    expected = load_checkpoint(tmp_path / "merged", template="vicuna_v1")[1]
+    config, parameters = adapters.merge(*checkpoint.open_checkpoint(hf_dir, "vicuna_v1", adapter=adapter))
+    assert config.lora is None
+    actual = checkpoint.load_source("test", parameters)
+    assert actual.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_allclose(actual[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(target_modules=DECODER, modules_to_save=["multi_modal_projector"]),
+    dict(target_modules=["q_proj", "v_proj", "fc1", "linear_1"], use_rslora=True)], ids=["projector", "tower"])
+def test_folders_of_peft_have_its_logits(base, hf_dir, tmp_path, inputs, settings):
+    wrapped = adapted(base, **settings)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert_same_logits(llava_jax.load(hf_dir, adapter=tmp_path / "adapter", template="vicuna_v1"), wrapped, inputs)
+
+
+SETTINGS = {
+    "all-linear": dict(target_modules="all-linear"),
+    "some layers": dict(target_modules=["o_proj", "down_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    "excluded": dict(target_modules=["q_proj"], exclude_modules=r".*vision_tower.*", init_lora_weights="gaussian"),
+    "patterns": dict(target_modules=DECODER, rank_pattern={"q_proj": 2, r"layers\.0\.mlp\.up_proj": 6},
+                     alpha_pattern={"v_proj": 5}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_peft(base, hf_dir, tmp_path, name):
+    wrapped = adapted(base, **SETTINGS[name])
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert_merges_to(hf_dir, tmp_path / "adapter", wrapped, tmp_path)
+
+
+RENAMED = {
+    "transformers 4.52": ("model.vision_tower.", "model.vision_tower.vision_model."),
+    "transformers 4.51": ("model.language_model.", "language_model.model."),
+    "decoder of 4.51 alone": ("model.language_model.", "model."),
+    "decoder without head": ("model.language_model.", ""),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_older_names(base, hf_dir, tmp_path, name):
+    old, new = RENAMED[name]
+    target = ["q_proj"] if "vision" in old else r"(.*\.|)layers\.\d+\.self_attn\.q_proj"
+    wrapped = adapted(base, target_modules=target, exclude_modules=None if "vision" in old else ".*vision_tower.*")
+    wrapped.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    renamed = {key.replace(f"base_model.model.{old}", f"base_model.model.{new}"): x for key, x in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    torch.save(renamed, file.with_suffix(".bin"))
+    file.unlink()
+    assert_merges_to(hf_dir, tmp_path / "adapter", wrapped, tmp_path)
+
+
+def with_adapters(hf_dir, **settings):
+    """The model of `hf_dir` with random adapters and another projector."""
+    config, parameters = load_checkpoint(hf_dir, template="vicuna_v1")
+    config = dataclasses.replace(config, lora=Lora(**{"rank": 4, "alpha": 12.0, "dropout": 0.1} | settings))
+    rng = np.random.default_rng(3)
+    for path, shape in source.shapes(config).items():
+        if path not in parameters or path.startswith("projector/"):
+            parameters[path] = rng.normal(0, 0.2, shape).astype(np.float32)
+    return config, parameters
+
+
+TOWER = ("vision/layers/attention/q_proj", "decoder/layers/mlp/(gate|down)_proj", "projector/layers_1")
+
+
+@pytest.mark.parametrize("opener", ["PEFT", "transformers"])
+@pytest.mark.parametrize("settings", [{}, dict(targets=TOWER, rslora=True, alpha=2.5)], ids=["decoder", "tower"])
+def test_peft_opens_ours(base, hf_dir, tmp_path, inputs, monkeypatch, opener, settings):
+    config, parameters = with_adapters(hf_dir, **settings)
+    if settings:  # a projector with an adapter is that of the base
+        parameters |= {path: x for path, x in load_checkpoint(hf_dir, template="vicuna_v1")[1].items()}
+    save_peft(tmp_path / "adapter", config, parameters, hf_dir)
+    model = copy.deepcopy(base)
+    if opener == "PEFT":
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+        assert (model.peft_config["default"].r, model.peft_config["default"].lora_dropout) == (4, 0.1)
+    else:
+        monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
+        model.load_adapter(str(tmp_path / "adapter"))
+    llava = Llava(config, parameters, Tokenizer.load(hf_dir))
+    assert_same_logits(llava, model.eval(), inputs)
+
+
+def test_ours_comes_back(hf_dir, tmp_path):
+    config, parameters = with_adapters(hf_dir)
+    save_peft(tmp_path / "adapter", config, parameters, hf_dir)
+    again, loaded = load_checkpoint(hf_dir, template="vicuna_v1", adapter=tmp_path / "adapter")
+    assert again == config
+    for path, x in parameters.items():
+        np.testing.assert_array_equal(loaded[path], x, err_msg=path)
