@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from llava_jax.errors import UserError
 
-IMAGE = "<image>"
-"""Mark of an image in a text; never a token of its own."""
+IMAGE, VIDEO = "<image>", "<video>"
+"""Mark of an image or a video in a text, and of a video in Hugging Face's processors; never a token of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,13 +378,15 @@ def render(messages: Sequence[Mapping[str, Any]], template: str | Template, open
     return "".join(span.text for span in spans(turns, get(template), system, open_answer))
 
 
-def chat_template(template: str | Template) -> str:
+def chat_template(template: str | Template, video: str | None = None) -> str:
     """Returns the Jinja source that gives `render`'s text in Hugging Face's `apply_chat_template`.
 
     `add_generation_prompt` is `open_answer`. It keeps only the checks on messages that the format itself needs.
+    `video`: mark of a video, if the processor takes videos.
     """
     fields = {field: "none" if value is None else json.dumps(value) for field, value in asdict(get(template)).items()
               if field != "supervised_marks"}  # it changes no text
+    fields |= {"video": json.dumps(video)} if video else {}
     return "{%- set t = {" + ", ".join(f'"{field}": {value}' for field, value in fields.items()) + "} -%}" + _JINJA
 
 
@@ -400,6 +402,8 @@ _JINJA = """
         {{- part -}}
       {%- elif part['type'] in ('image', 'image_url') -%}
         {{- '<image>' -}}
+      {%- elif part['type'] == 'video' and t.video -%}
+        {{- t.video -}}
       {%- elif part['type'] == 'text' -%}
         {{- part['text'] -}}
       {%- else -%}
@@ -422,8 +426,11 @@ _JINJA = """
 {%- for message in messages -%}
   {%- set text = text_of(message['content']) -%}
   {%- set images = text.split('<image>') | length - 1 -%}
-  {%- if images == 1 -%}{%- set text = ('<image>\\n' ~ text.replace('<image>', '').strip()).strip() -%}{%- endif -%}
+  {%- set videos = text.split(t.video) | length - 1 if t.video else 0 -%}
+  {%- set mark = '<image>' if images else t.video -%}
+  {%- if images + videos == 1 -%}{%- set text = (mark ~ '\\n' ~ text.replace(mark, '').strip()).strip() -%}{%- endif -%}
   {%- set text = text.replace('<image>', t.image) -%}
+  {%- if videos -%}{%- set text = text.replace(t.video, t.image.replace('<image>', t.video)) -%}{%- endif -%}
   {%- if message['role'] != 'user' -%}
     {%- if text or t.empty != 'omitted' -%}{{- sign ~ t.assistant -}}{%- endif -%}
     {%- if text or t.empty == 'closed' -%}

@@ -26,6 +26,14 @@ MARKS = {
 _NOT_VICUNA = r"(USER|ASSISTANT):\s*\n(?!\Z)|###"
 _NOT_CHATML = r"<\|im_end\|>(?!\n)|<\|im_start\|>\w+(?![\w\n'\"])|role(['\"]\])?\s*[+~]\s*['\"][^\n]"
 OTHERS = {"vicuna_v1": _NOT_VICUNA, "qwen_2_5": _NOT_CHATML, "qwen_1_5": _NOT_CHATML}
+
+# Templates of 1.6 and OneVision by the decoder, and marks of what transformers' conversions wrote for them: images
+# before texts, and no system text, although the models were trained with one.
+CONVERTED = {
+    "llama": {"llava_llama_3": MARKS["llava_llama_3"], "chatml_direct": MARKS["qwen_1_5"]},
+    "mistral": {"mistral_instruct": ("[INST]", "[/INST]")},
+    "qwen2": {"qwen_1_5": MARKS["qwen_1_5"]},
+}
 BY_TEXT_MODEL = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
 
 
@@ -33,7 +41,9 @@ def template_name(directory: Path, text_model: str) -> str:
     """Returns the name of a checkpoint's conversation template. An uncertain choice is printed on stderr.
 
     1. The template that wrote the checkpoint's chat template, or one whose marks and system text it contains.
-    2. Without a chat template, one of the decoder's family whose end of an answer the tokenizer has.
+    2. Where images are parts of a message, the decoder's template of 1.6 or OneVision whose marks it contains, if it
+       writes no system text of its own.
+    3. Without a chat template, one of the decoder's family whose end of an answer the tokenizer has.
 
     Raises UserError that asks for a template if the chat template is unknown.
     """
@@ -47,6 +57,11 @@ def template_name(directory: Path, text_model: str) -> str:
         if (all(mark in text for mark in marks) and not re.search(OTHERS.get(name, "(?!)"), joined)
                 and (marks is LLAVA_HF or _has_system(joined, templates.get(name).system))):
             agreement.say(f"template {name}: {file} has its marks (--template chooses another)")
+            return name
+    for name, marks in CONVERTED.get(text_model, {}).items():
+        if all(mark in text for mark in marks) and re.search("['\"]image['\"]", text) and not _own_words(text, name):
+            system = ", without the system text that the model was trained with" * bool(templates.get(name).system)
+            agreement.say(f"template {name}: {file} has its marks{system} (--template chooses another)")
             return name
     raise UserError(f"{file}: this chat template is none that is known here; name the format that the model was "
                     f"trained with by --template (template= in Python, model.template in a recipe): "
@@ -81,6 +96,16 @@ def _joined(text: str) -> str:
     """Unescapes newlines and quotes of a Jinja text, and joins adjacent strings."""
     text = re.sub(r"(?<!\\)(['\"])\s*(?:[+~]|-?\}\}\s*\{\{-?)\s*\1", "", text.replace("\\n", "\n"))
     return re.sub(r"\\(['\"])", r"\1", text)
+
+
+def _own_words(text: str, name: str) -> str:
+    """Returns what a chat template writes besides marks, roles and the template's system text, without blanks."""
+    text = re.sub(r"(?s)\{#.*?#\}|raise_exception\(.*?\)|\{%-?\s*(?!set\b|\s).*?%\}", "", text)  # conditions, loops
+    text = re.sub(r"\[\s*(['\"])\w+\1\s*\]", "", text)  # names of fields
+    strings = [match[2] for match in re.finditer(r"(?s)(['\"])((?:\\.|(?!\1).)*)\1", text)]
+    written = " ".join([*strings, re.sub(r"(?s)\{\{.*?\}\}|\{%.*?%\}", "", text)]).replace("\\n", "\n")
+    written = written.replace(templates.get(name).system or "\n", "")
+    return re.sub(r"<+[^<>]*>+|\[/?INST\]|\b(system|user|assistant)\b|\s", "", written)
 
 
 def _has_system(joined: str, system: str | None) -> bool:

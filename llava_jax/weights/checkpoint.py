@@ -239,7 +239,7 @@ def save_hf(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a directory that transformers' LlavaForConditionalGeneration and AutoProcessor open.
+    """Writes a directory that transformers opens: as llava, llava_next or llava_onevision, with its processor.
 
     Args:
       directory: path of a missing or empty directory. It appears when it is complete.
@@ -258,7 +258,7 @@ def save_hf(
         rows = config.text.vocab_size
         if target:
             tokens = tokenizer_files.export(Path(tokenizer_dir), target, config)
-            rows = padded_rows(rows, max(tokens["image"], tokens["pad"]))
+            rows = padded_rows(rows, max(tokens[name] for name in ("image", "pad", "video") if name in tokens))
             dtypes = [stored_dtype(parameters, path, dtype) for path in parameters.shapes]
             widest = max(dtypes, key=lambda dtype: dtype.itemsize).name
             files.write_json(target / "config.json", configs.hf_config(config, tokens, rows, widest))

@@ -2,21 +2,21 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llava_jax.config import Lora
 from llava_jax.errors import UserError
-from llava_jax.files import read_json, show_json
-from llava_jax.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
+from llava_jax.files import read_json
+from llava_jax.images import ImageProcessor
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ACTIVATIONS, VisionConfig
 from llava_jax.text import templates
-from llava_jax.weights import fields
+from llava_jax.weights import fields, processors
 from llava_jax.weights.chat_templates import template_name
+from llava_jax.weights.fields import build
 from llava_jax.weights.files import has_tensors, other_format
 
 MODEL_TYPE = "llava_jax"
@@ -24,8 +24,6 @@ VERSION = 2
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 FEATURE_SELECT = {"default": "patch", "full": "cls_patch"}
-PREPARATION = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-"""Fixed steps of `ImageProcessor`, as fields of Hugging Face's image processors."""
 
 VISION_FIELDS = {
     "image_size": "image_size", "patch_size": "patch_size", "hidden_size": "hidden_size",
@@ -38,12 +36,6 @@ TEXT_FIELDS = {
     "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim", "rms_norm_eps": "norm_eps", "max_position_embeddings": "max_length"}
 """Fields of Hugging Face's decoder configs and of LlamaConfig."""
-
-CLIP = {"mode": "crop", "mean": CLIP_MEAN, "std": CLIP_STD}
-SIGLIP = {"mode": "resize", "mean": SIGLIP_MEAN, "std": SIGLIP_STD}
-
-OLD_IMAGE_MODES = {"square": "crop"}
-"""Names of image modes in older files of the hf layout."""
 
 
 def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | VisionConfig | LlamaConfig:
@@ -58,7 +50,7 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     kind = raw.get("model_type")
     if kind == MODEL_TYPE:
         return read_native(raw | ({"template": template} if template else {}), file)
-    kinds = ("llava", "clip", "siglip", *TOWERS, *TEXT_MODELS)
+    kinds = (*processors.CLASSES, "clip", "siglip", *TOWERS, *TEXT_MODELS)
     if kind not in kinds:
         raise UserError(f"{file}: model_type {kind!r} is not supported; {', '.join(kinds)} and {MODEL_TYPE} are")
     for name in ("quantization_config", "text_config.quantization_config"):
@@ -93,7 +85,7 @@ def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:
         kind = checked.get(name, {}).get("model_type", kinds[0])
         if kind not in kinds:
             raise UserError(f"{file}: {name}.model_type is {kind!r}; supported: {' and '.join(kinds)}")
-    return _parse(file, "llava", checked)
+    return _parse(file, raw["model_type"], checked)
 
 
 def _parse(file: Path, kind: str, settings: dict[str, Any]) -> Any:
@@ -123,7 +115,7 @@ def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
 
 def _llava(directory: Path, file: Path, config: Any, extras: dict) -> LlavaConfig:
     _expect(file, config, multimodal_projector_bias=True, projector_hidden_act=("gelu", "linear"),
-            vision_feature_select_strategy=tuple(FEATURE_SELECT))
+            vision_feature_select_strategy=tuple(FEATURE_SELECT), use_image_newline_parameter=(None, True))
     text = dataclasses.replace(_text(file, "text_config.", config.text_config),
                                tie_word_embeddings=config.tie_word_embeddings)
     select = config.vision_feature_select_strategy
@@ -131,14 +123,14 @@ def _llava(directory: Path, file: Path, config: Any, extras: dict) -> LlavaConfi
     if is_siglip and select == "default":
         raise UserError(f"{file}: vision_feature_select_strategy is 'default', which drops the first feature, but "
                         "SigLIP has no class token; supported: full")
-    return _build(
+    return build(
         file, LlavaConfig, vision=_vision(file, "vision_config.", config.vision_config), text=text,
         projector="mlp2x_gelu" if config.projector_hidden_act == "gelu" else "linear",
         feature_layer=config.vision_feature_layer,
         feature_select="patch" if is_siglip else FEATURE_SELECT[select],
-        processor=_read_processor(directory, file, config, extras.get("image_mode")),
+        processor=processors.read(directory, file, config, extras),
         exif=extras.get("exif", False),
-        template=_build(
+        template=build(
             file, templates.get,
             template=extras.get("template") or template_name(directory, config.text_config.model_type)).name,
     )
@@ -148,7 +140,7 @@ def _vision(file: Path, prefix: str, config: Any) -> VisionConfig:
     _expect(file, config, prefix, num_channels=3, hidden_act=tuple(ACTIVATIONS))
     is_clip = config.model_type == "clip_vision_model"
     sizes = {ours: getattr(config, theirs) for theirs, ours in VISION_FIELDS.items()}
-    return _build(file, VisionConfig, **sizes, class_token=is_clip, patch_bias=not is_clip, pre_norm=is_clip)
+    return build(file, VisionConfig, **sizes, class_token=is_clip, patch_bias=not is_clip, pre_norm=is_clip)
 
 
 def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
@@ -169,75 +161,17 @@ def _text(file: Path, prefix: str, config: Any) -> LlamaConfig:
     if rope["rope_type"] == "linear":
         scaling = RopeScaling("linear", rope["factor"])
     elif rope["rope_type"] == "llama3":
-        scaling = _build(file, RopeScaling, kind="llama3", factor=rope["factor"],
+        scaling = build(file, RopeScaling, kind="llama3", factor=rope["factor"],
                          low_freq_factor=rope["low_freq_factor"], high_freq_factor=rope["high_freq_factor"],
                          original_length=rope["original_max_position_embeddings"])
     attention_bias = getattr(config, "attention_bias", False)
     sizes = {ours: getattr(config, theirs, None) for theirs, ours in TEXT_FIELDS.items()}
     sizes["head_dim"] = sizes["head_dim"] or config.hidden_size // config.num_attention_heads
-    return _build(
+    return build(
         file, LlamaConfig, **sizes, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling,
         qkv_bias=config.model_type == "qwen2" or attention_bias, out_bias=attention_bias,
         mlp_bias=getattr(config, "mlp_bias", False), tie_word_embeddings=config.tie_word_embeddings,
     )
-
-
-def _build(file: Path, constructor: Callable, /, **values: Any) -> Any:
-    try:
-        return constructor(**values)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
-
-
-def _read_processor(directory: Path, file: Path, config: Any, mode: str | None) -> ImageProcessor:
-    """Reads the image processor of a LLaVA in Hugging Face's layout; `mode` overrides its files."""
-    vision = config.vision_config
-    settings = _processor_settings(directory, vision.model_type == "siglip_vision_model")
-    if mode:
-        settings["mode"] = OLD_IMAGE_MODES.get(mode, mode)
-    has_class = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
-    return _build(file, ImageProcessor, size=vision.image_size, patches=vision.image_size // vision.patch_size,
-                  class_token=has_class, **settings)
-
-
-def _processor_settings(directory: Path, is_siglip: bool = False) -> dict[str, Any]:
-    """Reads mode, mean and std from the files of an image processor. Without files they are CLIP's or SigLIP's.
-
-    CLIP's processor crops the centre, or pads to a square if `do_pad` is set. SigLIP's resizes to a square. Raises
-    UserError if the files have another setting.
-    """
-    image_processor = {"image_processor": fields.Field(dict)}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        file = directory / name
-        if file.exists():
-            settings = read_json(file)
-            if "image_processor" in settings:
-                settings = fields.check_fields(file, settings, image_processor)["image_processor"]
-            is_siglip = str(settings.get("image_processor_type")).startswith("Siglip")
-            for name, value in PREPARATION.items():
-                if settings.get(name) is not None and not _is_close(settings[name], value):
-                    raise UserError(f"{file}: {name} is {show_json(settings[name])}; images are prepared with "
-                                    f"{show_json(value)} here")
-            defaults = SIGLIP if is_siglip else CLIP
-            lists = {name: settings.get(f"image_{name}") or defaults[name] for name in ("mean", "std")}
-            pads = fields.check_fields(file, settings, {"do_pad": fields.Field(bool, null=True)}).get("do_pad")
-            result = defaults | _as_tuples(file, lists) | ({"mode": "pad"} if pads else {})
-            _build(file, ImageProcessor, **result)
-            return result
-    return dict(SIGLIP if is_siglip else CLIP)
-
-
-def _as_tuples(file: Path, lists: dict[str, Any]) -> dict[str, tuple]:
-    """Converts lists of numbers, or of pairs of numbers, to tuples."""
-    try:
-        return {name: tuple(tuple(map(int, item)) if isinstance(item, list) else float(item) for item in items)
-                for name, items in lists.items()}
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{file}: {' and '.join(lists)} must be lists of numbers, not {show_json(lists)}") from None
-
-
-def _is_close(given: Any, value: float) -> bool:
-    return isinstance(given, bool | int | float) and 0.999 * value <= given <= 1.001 * value
 
 
 def read_native(raw: dict, file: Path) -> LlavaConfig:
@@ -250,15 +184,16 @@ def read_native(raw: dict, file: Path) -> LlavaConfig:
                         f"{VERSION} is")
     checked = fields.native(file, {key: value for key, value in raw.items() if key not in ("model_type", "version")})
     scaling = checked["text"]["rope_scaling"]
-    text = checked["text"] | {"rope_scaling": scaling and _build(file, RopeScaling, **scaling)}
-    lists = {name: checked["processor"][name] for name in ("mean", "std", "pinpoints")}
-    parts = {"processor": _build(file, ImageProcessor, **checked["processor"] | _as_tuples(file, lists)),
-             "vision": _build(file, VisionConfig, **checked["vision"]), "text": _build(file, LlamaConfig, **text)}
+    text = checked["text"] | {"rope_scaling": scaling and build(file, RopeScaling, **scaling)}
+    lists = {name: fields.numbers(file, f"processor.{name}", checked["processor"][name]) for name in ("mean", "std")}
+    lists["pinpoints"] = fields.pairs(file, "processor.pinpoints", checked["processor"]["pinpoints"])
+    parts = {"processor": build(file, ImageProcessor, **checked["processor"] | lists),
+             "vision": build(file, VisionConfig, **checked["vision"]), "text": build(file, LlamaConfig, **text)}
     if checked["lora"] is not None:
-        parts["lora"] = _build(file, Lora, **checked["lora"] | {"targets": tuple(map(str, checked["lora"]["targets"]))})
-    config = _build(file, LlavaConfig, **checked | parts)
-    _build(file, projector.depth, kind=config.projector)
-    return dataclasses.replace(config, template=_build(file, templates.get, template=config.template).name)
+        parts["lora"] = build(file, Lora, **checked["lora"] | {"targets": tuple(map(str, checked["lora"]["targets"]))})
+    config = build(file, LlavaConfig, **checked | parts)
+    build(file, projector.depth, kind=config.projector)
+    return dataclasses.replace(config, template=build(file, templates.get, template=config.template).name)
 
 
 def native_config(config: LlavaConfig) -> dict:
@@ -269,34 +204,30 @@ def native_config(config: LlavaConfig) -> dict:
 def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtype: str) -> dict:
     """Returns the config.json of Hugging Face's LLaVA, with every field that matters, because defaults change.
 
-    `tokens`: ids of "image", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the tensors.
+    `tokens`: ids of "image", "video", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the
+    tensors. The image processor decides which of transformers' types it is (`processors.model_type`).
     Raises UserError if Hugging Face's model cannot compute the same function.
     """
     if projector.depth(config.projector) not in (1, 2):
         raise UserError(f"projector {config.projector!r} has no form in Hugging Face's layout; "
                          "linear and mlp2x_gelu have")
+    kind = processors.model_type(config)
     ids = {f"{name}_token_id": tokens[name] for name in ("bos", "eos", "pad")}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"{processors.CLASSES[kind]}ForConditionalGeneration"],
+        "model_type": kind,
         "torch_dtype": dtype,
-        "image_token_index": tokens["image"],
-        "image_seq_length": config.processor.features_per_tile,
+        **processors.config_fields(config, tokens),
         "projector_hidden_act": "gelu" if projector.depth(config.projector) == 2 else "linear",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.feature_layer,
-        "vision_feature_select_strategy": select_strategy(config),
+        "vision_feature_select_strategy": processors.select_strategy(config),
         "tie_word_embeddings": config.text.tie_word_embeddings,
         **ids,
         "vision_config": hf_vision(config.vision),
         "text_config": hf_text(config.text, vocab_size) | ids,
-        MODEL_TYPE: {"template": config.template, "image_mode": config.processor.mode, "exif": config.exif},
+        MODEL_TYPE: {"template": config.template, "exif": config.exif, **processors.extras(config.processor)},
     }
-
-
-def select_strategy(config: LlavaConfig) -> str:
-    """Returns Hugging Face's name of the selected features: `default` drops the first one, CLIP's class token."""
-    return "default" if config.feature_select == "patch" and config.vision.class_token else "full"
 
 
 def hf_vision(config: VisionConfig) -> dict:

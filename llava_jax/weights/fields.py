@@ -6,7 +6,7 @@ A size that no model has is refused, because it would fill the memory or run for
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,11 @@ TOWER = SIZES | {
 LLAVA = {
     "model_type": TEXT, "vision_config": Field(dict), "text_config": Field(dict), "multimodal_projector_bias": FLAG,
     "projector_hidden_act": TEXT, "vision_feature_select_strategy": TEXT, "tie_word_embeddings": FLAG,
-    "vision_feature_layer": Field(int, -1001, 1000),
+    "vision_feature_layer": Field(int, -1001, 1000), "image_grid_pinpoints": Field(list, null=True),
+    "vision_aspect_ratio": TEXT, "use_image_newline_parameter": FLAG,
 }
-HF_EXTRAS = {"template": TEXT, "image_mode": TEXT, "exif": FLAG}
+HF_EXTRAS = {"template": TEXT, "exif": FLAG, "image_mode": TEXT, "rule": TEXT, "several": TEXT,
+             "video_pool": Field(str, null=True), "video_newline": TEXT}
 """Fields of `llava_jax` in a config.json of Hugging Face's layout."""
 NATIVE_RANGES = {
     "image_size": TOWER["image_size"], "size": TOWER["image_size"], "patches": TOWER["image_size"],
@@ -86,9 +88,9 @@ NATIVE_RANGES = {
     "max_tiles": Field(int, 0, 9999),
 }
 """Ranges of the numbers in a config.json of the native layout, by the names of the dataclasses' fields."""
-ADDED = {"max_tiles": 0, "rule": "original", "merge": None, "several": "same", "video_pool": None,
-         "video_newline": "one_token"}
-"""Fields of the image processor that older files of the native layout lack, with their values then."""
+NEW = {"max_tiles", "rule", "merge", "several", "video_pool", "video_newline", "lora"}
+"""Fields that older native files of the same version lack. A missing one has its default."""
+PIXELS = Field(int, 1, 2**14)
 
 
 def check_fields(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
@@ -97,6 +99,34 @@ def check_fields(file: Path, raw: Mapping[str, Any], fields: Mapping[str, Field]
         if name in raw and not field.accepts(raw[name]):
             raise UserError(f"{file}: {prefix}{name} is {show_json(raw[name])}; it must be {field}")
     return {name: raw[name] for name in fields if name in raw}
+
+
+def build(file: Path, constructor: Callable, /, **values: Any) -> Any:
+    """Calls a constructor. A ValueError becomes a UserError that names the file."""
+    try:
+        return constructor(**values)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def numbers(file: Path, name: str, value: Any) -> tuple[float, ...]:
+    """Converts a list of numbers, such as the mean of each colour."""
+    try:
+        return tuple(map(float, value))
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{file}: {name} is {show_json(value)}; it must be a list of numbers") from None
+
+
+def pairs(file: Path, name: str, value: Any) -> tuple[tuple[int, int], ...]:
+    """Converts a list of pairs of sizes in pixels, such as pinpoints."""
+    try:
+        result = tuple((first, second) for first, second in value)
+    except (TypeError, ValueError):
+        result = ((None, None),)
+    if len(result) > 1000 or not all(PIXELS.accepts(size) for pair in result for size in pair):
+        raise UserError(f"{file}: {name} is {show_json(value)}; it must be a list of at most 1,000 pairs of sizes in "
+                        f"pixels, each {PIXELS}")
+    return result
 
 
 def decoder(file: Path, raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -131,10 +161,9 @@ def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the checked fields of the native layout. Raises UserError if one is missing or unknown."""
-    checked = _exactly(file, {"lora": None} | raw, LlavaConfig)  # configurations without it are older
+    checked = _exactly(file, raw, LlavaConfig)
     for name, kind in (("vision", VisionConfig), ("text", LlamaConfig), ("processor", ImageProcessor)):
-        added = ADDED if kind is ImageProcessor else {}
-        checked[name] = _exactly(file, added | checked[name], kind, f"{name}.")
+        checked[name] = _exactly(file, checked[name], kind, f"{name}.")
     if checked["text"]["rope_scaling"] is not None:
         checked["text"]["rope_scaling"] = _exactly(
             file, checked["text"]["rope_scaling"], RopeScaling, "text.rope_scaling.")
@@ -145,6 +174,7 @@ def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exactly(file: Path, raw: Mapping[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:
     fields = {field.name: _native_field(field) for field in dataclasses.fields(kind)}
+    raw = {field.name: field.default for field in dataclasses.fields(kind) if field.name in NEW} | raw
     problems = {"lacks": fields.keys() - raw.keys(), "has an unknown field,": raw.keys() - fields.keys()}
     for what, names in problems.items():
         if names:

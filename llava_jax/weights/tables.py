@@ -87,6 +87,7 @@ PREFIXES = (
     (r"(model\.)?multi_modal_projector\.", PROJECTOR),
     (r"(model\.)?(language_model\.)?(model\.)?(?=(embed_tokens|layers|norm)\.)", LANGUAGE),
     (r"(language_model\.)?lm_head\.", "language_model.lm_head."),
+    (r"(model\.)?image_newline$", "image_newline"),
 )
 
 # Constants that old versions stored, text towers, and the pooling head of SigLIP.
@@ -121,7 +122,8 @@ def tensor_mappings(shapes: Mapping[str, Shape]) -> dict[str, TensorMapping]:
 
     Raises UserError if the layout has no tensor for a parameter: a projector of more than two layers, for example.
     """
-    rows = [(f"{VISION}embeddings.class_embedding", "vision/class_embedding", VECTOR)]  # no module's weight
+    rows = [(f"{VISION}embeddings.class_embedding", "vision/class_embedding", VECTOR),  # no module's weight
+            ("image_newline", "image_newline", VECTOR)]
     for module, path, transform in MODULES:
         rows.append((f"{module}.weight", path, transform))
         if path.endswith(("/kernel", "/scale")):

@@ -11,13 +11,14 @@ from llava_jax.errors import UserError
 from llava_jax.files import read_json, show_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
+from llava_jax.text.templates import IMAGE, VIDEO
 from llava_jax.text.tokenizer import MAX_IDS, SPACE, Tokenizer
-from llava_jax.weights.configs import select_strategy
+from llava_jax.weights import processors
 from llava_jax.weights.files import write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt")
-IMAGE, PAD = "<image>", "<pad>"
+PAD = "<pad>"
 
 
 def copy(source: Path, target: Path, template: str) -> None:
@@ -32,8 +33,8 @@ def copy(source: Path, target: Path, template: str) -> None:
 def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
     """Writes every file of Hugging Face's layout except config.json and tensors.
 
-    Missing tokens `<image>` and, without another padding token, `<pad>` become the tokenizer's next ids. Returns the
-    ids of "image", "pad", "bos" and "eos" (a list if several tokens end a text).
+    Missing tokens become the tokenizer's next ids: `<image>`, without another padding token `<pad>`, and `<video>` for
+    a OneVision. Returns the ids of "image", "pad", "video", "bos" and "eos" (a list if several tokens end a text).
     """
     tokenizer = Tokenizer.load(source)
     for name in TOKENIZER_FILES:
@@ -49,16 +50,19 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
     pad = _role(source, "pad_token")
     if pad in (None, *(_role(source, f"{role}_token") for role in ("bos", "eos", "unk"))):
         pad = PAD
-    ids = {name: tokenizer.special_id(name) for name in (IMAGE, pad)}
+    kind = processors.model_type(config)
+    media = {"image": IMAGE} | ({"video": VIDEO} if kind == "llava_onevision" else {})
+    ids = {name: tokenizer.special_id(name) for name in (IMAGE, pad, *media.values())}
     new = {name: tokenizer.vocab_size + i for i, name in enumerate(name for name, id in ids.items() if id is None)}
     ids |= new
 
     _add_tokens(target, new)
-    _write_tokenizer_config(target, tokenizer, pad, config.template)
+    _write_tokenizer_config(target, tokenizer, pad, config.template, kind, media)
     generation = _generation(source, tokenizer, ids[pad], config.template)
     write_json(target / "generation_config.json", generation)
-    _write_processor(target, config)
-    return {"image": ids[IMAGE], "pad": ids[pad], "bos": generation["bos_token_id"], "eos": generation["eos_token_id"]}
+    processors.write(target, config)
+    return {name: ids[token] for name, token in (media | {"pad": pad}).items()} | {
+        "bos": generation["bos_token_id"], "eos": generation["eos_token_id"]}
 
 
 def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: str) -> dict[str, Any]:
@@ -108,10 +112,11 @@ def _special(id: int, name: str) -> dict[str, Any]:
             "special": True}
 
 
-def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, template: str) -> None:
+def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, template: str, kind: str,
+                            media: dict[str, str]) -> None:
     file, map_file = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
     spec = read_json(directory / "tokenizer.json")
-    chat_template = _chat_template(template, spec)
+    chat_template = _chat_template(template, spec, media.get("video"))
     settings = read_json(file) if file.exists() else {}
     # A class is set, because transformers would otherwise choose one by the model's type with its own pipeline.
     settings.setdefault("tokenizer_class", "LlamaTokenizer" if (directory / "tokenizer.model").exists()
@@ -127,11 +132,12 @@ def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, tem
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in spec["added_tokens"]
     } | (settings.get("added_tokens_decoder") or {})
-    settings |= {"pad_token": pad, "image_token": IMAGE, "extra_special_tokens": {"image_token": IMAGE},
-                 "processor_class": "LlavaProcessor", "chat_template": chat_template}
+    marks = {f"{name}_token": token for name, token in media.items()}
+    settings |= {"pad_token": pad, **marks, "extra_special_tokens": marks,
+                 "processor_class": f"{processors.CLASSES[kind]}Processor", "chat_template": chat_template}
     write_json(file, settings)
     roles |= read_json(map_file) if map_file.exists() else {}
-    write_json(map_file, roles | {"pad_token": pad, "image_token": IMAGE})
+    write_json(map_file, roles | {"pad_token": pad, **marks})
     (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
@@ -140,40 +146,12 @@ def _prefixes_once(spec: dict[str, Any]) -> bool:
     return (spec.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
 
 
-def _chat_template(name: str, spec: dict[str, Any]) -> str:
+def _chat_template(name: str, spec: dict[str, Any], video: str | None) -> str:
     template = templates.get(name)
     if _prefixes_once(spec):
         # LLaVA tokenizes the text after an image separately, with a space before it; here the template must write it.
         template = dataclasses.replace(template, image=template.image.replace(IMAGE, f"{IMAGE} "))
-    return templates.chat_template(template)
-
-
-def _write_processor(directory: Path, config: LlavaConfig) -> None:
-    size, mode = config.processor.size, config.processor.mode
-    kinds = {"pad": "Llava", "crop": "CLIP", "resize": "Siglip"}  # only the first can pad to a square
-    write_json(directory / "preprocessor_config.json", {
-        "image_processor_type": f"{kinds[mode]}ImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_pad": mode == "pad",
-        "do_resize": True,
-        "size": {"height": size, "width": size} if mode == "resize" else {"shortest_edge": size},
-        "resample": 3,  # PIL's number for bicubic
-        "do_center_crop": mode != "resize",
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.processor.mean),
-        "image_std": list(config.processor.std),
-    })
-    write_json(directory / "processor_config.json", {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
-        "patch_size": config.vision.patch_size,
-        "num_additional_image_tokens": int(config.vision.class_token),  # the strategy "default" subtracts it again
-        "vision_feature_select_strategy": select_strategy(config),
-    })
+    return templates.chat_template(template, video)
 
 
 def tokenizer_json(file: Path, legacy: bool) -> dict[str, Any]:

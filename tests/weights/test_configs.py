@@ -12,7 +12,7 @@ from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text import templates
-from llava_jax.weights import configs
+from llava_jax.weights import configs, processors
 from llava_jax.weights.configs import read_config
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -77,7 +77,7 @@ def with_vision(**fields):
 
 
 @pytest.mark.parametrize("config, message", [
-    ({"model_type": "llava_next"}, "model_type 'llava_next' is not supported; llava, clip"),
+    ({"model_type": "llava_next_video"}, "model_type 'llava_next_video' is not supported; llava, llava_next, "),
     ({}, "model_type None is not supported"),
     (LLAVA_7B | {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
     (LLAVA_7B | {"vision_feature_layer": -26}, "feature_layer -26"),
@@ -277,7 +277,7 @@ def test_images_prepared_otherwise_are_refused(tmp_path, name, value, nested):
         file.write_text(json.dumps({"image_processor": settings} if nested else settings))
 
     write(CLIP_PREPARATION | {"do_pad": True})
-    assert configs._processor_settings(tmp_path) == {"mode": "pad", "mean": CLIP_MEAN, "std": CLIP_STD}
+    assert processors.settings_of(tmp_path) == {"mode": "pad", "mean": CLIP_MEAN, "std": CLIP_STD}
     write(CLIP_PREPARATION | {name: value})
-    with pytest.raises(UserError, match=f"processor_config.json: ({name} is .*; images are prepared |.*mean .*std)"):
-        configs._processor_settings(tmp_path)
+    with pytest.raises(UserError, match=f"processor_config.json: ({name} is .*; images are prepared |.*mean .*(std|list of numbers))"):
+        processors.settings_of(tmp_path)
