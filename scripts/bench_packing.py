@@ -48,7 +48,8 @@ def main() -> None:
 
 def made_up(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws tokens, words and images of the records of LLaVA-1.5's mix, of which only the counts are published."""
-    text, images = draw(MIX_665K, scale, rng)
+    text = draw(MIX_665K, scale, rng)
+    images = np.repeat([part[2] for part in MIX_665K], [round(part[1] * scale) for part in MIX_665K])
     tokens = np.minimum(SYSTEM_TOKENS + text + VISUAL_TOKENS * images, MAX_TOKENS).astype(int)
     return tokens, np.maximum(text / TOKENS_PER_WORD, 1).astype(int), images
 

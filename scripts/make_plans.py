@@ -13,6 +13,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llava_jax.config import load_recipe
+
 FILE = Path(__file__).parent.parent / "configs" / "plans.json"
 GIB = 2**30
 
@@ -33,6 +35,9 @@ PLANS = (
     ("llava_1_5_13b", "v6e-32", "instruct: save_qkv", SAVE_QKV),
 )
 """Recipe, topology, label for the table, and options."""
+
+LAST_STAGE = ("llava_next", "llava_1_5_7b_", "llava_1_5_13b_")
+"""Beginnings of names of recipes of which only the last stage is planned: stage 1 is that of LLaVA-1.5."""
 KEPT = ("stage", "fits", "memory", "rows", "tokens", "images", "model_flops", "cycles", "hardware_flops", "hbm_bytes",
         "ici_bytes", "dcn_bytes", "step_seconds", "seconds", "mfu", "tokens_per_second_per_chip",
         "images_per_second_per_chip", "steps", "steps_source", "hours")
@@ -68,6 +73,8 @@ def main() -> int:
 def plan(recipe: str, topology: str, flags: str) -> dict | str:
     """Plans the stages of a recipe on a slice. Returns the plan, or the text of an error."""
     command = [sys.executable, "-m", "llava_jax.plan", recipe, "--topology", topology, "--json", *flags.split()]
+    if recipe.startswith(LAST_STAGE):
+        command += ["--stage", list(load_recipe(recipe).stages)[-1]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=FILE.parent.parent)
     if done.returncode > 1:
         return done.stderr.strip()

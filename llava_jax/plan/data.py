@@ -8,6 +8,7 @@ import numpy as np
 
 from llava_jax import config
 from llava_jax.data.packing import WINDOW, pack
+from llava_jax.images import ImageProcessor
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -20,8 +21,15 @@ DRAWN_RECORDS = 4 * WINDOW
 SYSTEM_TOKENS = 36
 """Number of tokens of a conversation besides turns and images: the system text and the roles."""
 
-# Parts of the published sets: name, records, images of a record, and mean and standard deviation of its tokens without
-# images. The counts are published. The tokens are estimates by kind of text, drawn from a log-normal distribution.
+PHOTOS = ((640, 480), (640, 427), (480, 640))
+"""Typical sizes (width, height) of photos, for layouts that depend on the size."""
+PAGES = ((1240, 1754), (850, 1100), (800, 600), (1280, 720))
+"""Typical sizes of documents, charts and screens."""
+
+# Parts of the published sets: name, records, media of a record, and mean and standard deviation of its tokens without
+# media. Media are a number of photos, or alternatives: images by their sizes, videos by their numbers of frames. The
+# counts of LLaVA-1.5's sets are published, of later ones the totals. The tokens are estimates by kind of text, drawn
+# from a log-normal distribution.
 INSTRUCT_150K = (("conversations", 56_681, 1, 280, 90), ("descriptions", 23_240, 1, 150, 40),
                  ("reasoning", 76_643, 1, 240, 60))
 MIX_665K = (
@@ -31,12 +39,26 @@ MIX_665K = (
     ("RefCOCO", 48_447, 1, 350, 200), ("VG", 86_417, 1, 550, 250), ("ShareGPT", 40_688, 0, 1000, 800),
 )
 SCIENCEQA = (("with an image", 6_218, 1, 280, 120), ("text alone", 6_508, 0, 280, 120))
+NEXT_779K = (*(part for part in MIX_665K if part[0] != "TextCaps"),
+             ("documents and charts", 135_655, [[size] for size in PAGES], 60, 30))
+MID_STAGE = (("captions", 3_557_000, 1, 200, 80), ("documents", 300_000, [[size] for size in PAGES], 300, 200),
+             ("text alone", 143_000, 0, 600, 300))
+SINGLE_IMAGE = (("photos", 1_155_000, 1, 200, 150), ("documents", 659_000, [[size] for size in PAGES], 120, 80),
+                ("mathematics", 643_000, [[(500, 375)], [(400, 200)]], 200, 150),
+                ("texts in images", 285_000, 1, 80, 40), ("text alone", 458_000, 0, 600, 400))
+ONEVISION = (("single images", 800_000, [[size] for size in PHOTOS + PAGES], 200, 150),
+             ("several images", 545_000, [[PHOTOS[0]] * count for count in (2, 3, 4)], 200, 150),
+             ("videos", 255_000, [[32]], 250, 100))
 PUBLISHED = {
     "llava_v1_5_mix665k.json": (MIX_665K, True),
     "llava_instruct_150k.json": (INSTRUCT_150K, True),
     "blip_laion_cc_sbu_558k.json": ((("captions", 558_128, 1, 18, 8),), False),
     "scienceqa/llava_train_QCM-LEA.json": (SCIENCEQA, True),
     "cc3m_595k/chat.json": ((("captions", 595_375, 1, 16, 6),), False),
+    "LLaVA-NeXT-Data": (NEXT_779K, True),
+    "onevision/mid_stage.json": (MID_STAGE, True),
+    "onevision/single_image.json": (SINGLE_IMAGE, True),
+    "onevision/onevision.json": (ONEVISION, True),
 }
 """Parts of published data files by the end of their paths, and whether conversations have a system text and roles."""
 
@@ -93,22 +115,35 @@ def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tok
 
 def _estimated(data: config.Data, model: LlavaConfig, parts: tuple, has_system: bool) -> int:
     records = sum(part[1] for part in parts)
-    turns, images = draw(parts, DRAWN_RECORDS / records, np.random.default_rng(0))
-    tokens = turns + model.processor.features_per_tile * images + (SYSTEM_TOKENS if has_system else 0)
+    scale, processor = DRAWN_RECORDS / records, model.with_image_mode(data.image_mode).processor
+    visual, tiles = _draw_media(parts, scale, processor, np.random.default_rng(2))
+    tokens = draw(parts, scale, np.random.default_rng(0)) + visual + (SYSTEM_TOKENS if has_system else 0)
     tokens = np.minimum(tokens, data.sequence_length).astype(int)
-    images = np.minimum(images, data.tiles_per_sequence)
+    tiles = np.minimum(tiles, data.tiles_per_sequence)
     order = np.random.default_rng(1).permutation(len(tokens))
     windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
-    rows = sum(len(pack(tokens[window], images[window], data.sequence_length, data.tiles_per_sequence))
+    rows = sum(len(pack(tokens[window], tiles[window], data.sequence_length, data.tiles_per_sequence))
                for window in windows)
     return round(rows * records / len(tokens))
 
 
-def draw(parts: tuple, scale: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws tokens of the turns, and images, of `scale` times the records of the parts."""
-    turns, images = [], []
-    for _, records, image_count, mean, sd in parts:
-        count, spread = round(records * scale), np.log(1 + (sd / mean) ** 2)
-        turns.append(rng.lognormal(np.log(mean) - spread / 2, np.sqrt(spread), count))
-        images.append(np.full(count, image_count))
-    return np.concatenate(turns), np.concatenate(images)
+def draw(parts: tuple, scale: float, rng: np.random.Generator) -> np.ndarray:
+    """Draws the tokens without media of `scale` times the records of the parts."""
+    turns = []
+    for _, records, _, mean, sd in parts:
+        spread = np.log(1 + (sd / mean) ** 2)
+        turns.append(rng.lognormal(np.log(mean) - spread / 2, np.sqrt(spread), round(records * scale)))
+    return np.concatenate(turns)
+
+
+def _draw_media(parts: tuple, scale: float, processor: ImageProcessor, rng: np.random.Generator
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the visual tokens, and the tiles, of the same records."""
+    drawn = []
+    for _, records, media, *_ in parts:
+        alternatives = [[photo] * media for photo in PHOTOS] if isinstance(media, int) else media
+        layouts = [processor.layouts(alternative) for alternative in alternatives]
+        counts = np.array([[sum(len(layout.index) for layout in several), sum(layout.tiles for layout in several)]
+                           for several in layouts])
+        drawn.append(counts[rng.integers(len(counts), size=round(records * scale))])
+    return tuple(np.concatenate(drawn).T)

@@ -22,6 +22,9 @@ from llava_jax.plan.topologies import Slice
 EOS_IDS = (2,)
 """Token ids that end an answer; they do not change the program's cost."""
 
+PHOTO = (640, 480)
+"""Width and height of the image of every prompt, which `anyres` reads."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -58,15 +61,17 @@ class Phase:
 def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -> list[Phase]:
     """Plans prefill of `batch` prompts of `context` tokens, with one image in every prompt, and decode after them.
 
-    Parameters are bfloat16 and tensor parallel over all devices of the slice. Raises UserError if the slice has several
+    The image is a photo of PHOTO pixels. Parameters are bfloat16 and tensor parallel over all devices of the slice.
+    Adapters are merged, as they are where a model answers. Raises UserError if the slice has several
     hosts, if the model is not divisible by its devices, or if `context` has no room for an image.
     """
     if where.hosts > 1:
         raise UserError(f"--inference: {where.name} has {where.hosts} hosts, and inference runs on one; "
                          f"{where.chip.kind} hosts have up to {4 if where.chip.dimensions == 3 else 8} chips")
-    visual = model.processor.features_per_tile
-    if context < visual:
-        raise UserError(f"--context {context}: one image takes {visual} tokens")
+    image = model.processor.layout(*PHOTO)
+    if context < len(image.index):
+        raise UserError(f"--context {context}: one image takes {len(image.index)} tokens")
+    model = dataclasses.replace(model, lora=None)
     mesh = sharding.make_mesh(config.Mesh(1, 1, where.devices), where.jax_devices())
     graph, shapes = abstract_params(model, "bfloat16", choose_attention("auto", "tpu", model, "bfloat16"))
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
@@ -83,8 +88,10 @@ def plan_inference(model: LlavaConfig, where: Slice, batch: int, context: int) -
     rows = (batch,)
     sampling = Sampling(array((batch, 2), "uint32"), array(rows, "float32"), array(rows, "float32"))
     side = model.vision.image_size
-    inputs = (array((batch, context), "int32"), array(rows, "int32"), array((batch, 1, side, side, 3), "uint8"),
-              array((batch, context), "int32"), None, array(rows, "int32"), sampling)
+    visual = {name: array(x.shape, x.dtype) for name, x in model.processor.no_visual_tokens((batch, context)).items()}
+    inputs = (array((batch, context), "int32"), array(rows, "int32"),
+              array((batch, image.tiles, side, side, 3), "uint8"), visual["visual_index"], visual.get("visual_weight"),
+              array(rows, "int32"), sampling)
     prefill_step = jax.jit(
         lambda parameters, *inputs: prefill(from_params(graph, parameters), *inputs, EOS_IDS, context))
     # The engine donates the state to decode too.

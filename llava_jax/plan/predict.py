@@ -51,7 +51,11 @@ class Prediction:
     tokens: int
     """Number of tokens of a step if all sequences are full."""
     images: int
-    """Number of images of a step if all image slots are full."""
+    """Number of tiles of a step if all slots of tiles are full."""
+    parameters: int
+    """Number of parameters of the model, adapters included."""
+    trained_parameters: int
+    """Number of parameters that the stage trains."""
     model_flops: float
     """Model FLOPs of a step by formula."""
     compile_seconds: float
@@ -81,7 +85,9 @@ def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, 
     stage = recipe.stages[name]
     rows, data = stage.batch_size, stage.data
     found = profile(program.hlo, program.slices) if program.hlo else None
+    sizes = {path: x.size for path, x in abstract_params(model)[1].items()}
     return Prediction(name, where, program.memory, rows, rows * data.sequence_length, rows * data.tiles_per_sequence,
+                      sum(sizes.values()), sum(sizes[path] for path in trainable_paths(stage, list(sizes))),
                       stage_flops(stage, model), program.seconds, found, times(found, where) if found else None, length)
 
 

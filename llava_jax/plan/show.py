@@ -37,7 +37,9 @@ def text(plan: Prediction, price: float | None = None) -> str:
     """Returns the plan of a stage as text of at most 110 columns. `price` is that of a chip for an hour."""
     memory = plan.memory
     lines = [
-        f"stage {plan.stage}: a step of {plan.rows:,} sequences, {plan.tokens:,} tokens and {plan.images:,} images", "",
+        f"stage {plan.stage}: a step of {plan.rows:,} sequences, {plan.tokens:,} tokens and {plan.images:,} tiles", "",
+        _row("parameters", f"{plan.parameters:,}", "arithmetic"),
+        _row("  trained", f"{plan.trained_parameters:,}", f"{plan.trained_parameters / plan.parameters:.2%} of them"),
         _fits(memory, "a device (half a chip)" if plan.where.chip.devices == 2 else "a chip"),
         _row("  trained parameters, float32", _bytes(memory.trained), "arithmetic, as the next three"),
         _row("  frozen parameters", _bytes(memory.frozen)),
@@ -99,7 +101,7 @@ def _rates(plan: Prediction) -> list[str]:
         _row("model FLOP utilisation (MFU)", f"{100 * plan.mfu:.1f} %", "predicted"),
         _row("tokens/s and chip", f"{plan.per_chip(plan.tokens):,.0f}",
              f"predicted; {plan.per_chip(plan.tokens) * chips:,.0f} in all, sequences filled"),
-        _row("images/s and chip", f"{plan.per_chip(plan.images):,.2f}",
+        _row("tiles/s and chip", f"{plan.per_chip(plan.images):,.2f}",
              f"predicted; {plan.per_chip(plan.images) * chips:,.1f} in all, slots filled"),
     ]
 
@@ -119,7 +121,8 @@ def data(plan: Prediction, price: float | None = None) -> dict:
     """Returns the plan of a stage as plain data: seconds, bytes of one device, rates of one chip."""
     result = {
         "stage": plan.stage, **_common_data(plan.memory, plan.compile_seconds),
-        "rows": plan.rows, "tokens": plan.tokens, "images": plan.images, "model_flops": plan.model_flops,
+        "rows": plan.rows, "tokens": plan.tokens, "images": plan.images, "parameters": plan.parameters,
+        "trained_parameters": plan.trained_parameters, "model_flops": plan.model_flops,
         "steps": plan.length and plan.length.steps, "steps_source": plan.length and plan.length.source,
     }
     if plan.profile is None:

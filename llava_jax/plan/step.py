@@ -1,6 +1,7 @@
 """Compiles the train step of a stage for TPUs that need not exist: the function of train, on abstract arrays."""
 
 import dataclasses
+import hashlib
 import math
 import re
 import tempfile
@@ -67,6 +68,10 @@ class Program:
     """Shardings of the results."""
 
 
+_compiled: dict[tuple[Slice, str], Program] = {}
+"""Compiled steps of this process, by slice and digest of the lowered program."""
+
+
 def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, model: LlavaConfig):
     """Returns the jitted step of the stage `name`, and its arguments `(state, frozen, batch)` as ShapeDtypeStructs.
 
@@ -105,14 +110,18 @@ def compile_step(recipe: config.Recipe, name: str, where: Slice, mesh: jax.shard
                  ) -> Program:
     """Compiles the step of a stage for a slice. For 7B this takes a minute and a few GB of this host's memory.
 
-    Raises UserError if the recipe does not fit the mesh. A program that is too large is a result, not an error.
+    Stages with the same program are compiled once. Raises UserError if the recipe does not fit the mesh. A program that
+    is too large is a result, not an error.
     """
     with jax.set_mesh(mesh):
         step, (state, frozen, batch) = abstract_step(recipe, name, mesh, model)
         lowered = step.lower(state, frozen, batch)
         parts = {"trained": state.trainable, "frozen": frozen, "optimizer": (state.step, state.optimizer),
                  "batch": batch}
-        program = compile_program(lowered, {part: device_bytes(tree) for part, tree in parts.items()}, where, mesh)
+        key = where, hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        program = _compiled.get(key) or compile_program(
+            lowered, {part: device_bytes(tree) for part, tree in parts.items()}, where, mesh)
+        _compiled[key] = program
     host = program.memory.host + device_bytes(state, "pinned_host")
     return dataclasses.replace(program, memory=dataclasses.replace(program.memory, host=host))
 

@@ -1,5 +1,7 @@
 """How long stages are: the recipe's steps, the data file's rows, estimates for published sets."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -49,10 +51,10 @@ def test_the_published_mix_is_estimated_from_its_counts():
     records = {end: sum(part[1] for part in parts) for end, (parts, _) in PUBLISHED.items()}
     assert records == {"llava_v1_5_mix665k.json": 665_298, "llava_instruct_150k.json": 156_564,
                        "blip_laion_cc_sbu_558k.json": 558_128, "cc3m_595k/chat.json": 595_375,
-                       "scienceqa/llava_train_QCM-LEA.json": 12_726}
-    turns, images = draw(MIX_665K, 0.05, np.random.default_rng(0))
-    assert len(turns) == pytest.approx(665_298 * 0.05, abs=12)
-    assert (images == 0).mean() == pytest.approx(40_688 / 665_298, abs=1e-3)
+                       "scienceqa/llava_train_QCM-LEA.json": 12_726, "LLaVA-NeXT-Data": 779_000,
+                       "onevision/mid_stage.json": 4_000_000, "onevision/single_image.json": 3_200_000,
+                       "onevision/onevision.json": 1_600_000}
+    assert len(draw(MIX_665K, 0.05, np.random.default_rng(0))) == pytest.approx(665_298 * 0.05, abs=12)
     described = config.load_recipe("llava_1_5_7b")
     model, _ = planned_config(described.model)
     found = length(described, "instruct", model)
@@ -61,6 +63,19 @@ def test_the_published_mix_is_estimated_from_its_counts():
     assert found.rows > (665_298 - 40_688) / data.tiles_per_sequence and "estimate" in found.source
     captions = length(described, "align", model)
     assert captions.rows == pytest.approx(558_128 / described.stages["align"].data.tiles_per_sequence, rel=0.01)
+
+
+def test_rows_of_images_of_any_size_are_those_of_their_layouts(tiny, monkeypatch):
+    """Records of one photo: 2,340 tokens in 5 tiles (reference: the token counts of LLaVA-1.6), 37 of their text."""
+    monkeypatch.setitem(PUBLISHED, "photos.json", ((("photos", 6000, [[(640, 480)]], 1, 1e-9),), True))
+    described = config.load_recipe("llava_next_vicuna_7b")
+    model, _ = planned_config(described.model)
+    for tokens, tiles, expected in ((4 * 2377, 20, 4), (4 * 2377 - 1, 20, 3), (4 * 2377, 19, 3)):
+        data = dataclasses.replace(described.stages["instruct"].data, path="photos.json", sequence_length=tokens,
+                                   tiles_per_sequence=tiles)
+        stages = {"instruct": dataclasses.replace(described.stages["instruct"], data=data)}
+        found = length(dataclasses.replace(described, stages=stages), "instruct", model)
+        assert found.rows == pytest.approx(6000 / expected, abs=2)
 
 
 def test_a_published_set_under_another_name_is_not_taken_for_it(tiny):

@@ -37,9 +37,11 @@ def test_a_plan_as_json_and_the_programs_behind_it(compiles, planned, tiny_file,
 
 def test_a_plan_that_does_not_fit_says_by_how_much():
     memory = Memory(8 * GIB, GIB, 16 * GIB, 0, 5 * GIB, 0, int(15.75 * GIB))
-    text = show.text(Prediction("instruct", parse("v5e-4"), memory, 8, 1024, 16, 1e12, 3.0, None, None, None))
+    plan = Prediction("instruct", parse("v5e-4"), memory, 8, 1024, 16, 8000, 2000, 1e12, 3.0, None, None, None)
+    text = show.text(plan)
+    assert "2,000  25.00% of them" in text
     assert "DOES NOT FIT" in text and "14.25 GiB more than the 15.75 GiB there are" in text and "MFU" not in text
-    data = show.data(Prediction("instruct", parse("v5e-4"), memory, 8, 1024, 16, 1e12, 3.0, None, None, None))
+    data = show.data(plan)
     assert json.dumps(data) and data["fits"] is False and data["memory"]["peak"] == 30 * GIB
 
 

@@ -45,7 +45,8 @@ def test_recorded_memory_is_that_of_the_recipe_of_today(needs_libtpu, name):
     model, _ = planned_config(recipe.model)
     mesh = plan_mesh(recipe, where, model)
     assert (dict(mesh.shape), where.chips) == (plan["mesh"], plan["chips"])
-    assert [stage["stage"] for stage in plan["stages"]] == list(recipe.stages)
+    first = -1 if plan["recipe"].startswith(load_script().LAST_STAGE) else 0
+    assert [stage["stage"] for stage in plan["stages"]] == list(recipe.stages)[first:]
     for recorded in plan["stages"]:
         memory, stage = recorded["memory"], recipe.stages[recorded["stage"]]
         _, (state, frozen, _) = abstract_step(recipe, recorded["stage"], mesh, model)

@@ -183,6 +183,18 @@ def test_published_sizes_stand_in_for_checkpoints_that_are_not_here():
         known("checkpoints/my-model")
 
 
+@pytest.mark.parametrize("name,count,tokens", [
+    ("llava-v1.6-vicuna-7b", 7.063e9, 2340), ("llava-v1.6-mistral-7b-hf", 7.567e9, 2340),
+    ("llama3-llava-next-8b", 8.355e9, 2340), ("llava-onevision-qwen2-0.5b-si", 0.909e9, 2929),
+    ("llava-onevision-qwen2-7b-ov-hf", 8.046e9, 2929),
+])
+def test_later_models_are_known_with_the_layout_of_a_photo(name, count, tokens):
+    """Sizes on the hub, and the last layer of SigLIP (15 million), which is not there; reference token counts."""
+    model = known(f"checkpoints/{name}")
+    assert sum(x.size for x in abstract_params(model)[1].values()) == pytest.approx(count, rel=2e-3)
+    assert len(model.processor.layout(640, 480).index) == tokens
+
+
 @pytest.mark.parametrize("name,count", [
     ("vicuna-7b-v1.5", 6.738e9), ("Llama-2-13b-hf", 13.016e9), ("Meta-Llama-3-8B-Instruct", 8.030e9),
     ("Mistral-7B-Instruct-v0.2", 7.242e9), ("Qwen2-7B-Instruct", 7.616e9), ("Qwen2.5-3B", 3.086e9),
