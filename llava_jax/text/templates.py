@@ -164,6 +164,9 @@ TEMPLATES: dict[str, Template] = {
         replace(_VICUNA_V1, name="v1_mmtag", system=TAGGED_IMAGES, image="<Image><image></Image>"),
         _LLAVA_V0,
         replace(_LLAVA_V0, name="v0_mmtag", system=TAGGED_IMAGES, image="<Image><image></Image>"),
+        # LLaVA v0 and v1-1 were trained with mm_use_im_start_end: an image is between two tokens.
+        replace(_LLAVA_V0, name="v0_start_end", image="<im_start><image><im_end>"),
+        replace(_VICUNA_V1, name="v1_start_end", image="<im_start><image><im_end>"),
         _LLAVA_LLAMA_2,
         replace(_LLAVA_LLAMA_2, name="llama_2", system=LLAMA_2_CHAT),
         replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between=""),

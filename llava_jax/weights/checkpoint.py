@@ -181,7 +181,8 @@ def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, visio
           base: str | Path | None = None) -> ParameterSource:
     raw = configs.read_raw(directory)
     if original.is_original(directory, raw):
-        return source.from_original_files(directory, config, original.open_tensors(directory, raw, vision, base), fresh)
+        tensors = original.open_tensors(directory, raw, config, vision, base)
+        return source.from_original_files(directory, config, tensors, fresh)
     if base:
         raise UserError(f"{directory} is no LLaVA in the original layout, so it is no delta to add to {base}")
     native = raw["model_type"] == configs.MODEL_TYPE

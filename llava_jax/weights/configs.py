@@ -58,7 +58,7 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
         if isinstance(part, dict) and part.get("quantization_config") is not None:
             raise UserError(f"{file}: {name}: quantised models are not read; take the model it was made of")
     if kind in TEXT_MODELS:
-        return _text(file, "", _parse(file, kind, fields.decoder(file, raw)))
+        return read_decoder(file, raw, kind)
     if kind in TOWERS:
         return _vision(file, "", _parse(file, kind, fields.tower(file, raw)))
     if kind in ("clip", "siglip"):
@@ -77,6 +77,11 @@ def read_raw(directory: Path) -> dict[str, Any]:
     if not file.exists() or (directory / "adapter_config.json").exists() and not has_tensors(directory):
         raise UserError(other_format(directory) or f"{file}: no such file, so this is not the directory of a model")
     return read_json(file)
+
+
+def read_decoder(file: Path, raw: dict[str, Any], kind: str) -> LlamaConfig:
+    """Reads a decoder, one of TEXT_MODELS, from the fields of a config.json."""
+    return _text(file, "", _parse(file, kind, fields.decoder(file, raw)))
 
 
 def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:

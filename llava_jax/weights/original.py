@@ -1,26 +1,333 @@
-"""Reads and writes the layout of LLaVA's own code: LLaVA v0 to 1.6 and OneVision, deltas and projector files."""
+"""Reads and writes the layout of LLaVA's own code: LLaVA v0 to 1.6 and OneVision, deltas and projector files.
 
+Keys of config.json and of the tensors tell the version, never the name of a folder. The vision tower is in the
+checkpoint, or config.json only names it (`mm_vision_tower`).
+"""
+
+import dataclasses
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_jax.errors import UserError
+from llava_jax.files import show_json
+from llava_jax.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
+from llava_jax.models import projector
 from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import VisionConfig
+from llava_jax.text import agreement, templates
+from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.weights import configs, fields, files, tables
+from llava_jax.weights.fields import FLAG, Field
 from llava_jax.weights.files import TensorInfo
+
+SIGLIP = VisionConfig(384, 14, 1152, 4304, 27, 16, "gelu_pytorch_tanh", 1e-6, class_token=False, patch_bias=True,
+                      pre_norm=False)
+HUB_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig(),
+              "openai/clip-vit-large-patch14": VisionConfig(image_size=224), "google/siglip-so400m-patch14-384": SIGLIP}
+"""Vision towers of the published checkpoints by their names on the hub."""
+
+TEXT_OR_NULL = Field(str, null=True)
+FIELDS = {
+    "mm_vision_tower": TEXT_OR_NULL, "mm_projector_type": TEXT_OR_NULL, "mm_vision_select_feature": TEXT_OR_NULL,
+    "mm_vision_select_layer": Field(int, -1001, 1000), "mm_use_im_start_end": FLAG, "use_mm_proj": FLAG,
+    "mm_resampler_type": TEXT_OR_NULL, "image_aspect_ratio": TEXT_OR_NULL, "mm_patch_merge_type": TEXT_OR_NULL,
+    "unfreeze_mm_vision_tower": Field(bool, null=True), "mm_tunable_parts": TEXT_OR_NULL, "architectures": Field(list),
+    "mm_newline_position": TEXT_OR_NULL, "mm_spatial_pool_mode": TEXT_OR_NULL, configs.MODEL_TYPE: Field(dict),
+}
+"""Fields of config.json that are read here, beside those of the decoder."""
+
+DECODERS = {"qwen": "qwen2", "mistral": "mistral", "llama": "llama", "llava": "llama"}
+"""Part of a model_type or class name -> model_type of the decoder."""
+MARKS = ("<im_start>", "<im_end>")
+START_END = {"vicuna_v1": "v1_start_end", "llava_v0": "v0_start_end"}
+"""Templates whose image is between MARKS, by the template without them."""
 
 
 def is_original(directory: Path, raw: Mapping[str, Any]) -> bool:
-    """Returns whether a config.json is that of a LLaVA in the original layout."""
-    return "mm_vision_tower" in raw and "vision_config" not in raw
+    """Returns whether a config.json, or else the tensors beside it, are those of a LLaVA in the original layout."""
+    if raw.get("model_type") == configs.MODEL_TYPE or "vision_config" in raw:
+        return False
+    if "mm_vision_tower" in raw or re.match(r"llava_(llama|mistral|qwen|mpt)", str(raw.get("model_type"))):
+        return True
+    return raw.get("model_type") in ("llava", *configs.TEXT_MODELS) and files.has_tensors(directory) and any(
+        "mm_projector." in name for name in files.list_tensors(directory))
 
 
 def read_config(directory: Path, raw: dict[str, Any], template: str | None, vision: str | Path | None) -> LlavaConfig:
-    """Reads the configuration of an original LLaVA."""
-    raise UserError(f"{directory}/config.json: mm_vision_tower marks the original LLaVA layout, which is not read yet; "
-                    "take the checkpoint of the same name under llava-hf/ on the hub")
+    """Reads the configuration of an original LLaVA.
+
+    Args:
+      directory: has the tensors, which tell the decoder and whether the tower is among them, and the tokenizer.
+      raw: the contents of its config.json.
+      template: replaces the conversation template, which otherwise follows from the decoder and the tokenizer.
+      vision: folder of the vision tower. By default `mm_vision_tower`, absolute or relative to `directory`.
+
+    Raises UserError if the tower is missing, if the checkpoint was trained with another tower than the named one, and
+    for MPT decoders, resamplers and settings that are not supported.
+    """
+    file = directory / "config.json"
+    checked = fields.check_fields(file, raw, FIELDS)
+    stored = set(map(hf_name, files.list_tensors(directory))) if files.has_tensors(directory) else set()
+    kind = _decoder(file, raw, stored)
+    text = configs.read_decoder(file, raw, kind)
+    tower, is_siglip = _tower(directory, raw, vision, stored)
+    extras = fields.check_fields(file, checked.get(configs.MODEL_TYPE, {}), fields.HF_EXTRAS, f"{configs.MODEL_TYPE}.")
+    if is_siglip:  # LLaVA deletes the last layer and reads what enters the last norm, whatever the layer that is named
+        tower = dataclasses.replace(tower, num_layers=tower.num_layers - 1)
+    template = template or extras.get("template")
+    try:
+        select = checked.get("mm_vision_select_feature") or "patch"
+        return LlavaConfig(
+            vision=tower, text=text, projector=_projector(checked), feature_select=select,
+            feature_layer=-1 if is_siglip else checked.get("mm_vision_select_layer", -2),
+            processor=_processor(directory, checked, tower, select == "cls_patch", vision),
+            template=_template(directory, raw, kind, template), exif=extras.get("exif", False))
+    except ValueError as error:
+        raise UserError(str(error) if str(error).startswith(str(directory)) else f"{file}: {error}") from None
 
 
-def open_tensors(directory: Path, raw: dict[str, Any], vision: str | Path | None,
+def _decoder(file: Path, raw: Mapping[str, Any], stored: set[str]) -> str:
+    """Returns the model_type of the decoder, from its keys, or else the class or model_type of the LLaVA."""
+    names = f"{raw.get('model_type')} {' '.join(map(str, raw.get('architectures', ())))}".lower()
+    if "mpt" in names or any(name.startswith("transformer.") for name in stored):
+        raise UserError(f"{file}: a LLaVA with an MPT decoder, which is not supported; LLaMA, Mistral and Qwen2 are")
+    if any(re.fullmatch(r".*\.self_attn\.q_proj\.bias", name) and name.startswith(tables.LANGUAGE) for name in stored):
+        return "qwen2"
+    for part, kind in DECODERS.items():
+        if part in names:
+            return kind
+    raise UserError(f"{file}: model_type {raw.get('model_type')!r} is no LLaVA that is known here")
+
+
+def _projector(checked: Mapping[str, Any]) -> str:
+    if checked.get("mm_resampler_type"):
+        raise UserError(f"mm_resampler_type {checked['mm_resampler_type']!r} is not supported; a LLaVA without it is")
+    if checked.get("use_mm_proj") is False:
+        raise UserError("use_mm_proj is false; a LLaVA without projector is not supported")
+    kind = checked.get("mm_projector_type") or "linear"
+    projector.depth(kind)
+    return kind
+
+
+def _tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None,
+           stored: set[str]) -> tuple[VisionConfig, bool]:
+    """Returns the configuration of the vision tower, and whether it is a SigLIP."""
+    file, name = directory / "config.json", raw.get("mm_vision_tower") or "of an unknown name"
+    is_stored = any(key.startswith(tables.VISION) for key in stored)
+    tuned = raw.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in (raw.get("mm_tunable_parts") or "")
+    if stored and tuned and not is_stored:
+        flag = "unfreeze_mm_vision_tower" if raw.get("unfreeze_mm_vision_tower") else "mm_tunable_parts"
+        raise UserError(f"{file}: {flag} says that the vision tower was trained, but the checkpoint lacks its tensors; "
+                        "download all of its files")
+    folder = find_tower(directory, raw, vision)
+    if folder:
+        tower = configs.read_config(folder)
+        if not isinstance(tower, VisionConfig):
+            raise UserError(f"{folder}: model_type {files.read_json(folder / 'config.json')['model_type']} is not a "
+                            "vision tower")
+    elif name in HUB_TOWERS and (is_stored or not stored):
+        tower = HUB_TOWERS[name]
+    else:
+        what = "its config.json is needed" if is_stored else "it is not in the checkpoint"
+        fetch = f"fetch it (hf download {name} --local-dir DIR) and " if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+        raise UserError(f"{file}: vision tower {name}: {what}; {fetch}name its folder by --vision DIR "
+                        "(vision= in Python, model.vision in a recipe)")
+    return tower, not tower.class_token
+
+
+def find_tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None) -> Path | None:
+    """Returns the folder of the vision tower: `vision`, or what `mm_vision_tower` names, if that is a local folder."""
+    if vision:
+        return Path(vision)
+    name = raw.get("mm_vision_tower")
+    candidates = [directory / name, directory / Path(name).name] if name and "\0" not in name else []  # or absolute
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+
+
+def _processor(directory: Path, checked: Mapping[str, Any], tower: VisionConfig, class_token: bool,
+               vision: str | Path | None) -> ImageProcessor:
+    """Returns the image processor: the tower's colours, and the mode and merge type of LLaVA's config.json."""
+    is_siglip = not tower.class_token
+    mean, std = (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
+    if folder := find_tower(directory, checked, vision):
+        settings = configs.read_processor_settings(folder, is_siglip)
+        mean, std = settings["mean"], settings["std"]
+    ratio, merge = checked.get("image_aspect_ratio") or "square", checked.get("mm_patch_merge_type") or "flat"
+    settings = {"mode": {"square": "resize" if is_siglip else "crop", "pad": "pad"}.get(ratio, "anyres")}
+    if settings["mode"] == "anyres":
+        match = re.fullmatch(r"anyres(?:_max_(\d{1,4}))?", ratio)
+        if not match:
+            raise UserError(f"image_aspect_ratio {ratio!r} is not supported; square, pad, anyres and anyres_max_N are")
+        settings["pinpoints"] = _pinpoints(checked.get("image_grid_pinpoints"), tower.image_size)
+        settings |= {"max_tiles": int(match[1])} if match[1] else {}
+    if merge not in ("flat", "spatial", "spatial_unpad"):
+        raise UserError(f"mm_patch_merge_type {merge!r} is not supported; flat, spatial and spatial_unpad are")
+    if merge != ("spatial_unpad" if settings["mode"] == "anyres" else "flat"):
+        settings["merge"] = merge
+    return ImageProcessor(size=tower.image_size, patches=tower.grid, class_token=class_token, mean=mean, std=std,
+                          **settings, **_several_and_video(checked))
+
+
+def _several_and_video(checked: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the layout of several images and of videos, which LLaVA-NeXT's code brought with Qwen and OneVision."""
+    newer = any(checked.get(name) is not None for name in ("mm_newline_position", "mm_spatial_pool_mode",
+                                                          "mm_tunable_parts"))
+    settings = {"several": "pad"} if newer else {}
+    for name, field, values in (("mm_spatial_pool_mode", "video_pool", ("bilinear", "average")),
+                                ("mm_newline_position", "video_newline", ("one_token", "grid", "frame", "no_token"))):
+        value = checked.get(name) or values[0]
+        if value not in values:
+            raise UserError(f"{name} {value!r} is not supported; {', '.join(values)} are")
+        settings |= {field: value} if value != values[0] else {}
+    return settings
+
+
+def _pinpoints(value: Any, side: int) -> tuple[tuple[int, int], ...]:
+    """Parses image_grid_pinpoints: pairs of pixels, or corners of a grid of tiles such as "(1x1),...,(6x6)"."""
+    pairs = value
+    if isinstance(value, str):
+        corners = [tuple(map(int, pair)) for pair in re.findall(r"\((\d{1,4})x(\d{1,4})\)", value)]
+        pairs = re.findall(r"[(\[]\s*(\d{1,6})\s*,\s*(\d{1,6})\s*[)\]]", value)
+        if corners:
+            (left, top), (right, bottom) = corners[0], corners[-1]
+            pairs = [(i * side, j * side) for i in range(left, right + 1) for j in range(top, bottom + 1)]
+    try:
+        found = tuple((int(width), int(height)) for width, height in pairs)
+    except (TypeError, ValueError):
+        found = ()
+    if not 0 < len(found) <= 10_000:
+        raise UserError(f"image_grid_pinpoints {show_json(value)} is no list of sizes")
+    return found
+
+
+def _template(directory: Path, raw: Mapping[str, Any], kind: str, chosen: str | None) -> str:
+    """Returns the conversation template: `chosen`, or that of the decoder's family. A guess is printed on stderr."""
+    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    tokenizer = Tokenizer.load(directory) if has_tokenizer else None
+    name, why = {"qwen2": "qwen_1_5", "mistral": "mistral_instruct"}.get(kind), f"its decoder is a {kind}"
+    if not name and raw.get("model_type") == "llama":
+        name, why = "llava_v0", "its model_type is llama, as in LLaVA v0"
+    for end, template in (("<|eot_id|>", "llava_llama_3"), ("<|im_end|>", "chatml_direct")):
+        if not name and tokenizer and tokenizer.special_id(end) is not None:
+            name, why = template, f"its tokenizer has {end}"
+    name = templates.get(chosen or name or "vicuna_v1").name
+    if raw.get("mm_use_im_start_end"):
+        if name not in (*START_END, *START_END.values()):
+            raise UserError(f"mm_use_im_start_end: template {name!r} has no form with {' and '.join(MARKS)}; "
+                            f"{' and '.join(START_END)} have")
+        if missing := [mark for mark in MARKS if tokenizer and tokenizer.special_id(mark) is None]:
+            raise UserError(f"mm_use_im_start_end: the tokenizer has no {' and no '.join(missing)}; take its "
+                            "added_tokens.json along")
+        name = START_END.get(name, name)
+    if not chosen:
+        agreement.say(f"template {name}: {directory} is an original LLaVA, {why} (--template chooses another)")
+    return name
+
+
+# Tensors.
+
+def hf_name(name: str) -> str:
+    """Returns a tensor's name in the hf layout (tables.py); the same name if it is not known."""
+    if match := re.fullmatch(r"(?:.*\.)?mm_projector\.(?:(\d?\d)\.)?(weight|bias)", name):
+        index = int(match[1] or 0)
+        return f"{tables.PROJECTOR}linear_{index // 2 + 1}.{match[2]}" if index % 2 == 0 else name
+    if match := re.match(r"(model\.)?vision_tower\.vision_tower\.(vision_model\.)?", name):
+        return tables.VISION + name[match.end() :]
+    return tables.hf_name(name)
+
+
+def original_name(name: str, depth: int) -> str:
+    """Returns the original name of a tensor of the hf layout, with a projector of `depth` layers."""
+    if match := re.fullmatch(rf"{re.escape(tables.PROJECTOR)}linear_(\d+)\.(\w+)", name):
+        return f"model.mm_projector.{'' if depth == 1 else f'{2 * int(match[1]) - 2}.'}{match[2]}"
+    for prefix, ours in ((tables.VISION, "model.vision_tower.vision_tower.vision_model."), (tables.LANGUAGE, "model."),
+                         ("language_model.", ""), ("image_newline", "model.image_newline")):
+        if name.startswith(prefix):
+            return ours + name[len(prefix) :]
+    raise AssertionError(name)
+
+
+def open_tensors(directory: Path, raw: Mapping[str, Any], config: LlavaConfig, vision: str | Path | None,
                  base: str | Path | None) -> dict[str, TensorInfo]:
-    """Opens the tensors of an original LLaVA under their names of the hf layout."""
-    raise NotImplementedError
+    """Opens the tensors of an original LLaVA, and of its tower if that is elsewhere, by their names in the hf layout.
+
+    A `base` is added to them, which are then a delta.
+    """
+    tensors = _by_hf_name(directory)
+    if base:
+        tensors = _add(directory, tensors, Path(base))
+    elif _is_near_zero(tensors):
+        agreement.say(f"{directory}: the weights of its last norm are near 0, as in a delta of LLaVA v0 or v1-1, which "
+                      "means nothing without the decoder that it changes (--base)")
+    if not any(name.startswith(tables.VISION) for name in tensors):
+        folder = find_tower(directory, raw, vision)
+        if folder is None:
+            read_config(directory, dict(raw), None, vision)  # raises the error that names the tower
+        tower = {name: tensor for name, tensor in _by_hf_name(folder).items() if name.startswith(tables.VISION)}
+        tensors |= {name: tensor for name, tensor in tower.items() if not _is_beyond(name, config.vision)}
+    return tensors
+
+
+def _is_beyond(name: str, tower: VisionConfig) -> bool:
+    """Returns whether a tensor is of SigLIP's last layer, which LLaVA deletes."""
+    match = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+    return bool(match) and not tower.class_token and int(match[1]) >= tower.num_layers
+
+
+def _by_hf_name(directory: Path) -> dict[str, TensorInfo]:
+    tensors = {}
+    for name, tensor in files.list_tensors(directory).items():
+        if tables.IGNORED.fullmatch(hf_name(name)):
+            continue
+        if hf_name(name) in tensors:
+            raise UserError(f"{tensor.file}: {name} and {tensors[hf_name(name)].name} are the same parameter")
+        tensors[hf_name(name)] = tensor
+    return tensors
+
+
+# Deltas.
+
+@dataclass(frozen=True)
+class _Sum(TensorInfo):
+    """A delta and the tensor that it changes, added in float16 as LLaVA's apply_delta does."""
+
+    base: TensorInfo | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float16)
+
+    def read(self, index: int | slice | None = None) -> np.ndarray:
+        total = np.array(super().read(), np.float16)
+        if self.base:  # new rows of the embedding are in the delta alone
+            with np.errstate(over="ignore"):  # values that are not finite are reported by name
+                total[tuple(map(slice, self.base.shape))] += self.base.read().astype(np.float16)
+        return total if index is None else total[index]
+
+
+def _add(directory: Path, delta: Mapping[str, TensorInfo], base_dir: Path) -> dict[str, TensorInfo]:
+    configs.read_raw(base_dir)
+    base, sums = _by_hf_name(base_dir), {}
+    for name, tensor in delta.items():
+        old = base.get(name)
+        if old is None and not name.startswith((tables.PROJECTOR, tables.VISION)):
+            raise UserError(f"{base_dir} lacks {tensor.name}, which the delta {directory} changes; name the decoder "
+                            "that the delta was made for")
+        larger = name in (tables.EMBEDDING, tables.HEAD)
+        if old and old.shape != tensor.shape and not (
+                larger and all(a <= b for a, b in zip(old.shape, tensor.shape, strict=True))):
+            raise UserError(f"{tensor.name} has shape {list(tensor.shape)} in the delta {directory} and "
+                            f"{list(old.shape)} in {base_dir}; name the decoder that the delta was made for")
+        sums[name] = _Sum(**{field.name: getattr(tensor, field.name) for field in dataclasses.fields(TensorInfo)},
+                          base=old)
+    return sums
+
+
+def _is_near_zero(tensors: Mapping[str, TensorInfo]) -> bool:
+    norm = tensors.get(f"{tables.LANGUAGE}norm.weight")
+    return norm is not None and float(np.abs(norm.read().astype(np.float32)).mean()) < 0.05

@@ -61,8 +61,7 @@ MODULES = (
     (f"{VISION}encoder.layers.*.mlp.fc1", "vision/layers/mlp/up_proj/kernel", FROM_HIDDEN),
     (f"{VISION}encoder.layers.*.mlp.fc2", "vision/layers/mlp/down_proj/kernel", TO_HIDDEN),
     (f"{VISION}post_layernorm", "vision/post_norm/scale", VECTOR),
-    (f"{PROJECTOR}linear_1", "projector/layers_0/kernel", FROM_HIDDEN),
-    (f"{PROJECTOR}linear_2", "projector/layers_1/kernel", FROM_HIDDEN),
+    *((f"{PROJECTOR}linear_{i + 1}", f"projector/layers_{i}/kernel", FROM_HIDDEN) for i in range(99)),
     (f"{LANGUAGE}embed_tokens", "decoder/embedding", SAME),
     (f"{LANGUAGE}layers.*.input_layernorm", "decoder/layers/attention_norm/scale", VECTOR),
     (f"{LANGUAGE}layers.*.self_attn.q_proj", "decoder/layers/attention/q_proj/kernel", FROM_HIDDEN),
@@ -120,7 +119,7 @@ class TensorMapping:
 def tensor_mappings(shapes: Mapping[str, Shape]) -> dict[str, TensorMapping]:
     """Maps names of tensors in the hf layout to the parameters of these shapes.
 
-    Raises UserError if the layout has no tensor for a parameter: a projector of more than two layers, for example.
+    Raises UserError if the layout has no tensor for a parameter. transformers reads `linear_1` and `linear_2` alone.
     """
     rows = [(f"{VISION}embeddings.class_embedding", "vision/class_embedding", VECTOR),  # no module's weight
             ("image_newline", "image_newline", VECTOR)]

@@ -20,6 +20,9 @@ RENDERED = {
     "llava_v0": "Be kind.\n\n### Human: <image>\nhi\n### Assistant: yes\n### Human: why?\n### Assistant:",
     "v0_mmtag": "Be kind.\n\n### Human: <Image><image></Image>\nhi\n### Assistant: yes\n"
     "### Human: why?\n### Assistant:",
+    "v1_start_end": "Be kind. USER: <im_start><image><im_end>\nhi ASSISTANT: yes</s>USER: why? ASSISTANT:",
+    "v0_start_end": "Be kind.\n\n### Human: <im_start><image><im_end>\nhi\n### Assistant: yes\n"
+    "### Human: why?\n### Assistant:",
     "llava_llama_2": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n<image>\nhi [/INST] yes </s><s>[INST] why? [/INST]",
     "llama_2": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n<image>\nhi [/INST] yes </s><s>[INST] why? [/INST]",
     "mistral_instruct": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n<image>\nhi [/INST] yes </s>[INST] why? [/INST]",
