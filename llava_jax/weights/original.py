@@ -15,7 +15,16 @@ import numpy as np
 
 from llava_jax.errors import UserError
 from llava_jax.files import show_json
-from llava_jax.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
+from llava_jax.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MERGES,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    ImageProcessor,
+    parse_mode,
+    parse_pinpoints,
+)
 from llava_jax.models import projector
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
@@ -85,7 +94,7 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
         return LlavaConfig(
             vision=tower, text=text, projector=_projector(checked), feature_select=select,
             feature_layer=-1 if is_siglip else checked.get("mm_vision_select_layer", -2),
-            processor=_processor(directory, checked, tower, select == "cls_patch", vision),
+            processor=_processor(directory, raw, tower, select == "cls_patch", vision),
             template=_template(directory, raw, kind, template), exif=extras.get("exif", False))
     except ValueError as error:
         raise UserError(str(error) if str(error).startswith(str(directory)) else f"{file}: {error}") from None
@@ -149,60 +158,40 @@ def find_tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | Non
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
-def _processor(directory: Path, checked: Mapping[str, Any], tower: VisionConfig, class_token: bool,
+def _processor(directory: Path, raw: Mapping[str, Any], tower: VisionConfig, class_token: bool,
                vision: str | Path | None) -> ImageProcessor:
     """Returns the image processor: the tower's colours, and the mode and merge type of LLaVA's config.json."""
     is_siglip = not tower.class_token
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
-    if folder := find_tower(directory, checked, vision):
+    if folder := find_tower(directory, raw, vision):
         settings = configs.read_processor_settings(folder, is_siglip)
         mean, std = settings["mean"], settings["std"]
-    ratio, merge = checked.get("image_aspect_ratio") or "square", checked.get("mm_patch_merge_type") or "flat"
-    settings = {"mode": {"square": "resize" if is_siglip else "crop", "pad": "pad"}.get(ratio, "anyres")}
-    if settings["mode"] == "anyres":
-        match = re.fullmatch(r"anyres(?:_max_(\d{1,4}))?", ratio)
-        if not match:
-            raise UserError(f"image_aspect_ratio {ratio!r} is not supported; square, pad, anyres and anyres_max_N are")
-        settings["pinpoints"] = _pinpoints(checked.get("image_grid_pinpoints"), tower.image_size)
-        settings |= {"max_tiles": int(match[1])} if match[1] else {}
-    if merge not in ("flat", "spatial", "spatial_unpad"):
-        raise UserError(f"mm_patch_merge_type {merge!r} is not supported; flat, spatial and spatial_unpad are")
-    if merge != ("spatial_unpad" if settings["mode"] == "anyres" else "flat"):
-        settings["merge"] = merge
-    return ImageProcessor(size=tower.image_size, patches=tower.grid, class_token=class_token, mean=mean, std=std,
-                          **settings, **_several_and_video(checked))
-
-
-def _several_and_video(checked: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the layout of several images and of videos, which LLaVA-NeXT's code brought with Qwen and OneVision."""
-    newer = any(checked.get(name) is not None for name in ("mm_newline_position", "mm_spatial_pool_mode",
-                                                          "mm_tunable_parts"))
-    settings = {"several": "pad"} if newer else {}
-    for name, field, values in (("mm_spatial_pool_mode", "video_pool", ("bilinear", "average")),
-                                ("mm_newline_position", "video_newline", ("one_token", "grid", "frame", "no_token"))):
-        value = checked.get(name) or values[0]
-        if value not in values:
-            raise UserError(f"{name} {value!r} is not supported; {', '.join(values)} are")
-        settings |= {field: value} if value != values[0] else {}
-    return settings
+    ratio, merge = raw.get("image_aspect_ratio") or "square", raw.get("mm_patch_merge_type") or "flat"
+    ratio = {"square": "resize" if is_siglip else "crop"}.get(ratio, ratio)  # "square": as the tower's own processor
+    mode, max_tiles = parse_mode(ratio, "image_aspect_ratio")
+    pinpoints = _pinpoints(raw.get("image_grid_pinpoints"), tower.image_size) if mode == "anyres" else ()
+    if merge not in MERGES:
+        raise UserError(f"mm_patch_merge_type {merge!r} is not supported; {', '.join(MERGES)} are")
+    newer = any(raw.get(name) is not None for name in ("mm_newline_position", "mm_spatial_pool_mode",
+                                                          "mm_tunable_parts"))  # of LLaVA-NeXT's code
+    pool, default = raw.get("mm_spatial_pool_mode"), "bilinear" if max_tiles else None
+    return ImageProcessor(
+        size=tower.image_size, mode=mode, patches=tower.grid, class_token=class_token, mean=mean, std=std,
+        pinpoints=pinpoints, max_tiles=max_tiles, several="pad" if newer else "same",
+        merge=None if merge == ("spatial_unpad" if mode == "anyres" else "flat") else merge,
+        video_pool=None if pool == default else pool,
+        video_newline=raw.get("mm_newline_position") or "one_token")
 
 
 def _pinpoints(value: Any, side: int) -> tuple[tuple[int, int], ...]:
-    """Parses image_grid_pinpoints: pairs of pixels, or corners of a grid of tiles such as "(1x1),...,(6x6)"."""
-    pairs = value
-    if isinstance(value, str):
-        corners = [tuple(map(int, pair)) for pair in re.findall(r"\((\d{1,4})x(\d{1,4})\)", value)]
-        pairs = re.findall(r"[(\[]\s*(\d{1,6})\s*,\s*(\d{1,6})\s*[)\]]", value)
-        if corners:
-            (left, top), (right, bottom) = corners[0], corners[-1]
-            pairs = [(i * side, j * side) for i in range(left, right + 1) for j in range(top, bottom + 1)]
+    """Parses image_grid_pinpoints: a list, its text, or the corners of a grid of tiles such as "(1x1),...,(6x6)"."""
+    text = value if isinstance(value, str) else show_json(value, 10**6)
+    if corners := re.findall(r"\(\d+x\d+\)", text):
+        text = f"{corners[0]},...,{corners[-1]}"
     try:
-        found = tuple((int(width), int(height)) for width, height in pairs)
-    except (TypeError, ValueError):
-        found = ()
-    if not 0 < len(found) <= 10_000:
-        raise UserError(f"image_grid_pinpoints {show_json(value)} is no list of sizes")
-    return found
+        return parse_pinpoints(text, side)
+    except UserError:
+        raise UserError(f"image_grid_pinpoints {text!r:.200} is no list of sizes") from None
 
 
 def _template(directory: Path, raw: Mapping[str, Any], kind: str, chosen: str | None) -> str:
@@ -252,7 +241,7 @@ def original_name(name: str, depth: int) -> str:
     raise AssertionError(name)
 
 
-def open_tensors(directory: Path, raw: Mapping[str, Any], config: LlavaConfig, vision: str | Path | None,
+def open_tensors(directory: Path, raw: dict[str, Any], config: LlavaConfig, vision: str | Path | None,
                  base: str | Path | None) -> dict[str, TensorInfo]:
     """Opens the tensors of an original LLaVA, and of its tower if that is elsewhere, by their names in the hf layout.
 
@@ -267,7 +256,7 @@ def open_tensors(directory: Path, raw: Mapping[str, Any], config: LlavaConfig, v
     if not any(name.startswith(tables.VISION) for name in tensors):
         folder = find_tower(directory, raw, vision)
         if folder is None:
-            read_config(directory, dict(raw), None, vision)  # raises the error that names the tower
+            read_config(directory, raw, None, vision)  # raises the error that names the tower
         tower = {name: tensor for name, tensor in _by_hf_name(folder).items() if name.startswith(tables.VISION)}
         tensors |= {name: tensor for name, tensor in tower.items() if not _is_beyond(name, config.vision)}
     return tensors

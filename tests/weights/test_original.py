@@ -1,0 +1,207 @@
+"""LLaVA's own layout, written by torch: each version opens as the same weights of the hf layout do."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from llava_jax.models.llava import abstract_params, from_params
+from llava_jax.weights import load_checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SIZES = {"vocab_size": 2000, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6}
+
+
+def original_name(name: str) -> str:
+    """The original's name of a tensor in memory of transformers 5.6, spelled out by hand."""
+    name = re.sub(r"^model\.vision_tower\.(vision_model\.)?", "model.vision_tower.vision_tower.vision_model.", name)
+    name = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+    name = name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
+    return name.replace("model.language_model.", "model.")
+
+
+@pytest.fixture(scope="session")
+def weights(hf_model) -> dict[str, torch.Tensor]:
+    """The weights of the model of `hf_dir` under their original names."""
+    return {original_name(name): tensor.clone() for name, tensor in hf_model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def tower(hf_model, tmp_path_factory) -> Path:
+    """The vision tower alone, as a folder of transformers."""
+    folder = tmp_path_factory.mktemp("towers") / "clip"
+    tower = transformers.CLIPVisionModel(hf_model.config.vision_config)
+    tower.load_state_dict({name.replace("vision_model.", ""): x for name, x in
+                           hf_model.model.vision_tower.state_dict().items()}
+                          if not any("vision_model" in name for name in tower.state_dict()) else
+                          hf_model.model.vision_tower.state_dict())
+    tower.save_pretrained(folder)
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28,
+                                       image_mean=[0.1, 0.2, 0.3]).save_pretrained(folder)
+    return folder
+
+
+def config_json(**changes) -> dict:
+    """A config.json of LLaVA 1.5 with tiny sizes."""
+    return {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", **SIZES, "hidden_act": "silu",
+            "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 32,
+            "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+            "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
+            "use_mm_proj": True, "tie_word_embeddings": False, "torch_dtype": "float16", "pad_token_id": 0} | changes
+
+
+def write(folder: Path, weights: dict[str, torch.Tensor], config: dict, form: str = "bin") -> Path:
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / "tokenizer.model", folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    if form == "safetensors":
+        safetensors.torch.save_file(weights, folder / "model.safetensors")
+    elif form == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        weight_map = {name: names[i % 2] for i, name in enumerate(weights)}
+        for file in names:
+            torch.save({name: x for name, x in weights.items() if weight_map[name] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def without_tower(weights):
+    return {name: x for name, x in weights.items() if "vision_tower" not in name}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_array_equal(found[path], x, path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "shards"])
+@pytest.mark.parametrize("has_tower", [True, False])
+def test_llava_1_5_opens_as_the_hf_layout(hf_dir, weights, tower, tmp_path, form, has_tower):
+    constants = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    if has_tower:
+        constants["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    stored = (weights if has_tower else without_tower(weights)) | constants
+    folder = write(tmp_path / "x", stored, config_json(mm_vision_tower=str(tower)), form)
+    expected_config, expected = load_checkpoint(hf_dir)
+    config, parameters = load_checkpoint(folder)
+    assert_same(parameters, expected)
+    assert (config.vision, config.projector, config.feature_layer) == (
+        expected_config.vision, expected_config.projector, expected_config.feature_layer)
+    assert config.text == expected_config.text
+    assert (config.template, config.processor.mode, config.processor.mean) == ("vicuna_v1", "pad", (0.1, 0.2, 0.3))
+
+
+def test_logits_equal_those_of_transformers(hf_model, weights, tower, tmp_path, monkeypatch):
+    from llava_jax import load
+
+    monkeypatch.setattr(hf_model.config, "image_token_index", 1999)
+    folder = write(tmp_path / "x", without_tower(weights), config_json())
+    llava = load(folder, vision=tower)
+    tokens = np.array([[1, 7, *[-200] * 4, 9, 12, 400]])
+    tiles = np.random.default_rng(0).normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
+    ids = torch.tensor(np.where(tokens < 0, 1999, tokens))
+    with torch.no_grad():
+        expected = hf_model(input_ids=ids, pixel_values=torch.tensor(tiles[0].transpose(0, 3, 1, 2))).logits.numpy()
+    found = np.asarray(llava.model(tokens, tiles))
+    assert np.abs(found - expected).max() < 1e-4 * expected.std()
+
+
+# Other versions.
+
+def siglip_qwen2() -> tuple[dict[str, torch.Tensor], transformers.SiglipVisionModel]:
+    """A LLaVA-OneVision of LLaVA-NeXT's code, tied, and the SigLIP whose last layer it deletes."""
+    torch.manual_seed(1)
+    tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(
+        image_size=28, patch_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2))
+    decoder = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True))
+    tensors = {name: x for name, x in decoder.state_dict().items() if name != "lm_head.weight"}
+    for name, x in tower.state_dict().items():
+        name = name.removeprefix("vision_model.")
+        if not name.startswith(("encoder.layers.2.", "head.")):
+            tensors[f"model.vision_tower.vision_tower.vision_model.{name}"] = x
+    tensors |= {"model.mm_projector.0.weight": torch.randn(48, 32), "model.mm_projector.0.bias": torch.randn(48),
+                "model.mm_projector.2.weight": torch.randn(48, 48), "model.mm_projector.2.bias": torch.randn(48),
+                "model.image_newline": torch.randn(48)}
+    return {name: x.detach().contiguous() for name, x in tensors.items()}, tower
+
+
+ONEVISION = {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"], "image_aspect_ratio": "anyres_max_9",
+             "image_grid_pinpoints": [[28, 28], [28, 56], [56, 28]], "mm_patch_merge_type": "spatial_unpad",
+             "mm_newline_position": "one_token", "mm_spatial_pool_mode": "bilinear", "mm_vision_select_layer": -2,
+             "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model", "tie_word_embeddings": True,
+             "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 2}
+
+
+def test_onevision(tmp_path):
+    """Of a SigLIP the output of the last layer but one is read, whatever layer the configuration names."""
+    tensors, siglip = siglip_qwen2()
+    siglip.save_pretrained(tmp_path / "siglip")
+    folder = write(tmp_path / "x", tensors, config_json(**ONEVISION, mm_vision_tower=str(tmp_path / "siglip")))
+    config, parameters = load_checkpoint(folder)
+    processor = config.processor
+    assert (config.vision.num_layers, config.feature_layer, config.template) == (2, -1, "qwen_1_5")
+    assert config.text.qkv_bias and config.text.tie_word_embeddings and "image_newline" in parameters
+    assert (processor.mode, processor.max_tiles, processor.several, processor.pool, processor.has_newline) == (
+        "anyres", 9, "pad", "bilinear", True)
+    assert processor.pinpoints == ((28, 28), (28, 56), (56, 28)) and processor.mean == (0.5, 0.5, 0.5)
+    np.testing.assert_array_equal(parameters["image_newline"], tensors["model.image_newline"])
+    np.testing.assert_array_equal(parameters["vision/post_norm/scale"], siglip.state_dict()[next(
+        name for name in siglip.state_dict() if name.endswith("post_layernorm.weight"))])
+    assert parameters["vision/layers/mlp/up_proj/kernel"].shape[0] == 2
+
+    model = from_params(abstract_params(config)[0], parameters)
+    pixels = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
+    with torch.no_grad():
+        states = siglip(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states
+    np.testing.assert_allclose(model.features(pixels[None])[0].reshape(2, 4, 32), states[-2], atol=1e-5)
+
+    # The tower of another folder loses its last layer too.
+    outside = write(tmp_path / "outside", without_tower(tensors), config_json(
+        **ONEVISION | {"mm_tunable_parts": "mm_mlp_adapter"}, mm_vision_tower="google/siglip-x"))
+    assert_same(load_checkpoint(outside, vision=tmp_path / "siglip")[1], parameters)
+
+
+def test_llava_1_6_mistral(weights, tower, tmp_path):
+    newline = {"model.image_newline": torch.randn(48)}
+    config = config_json(
+        model_type="llava_mistral", architectures=["LlavaMistralForCausalLM"], mm_vision_tower=str(tower),
+        image_aspect_ratio="anyres", image_grid_pinpoints="(1x1),...,(1x2)", sliding_window=None,
+        mm_patch_merge_type="spatial_unpad", unfreeze_mm_vision_tower=True)
+    read, parameters = load_checkpoint(write(tmp_path / "x", weights | newline, config))
+    assert (read.template, read.processor.mode, read.processor.several) == ("mistral_instruct", "anyres", "same")
+    assert read.processor.pinpoints == ((28, 28), (28, 56)) and read.processor.merge_type == "spatial_unpad"
+    np.testing.assert_array_equal(parameters["image_newline"], newline["model.image_newline"])
+
+
+@pytest.mark.parametrize("kind, depth", [(None, 1), ("linear", 1), ("mlp3x_gelu", 3), ("identity", 0)])
+def test_projectors(weights, tower, tmp_path, kind, depth):
+    hidden = 32 if depth == 0 else 48
+    kept = {name: x for name, x in weights.items() if "mm_projector" not in name}
+    names = ["model.mm_projector."] if depth == 1 else [f"model.mm_projector.{2 * i}." for i in range(depth)]
+    for i, name in enumerate(names):
+        kept |= {f"{name}weight": torch.randn(48, 48 if i else 32), f"{name}bias": torch.randn(48)}
+    if depth == 0:
+        kept = {name: x[..., :32].contiguous() if "vision_tower" not in name and x.shape[-1] == 48 else x
+                for name, x in kept.items()}
+        kept = {name: x[:32].contiguous() if re.search("[qo]_proj|down_proj", name) and "tower" not in name else x
+                for name, x in kept.items()}
+        kept = {name: x[:16].contiguous() if re.search("[kv]_proj", name) and "tower" not in name else x
+                for name, x in kept.items()}
+        kept |= {name: x[:, :32].contiguous() for name, x in kept.items() if "o_proj" in name and "tower" not in name}
+    changes = {"mm_projector_type": kind, "mm_vision_tower": str(tower), "hidden_size": hidden}
+    config = {name: value for name, value in config_json(**changes).items() if value is not None}
+    config, parameters = load_checkpoint(write(tmp_path / "x", kept, config))
+    assert config.projector == (kind or "linear")
+    for i, name in enumerate(names):
+        np.testing.assert_array_equal(parameters[f"projector/layers_{i}/kernel"], kept[f"{name}weight"].T)
+        np.testing.assert_array_equal(parameters[f"projector/layers_{i}/bias"], kept[f"{name}bias"])
