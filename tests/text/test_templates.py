@@ -112,7 +112,7 @@ EMPTY = {
     "<|start_header_id|>user<|end_header_id|>\n\n<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>",
 }
-for name, twins in {"vicuna_v1": ("llava_v1", "v1_mmtag"), "llava_v0": ("v0_mmtag",),
+for name, twins in {"vicuna_v1": ("llava_v1", "v1_mmtag", "v1_start_end"), "llava_v0": ("v0_mmtag", "v0_start_end"),
                     "qwen_1_5": ("qwen_2_5", "qwen_1_5_original"),
                     "llama_2": ("llava_llama_2", "mistral_instruct"), "mpt": ("chatml_direct", "mistral_orca")}.items():
     EMPTY |= dict.fromkeys(twins, EMPTY[name])

@@ -272,9 +272,9 @@ def test_saving_over_something_is_refused(hf_dir, loaded):
 
 def test_nothing_half_written_remains(hf_dir, tmp_path, loaded):
     config, parameters = loaded
-    with pytest.raises(UserError, match="no tensor for projector/layers_2/bias, projector/layers_2/kernel"):
+    with pytest.raises(UserError, match="no tensor for projector/norm/bias, projector/norm/scale"):
         save_hf(tmp_path / "saved", config, parameters | {
-            "projector/layers_2/kernel": jnp.ones((48, 48)), "projector/layers_2/bias": jnp.ones(48)}, hf_dir)
+            "projector/norm/scale": jnp.ones(48), "projector/norm/bias": jnp.ones(48)}, hf_dir)
     assert list(tmp_path.iterdir()) == []
 
 
