@@ -30,7 +30,7 @@ from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text import agreement, templates
 from llava_jax.text.tokenizer import Tokenizer
-from llava_jax.weights import configs, fields, files, tables
+from llava_jax.weights import configs, fields, files, processors, tables
 from llava_jax.weights.fields import FLAG, Field
 from llava_jax.weights.files import TensorInfo
 
@@ -164,7 +164,7 @@ def _processor(directory: Path, raw: Mapping[str, Any], tower: VisionConfig, cla
     is_siglip = not tower.class_token
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
     if folder := find_tower(directory, raw, vision):
-        settings = configs.read_processor_settings(folder, is_siglip)
+        settings = processors.settings_of(folder, is_siglip)
         mean, std = settings["mean"], settings["std"]
     ratio, merge = raw.get("image_aspect_ratio") or "square", raw.get("mm_patch_merge_type") or "flat"
     ratio = {"square": "resize" if is_siglip else "crop"}.get(ratio, ratio)  # "square": as the tower's own processor
