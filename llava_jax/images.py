@@ -156,6 +156,11 @@ class ImageProcessor:
         """Whether layouts can have weights, so that batches have `visual_weight`."""
         return self.pool is not None
 
+    @property
+    def mode_name(self) -> str:
+        """Name of the mode that `with_mode` takes, with its number of tiles."""
+        return f"anyres_max_{self.max_tiles}" if self.max_tiles else self.mode
+
     def with_mode(self, mode: str, pinpoints: str = "") -> "ImageProcessor":
         """Returns the processor with another mode: one of MODES, or anyres_max_N.
 

@@ -1,4 +1,4 @@
-"""Pixels against transformers' processors, bit for bit, and layouts of visual tokens against plain loops."""
+"""Pixels against transformers' processors, bit for bit; `test_anyres.py` has anyres and videos."""
 
 import hashlib
 import json
@@ -19,8 +19,6 @@ from llava_jax.image_files import open_image
 from llava_jax.images import ImageProcessor
 
 WAYS = [("crop", 336), ("crop", 30), ("pad", 336), ("pad", 61), ("resize", 384), ("resize", 30)]
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-ANYRES = ImageProcessor(mode="anyres", pinpoints=PINPOINTS)
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
@@ -126,68 +124,6 @@ def test_transparency_beside_the_pixels_equals_transformers(palette, alpha, proc
     image = transparent(palette, alpha)
     assert image.info["transparency"] is not None
     assert_identical(image, processor)
-
-
-def plain_layout(width: int, height: int, pinpoints, size: int, side: int) -> tuple[int, list[int]]:
-    """LLaVA 1.6's visual tokens of an image, one by one: the number of tiles, and each token's feature."""
-    best, canvas = (0, 0), None
-    for wide, high in pinpoints:
-        scale = min(wide / width, high / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        if canvas is None or kept > best[0] or kept == best[0] and wide * high - kept < best[1]:
-            best, canvas = (kept, wide * high - kept), (wide, high)
-    across, down = canvas[0] // size, canvas[1] // size
-    first_row = first_column = 0
-    if width / height > across / down:
-        first_row = (down * side - int(height * (across * side / width))) // 2
-    else:
-        first_column = (across * side - int(width * (down * side / height))) // 2
-    tiles = 1 + across * down
-    tokens = list(range(side * side))
-    for y in range(first_row, down * side - first_row):
-        for x in range(first_column, across * side - first_column):
-            tile = 1 + y // side * across + x // side
-            tokens.append(tile * side * side + y % side * side + x % side)
-        tokens.append(tiles * side * side)
-    return tiles, tokens
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 5),
-       st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=6))
-def test_anyres_layouts_against_a_plain_loop(width, height, side, grids):
-    pinpoints = tuple((28 * across, 28 * down) for across, down in grids)
-    processor = ImageProcessor(28, "anyres", side, pinpoints=pinpoints)
-    try:
-        tiles, index, _ = processor.layout(width, height)
-    except UserError:  # every canvas would keep nothing of so thin an image
-        assert all(min(int(width * scale), int(height * scale)) == 0
-                   for wide, high in pinpoints for scale in [min(wide / width, high / height)])
-        return
-    assert (tiles, index.tolist()) == plain_layout(width, height, pinpoints, 28, side)
-
-
-@pytest.mark.parametrize("size, tiles, tokens", [
-    ((336, 336), 3, 1176), ((32, 32), 3, 1176), ((640, 480), 5, 2340), ((480, 640), 5, 2352), ((672, 672), 5, 2928),
-    ((1024, 899), 5, 2634), ((1920, 1080), 5, 1948), ((1000, 250), 4, 1890), ((300, 1000), 4, 2232),
-    ((100, 80), 3, 1076), ((25, 1), 3, 576),
-])
-def test_anyres_counts_are_those_of_the_original(size, tiles, tokens):
-    assert ANYRES.layout(*size).tiles == tiles and len(ANYRES.layout(*size).index) == tokens
-
-
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1000, 250), (300, 1000), (1024, 899), (337, 700)])
-def test_anyres_tiles_equal_transformers(size):
-    """transformers breaks ties between canvases another way, so these sizes have no tie."""
-    transformers = pytest.importorskip("transformers")
-    oracle = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336},
-        image_grid_pinpoints=[[height, width] for width, height in PINPOINTS])
-    image = Image.fromarray(noise(*size, 3), "RGB")
-    expected = oracle(image, return_tensors="np").pixel_values[0]
-    tiles = ANYRES(image)
-    assert len(tiles) == ANYRES.layout(*size).tiles
-    np.testing.assert_array_equal(ANYRES.normalise(tiles).transpose(0, 3, 1, 2), expected[: len(tiles)])
-    assert not expected[len(tiles) :].any()
 
 
 def test_one_tile_layouts_count_through():

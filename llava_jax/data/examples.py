@@ -13,7 +13,7 @@ from llava_jax.data.records import BadRow, Record
 from llava_jax.data.sources import Mixture
 from llava_jax.errors import UserError
 from llava_jax.image_files import MAX_PIXELS, MissingImage, image_size, open_image
-from llava_jax.images import ImageProcessor, Layout
+from llava_jax.images import ImageProcessor, Layout, Media
 from llava_jax.text.encode import ImageCount, NoSupervisedTokens, TooLong, encode_conversation
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
@@ -21,16 +21,16 @@ from llava_jax.video import Video, VideoSampling, decode_frames, sampled_frames
 
 
 class EncodedRecord(NamedTuple):
-    """A record's conversation as tokens and labels (`Example`), and the layouts of its images."""
+    """A record's conversation as tokens and labels (`Example`), and its images.
+
+    `media` has the sizes of images and the numbers of frames of videos, of which `ImageProcessor.layouts` computes the layouts again. A window of layouts
+    with weights would take gigabytes.
+    """
 
     tokens: Int32[np.ndarray, "T"]
     labels: Int32[np.ndarray, "T"]
-    layouts: tuple[Layout, ...]
-
-    @property
-    def tiles(self) -> int:
-        """Number of tiles of all images."""
-        return sum(layout.tiles for layout in self.layouts)
+    media: tuple[Media, ...]
+    tiles: int  # number of tiles of all images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,11 @@ class DataSpec:
 
     def text(self, number: int) -> EncodedRecord:
         """Encodes the conversation of a record. Opens no image, but reads their sizes where the layout needs them."""
-        record, layouts = self.lay_out(number)
+        record, media, layouts = self.lay_out(number)
         tiles = sum(layout.tiles for layout in layouts)
         if tiles > self.tiles_per_sequence:
             message = f"{tiles} tiles do not fit into the {self.tiles_per_sequence} of a sequence"
-            raise BadRow("too_long", f"{record.source}: {message} (data.tiles_per_sequence)")
+            raise BadRow("too_long", f"{record.source}: {message}; raise data.tiles_per_sequence")
         max_length, limit = min((self.sequence_length, "data.sequence_length"),
                                 (self.context or math.inf, "the model's context"))
         try:
@@ -92,13 +92,13 @@ class DataSpec:
             raise BadRow("image_count", f"{record.source}: {error}") from None
         except UserError as error:
             raise BadRow("malformed", f"{record.source}: {error}") from None
-        return EncodedRecord(*example, layouts)
+        return EncodedRecord(*example, media, tiles)
 
     def tiles(self, number: int) -> UInt8[np.ndarray, "tiles size size 3"]:
         """Decodes the images of a record and returns their tiles."""
         record, tiles = self._record(number), [self.processor.tiles(())]
-        one = self.processor.for_images(sum(not isinstance(image, Video) for image in record.images))
-        for image, size in zip(record.images, _stored_sizes(record, self.processor, self.exif), strict=True):
+        processor = self.processor.for_images(sum(not isinstance(image, Video) for image in record.images))
+        for image, size in zip(record.images, _stored_sizes(record, processor, self.exif), strict=True):
             with _named(record):
                 if isinstance(image, Video):  # frame by frame, because a tile is smaller
                     sampled = sampled_frames(image, self.video, self.max_pixels)
@@ -108,11 +108,11 @@ class DataSpec:
                 opened = open_image(image, self.exif, self.max_pixels)
                 if size not in (None, opened.size):  # its layout would be another
                     raise UserError(f"the image's size is {opened.size}, but image_widths and image_heights say {size}")
-                tiles.append(one(opened))
+                tiles.append(processor.tiles([opened]))
         return np.concatenate(tiles)
 
-    def lay_out(self, number: int) -> tuple[Record, tuple[Layout, ...]]:
-        """Returns a record as the model gets it, and the layouts of its images and videos (`lay_out`)."""
+    def lay_out(self, number: int) -> tuple[Record, tuple[Media, ...], list[Layout]]:
+        """Returns a record as the model gets it, with its images and videos laid out (`lay_out`)."""
         return lay_out(self._record(number), self.processor, self.exif, self.max_pixels, self.video)
 
     def _record(self, number: int) -> Record:
@@ -121,12 +121,15 @@ class DataSpec:
 
 
 def lay_out(record: Record, processor: ImageProcessor, exif: bool, max_pixels: int, video: VideoSampling
-            ) -> tuple[Record, tuple[Layout, ...]]:
-    """Returns a record, with the sentence about its clip if `video.time_text`, and layouts of its images and videos.
+            ) -> tuple[Record, tuple[Media, ...], list[Layout]]:
+    """Returns a record, with the sentence about its clip if `video.time_text`, and its images and videos laid out.
 
-    Decodes nothing: reads the headers of videos, and those of images where the layout needs a size.
+    The second value has the sizes of images and the numbers of frames, as `ImageProcessor.layouts` expects them, the
+    third the layouts. Decodes nothing: reads the headers of videos, and those of images where the layout needs a size;
+    other sizes are (1, 1). Raises BadRow, also for an image that has no layout.
     """
-    media = []
+    media, num_images = [], sum(not isinstance(image, Video) for image in record.images)
+    is_fixed = processor.for_images(num_images).is_fixed
     with _named(record):
         for image, size in zip(record.images, _stored_sizes(record, processor, exif), strict=True):
             if isinstance(image, Video):
@@ -136,8 +139,8 @@ def lay_out(record: Record, processor: ImageProcessor, exif: bool, max_pixels: i
                     turns = tuple(turn | {"value": sampled.tell_times(turn["value"])} for turn in record.turns)
                     record = dataclasses.replace(record, turns=turns)
             else:
-                media.append((1, 1) if processor.is_fixed else size or image_size(image, exif, max_pixels))
-        return record, tuple(processor.layouts(media))
+                media.append((1, 1) if is_fixed else size or image_size(image, exif, max_pixels))
+        return record, tuple(media), processor.layouts(media)
 
 
 def _stored_sizes(record: Record, processor: ImageProcessor, exif: bool) -> Sequence[tuple[int, int] | None]:

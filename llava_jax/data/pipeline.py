@@ -48,6 +48,7 @@ class Batches(grain.IterDataset):
         (`ImageProcessor.visual_tokens`); -1 elsewhere. If the processor `is_weighted`, it is [B, T, 4], and there is
         visual_weight float32 [B, T, 4], 0 elsewhere.
     tiles uint8 [B, I, size, size, 3], tile_segment_ids int32 [B, I]: 0 for an empty slot
+    images int32 [B]: number of images, of one or more tiles each
     skipped int32 [len(REASONS)]: number of bad records on the way to this batch, by reason
 
     The mixture is shuffled again in every epoch with `seed`, for `epochs` epochs (None: without end). The sequences of
@@ -215,6 +216,7 @@ class _BatchIterator(grain.DatasetIterator):
             **spec.processor.no_visual_tokens(shape),
             "tiles": np.zeros((*slots, spec.processor.size, spec.processor.size, 3), np.uint8),
             "tile_segment_ids": np.zeros(slots, np.int32),
+            "images": np.zeros(shape[0], np.int32),
         }
         skipped = Counter()
         for b, (row, row_tiles) in enumerate(zip(rows, images, strict=True)):
@@ -230,9 +232,11 @@ class _BatchIterator(grain.DatasetIterator):
                 batch["positions"][b, span] = np.arange(len(text.tokens))
                 batch["segment_ids"][b, span] = segment
                 visual = start + np.flatnonzero(text.tokens == IMAGE_TOKEN_ID)
-                for name, values in spec.processor.visual_tokens(text.layouts, slot, slots[1]).items():
+                layouts = spec.processor.layouts(text.media)
+                for name, values in spec.processor.visual_tokens(layouts, slot, slots[1]).items():
                     batch[name][b, visual] = values
                 batch["tiles"][b, slots_used], batch["tile_segment_ids"][b, slots_used] = tiles, segment
+                batch["images"][b] += len(layouts)
                 start, slot = span.stop, slots_used.stop
         return batch | {"skipped": np.array([skipped[reason] for reason in REASONS], np.int32)}
 

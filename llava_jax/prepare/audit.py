@@ -63,7 +63,7 @@ class Audit:
                ) -> dict[str, Any]:
         """Returns the JSON object that `prepare check --help` explains."""
         if tiles_per_sequence is None:
-            good = self.rows["images"][self.rows["good"]]
+            good = self.rows["tiles"][self.rows["good"]]
             tiles_per_sequence = max(Data.tiles_per_sequence, int(good.max(initial=0)))
         sources = []
         for which, source in enumerate(self.mixture.sources):

@@ -149,14 +149,17 @@ class Checker:
             name = f"image {number}" if isinstance(path, bytes) else path.removeprefix(source.image_root + os.sep)
             problems += [(kind, f"{name}: {message}") for kind, message in seen[key]]
         try:
-            record, layouts = lay_out(record, self.settings.processor, self.settings.exif, self.settings.max_pixels,
-                                      self.settings.video)
-        except BadRow:  # an image that cannot be read, which is in `problems` already
+            record, _, layouts = lay_out(record, self.settings.processor, self.settings.exif, self.settings.max_pixels,
+                                         self.settings.video)
+        except BadRow as bad:
             layouts = ()
-        row["tiles"] = min(sum(layout.tiles for layout in layouts), 255)
-        if self.tiles_per_sequence is not None and row["tiles"] > self.tiles_per_sequence:
+            if not any(kind in ("missing_image", "broken_image") for kind, _ in problems):  # it has no layout
+                problems.append((bad.reason, _without_location(str(bad), source, index)))
+        tiles = sum(layout.tiles for layout in layouts)
+        row["tiles"] = min(tiles, 255)
+        if self.tiles_per_sequence is not None and tiles > self.tiles_per_sequence:
             limit = f"a packed sequence has {self.tiles_per_sequence} (--tiles-per-sequence)"
-            problems.append(("too_long", f"{row['tiles']} tiles, but {limit}"))
+            problems.append(("too_long", f"{tiles} tiles, but {limit}"))
         problems += self._tokenise(record, layouts, row)
         problems += self._check_texts(record, supervised=all(kind != "no_supervised_tokens" for kind, _ in problems))
         return record, problems

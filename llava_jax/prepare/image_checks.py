@@ -40,9 +40,11 @@ def _check_image(image: str | bytes, settings: Settings) -> list[Problem]:
     try:
         content = content or read_image(image, settings.max_pixels)
         opened = open_image(content, settings.exif, settings.max_pixels, IMAGE_SECONDS)
-        # An elongated image grows when its shorter side is resized to that of a tile, and may be refused.
-        if settings.processor.size**2 * max(opened.size) / min(opened.size) >= MAX_PIXELS:
-            settings.processor(opened)
+        # An elongated image grows when its shorter side is resized to that of a tile, and may be refused. The layout of
+        # anyres refuses it earlier.
+        processor, ratio = settings.processor, max(opened.size) / min(opened.size)
+        if processor.is_fixed and processor.size**2 * ratio >= MAX_PIXELS:
+            processor(opened)
     except MissingImage:
         return [("missing_image", "no such image file")]
     except UserError as error:

@@ -42,7 +42,7 @@ def read_rows(numbers: Sequence[int], spec: DataSpec) -> list[PreviewRecord]:
         try:
             row = source.row(index)
             record = source[index]
-            record, _ = spec.lay_out(number)
+            record, *_ = spec.lay_out(number)
             example = spec.text(number)
             tiles = spec.tiles(number)
         except BadRow as error:
@@ -89,7 +89,7 @@ class Preview(ModelOptions):
             "shown": f"{len(shown)}, {how}, {bad} bad",
             "model": self.model,
             "template": settings.template.name,
-            "images": f"{settings.processor.mode}, {settings.processor.size} × {settings.processor.size}",
+            "images": f"{settings.processor.mode_name}, {settings.processor.size} × {settings.processor.size}",
         }
         page.write(self.out, render_page(f"Preview of {self.data}", about, shown, settings, max_length,
                                          self.tiles_per_sequence))

@@ -20,8 +20,8 @@ from llava_jax.prepare.settings import Settings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID, conversation_spans, tokenize_spans
 from llava_jax.video import Video, decode_frames, sampled_frames
 
-MAX_ORIGINAL_SIDE, MIN_TILE_SIDE = 144, 224
-"""Pixels of the longer side of an original image, and of a tile after it is enlarged."""
+MAX_ORIGINAL_SIDE, MIN_TILE_SIDE, MAX_CANVAS_SIDE = 144, 224, 672
+"""Pixels of the longer side of an original image, of a tile after it is enlarged, and of tiles side by side."""
 
 MAX_FRAMES = 4
 """Number of frames shown of a video."""
@@ -44,8 +44,8 @@ class PreviewRecord(NamedTuple):
     @property
     def counts(self) -> tuple[int, int, int]:
         """Numbers of tokens, supervised tokens and images."""
-        tokens, labels, layouts = self.example
-        return len(tokens), np.count_nonzero(labels != IGNORE), len(layouts)
+        tokens, labels, media, _ = self.example
+        return len(tokens), np.count_nonzero(labels != IGNORE), len(media)
 
 
 class TokenText(NamedTuple):
@@ -74,7 +74,8 @@ def align_tokens(turns: Sequence[Mapping[str, str]], example: EncodedRecord, set
     """Divides a rendered conversation among the tokens that `encode_conversation` made of it."""
     laid_out = conversation_spans(turns, settings.template)
     text = "".join(span.text for span in laid_out)
-    parts, ids, position, counts = [], [], 0, (len(layout.index) for layout in example.layouts)
+    parts, ids, position = [], [], 0
+    counts = (len(layout.index) for layout in settings.processor.layouts(example.media))
     for token, (start, end) in zip(*tokenize_spans(laid_out, settings.tokenizer), strict=True):
         if start > position:
             parts.append(TokenText(text[position:start], None, False))
@@ -92,18 +93,18 @@ def align_tokens(turns: Sequence[Mapping[str, str]], example: EncodedRecord, set
 def _card(record: PreviewRecord, settings: Settings) -> dict[str, Any]:
     """Returns the values of a record's card."""
     images, tokens = [], []
+    layouts = settings.processor.layouts(record.example.media if record.example else ())
     if record.tiles is not None:
-        first_tiles = np.cumsum([0, *(layout.tiles for layout in record.example.layouts)])[:-1]
-        for image, first in zip(record.record.images, first_tiles, strict=True):
-            show = _frames if isinstance(image, Video) else _image
-            images += show(image, record.tiles[first:], settings)
+        parts = np.split(record.tiles, np.cumsum([layout.tiles for layout in layouts])[:-1]) if layouts else ()
+        for image, tiles in zip(record.record.images, parts, strict=True):
+            images += (_frames if isinstance(image, Video) else _image)(image, tiles, settings)
     if record.example:
         tokens = [_token(part, settings) for part in align_tokens(record.record.turns, record.example, settings)]
     return {
         "number": record.number, "where": record.where, "id": record.record.id if record.record else "",
         "reason": record.bad.reason.replace("_", " ") if record.bad else "", "problem": str(record.bad),
         "counts": record.counts if record.example else None, "images": images, "tokens": tokens,
-        "visual_tokens": [len(layout.index) for layout in (record.example.layouts if record.example else ())],
+        "visual_tokens": [len(layout.index) for layout in layouts],
         "row": None if record.row is None else _stored(record.row)}
 
 
@@ -111,26 +112,34 @@ def _frames(video: Video, tiles: np.ndarray, settings: Settings) -> list[dict[st
     """Returns the values of a clip's first sampled frames and of the tiles made from them."""
     sampled = sampled_frames(video, settings.video, settings.max_pixels)
     shown = sampled.indices[:MAX_FRAMES]
-    return [_pair(frame, tile, f"frame {index}, {number} of {len(sampled.indices)} of the video", video.path)
+    return [_pair(frame, tile[None], f"frame {index}, {number} of {len(sampled.indices)} of the video", video.path,
+                  settings)
             for number, (index, frame, tile) in
             enumerate(zip(shown, decode_frames(video, shown, settings.max_pixels), tiles, strict=False), 1)]
 
 
 def _image(image: str | bytes, tiles: np.ndarray, settings: Settings) -> list[dict[str, Any]]:
-    """Returns the values of an original image and of the first tile made from it."""
+    """Returns the values of an original image and of the tiles made from it."""
     original = open_image(image, settings.exif, settings.max_pixels)
     with open_header(image if isinstance(image, bytes) else read_image(image, settings.max_pixels),
                      settings.max_pixels) as file:
         kind, frames = f"{file.format} {file.mode}", 1
         with contextlib.suppress(Exception):  # a later frame may be damaged; only the first one is used
             frames = getattr(file, "n_frames", 1)
-    return [_pair(original, tiles[0], kind + (f", first of {frames} frames" if frames > 1 else ""),
-                  f"embedded, {len(image):,} bytes" if isinstance(image, bytes) else image)]
+    return [_pair(original, tiles, kind + (f", first of {frames} frames" if frames > 1 else ""),
+                  f"embedded, {len(image):,} bytes" if isinstance(image, bytes) else image, settings)]
 
 
-def _pair(original: Image.Image, tile: np.ndarray, kind: str, path: str) -> dict[str, Any]:
+def _pair(original: Image.Image, tiles: np.ndarray, kind: str, path: str, settings: Settings) -> dict[str, Any]:
+    side = len(tiles[0])
+    pictures = [(f"the model sees {side} × {side}", make_thumbnail(Image.fromarray(tiles[0]), side, MIN_TILE_SIDE))]
+    if len(tiles) > 1:
+        width, height = settings.processor.canvas(*original.size)
+        canvas = tiles[1:].reshape(height // side, width // side, side, side, 3).swapaxes(1, 2)
+        picture = make_thumbnail(Image.fromarray(canvas.reshape(height, width, 3)), MAX_CANVAS_SIDE, MIN_TILE_SIDE)
+        pictures.append((f"and {len(tiles) - 1} tiles of {width} × {height}", picture))
     return {"original": make_thumbnail(original, MAX_ORIGINAL_SIDE), "size": original.size, "kind": kind, "path": path,
-            "tile": make_thumbnail(Image.fromarray(tile), len(tile), MIN_TILE_SIDE)}
+            "pictures": pictures}
 
 
 def _token(part: TokenText, settings: Settings) -> dict[str, Any]:
@@ -170,7 +179,7 @@ def _sequences(good: Sequence[PreviewRecord], sequence_length: int,
 
 def _runs(example: EncodedRecord) -> list[tuple[str, int]]:
     """Returns kinds of tokens with the lengths of their runs."""
-    tokens, labels, _ = example
+    tokens, labels, *_ = example
     kinds = np.where(tokens == IMAGE_TOKEN_ID, "visual", np.where(labels == IGNORE, "prompt", "supervised"))
     return [(str(kind), len([*run])) for kind, run in itertools.groupby(kinds)]
 

@@ -87,6 +87,27 @@ class ModelOptions(ImageOptions, DataOptions):
     video: VideoSampling = VideoSampling()
     """Frames that are sampled of a video (data.video of a recipe)."""
 
+    image_mode: str = ""
+    """Image mode of the stage, as in a recipe: crop, pad, resize, anyres or anyres_max_N; default: the model's."""
+    pinpoints: str = ""
+    """Canvas sizes of anyres, as in a recipe: (336x672),(672x336), or (1x1),...,(6x6); default: the model's."""
+    vision: str = ""
+    """Directory of the vision tower, if `model` is a language model; default: CLIP with tiles of 336 pixels."""
+
     def load_settings(self) -> Settings:
-        return dataclasses.replace(Settings.load(self.model, self.template), exif=self.exif,
-                                   max_pixels=self.max_pixels, video=self.video)
+        settings = Settings.load(self.model, self.template)
+        processor = settings.processor
+        if self.vision:
+            from llava_jax.models.llava import LlavaConfig
+            from llava_jax.models.vit import VisionConfig
+            from llava_jax.weights import read_config
+            tower = read_config(self.vision)
+            if not isinstance(tower, VisionConfig):
+                raise UserError(f"--vision: {self.vision} is no vision tower")
+            processor = LlavaConfig(vision=tower).processor
+        if self.pinpoints and not self.image_mode.startswith("anyres"):
+            raise UserError("--pinpoints are read with --image-mode anyres or anyres_max_N alone")
+        if self.image_mode:
+            processor = processor.with_mode(self.image_mode, self.pinpoints)
+        return dataclasses.replace(settings, processor=processor, exif=self.exif, max_pixels=self.max_pixels,
+                                   video=self.video)

@@ -46,7 +46,7 @@ def trained_parts(paths: Iterable[str]) -> set[str]:
 
 
 def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, segment_ids: np.ndarray,
-                images: int) -> float:
+                tiles: int) -> float:
     """Returns the model FLOPs of a step on these sequences. A multiply-add counts 2.
 
     Padding, empty image slots and recomputation count nothing. Attention counts the visible pairs only. A matmul with
@@ -64,22 +64,22 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     total = decoder * (2 + ("decoder" in trained)) + attention * 3
     adapters = _adapter_sizes(model)
     total += 6 * tokens * adapters["decoder"]
-    vision_tokens = images * vision.num_tokens
+    vision_tokens = tiles * vision.num_tokens
     blocks = vit.depth(vision, model.feature_layer)
     tower = 2 * vision_tokens * blocks * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
     tower_attention = 4 * vision_tokens * vision.num_tokens * blocks * vision.hidden_size
     has_gradient = "vision" in trained or "vision/adapter" in trained
     total += tower * (1 + has_gradient + ("vision" in trained)) + tower_attention * (3 if has_gradient else 1)
     total += 6 * vision_tokens * adapters["vision"] * blocks / vision.num_layers
-    embedding = 2 * images * vision.patches * 3 * vision.patch_size**2 * vision.hidden_size
+    embedding = 2 * tiles * vision.patches * 3 * vision.patch_size**2 * vision.hidden_size
     total += embedding * (2 if "vision" in trained else 1)
     input_size = vision.hidden_size
     for layer in range(projector_depth(model.projector)):
-        matmul = 2 * images * model.processor.features_per_tile * input_size * text.hidden_size
+        matmul = 2 * tiles * model.processor.features_per_tile * input_size * text.hidden_size
         below = has_gradient or layer > 0 and bool({"projector", "projector/adapter"} & trained)
         total += matmul * (1 + below + ("projector" in trained))
         input_size = text.hidden_size
-    total += 6 * images * model.processor.features_per_tile * adapters["projector"]
+    total += 6 * tiles * model.processor.features_per_tile * adapters["projector"]
     return float(total)
 
 
@@ -103,16 +103,17 @@ class MetricsWindow:
 
     def _reset(self) -> None:
         self.steps: list[dict[str, jax.Array]] = []
-        self.counts = dict.fromkeys(("tokens", "images", "flops", "positions", "slots"), 0)
+        self.counts = dict.fromkeys(("tokens", "images", "tiles", "flops", "positions", "slots"), 0)
         self.start = time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
         """Adds a step: its batch, and the device's metrics, for which it does not wait."""
-        images = int((batch["tile_segment_ids"] > 0).sum())
+        tiles = int((batch["tile_segment_ids"] > 0).sum())
         self.steps.append(metrics)
         self.skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
-        counts = {"tokens": int((batch["segment_ids"] > 0).sum()), "images": images,
-                  "flops": model_flops(self.model, self.trained, batch["positions"], batch["segment_ids"], images),
+        counts = {"tokens": int((batch["segment_ids"] > 0).sum()), "images": int(batch["images"].sum()),
+                  "tiles": tiles,
+                  "flops": model_flops(self.model, self.trained, batch["positions"], batch["segment_ids"], tiles),
                   "positions": batch["tokens"].size, "slots": batch["tile_segment_ids"].size}
         for name, count in counts.items():
             self.counts[name] += count
@@ -139,7 +140,7 @@ class MetricsWindow:
             "supervised_tokens": int(supervised.sum()),
             "images": int(counts["images"]),
             "row_fill": round(counts["tokens"] / counts["positions"], 4),
-            "slot_fill": round(counts["images"] / counts["slots"], 4),
+            "slot_fill": round(counts["tiles"] / counts["slots"], 4),
             "tokens_per_second": round(counts["tokens"] / seconds, 1),
             "model_flops_per_second": flops,
             "mfu": round(flops / self.peak, 4) if self.peak else None,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import jax
+from PIL import Image
 
 from llava_jax import config
 from llava_jax.data.sources import open_mixture
@@ -45,7 +46,7 @@ class Samples:
                 messages, answer = _first_round(record.turns)
                 marks = sum(message["content"].count(IMAGE) for message in messages)
                 images = [open_image(image, stage.data.exif, stage.data.max_pixels) for image in record.images[:marks]]
-                self._require_room(messages)
+                self._require_room(messages, images)
                 read[i] = Request(messages, images, max_new_tokens=MAX_NEW_TOKENS), answer
             if len(read) == NUM_SAMPLES:
                 break
@@ -54,6 +55,8 @@ class Samples:
 
     def answer(self, parameters: Parameters) -> list[dict[str, str]]:
         """Returns question, expected and given answer of the first round of each record. Decodes greedily."""
+        if not self.model.processor.has_newline:  # the mode of this stage; other stages may have one
+            parameters = {path: x for path, x in parameters.items() if path != "image_newline"}
         if self.llava is None:
             # One process needs no mesh for a few rows.
             mesh = self.context.mesh if jax.process_count() > 1 else None
@@ -65,10 +68,11 @@ class Samples:
         return [{"question": request.messages[-1]["content"], "expected": expected, "answer": answer.text}
                 for (request, expected), answer in zip(self.pairs, answers, strict=True)]
 
-    def _require_room(self, messages: Sequence[dict[str, str]]) -> None:
+    def _require_room(self, messages: Sequence[dict[str, str]], images: Sequence[Image.Image]) -> None:
         """Raises UserError if a question leaves no room for an answer."""
         model = self.model
-        tokens = encode_prompt(messages, model.template, self.context.tokenizer, model.processor.features_per_tile)
+        counts = [len(layout.index) for layout in model.processor.layouts(images)]
+        tokens = encode_prompt(messages, model.template, self.context.tokenizer, counts)
         if len(tokens) >= model.text.max_length:
             raise UserError("the question is too long")
 

@@ -103,6 +103,7 @@ def test_every_record_of_every_epoch_is_in_some_row_exactly_once(source, epochs)
             "visual_index": ((LENGTH,), "int32"),
             "tiles": ((SLOTS, SIZE, SIZE, 3), "uint8"),
             "tile_segment_ids": ((SLOTS,), "int32"),
+            "images": ((), "int32"),
             "skipped": ((len(REASONS),), "int32"),
         }
         assert not row["skipped"].any()

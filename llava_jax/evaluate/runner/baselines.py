@@ -51,6 +51,9 @@ def shuffle(tile: UInt8[np.ndarray, "side side 3"], patch: int) -> UInt8[np.ndar
 
 
 def _shuffle_image(image: str | bytes, config: LlavaConfig) -> Image.Image:
-    """Returns the image as the tower sees it, shuffled. It has the tower's size, so processing does not change it."""
-    [tile] = config.processor(open_image(image, config.exif))
+    """Returns the image as the tower sees it, shuffled. It has the tower's size, so processing does not change it.
+
+    Of anyres it is the tile of the complete image.
+    """
+    tile, *_ = config.processor(open_image(image, config.exif))
     return Image.fromarray(shuffle(tile, config.vision.patch_size))
