@@ -23,8 +23,8 @@ from llava_jax.video import Video, VideoSampling, decode_frames, sampled_frames
 class EncodedRecord(NamedTuple):
     """A record's conversation as tokens and labels (`Example`), and its images.
 
-    `media` has the sizes of images and the numbers of frames of videos, of which `ImageProcessor.layouts` computes the layouts again. A window of layouts
-    with weights would take gigabytes.
+    `media` has the sizes of images and the numbers of frames of videos. `ImageProcessor.layouts` computes the layouts
+    again where a batch is built, because a window of layouts with weights would take gigabytes.
     """
 
     tokens: Int32[np.ndarray, "T"]
