@@ -41,6 +41,8 @@ class LlavaConfig:
     """Whether the model was trained on images rotated as their EXIF orientation says."""
     lora: Lora | None = None
     """Low-rank adapters of the model's linear maps (models/lora.py)."""
+    merged: str = ""
+    """Adapters that were merged into the kernels, for readers; "" for none."""
 
     def __post_init__(self):
         if self.feature_select not in ("patch", "cls_patch"):

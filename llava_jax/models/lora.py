@@ -133,7 +133,14 @@ def merge(config: "LlavaConfig", parameters: "Parameters") -> tuple["LlavaConfig
     for linear in sorted({match[1] for path in parameters if (match := FACTOR.fullmatch(path))}):
         a, b = (parameters[f"{linear}/adapter/lora_{name}"] for name in "ab")
         merged[f"{linear}/kernel"] = _merge(merged[f"{linear}/kernel"], a, b, config.lora.scale)
-    return dataclasses.replace(config, lora=None), merged
+    return without_adapters(config), merged
+
+
+def without_adapters(config: "LlavaConfig", name: str = "") -> "LlavaConfig":
+    """Returns a configuration with a note of its adapters, which may have a name, instead of `lora`."""
+    lora = config.lora
+    note = f"{name + ': ' if name else ''}rank {lora.rank}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}"
+    return dataclasses.replace(config, lora=None, merged="; ".join(filter(None, [config.merged, note])))
 
 
 def _merge(kernel: Array, a: Array, b: Array, scale: float) -> Array:

@@ -134,7 +134,7 @@ def _llava(directory: Path, file: Path, config: Any, extras: dict) -> LlavaConfi
         feature_layer=config.vision_feature_layer,
         feature_select="patch" if is_siglip else FEATURE_SELECT[select],
         processor=processors.read(directory, file, config, extras),
-        exif=extras.get("exif", False),
+        exif=extras.get("exif", False), merged=extras.get("merged", ""),
         template=build(
             file, templates.get,
             template=extras.get("template") or template_name(directory, config.text_config.model_type)).name,
@@ -231,7 +231,8 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
         **ids,
         "vision_config": hf_vision(config.vision),
         "text_config": hf_text(config.text, vocab_size) | ids,
-        MODEL_TYPE: {"template": config.template, "exif": config.exif, **processors.extras(config.processor)},
+        MODEL_TYPE: {"template": config.template, "exif": config.exif, **processors.extras(config.processor)}
+        | ({"merged": config.merged} if config.merged else {}),
     }
 
 

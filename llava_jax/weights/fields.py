@@ -72,7 +72,7 @@ LLAVA = {
     "vision_feature_layer": Field(int, -1001, 1000), "image_grid_pinpoints": Field(list, null=True),
     "vision_aspect_ratio": TEXT, "use_image_newline_parameter": FLAG,
 }
-HF_EXTRAS = {"template": TEXT, "exif": FLAG, "image_mode": TEXT, "rule": TEXT, "several": TEXT,
+HF_EXTRAS = {"merged": TEXT, "template": TEXT, "exif": FLAG, "image_mode": TEXT, "rule": TEXT, "several": TEXT,
              "video_pool": Field(str, null=True), "video_newline": TEXT}
 """Fields of `llava_jax` in a config.json of Hugging Face's layout."""
 NATIVE_RANGES = {

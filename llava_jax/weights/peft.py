@@ -34,12 +34,14 @@ NOTE = "llava_jax.json"
 READ = {
     "peft_type": fields.TEXT, "r": Field(int, 1, 2**14), "lora_alpha": Field(float, 1e-6, 1e6),
     "lora_dropout": Field(float, 0, 0.999), "use_rslora": FLAG, "rank_pattern": Field(dict, null=True),
-    "alpha_pattern": Field(dict, null=True),
+    "alpha_pattern": Field(dict, null=True), "modules_to_save": Field(list, null=True),
 }
 """Fields of adapter_config.json whose types are checked."""
 
+NOTE_FIELDS = {"base": fields.TEXT, "config": Field(dict), "fingerprint": Field(dict)}
+
 NO_EFFECT = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-             "megatron_core", "qalora_group_size", "eva_config", "target_modules", "exclude_modules", "modules_to_save",
+             "megatron_core", "qalora_group_size", "eva_config", "target_modules", "exclude_modules",
              "layers_to_transform", "layers_pattern")
 """Fields that are read elsewhere or do not change what the adapter computes."""
 
@@ -141,7 +143,7 @@ class Adapter:
                 raise UserError(f"{self.file}: {name} is {show_json(value)}, which is not supported; merge the adapter "
                                 "with PEFT's merge_and_unload, and use the merged model")
         file = self.directory / NOTE
-        self.note = read_json(file) if file.exists() else {}
+        self.note = fields.check_fields(file, read_json(file) if file.exists() else {}, NOTE_FIELDS)
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
@@ -270,8 +272,8 @@ def _targets(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, tuple[L
     absent, extra = wanted - pairs.keys(), pairs.keys() - wanted - unused
     for problem, modules in (("no adapters of", absent), ("adapters of", extra)):
         if modules:
-            raise UserError(f"{where}: {problem} {files.shorten(sorted(modules), 3)}, unlike target_modules in {CONFIG}"
-                            " says; the folder is incomplete, or its files are of different adapters")
+            raise UserError(f"{where}: {problem} {files.shorten(sorted(modules), 3)}, which is not what target_modules "
+                            f"in {CONFIG} says; the folder is incomplete, or its files are of different adapters")
     if not wanted:
         raise UserError(f"{where}: no tensor lora_A or lora_B")
     targets = {}
@@ -293,13 +295,14 @@ def _is_target(adapter: Adapter, module: str) -> bool:
     """Returns whether PEFT adapts a module, by the rules of its `check_target_module_exists`."""
     target, exclude, layers = (adapter.settings.get(name) for name in
                                ("target_modules", "exclude_modules", "layers_to_transform"))
-    for name, value in (("target_modules", target), ("exclude_modules", exclude or "-")):
+    saved = adapter.settings.get("modules_to_save") or []
+    for name, value in (("target_modules", target), ("exclude_modules", exclude or []), ("modules_to_save", saved)):
         if not matches_schema(value, str) and not matches_schema(value, [str]):
             raise UserError(f"{adapter.file}: {name} is {show_json(value)}; it must be a text or a list of texts")
     try:
         if exclude and _matches(exclude, module):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in adapter.settings.get("modules_to_save") or []):
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
             return False
         if isinstance(target, str):
             return target.lower() == "all-linear" or _matches(target, module)
@@ -393,7 +396,7 @@ def check_base(adapter: Adapter, base: ParameterSource, trained: set[str], name:
     if stored is None:
         return
     actual = fingerprint(base)
-    same = isinstance(stored, dict) and all(
+    same = all(
         key.rpartition("/")[0] in trained or matches_schema(values, [float]) and
         len(actual.get(key, [])) == len(values) and
         all(math.isclose(x, y, rel_tol=TOLERANCE, abs_tol=1e-6) for x, y in zip(values, actual[key], strict=True))
@@ -403,8 +406,11 @@ def check_base(adapter: Adapter, base: ParameterSource, trained: set[str], name:
                         f"base, which was {show_json(adapter.note.get('base'))}")
 
 
-def merge(config: LlavaConfig, parameters: ParameterSource) -> tuple[LlavaConfig, ParameterSource]:
-    """Merges the adapters of a model into its kernels when they are read: K + scale * lora_a @ lora_b, in float32."""
+def merge(config: LlavaConfig, parameters: ParameterSource, name: str = "") -> tuple[LlavaConfig, ParameterSource]:
+    """Merges the adapters of a model into its kernels when they are read: K + scale * lora_a @ lora_b, in float32.
+
+    `name` is that of the adapters, which the configuration keeps.
+    """
 
     def read(path: str, layer: int | None) -> np.ndarray:
         x, factor = parameters.read(path, layer), path.removesuffix("kernel") + "adapter/lora_"
@@ -414,5 +420,5 @@ def merge(config: LlavaConfig, parameters: ParameterSource) -> tuple[LlavaConfig
         return x.astype(np.float32) + config.lora.scale * (a @ b).reshape(x.shape)
 
     kept = {path: shape for path, shape in parameters.shapes.items() if not lora.is_adapter(path)}
-    return (dataclasses.replace(config, lora=None),
+    return (lora.without_adapters(config, name),
             ParameterSource(kept, {path: parameters.dtypes[path] for path in kept}, read))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -9,9 +10,11 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import llava_jax
 from llava_jax.config import Lora
+from llava_jax.errors import UserError
 from llava_jax.inference.llava import Llava
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 from llava_jax.text.tokenizer import Tokenizer
@@ -162,3 +165,100 @@ def test_ours_comes_back(hf_dir, tmp_path):
     assert again == config
     for path, x in parameters.items():
         np.testing.assert_array_equal(loaded[path], x, err_msg=path)
+
+
+def test_an_adapter_of_a_decoder_alone(hf_dir, tmp_path):
+    """LlamaForCausalLM, wrapped by PEFT alone, with the decoder's weights."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(hf_dir)
+    decoder = transformers.LlamaForCausalLM(model.config.text_config)
+    decoder.model, decoder.lm_head = model.model.language_model, model.lm_head
+    adapted(decoder, target_modules="all-linear").save_pretrained(tmp_path / "adapter")
+    wrapped = adapted(model, target_modules=DECODER)
+    wrapped.save_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_" in name:
+                name = name.replace("model.model.language_model.", "model.model.").replace(".default", "")
+                weight.copy_(safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")[name])
+    assert_merges_to(hf_dir, tmp_path / "adapter", wrapped, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ours(hf_dir, tmp_path_factory):
+    config, parameters = with_adapters(hf_dir)
+    directory = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_peft(directory, config, parameters, "the/base")
+    return directory
+
+
+def edit(directory, name, change):
+    """Changes a JSON file or the tensors of an adapter."""
+    file = directory / name
+    if file.suffix == ".json":
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    else:
+        tensors = safetensors.torch.load_file(file)
+        change(tensors)
+        safetensors.torch.save_file(tensors, file)
+
+
+LAYER = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+INVALID = [
+    (TENSORS, lambda t: t.pop(f"{LAYER}.lora_B.weight"), "layers.1.self_attn.q_proj.lora_B.weight is missing"),
+    (TENSORS, lambda t: [t.pop(f"{LAYER}.lora_{half}.weight") for half in "AB"], "no adapters of.*q_proj"),
+    (TENSORS, lambda t: t.update({f"{LAYER}.lora_A.weight": torch.zeros(5, 48)}), r"\[5, 48\] instead of \[4, 48\]"),
+    (TENSORS, lambda t: t.update({f"{LAYER}.lora_embedding_A": torch.zeros(2)}), "left over: .*lora_embedding_A"),
+    (TENSORS, lambda t: t.update({f"{LAYER.replace('.1.', '.2.')}.lora_{h}.weight": torch.zeros(4, 4) for h in "AB"}),
+     "adapters of .*layers.2.*base model does not have"),
+    (TENSORS, lambda t: [t.pop(name) for name in list(t) if "projector" in name], "no tensor of multi_modal_projector"),
+    (TENSORS, lambda t: t.update({"base_model.model.model.multi_modal_projector.linear_1.bias": torch.zeros(3)}),
+     r"linear_1.bias is \[3\], but the base model's is \[48\]"),
+    (CONFIG, lambda c: c.update(use_dora=True), "use_dora is true"),
+    (CONFIG, lambda c: c.update(lora_bias=True), "lora_bias is true"),
+    (CONFIG, lambda c: c.update(bias="all"), "bias is \"all\""),
+    (CONFIG, lambda c: c.update(trainable_token_indices=[3]), "trainable_token_indices"),
+    (CONFIG, lambda c: c.update(of_tomorrow={"a": 1}), "of_tomorrow"),
+    (CONFIG, lambda c: c.update(init_lora_weights="pissa_niter_4"), "init_lora_weights is \"pissa_niter_4\""),
+    (CONFIG, lambda c: c.update(peft_type="LOHA"), "peft_type is \"LOHA\""),
+    (CONFIG, lambda c: c.update(r="4"), "r is \"4\"; it must be a whole number"),
+    (CONFIG, lambda c: c.update(target_modules="(q_proj"), "invalid"),
+    (CONFIG, lambda c: c.update(target_modules=None), "target_modules is null"),
+    (CONFIG, lambda c: c.update(target_modules=r".*language_model.*q_proj"), "adapters of .*mlp"),
+    (CONFIG, lambda c: c.update(modules_to_save=[3]), "no tensor of 3"),
+    (CONFIG, lambda c: c.update(alpha_pattern={"q_proj": "x"}), "alpha_pattern has \"x\""),
+    ("llava_jax.json", lambda c: c.update(fingerprint=[]), "fingerprint is"),
+]
+
+
+@pytest.mark.parametrize("name, change, message", INVALID, ids=[message for *_, message in INVALID])
+def test_invalid_adapters(hf_dir, ours, tmp_path, name, change, message):
+    shutil.copytree(ours, tmp_path / "adapter")
+    edit(tmp_path / "adapter", name, change)
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.open_checkpoint(hf_dir, "vicuna_v1", adapter=tmp_path / "adapter")
+    assert "\n" not in str(error.value)
+
+
+def test_half_a_download(hf_dir, ours, tmp_path):
+    shutil.copytree(ours, tmp_path / "adapter")
+    (tmp_path / "adapter" / TENSORS).write_bytes((ours / TENSORS).read_bytes()[:-99])
+    with pytest.raises(UserError, match="truncated"):
+        checkpoint.open_checkpoint(hf_dir, "vicuna_v1", adapter=tmp_path / "adapter")
+    (tmp_path / "adapter" / TENSORS).unlink()
+    with pytest.raises(UserError, match="adapter_model.safetensors: no such file"):
+        checkpoint.open_checkpoint(hf_dir, "vicuna_v1", adapter=tmp_path / "adapter")
+
+
+def test_a_wrong_base_is_refused(hf_dir, ours, tmp_path):
+    config, parameters = load_checkpoint(hf_dir, template="vicuna_v1")
+    kernel = "decoder/layers/attention/q_proj/kernel"
+    moved = parameters | {kernel: parameters[kernel] * 1.02}
+    checkpoint.save_native(tmp_path / "wrong", config, moved, hf_dir)
+    with pytest.raises(UserError, match="trained on another model than .*wrong.*the/base"):
+        checkpoint.open_checkpoint(tmp_path / "wrong", adapter=ours)
+    for dtype in ("float16", "bfloat16"):  # the same base in other dtypes and layouts
+        checkpoint.save_hf(tmp_path / dtype, config, parameters, hf_dir, dtype=dtype)
+        checkpoint.open_checkpoint(tmp_path / dtype, adapter=ours)
