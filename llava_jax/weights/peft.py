@@ -102,9 +102,7 @@ def _projector_module(path: str, shapes: Mapping[str, Shape], spelling: str) -> 
 def full_mappings(shapes: Mapping[str, Shape], layout: str) -> dict[str, tables.TensorMapping]:
     """Maps the names of tensors that are saved in full to parameters. `layout`: peft or original-lora."""
     mappings = tables.tensor_mappings({path: shape for path, shape in shapes.items()
-                                       if path.startswith(("vision/", "decoder/"))})
-    if "image_newline" in shapes:
-        mappings["image_newline"] = tables.TensorMapping("image_newline", None, shapes["image_newline"], tables.VECTOR)
+                                       if not path.startswith("projector/")})
     for path, shape in shapes.items():
         if path.startswith("projector/"):
             kind, transform = ("weight", tables.FROM_HIDDEN) if path.endswith("/kernel") else ("bias", tables.VECTOR)
