@@ -66,7 +66,7 @@ class ImageProcessor:
       anyres: the image resized to one tile, then the tiles of a canvas that keeps the ratio (LLaVA 1.6). The canvas is
         the best of `pinpoints`. Visual tokens are those of the first tile, then those of the canvas as `merge` says.
 
-    The frames of a video become one tile each, as the tower was trained: cropped with CLIP's statistics, else resized.
+    The frames of a video become one tile each: with CLIP's statistics cropped, as the original does, otherwise resized.
     """
 
     size: int = 336
@@ -182,8 +182,10 @@ class ImageProcessor:
         return replace(self, mode="pad", pinpoints=(), max_tiles=0, merge=self.merge_type, video_pool=self.pool)
 
     @functools.cached_property
-    def _frames(self) -> "ImageProcessor":
-        return replace(self._padded, mode="crop" if self.mean == CLIP_MEAN else "resize")
+    def frames(self) -> "ImageProcessor":
+        """The processor of a video's frames."""
+        crops = self.rule == "original" and self.mean == CLIP_MEAN
+        return replace(self._padded, mode="crop" if crops else "resize")
 
     def layouts(self, media: Sequence[Media]) -> list[Layout]:
         """Returns the layouts of all images and videos of one conversation.
@@ -194,7 +196,7 @@ class ImageProcessor:
         layouts = []
         for item in media:
             if isinstance(item, int | list):
-                layouts.append(_video_layout(self._frames, item if isinstance(item, int) else len(item)))
+                layouts.append(_video_layout(self.frames, item if isinstance(item, int) else len(item)))
             else:
                 layouts.append(one.layout(*(item.size if isinstance(item, Image.Image) else item)))
         return layouts
@@ -204,7 +206,7 @@ class ImageProcessor:
         one = self.for_images(sum(not isinstance(item, list) for item in media))
         tiles = [np.zeros((0, self.size, self.size, 3), np.uint8)]
         for item in media:
-            tiles += [self._frames(frame) for frame in item] if isinstance(item, list) else [one(item)]
+            tiles += [self.frames(frame) for frame in item] if isinstance(item, list) else [one(item)]
         return np.concatenate(tiles)
 
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "tiles size size 3"]:

@@ -13,6 +13,12 @@ SIDE, PATCH = 30, 10
 NEXT_PINPOINTS = [[30, 60], [60, 30], [60, 60], [90, 30], [30, 90]]  # (height, width), as in transformers
 OV_PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in range(1, 4) for columns in range(1, 4)]
 IDS = {"<pad>": 2000, "<image>": 2001, "<video>": 2002}
+# A chat template of a kind that transformers' conversion wrote: images, videos and then texts, without a system text.
+CONVERTED = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}
+{%- for part in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}
+{%- for part in m['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}
+{%- for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + part['text'] }}{% endfor %}
+{{- '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 TEXT = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config}
 
 
@@ -55,17 +61,24 @@ def save(model, directory, golden):
         tokenizer_file=str(file), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         pad_token="<pad>", extra_special_tokens={"image_token": "<image>", "video_token": "<video>"})
     assert tokenizer.convert_tokens_to_ids(list(IDS)) == list(IDS.values())
-    tokenizer.save_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     is_next, has_class = kind == "llava_next", config.vision_config.model_type == "clip_vision_model"
     images = (transformers.LlavaNextImageProcessorPil if is_next else transformers.LlavaOnevisionImageProcessorPil)(
         image_grid_pinpoints=config.image_grid_pinpoints,
         **(dict(size={"shortest_edge": SIDE}, crop_size=SIDE) if is_next else
            dict(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
-    images.save_pretrained(directory)
-    settings = {"vision_feature_select_strategy": config.vision_feature_select_strategy} | (
-        {"patch_size": PATCH, "num_additional_image_tokens": int(has_class)} if is_next else
-        {"num_image_tokens": (SIDE // PATCH) ** 2 + has_class, "vision_aspect_ratio": config.vision_aspect_ratio})
-    (directory / "processor_config.json").write_text(json.dumps(settings))
+    strategy = config.vision_feature_select_strategy
+    if is_next:
+        transformers.LlavaNextProcessor(
+            images, tokenizer, patch_size=PATCH, vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=int(has_class)).save_pretrained(directory)
+    else:  # its processor cannot be made without torchvision
+        tokenizer.save_pretrained(directory)
+        images.save_pretrained(directory)
+        (directory / "processor_config.json").write_text(json.dumps({
+            "vision_feature_select_strategy": strategy, "vision_aspect_ratio": config.vision_aspect_ratio,
+            "num_image_tokens": (SIDE // PATCH) ** 2 + has_class, "processor_class": "LlavaOnevisionProcessor"}))
+        (directory / "chat_template.jinja").write_text(CONVERTED)
     return directory
 
 

@@ -208,9 +208,11 @@ def write(directory: Path, config: LlavaConfig) -> None:
     text = {"processor_class": f"{prefix}Processor", "image_token": IMAGE,
             "vision_feature_select_strategy": select_strategy(config)}
     if kind == "llava_onevision":
+        crops = processor.frames.mode == "crop"
+        video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "do_sample_frames": False,
+                 "do_center_crop": crops} | ({"size": {"shortest_edge": size}, "crop_size": square} if crops else {})
         write_json(directory / "video_preprocessor_config.json", {
-            name: value for name, value in image.items() if name not in ("image_processor_type", "do_pad")} | {
-            "video_processor_type": "LlavaOnevisionVideoProcessor", "do_sample_frames": False})
+            name: value for name, value in image.items() if name not in ("image_processor_type", "do_pad")} | video)
         text |= {"video_token": VIDEO, "num_image_tokens": processor.patches**2 + config.vision.class_token,
                  "vision_aspect_ratio": f"anyres_max_{processor.max_tiles}"}
     else:

@@ -1,30 +1,40 @@
 """Checkpoints of LLaVA 1.6 and OneVision, both ways, against transformers with its own processors."""
 
+import dataclasses
+import re
+import shutil
 from pathlib import Path
 
 import next_models
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from next_models import picture
 
 import llava_jax
-from llava_jax.text import templates
+from llava_jax import convert
+from llava_jax.errors import UserError
+from llava_jax.images import ImageProcessor
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import VisionConfig
+from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
-from llava_jax.weights import save_hf
+from llava_jax.weights import load_checkpoint, read_config, save_hf
+from llava_jax.weights.checkpoint import check_export
 
 IMAGE_ID, VIDEO_ID = next_models.IDS["<image>"], next_models.IDS["<video>"]
 GOLDEN = Path(__file__).parent.parent / "golden"
 KINDS = {
-    "1.6, LLaMA": ("llava_next", "llama", "clip", {}),
-    "1.6, Mistral, SigLIP": ("llava_next", "mistral", "siglip", {"vision_feature_layer": -1,
-                                                                 "vision_feature_select_strategy": "full"}),
-    "OneVision, Qwen2": ("llava_onevision", "qwen2", "siglip", {}),
-    "OneVision, Qwen2, tied": ("llava_onevision", "qwen2", "siglip", {"tie_word_embeddings": True}),
-    "OneVision, LLaMA, CLIP": ("llava_onevision", "llama", "clip", {"vision_feature_layer": -2,
-                                                                    "vision_feature_select_strategy": "default"}),
+    "1.6, LLaMA": ("llava_next", "llama", "clip", {}, "vicuna_v1"),
+    "1.6, Mistral, SigLIP": ("llava_next", "mistral", "siglip", {
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, "mistral_instruct"),
+    "OneVision, Qwen2, tied": ("llava_onevision", "qwen2", "siglip", {"tie_word_embeddings": True}, "qwen_1_5"),
+    "OneVision, LLaMA, CLIP": ("llava_onevision", "llama", "clip", {
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}, "chatml_direct"),
 }
+"""Type, decoder, tower, fields, and the template that must be found."""
 # Sizes (width, height): thin ones, exact pinpoints, ties between two canvases, and canvases that OneVision shrinks.
 SIZES = [(1, 50), (50, 1), (25, 300), (30, 60), (60, 60), (90, 30), (20, 20), (41, 77), (200, 190), (101, 67)]
 
@@ -42,14 +52,14 @@ def conversations():
 @pytest.fixture(scope="module", params=KINDS)
 def written(request, tmp_path_factory):
     """A model of transformers, and the directory that transformers wrote."""
-    kind, text, tower, fields = KINDS[request.param]
+    kind, text, tower, fields, _ = KINDS[request.param]
     model = next_models.build(kind, text, tower, **fields)
     return model, next_models.save(model, tmp_path_factory.mktemp("their") / "model", GOLDEN)
 
 
 @pytest.fixture(scope="module")
 def llava(written):
-    return llava_jax.load(written[1], template="vicuna_v1")
+    return llava_jax.load(written[1])
 
 
 def compare(model, directory, llava, asked, texts):
@@ -61,7 +71,7 @@ def compare(model, directory, llava, asked, texts):
     pixels = iter(theirs["pixel_values"].numpy())
     for i, row in enumerate(rows):
         mask = theirs["attention_mask"][i].bool()
-        ids = np.where(row["tokens"][0] == IMAGE_TOKEN_ID, IMAGE_ID, row["tokens"][0])
+        ids = np.where(row["tokens"][0] == IMAGE_TOKEN_ID, processor.image_token_id, row["tokens"][0])
         np.testing.assert_array_equal(theirs["input_ids"][i][mask], ids)
         found = [next(pixels) for _ in images[i]]
         first = 0
@@ -78,10 +88,11 @@ def compare(model, directory, llava, asked, texts):
         assert error < 1e-4, (asked[i], error)
 
 
-def test_transformers_writes_and_we_read(written, llava):
+def test_transformers_writes_and_we_read(written, llava, request):
     model, directory = written
     asked = conversations()
-    texts = [templates.render(messages, "vicuna_v1", open_answer=True) for messages, _ in asked]
+    assert llava.template == KINDS[request.node.callspec.params["written"]][-1]
+    texts = [templates.render(messages, llava.template, open_answer=True) for messages, _ in asked]
     compare(model, directory, llava, asked, texts)
 
 
@@ -109,13 +120,13 @@ def test_we_write_and_transformers_reads(written, llava, exported):
         assert torch.equal(model.state_dict()[name], weight), name
 
 
-@pytest.mark.parametrize("written", ["1.6, LLaMA", "OneVision, Qwen2"], indirect=True)
+@pytest.mark.parametrize("written", ["1.6, LLaMA", "OneVision, Qwen2, tied"], indirect=True)
 def test_greedy_text_is_the_same(written, llava):
     model, directory = written
     processor, asked = next_models.processor_of(directory), conversations()[-2:]
     answers = llava.batch([{"messages": messages, "images": images, "max_new_tokens": 6} for messages, images in asked])
     for (messages, images), answer in zip(asked, answers, strict=True):
-        text = templates.render(messages, "vicuna_v1", open_answer=True)
+        text = templates.render(messages, llava.template, open_answer=True)
         inputs = next_models.their_inputs(processor, [text], [images]) if images else processor(
             text=[text], return_tensors="pt")
         with torch.no_grad():
@@ -147,3 +158,63 @@ def test_the_frames_of_a_video(written, exported):
         visual[name][tokens == IMAGE_TOKEN_ID] = values
     ours = llava.model(tokens[None], tiles[None], **{name: x[None] for name, x in visual.items()})
     assert np.abs(ours - expected).max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("written", ["1.6, LLaMA", "OneVision, Qwen2, tied"], indirect=True)
+def test_names_of_every_version(written, llava, tmp_path):
+    model, directory = written
+    hub = safetensors.torch.load_file(directory / "model.safetensors")
+    old = {re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name): x for name, x in hub.items()}
+    in_memory = {name: x.clone() for name, x in model.state_dict().items()}
+    assert "image_newline" in old and "model.image_newline" in in_memory
+    for number, tensors in enumerate((old, in_memory)):
+        copy = shutil.copytree(directory, tmp_path / str(number))
+        safetensors.torch.save_file(tensors, copy / "model.safetensors")
+        parameters = load_checkpoint(copy)[1]
+        assert parameters.keys() == llava.parameters.keys()
+        for path, x in llava.parameters.items():
+            np.testing.assert_array_equal(parameters[path], x, err_msg=path)
+
+
+@pytest.mark.parametrize("written", ["1.6, LLaMA", "OneVision, Qwen2, tied"], indirect=True)
+def test_there_and_back_again_is_the_same(exported, tmp_path):
+    for source, target, layout in ((exported, "own", "native"), (tmp_path / "own", "back", "hf")):
+        assert convert.main([str(source), str(tmp_path / target), "--to", layout, "--dtype", "keep"]) == 0
+    files = {file.name: file.read_bytes() for file in exported.iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()}
+    assert read_config(tmp_path / "own") == read_config(exported)
+
+
+@pytest.mark.parametrize("written, mode", [("1.6, LLaMA", "anyres"), ("OneVision, LLaMA, CLIP", "anyres_max_2")],
+                         indirect=["written"])
+def test_a_model_of_the_original_rule(written, tmp_path, capsys, mode):
+    """Pinpoints are (width, height) in the order of LLaVA's code; of two that fit equally, the first one counts."""
+    agreement.say.cache_clear()
+    config, parameters = load_checkpoint(written[1])
+    pinpoints = "(30x60),(60x30),(60x60),(90x30),(30x90)"
+    config = dataclasses.replace(config, processor=dataclasses.replace(
+        ImageProcessor(30, patches=3).with_mode(mode, pinpoints), several="same", video_newline="grid"))
+    directory = tmp_path / "model"
+    save_hf(directory, config, parameters, GOLDEN)
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("export: transformers rounds")], said
+    assert len([line for line in said if line.startswith("export: ")]) == (3 if "max" in mode else 1)
+    assert read_config(directory) == config
+    llava = llava_jax.load(directory)
+    assert llava.processor.canvas(20, 20) == (30, 60)
+    asked = [pair for pair in conversations() if len(pair[1]) < 2]
+    processor = next_models.processor_of(directory)
+    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages, _ in asked]
+    compare(open_there(directory), directory, llava, asked, texts)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"merge": "flat"}, "image mode anyres with merge flat has no form in Hugging Face's layout"),
+    ({"merge": "spatial"}, "image mode anyres with merge spatial has no form"),
+    ({"mode": "pad", "pinpoints": (), "merge": "spatial_unpad"}, "image mode pad with merge spatial_unpad has no form"),
+])
+def test_what_transformers_cannot_compute(tmp_path, fields, message):
+    processor = ImageProcessor(28, "anyres", 2, pinpoints=((28, 56),))
+    config = LlavaConfig(vision=VisionConfig(28, 14), processor=dataclasses.replace(processor, **fields))
+    with pytest.raises(UserError, match=message):
+        check_export(config, GOLDEN)
