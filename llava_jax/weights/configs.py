@@ -85,7 +85,7 @@ def read_decoder(file: Path, raw: dict[str, Any], kind: str) -> LlamaConfig:
 
 
 def _parse_llava(file: Path, raw: dict[str, Any]) -> Any:
-    checked = fields.llava(file, raw)
+    checked = {"use_image_newline_parameter": True} | fields.llava(file, raw)  # absent in transformers 5
     for name, kinds in (("vision_config", TOWERS), ("text_config", TEXT_MODELS)):
         kind = checked.get(name, {}).get("model_type", kinds[0])
         if kind not in kinds:
@@ -120,7 +120,7 @@ def _expect(file: Path, config: Any, prefix: str = "", **allowed: Any) -> None:
 
 def _llava(directory: Path, file: Path, config: Any, extras: dict) -> LlavaConfig:
     _expect(file, config, multimodal_projector_bias=True, projector_hidden_act=("gelu", "linear"),
-            vision_feature_select_strategy=tuple(FEATURE_SELECT), use_image_newline_parameter=(None, True))
+            vision_feature_select_strategy=tuple(FEATURE_SELECT), use_image_newline_parameter=True)
     text = dataclasses.replace(_text(file, "text_config.", config.text_config),
                                tie_word_embeddings=config.tie_word_embeddings)
     select = config.vision_feature_select_strategy

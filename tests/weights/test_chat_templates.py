@@ -119,3 +119,27 @@ def test_wrong_types_name_the_file(tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(UserError, match=name):
         template_name(tmp_path, "llama")
+
+
+IMAGES = "{%- for part in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+LOOP_WITH_IMAGES = "{% for m in messages %}{{ [M] }}" + IMAGES + "{{ m['content'][0]['text'] }}{{ [E] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("text_model, opening, end, expected", [
+    ("llama", "'<|im_start|>' + m['role'] + '\\n'", "'<|im_end|>'", "chatml_direct"),
+    ("llama", "'<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n'", "'<|eot_id|>'", "llava_llama_3"),
+    ("mistral", "'<<SYS>>\\n' if m.role == 'system' else '[INST] '", "' [/INST]'", "mistral_instruct"),
+    ("qwen2", "'<|im_start|>' + m['role'] + ' '", "'<|im_end|>'", "qwen_1_5"),
+    ("qwen2", "'<|im_start|>' + m['role'] + '\\n'", "'<|im_end|>\\n'", "qwen_1_5"),
+])
+def test_converted_templates_by_decoder(tmp_path, capsys, text_model, opening, end, expected):
+    text = LOOP_WITH_IMAGES.replace("[M]", opening).replace("[E]", end)
+    assert template_name(chat(tmp_path, text), text_model) == expected
+    said = capsys.readouterr().err
+    assert said.startswith(f"template {expected}: {tmp_path}/chat_template.jinja has its marks")
+    assert ("without the system text" in said) is bool(templates.get(expected).system)
+    for other in (text + "{{ 'Answer in French.' }}", "Be brief. " + text, text.replace("'image'", "'picture'")):
+        with pytest.raises(UserError, match="by --template"):
+            template_name(chat(tmp_path, other), text_model)
+    with pytest.raises(UserError, match="by --template"):
+        template_name(chat(tmp_path, text), "qwen2" if text_model == "mistral" else "mistral")

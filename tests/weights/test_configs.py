@@ -31,6 +31,29 @@ LLAVA_7B = {
     "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": 32064,
 }
 
+# Fields of the published llava-v1.6-mistral-7b and llava-onevision-qwen2-0.5b-ov of llava-hf, shortened in the latter.
+LLAVA_NEXT = LLAVA_7B | {
+    "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], "image_seq_length": 576,
+    "use_image_newline_parameter": True,
+    "text_config": {"_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2", "model_type": "mistral",
+                    "intermediate_size": 14336, "max_position_embeddings": 32768, "num_key_value_heads": 8,
+                    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32064}}
+ONEVISION = {
+    "model_type": "llava_onevision", "image_token_index": 151646, "video_token_index": 151647,
+    "image_grid_pinpoints": [[384, 384], [384, 768], [768, 384]], "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False, "use_image_newline_parameter": True, "vision_aspect_ratio": "anyres_max_9",
+    "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+    "text_config": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+                    "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0,
+                    "tie_word_embeddings": True, "vocab_size": 152000, "max_window_layers": 24},
+    "vision_config": {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+                      "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 26,
+                      "patch_size": 14, "vision_use_head": False}}
+PROCESSOR = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 384, "width": 384},
+             "image_grid_pinpoints": ONEVISION["image_grid_pinpoints"], "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+             "do_pad": True}
+
 
 @pytest.fixture
 def read(tmp_path):
@@ -45,6 +68,42 @@ def read(tmp_path):
 
 def test_the_published_7b(read):
     assert read(LLAVA_7B) == LlavaConfig(text=LlamaConfig(vocab_size=32064)).with_image_mode("crop")
+
+
+def test_published_1_6_and_onevision(read):
+    config = read(LLAVA_NEXT, preprocessor_config_json={"size": {"shortest_edge": 336}, "crop_size": {"height": 336}})
+    # The same numbers are (width, height) in LLaVA's code: there, the first canvas is the tall one.
+    assert config.processor == ImageProcessor(
+        mode="anyres", rule="transformers", pinpoints=((672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336)))
+    assert (config.template, config.feature_layer, config.text.max_length) == ("mistral_instruct", -2, 32768)
+    config = read(ONEVISION, preprocessor_config_json=PROCESSOR)
+    assert config.processor == ImageProcessor(
+        384, "anyres", 27, mean=(0.5,) * 3, std=(0.5,) * 3, rule="transformers", max_tiles=9, several="pad",
+        pinpoints=((384, 384), (768, 384), (384, 768)))
+    assert config.text.tie_word_embeddings and config.vision.num_layers == 26 and config.feature_layer == -1
+    # A class's default, where a file leaves it out: transformers' OneVision has CLIP's statistics.
+    short = {name: value for name, value in PROCESSOR.items() if not name.startswith("image_mean")}
+    assert read(ONEVISION, preprocessor_config_json=short).processor.mean == CLIP_MEAN
+
+
+@pytest.mark.parametrize("changed, processor, message", [
+    ({"image_grid_pinpoints": [[384, 384, 1]]}, {}, r"config.json: image_grid_pinpoints is \[\[384, 384, 1\]\]; "),
+    ({"image_grid_pinpoints": [[384, "x"]]}, {}, "config.json: image_grid_pinpoints is .* pairs of sizes"),
+    ({"image_grid_pinpoints": [[10**9, 384]]}, {}, "config.json: image_grid_pinpoints is .* pairs of sizes"),
+    ({"image_grid_pinpoints": []}, {"image_grid_pinpoints": None}, "config.json: image mode anyres needs pinpoints"),
+    ({"image_grid_pinpoints": [[384, 500]]}, {"image_grid_pinpoints": None}, "pinpoint 500 x 384 is no multiple"),
+    ({"vision_aspect_ratio": "anyres"}, {}, 'config.json: vision_aspect_ratio is "anyres"; supported: anyres_max_N'),
+    ({"use_image_newline_parameter": False}, {}, "config.json: use_image_newline_parameter is False; supported: True"),
+    ({"vision_feature_layer": [-2, -5]}, {}, r"config.json: vision_feature_layer is \[-2, -5\]"),
+    ({"llava_jax": {"rule": "theirs"}}, {}, "config.json: rule is 'theirs'; supported: original, transformers"),
+    ({}, {"size": {"height": 336}}, r'preprocessor_config.json: size is {"height": 336}, but .*image_size .* is 384'),
+    ({}, {"image_grid_pinpoints": [[384, 384]]}, "preprocessor_config.json: image_grid_pinpoints differ"),
+    ({}, {"resample": 2}, "preprocessor_config.json: resample is 2"),
+])
+def test_onevision_settings_are_checked(read, changed, processor, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(ONEVISION | changed, preprocessor_config_json=PROCESSOR | processor)
+    assert "\n" not in str(error.value)
 
 
 def test_parts_alone(read):
