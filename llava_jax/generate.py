@@ -1,5 +1,6 @@
 """Talks to a model: one answer, or a chat in the terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from llava_jax import cli
 from llava_jax.errors import UserError
 from llava_jax.text.templates import IMAGE, check_text
+from llava_jax.video import Video, as_video, sampled_frames
 
 if TYPE_CHECKING:
     from llava_jax import Llava
@@ -24,7 +26,7 @@ HELP = """Prints one answer, or, without --prompt, starts a chat in the terminal
 """
 
 CHAT_HELP = """\
-/image PATH   send an image with your next message
+/image PATH   send an image or a video with your next message
 /reset        forget the conversation and its images
 /quit         leave; the end of input leaves too
 Ctrl-C stops an answer."""
@@ -37,7 +39,9 @@ class Options:
     model: str
     """Directory of the model."""
     image: tuple[str, ...] = ()
-    """Image files, one for each <image> in the prompt. Without an <image> they come before the prompt."""
+    """Image or video files, one for each <image> in the prompt. Without an <image> they come before the prompt."""
+    video_frames: int | None = None
+    """Maximum number of frames that are sampled of a video; default: the model's."""
     prompt: str | None = None
     """Question. Without it the command starts a chat."""
     max_new_tokens: int = 512
@@ -83,6 +87,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     llava = load(options.model, options.dtype, template=options.template, vision=options.vision,
                  adapter=options.adapter)
+    if options.video_frames is not None:
+        video = dataclasses.replace(llava.config.video, frames=options.video_frames)
+        llava.config = dataclasses.replace(llava.config, video=video)
     if options.prompt is None:
         Chat(llava, options).run()
     elif options.stream:
@@ -168,7 +175,10 @@ class Chat:
 
         if not path:
             raise UserError("write /image PATH")
-        self.pending_images.append(open_image(os.path.expanduser(path)))
+        image = as_video(os.path.expanduser(path))
+        if isinstance(image, Video):
+            sampled_frames(image, self.llava.config.video)
+        self.pending_images.append(image if isinstance(image, Video) else open_image(image))
 
     def answer(self, line: str) -> None:
         """Prints the answer while it is written. After Ctrl-C the conversation keeps the part that was printed."""

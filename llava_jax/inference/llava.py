@@ -24,9 +24,10 @@ from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt, eos_ids_and_texts
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
+from llava_jax.video import Video, as_video, decode_frames, sampled_frames
 from llava_jax.weights.checkpoint import load_checkpoint, read_config
 
-ImageSource = Image.Image | str | os.PathLike | bytes
+ImageSource = Image.Image | str | os.PathLike | bytes | Video
 Messages = str | Sequence[Mapping[str, str]]
 
 STREAM_STEPS = 4
@@ -64,8 +65,8 @@ class Request:
 
     def __post_init__(self):
         # A single image or string is wrapped because iterating over it would split it.
-        if isinstance(self.images, ImageSource):
-            object.__setattr__(self, "images", (self.images,))
+        images = (self.images,) if isinstance(self.images, ImageSource) else self.images
+        object.__setattr__(self, "images", tuple(map(as_video, images)))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if self.max_new_tokens < 1:
@@ -147,7 +148,8 @@ class Llava:
         Args:
           messages: a question, or [{"role": "user" | "assistant" | "system", "content": str | parts}, ...].
           images: PIL images, paths or bytes of files, one for each `<image>` in the messages, in order. If the
-            messages have no `<image>`, all images come before the first user message.
+            messages have no `<image>`, all images come before the first user message. A path that ends as a video's
+            (`clip.mp4`), or a `Video`, is a video with one `<image>`, sampled as `config.video` says.
           max_new_tokens: maximum number of tokens of the answer. The model's context may leave room for fewer.
           temperature: 0 chooses the most likely token; above 0 tokens are drawn. Higher values draw more evenly.
           top_p: draws only from the most likely tokens that together have this probability.
@@ -263,23 +265,34 @@ class Llava:
 
     def _encode(self, request: Request) -> tuple[Int[np.ndarray, "T"], list[Layout]]:
         """Returns a prompt's ids and the layouts of its images, of which no more than their headers is read."""
-        processor = self.processor.for_images(len(request.images))
-        layouts = processor.layouts([self._size(image) if not processor.is_fixed else (1, 1)
-                                     for image in request.images])
-        tokens = encode_prompt(as_messages(request.messages, len(layouts)), self.template, self.tokenizer,
-                               [len(layout.index) for layout in layouts], request.assistant_prefix, request.verbatim)
+        layouts = self.processor.layouts(list(map(self._size, request.images)))
+        messages = as_messages(request.messages, len(layouts))
+        if self.config.video.time_text and len(layouts) == 1 and isinstance(request.images[0], Video):
+            sampled = sampled_frames(request.images[0], self.config.video)
+            messages = [message | {"content": sampled.tell_times(message["content"])} for message in messages]
+        tokens = encode_prompt(messages, self.template, self.tokenizer, [len(layout.index) for layout in layouts],
+                               request.assistant_prefix, request.verbatim)
         if len(tokens) >= self.config.text.max_length:
             raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
         return tokens, layouts
 
-    def _size(self, image: ImageSource) -> tuple[int, int]:
+    def _size(self, image: ImageSource) -> tuple[int, int] | int:
+        """Returns what the layout depends on: an image's size, or a video's number of sampled frames."""
+        if isinstance(image, Video):
+            return len(sampled_frames(image, self.config.video).indices)
+        if self.processor.is_fixed:
+            return 1, 1
         if isinstance(image, Image.Image):
             return (turn_upright(image) if self.config.exif else image).size
         return image_size(image, self.config.exif)
 
     def _tiles(self, images: Sequence[ImageSource]) -> UInt8[np.ndarray, "I H W 3"]:
-        processor, tiles = self.processor.for_images(len(images)), []
+        processor, tiles = self.processor.for_images(sum(not isinstance(image, Video) for image in images)), []
         for image in images:
+            if isinstance(image, Video):
+                sampled = sampled_frames(image, self.config.video)
+                tiles += [self.processor.tiles([[frame]]) for frame in decode_frames(image, sampled.indices)]
+                continue
             if not isinstance(image, Image.Image):
                 image = open_image(image, self.config.exif)
             elif self.config.exif:
@@ -291,7 +304,7 @@ class Llava:
                 tiles: UInt8[np.ndarray, "I H W 3"]) -> Prompt:
         [visual] = np.nonzero(tokens == IMAGE_TOKEN_ID)
         prefix_length = int(visual[-1]) + 1 if len(visual) else 0
-        hashable = prefix_length and all(isinstance(image, str | bytes | os.PathLike) for image in request.images)
+        hashable = prefix_length and not any(isinstance(image, Image.Image) for image in request.images)
         return Prompt(
             tokens=tokens,
             tiles=tiles,

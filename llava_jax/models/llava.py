@@ -19,6 +19,7 @@ from llava_jax.models.pallas import fills_lanes
 from llava_jax.models.projector import Projector
 from llava_jax.models.vit import VisionConfig, Vit
 from llava_jax.text.encode import IMAGE_TOKEN_ID
+from llava_jax.video import VideoSampling
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class LlavaConfig:
     """Name of the conversation template (text/templates.py)."""
     exif: bool = False
     """Whether the model was trained on images rotated as their EXIF orientation says."""
+    video: VideoSampling = VideoSampling()
+    """Frames that are sampled of a video."""
     lora: Lora | None = None
     """Low-rank adapters of the model's linear maps (models/lora.py)."""
     merged: str = ""

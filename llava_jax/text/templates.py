@@ -320,7 +320,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
     Args:
       messages: [{"role": "system" | "user" | "assistant", "content": ...}]; at most one system message, as the first;
         then user and assistant alternate. A content is a string or a list of {"type": "text", "text": str} (or strings)
-        and {"type": "image"} (or "image_url"), which are joined by newlines in their order, as training data are.
+        and {"type": "image"} (or "image_url", "video", "video_url"), which are joined by newlines in their order, as
+        training data are.
 
     Returns (system text or None, [(role, text), ...]). Raises UserError that names the message.
     """
@@ -355,7 +356,7 @@ def _content_text(content: str | Sequence[str | Mapping[str, str]]) -> str:
 def _part_text(part: str | Mapping[str, str]) -> str:
     if isinstance(part, str):
         return part
-    if part["type"] in ("image", "image_url"):
+    if part["type"] in ("image", "image_url", "video", "video_url"):
         return IMAGE
     if part["type"] != "text":
         raise TypeError("a part of another type")

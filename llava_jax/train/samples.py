@@ -1,5 +1,6 @@
 """Answers a few fixed questions with the model in training."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -9,6 +10,8 @@ import jax
 from PIL import Image
 
 from llava_jax import config
+from llava_jax.data.examples import lay_out
+from llava_jax.data.records import Medium, Record
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
 from llava_jax.image_files import open_image
@@ -18,6 +21,7 @@ from llava_jax.parallel.processes import allgather_object
 from llava_jax.text.encode import encode_prompt
 from llava_jax.text.templates import IMAGE
 from llava_jax.train.setup import TrainContext
+from llava_jax.video import Video, decode_frames, sampled_frames
 
 NUM_SAMPLES = 4
 """Number of questions."""
@@ -36,7 +40,7 @@ class Samples:
     def __init__(self, context: TrainContext, stage: config.Stage):
         self.context = context
         model = context.model.with_image_mode(stage.data.image_mode)
-        self.model = dataclasses.replace(model, template=stage.data.template or model.template)
+        self.model = dataclasses.replace(model, template=stage.data.template or model.template, video=stage.data.video)
         self.llava: Llava | None = None
         source = open_mixture(stage.data.validation or stage.data.path, stage.data.image_root).sources[0]
         read: dict[int, tuple[Request, str]] = {}
@@ -45,8 +49,8 @@ class Samples:
                 record = source[i]
                 messages, answer = _first_round(record.turns)
                 marks = sum(message["content"].count(IMAGE) for message in messages)
-                images = [open_image(image, stage.data.exif, stage.data.max_pixels) for image in record.images[:marks]]
-                self._require_room(messages, images)
+                self._require_room(record, marks, stage.data)
+                images = [_opened(image, stage.data) for image in record.images[:marks]]
                 read[i] = Request(messages, images, max_new_tokens=MAX_NEW_TOKENS), answer
             if len(read) == NUM_SAMPLES:
                 break
@@ -68,13 +72,24 @@ class Samples:
         return [{"question": request.messages[-1]["content"], "expected": expected, "answer": answer.text}
                 for (request, expected), answer in zip(self.pairs, answers, strict=True)]
 
-    def _require_room(self, messages: Sequence[dict[str, str]], images: Sequence[Image.Image]) -> None:
-        """Raises UserError if a question leaves no room for an answer."""
+    def _require_room(self, record: Record, marks: int, data: config.Data) -> None:
+        """Raises UserError if the first question, with `marks` images, leaves no room for an answer."""
         model = self.model
-        counts = [len(layout.index) for layout in model.processor.layouts(images)]
-        tokens = encode_prompt(messages, model.template, self.context.tokenizer, counts)
+        record = dataclasses.replace(record, images=record.images[:marks], image_sizes=None)
+        record, _, layouts = lay_out(record, model.processor, data.exif, data.max_pixels, data.video)
+        tokens = encode_prompt(_first_round(record.turns)[0], model.template, self.context.tokenizer,
+                               [len(layout.index) for layout in layouts])
         if len(tokens) >= model.text.max_length:
             raise UserError("the question is too long")
+
+
+def _opened(image: Medium, data: config.Data) -> Image.Image | Video:
+    """Returns an opened image, or a video of which every sampled frame can be decoded."""
+    if not isinstance(image, Video):
+        return open_image(image, data.exif, data.max_pixels)
+    indices = sampled_frames(image, data.video, data.max_pixels).indices
+    collections.deque(decode_frames(image, indices, data.max_pixels), maxlen=0)
+    return image
 
 
 def _first_round(turns: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], str]:

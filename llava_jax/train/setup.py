@@ -152,7 +152,8 @@ def resolve_template(recipe: config.Recipe, model: LlavaConfig, tokenizer: Token
     if not recipe.model.llava and recipe.model.template is None:
         model = dataclasses.replace(model, template=agreement.template_for_decoder(tokenizer, source))
     last = list(recipe.stages.values())[-1]
-    model = dataclasses.replace(model, template=final_template(recipe, model.template), exif=last.data.exif)
+    model = dataclasses.replace(model, template=final_template(recipe, model.template), exif=last.data.exif,
+                                video=last.data.video)
     # Only the template that a LLaVA checkpoint names was used in its training.
     agreement.check(model.template, tokenizer, model.text.vocab_size, source,
                     trained=bool(recipe.model.llava and not recipe.model.template),

@@ -135,6 +135,7 @@ def _llava(directory: Path, file: Path, config: Any, extras: dict) -> LlavaConfi
         feature_select="patch" if is_siglip else FEATURE_SELECT[select],
         processor=processors.read(directory, file, config, extras),
         exif=extras.get("exif", False), merged=extras.get("merged", ""),
+        video=fields.video(file, extras.get("video", {}), f"{MODEL_TYPE}.video."),
         template=build(
             file, templates.get,
             template=extras.get("template") or template_name(directory, config.text_config.model_type)).name,
@@ -192,7 +193,7 @@ def read_native(raw: dict, file: Path) -> LlavaConfig:
     text = checked["text"] | {"rope_scaling": scaling and build(file, RopeScaling, **scaling)}
     lists = {name: fields.numbers(file, f"processor.{name}", checked["processor"][name]) for name in ("mean", "std")}
     lists["pinpoints"] = fields.pairs(file, "processor.pinpoints", checked["processor"]["pinpoints"])
-    parts = {"processor": build(file, ImageProcessor, **checked["processor"] | lists),
+    parts = {"processor": build(file, ImageProcessor, **checked["processor"] | lists), "video": checked["video"],
              "vision": build(file, VisionConfig, **checked["vision"]), "text": build(file, LlamaConfig, **text)}
     if checked["lora"] is not None:
         parts["lora"] = build(file, Lora, **checked["lora"] | {"targets": tuple(map(str, checked["lora"]["targets"]))})
@@ -231,7 +232,8 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
         **ids,
         "vision_config": hf_vision(config.vision),
         "text_config": hf_text(config.text, vocab_size) | ids,
-        MODEL_TYPE: {"template": config.template, "exif": config.exif, **processors.extras(config.processor)}
+        MODEL_TYPE: {"template": config.template, "exif": config.exif, "video": dataclasses.asdict(config.video),
+                     **processors.extras(config.processor)}
         | ({"merged": config.merged} if config.merged else {}),
     }
 

@@ -18,6 +18,7 @@ from llava_jax.images import ImageProcessor
 from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
+from llava_jax.video import MAX_SAMPLED, VideoSampling
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ LLAVA = {
     "vision_aspect_ratio": TEXT, "use_image_newline_parameter": FLAG,
 }
 HF_EXTRAS = {"merged": TEXT, "template": TEXT, "exif": FLAG, "image_mode": TEXT, "rule": TEXT, "several": TEXT,
-             "video_pool": Field(str, null=True), "video_newline": TEXT}
+             "video_pool": Field(str, null=True), "video_newline": TEXT, "video": Field(dict)}
 """Fields of `llava_jax` in a config.json of Hugging Face's layout."""
 NATIVE_RANGES = {
     "image_size": TOWER["image_size"], "size": TOWER["image_size"], "patches": TOWER["image_size"],
@@ -85,10 +86,12 @@ NATIVE_RANGES = {
     "factor": FACTOR, "low_freq_factor": FACTOR, "high_freq_factor": FACTOR,
     "original_length": ROPE["original_max_position_embeddings"], "feature_layer": LLAVA["vision_feature_layer"],
     "rank": Field(int, 1, 2**14), "alpha": Field(float, 1e-6, 1e6), "dropout": Field(float, 0, 1),
+    "fps": Field(float, 1e-6, 1e6), "frames": Field(int, 0, MAX_SAMPLED),
     "max_tiles": Field(int, 0, 9999),
 }
 """Ranges of the numbers in a config.json of the native layout, by the names of the dataclasses' fields."""
-NEW = {"max_tiles", "rule", "merge", "several", "video_pool", "video_newline", "lora"}
+NEW = {"max_tiles", "rule", "merge", "several", "video_pool", "video_newline", "lora",
+       *(field.name for field in dataclasses.fields(VideoSampling))}
 """Fields that older native files of the same version lack. A missing one has its default."""
 PIXELS = Field(int, 1, 2**14)
 
@@ -161,7 +164,8 @@ def clip(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the checked fields of the native layout. Raises UserError if one is missing or unknown."""
-    checked = _exactly(file, raw, LlavaConfig)
+    checked = _exactly(file, {"video": {}} | raw, LlavaConfig)
+    checked["video"] = video(file, checked["video"], "video.")
     for name, kind in (("vision", VisionConfig), ("text", LlamaConfig), ("processor", ImageProcessor)):
         checked[name] = _exactly(file, checked[name], kind, f"{name}.")
     if checked["text"]["rope_scaling"] is not None:
@@ -170,6 +174,11 @@ def native(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     if checked["lora"] is not None:
         checked["lora"] = _exactly(file, checked["lora"], Lora, "lora.")
     return checked
+
+
+def video(file: Path, raw: Mapping[str, Any], prefix: str) -> VideoSampling:
+    """Reads the sampling of videos."""
+    return build(file, VideoSampling, **_exactly(file, raw, VideoSampling, prefix))
 
 
 def _exactly(file: Path, raw: Mapping[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:
