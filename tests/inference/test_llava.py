@@ -1,6 +1,7 @@
 """Greedy decoding against transformers, and everything else about a loaded model against itself done more slowly."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import jax
@@ -322,9 +323,9 @@ def test_inputs_are_what_the_model_takes(llava, requests, pictures):
     assert llava.encode("Hi").keys() == {"tokens"} and llava.model(**llava.encode("Hi")).shape[-1] == 2064
 
 
-def test_tiles_of_any_resolution(tokenizer, pictures, tmp_path):
-    """A model with several tiles and newlines per image: cached decoding and batches against the full forward pass."""
-    processor = ImageProcessor(28, "anyres", 4, pinpoints=((56, 28), (28, 84)))
+def test_tiles_of_any_resolution(tokenizer, tmp_path):
+    """A model with several tiles, newlines and weights: cached decoding and batches against the full forward pass."""
+    processor = ImageProcessor(28, "anyres", 4, pinpoints=((56, 28), (28, 84)), max_tiles=1)
     config = LlavaConfig(
         VisionConfig(28, 7, 16, 16, 1, 1),
         LlamaConfig(2000, 64, 64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, max_length=512),
@@ -340,9 +341,19 @@ def test_tiles_of_any_resolution(tokenizer, pictures, tmp_path):
     assert sizes == [3, 4, 7] and len({tuple(answer.tokens) for answer in answers}) == 3
     for request, answer in zip(requests, answers, strict=True):
         assert model.generate("What?", request.images, 6) == answer
-        inputs = model.encode("What?", request.images)
-        assert inputs["tokens"][0].tolist() == answer.prompt_tokens
-        inputs["tokens"] = np.append(inputs["tokens"], [answer.tokens], axis=1)
-        inputs["visual_index"] = np.append(inputs["visual_index"], np.full((1, 6), -1), axis=1)
-        logits = np.asarray(model.model(**inputs))
-        assert logits[0, len(answer.prompt_tokens) - 1 : -1].argmax(-1).tolist() == answer.tokens
+        assert model.encode("What?", request.images)["tokens"][0].tolist() == answer.prompt_tokens
+        assert logits_after(model, request, answer.tokens).argmax(-1).tolist() == answer.tokens
+        ids = model.prompt_tokens(dataclasses.replace(request, assistant_prefix=" A"))[len(answer.prompt_tokens) :]
+        scores = jax.nn.log_softmax(logits_after(model, request, ids))
+        expected = sum(float(row[i]) for row, i in zip(scores, ids, strict=True))
+        assert model.log_likelihood(request, ["A"]) == pytest.approx([expected], abs=1e-3)
+
+
+def logits_after(model, request, ids) -> np.ndarray:
+    """Logits by the full forward pass at the positions that predict `ids`, which follow the prompt."""
+    inputs = model.encode(request.messages, request.images)
+    assert ("visual_weight" in inputs) == model.processor.is_weighted == (inputs["visual_index"].ndim == 3)
+    inputs["tokens"] = np.append(inputs["tokens"], [ids], axis=1)
+    for name, values in model.processor.no_visual_tokens((1, len(ids))).items():
+        inputs[name] = np.append(inputs[name], values, axis=1)
+    return np.asarray(model.model(**inputs))[0, -len(ids) - 1 : -1]
