@@ -1,5 +1,6 @@
 """Converts checkpoints between layouts, and joins a vision tower and a decoder to a new LLaVA."""
 
+import functools
 import re
 import sys
 import time
@@ -47,6 +48,9 @@ class Convert:
     resize with SigLIP."""
     dtype: Literal["bfloat16", "float16", "float32", "keep"] = "bfloat16"
     """Dtype of all tensors; keep leaves every bit as it is."""
+    tower: Literal["in", "out"] = "in"
+    """With --to original: whether the vision tower is among the tensors, or only named in config.json, which is right
+    if it was never trained."""
     shard_size: str = "5GB"
     """Maximum size of a file of tensors, such as 500MB."""
     base: str | None = None
@@ -72,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs `python -m llava_jax.convert`. Raises UserError if the options or a checkpoint are invalid."""
     options = cli.parse(Convert, sys.argv[1:] if args is None else args, prog=PROG)
     _check(options)
-    from llava_jax.weights import checkpoint, save_peft
+    from llava_jax.weights import checkpoint, save_original, save_peft
 
     start = time.monotonic()
     target = Path(options.paths[-1])
@@ -82,7 +86,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.to in ("peft", "original-lora"):
         save_peft(target, config, parameters, tokenizer_dir, layout=options.to, trained=trained, dtype=dtype)
     else:
-        save = {"hf": checkpoint.save_hf, "native": checkpoint.save_native}[options.to]
+        save = {"hf": checkpoint.save_hf, "native": checkpoint.save_native,
+                "original": functools.partial(save_original, tower=options.tower)}[options.to]
         save(target, config, parameters, tokenizer_dir, dtype=dtype, shard_bytes=_bytes(options.shard_size))
     files = [*target.glob("*.safetensors"), *target.glob("*.bin")]
     size = sum(file.stat().st_size for file in files)
@@ -117,8 +122,8 @@ def _check(options: Convert) -> None:
         raise UserError(f"give SRC and DST, or --vision, --language and DST (see {PROG} --help)")
     if count == 1 and options.base:
         raise UserError("--base belongs to a delta SRC, not to a join")
-    if options.to in ("original", "original-lora"):
-        raise UserError(f"--to {options.to}: not written yet")
+    if options.tower == "out" and options.to != "original":
+        raise UserError("--tower belongs to --to original; the other layouts have the vision tower among their tensors")
     if count == 1 and (options.adapter or options.to in ("peft", "original-lora")):
         raise UserError("a join has no adapters: leave out --adapter, and write --to native, hf or original")
     if options.template:

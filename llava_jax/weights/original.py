@@ -1,4 +1,4 @@
-"""Reads and writes the layout of LLaVA's own code: LLaVA v0 to 1.6 and OneVision, deltas and projector files.
+"""Reads the layout of LLaVA's own code: LLaVA v0 to 1.6 and OneVision, deltas and projector files.
 
 Keys of config.json and of the tensors tell the version, never the name of a folder. The vision tower is in the
 checkpoint, or config.json only names it (`mm_vision_tower`).
@@ -94,7 +94,8 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
         return LlavaConfig(
             vision=tower, text=text, projector=_projector(checked), feature_select=select,
             feature_layer=-1 if is_siglip else checked.get("mm_vision_select_layer", -2),
-            processor=_processor(directory, raw, tower, select == "cls_patch", vision),
+            processor=dataclasses.replace(_processor(directory, raw, tower, select == "cls_patch", vision), **{
+                name: extras[name] for name in processors.OWN if name in extras}),
             template=_template(directory, raw, kind, template), exif=extras.get("exif", False))
     except ValueError as error:
         raise UserError(str(error) if str(error).startswith(str(directory)) else f"{file}: {error}") from None

@@ -10,7 +10,7 @@ import numpy as np
 from llava_jax.errors import UserError
 from llava_jax.models import lora
 from llava_jax.models.llava import LlavaConfig, Parameters
-from llava_jax.weights import checkpoint, configs, files, original, peft, source, tables, torch_writer
+from llava_jax.weights import checkpoint, configs, files, original_export, peft, source, tables, torch_writer
 from llava_jax.weights.files import NotFinite, TensorSpec
 from llava_jax.weights.source import ParameterSource
 
@@ -70,7 +70,7 @@ def save_peft(
         if layout == "peft":
             return files.write(target, [*pairs, *full], single=f"{peft.TENSORS}.safetensors")
         if target:
-            files.write_json(target / "config.json", original.config_json(config))
+            files.write_json(target / "config.json", original_export.config_json(config))
         first = torch_writer.write(target and target / f"{peft.TENSORS}.bin", pairs)
         second = torch_writer.write(target and target / peft.FULL, full)
         return NotFinite(first.stored + second.stored, first.overflowed + second.overflowed)

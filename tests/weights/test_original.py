@@ -1,5 +1,6 @@
 """LLaVA's own layout, written by torch: each version opens as the same weights of the hf layout do."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,8 +12,12 @@ import safetensors.torch
 import torch
 import transformers
 
-from llava_jax.models.llava import abstract_params, from_params
-from llava_jax.weights import load_checkpoint
+from llava_jax import convert
+from llava_jax.errors import UserError
+from llava_jax.models.llava import LlavaConfig, abstract_params, from_params
+from llava_jax.weights import load_checkpoint, original, read_config
+from llava_jax.weights.original_export import config_json as exported_json
+from llava_jax.weights.original_export import hub_tower
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"vocab_size": 2000, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -205,3 +210,76 @@ def test_projectors(weights, tower, tmp_path, kind, depth):
     for i, name in enumerate(names):
         np.testing.assert_array_equal(parameters[f"projector/layers_{i}/kernel"], kept[f"{name}weight"].T)
         np.testing.assert_array_equal(parameters[f"projector/layers_{i}/bias"], kept[f"{name}bias"])
+
+
+# Exports.
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for file in folder.glob("*.safetensors") for name, x in safetensors.torch.load_file(file).items()}
+
+
+def run(*arguments) -> None:
+    convert.main([*map(str, arguments)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("through", ["native", "hf"])
+def test_there_and_back_again_keeps_bits(weights, tower, tmp_path, through, dtype):
+    weights = {name: x.to(dtype) for name, x in weights.items()}
+    source = write(tmp_path / "x", without_tower(weights), config_json(mm_vision_tower=str(tower)))
+    run(source, tmp_path / "between", "--to", through, "--dtype", "keep")
+    run(tmp_path / "between", tmp_path / "back", "--to", "original", "--dtype", "keep", "--tower", "out",
+        "--shard-size", "30KB")
+    found = stored(tmp_path / "back")
+    assert found.keys() == without_tower(weights).keys()
+    for name, x in without_tower(weights).items():  # hf adds rows for <image> and <pad>
+        assert found[name].dtype == dtype and torch.equal(found[name][: len(x)], x), name
+    config, written = json.loads((source / "config.json").read_text()), json.loads(
+        (tmp_path / "back" / "config.json").read_text())
+    same = {name: value for name, value in written.items() if name in config and not name.endswith("_id")}
+    expected = {"model_type": "llava_llama", "mm_vision_tower": str(tmp_path / "back" / "vision_tower"),
+                "torch_dtype": str(dtype).removeprefix("torch."), "vocab_size": 2048 if through == "hf" else 2000}
+    assert same == {name: config[name] for name in same} | expected
+    # A tower of other sizes than the published ones has a folder of its own, which moves with the checkpoint.
+    shutil.move(tmp_path / "back", tmp_path / "moved")
+    config, parameters = load_checkpoint(tmp_path / "moved")
+    before, expected = load_checkpoint(source)
+    assert config.processor == before.processor and config.vision == before.vision
+    np.testing.assert_array_equal(parameters["vision/patch/kernel"], expected["vision/patch/kernel"])
+    assert transformers.CLIPVisionModel.from_pretrained(tmp_path / "moved" / "vision_tower").dtype == torch.float32
+
+
+def test_the_tower_is_exported_with_the_rest(weights, tower, tmp_path):
+    source = write(tmp_path / "x", weights, config_json(mm_vision_tower=str(tower)))
+    run(source, tmp_path / "back", "--to", "original")
+    found = stored(tmp_path / "back")
+    assert found.keys() == weights.keys() and {x.dtype for x in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(x, weights[name].bfloat16()) for name, x in found.items())
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
+
+
+def test_onevision_there_and_back_again(tmp_path):
+    tensors, siglip = siglip_qwen2()
+    siglip.save_pretrained(tmp_path / "siglip")
+    source = write(tmp_path / "x", tensors, config_json(**ONEVISION, mm_vision_tower=str(tmp_path / "siglip")))
+    run(source, tmp_path / "native", "--to", "native", "--dtype", "keep")
+    run(tmp_path / "native", tmp_path / "back", "--to", "original", "--dtype", "keep")
+    found = stored(tmp_path / "back")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], x) for name, x in tensors.items())
+    assert read_config(tmp_path / "back") == read_config(source) == read_config(tmp_path / "native")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["architectures"] == ["LlavaQwenForCausalLM"] and written["mm_newline_position"] == "one_token"
+    run(source, tmp_path / "hf", "--to", "hf", "--dtype", "keep")
+    run(tmp_path / "hf", tmp_path / "again", "--to", "original", "--dtype", "keep")
+    found = stored(tmp_path / "again")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name][: len(x)], x) for name, x in tensors.items())
+
+
+def test_published_towers_are_named():
+    assert hub_tower(LlavaConfig()) == "openai/clip-vit-large-patch14-336"
+    stock, cut = original.SIGLIP, dataclasses.replace(original.SIGLIP, num_layers=26)
+    assert hub_tower(LlavaConfig(vision=stock)) == hub_tower(LlavaConfig(vision=cut, feature_layer=-1)) == (
+        "google/siglip-so400m-patch14-384")
+    assert hub_tower(LlavaConfig(vision=stock, feature_layer=-1)) is None
+    with pytest.raises(UserError, match="image mode resize with a CLIP has no form in the original layout; crop, pad"):
+        exported_json(LlavaConfig().with_image_mode("resize"))
