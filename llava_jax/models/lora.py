@@ -138,6 +138,8 @@ def merge(config: "LlavaConfig", parameters: "Parameters") -> tuple["LlavaConfig
 
 def without_adapters(config: "LlavaConfig", name: str = "") -> "LlavaConfig":
     """Returns a configuration with a note of its adapters, which may have a name, instead of `lora`."""
+    if config.lora is None:
+        return config
     lora = config.lora
     note = f"{name + ': ' if name else ''}rank {lora.rank}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}"
     return dataclasses.replace(config, lora=None, merged="; ".join(filter(None, [config.merged, note])))
