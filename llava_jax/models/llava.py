@@ -15,7 +15,7 @@ from llava_jax.images import SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
 from llava_jax.models import lora, vit
 from llava_jax.models.attention import resolve
 from llava_jax.models.llama import Llama, LlamaConfig
-from llava_jax.models.pallas import fills_lanes
+from llava_jax.models.pallas import supports_tower
 from llava_jax.models.projector import Projector
 from llava_jax.models.vit import VisionConfig, Vit
 from llava_jax.text.encode import IMAGE_TOKEN_ID
@@ -88,8 +88,8 @@ def choose_attention(name: str, platform: str, config: LlavaConfig, dtype: str) 
         return AttentionChoice(chosen, chosen)
     vision_head_dim = config.vision.hidden_size // config.vision.num_heads
     if chosen == "splash":
-        fills = fills_lanes(config.vision.hidden_size, config.vision.num_heads)
-        return AttentionChoice(chosen, chosen if fills else "xla")
+        supported = supports_tower(config.vision.hidden_size, config.vision.num_heads)
+        return AttentionChoice(chosen, chosen if supported else "xla")
     # cuDNN's flash attention needs 16 bits, and a head_dim of at most 128 (256 from Hopper on) that 8 divides.
     supported = [dtype != "float32" and head_dim <= 128 and head_dim % 8 == 0
                  for head_dim in (config.text.head_dim, vision_head_dim)]

@@ -19,17 +19,23 @@ SPLASH_BLOCK_SIZES = {"TPU v6": 2048, "TPU7": 2048}
 
 
 def fills_lanes(size: int, num_heads: int) -> bool:
-    """Returns whether the heads of a vision tower fill a TPU's vectors, as the tower's kernel requires."""
+    """Returns whether the heads of a vision tower fill a TPU's vectors, as the tower's own kernel requires."""
     return NUM_LANES % (size // num_heads) == 0 and size % NUM_LANES == 0
 
 
-def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array | None,
+def supports_tower(size: int, num_heads: int) -> bool:
+    """Returns whether a vision tower has a kernel: its own, or splash for heads at least half as wide as a vector."""
+    return fills_lanes(size, num_heads) or size // num_heads >= NUM_LANES // 2
+
+
+def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool = True,
                      interpret: bool = False) -> Array:
-    """Runs JAX's splash attention kernel, causal, with the longest blocks that compile on the device.
+    """Runs JAX's splash attention kernel with the longest blocks that compile on the device.
 
     Args:
       query, key, value: [B, T, N, H], [B, T, K, H], [B, T, K, H]; N is a multiple of K.
       segment_ids: int32 [B, T]; None means one segment.
+      causal: whether a token attends to itself and earlier tokens only.
       interpret: whether Pallas interprets the kernel, for tests without a TPU.
 
     Returns [B, T, N, H].
@@ -39,14 +45,15 @@ def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array 
 
     B, T, N, H = query.shape
     padded = -(-T // NUM_LANES) * NUM_LANES
-    # At least two blocks in a sequence, because the kernel skips blocks that the causal mask hides completely.
-    block = _largest_block(padded, min(_longest_block(), max(padded // 2, NUM_LANES)))
+    # At least two blocks in a causal sequence, because the kernel skips blocks that the mask hides completely.
+    block = _largest_block(padded, min(_longest_block(), max(padded // (1 + causal), NUM_LANES)))
     half = _largest_block(block, max(block // 2, NUM_LANES))
     sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=half, block_q_dkv=block,
                               block_kv_dkv=block, block_kv_dkv_compute=half, use_fused_bwd_kernel=True)
 
     def batch(query, key, value, segments):
-        mask = masks.MultiHeadMask([masks.CausalMask((padded, padded))] * query.shape[2])
+        one_head = masks.CausalMask if causal else masks.FullMask
+        mask = masks.MultiHeadMask([one_head((padded, padded))] * query.shape[2])
         splash = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
                                         residual_checkpoint_name="attention")
 

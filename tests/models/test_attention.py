@@ -72,6 +72,14 @@ def test_the_towers_kernel_sees_everything(length, heads, width):
     assert_same_with_gradients(joined, plain_attention, inputs(length, heads, heads, width))
 
 
+def test_splash_sees_everything_for_other_towers():
+    assert_same_with_gradients(
+        lambda *arrays: pallas.splash_attention(*arrays, None, causal=False, interpret=True), plain_attention,
+        inputs(145, 2, 2, 72))
+    qkv = jnp.zeros((1, 8, 3 * 2 * 72))
+    assert "splash" in str(jax.make_jaxpr(attention.bidirectional_attention("splash", 2))(qkv))
+
+
 def test_auto_depends_on_the_platform_and_other_names_stand_for_themselves():
     assert [attention.resolve("auto", name) for name in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
     assert attention.resolve("xla", "tpu") == "xla"
@@ -97,7 +105,7 @@ ODD = dataclasses.replace(BASE, text=LlamaConfig(head_dim=100))
 @pytest.mark.parametrize("name, platform, config, dtype, expected", [
     ("auto", "cpu", BASE, "float32", ("xla", "xla")), ("auto", "tpu", BASE, "bfloat16", ("splash", "splash")),
     ("auto", "tpu", NARROW, "bfloat16", ("splash", "xla")), ("splash", "tpu", NARROW, "bfloat16", ("splash", "splash")),
-    ("auto", "tpu", SO400M, "bfloat16", ("splash", "xla")), ("auto", "gpu", SO400M, "bfloat16", ("cudnn", "cudnn")),
+    ("auto", "tpu", SO400M, "bfloat16", ("splash", "splash")), ("auto", "gpu", SO400M, "bfloat16", ("cudnn", "cudnn")),
     ("auto", "gpu", BASE, "bfloat16", ("cudnn", "cudnn")), ("auto", "gpu", BASE, "float32", ("xla", "xla")),
     ("auto", "gpu", ODD, "bfloat16", ("xla", "cudnn")), ("cudnn", "gpu", ODD, "float32", ("cudnn", "cudnn")),
     ("xla", "tpu", BASE, "bfloat16", ("xla", "xla")),
@@ -107,7 +115,7 @@ def test_each_part_of_a_model_gets_what_it_can_run(name, platform, config, dtype
 
 
 def test_a_tower_never_changes_its_attention_quietly():
-    with pytest.raises(UserError, match="splash: a vision tower of hidden_size 96 with 3 heads does not fill"):
+    with pytest.raises(UserError, match="splash: a vision tower of hidden_size 96 with 3 heads has no kernel"):
         attention.bidirectional_attention("splash", 3)(jnp.zeros((1, 4, 3 * 96)))
     with pytest.raises(UserError, match="'flash' is not one of xla, splash, cudnn"):
         attention.bidirectional_attention("flash", 3)

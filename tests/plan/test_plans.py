@@ -49,9 +49,10 @@ def test_recorded_memory_is_that_of_the_recipe_of_today(needs_libtpu, name):
     assert [stage["stage"] for stage in plan["stages"]] == list(recipe.stages)[first:]
     for recorded in plan["stages"]:
         memory, stage = recorded["memory"], recipe.stages[recorded["stage"]]
-        _, (state, frozen, _) = abstract_step(recipe, recorded["stage"], mesh, model)
+        _, (state, frozen, batch) = abstract_step(recipe, recorded["stage"], mesh, model)
         assert memory["trained"] == device_bytes(state.trainable) and memory["frozen"] == device_bytes(frozen)
         assert memory["optimizer"] == device_bytes((state.step, state.optimizer))
+        assert memory["batch"] == device_bytes(batch)
         parts = ("trained", "frozen", "optimizer", "batch", "temporaries")
         assert memory["peak"] == sum(memory[part] for part in parts) and memory["limit"] == where.chip.memory
         assert recorded["fits"] == (memory["peak"] <= memory["limit"])
