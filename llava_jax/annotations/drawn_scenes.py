@@ -5,10 +5,14 @@ large, of eight colours and five shapes, over a plain, shaded or patterned backg
 The files are COCO's (images, five captions and the boxes of each), so other code reads them as it reads COCO. Four of
 the forty colour-shape pairs are absent from the splits `train` and `test`. Every picture of the split `unseen` shows
 at least one of them.
+
+Pictures may be larger. Large objects grow with the picture and small ones keep their pixels, so a picture shrunk to 60
+pixels hardly shows the shape of a small object. A larger picture may have a sign: a row of glyphs, to be read.
 """
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +44,8 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 _BACKGROUNDS = ((235, 235, 230), (200, 205, 215), (225, 215, 190), (120, 120, 120), (70, 75, 85), (35, 35, 45),
                 (95, 80, 70))
 RADII = {"small": (6.0, 7.0), "large": (8.6, 9.6)}
+GLYPH_RADIUS = 4.5
+_PLATE = (30, 30, 40)
 _SUPERSAMPLING = 3
 
 
@@ -66,36 +72,99 @@ class Object:
                 (self.x - self.radius, self.y - self.radius, 2 * self.radius, 2 * self.radius)]
 
     def to_box(self) -> Box:
-        """Returns the box in fractions of the picture, as it is read from COCO's files."""
+        """Returns the box in fractions of a picture of 60 x 60, as it is read from COCO's files."""
         x, y, width, height = self.box
         return Box(f"{self.colour} {self.shape}", x / SIZE, y / SIZE, (x + width) / SIZE, (y + height) / SIZE)
 
 
-def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: int = 4) -> tuple[Object, ...]:
-    """Draws the objects of one scene, in reading order. At least one object is of a pair in `required`, if given."""
+@dataclass(frozen=True)
+class Sign:
+    """A dark plate with shapes of one colour, which spell `words`. No object is in the plate's row of the 3 x 3 grid.
+
+    The centre x, y is in pixels.
+    """
+
+    words: tuple[str, ...]
+    colour: str
+    row: int
+    x: float
+    y: float
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    @property
+    def box(self) -> list[float]:
+        """COCO's [x, y, width, height] of the plate in pixels."""
+        width, height = CELL * len(self.words) - 2, CELL - 2
+        return [round(value, 1) for value in (self.x - width / 2, self.y - height / 2, width, height)]
+
+
+def sign_text(category: str) -> str:
+    """Returns the text of a sign's category ("sign cross ring square"), or "" for another category."""
+    first, _, text = category.partition(" ")
+    return text if first == "sign" and text and set(text.split(" ")) <= set(SHAPES) else ""
+
+
+def sample_sign(rng: random.Random, width: int, height: int, length: int = 3) -> Sign:
+    """Draws a sign of `length` shapes for a picture of this size."""
+    row = rng.randrange(3)
+    words = tuple(rng.choices(SHAPES, k=length))
+    column = rng.randrange(width // CELL - length + 1)
+    line = rng.randrange(row * height // 3, (row + 1) * height // 3, CELL)
+    return Sign(words, rng.choice(tuple(COLOURS)), row, CELL * (column + length / 2), line + CELL / 2)
+
+
+def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: int = 4,
+           picture: tuple[int, int] = (SIZE, SIZE), sign: Sign | None = None) -> tuple[Object, ...]:
+    """Draws the objects of a picture of this (width, height), in reading order, outside the row of the sign.
+
+    At least one object is of a pair in `required`, if given.
+    """
     count = rng.randint(1, most)
+    cells = [cell for cell in range(9) if not sign or cell // 3 != sign.row]
+    growth = min(picture) / SIZE
     objects = []
-    for index, cell in enumerate(rng.sample(range(9), count)):
+    for index, cell in enumerate(rng.sample(cells, count)):
         colour, shape = rng.choice(required if required and (index == 0 or rng.random() < 0.3) else pairs)
         if index and not required and rng.random() < 0.4:  # repeat a colour or a shape, so that counting is not trivial
             other = rng.choice(objects)
             twin = (other.colour, shape) if rng.random() < 0.5 else (colour, other.shape)
             colour, shape = twin if twin in pairs else (colour, shape)
         size = rng.choice(SIZES)
-        radius = rng.uniform(*RADII[size])
-        slack = CELL / 2 - radius
-        row, column = divmod(cell, 3)
-        x, y = (CELL * i + CELL / 2 + rng.uniform(-slack, slack) for i in (column, row))
+        radius = rng.uniform(*RADII[size]) * (growth if size == "large" else 1)
+        x, y = (_coordinate(rng, i, side, radius) for i, side in zip((cell % 3, cell // 3), picture, strict=True))
         objects.append(Object(colour, shape, size, cell, x, y, radius))
     return tuple(sorted(objects, key=lambda thing: thing.cell))
 
 
-def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Generator) -> Image.Image:
-    """Draws the picture of a scene: RGB, 60 x 60."""
+def _coordinate(rng: random.Random, third: int, side: int, radius: float) -> float:
+    """Draws the centre of an object in a third of a side.
+
+    A small object keeps to a span of CELL pixels, so that no edge of a tile of 60 pixels cuts it.
+    """
+    start, span = side / 3 * third, side / 3
+    if radius <= CELL / 2 < span / 2:
+        start, span = start + rng.randrange(round(span / CELL)) * CELL, CELL
+    slack, middle = span / 2 - radius, side / 6 * (2 * third + 1)
+    clear = 0.095 * side  # further from the middle of the third, `Scene` is not sure of the position
+    return min(max(start + span / 2 + rng.uniform(-slack, slack), middle - clear), middle + clear)
+
+
+def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Generator,
+           picture: tuple[int, int] = (SIZE, SIZE), sign: Sign | None = None) -> Image.Image:
+    """Draws the picture of a scene: RGB, of this (width, height)."""
     scale = _SUPERSAMPLING
-    canvas = Image.new("RGB", (SIZE * scale, SIZE * scale))
+    canvas = Image.new("RGB", (picture[0] * scale, picture[1] * scale))
     draw = ImageDraw.Draw(canvas)
-    _background(draw, rng, SIZE * scale)
+    _background(draw, rng, *canvas.size)
+    if sign:
+        x, y, width, height = (value * scale for value in sign.box)
+        draw.rectangle((x, y, x + width, y + height), fill=_PLATE)
+        for number, word in enumerate(sign.words):
+            across = sign.x + (number - (len(sign.words) - 1) / 2) * CELL
+            _shape(draw, word, across * scale, sign.y * scale, GLYPH_RADIUS * scale, COLOURS[sign.colour])
     for thing in objects:
         fill = tuple(channel + rng.randint(-18, 18) for channel in COLOURS[thing.colour])
         _shape(draw, thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, fill)
@@ -104,23 +173,23 @@ def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Gen
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _background(draw: ImageDraw.ImageDraw, rng: random.Random, side: int) -> None:
+def _background(draw: ImageDraw.ImageDraw, rng: random.Random, width: int, height: int) -> None:
     base = rng.choice(_BACKGROUNDS)
     other = tuple(max(0, min(255, channel + rng.choice((-1, 1)) * rng.randint(8, 24))) for channel in base)
-    draw.rectangle((0, 0, side, side), fill=base)
+    draw.rectangle((0, 0, width, height), fill=base)
     kind = rng.choice(("plain", "shaded", "striped", "chequered"))
     step = rng.choice((12, 18, 30))
     if kind == "shaded":
-        for y in range(0, side, 6):
-            mix = y / side
+        for y in range(0, height, 6):
+            mix = y / height
             fill = tuple(int(a + (b - a) * mix) for a, b in zip(base, other, strict=True))
-            draw.rectangle((0, y, side, y + 6), fill=fill)
+            draw.rectangle((0, y, width, y + 6), fill=fill)
     elif kind == "striped":
-        for x in range(0, side, 2 * step):
-            draw.rectangle((x, 0, x + step - 1, side), fill=other)
+        for x in range(0, width, 2 * step):
+            draw.rectangle((x, 0, x + step - 1, height), fill=other)
     elif kind == "chequered":
-        for y in range(0, side, step):
-            for x in range(y // step % 2 * step, side, 2 * step):
+        for y in range(0, height, step):
+            for x in range(y // step % 2 * step, width, 2 * step):
                 draw.rectangle((x, y, x + step - 1, y + step - 1), fill=other)
 
 
@@ -165,12 +234,15 @@ def _sentence(parts) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe: int = 0, seed: int = 0) -> Path:
+def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe: int = 0, seed: int = 0,
+          pictures: Sequence[tuple[int, int]] = ((SIZE, SIZE),), signs: float = 0.0) -> Path:
     """Writes the splits `train`, `test`, `unseen` and `probe` in COCO's layout, and returns `out_dir`.
 
-    The arguments are numbers of pictures; a split of 0 pictures is not written. The same seed gives the same bytes.
+    The first arguments are numbers of pictures; a split of 0 pictures is not written. Each picture has a size (width,
+    height) of `pictures`, and a fraction `signs` of them has a sign. The same arguments give the same bytes.
     Files are `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and
-    `instances_SPLIT.json`. The `categories` of a split are the colour-shape pairs that its pictures may show.
+    `instances_SPLIT.json`. The `categories` of a split are the colour-shape pairs that its pictures may show, and the
+    signs as "sign cross ring square".
     """
     out_dir = Path(out_dir)
     (out_dir / "annotations").mkdir(parents=True, exist_ok=True)
@@ -181,28 +253,33 @@ def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe:
         ("probe", probe, SEEN, ()),
     ):
         if count:
-            _write_split(out_dir, split, count, pairs, required, seed)
+            _write_split(out_dir, split, count, pairs, required, seed, pictures, signs)
     return out_dir
 
 
-def _write_split(out_dir: Path, split: str, count: int, pairs: tuple, required: tuple, seed: int) -> None:
+def _write_split(out_dir: Path, split: str, count: int, pairs: tuple, required: tuple, seed: int,
+                 pictures: Sequence[tuple[int, int]], signs: float) -> None:
     rng = random.Random(f"{seed} {split}")
     noise = np.random.default_rng(rng.getrandbits(64))
     (out_dir / split).mkdir(exist_ok=True)
-    ids = {pair: PAIRS.index(pair) + 1 for pair in (*pairs, *required)}
+    ids = {" ".join(pair): PAIRS.index(pair) + 1 for pair in (*pairs, *required)}
     images, texts, boxes = [], [], []
     for image_id in range(1, count + 1):
-        objects = sample(rng, pairs, required)
+        size = rng.choice(pictures) if len(pictures) > 1 else pictures[0]
+        sign = sample_sign(rng, *size) if signs and rng.random() < signs else None
+        objects = sample(rng, pairs, required, picture=size, sign=sign)
         name = f"{image_id:012d}.jpg"
-        render(objects, rng, noise).save(out_dir / split / name, quality=92, subsampling=0)
-        images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE})
+        render(objects, rng, noise, size, sign).save(out_dir / split / name, quality=92, subsampling=0)
+        images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
         for caption in captions(objects):
             texts.append({"id": len(texts) + 1, "image_id": image_id, "caption": caption})
-        for thing in objects:
-            boxes.append({"id": len(boxes) + 1, "image_id": image_id, "category_id": ids[thing.colour, thing.shape],
-                          "bbox": thing.box, "area": round(thing.box[2] * thing.box[3], 1), "iscrowd": 0})
-    categories = [{"id": number, "name": f"{colour} {shape}", "supercategory": shape}
-                  for (colour, shape), number in ids.items()]
+        named = [(f"{thing.colour} {thing.shape}", thing.box) for thing in objects]
+        for category, box in [*named, (f"sign {sign.text}", sign.box)] if sign else named:
+            boxes.append({"id": len(boxes) + 1, "image_id": image_id,
+                          "category_id": ids.setdefault(category, len(PAIRS) + len(ids)),
+                          "bbox": box, "area": round(box[2] * box[3], 1), "iscrowd": 0})
+    categories = [{"id": number, "name": name, "supercategory": "sign" if sign_text(name) else name.split(" ")[1]}
+                  for name, number in ids.items()]
     folder = out_dir / "annotations"
     (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": texts}))
     instances = {"images": images, "annotations": boxes, "categories": categories}

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
-from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES
+from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES, sign_text
 
 LARGE = 0.265
 """Minimum length of a large object's longer side, as a fraction of the image's side."""
@@ -106,20 +106,23 @@ class Scene:
         Photographs may show more than what has a box.
       objects: Objects that can be counted, in the order of the boxes.
       crowds: Names of objects that are too many to count.
+      signs: Texts of drawn signs, which are no objects.
     """
 
     def __init__(self, context: Context):
-        names = [coloured_name(box.category) for box in context.boxes]
-        self.shapes = bool(names) and all(names) and not any(box.crowd for box in context.boxes)
+        self.signs = [text for box in context.boxes if (text := sign_text(box.category))]
+        boxes = [box for box in context.boxes if not sign_text(box.category)]
+        names = [coloured_name(box.category) for box in boxes]
+        self.shapes = bool(names) and all(names) and not any(box.crowd for box in boxes)
         if not self.shapes:
-            names = [Name(box.category) for box in context.boxes]
+            names = [Name(box.category) for box in boxes]
         self.captions = context.captions
         counts = Counter(names)
-        crowded = {name for name, box in zip(names, context.boxes, strict=True) if box.crowd}
+        crowded = {name for name, box in zip(names, boxes, strict=True) if box.crowd}
         self.crowds = [name for name, number in counts.items() if name in crowded or number > MAX_COUNT]
         self.objects = [
             SceneObject(replace(name, size=_size(box)) if self.shapes else name, box)
-            for name, box in zip(names, context.boxes, strict=True)
+            for name, box in zip(names, boxes, strict=True)
             if name not in self.crowds
         ]
 

@@ -6,6 +6,9 @@ import pytest
 from PIL import Image
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
+from llava_jax.annotations.scene import Scene
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +89,77 @@ def test_captions_tell_every_object(folder):
             assert f"{thing.size} {thing.colour} {thing.shape} at the {thing.position}" in captions[1].replace(
                 "A ", "a "
             )
+
+
+PICTURES = ((120, 120), (180, 60), (60, 180))
+
+
+def test_larger_pictures_show_what_their_boxes_say():
+    """Boxes of objects and signs against colours in the picture, sizes in pixels and the nine positions."""
+    rng, noise = random.Random(8), np.random.default_rng(8)
+    for _ in range(60):
+        size = rng.choice(PICTURES)
+        sign = scenes.sample_sign(rng, *size)
+        objects = scenes.sample(rng, picture=size, sign=sign)
+        picture = scenes.render(objects, rng, noise, size, sign)
+        assert picture.size == size
+        pixels = np.asarray(picture, np.float32)
+        boxes = [(scenes.COLOURS[thing.colour], thing.box) for thing in objects]
+        for colour, (x, y, w, h) in [*boxes, (scenes.COLOURS[sign.colour], sign.box)]:
+            assert x >= 0 and y >= 0 and x + w <= size[0] + 0.1 and y + h <= size[1] + 0.1
+            near = np.linalg.norm(pixels - np.float32(colour), axis=-1) < 75
+            assert near[round(y) : round(y + h), round(x) : round(x + w)].mean() > 0.05, (objects, sign)
+        context = Context("", "", (), tuple(box_of(name, box, size) for name, box in [
+            *((f"{o.colour} {o.shape}", o.box) for o in objects), (f"sign {sign.text}", sign.box)]))
+        found = Scene(context)
+        assert found.signs == [sign.text] and found.shapes
+        assert [(o.name.size, o.name.colour, o.name.noun, o.position) for o in found.objects] == [
+            (o.size, o.colour, o.shape, o.position) for o in objects]
+        for thing in objects:
+            assert (thing.box[2] < 0.26 * min(size)) == (thing.size == "small")
+            assert thing.size == "large" or 12 <= thing.box[2] <= 14
+
+
+def box_of(category, box, size):
+    x, y, w, h = box
+    return Box(category, x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1])
+
+
+def test_signs_can_be_read_from_their_pixels():
+    rng, noise = random.Random(9), np.random.default_rng(9)
+    for _ in range(100):
+        size = rng.choice(PICTURES)
+        sign = scenes.sample_sign(rng, *size)
+        pixels = np.asarray(scenes.render((), rng, noise, size, sign), np.float32)
+        x, y, w, h = sign.box
+        plate = pixels[round(y) : round(y + h), round(x) + 1 : round(x + w) - 1]
+        colour = np.linalg.norm(plate - np.float32(scenes.COLOURS[sign.colour]), axis=-1)
+        drawn = colour < np.linalg.norm(plate - np.float32((30, 30, 40)), axis=-1)
+        assert " ".join(map(read_glyph, np.array_split(drawn, 3, axis=1))) == sign.text
+
+
+def read_glyph(drawn):
+    """The shape of a mask, from its middle, its corners and the points halfway between."""
+    rows, columns = np.flatnonzero(drawn.sum(1) > 1), np.flatnonzero(drawn.sum(0) > 1)
+    drawn = drawn[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    y, x = (length // 2 for length in drawn.shape)
+    if not drawn[y - 1 : y + 1, x - 1 : x + 1].any():
+        return "ring"
+    top, bottom = drawn[1, [1, -2]].sum(), drawn[-2, [1, -2]].sum()
+    if bottom == 2:
+        return "triangle" if top == 0 else "square"
+    between = drawn[[y // 2, y // 2, -y // 2, -y // 2], [x // 2, -x // 2, x // 2, -x // 2]]
+    return "circle" if between.sum() > 2 else "cross"
+
+
+def test_larger_pictures_have_sizes_and_signs(tmp_path):
+    def write(name):
+        folder = scenes.write(tmp_path / name, train=60, test=0, pictures=PICTURES, signs=0.5)
+        return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*.*"))}
+
+    assert write("a") == write("b")
+    _, instances = load(tmp_path / "a", "train")
+    assert {(image["width"], image["height"]) for image in instances["images"]} == set(PICTURES)
+    kinds = {category["id"]: category["supercategory"] for category in instances["categories"]}
+    with_sign = [box["image_id"] for box in instances["annotations"] if kinds[box["category_id"]] == "sign"]
+    assert len(with_sign) == len(set(with_sign)) and 15 <= len(with_sign) <= 45

@@ -7,6 +7,7 @@ from hashlib import sha256
 import pytest
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
 from llava_jax.annotations.scene import Scene
 from llava_jax.errors import UserError
@@ -71,6 +72,28 @@ def test_short_answers_agree_with_the_hidden_scene():
             assert question.answer == answer(question.question, objects), (question, objects)
             counts[question.kind] += 1
     assert set(counts) == set(rules.KINDS) and min(counts.values()) > 100
+
+
+def test_short_answers_about_larger_pictures():
+    rng, counts = random.Random(5), Counter()
+    for _ in range(200):
+        size = rng.choice(((120, 120), (180, 60), (60, 180)))
+        sign = scenes.sample_sign(rng, *size)
+        objects = scenes.sample(rng, scenes.PAIRS, picture=size, sign=sign)
+        boxes = [(f"{o.colour} {o.shape}", *o.box) for o in objects] + [(f"sign {sign.text}", *sign.box)]
+        width, height = size
+        context = Context("", "x.jpg", (), tuple(
+            Box(name, x / width, y / height, (x + w) / width, (y + h) / height) for name, x, y, w, h in boxes))
+        for question in rules.conversation(Scene(context), rng, CATEGORIES, turns=8):
+            if question.kind == "sign":
+                assert (question.question, question.answer) == ("What does the sign say?", " ".join(sign.words))
+            else:
+                assert question.answer == answer(question.question, objects), (question, objects)
+            about = {o.size for o in objects if f"{o.colour} {o.shape}" in question.about}
+            assert not question.small or "small" in about
+            counts[question.kind, question.small] += 1
+    assert {kind for kind, small in counts if small} == {"colour", "shape", "position", "relation"}
+    assert counts["sign", False] > 100
 
 
 def test_no_answer_gives_itself_away():

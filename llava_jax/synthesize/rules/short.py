@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.annotations.context import AnnotationSource, Context, Contexts, open_contexts
-from llava_jax.annotations.scene import Name, Scene, SceneObject, side
+from llava_jax.annotations.scene import Name, Scene, SceneObject, coloured_name, side
 from llava_jax.annotations.vocabulary import NUMBERS, plural
 from llava_jax.synthesize.rules.phrases import PhraseTable
 
@@ -28,19 +28,23 @@ class QuestionAnswer:
     """A question and its answer.
 
     Attributes:
-      kind: One of KINDS, "caption", "detail" or "reasoning".
+      kind: One of KINDS, "sign", "caption", "detail" or "reasoning".
       about: Names of the objects that the question is about.
+      small: Whether the question is about small objects alone.
     """
 
     kind: str
     question: str
     answer: str
     about: tuple[str, ...] = ()
+    small: bool = False
 
 
 def ask(kind: str, scene: Scene, rng: random.Random, categories: Sequence[str]) -> QuestionAnswer | None:
-    """Draws a question of a kind in KINDS. Returns None if the scene allows none."""
+    """Draws a question of one of the scene's `kinds`. Returns None if the scene allows none."""
     match kind:
+        case "sign":
+            return _short("sign", a=scene.signs[0])
         case "colour" | "shape":
             return _ask_attribute(kind, scene, rng)
         case "count":
@@ -52,10 +56,15 @@ def ask(kind: str, scene: Scene, rng: random.Random, categories: Sequence[str]) 
     return _ask_existence(scene, rng, categories)
 
 
+def kinds_of(scene: Scene) -> tuple[str, ...]:
+    """Returns KINDS, and "sign" if the scene has a sign."""
+    return (*KINDS, "sign") if scene.signs else KINDS
+
+
 def conversation(scene: Scene, rng: random.Random, categories: Sequence[str], turns: int) -> list[QuestionAnswer]:
     """Draws up to `turns` different short questions about a scene. The kinds take turns."""
     asked: dict[str, QuestionAnswer] = {}
-    kinds = rng.sample(KINDS, len(KINDS))
+    kinds = rng.sample(kinds := kinds_of(scene), len(kinds))
     for attempt in range(4 * turns):
         if question := ask(kinds[attempt % len(kinds)], scene, rng, categories):
             asked.setdefault(question.question, question)
@@ -177,7 +186,8 @@ def _ask_existence(scene: Scene, rng: random.Random, categories: Sequence[str]) 
 
 def _short(kind: str, *about: SceneObject, **texts: str | Name) -> QuestionAnswer:
     names = tuple(str(thing.name.plain) for thing in about)
-    return QuestionAnswer(kind, *_PHRASES.fill(kind, **texts), names)
+    small = bool(about) and all(thing.name.size == "small" for thing in about)
+    return QuestionAnswer(kind, *_PHRASES.fill(kind, **texts), names, small)
 
 
 def _answer(key: str, **texts: str | Name) -> str:
@@ -190,8 +200,9 @@ def _say_total(scene: Scene) -> str:
 
 
 def _aligned_pairs(scene: Scene) -> list[tuple[SceneObject, SceneObject]]:
-    """Returns ordered pairs of unique objects in one row or in one column."""
-    return [(a, b) for a, b in permutations(scene.unique, 2) if (a.down == b.down) != (a.across == b.across)]
+    """Returns ordered pairs of unique objects in one row or in one column, for which a single side is right."""
+    return [(a, b) for a, b in permutations(scene.unique, 2)
+            if (a.down == b.down) != (a.across == b.across) and side(a, b) in ("left", "right", "above", "below")]
 
 
 def open_split(folder: str | Path, split: str) -> Contexts:
@@ -219,7 +230,7 @@ def write_instructions(
     contexts = open_split(folder, split)
 
     def draw(scene: Scene) -> list[QuestionAnswer]:
-        questions = conversation(scene, rng, contexts.categories, turns)
+        questions = conversation(scene, rng, _shape_names(contexts), turns)
         if rng.random() >= long:
             return questions
         last = reasoning(scene, rng) if rng.random() < 0.5 else detail(scene, rng)
@@ -230,28 +241,34 @@ def write_instructions(
 
 def write_questions(
     folder: str | Path, split: str, out_file: str | Path, *, per_image: int = 6, about: Sequence[str] = (),
-    seed: int = 0,
+    mark_small: bool = False, seed: int = 0,
 ) -> int:
     """Writes the held-out test as JSON lines, and returns the number of questions.
 
     A line has question_id, image, text, answer and kind. Every image gets one question of each kind that its scene
     allows, `per_image` at most. If `about` is given, questions other than counting are about one of these categories.
+    With `mark_small`, the kind of a question about small objects alone is "small colour" and the like.
     """
     contexts = open_split(folder, split)
     rng = random.Random(f"{seed} questions {split}")
     lines: list[dict[str, Any]] = []
     for context in contexts:
         scene = Scene(context)
-        for kind in rng.sample(KINDS, len(KINDS))[:per_image]:
+        for kind in rng.sample(kinds := kinds_of(scene), len(kinds))[:per_image]:
             is_free = not about or kind == "count"
             for _ in range(1 if is_free else 30):
-                question = ask(kind, scene, rng, contexts.categories)
+                question = ask(kind, scene, rng, _shape_names(contexts))
                 if question and (is_free or set(about) & set(question.about)):
+                    small = "small " if mark_small and question.small else ""
                     lines.append({"question_id": len(lines), "image": context.image, "text": question.question,
-                                  "answer": question.answer, "kind": kind})
+                                  "answer": question.answer, "kind": small + kind})
                     break
     Path(out_file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)
+
+
+def _shape_names(contexts: Contexts) -> tuple[str, ...]:
+    return tuple(name for name in contexts.categories if coloured_name(name))
 
 
 def _write_records(out_file: str | Path, contexts: Contexts, drawn: Any) -> int:
