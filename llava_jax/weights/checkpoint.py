@@ -157,24 +157,23 @@ def _open_decoder(directory: Path, adapter: peft.Adapter, template: str | None,
     raw = configs.read_raw(directory)
     if raw.get("model_type") not in configs.TEXT_MODELS or original.is_original(directory, raw):
         return None
-    text = read_config(directory)
     own, file = adapter.directory / "config.json", adapter.directory / peft.NOTE
+    own = files.read_json(own) if own.exists() else {}
+    tower = original.find_tower(adapter.directory, own, vision)
     if "config" in adapter.note:
         config = configs.read_native(adapter.note["config"] | ({"template": template} if template else {}), file)
-        tower = vision
-    elif own.exists() and original.is_original(adapter.directory, raw := files.read_json(own)):
-        config, tower = original.read_config(directory, raw, template, vision), vision or raw["mm_vision_tower"]
+    elif original.is_original(adapter.directory, own):
+        config = original.read_config(directory, own, template, tower)
     else:
-        raise UserError(f"{directory} is a decoder alone, and {adapter.directory} has no projector and no config.json "
-                        "of a LLaVA; name a finished LLaVA as base, or the folder from the end of the training")
-    if not tower or not Path(tower).is_dir():
-        raise UserError(f"{directory} is a decoder alone; name the folder of the vision tower"
-                        f"{f' {tower}' if tower else ''} too (--vision, vision= in Python)")
-    tower_config, tower_parameters = open_checkpoint(Path(tower))
-    if tower_config != config.vision:
-        raise UserError(f"{tower} is not the vision tower of {adapter.directory}: its sizes differ")
-    config = dataclasses.replace(config, text=text, lora=None)
-    return config, source.join(tower_parameters, _open(directory, text))
+        raise UserError(f"{directory} is a decoder alone, and {adapter.directory} has no config.json of a LLaVA; name "
+                        "a finished LLaVA as base, or the adapter's folder from the end of its training")
+    if tower is None:
+        raise UserError(f"{directory} is a decoder alone; name the folder of its vision tower by --vision DIR "
+                        "(vision= in Python, model.vision in a recipe)")
+    config = dataclasses.replace(config, text=read_config(directory), lora=None)
+    own_parameters = {path for path in source.shapes(config) if not path.startswith(("vision/", "decoder/"))}
+    tensors = original.open_tensors(directory, own, config, tower, None)
+    return config, source.from_original_files(directory, config, tensors, own_parameters)
 
 
 def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, vision: str | Path | None = None,

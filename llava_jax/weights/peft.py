@@ -22,7 +22,7 @@ from llava_jax.errors import UserError
 from llava_jax.files import matches_schema, read_json, show_json
 from llava_jax.models import lora
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.weights import fields, files, source, tables
+from llava_jax.weights import fields, files, original, source, tables
 from llava_jax.weights.fields import FLAG, Field
 from llava_jax.weights.source import ParameterSource
 from llava_jax.weights.tables import Shape
@@ -48,13 +48,13 @@ NO_EFFECT = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_pa
 INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base as it is. pissa, olora, corda, loftq and lora_ga change it."""
 
-# Prefixes of the decoder's layers, the vision tower's encoder and the projector in a model that PEFT wraps.
+# Prefixes of the decoder, the vision tower and the projector in a model that PEFT wraps.
 SPELLINGS = {
-    "peft": ("model.language_model.", "model.vision_tower.", "model."),  # transformers 5.6 and later
-    "transformers 4.52": ("model.language_model.", "model.vision_tower.vision_model.", "model."),
-    "transformers 4.51": ("language_model.model.", "vision_tower.vision_model.", ""),
-    "original-lora": ("model.", "model.vision_tower.vision_tower.vision_model.", "model."),
-    "decoder alone": ("", None, None),
+    "peft": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),  # transformers 5.6
+    "transformers 4.52": ("model.language_model.", "model.vision_tower.vision_model.", "model.multi_modal_projector."),
+    "transformers 4.51": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector."),
+    "original-lora": (),  # see original.py
+    "decoder alone": ("",),
 }
 
 SAMPLES = 32
@@ -77,38 +77,24 @@ def linear_maps(shapes: Mapping[str, Shape], spelling: str) -> dict[str, LinearM
     """Returns the linear maps of a model with these parameters by their module names in a spelling."""
     kernels = {path: shape for path, shape in shapes.items()
                if path.endswith("/kernel") and lora.TAKES_ADAPTER.fullmatch(path.removesuffix("/kernel"))}
-    decoder, vision, projector = SPELLINGS[spelling]
     maps = {}
-    for part, hf_prefix, prefix in (("decoder", tables.LANGUAGE, decoder), ("vision", tables.VISION, vision)):
-        own = {path: shape for path, shape in kernels.items() if path.startswith(f"{part}/") and prefix is not None}
-        for name, mapping in tables.tensor_mappings(own).items():
-            outputs, inputs = mapping.hf_shape
-            maps[prefix + name.removeprefix(hf_prefix).removesuffix(".weight")] = LinearMap(
+    for name, mapping in tables.tensor_mappings(kernels).items():
+        outputs, inputs = mapping.hf_shape
+        if spelled := spell(name, spelling, shapes):
+            maps[spelled.removesuffix(".weight")] = LinearMap(
                 mapping.path.removesuffix("/kernel"), mapping.layer, inputs, outputs)
-    for path, shape in kernels.items():
-        if path.startswith("projector/") and projector is not None:
-            module = projector + _projector_module(path, shapes, spelling)
-            maps[module] = LinearMap(path.removesuffix("/kernel"), None, *shape)
     return maps
 
 
-def _projector_module(path: str, shapes: Mapping[str, Shape], spelling: str) -> str:
-    index = int(re.match(r"projector/layers_(\d+)", path)[1])
-    if spelling != "original-lora":
-        return f"{tables.PROJECTOR}linear_{index + 1}"
-    return f"mm_projector.{2 * index}" if "projector/layers_1/kernel" in shapes else "mm_projector"
-
-
-def full_mappings(shapes: Mapping[str, Shape], layout: str) -> dict[str, tables.TensorMapping]:
-    """Maps the names of tensors that are saved in full to parameters. `layout`: peft or original-lora."""
-    mappings = tables.tensor_mappings({path: shape for path, shape in shapes.items()
-                                       if not path.startswith("projector/")})
-    for path, shape in shapes.items():
-        if path.startswith("projector/"):
-            kind, transform = ("weight", tables.FROM_HIDDEN) if path.endswith("/kernel") else ("bias", tables.VECTOR)
-            mappings[f"{_projector_module(path, shapes, layout)}.{kind}"] = tables.TensorMapping(
-                path, None, shape, transform)
-    return mappings
+def spell(name: str, spelling: str, shapes: Mapping[str, Shape]) -> str | None:
+    """Returns the name of a tensor of the hf layout in a spelling, or None if it has none."""
+    if spelling == "original-lora":
+        return original.original_name(name, sum(path.startswith("projector/") and path.endswith("/kernel")
+                                                for path in shapes))
+    for hf_prefix, prefix in zip((tables.LANGUAGE, tables.VISION, tables.PROJECTOR), SPELLINGS[spelling], strict=False):
+        if name.startswith(hf_prefix):
+            return prefix + name.removeprefix(hf_prefix)
+    return "model.image_newline" if name == "image_newline" else None
 
 
 class Adapter:
@@ -171,16 +157,15 @@ class Adapter:
 
     def full(self, shapes: Mapping[str, Shape]) -> dict[tuple[str, int | None], tuple[Any, tables.TensorMapping]]:
         """Returns tensors that replace whole parameters, by path and layer. Raises UserError for unknown tensors."""
-        mappings = full_mappings(shapes, "peft") | full_mappings(shapes, "original-lora")
+        mappings, identity = tables.tensor_mappings(shapes), source.second_linear(shapes, np.dtype(np.float32))
         found, unknown = {}, []
-        identity = source.second_linear(shapes, np.dtype(np.float32))
         for name, tensor in self.tensors.items():
             if re.fullmatch(r".*\.lora_[AB]\.weight", name):
                 continue
-            name = _canonical(name)
-            if name in identity and np.array_equal(tensor.read().astype(np.float32), identity[name]):
+            hf_name = original.hf_name(name)
+            if hf_name in identity and np.array_equal(tensor.read().astype(np.float32), identity[hf_name]):
                 continue
-            mapping = mappings.get(name)
+            mapping = mappings.get(hf_name)
             if mapping is None:
                 unknown.append(name)
             elif tensor.shape != mapping.hf_shape:
@@ -191,18 +176,11 @@ class Adapter:
         if unknown:
             raise UserError(f"{self.directory}: left over: {files.shorten(unknown)}; the base model has no such "
                             "parameters")
-        saved = self.settings.get("modules_to_save") or []
-        names = [_canonical(name) for name in self.tensors]
-        if missing := [module for module in saved if not any(f".{module}." in f".{name}" for name in names)]:
-            raise UserError(f"{self.directory}: no tensor of {missing[0]}, which modules_to_save names; the folder is "
-                            "incomplete")
+        for module in self.settings.get("modules_to_save") or []:
+            if not any(f".{module}." in f".{name}" for name in self.tensors):
+                raise UserError(f"{self.directory}: no tensor of {module}, which modules_to_save names; the folder is "
+                                "incomplete")
         return found
-
-
-def _canonical(name: str) -> str:
-    """Returns the name of a parameter that was trained in full, in the hf layout or as the original projector's."""
-    name = re.sub(r"^(model\.)?vision_tower\.vision_tower\.", "vision_tower.", name)
-    return tables.hf_name(re.sub(r"^(model\.)?(?=(mm_projector|image_newline)\b)", "", name))
 
 
 def attach(adapter: Adapter, config: LlavaConfig, base: ParameterSource,

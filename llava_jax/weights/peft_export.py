@@ -114,13 +114,13 @@ def _full(parameters: ParameterSource, trained: set[str], layout: str, dtype: st
     """Lists the tensors of parameters that are saved in full."""
     specs = []
     shapes = {path: parameters.shapes[path] for path in sorted(trained)}
-    for name, mapping in peft.full_mappings(shapes, layout).items():
+    for name, mapping in tables.tensor_mappings(shapes).items():
         def blocks(mapping: tables.TensorMapping = mapping) -> Iterator[np.ndarray]:
             yield mapping.transform.to_hf(parameters.read(mapping.path, mapping.layer))
 
         kind = checkpoint.stored_dtype(parameters, mapping.path, dtype)
-        name = name.replace(tables.VISION, "vision_tower.")  # as transformers 5.6
-        specs.append(TensorSpec(f"{PREFIX}model.{name}", kind, mapping.hf_shape, blocks))
+        spelled = peft.spell(name, layout, parameters.shapes)
+        specs.append(TensorSpec(PREFIX + spelled, kind, mapping.hf_shape, blocks))
     for name, x in source.second_linear(shapes, np.dtype(np.float32)).items() if layout == "peft" else ():
         specs.append(TensorSpec(f"{PREFIX}model.{name}", x.dtype, x.shape, lambda x=x: [x]))
     return specs
