@@ -91,6 +91,9 @@ class Model:
     fresh: tuple[str, ...] | None = None
     """Regular expressions for the paths of parameters that no checkpoint has, initialised from the seed. By default the
     projector, and the newline of anyres, if `vision` and `language` are joined, otherwise none."""
+    projector_weights: str = ""
+    """File of a projector that LLaVA's first stage trained (mm_projector.bin), or its folder, beside `vision` and
+    `language`; default: a new projector."""
     adapter: str = ""
     """Directory of adapters to continue from, of PEFT or of the original LLaVA, beside `llava`; default: none. Adapters
     with a projector may also be beside `vision` and `language`."""
@@ -109,10 +112,11 @@ class Model:
         if not self.llava and not (self.vision and self.language):
             missing = "language" if self.vision else "vision"
             raise UserError(f"model.{missing} is empty: both parts are needed, or model.llava")
-        for name in ("lora", "fresh", "projector", "feature_layer", "feature_select", "image_mode", "pinpoints"):
+        fixed = ("projector", "projector_weights", "feature_layer", "feature_select", "image_mode", "pinpoints")
+        for name in ("lora", "fresh", *fixed):
             if self.adapter and getattr(self, name) not in (None, ""):
                 raise UserError(f"model.{name} is fixed by model.adapter; leave it out")
-        for name in ("projector", "feature_layer", "feature_select", "image_mode", "pinpoints"):
+        for name in fixed:
             if self.llava and getattr(self, name) not in (None, ""):
                 raise UserError(f"model.{name} is fixed by the checkpoint model.llava; leave it out")
         is_anyres = parse_mode(self.image_mode or "pad", "model.image_mode")[0] == "anyres"

@@ -66,6 +66,9 @@ class Convert:
     """Join: directory of the decoder and its tokenizer."""
     projector: str | None = None
     """Join: linear, or mlp2x_gelu (the default)."""
+    projector_weights: str | None = None
+    """Join: file of a projector that LLaVA's first stage trained (mm_projector.bin), or its folder, instead of a new
+    one."""
     feature_layer: int | None = None
     """Join: hidden state of the vision tower that the projector reads; default: -2."""
     seed: int | None = None
@@ -111,7 +114,7 @@ def _merged(options: Convert, config: "LlavaConfig", parameters: "ParameterSourc
 
 
 def _check(options: Convert) -> None:
-    joins = [name for name in ("language", "projector", "feature_layer", "seed")
+    joins = [name for name in ("language", "projector", "projector_weights", "feature_layer", "seed")
              if getattr(options, name) is not None]
     count = len(options.paths)
     if count > 2:
@@ -156,9 +159,10 @@ def _join(options: Convert) -> tuple:
     from llava_jax.models.llama import LlamaConfig
     from llava_jax.models.llava import LlavaConfig, fresh_params
     from llava_jax.models.vit import VisionConfig
-    from llava_jax.weights import checkpoint, files, source
+    from llava_jax.weights import checkpoint, files, projector_files, source
 
-    parts = []
+    parts, projector_file = [], options.projector_weights
+    projector_kind = options.projector or (projector_files.kind(projector_file) if projector_file else None)
     for option, path, kind in [("vision", options.vision, VisionConfig), ("language", options.language, LlamaConfig)]:
         parts.append(checkpoint.open_checkpoint(Path(path)))
         if not isinstance(parts[-1][0], kind):
@@ -167,7 +171,7 @@ def _join(options: Convert) -> tuple:
     (vision, vision_parameters), (text, text_parameters) = parts
     tokenizer = Tokenizer.load(options.language)
     template = templates.get(options.template or agreement.template_for_decoder(tokenizer, options.language)).name
-    chosen = {"projector": options.projector, "feature_layer": options.feature_layer}
+    chosen = {"projector": projector_kind, "feature_layer": options.feature_layer}
     config = LlavaConfig(vision=vision, text=text, template=template,
                          **{name: value for name, value in chosen.items() if value is not None})
     config = config.with_image_mode(options.image_mode)
@@ -175,6 +179,9 @@ def _join(options: Convert) -> tuple:
                     visual_tokens=config.processor.features_per_tile, context=text.max_length)
     fresh = {path for path in source.shapes(config) if path.startswith("projector/")}
     projector = source.from_memory(fresh_params(config, fresh, options.seed or 0))
+    if projector_file:
+        projector = projector_files.open_projector(projector_file, config)
+        text_parameters = projector_files.with_marks(projector_file, text_parameters, config, tokenizer)
     return config, source.join(vision_parameters, projector, text_parameters), Path(options.language), None
 
 

@@ -23,7 +23,7 @@ from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train import output
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.optimizer import trainable_paths
-from llava_jax.weights import fresh_paths, read_config
+from llava_jax.weights import fresh_paths, projector_files, read_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 """Packages whose versions must be the same on all hosts."""
@@ -96,7 +96,10 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
             raise UserError(f"model.lora: {model.llava} has adapters already, which are trained further without "
                             "model.lora; merge them first (python -m llava_jax.convert --merge) to add new ones")
         return dataclasses.replace(checkpoint, lora=model.lora or checkpoint.lora)
-    chosen = {"projector": model.projector, "feature_layer": model.feature_layer,
+    kind = model.projector
+    if kind is None and model.projector_weights and Path(model.projector_weights).exists():  # `plan` needs no files
+        kind = projector_files.kind(model.projector_weights)
+    chosen = {"projector": kind, "feature_layer": model.feature_layer,
               "feature_select": model.feature_select, "template": model.template, "lora": model.lora}
     joined = LlavaConfig(vision=read(model.vision), text=read(model.language),
                          **{name: value for name, value in chosen.items() if value is not None})

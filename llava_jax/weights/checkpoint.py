@@ -16,7 +16,8 @@ import numpy as np
 from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, Parameters, fresh_params
-from llava_jax.weights import configs, files, original, peft, source, tables, tokenizer_files
+from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.weights import configs, files, original, peft, projector_files, source, tables, tokenizer_files
 from llava_jax.weights.files import TensorSpec
 from llava_jax.weights.source import Config, ParameterSource
 
@@ -126,8 +127,13 @@ def _open_parts(sources: Model, model: LlavaConfig, fresh: Collection[str]) -> d
                                                  adapter=sources.adapter)[1]}
     if sources.llava:
         return {sources.llava: _open(Path(sources.llava), model, fresh, vision=sources.vision or None)}
-    return {sources.vision: _open(Path(sources.vision), model.vision, fresh),
-            sources.language: _open(Path(sources.language), model.text, fresh)}
+    parts = {sources.vision: _open(Path(sources.vision), model.vision, fresh),
+             sources.language: _open(Path(sources.language), model.text, fresh)}
+    if path := sources.projector_weights:
+        parts[path] = projector_files.open_projector(path, model)
+        parts[sources.language] = projector_files.with_marks(
+            path, parts[sources.language], model, Tokenizer.load(sources.language))
+    return parts
 
 
 def open_checkpoint(directory: Path, template: str | None = None, *, vision: str | Path | None = None,

@@ -52,7 +52,8 @@ def fresh_paths(model: Model, paths: Collection[str]) -> set[str]:
         return set()
     adapters = {path for path in paths if lora.is_adapter(path)} if model.lora else set()
     if model.fresh is None:
-        joined = {path for path in paths if re.match("projector/|image_newline$", path)}
+        new = "image_newline$" if model.projector_weights else "projector/|image_newline$"
+        joined = {path for path in paths if re.match(new, path)}
         return adapters if model.llava else adapters | joined
     matches = {pattern: {path for path in paths if re.fullmatch(pattern, path)} for pattern in model.fresh}
     if unused := [pattern for pattern, matched in matches.items() if not matched]:

@@ -2,6 +2,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from original_models import original_name
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -9,9 +12,6 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 @pytest.fixture(scope="session")
 def hf_model():
     """A small LlavaForConditionalGeneration with random weights, its vocabulary that of the golden tokenizer."""
-    import torch
-    import transformers
-
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
@@ -33,3 +33,24 @@ def hf_dir(hf_model, tmp_path_factory):
     hf_model.save_pretrained(directory)
     shutil.copy(GOLDEN / "tokenizer.model", directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def weights(hf_model) -> dict[str, torch.Tensor]:
+    """The weights of the model of `hf_dir` under their original names."""
+    return {original_name(name): tensor.clone() for name, tensor in hf_model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def tower(hf_model, tmp_path_factory) -> Path:
+    """The vision tower alone, as a folder of transformers."""
+    folder = tmp_path_factory.mktemp("towers") / "clip"
+    tower = transformers.CLIPVisionModel(hf_model.config.vision_config)
+    tower.load_state_dict({name.replace("vision_model.", ""): x for name, x in
+                           hf_model.model.vision_tower.state_dict().items()}
+                          if not any("vision_model" in name for name in tower.state_dict()) else
+                          hf_model.model.vision_tower.state_dict())
+    tower.save_pretrained(folder)
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28,
+                                       image_mean=[0.1, 0.2, 0.3]).save_pretrained(folder)
+    return folder
