@@ -107,8 +107,11 @@ class ImageProcessor:
             raise UserError(f"image size {self.size} and {self.patches} patches must be at least 1")
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise UserError(f"image mean {self.mean} and std {self.std} must be three numbers, with std above 0")
-        if (self.mode == "anyres") != bool(self.pinpoints):
-            raise UserError("image mode anyres needs pinpoints, and no other mode reads them")
+        if self.mode == "anyres" and not self.pinpoints:
+            raise UserError(f"image mode {self.mode_name} needs pinpoints, such as (336x672),(672x336), or a range "
+                            "such as (1x1),...,(6x6)")
+        if self.mode != "anyres" and self.pinpoints:
+            raise UserError(f"image mode {self.mode} has pinpoints, and anyres alone reads them")
         if self.max_tiles < 0 or self.max_tiles and self.mode != "anyres":
             raise UserError(f"max_tiles is {self.max_tiles}: it must be 0, or above 0 with image mode anyres")
         if self.mode == "anyres" and self.class_token:
@@ -122,7 +125,8 @@ class ImageProcessor:
                 raise UserError(f"{name} is {getattr(self, name)!r}; supported: {', '.join(map(str, choices))}")
         for width, height in self.pinpoints:
             if width < self.size or height < self.size or width % self.size or height % self.size:
-                raise UserError(f"pinpoint {width} x {height} is no multiple of the tile's {self.size} pixels")
+                raise UserError(f"pinpoint {width} x {height} is no multiple of the tile's {self.size} pixels; "
+                                "give multiples, or a range such as (1x1),...,(6x6)")
             if width * height > MAX_PIXELS:
                 raise UserError(f"pinpoint {width} x {height} has more than {MAX_PIXELS:,} pixels")
 

@@ -22,6 +22,10 @@ KINDS = (config.Model, config.Mesh, config.Data, config.Optimizer, config.Stage,
     (["mini", "--stages.align.gradient_accumulation", "3"], "batch_size 8 is not divisible by gradient_accumulation 3"),
     (["mini", "--mesh.fsdp", "0"], "mesh.fsdp is 0"),
     (["mini", "--stages.align.learning_rates", "(", "0.1"], "'(' is no regular expression"),
+    (["mini", "--model.image-mode", "anyres_max"], "model.image_mode 'anyres_max' is unknown; choose one of: crop"),
+    (["mini", "--stages.align.data.image-mode", "square"], "data.image_mode 'square' is unknown"),
+    (["mini", "--model.image-mode", "anyres", "--model.pinpoints", "big"], "pinpoints 'big': give sizes in pixels"),
+    (["mini", "--model.pinpoints", "(60x60)"], "model.pinpoints are read with model.image_mode anyres"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(args, expected):
     done = run_command("train", *args)

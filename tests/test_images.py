@@ -81,7 +81,7 @@ def test_photos_are_the_original_s_to_the_bit():
 
 @pytest.mark.parametrize("fields, message", [
     ({"mode": "square"}, "image mode 'square' is unknown; choose one of: crop, pad, resize, anyres"),
-    ({"mode": "anyres"}, "anyres needs pinpoints"), ({"pinpoints": ((336, 336),)}, "no other mode reads them"),
+    ({"mode": "anyres"}, "anyres needs pinpoints"), ({"pinpoints": ((336, 336),)}, "anyres alone reads them"),
     ({"mode": "anyres", "pinpoints": ((336, 300),)}, "pinpoint 336 x 300 is no multiple of the tile's 336 pixels"),
     ({"mode": "anyres", "pinpoints": ((336, 672),), "class_token": True}, "no position for a class token"),
     ({"size": 0}, "must be at least 1"), ({"std": (0.5, 0.5, 0.0)}, "std above 0"),

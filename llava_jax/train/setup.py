@@ -127,13 +127,10 @@ def model_layout(
     sharding.check_rows(mesh)
     data_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, stage in recipe.stages.items():
-        try:
-            processor = model.with_image_mode(stage.data.image_mode).processor
-        except UserError as error:
-            raise UserError(f"stages.{name}.data.image_mode: {error} (model.pinpoints)") from None
-        if processor.has_newline and not model.processor.has_newline:
-            raise UserError(f"stages.{name}.data.image_mode: {stage.data.image_mode} ends rows of patches with a "
-                            "newline, which the model lacks; set model.image_mode, and other modes by stage")
+        if (stage.data.image_mode or "").startswith("anyres") and model.processor.is_fixed:
+            raise UserError(f"stages.{name}.data.image_mode is {stage.data.image_mode}, and the model's is "
+                            f"{model.processor.mode}: set model.image_mode to anyres too, with model.pinpoints, and "
+                            "another mode in the other stages")
         try:
             trainable_paths(stage, list(shapes))
         except ValueError as error:

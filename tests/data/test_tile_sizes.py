@@ -62,3 +62,28 @@ def test_layouts_are_those_of_the_turned_image(tmp_path):
         [row] = packed_rows(**settings(write_file(tmp_path, rows), processor=ANYRES, exif=exif, epochs=1))
         visual = row["visual_index"][row["tokens"] == IMAGE_TOKEN_ID].tolist()
         assert visual == ANYRES.visual_tokens([ANYRES.layout(*size)], 0, SLOTS)["visual_index"].tolist()
+
+
+def test_an_image_that_no_pinpoint_fits_is_a_bad_row(tmp_path):
+    source = write_file(tmp_path, sized_rows(tmp_path, [(1, 4000)]))
+    with pytest.raises(BadRow, match="data.json, row 1.*1 x 4000 pixels is too elongated for every pinpoint.*crop it"):
+        next(packed_rows(**settings(source, processor=ANYRES)))
+
+
+def test_several_images_of_onevision_are_one_tile_each(tmp_path, monkeypatch):
+    """Their layouts need no size, so no header is read; and a batch counts images, not tiles."""
+    processor = ANYRES.with_mode("anyres_max_2")
+    rows = sized_rows(tmp_path, [(40, 20), (20, 60)])
+    [alone] = packed_rows(**settings(write_file(tmp_path, [{**rows[0], "images": ["0.png"], "conversations": [
+        {"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "It."}]}], "alone.json"),
+        processor=processor, epochs=1))
+    assert alone["images"] == 1 and (alone["tile_segment_ids"] > 0).sum() == 3
+    monkeypatch.setattr("llava_jax.data.examples.image_size", lambda *_: 1 / 0)
+    [row] = packed_rows(**settings(write_file(tmp_path, rows), processor=processor, epochs=1))
+    assert row["images"] == 2 and (row["tile_segment_ids"] > 0).sum() == 2
+    padded = [Image.new("RGB", size, (red, 0, 0)) for red, size in enumerate([(40, 20), (20, 60)])]
+    expected = np.concatenate([ImageProcessor(SIZE, "pad")(image) for image in padded])
+    np.testing.assert_array_equal(row["tiles"][:2], expected)
+    tokens = row["visual_index"][row["tokens"] == IMAGE_TOKEN_ID]
+    newline = SLOTS * 4
+    assert tokens[:, 0].tolist() == [0, 1, 2, 3, newline, 4, 5, 6, 7, newline]

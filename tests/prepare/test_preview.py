@@ -1,6 +1,7 @@
 """The preview page, read back with an HTML parser that knows nothing of how it was written."""
 
 import base64
+import dataclasses
 import io
 import json
 import random
@@ -114,6 +115,17 @@ def show(path, settings, numbers=None, sequence_length=2048, tiles_per_sequence=
 @pytest.fixture(scope="module")
 def settings():
     return Settings(Tokenizer.load(GOLDEN), processor=ImageProcessor(28, patches=2))
+
+
+def test_the_canvas_of_anyres_is_shown_as_the_model_gets_it(settings, tmp_path):
+    draw_image(tmp_path / "wide.png", (80, 30))
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    rows = [{"id": "1", "image": "wide.png", "conversations": turns}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    processor = settings.processor.with_mode("anyres", "(56x28),(56x56)")
+    page = show(tmp_path / "data.json", dataclasses.replace(settings, processor=processor), tiles_per_sequence=3)
+    captions = [" ".join(found.text.split()) for found in page.find("figcaption")]
+    assert captions[1:] == ["the model sees 28 × 28, shown × 8", "and 2 tiles of 56 × 28, shown × 4"]
 
 
 @pytest.fixture(scope="module")

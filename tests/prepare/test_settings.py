@@ -1,13 +1,15 @@
 """What a model's directory says about its data."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
 
+import llava_jax
 from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
-from llava_jax.prepare.settings import Settings
+from llava_jax.prepare.settings import ModelOptions, Settings
 
 TOKENIZER = GOLDEN / "tokenizer.model"
 
@@ -30,8 +32,8 @@ def test_settings_of_a_whole_llava(tmp_path):
     settings = Settings.load(str(tmp_path))
     assert settings.processor == ImageProcessor(336, "pad", patches=24)
     assert settings.tokenizer.vocab_size == 2000
-    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
-    with pytest.raises(UserError, match="model_type 'llava_next' is not supported"):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next_video"}')
+    with pytest.raises(UserError, match="model_type 'llava_next_video' is not supported"):
         Settings.load(str(tmp_path))
 
 
@@ -45,3 +47,15 @@ def test_without_a_whole_llava(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not JSON"):
         Settings.load(str(tmp_path))
+
+
+def test_a_stage_may_have_another_image_mode_and_tower():
+    tower = Path(llava_jax.__file__).parent / "data" / "mini" / "vision"
+    options = ModelOptions(data="data.json", vision=str(tower), image_mode="anyres_max_4", pinpoints="(1x1),...,(2x2)")
+    processor = options.load_settings().processor
+    assert (processor.size, processor.patches, processor.mode_name) == (60, 6, "anyres_max_4")
+    assert processor.pinpoints == ((60, 60), (60, 120), (120, 60), (120, 120))
+    with pytest.raises(UserError, match="--pinpoints are read with --image-mode anyres"):
+        ModelOptions(data="data.json", pinpoints="(336x672)").load_settings()
+    with pytest.raises(UserError, match="language is no vision tower"):
+        ModelOptions(data="data.json", vision=str(tower.parent / "language")).load_settings()

@@ -8,6 +8,7 @@ from pipeline_data import SIZE, TOKENIZER, packed_rows, settings, write_file
 
 import llava_jax
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, abstract_params, init_params
@@ -16,7 +17,9 @@ from llava_jax.parallel import sharding
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train.batches import shard_batch
+from llava_jax.train.setup import model_layout
 from llava_jax.train.step import loss_sum
+from llava_jax.weights import fresh_paths
 
 PROCESSOR = ImageProcessor(SIZE, patches=2).with_mode("anyres_max_1", "(1x1),...,(4x4)")
 MODEL = LlavaConfig(
@@ -99,3 +102,19 @@ def test_the_loss_of_training_has_the_weights(packed, model):
     supervised = np.flatnonzero(labels != IGNORE)
     expected = -np.asarray(scores)[supervised, labels[supervised]].sum()
     assert len(supervised) > 20 and float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stage_with_more_than_the_model_has_is_told():
+    data = config.Data("data.json", image_mode="anyres")
+    stage = config.Stage((("(projector|decoder|vision)/.*", 1e-3),), data)
+    recipe = config.Recipe(config.Model(llava="model"), {"tune": stage}, "out", config.Mesh(1, 1, 1))
+    mesh = sharding.make_mesh(recipe.mesh, jax.devices()[:1])
+    with pytest.raises(UserError, match="stages.tune.data.image_mode is anyres, and the model's is crop: set model.im"):
+        model_layout(recipe, mesh, MODEL.with_image_mode("crop"))
+
+
+def test_joined_models_with_newlines_start_with_one():
+    model = config.Model(vision="a", language="b", image_mode="anyres", pinpoints="(1x1),...,(2x2)")
+    fresh = fresh_paths(model, abstract_params(MODEL)[1])
+    assert "image_newline" in fresh and all(path.startswith("projector/") for path in fresh - {"image_newline"})
+    assert not any("newline" in path for path in abstract_params(MODEL.with_image_mode("crop"))[1])
