@@ -406,7 +406,7 @@ _JINJA = """
         {{- part -}}
       {%- elif part['type'] in ('image', 'image_url') -%}
         {{- '<image>' -}}
-      {%- elif part['type'] == 'video' and t.video -%}
+      {%- elif part['type'] in ('video', 'video_url') and t.video -%}
         {{- t.video -}}
       {%- elif part['type'] == 'text' -%}
         {{- part['text'] -}}

@@ -90,7 +90,7 @@ NATIVE_RANGES = {
     "max_tiles": Field(int, 0, 9999),
 }
 """Ranges of the numbers in a config.json of the native layout, by the names of the dataclasses' fields."""
-NEW = {"max_tiles", "rule", "merge", "several", "video_pool", "video_newline", "lora",
+NEW = {"max_tiles", "rule", "merge", "several", "video_pool", "video_newline", "lora", "merged",
        *(field.name for field in dataclasses.fields(VideoSampling))}
 """Fields that older native files of the same version lack. A missing one has its default."""
 PIXELS = Field(int, 1, 2**14)

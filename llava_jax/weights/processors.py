@@ -153,7 +153,7 @@ def config_fields(config: LlavaConfig, tokens: Mapping[str, Any]) -> dict[str, A
         result["image_seq_length"] = processor.features_per_tile
     if kind in ANYRES:
         result["image_grid_pinpoints"] = _hf_pinpoints(processor)
-        _tell_differences(kind, processor)
+        _tell_differences(kind, config)
     if kind == "llava_onevision":
         result |= {"video_token_index": tokens["video"], "vision_aspect_ratio": f"anyres_max_{processor.max_tiles}"}
     return result
@@ -165,7 +165,8 @@ def extras(processor: ImageProcessor) -> dict[str, Any]:
     return {theirs: getattr(processor, ours) for ours, theirs in names.items()}
 
 
-def _tell_differences(kind: str, processor: ImageProcessor) -> None:
+def _tell_differences(kind: str, config: LlavaConfig) -> None:
+    processor = config.processor
     if processor.rule == "original":
         agreement.say("export: transformers rounds an image's size without padding, the original truncates it; about 1 "
                       "size in 36,000 gets two rows or columns of visual tokens more there")
@@ -176,6 +177,9 @@ def _tell_differences(kind: str, processor: ImageProcessor) -> None:
     if kind == "llava_onevision" and (processor.pool, processor.video_newline) != ("bilinear", "one_token"):
         agreement.say(f"export: transformers' {kind} reads videos with video_pool bilinear, video_newline one_token; "
                       f"this model has {processor.pool} and {processor.video_newline}")
+    if kind == "llava_onevision" and config.video.time_text:
+        agreement.say("export: transformers does not write the times of a video's frames before the question, as this "
+                      "model was trained")
 
 
 def _hf_pinpoints(processor: ImageProcessor) -> list[list[int]]:

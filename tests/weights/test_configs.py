@@ -12,6 +12,7 @@ from llava_jax.models.llama import LlamaConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text import templates
+from llava_jax.video import VideoSampling
 from llava_jax.weights import configs, processors
 from llava_jax.weights.configs import read_config
 
@@ -228,7 +229,7 @@ FULL = LlavaConfig(
     projector="linear", feature_layer=-3, feature_select="cls_patch", template="mpt", exif=True,
     processor=ImageProcessor(70, "resize", 10, True),
 )
-TOKENS = {"image": 7, "pad": 8, "bos": 1, "eos": [2, 3]}
+TOKENS = {"image": 7, "video": 9, "pad": 8, "bos": 1, "eos": [2, 3]}
 
 
 SIGLIP = LlavaConfig(vision=VisionConfig(
@@ -241,14 +242,21 @@ def changed(config, **fields):
 
 @pytest.mark.parametrize("config", [
     LlavaConfig(), FULL, changed(FULL, rope_scaling=RopeScaling("linear", 2.0), tie_word_embeddings=False),
-    changed(FULL, out_bias=False, mlp_bias=False), SIGLIP, SIGLIP.with_image_mode("pad")])
+    changed(FULL, out_bias=False, mlp_bias=False), SIGLIP, SIGLIP.with_image_mode("pad"),
+    LlavaConfig(processor=ImageProcessor(mode="anyres", pinpoints=((336, 672), (672, 336)), several="pad")),
+    dataclasses.replace(
+        SIGLIP.with_image_mode("anyres_max_4", "(1x1),...,(2x3)"), video=VideoSampling(2.0, 16, True, True), merged="A",
+        processor=dataclasses.replace(SIGLIP.with_image_mode("anyres_max_4", "(1x1),...,(2x3)").processor,
+                                      rule="transformers", several="same", video_pool="average", video_newline="grid")),
+])
 def test_both_layouts_keep_every_field(read, config):
     assert read(configs.native_config(config)) == config
     hub = configs.hf_config(config, TOKENS, config.text.vocab_size, "float32")
     assert read(hub) == config
     # Nothing is left to the reader's defaults, which change from version to version.
     parsed = transformers.AutoConfig.for_model(**hub)
-    assert parsed.image_seq_length == config.processor.features_per_tile and parsed.eos_token_id == [2, 3]
+    length = config.processor.features_per_tile
+    assert getattr(parsed, "image_seq_length", length) == length and parsed.eos_token_id == [2, 3]
     assert parsed.text_config.pad_token_id == 8 and parsed.text_config.model_type in ("llama", "qwen2")
 
 
@@ -271,6 +279,14 @@ def test_an_unknown_field_of_our_own_layout(read):
     del raw["text"]["num_heads"], raw["text"]["rope_scaling"]
     with pytest.raises(UserError, match="config.json: not a configuration.*rope_scaling"):
         read(raw)
+
+
+def test_older_files_of_the_native_layout(read):
+    raw = configs.native_config(SIGLIP)
+    del raw["video"], raw["lora"], raw["merged"]
+    for name in ("max_tiles", "rule", "merge", "several", "video_pool", "video_newline"):
+        del raw["processor"][name]
+    assert read(raw) == SIGLIP
 
 
 NATIVE = configs.native_config(FULL)

@@ -147,7 +147,6 @@ def test_the_frames_of_a_video(written, exported):
         expected = model(**inputs).logits.numpy()
 
     layouts, tiles = llava.processor.layouts([frames, image]), llava.processor.tiles([frames, image])
-    messages[0]["content"][0] = {"type": "image"}  # here, a mark of a medium of any kind
     tokens = encode_prompt(messages, llava.template, llava.tokenizer, [len(layout.index) for layout in layouts])
     ids = np.repeat([IMAGE_ID, VIDEO_ID][::-1], [len(layout.index) for layout in layouts])
     expanded = tokens.copy()

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import next_models
 import numpy as np
 import pytest
 import tokenizers
@@ -12,7 +13,7 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 from llava_jax.errors import UserError
-from llava_jax.images import ImageProcessor
+from llava_jax.images import SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
@@ -141,3 +142,55 @@ def test_no_tokenizer(tmp_path):
     (tmp_path / "source").mkdir()
     with pytest.raises(UserError, match="source: no tokenizer"):
         export(tmp_path / "source", tmp_path / "target")
+
+
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def qwen2_source(directory):
+    """A small tokenizer with the pipeline and the special tokens of Qwen2, after the vocabulary as in the original."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(["What is this? A cat. And left of it"] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None,
+        "add_bos_token": False, "model_max_length": 32768}))
+    return directory
+
+
+def test_onevisions_tokens_and_prompts(tmp_path):
+    source = qwen2_source(tmp_path / "source")
+    size = Tokenizer.load(source).vocab_size
+    processor = ImageProcessor(30, "anyres", 3, mean=SIGLIP_MEAN, std=SIGLIP_STD, pinpoints=((30, 60), (60, 30)),
+                               max_tiles=4, several="pad", rule="transformers")
+    vision = VisionConfig(30, 10, class_token=False, patch_bias=True, pre_norm=False)
+    config = LlavaConfig(vision=vision, processor=processor, template="qwen_1_5")
+    target = tmp_path / "target"
+    target.mkdir()
+    ids = tokenizer_files.export(source, target, config)
+    # `<image>` and `<video>` are the tokenizer's next ids: 151646 and 151647 of the published OneVision.
+    assert ids == {"image": size, "video": size + 1, "pad": size - 3, "bos": None, "eos": size - 1}
+    (target / "config.json").write_text('{"model_type": "llava_onevision"}')
+    theirs, tokenizer, frame = next_models.processor_of(target), Tokenizer.load(target), Image.new("RGB", (9, 5))
+    video = [{"role": "user", "content": [{"type": "text", "text": " What is this "}, {"type": "video"}]}]
+    mixed = [*video, {"role": "assistant", "content": "A cat."},
+             {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "left of"}, {"type": "image"}]}]
+    for messages, order in ((MESSAGES, "i"), (INTERLEAVED, "iii"), (video, "v"), (mixed, "vvi")):
+        text = theirs.apply_chat_template(messages, add_generation_prompt=True)
+        found = theirs(text=[text], images=[[frame] * order.count("i")] if "i" in order else None,
+                       videos=[[frame] * 2] * order.count("v") or None, return_tensors="np")["input_ids"][0]
+        counts = [len(layout.index) for layout in processor.layouts([2 if c == "v" else (9, 5) for c in order])]
+        expected = encode_prompt(messages, "qwen_1_5", tokenizer, visual_tokens=counts)
+        marks = np.repeat([ids["video" if c == "v" else "image"] for c in order], counts)
+        np.put(expected, np.flatnonzero(expected == IMAGE_TOKEN_ID), marks)
+        np.testing.assert_array_equal(found, expected)
+        assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n") or order == "iii"
