@@ -50,9 +50,9 @@ class Engine:
     `active` is False for it. What `prefill` returns is a decode state too: requests that start together are decoded in
     it without `insert`.
 
-    All shapes are rounded up: rows and tile slots to powers of two, lengths to 2^k or 3 * 2^k from 64 on. `prefill` is
-    compiled once for each (rows, prompt length, tile slots, cache length), and `decode` once for each (slots, cache
-    length).
+    All shapes are rounded up: rows to powers of two, tile slots by `tile_bucket`, lengths to 2^k or 3 * 2^k from 64 on.
+    `prefill` is compiled once for each (rows, prompt length, tile slots, cache length), and `decode` once for each
+    (slots, cache length).
     """
 
     def __init__(self, graph: nnx.GraphDef, parameters: Parameters, eos_ids: Iterable[int],

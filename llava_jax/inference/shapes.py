@@ -30,9 +30,14 @@ short_bucket = partial(length_bucket, smallest=16)
 """Bucket of the tokens that follow a prefix."""
 
 
+def tile_bucket(count: int) -> int:
+    """Returns the next of 1, 2, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: a canvas of 1.6 has up to 5 tiles."""
+    return bucket(count) if count <= 4 else length_bucket(count, smallest=1, steps=4)
+
+
 def batch_key(num_tiles: int, num_tokens: int) -> tuple[int, int]:
     """Returns the padded number of tiles and tokens. Prompts with the same key share a batch with little padding."""
-    return bucket(num_tiles), length_bucket(num_tokens)
+    return tile_bucket(num_tiles), length_bucket(num_tokens)
 
 
 def pad_tokens(prompts: Sequence[Sequence[int]], rows: int,
@@ -54,7 +59,7 @@ def pad_tiles(tokens: np.ndarray, tiles: Sequence[np.ndarray], layouts: Sequence
     `tokens` has the padded rows, `layouts` those of each row's images. The tiles are uint8 [rows, I, H, W, 3]. Returns
     None for all three if there are no tiles, and no weights if the processor has none.
     """
-    slots = bucket(max(map(len, tiles)))
+    slots = tile_bucket(max(map(len, tiles)))
     if not slots:
         return None, None, None
     padded = np.zeros((len(tokens), slots, processor.size, processor.size, 3), np.uint8)
