@@ -182,16 +182,19 @@ def _open(video: Video, max_pixels: int) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(path, options=options, metadata_errors="replace") as container:
             stream = next(iter(container.streams.video), None)
-            if stream is None:
-                raise UserError(f"{video.path}: the file has no video")
+            if stream is None or stream.codec_context is None:
+                what = "no video" if stream is None else "a video of an unknown codec"
+                raise UserError(f"{video.path}: the file has {what}")
             if stream.width * stream.height > limit:
                 raise UserError(f"{video.path}: a video of {stream.width:,} x {stream.height:,} pixels, more than the "
                                 f"limit of {limit:,} (max_pixels)")
             stream.codec_context.options = {"max_pixels": str(limit)}  # later frames may be larger than the first
             yield container, stream
     except av.FFmpegError as error:
-        if isinstance(error, MemoryError) or type(error) is av.error.OSError:  # EIO and the like
-            raise
+        if isinstance(error, OSError):  # FFmpeg reports damage as EIO too; a disk's error would be raised here again
+            with open(path, "rb") as file:
+                while file.read(2**20):
+                    pass
         large = f", or frames of more than {limit:,} pixels" * (error.errno == errno.EINVAL)
         raise UserError(f"{video.path}: the video cannot be read ({error.strerror}{large})") from None
 

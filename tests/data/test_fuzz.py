@@ -9,6 +9,7 @@ import pytest
 from llava_jax.data.records import REASONS, BadRow, Record, parse_row
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
+from llava_jax.video import Video
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is this, café?"}, {"from": "gpt", "value": "A \"cat\".\n"}]
 PARTS = [{"type": "text", "text": "And"}, {"type": "image", "index": 0, "text": None},
@@ -18,6 +19,9 @@ ROWS = [
     {"id": 8, "image": ["1.jpg", "2.jpg"], "conversations": [{"from": "gpt", "value": "x"}, *TURNS, *TURNS]},
     {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": PARTS},
                   {"role": "assistant", "content": "Yes"}], "images": [{"bytes": b"\x89PNG", "path": "1.png"}]},
+    {"videos": ["1.mp4"], "images": ["2.jpg"], "messages": [
+        {"role": "user", "content": [{"type": "video", "video": "3.mp4"}, "<video>", {"type": "image"}, "So?"]},
+        {"role": "assistant", "content": "Yes"}]},
     {"query": "<image>?", "response": "No", "history": [["a", "b"]], "images": ["1.jpg"], "system": None},
 ]  # fmt: skip
 STRANGE = [None, True, -1, 0, 1.5, float("nan"), 10**30, "", "<image>", "\0", "\ud800", "../x", "http://x", "data:,",
@@ -50,7 +54,7 @@ def mutate_row(row, rng):
         elif isinstance(parent, list):
             parent.insert(rng.randint(0, len(parent)), copy.deepcopy(parent[path[-1]]))
         else:
-            name = rng.choice(["image", "images", "messages", "conversations", "from", "role", "type"])
+            name = rng.choice(["image", "images", "videos", "messages", "conversations", "from", "role", "type"])
             parent[name] = parent[path[-1]]
     return row
 
@@ -77,7 +81,7 @@ def check_row(read):
         record = read()
         assert isinstance(record, Record) and isinstance(record.id, str)
         marks = sum(turn["value"].count("<image>") for turn in record.turns)
-        assert marks == len(record.images) and all(isinstance(image, str | bytes) for image in record.images)
+        assert marks == len(record.images) and all(isinstance(image, str | bytes | Video) for image in record.images)
         roles = [turn["from"] for turn in record.turns]
         assert set(roles[1:]) <= {"human", "gpt"} and all(a != b for a, b in zip(roles, roles[1:], strict=False))
         return True
