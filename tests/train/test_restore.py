@@ -1,0 +1,77 @@
+"""Checkpoints of a LoRA run leave as adapters, which open beside the base and continue in another run."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run_command
+
+from llava_jax import config
+from llava_jax.models import lora
+from llava_jax.train import loop, restore
+from llava_jax.train.setup import setup
+from llava_jax.weights import checkpoint, load_checkpoint
+
+RATES = ((".*/lora_.", 1e-2), ("projector/.*", 1e-3), ("(vision|decoder)/(?!.*/lora_).*", None))
+
+
+@pytest.fixture(scope="module")
+def recipe(parts, data, tmp_path_factory):
+    """A finished run: the projector alone, then adapters and the projector."""
+    rows = config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4)
+    align = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)), data=rows,
+                         batch_size=2, steps=2)
+    recipe = config.Recipe(
+        model=config.Model(vision=str(parts[0]), language=str(parts[1]), lora=config.Lora(rank=4, alpha=8.0)),
+        stages={"align": align, "instruct": dataclasses.replace(align, learning_rates=RATES, steps=4)},
+        output=str(tmp_path_factory.mktemp("runs") / "run"), mesh=config.Mesh(fsdp=1), checkpoint_every=2)
+    loop.train_stages(setup(recipe))
+    return recipe
+
+
+def test_the_recipe_comes_back(recipe):
+    assert restore.read_recipe(f"{recipe.output}/recipe.json") == recipe
+
+
+@pytest.mark.parametrize("layout", ["peft", "original-lora"])
+def test_a_run_leaves_as_an_adapter(recipe, parts, tmp_path, layout):
+    result = run_command("convert", recipe.output, tmp_path / "adapter", "--to", layout, "--dtype", "keep")
+    assert result.code == 0, result.err
+    opened = checkpoint.open_checkpoint(parts[1], vision=parts[0], adapter=tmp_path / "adapter")
+    merged, parameters = lora.merge(opened[0], checkpoint.load_source("adapter", opened[1]))
+    finished, expected = load_checkpoint(f"{recipe.output}/model")
+    assert merged == dataclasses.replace(finished, text=merged.text)  # an export pads the vocabulary
+    assert parameters.keys() == expected.keys()
+    for path, x in expected.items():
+        rows = len(parameters[path]) if path == "decoder/embedding" else None
+        columns = parameters[path].shape[1] if path == "decoder/lm_head/kernel" else None
+        np.testing.assert_array_equal(parameters[path], x[:rows, :columns] if columns else x[:rows], err_msg=path)
+
+
+def test_checkpoints_within_a_stage(recipe, parts, tmp_path):
+    folder = f"{recipe.output}/checkpoints"
+    steps = {}
+    for name in ("instruct/2", "instruct/4", "instruct", "align"):
+        run = restore.open_run(Path(folder, name))
+        steps[name] = {path: run.parameters.read(path, 0 if "/layers/" in path else None)
+                       for path in run.parameters.shapes if path in run.trained}
+    b = "decoder/layers/mlp/up_proj/adapter/lora_b"
+    assert not steps["align"][b].any() and steps["instruct/2"][b].any()
+    assert not np.array_equal(steps["instruct/2"][b], steps["instruct"][b])
+    np.testing.assert_array_equal(steps["instruct/4"][b], steps["instruct"][b])
+    result = run_command("convert", f"{folder}/instruct/3", tmp_path / "adapter", "--to", "peft")
+    assert result.code == 2 and "instruct" in result.err and not (tmp_path / "adapter").exists()
+
+
+def test_a_run_continues_from_an_adapter(recipe, tmp_path):
+    run_command("convert", recipe.output, tmp_path / "adapter", "--to", "peft", "--dtype", "keep")
+    model = dataclasses.replace(recipe.model, lora=None, adapter=str(tmp_path / "adapter"))
+    again = dataclasses.replace(recipe, model=model, stages={"instruct": recipe.stages["instruct"]},
+                                output=str(tmp_path / "again"))
+    loop.train_stages(setup(again))
+    run = restore.open_run(tmp_path / "again")
+    path = "decoder/layers/mlp/up_proj/adapter/lora_a"
+    before = restore.open_run(Path(recipe.output)).parameters.read(path, 0)
+    assert run.config.lora == recipe.model.lora
+    assert 0 < np.abs(run.parameters.read(path, 0) - before).max() < 0.1
