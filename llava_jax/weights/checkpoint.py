@@ -187,7 +187,7 @@ def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, visio
     raw = configs.read_raw(directory)
     if original.is_original(directory, raw):
         tensors = original.open_tensors(directory, raw, config, vision, base)
-        return source.from_original_files(directory, config, tensors, fresh)
+        return source.from_original_files(directory, config, tensors, fresh, original.speller(config))
     if base:
         raise UserError(f"{directory} is no LLaVA in the original layout, so it is no delta to add to {base}")
     native = raw["model_type"] == configs.MODEL_TYPE

@@ -5,8 +5,10 @@ checkpoint, or config.json only names it (`mm_vision_tower`).
 """
 
 import dataclasses
+import functools
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
     """
     file = directory / "config.json"
     checked = fields.check_fields(file, raw, FIELDS)
-    stored = set(map(hf_name, files.list_tensors(directory))) if files.has_tensors(directory) else set()
+    stored = _by_hf_name(directory) if files.has_tensors(directory) else {}
     kind = _decoder(file, raw, stored)
     text = configs.read_decoder(file, raw, kind)
     tower, is_siglip = _tower(directory, raw, vision, stored)
@@ -101,7 +103,7 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
         raise UserError(str(error) if str(error).startswith(str(directory)) else f"{file}: {error}") from None
 
 
-def _decoder(file: Path, raw: Mapping[str, Any], stored: set[str]) -> str:
+def _decoder(file: Path, raw: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> str:
     """Returns the model_type of the decoder, from its keys, or else the class or model_type of the LLaVA."""
     names = f"{raw.get('model_type')} {' '.join(map(str, raw.get('architectures', ())))}".lower()
     if "mpt" in names or any(name.startswith("transformer.") for name in stored):
@@ -118,14 +120,14 @@ def _projector(checked: Mapping[str, Any]) -> str:
     if checked.get("mm_resampler_type"):
         raise UserError(f"mm_resampler_type {checked['mm_resampler_type']!r} is not supported; a LLaVA without it is")
     if checked.get("use_mm_proj") is False:
-        raise UserError("use_mm_proj is false; a LLaVA without projector is not supported")
+        raise UserError("use_mm_proj is false: a LLaVA without projector is not supported")
     kind = checked.get("mm_projector_type") or "linear"
     projector.depth(kind)
     return kind
 
 
 def _tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None,
-           stored: set[str]) -> tuple[VisionConfig, bool]:
+           stored: Mapping[str, TensorInfo]) -> tuple[VisionConfig, bool]:
     """Returns the configuration of the vision tower, and whether it is a SigLIP."""
     file, name = directory / "config.json", raw.get("mm_vision_tower") or "of an unknown name"
     is_stored = any(key.startswith(tables.VISION) for key in stored)
@@ -140,14 +142,21 @@ def _tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None,
         if not isinstance(tower, VisionConfig):
             raise UserError(f"{folder}: model_type {files.read_json(folder / 'config.json')['model_type']} is not a "
                             "vision tower")
-    elif name in HUB_TOWERS and (is_stored or not stored):
+    elif name in HUB_TOWERS and (not stored or is_stored and _is_tower(HUB_TOWERS[name], stored)):
         tower = HUB_TOWERS[name]
     else:
-        what = "its config.json is needed" if is_stored else "it is not in the checkpoint"
+        what = "its config.json is needed, because the tensors do not tell all of its sizes" if is_stored else (
+            "it is not in the checkpoint")
         fetch = f"fetch it (hf download {name} --local-dir DIR) and " if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise UserError(f"{file}: vision tower {name}: {what}; {fetch}name its folder by --vision DIR "
-                        "(vision= in Python, model.vision in a recipe)")
+                        "(vision= in Python, model.vision in a recipe), or as mm_vision_tower in this file")
     return tower, not tower.class_token
+
+
+def _is_tower(tower: VisionConfig, stored: Mapping[str, TensorInfo]) -> bool:
+    """Returns whether stored tensors have the sizes of a tower, as its position embedding tells."""
+    positions = stored.get(f"{tables.VISION}embeddings.position_embedding.weight")
+    return positions is not None and positions.shape == (tower.num_tokens, tower.hidden_size)
 
 
 def find_tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None) -> Path | None:
@@ -155,8 +164,8 @@ def find_tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | Non
     if vision:
         return Path(vision)
     name = raw.get("mm_vision_tower")
-    candidates = [directory / name, directory / Path(name).name] if name and "\0" not in name else []  # or absolute
-    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    candidates = [directory / name, directory / Path(name).name] if name else []  # the first may be absolute
+    return next((folder for folder in candidates if os.path.isfile(folder / "config.json")), None)
 
 
 def _processor(directory: Path, raw: Mapping[str, Any], tower: VisionConfig, class_token: bool,
@@ -168,8 +177,10 @@ def _processor(directory: Path, raw: Mapping[str, Any], tower: VisionConfig, cla
         settings = processors.settings_of(folder, is_siglip)
         mean, std = settings["mean"], settings["std"]
     ratio, merge = raw.get("image_aspect_ratio") or "square", raw.get("mm_patch_merge_type") or "flat"
-    ratio = {"square": "resize" if is_siglip else "crop"}.get(ratio, ratio)  # "square": as the tower's own processor
-    mode, max_tiles = parse_mode(ratio, "image_aspect_ratio")
+    if not re.fullmatch(r"square|pad|anyres(_max_[1-9]\d{0,3})?", ratio):
+        raise UserError(f"image_aspect_ratio {ratio!r} is not supported; square, pad, anyres and anyres_max_N are")
+    # "square" is what the tower's own processor does.
+    mode, max_tiles = parse_mode(("resize" if is_siglip else "crop") if ratio == "square" else ratio)
     pinpoints = _pinpoints(raw.get("image_grid_pinpoints"), tower.image_size) if mode == "anyres" else ()
     if merge not in MERGES:
         raise UserError(f"mm_patch_merge_type {merge!r} is not supported; {', '.join(MERGES)} are")
@@ -232,14 +243,22 @@ def hf_name(name: str) -> str:
 
 
 def original_name(name: str, depth: int) -> str:
-    """Returns the original name of a tensor of the hf layout, with a projector of `depth` layers."""
+    """Returns the original name of a tensor of the hf layout, with a projector of `depth` layers.
+
+    A name that is not known stays.
+    """
     if match := re.fullmatch(rf"{re.escape(tables.PROJECTOR)}linear_(\d+)\.(\w+)", name):
         return f"model.mm_projector.{'' if depth == 1 else f'{2 * int(match[1]) - 2}.'}{match[2]}"
     for prefix, ours in ((tables.VISION, "model.vision_tower.vision_tower.vision_model."), (tables.LANGUAGE, "model."),
                          ("language_model.", ""), ("image_newline", "model.image_newline")):
         if name.startswith(prefix):
             return ours + name[len(prefix) :]
-    raise AssertionError(name)
+    return name
+
+
+def speller(config: LlavaConfig) -> Callable[[str], str]:
+    """Returns the function from a tensor's name in the hf layout to its original one."""
+    return functools.partial(original_name, depth=projector.depth(config.projector))
 
 
 def open_tensors(directory: Path, raw: dict[str, Any], config: LlavaConfig, vision: str | Path | None,

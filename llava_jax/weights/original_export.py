@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava_jax.errors import UserError
-from llava_jax.models import projector, vit
+from llava_jax.models import vit
 from llava_jax.models.llava import LlavaConfig, Parameters
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text import agreement
@@ -136,7 +136,7 @@ def _specs(parameters: ParameterSource, config: LlavaConfig, dtype: str | None) 
         def blocks(mapping: tables.TensorMapping = mapping) -> Iterator[np.ndarray]:
             yield mapping.transform.to_hf(parameters.read(mapping.path, mapping.layer))
 
-        specs.append(TensorSpec(original.original_name(name, projector.depth(config.projector)),
+        specs.append(TensorSpec(original.speller(config)(name),
                                 checkpoint.stored_dtype(parameters, mapping.path, dtype), mapping.hf_shape, blocks))
     return specs
 

@@ -45,7 +45,7 @@ def open_projector(path: str | Path, config: LlavaConfig) -> ParameterSource:
     own = {name: tensor for name, tensor in tensors.items() if name != tables.EMBEDDING}
     absent = [name for name in source.shapes(config) if not name.startswith("projector/")
               and (name != "image_newline" or name not in own)]
-    return source.from_original_files(file, config, own, absent)
+    return source.from_original_files(file, config, own, absent, original.speller(config))
 
 
 def with_marks(path: str | Path, decoder: ParameterSource, config: LlavaConfig, tokenizer: Tokenizer

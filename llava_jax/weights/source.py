@@ -86,13 +86,16 @@ def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) 
 
 
 def from_original_files(directory: Path, config: Config, tensors: Mapping[str, files.TensorInfo],
-                        fresh: Collection[str] = ()) -> ParameterSource:
-    """Opens a checkpoint in the original layout, whose `tensors` have their names of the hf layout already."""
-    return _from_tensors(directory, config, tensors, fresh, lambda shapes: {})
+                        fresh: Collection[str], spell: Callable[[str], str]) -> ParameterSource:
+    """Opens a checkpoint in the original layout, whose `tensors` have their names of the hf layout already.
+
+    `spell` returns the original name of a tensor, for messages.
+    """
+    return _from_tensors(directory, config, tensors, fresh, lambda shapes: {}, spell)
 
 
 def _from_tensors(directory: Path, config: Config, tensors: Mapping[str, files.TensorInfo], fresh: Collection[str],
-                  second_linear_shapes: Callable) -> ParameterSource:
+                  second_linear_shapes: Callable, spell: Callable[[str], str] = str) -> ParameterSource:
     wanted = {path: shape for path, shape in shapes(config).items() if path not in fresh}
     mappings = tables.tensor_mappings(wanted)
     expected = {name: mapping.hf_shape for name, mapping in mappings.items()}
@@ -111,8 +114,8 @@ def _from_tensors(directory: Path, config: Config, tensors: Mapping[str, files.T
         if name in expected and name not in stored:
             stored[name] = tensor
         else:
-            unused.append(original)
-    _check(directory, {name: tensor.shape for name, tensor in stored.items()}, expected, unused)
+            unused.append(tensor.name)
+    _check(directory, {name: tensor.shape for name, tensor in stored.items()}, expected, unused, spell)
 
     for name, x in second_linear(wanted, np.dtype(np.float32)).items():
         if name in expected and not np.array_equal(stored[name].read().astype(np.float32), x):
@@ -190,12 +193,13 @@ def _common(dtypes: set[np.dtype]) -> np.dtype:
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
-def _check(directory: Path, actual: Mapping[str, Shape], expected: Mapping[str, Shape], unused: list[str]) -> None:
+def _check(directory: Path, actual: Mapping[str, Shape], expected: Mapping[str, Shape], unused: list[str],
+           spell: Callable[[str], str] = str) -> None:
     unused = unused + [name for name in actual if name not in expected]
     missing = [name for name in expected if name not in actual]
-    wrong = [f"{name} {list(actual[name])} instead of {list(shape)}" for name, shape in expected.items()
+    wrong = [f"{spell(name)} {list(actual[name])} instead of {list(shape)}" for name, shape in expected.items()
              if name in actual and actual[name] != shape]
     problems = [f"{title}: {files.shorten(names)}" for title, names in
-                [("missing", missing), ("of another shape", wrong), ("left over", unused)] if names]
+                [("missing", [*map(spell, missing)]), ("of another shape", wrong), ("left over", unused)] if names]
     if problems:
         raise UserError(f"{directory}: the tensors do not match config.json; {'; '.join(problems)}")

@@ -74,6 +74,8 @@ def _generation(source: Path, tokenizer: Tokenizer, pad: int | None, template: s
         ids = value if isinstance(value, list) and role == "eos_token_id" else [] if value in (None, []) else [value]
         if any(type(i) is not int or not 0 <= i < MAX_IDS for i in ids):
             raise UserError(f"{file}: {role} is {show_json(value)}, which is no token id")
+    if tokenizer.bos_id is not None and settings.get("bos_token_id") not in (None, tokenizer.bos_id):
+        settings = {}  # early conversions of LLaMA 1, and the LLaVAs made of them, have ids of another vocabulary
     ends = settings.get("eos_token_id", tokenizer.eos_id)
     ends = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
     end = tokenizer.special_id(templates.get(template).end)

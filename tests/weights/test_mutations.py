@@ -16,6 +16,7 @@ FILES = {
     "hf": ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
            "model.safetensors.index.json", "chat_template.jinja", *TOKENIZER],
     "native": ["config.json", "generation_config.json", "model.safetensors.index.json"],
+    "original": ["config.json", "vision_tower/config.json", "vision_tower/preprocessor_config.json"],
 }
 
 

@@ -126,6 +126,68 @@ def test_projectors(weights, tower, tmp_path, kind, depth):
         np.testing.assert_array_equal(parameters[f"projector/layers_{i}/bias"], kept[f"{name}bias"])
 
 
+def told(match: str, folder: Path, *options) -> None:
+    """A conversion ends in one line and writes nothing."""
+    before = sorted(folder.parent.iterdir())
+    with pytest.raises(UserError, match=match) as error:
+        run(folder, folder.parent / "new", "--to", "native", *options)
+    assert "\n" not in str(error.value) and str(folder.parent) in str(error.value)
+    assert sorted(folder.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({}, r"vision tower openai/clip-vit-large-patch14-336: it is not in the checkpoint; fetch it \(hf download op"),
+    ({"mm_vision_tower": "/data/clip"}, "vision tower /data/clip: it is not in the checkpoint; name its folder by"),
+    ({"unfreeze_mm_vision_tower": True}, "unfreeze_mm_vision_tower says .* trained, but the checkpoint lacks its"),
+    ({"mm_tunable_parts": "mm_vision_tower"}, "mm_tunable_parts says that the vision tower was trained, but the check"),
+    ({"model_type": "llava_mpt"}, "a LLaVA with an MPT decoder, which is not supported"),
+    ({"mm_vision_tower": ["x"]}, r'mm_vision_tower is \["x"\]; it must be a text'),
+])
+def test_a_missing_tower_is_told(weights, tmp_path, changes, message):
+    told(message, write(tmp_path / "x", without_tower(weights), config_json(**changes)))
+
+
+def test_a_stored_tower_of_unknown_sizes_needs_its_configuration(weights, tower, tmp_path):
+    folder = write(tmp_path / "x", weights, config_json())
+    told("its config.json is needed, because the tensors do not tell all of its sizes; fetch it", folder)
+    assert read_config(folder, vision=tower).vision.num_heads == 4
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"mm_resampler_type": "qformer"}, "mm_resampler_type 'qformer' is not supported"),
+    ({"use_mm_proj": False}, "use_mm_proj is false"),
+    ({"mm_projector_type": "mlp2x_res2x_gelu"}, "projector 'mlp2x_res2x_gelu' is not one of identity, linear"),
+    ({"mm_vision_select_feature": "slicefour_patch"}, "feature_select 'slicefour_patch' is neither"),
+    ({"image_aspect_ratio": "highres"}, "image_aspect_ratio 'highres' is not supported; square, pad, anyres and"),
+    ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints 'null' is no list of sizes"),
+    ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[30, 30]]}, "pinpoint 30 x 30 is no multiple of"),
+    ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(28, 28", "mm_patch_merge_type": "flat"}, "no list of"),
+    ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56]], "mm_patch_merge_type": "spatial_unpad"},
+     "missing: model.image_newline"),
+    ({"mm_patch_merge_type": "spatial_maxpool2x2"}, "mm_patch_merge_type 'spatial_maxpool2x2' is not supported"),
+    ({"mm_projector_type": "linear"}, "left over: model.mm_projector.2.weight, model.mm_projector.2.bias"),
+    ({"vocab_size": 2001}, r"of another shape: model.embed_tokens.weight \[2000, 48\] instead of \[2001, 48\]"),
+])
+def test_unsupported_settings_are_told(weights, tower, tmp_path, changes, message):
+    told(message, write(tmp_path / "x", without_tower(weights), config_json(**changes)), "--vision", tower)
+
+
+def test_unknown_tensors_and_half_downloads_are_told(weights, tower, tmp_path):
+    extra = {"model.vision_resampler.x": torch.ones(2), "model.mm_projector.1.weight": torch.ones(2)}
+    told("left over: model.vision_resampler.x, model.mm_projector.1.weight", write(
+        tmp_path / "x", without_tower(weights) | extra, config_json()), "--vision", tower)
+    folder = write(tmp_path / "shards", without_tower(weights), config_json(), "shards")
+    shard, index = folder / "pytorch_model-00001-of-00002.bin", folder / "pytorch_model.bin.index.json"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    told("00001-of-00002.bin: truncated, damaged or not a torch file", folder, "--vision", tower)
+    shard.unlink()
+    told("00001-of-00002.bin is missing, which pytorch_model.bin.index.json names", folder, "--vision", tower)
+    shard.write_bytes(content)
+    index.unlink()
+    told("has torch files, but neither pytorch_model.bin nor", folder, "--vision", tower)
+
+
 # Exports.
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

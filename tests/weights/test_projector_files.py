@@ -51,6 +51,7 @@ def delta(base, weights, tower, tmp_path):
     del config["mm_projector_type"], config["image_aspect_ratio"]
     folder = write(tmp_path / "delta", tensors, config, "shards")
     (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}')
     return folder, tensors, old
 
 
@@ -68,6 +69,8 @@ def test_a_delta_is_added_in_float16(base, delta, tmp_path):
     config = read_config(tmp_path / "sum")
     assert (config.template, config.processor.mode, config.projector) == ("v0_start_end", "crop", "linear")
     assert config == read_config(folder)
+    ids = json.loads((tmp_path / "sum" / "generation_config.json").read_text())
+    assert (ids["bos_token_id"], ids["eos_token_id"]) == (1, 2)  # of the tokenizer, not of LLaMA 1's early conversions
 
 
 def test_the_prompt_of_v0_has_its_start_and_end_tokens(base, delta, tmp_path):
