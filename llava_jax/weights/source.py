@@ -104,7 +104,7 @@ def _from_tensors(directory: Path, config: Config, tensors: Mapping[str, files.T
 
     stored, unused = {}, []
     names = [tables.hf_name(original) for original in tensors]
-    for name, (original, tensor) in zip(names, tensors.items(), strict=True):
+    for name, tensor in zip(names, tensors.values(), strict=True):
         if tables.IGNORED.fullmatch(name):
             continue
         if tied and name == tables.HEAD:
