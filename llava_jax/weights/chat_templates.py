@@ -72,7 +72,9 @@ def _by_decoder(directory: Path, text_model: str) -> str:
     name = BY_TEXT_MODEL.get(text_model, "vicuna_v1")
     if any((directory / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
         tokenizer = Tokenizer.load(directory)
-        if agreement.end_problem(name, tokenizer):
+        if text_model == "llama" and agreement.choose_template(tokenizer) == "qwen_1_5":
+            name = "chatml_direct"  # Yi, the decoder of LLaVA-1.6-34B
+        elif agreement.end_problem(name, tokenizer):
             return agreement.template_for_decoder(tokenizer, str(directory))
     agreement.say(f"template {name}: {directory} has no chat template, its decoder is a {text_model} "
                   "(--template chooses another)")

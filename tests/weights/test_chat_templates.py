@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from llava_jax.errors import UserError
 from llava_jax.text import agreement, templates
@@ -109,6 +110,17 @@ def test_without_a_chat_template_the_decoder_decides(tmp_path, capsys, text_mode
     # The golden tokenizer knows </s>, but no <|im_end|>.
     shutil.copy(GOLDEN / "tokenizer.model", tmp_path)
     assert template_name(tmp_path, text_model) == ("vicuna_v1" if text_model == "qwen2" else expected)
+
+
+@pytest.mark.parametrize("text_model, end, expected", [
+    ("llama", "<|im_end|>", "chatml_direct"), ("llama", "<|eot_id|>", "llava_llama_3"),
+    ("qwen2", "<|im_end|>", "qwen_1_5")])
+def test_without_a_chat_template_the_end_of_an_answer_decides(tmp_path, text_model, end, expected):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([end])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert template_name(tmp_path, text_model) == expected
 
 
 @pytest.mark.parametrize("name, content", [
