@@ -7,7 +7,7 @@ the forty colour-shape pairs are absent from the splits `train` and `test`. Ever
 at least one of them.
 
 Pictures may be larger. Large objects grow with the picture and small ones keep their pixels, so a picture shrunk to 60
-pixels hardly shows the shape of a small object. A larger picture may have a sign: a row of glyphs, to be read.
+pixels hardly shows the shape of a small object. A larger picture may have a sign with small shapes, to be read.
 """
 
 import json
@@ -45,7 +45,7 @@ _BACKGROUNDS = ((235, 235, 230), (200, 205, 215), (225, 215, 190), (120, 120, 12
                 (95, 80, 70))
 RADII = {"small": (6.0, 7.0), "large": (8.6, 9.6)}
 GLYPH_RADIUS = 4.5
-_PLATE = (30, 30, 40)
+_FRAME, _PLATE = (250, 250, 250), (30, 30, 40)
 _SUPERSAMPLING = 3
 
 
@@ -107,7 +107,7 @@ def sign_text(category: str) -> str:
     return text if first == "sign" and text and set(text.split(" ")) <= set(SHAPES) else ""
 
 
-def sample_sign(rng: random.Random, width: int, height: int, length: int = 3) -> Sign:
+def sample_sign(rng: random.Random, width: int, height: int, length: int = 1) -> Sign:
     """Draws a sign of `length` shapes for a picture of this size."""
     row = rng.randrange(3)
     words = tuple(rng.choices(SHAPES, k=length))
@@ -161,7 +161,7 @@ def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Gen
     _background(draw, rng, *canvas.size)
     if sign:
         x, y, width, height = (value * scale for value in sign.box)
-        draw.rectangle((x, y, x + width, y + height), fill=_PLATE)
+        draw.rectangle((x, y, x + width, y + height), fill=_PLATE, outline=_FRAME, width=2 * scale)
         for number, word in enumerate(sign.words):
             across = sign.x + (number - (len(sign.words) - 1) / 2) * CELL
             _shape(draw, word, across * scale, sign.y * scale, GLYPH_RADIUS * scale, COLOURS[sign.colour])
@@ -242,7 +242,7 @@ def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe:
     height) of `pictures`, and a fraction `signs` of them has a sign. The same arguments give the same bytes.
     Files are `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and
     `instances_SPLIT.json`. The `categories` of a split are the colour-shape pairs that its pictures may show, and the
-    signs as "sign cross ring square".
+    signs as "sign cross".
     """
     out_dir = Path(out_dir)
     (out_dir / "annotations").mkdir(parents=True, exist_ok=True)
