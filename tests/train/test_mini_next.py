@@ -1,4 +1,4 @@
-"""The miniature on larger pictures: its recipe, its variants and, slowly, a short run from the drawing to the report."""
+"""The miniature on larger pictures: its recipe, its variants and, slowly, a short run from drawing to report."""
 
 import dataclasses
 import importlib.util
