@@ -37,6 +37,10 @@ FOLDER_FPS = 2
 """Frames per second of a folder of frames, as the folders of LLaVA's video data have."""
 
 
+class MissingPyAV(UserError):
+    """Raised if PyAV is not installed, which no row can mend."""
+
+
 @dataclass(frozen=True)
 class Video:
     """A clip of a conversation: a video file, or a folder of frames as images, which are ordered by name."""
@@ -167,7 +171,7 @@ def _open(video: Video, max_pixels: int) -> Iterator[tuple[Any, Any]]:
     try:
         import av
     except ImportError:
-        raise UserError("videos need PyAV: pip install 'llava_jax[video]'") from None
+        raise MissingPyAV("videos need PyAV: pip install 'llava_jax[video]'") from None
     path = os.path.abspath(video.path)  # so that FFmpeg finds no protocol in it, such as concat:
     with user_path(video.path):
         try:

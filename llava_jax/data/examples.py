@@ -17,7 +17,7 @@ from llava_jax.images import ImageProcessor, Layout, Media
 from llava_jax.text.encode import ImageCount, NoSupervisedTokens, TooLong, encode_conversation
 from llava_jax.text.templates import Template
 from llava_jax.text.tokenizer import Tokenizer
-from llava_jax.video import Video, VideoSampling, decode_frames, sampled_frames
+from llava_jax.video import MissingPyAV, Video, VideoSampling, decode_frames, sampled_frames
 
 
 class EncodedRecord(NamedTuple):
@@ -154,6 +154,8 @@ def _named(record: Record) -> Iterator[None]:
     """Turns an image's UserError into a BadRow that names the record."""
     try:
         yield
+    except MissingPyAV:  # not to be skipped with every video
+        raise
     except MissingImage as error:
         raise BadRow("missing_image", f"{record.source}: {error}") from None
     except UserError as error:

@@ -101,7 +101,8 @@ def check_text(text: str, name: str, is_answer: bool) -> None:
     if not mark and not is_answer:
         mark = _IMAGE.search(text) or next((match for match in _MEDIUM.finditer(text) if _is_mark(match, text)), None)
     if mark:
-        raise Unsupported(f"{name} has the mark {mark[0].strip()}; of marks, only <image> can be read")
+        raise Unsupported(f"{name} has the mark {mark[0].strip()}; of marks, only <image> can be read, and <video> if "
+                          "the row has video or videos")
 
 
 def unknown_keys(row: Mapping[str, Any], turns_key: str, turns: list[Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from llava_jax.data.records import Medium
 from llava_jax.errors import UserError
 from llava_jax.image_files import MAX_PIXELS, MissingImage, open_header, open_image, orientation, read_image
 from llava_jax.prepare.settings import Settings
-from llava_jax.video import Video, decode_frames, sampled_frames
+from llava_jax.video import MissingPyAV, Video, decode_frames, sampled_frames
 
 IMAGE_SECONDS = 30.0
 """Maximum seconds to decode one image. Training has no limit, because all hosts must skip the same rows."""
@@ -29,6 +29,8 @@ def check_medium(medium: Medium, settings: Settings) -> list[Problem]:
             pass
     except MissingImage:
         return [("missing_image", "no such video file")]
+    except MissingPyAV:
+        raise
     except UserError as error:
         return [("broken_image", str(error).removeprefix(f"{medium.path}: ").removeprefix("the video "))]
     return []

@@ -1,5 +1,7 @@
 """Rows with videos: laid out without decoding, decoded as tiles, packed; bad ones named."""
 
+import sys
+
 import clips
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 from pipeline_data import PROCESSOR, TOKENIZER, packed_rows, settings, write_file
 
 from llava_jax.data.records import REASONS, BadRow
+from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_conversation
 from llava_jax.text.tokenizer import Tokenizer
@@ -101,6 +104,14 @@ def test_bad_videos_are_named_or_counted(folder):
     counts = dict(zip(REASONS, packed["skipped"].tolist(), strict=True))
     assert {name for name, count in counts.items() if count} == {
         "missing_image", "broken_image", "outside_root", "image_count", "too_long"}
+
+
+def test_without_pyav_no_video_is_skipped(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    options = spec(folder, [row(), row(video="a.mp4")], bad_rows="skip", epochs=1)
+    with pytest.raises(UserError, match="videos need PyAV") as raised:
+        list(packed_rows(**options))
+    assert not isinstance(raised.value, BadRow)
 
 
 def test_a_clip_that_ends_early_is_bad_when_it_is_decoded(folder, monkeypatch):
