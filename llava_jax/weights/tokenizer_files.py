@@ -125,6 +125,9 @@ def _write_tokenizer_config(directory: Path, tokenizer: Tokenizer, pad: str, tem
                         else "PreTrainedTokenizerFast")
     if settings["tokenizer_class"].startswith("LlamaTokenizer") and settings.get("legacy") is None:
         settings["legacy"] = not _prefixes_once(spec)
+    if kind == "llava_onevision" and settings["tokenizer_class"].startswith("LlamaTokenizer"):
+        # For a OneVision, transformers 5 would build LLaMA's pipeline anew, with other ids after an image.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.setdefault("add_bos_token", tokenizer.adds_bos)
     settings.setdefault("clean_up_tokenization_spaces", False)
     names = {token["id"]: token["content"] for token in spec["added_tokens"]}

@@ -186,25 +186,36 @@ def test_there_and_back_again_is_the_same(exported, tmp_path):
 
 @pytest.mark.parametrize("written, mode", [("1.6, LLaMA", "anyres"), ("OneVision, LLaMA, CLIP", "anyres_max_2")],
                          indirect=["written"])
-def test_a_model_of_the_original_rule(written, tmp_path, capsys, mode):
+def test_a_model_of_the_original_rule(written, tmp_path, mode):
     """Pinpoints are (width, height) in the order of LLaVA's code; of two that fit equally, the first one counts."""
-    agreement.say.cache_clear()
     config, parameters = load_checkpoint(written[1])
     pinpoints = "(30x60),(60x30),(60x60),(90x30),(30x90)"
     config = dataclasses.replace(config, processor=dataclasses.replace(
-        ImageProcessor(30, patches=3).with_mode(mode, pinpoints), several="same", video_newline="grid"))
+        ImageProcessor(30, patches=3).with_mode(mode, pinpoints), video_newline="grid"))
     directory = tmp_path / "model"
     save_hf(directory, config, parameters, GOLDEN)
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line.startswith("export: transformers rounds")], said
-    assert len([line for line in said if line.startswith("export: ")]) == (3 if "max" in mode else 1)
     assert read_config(directory) == config
     llava = llava_jax.load(directory)
     assert llava.processor.canvas(20, 20) == (30, 60)
-    asked = [pair for pair in conversations() if len(pair[1]) < 2]
+    asked = conversations()
     processor = next_models.processor_of(directory)
     texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages, _ in asked]
     compare(open_there(directory), directory, llava, asked, texts)
+
+
+@pytest.mark.parametrize("fields, lines", [
+    ({"rule": "transformers"}, []),
+    ({}, ["rounds an image's size without padding, the original truncates it"]),
+    ({"rule": "transformers", "several": "pad"}, ["llava_next gives each its own tiles"]),
+    ({"max_tiles": 4, "video_newline": "grid"}, ["rounds an image's size", "pads each to one tile", "this model has "
+                                                 "bilinear and grid"]),
+])
+def test_what_transformers_does_otherwise_is_told(capsys, fields, lines):
+    agreement.say.cache_clear()
+    processor = ImageProcessor(28, "anyres", 2, pinpoints=((28, 56),))
+    check_export(LlavaConfig(vision=VisionConfig(28, 14), processor=dataclasses.replace(processor, **fields)), GOLDEN)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("export: ")]
+    assert len(said) == len(lines) and all(line in found for line, found in zip(lines, said, strict=True))
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -36,6 +36,7 @@ INTERLEAVED = [
     {"role": "assistant", "content": [{"type": "text", "text": "It is red."}]},
     {"role": "user", "content": [{"type": "text", "text": "And in"}, {"type": "image"}]},
 ]
+INLINE = [{"role": "user", "content": "Compare <image> and  <image> of a dog."}]
 
 
 def test_tokenizer_json_gives_sentencepieces_ids():
@@ -75,7 +76,7 @@ def test_the_processor_makes_the_models_prompts(tmp_path, legacy, only_json, tem
     source = make_source(tmp_path / "source", legacy, only_json)
     ids, processor = export(source, tmp_path / "target", template=template)
     assert ids == {"image": 2000, "pad": 2001, "bos": 1, "eos": 2}
-    for messages, images in ((MESSAGES, 1), (INTERLEAVED, 3)):
+    for messages, images in ((MESSAGES, 1), (INTERLEAVED, 3), (INLINE, 2)):
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         pictures = [Image.new("RGB", (9, 5))] * images
         found = processor(text=text, images=pictures, return_tensors="np")["input_ids"][0]
