@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from original_models import config_json, write
 
 from llava_jax import convert
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
-from llava_jax.weights import configs, files, load_checkpoint, read_config, tables
+from llava_jax.weights import configs, files, load_checkpoint, original, read_config, tables
 from llava_jax.weights.source import shapes
 
 ROOT = Path(__file__).parents[1]
@@ -210,3 +211,40 @@ def test_memory_stays_near_the_largest_file(tmp_path):
               f"peak {peak / 1e6:.0f} MB, {peak / largest:.2f} of it")
         # A tensor counts twice: as an array, and as pages of the mapped file, which Linux drops when it needs memory.
         assert 0.1 * largest < peak < 2.5 * largest
+
+
+# The same, and first the peak without pages of mapped files, which a thread samples.
+MEASURE_ARRAYS = MEASURE.replace("before =", """peak = start = status("RssAnon")
+def watch():
+    global peak
+    while True:
+        peak = max(peak, status("RssAnon"))
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+before =""").replace("import re, sys", "import re, sys, threading, time").replace("print(", "print(peak - start, ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells a process's peak memory")
+def test_memory_of_torch_files_stays_below_one_tensor(tmp_path, parts):
+    """One pytorch_model.bin of 1.1 GB: its storages are mapped, and no tensor is copied as a whole."""
+    decoders = {"large": LlamaConfig(32000, 2048, 5504, 8, 16, 16, 128),
+                "small": LlamaConfig(2000, 32, 64, 1, 2, 2, 16)}
+    for name, text in decoders.items():
+        model = LlavaConfig(vision=VisionConfig(28, 14, 32, 64, 3, 4), text=text)
+        tensors = {original.speller(model)(tensor): torch.zeros(mapping.hf_shape, dtype=torch.float16)
+                   for tensor, mapping in tables.tensor_mappings(shapes(model)).items()
+                   if not tensor.startswith(tables.VISION)}
+        write(tmp_path / name, tensors, config_json(
+            **configs.hf_text(text, text.vocab_size) | {"model_type": "llava"}, mm_vision_tower=str(parts[0])))
+    total, largest = (tmp_path / "large" / "pytorch_model.bin").stat().st_size, 32000 * 2048 * 2
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    for to in ("native", "hf"):
+        done = subprocess.run([sys.executable, "-c", MEASURE_ARRAYS, tmp_path / "small", tmp_path / "large", "--to", to,
+                               "--dtype", "keep"], env=environment, check=True, capture_output=True, text=True)
+        arrays, peak = map(int, done.stdout.split()[-2:])
+        print(f"to {to}: file {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, arrays {arrays / 1e6:.0f} "
+              f"MB, with pages of the mapped file {peak / 1e6:.0f} MB")
+        assert arrays < largest
+        for name in decoders:
+            shutil.rmtree(tmp_path / f"{name} new")
