@@ -14,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from llava_jax.cli import Flag, printable
+from llava_jax.data.fields import VIDEOS
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import sha256_of
@@ -179,7 +180,10 @@ def download(file: File, to: str) -> None:
 
 def _named_images(rows: Iterable[dict]) -> Iterable[str]:
     for row in rows:
-        image = row.get("image") if isinstance(row, dict) else None
+        row = row if isinstance(row, dict) else {}
+        if any(row.get(key) for key in VIDEOS):
+            raise UserError("the data file names a video; the published sets have images alone")
+        image = row.get("image")
         images = [image] if isinstance(image, str) else image or []
         if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
             raise UserError(f"the data file names {image!r:.80} for an image")

@@ -355,11 +355,12 @@ def test_a_folder_may_be_a_link(mix, tmp_path, capsys):
     assert "ocr/images: 4 images of about 4; all 4 that are used are there" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("image", ["../outside/1.jpg", "/etc/passwd", 5, [5]])
-def test_an_image_outside_is_refused_and_never_renamed(image, mix, capsys):
+@pytest.mark.parametrize("medium", [{"image": "../outside/1.jpg"}, {"image": "/etc/passwd"}, {"image": 5},
+                                    {"image": [5]}, {"video": "1.mp4"}])
+def test_an_image_outside_is_refused_and_never_renamed(medium, mix, capsys):
     put(mix, "outside/1.png")
     rows = json.loads((mix / "mix.json").read_text())
-    rows[0]["image"] = image
+    rows[0] |= medium
     (mix / "mix.json").write_text(json.dumps(rows))
     assert Fetch(name="mix", out=str(mix / "."), check=True, rename=True).run() == 1
     assert "the data file names" in capsys.readouterr().out and (mix / "outside/1.png").exists()
