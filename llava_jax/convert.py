@@ -106,7 +106,7 @@ def _merged(options: Convert, config: "LlavaConfig", parameters: "ParameterSourc
     if options.merge and config.lora is None:
         raise UserError(f"--merge: {options.paths[0]} has no adapters; name them with --adapter")
     if options.merge:
-        return peft.merge(config, parameters, Path(options.adapter or options.paths[0]).name)
+        return peft.merge(config, parameters, Path(options.adapter).name if options.adapter else "")
     if config.lora is not None and options.to in ("hf", "original"):
         raise UserError(f"--to {options.to} has no place for adapters; add --merge, or write them with --to peft or "
                         "--to original-lora")

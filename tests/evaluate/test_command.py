@@ -12,14 +12,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import llava_jax
+from llava_jax.config import Lora
 from llava_jax.errors import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.tasks.base import PHRASE_INSTRUCTION, TASKS
 from llava_jax.inference.llava import Llava
+from llava_jax.weights import load_checkpoint, save_peft
+from llava_jax.weights.source import shapes
 
 SCRIPT = Path(__file__).with_name("evaluate_process.py")
 COUNT = 45
@@ -172,6 +176,20 @@ def test_the_likeliest_choice(arguments, tmp_path_factory, data, talker):
 def test_a_blind_run_is_another_run(arguments, tmp_path_factory, whole):
     folder = out_folder(tmp_path_factory, arguments[:5] + arguments[7:], "--baseline", "blind", "--limit", "6")
     assert json.loads((folder / "results.json").read_text())["name"] == "model (blind)"
+
+
+def test_an_adapter_is_another_model(arguments, tmp_path_factory, whole, talker):
+    config, parameters = load_checkpoint(talker)
+    config = replace(config, lora=Lora(rank=2, alpha=200.0))
+    rng = np.random.default_rng(0)
+    parameters |= {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes(config).items()
+                   if path not in parameters}
+    adapter = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_peft(adapter, config, parameters, talker)
+    adapted = out_folder(tmp_path_factory, arguments, "--adapter", str(adapter), "--limit", "8")
+    assert [line["text"] for line in lines(adapted)] != [line["text"] for line in lines(whole)[:8]]
+    hashes = [json.loads((folder / "run.json").read_text())["model"]["hash"] for folder in (whole, adapted)]
+    assert hashes[1].startswith(f"{hashes[0]}+")
 
 
 def test_questions_are_asked_in_the_template_that_is_named(arguments, tmp_path_factory, data, talker):

@@ -46,6 +46,8 @@ class EvaluateCommand:
     """Folder of the benchmark, or its file of questions."""
     model: str = ""
     """Directory of the model."""
+    adapter: str = ""
+    """Directory of LoRA adapters for the model, of PEFT or of the original LLaVA."""
     answers: str = ""
     """File of answers to score, without a model."""
     out: str = ""
@@ -83,8 +85,9 @@ class EvaluateCommand:
             raise UserError("give either --model DIR, to ask it, or --answers FILE, to score that")
         if self.model and self.partial:
             raise UserError("--partial is for --answers; a model's answers are scored when all are there")
-        if self.template and not self.model:
-            raise UserError("--template is for --model; the answers of a file were asked for already")
+        for name in ("template", "adapter"):
+            if getattr(self, name) and not self.model:
+                raise UserError(f"--{name} is for --model; the answers of a file were asked for already")
         if self.model and not self.out:
             raise UserError("give --out DIR, a folder for the answers and results")
         if self.limit is not None and self.limit < 1 or self.batch_size < 1:
@@ -207,8 +210,10 @@ class EvaluateCommand:
             raise UserError(f"template {template.name!r} writes an image alone and no question; ask such a model with "
                             "--template v1_mmtag, or v0_mmtag for the first LLaVA, as LLaVA's scripts do")
         baseline = "" if self.baseline == "none" else f" ({self.baseline})"
-        return {"name": self.name or os.path.basename(path) + baseline,
-                "model": {"path": path, "hash": results.hash_model(path), "template": template.name, "dtype": dtype,
+        names = [os.path.basename(os.path.abspath(folder)) for folder in (path, self.adapter) if folder]
+        model_hash = "+".join(results.hash_model(folder) for folder in (path, self.adapter) if folder)
+        return {"name": self.name or " + ".join(names) + baseline,
+                "model": {"path": path, "hash": model_hash, "template": template.name, "dtype": dtype,
                           "platform": jax.default_backend(), "score_by": self.score_by, "baseline": self.baseline}}
 
     def _model_config(self) -> "LlavaConfig":
@@ -216,7 +221,7 @@ class EvaluateCommand:
         from llava_jax.models.llava import LlavaConfig
         from llava_jax.weights.checkpoint import read_config
 
-        model_config = read_config(self.model, self.template or None)
+        model_config = read_config(self.model, self.template or None, adapter=self.adapter)
         if not isinstance(model_config, LlavaConfig):
             raise UserError(f"{self.model}: a vision tower or language model alone; join two with llava_jax.convert")
         return model_config
@@ -228,7 +233,8 @@ class EvaluateCommand:
         from llava_jax.evaluate.runner.generation import choose, generate
         from llava_jax.inference.llava import load
 
-        llava = load(self.model, settings["model"]["dtype"], self._mesh(model_config), settings["model"]["template"])
+        llava = load(self.model, settings["model"]["dtype"], self._mesh(model_config), settings["model"]["template"],
+                     adapter=self.adapter or None)
         source, lines, num_not_asked = printable(self.task.question_path(self.data)), {}, 0
         answer = generate if self.score_by == "generation" else choose
         images = images_of(self.baseline, questions, llava.config)

@@ -38,7 +38,7 @@ def hash_model(folder: str) -> str:
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if not os.path.isfile(path) or not name.endswith((".json", ".safetensors", ".model", ".jinja")):
+        if not os.path.isfile(path) or not name.endswith((".json", ".safetensors", ".bin", ".model", ".jinja")):
             continue
         size = os.path.getsize(path)
         digest.update(f"{name} {size}\n".encode())
