@@ -334,7 +334,7 @@ def _one_tile_layout(processor: ImageProcessor) -> Layout:
     return Layout(1, np.arange(processor.features_per_tile + processor.has_newline, dtype=np.int32))
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(64)
 def _anyres_layout(processor: ImageProcessor, width: int, height: int) -> Layout:
     size, side = processor.size, processor.patches
     canvas = processor.canvas(width, height)

@@ -34,7 +34,7 @@ BASE = LlavaConfig(
 BIASED = dataclasses.replace(BASE.text, qkv_bias=True, out_bias=True, mlp_bias=True)
 MODELS = {kind: dataclasses.replace(BASE, projector=kind)
           for kind in ("identity", "linear", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu")}
-NEWLINES = dataclasses.replace(BASE.processor, mode="anyres", pinpoints=((28, 56),))
+NEWLINES = dataclasses.replace(BASE.processor, mode="anyres", pinpoints=((28, 56),), max_tiles=1)
 MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu", processor=NEWLINES,
                                          vision=dataclasses.replace(BASE.vision, patch_bias=True)),
            "tied": dataclasses.replace(BASE, text=dataclasses.replace(BASE.text, tie_word_embeddings=True))}
@@ -63,7 +63,11 @@ def gradients(model: str, trained: str, remat: str, sizes: tuple[int, int, int])
         placed = {path: jax.device_put(x, layout[path]) for path, x in parameters(model).items()}
         batch = {name: x[0] for name, x in make_batch().items()}
         if not MODELS[model].processor.is_fixed:  # one visual token is the newline, behind the features of both tiles
-            batch["visual_index"][:, 4] = 2 * MODELS[model].processor.features_per_tile
+            newline = 2 * MODELS[model].processor.features_per_tile
+            batch["visual_index"][:, 4] = newline
+            corners = [(batch["visual_index"] + offset) % (newline + 1) for offset in range(4)]
+            batch["visual_index"] = np.stack(corners, axis=-1)
+            batch["visual_weight"] = np.random.default_rng(1).random(batch["visual_index"].shape, np.float32)
         batch = {name: jax.device_put(x, rows) for name, x in batch.items()}
         learned = {path: x for path, x in placed.items() if re.fullmatch(trained, path)}
         frozen = {path: x for path, x in placed.items() if path not in learned}
