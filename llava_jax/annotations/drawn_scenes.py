@@ -91,8 +91,9 @@ class Sign:
     y: float
 
     @property
-    def text(self) -> str:
-        return " ".join(self.words)
+    def category(self) -> str:
+        """Name of the sign's box, which `read_sign` reads."""
+        return " ".join(("sign", self.colour, *self.words))
 
     @property
     def box(self) -> list[float]:
@@ -101,10 +102,11 @@ class Sign:
         return [round(value, 1) for value in (self.x - width / 2, self.y - height / 2, width, height)]
 
 
-def sign_text(category: str) -> str:
-    """Returns the text of a sign's category ("sign cross ring square"), or "" for another category."""
-    first, _, text = category.partition(" ")
-    return text if first == "sign" and text and set(text.split(" ")) <= set(SHAPES) else ""
+def read_sign(category: str) -> tuple[str, str] | None:
+    """Returns colour and text of a sign's category ("sign red cross ring"), or None for another category."""
+    first, *words = category.split(" ")
+    is_sign = first == "sign" and len(words) > 1 and words[0] in COLOURS and set(words[1:]) <= set(SHAPES)
+    return (words[0], " ".join(words[1:])) if is_sign else None
 
 
 def sample_sign(rng: random.Random, width: int, height: int, length: int = 1) -> Sign:
@@ -118,10 +120,12 @@ def sample_sign(rng: random.Random, width: int, height: int, length: int = 1) ->
 
 def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: int = 4,
            picture: tuple[int, int] = (SIZE, SIZE), sign: Sign | None = None) -> tuple[Object, ...]:
-    """Draws the objects of a picture of this (width, height), in reading order, outside the row of the sign.
+    """Draws the objects of a picture of this (width, height), in reading order.
 
-    At least one object is of a pair in `required`, if given.
+    At least one object is of a pair in `required`, if given. The objects have another row and colour than the sign.
     """
+    if sign:
+        pairs, required = (tuple(pair for pair in some if pair[0] != sign.colour) for some in (pairs, required))
     count = rng.randint(1, most)
     cells = [cell for cell in range(9) if not sign or cell // 3 != sign.row]
     growth = min(picture) / SIZE
@@ -242,7 +246,7 @@ def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe:
     height) of `pictures`, and a fraction `signs` of them has a sign. The same arguments give the same bytes.
     Files are `out_dir/SPLIT/000000000001.jpg` ..., `out_dir/annotations/captions_SPLIT.json` and
     `instances_SPLIT.json`. The `categories` of a split are the colour-shape pairs that its pictures may show, and the
-    signs as "sign cross".
+    signs as "sign red cross".
     """
     out_dir = Path(out_dir)
     (out_dir / "annotations").mkdir(parents=True, exist_ok=True)
@@ -274,11 +278,11 @@ def _write_split(out_dir: Path, split: str, count: int, pairs: tuple, required: 
         for caption in captions(objects):
             texts.append({"id": len(texts) + 1, "image_id": image_id, "caption": caption})
         named = [(f"{thing.colour} {thing.shape}", thing.box) for thing in objects]
-        for category, box in [*named, (f"sign {sign.text}", sign.box)] if sign else named:
+        for category, box in [*named, (sign.category, sign.box)] if sign else named:
             boxes.append({"id": len(boxes) + 1, "image_id": image_id,
                           "category_id": ids.setdefault(category, len(PAIRS) + len(ids)),
                           "bbox": box, "area": round(box[2] * box[3], 1), "iscrowd": 0})
-    categories = [{"id": number, "name": name, "supercategory": "sign" if sign_text(name) else name.split(" ")[1]}
+    categories = [{"id": number, "name": name, "supercategory": "sign" if read_sign(name) else name.split(" ")[1]}
                   for name, number in ids.items()]
     folder = out_dir / "annotations"
     (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": texts}))

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
-from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES, sign_text
+from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES, read_sign
 
 LARGE = 0.265
 """Minimum length of a large object's longer side, as a fraction of the image's side."""
@@ -106,12 +106,12 @@ class Scene:
         Photographs may show more than what has a box.
       objects: Objects that can be counted, in the order of the boxes.
       crowds: Names of objects that are too many to count.
-      signs: Texts of drawn signs, which are no objects.
+      signs: (colour, text) of drawn signs, which are no objects.
     """
 
     def __init__(self, context: Context):
-        self.signs = [text for box in context.boxes if (text := sign_text(box.category))]
-        boxes = [box for box in context.boxes if not sign_text(box.category)]
+        self.signs = [sign for box in context.boxes if (sign := read_sign(box.category))]
+        boxes = [box for box in context.boxes if not read_sign(box.category)]
         names = [coloured_name(box.category) for box in boxes]
         self.shapes = bool(names) and all(names) and not any(box.crowd for box in boxes)
         if not self.shapes:

@@ -110,9 +110,9 @@ def test_larger_pictures_show_what_their_boxes_say():
             near = np.linalg.norm(pixels - np.float32(colour), axis=-1) < 75
             assert near[round(y) : round(y + h), round(x) : round(x + w)].mean() > 0.05, (objects, sign)
         context = Context("", "", (), tuple(box_of(name, box, size) for name, box in [
-            *((f"{o.colour} {o.shape}", o.box) for o in objects), (f"sign {sign.text}", sign.box)]))
+            *((f"{o.colour} {o.shape}", o.box) for o in objects), (sign.category, sign.box)]))
         found = Scene(context)
-        assert found.signs == [sign.text] and found.shapes
+        assert found.signs == [(sign.colour, " ".join(sign.words))] and found.shapes
         assert [(o.name.size, o.name.colour, o.name.noun, o.position) for o in found.objects] == [
             (o.size, o.colour, o.shape, o.position) for o in objects]
         for thing in objects:
@@ -136,7 +136,7 @@ def test_signs_can_be_read_from_their_pixels():
         colour = np.linalg.norm(plate - np.float32(scenes.COLOURS[sign.colour]), axis=-1)
         drawn = colour < np.linalg.norm(plate - np.float32((30, 30, 40)), axis=-1)
         cells = np.split(drawn[:, 2:-2], (18, 38), axis=1)  # without the frame
-        assert " ".join(map(read_glyph, cells)) == sign.text
+        assert " ".join(map(read_glyph, cells)) == " ".join(sign.words)
 
 
 def read_glyph(drawn):

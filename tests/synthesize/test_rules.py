@@ -80,13 +80,14 @@ def test_short_answers_about_larger_pictures():
         size = rng.choice(((120, 120), (180, 60), (60, 180)))
         sign = scenes.sample_sign(rng, *size)
         objects = scenes.sample(rng, scenes.PAIRS, picture=size, sign=sign)
-        boxes = [(f"{o.colour} {o.shape}", *o.box) for o in objects] + [(f"sign {sign.text}", *sign.box)]
+        boxes = [(f"{o.colour} {o.shape}", *o.box) for o in objects] + [(sign.category, *sign.box)]
         width, height = size
         context = Context("", "x.jpg", (), tuple(
             Box(name, x / width, y / height, (x + w) / width, (y + h) / height) for name, x, y, w, h in boxes))
         for question in rules.conversation(Scene(context), rng, CATEGORIES, turns=8):
             if question.kind == "sign":
-                assert (question.question, question.answer) == ("What does the sign say?", " ".join(sign.words))
+                assert question.question == f"What does the {sign.colour} sign say?"
+                assert question.answer == " ".join(sign.words)
             else:
                 assert question.answer == answer(question.question, objects), (question, objects)
             about = {o.size for o in objects if f"{o.colour} {o.shape}" in question.about}

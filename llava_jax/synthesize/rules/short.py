@@ -44,7 +44,8 @@ def ask(kind: str, scene: Scene, rng: random.Random, categories: Sequence[str]) 
     """Draws a question of one of the scene's `kinds`. Returns None if the scene allows none."""
     match kind:
         case "sign":
-            return _short("sign", a=scene.signs[0])
+            colour, text = rng.choice(scene.signs)
+            return _short("sign", a=colour, b=text)
         case "colour" | "shape":
             return _ask_attribute(kind, scene, rng)
         case "count":
