@@ -49,6 +49,7 @@ FIELDS = {
     "mm_resampler_type": TEXT_OR_NULL, "image_aspect_ratio": TEXT_OR_NULL, "mm_patch_merge_type": TEXT_OR_NULL,
     "unfreeze_mm_vision_tower": Field(bool, null=True), "mm_tunable_parts": TEXT_OR_NULL, "architectures": Field(list),
     "mm_newline_position": TEXT_OR_NULL, "mm_spatial_pool_mode": TEXT_OR_NULL, configs.MODEL_TYPE: Field(dict),
+    "force_sample": Field(bool, null=True), "add_time_instruction": Field(bool, null=True),
 }
 """Fields of config.json that are read here, beside those of the decoder."""
 
@@ -57,6 +58,9 @@ DECODERS = {"qwen": "qwen2", "mistral": "mistral", "llama": "llama", "llava": "l
 MARKS = ("<im_start>", "<im_end>")
 START_END = {"vicuna_v1": "v1_start_end", "llava_v0": "v0_start_end"}
 """Templates whose image is between MARKS, by the template without them."""
+
+VIDEO_FIELDS = {"uniform": "force_sample", "time_text": "add_time_instruction"}
+"""Fields of VideoSampling and of LLaVA-NeXT's config.json."""
 
 
 def is_original(directory: Path, raw: Mapping[str, Any]) -> bool:
@@ -91,6 +95,7 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
     if is_siglip:  # LLaVA deletes the last layer and reads what enters the last norm, whatever the layer that is named
         tower = dataclasses.replace(tower, num_layers=tower.num_layers - 1)
     template = template or extras.get("template")
+    video = {ours: bool(checked.get(theirs)) for ours, theirs in VIDEO_FIELDS.items()} | extras.get("video", {})
     try:
         select = checked.get("mm_vision_select_feature") or "patch"
         return LlavaConfig(
@@ -98,7 +103,8 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
             feature_layer=-1 if is_siglip else checked.get("mm_vision_select_layer", -2),
             processor=dataclasses.replace(_processor(directory, raw, tower, select == "cls_patch", vision), **{
                 name: extras[name] for name in processors.OWN if name in extras}),
-            template=_template(directory, raw, kind, template), exif=extras.get("exif", False))
+            template=_template(directory, raw, kind, template), exif=extras.get("exif", False),
+            video=fields.video(file, video, f"{configs.MODEL_TYPE}.video."))
     except ValueError as error:
         raise UserError(str(error) if str(error).startswith(str(directory)) else f"{file}: {error}") from None
 

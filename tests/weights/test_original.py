@@ -16,6 +16,7 @@ from original_models import ONEVISION, config_json, siglip_qwen2, without_tower,
 from llava_jax import convert
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, abstract_params, from_params
+from llava_jax.video import VideoSampling
 from llava_jax.weights import load_checkpoint, original, read_config
 from llava_jax.weights.original_export import config_json as exported_json
 from llava_jax.weights.original_export import hub_tower
@@ -237,7 +238,9 @@ def test_the_tower_is_exported_with_the_rest(weights, tower, tmp_path):
 def test_onevision_there_and_back_again(tmp_path):
     tensors, siglip = siglip_qwen2()
     siglip.save_pretrained(tmp_path / "siglip")
-    source = write(tmp_path / "x", tensors, config_json(**ONEVISION, mm_vision_tower=str(tmp_path / "siglip")))
+    video = {"force_sample": True, "add_time_instruction": True}
+    source = write(tmp_path / "x", tensors, config_json(**ONEVISION, **video, mm_vision_tower=str(tmp_path / "siglip")))
+    assert read_config(source).video == VideoSampling(uniform=True, time_text=True)  # as LLaVA-Video's
     run(source, tmp_path / "native", "--to", "native", "--dtype", "keep")
     run(tmp_path / "native", tmp_path / "back", "--to", "original", "--dtype", "keep")
     found = stored(tmp_path / "back")
@@ -245,6 +248,7 @@ def test_onevision_there_and_back_again(tmp_path):
     assert read_config(tmp_path / "back") == read_config(source) == read_config(tmp_path / "native")
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["architectures"] == ["LlavaQwenForCausalLM"] and written["mm_newline_position"] == "one_token"
+    assert {name: written[name] for name in video} == video
     run(source, tmp_path / "hf", "--to", "hf", "--dtype", "keep")
     run(tmp_path / "hf", tmp_path / "again", "--to", "original", "--dtype", "keep")
     found = stored(tmp_path / "again")
