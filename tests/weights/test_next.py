@@ -14,13 +14,14 @@ import transformers
 from next_models import picture
 
 import llava_jax
-from llava_jax import convert
+from llava_jax import config, convert
 from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
+from llava_jax.train.loop import train
 from llava_jax.weights import load_checkpoint, read_config, save_hf
 from llava_jax.weights.checkpoint import check_export
 
@@ -188,13 +189,13 @@ def test_there_and_back_again_is_the_same(exported, tmp_path):
                          indirect=["written"])
 def test_a_model_of_the_original_rule(written, tmp_path, mode):
     """Pinpoints are (width, height) in the order of LLaVA's code; of two that fit equally, the first one counts."""
-    config, parameters = load_checkpoint(written[1])
+    model, parameters = load_checkpoint(written[1])
     pinpoints = "(30x60),(60x30),(60x60),(90x30),(30x90)"
-    config = dataclasses.replace(config, processor=dataclasses.replace(
+    model = dataclasses.replace(model, processor=dataclasses.replace(
         ImageProcessor(30, patches=3).with_mode(mode, pinpoints), video_newline="grid"))
     directory = tmp_path / "model"
-    save_hf(directory, config, parameters, GOLDEN)
-    assert read_config(directory) == config
+    save_hf(directory, model, parameters, GOLDEN)
+    assert read_config(directory) == model
     llava = llava_jax.load(directory)
     assert llava.processor.canvas(20, 20) == (30, 60)
     asked = conversations()
@@ -225,6 +226,23 @@ def test_what_transformers_does_otherwise_is_told(capsys, fields, lines):
 ])
 def test_what_transformers_cannot_compute(tmp_path, fields, message):
     processor = ImageProcessor(28, "anyres", 2, pinpoints=((28, 56),))
-    config = LlavaConfig(vision=VisionConfig(28, 14), processor=dataclasses.replace(processor, **fields))
+    model = LlavaConfig(vision=VisionConfig(28, 14), processor=dataclasses.replace(processor, **fields))
     with pytest.raises(UserError, match=message):
-        check_export(config, GOLDEN)
+        check_export(model, GOLDEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", ["OneVision, Qwen2, tied"], indirect=True)
+def test_a_model_of_transformers_trains(written, llava, data, tmp_path):
+    rows = config.Data(path=str(data), sequence_length=512, tiles_per_sequence=40)
+    stage = config.Stage(learning_rates=((".*", 1e-3),), data=rows, batch_size=1, steps=2)
+    recipe = config.Recipe(model=config.Model(llava=str(written[1])), stages={"tune": stage}, output=str(tmp_path),
+                           mesh=config.Mesh(fsdp=1), log_every=1)
+    train(recipe)
+    trained, parameters = load_checkpoint(tmp_path / "model")
+    assert trained == llava.config
+    assert not np.array_equal(parameters["image_newline"], llava.parameters["image_newline"])
+    save_hf(tmp_path / "hf", trained, parameters, tmp_path / "model")
+    directory, asked = tmp_path / "hf", conversations()[-3:]
+    texts = [templates.render(messages, llava.template, open_answer=True) for messages, _ in asked]
+    compare(open_there(directory), directory, llava_jax.load(directory), asked, texts)
