@@ -110,8 +110,6 @@ def sample(count: int, rate: float, sampling: VideoSampling) -> SampledFrames:
     divisor: float = stride  # the original divides by the stride here, and by the rate below
     if sampling.uniform or 0 < sampling.frames < len(indices):
         indices, divisor = np.linspace(0, count - 1, sampling.frames, dtype=int).tolist(), rate
-    if len(indices) > MAX_SAMPLED:
-        raise UserError(f"{len(indices):,} sampled frames, more than the limit of {MAX_SAMPLED:,}; set video.frames")
     return SampledFrames(tuple(indices), tuple(i / divisor for i in indices), count / rate)
 
 
@@ -124,13 +122,17 @@ def sampled_frames(video: Video, sampling: VideoSampling, max_pixels: int = MAX_
     frames or pixels. Errors of the machine are raised unchanged.
     """
     if os.path.isdir(video.path):
-        return sample(len(_frame_files(video)), FOLDER_FPS, sampling)
-    with _open(video, max_pixels) as (container, stream):
-        count = _count(container, stream)
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate or rate <= 0:
-            raise UserError(f"{video.path}: the video does not tell its frame rate; convert it to MP4")
-        return sample(count, float(rate), sampling)
+        count, rate = len(_frame_files(video)), FOLDER_FPS
+    else:
+        with _open(video, max_pixels) as (container, stream):
+            count, rate = _count(container, stream), stream.average_rate or stream.guessed_rate or 0
+    if rate <= 0:
+        raise UserError(f"{video.path}: the video does not tell its frame rate; convert it to MP4")
+    sampled = sample(count, float(rate), sampling)
+    if len(sampled.indices) > MAX_SAMPLED:
+        raise UserError(f"{video.path}: {len(sampled.indices):,} sampled frames, more than the limit of "
+                        f"{MAX_SAMPLED:,}; set video.frames")
+    return sampled
 
 
 def decode_frames(video: Video, indices: tuple[int, ...], max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
@@ -159,7 +161,8 @@ def decode_frames(video: Video, indices: tuple[int, ...], max_pixels: int = MAX_
 
 
 def _frame_files(video: Video) -> list[str]:
-    files = sorted(entry.path for entry in os.scandir(video.path) if entry.is_file())
+    with user_path(video.path):
+        files = sorted(entry.path for entry in os.scandir(video.path) if entry.is_file())
     if not 0 < len(files) <= MAX_FRAMES:
         raise UserError(f"{video.path}: a folder of {len(files):,} frames; it must have from 1 to {MAX_FRAMES:,}")
     return files

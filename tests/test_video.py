@@ -188,7 +188,7 @@ def test_limits(tmp_path, monkeypatch):
     refused(Video(path), "a video of 41 frames; it must have from 1 to 40")
     monkeypatch.setattr("llava_jax.video.MAX_FRAMES", 50)
     monkeypatch.setattr("llava_jax.video.MAX_SAMPLED", 30)
-    with pytest.raises(UserError, match="50 sampled frames, more than the limit of 30; set video.frames"):
+    with pytest.raises(UserError, match="a.webm: 50 sampled frames, more than the limit of 30; set"):
         sampled_frames(Video(path), VideoSampling(fps=100, frames=0))
 
 
