@@ -1,7 +1,7 @@
-"""Reads and writes the files of Hugging Face's processors: how images become tiles, and how many tokens these take.
+"""Reads and writes the files of Hugging Face's processors: images to tiles, and the number of visual tokens.
 
-transformers writes a pinpoint as (height, width) and chooses as this project does, so pairs are swapped and their order
-is kept. A model of the original's rule keeps its choice of canvases there. Only the rounding differs.
+transformers writes a pinpoint as (height, width) and chooses as this project does. So pairs are swapped and their order
+is kept, and a model of the original's rule has the same canvases there. Only the rounding differs.
 """
 
 import re
@@ -146,7 +146,7 @@ def _is_close(given: Any, value: float) -> bool:
 
 
 def config_fields(config: LlavaConfig, tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of config.json that describe images. What transformers does otherwise is told on stderr."""
+    """Returns the fields of config.json that describe images, and reports on stderr where transformers differs."""
     kind, processor = model_type(config), config.processor
     result = {"image_token_index": tokens["image"]}
     if kind != "llava_onevision":
@@ -160,7 +160,7 @@ def config_fields(config: LlavaConfig, tokens: Mapping[str, Any]) -> dict[str, A
 
 
 def extras(processor: ImageProcessor) -> dict[str, Any]:
-    """Returns what config.json says of an image processor besides, so that it is read back as it was."""
+    """Returns the settings that only this project reads back from config.json."""
     names = {"mode": "image_mode"} | {name: name for name in OWN}
     return {theirs: getattr(processor, ours) for ours, theirs in names.items()}
 
@@ -168,7 +168,7 @@ def extras(processor: ImageProcessor) -> dict[str, Any]:
 def _tell_differences(kind: str, config: LlavaConfig) -> None:
     processor = config.processor
     if processor.rule == "original":
-        agreement.say("export: transformers rounds an image's size without padding, the original truncates it; about 1 "
+        agreement.say("export: transformers rounds an image's size without padding, the original truncates it; at most 1 "
                       "size in 36,000 gets two rows or columns of visual tokens more there")
     if processor.several != ("pad" if kind == "llava_onevision" else "same"):
         theirs = "pads each to one tile" if kind == "llava_onevision" else "gives each its own tiles"
