@@ -168,8 +168,8 @@ def extras(processor: ImageProcessor) -> dict[str, Any]:
 def _tell_differences(kind: str, config: LlavaConfig) -> None:
     processor = config.processor
     if processor.rule == "original":
-        agreement.say("export: transformers rounds an image's size without padding, the original truncates it; at most 1 "
-                      "size in 36,000 gets two rows or columns of visual tokens more there")
+        agreement.say("export: transformers rounds an image's size without padding, the original truncates it; at most "
+                      "1 size in 36,000 gets two rows or columns of visual tokens more there")
     if processor.several != ("pad" if kind == "llava_onevision" else "same"):
         theirs = "pads each to one tile" if kind == "llava_onevision" else "gives each its own tiles"
         agreement.say(f"export: of several images in one conversation, transformers' {kind} {theirs}; this model was "
