@@ -59,7 +59,7 @@ class VideoSampling:
     uniform: bool = False
     """Whether every clip gives `frames` frames, spread evenly (LLaVA's force_sample)."""
     time_text: bool = False
-    """Whether a sentence before the question tells the clip's length and the times of its frames (LLaVA-Video), in
+    """Whether a sentence before the question gives the length of the clip and the times of its frames (LLaVA-Video), in
     conversations about one video and no image."""
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ class SampledFrames(NamedTuple):
     seconds: float
     """Length of the clip."""
 
-    def tell_times(self, question: str) -> str:
+    def add_times(self, question: str) -> str:
         """Returns a question about the clip with LLaVA-Video's sentence after the `<image>`, which goes to the front.
 
         A text without the mark is returned unchanged.
@@ -127,7 +127,7 @@ def sampled_frames(video: Video, sampling: VideoSampling, max_pixels: int = MAX_
         with _open(video, max_pixels) as (container, stream):
             count, rate = _count(container, stream), stream.average_rate or stream.guessed_rate or 0
     if rate <= 0:
-        raise UserError(f"{video.path}: the video does not tell its frame rate; convert it to MP4")
+        raise UserError(f"{video.path}: the video states no frame rate; convert it to MP4")
     sampled = sample(count, float(rate), sampling)
     if len(sampled.indices) > MAX_SAMPLED:
         raise UserError(f"{video.path}: {len(sampled.indices):,} sampled frames, more than the limit of "
@@ -155,7 +155,7 @@ def decode_frames(video: Video, indices: tuple[int, ...], max_pixels: int = MAX_
                 if number == index:
                     image = _upright(frame)
             if number < index:
-                raise UserError(f"{video.path}: {number + 1:,} frames of the video can be decoded, its header tells of "
+                raise UserError(f"{video.path}: {number + 1:,} frames of the video can be decoded, its header states "
                                 f"{index + 1:,} or more; convert it again")
             yield image
 
@@ -175,7 +175,7 @@ def _open(video: Video, max_pixels: int) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError:
         raise MissingPyAV("videos need PyAV: pip install 'llava_jax[video]'") from None
-    path = os.path.abspath(video.path)  # so that FFmpeg finds no protocol in it, such as concat:
+    path = os.path.abspath(video.path)  # so that it starts with no protocol, such as concat:
     with user_path(video.path):
         try:
             status = os.stat(path)
@@ -207,7 +207,7 @@ def _open(video: Video, max_pixels: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _count(container: Any, stream: Any) -> int:
-    """Returns the number of frames that decoding will give, as far as the file tells without decoding."""
+    """Returns the number of frames that decoding will give, as far as the file states it."""
     count, name = stream.frames, container.name
     if count == 0:
         packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)

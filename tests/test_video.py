@@ -80,8 +80,8 @@ def test_a_folder_of_frames(tmp_path):
 
 def test_the_sentence_about_times():
     sampled = sample(100, 10, VideoSampling(frames=3, uniform=True, time_text=True))
-    assert sampled.tell_times("Why?") == "Why?"
-    assert sampled.tell_times("<image>\nWhy?") == (
+    assert sampled.add_times("Why?") == "Why?"
+    assert sampled.add_times("<image>\nWhy?") == (
         "<image>\nThe video lasts for 10.00 seconds, and 3 frames are uniformly sampled from it. These frames are "
         "located at 0.00s,4.90s,9.90s.Please answer the following questions related to this video.\n\nWhy?")
 
@@ -112,7 +112,7 @@ def test_frames_that_grow_beyond_the_limit(tmp_path):
     paths = [clips.write(tmp_path / "small.ts", 4, codec="libx264"),
              clips.write(tmp_path / "large.ts", 4, size=(256, 192), codec="libx264")]
     (tmp_path / "grows.ts").write_bytes(b"".join(Path(path).read_bytes() for path in paths))
-    video = Video(str(tmp_path / "grows.ts"))  # its header tells of 64 x 48
+    video = Video(str(tmp_path / "grows.ts"))  # its header states 64 x 48
     assert len(list(decode_frames(video, tuple(range(8))))) == 8
     refused(video, "the video cannot be read", max_pixels=10_000)
     with pytest.raises(UserError, match="no file can have this name"):
@@ -178,7 +178,7 @@ def test_a_header_that_tells_of_more_frames_is_named(tmp_path):
     if content.index(b"moov") > start:  # the samples come first: blank those of the second half
         middle = start + 8 + size // 2
         path.write_bytes(content[:middle] + bytes(start + size - middle) + content[start + size :])
-    with pytest.raises(UserError, match="of the video can be decoded, its header tells of|the video cannot be read"):
+    with pytest.raises(UserError, match="of the video can be decoded, its header states|the video cannot be read"):
         list(decode_frames(Video(str(path)), sampled_frames(Video(str(path)), VideoSampling(fps=100)).indices))
 
 

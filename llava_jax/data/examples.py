@@ -136,7 +136,7 @@ def lay_out(record: Record, processor: ImageProcessor, exif: bool, max_pixels: i
                 sampled = sampled_frames(image, video, max_pixels)
                 media.append(len(sampled.indices))
                 if video.time_text and len(record.images) == 1:
-                    turns = tuple(turn | {"value": sampled.tell_times(turn["value"])} for turn in record.turns)
+                    turns = tuple(turn | {"value": sampled.add_times(turn["value"])} for turn in record.turns)
                     record = dataclasses.replace(record, turns=turns)
             else:
                 media.append((1, 1) if is_fixed else size or image_size(image, exif, max_pixels))

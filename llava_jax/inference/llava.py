@@ -269,7 +269,7 @@ class Llava:
         messages = as_messages(request.messages, len(layouts))
         if self.config.video.time_text and len(layouts) == 1 and isinstance(request.images[0], Video):
             sampled = sampled_frames(request.images[0], self.config.video)
-            messages = [message | {"content": sampled.tell_times(message["content"])} for message in messages]
+            messages = [message | {"content": sampled.add_times(message["content"])} for message in messages]
         tokens = encode_prompt(messages, self.template, self.tokenizer, [len(layout.index) for layout in layouts],
                                request.assistant_prefix, request.verbatim)
         if len(tokens) >= self.config.text.max_length:

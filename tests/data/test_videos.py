@@ -117,6 +117,6 @@ def test_without_pyav_no_video_is_skipped(folder, monkeypatch):
 def test_a_clip_that_ends_early_is_bad_when_it_is_decoded(folder, monkeypatch):
     made = spec(folder, [row(video="a.mp4")], video=VideoSampling(fps=10, frames=0), tiles_per_sequence=99)["spec"]
     monkeypatch.setattr("llava_jax.video._count", lambda *_: 40)  # its header lies
-    with pytest.raises(BadRow, match="30 frames of the video can be decoded, its header tells of") as raised:
+    with pytest.raises(BadRow, match="30 frames of the video can be decoded, its header states") as raised:
         made.tiles(0)
     assert raised.value.reason == "broken_image"
