@@ -91,7 +91,7 @@ def test_published_1_6_and_onevision(read):
     ({"image_grid_pinpoints": [[384, 384, 1]]}, {}, r"config.json: image_grid_pinpoints is \[\[384, 384, 1\]\]; "),
     ({"image_grid_pinpoints": [[384, "x"]]}, {}, "config.json: image_grid_pinpoints is .* pairs of sizes"),
     ({"image_grid_pinpoints": [[10**9, 384]]}, {}, "config.json: image_grid_pinpoints is .* pairs of sizes"),
-    ({"image_grid_pinpoints": []}, {"image_grid_pinpoints": None}, "config.json: image mode anyres .*pinpoints"),
+    ({"image_grid_pinpoints": []}, {"image_grid_pinpoints": None}, "config.json: .*anyres_max_9 needs pinpoints"),
     ({"image_grid_pinpoints": [[384, 500]]}, {"image_grid_pinpoints": None}, "pinpoint 500 x 384 is no multiple"),
     ({"vision_aspect_ratio": "anyres"}, {}, 'config.json: vision_aspect_ratio is "anyres"; supported: anyres_max_N'),
     ({"use_image_newline_parameter": False}, {}, "config.json: use_image_newline_parameter is False; supported: True"),
