@@ -6,7 +6,6 @@ non_lora_trainables.bin, whose parameters were trained in full, and its config.j
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from llava_jax.config import Lora
@@ -22,7 +20,7 @@ from llava_jax.errors import UserError
 from llava_jax.files import matches_schema, read_json, show_json
 from llava_jax.models import lora
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.weights import fields, files, original, source, tables
+from llava_jax.weights import fields, files, fingerprint, original, source, tables
 from llava_jax.weights.fields import FLAG, Field
 from llava_jax.weights.source import ParameterSource
 from llava_jax.weights.tables import Shape
@@ -56,11 +54,6 @@ SPELLINGS = {
     "original-lora": (),  # see original.py
     "decoder alone": ("",),
 }
-
-SAMPLES = 32
-"""Number of values of a kernel in a fingerprint."""
-TOLERANCE = 2.0**-7
-"""Relative difference of two values that rounding to bfloat16, once or twice, may cause."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +190,7 @@ def attach(adapter: Adapter, config: LlavaConfig, base: ParameterSource,
         raise UserError(f"{name} has adapters itself; merge them first (python -m llava_jax.convert --merge)")
     shapes = source.shapes(config)
     full = adapter.full(shapes)
-    check_base(adapter, base, {path for path, _ in full}, name)
+    fingerprint.check(adapter.directory, adapter.note, base, {path for path, _ in full}, name)
     targets = _targets(adapter, shapes)
     paths = {target.path for target, _, _ in targets.values()}
     settings = adapter.settings
@@ -343,43 +336,6 @@ def _factors(adapter: Adapter, targets: dict[str, tuple[LinearMap, int, float]],
         factors[f"{linear.path}/adapter/lora_a"] = dtype, lora_a
         factors[f"{linear.path}/adapter/lora_b"] = dtype, lora_b
     return factors
-
-
-def fingerprint(parameters: ParameterSource) -> dict[str, list[float]]:
-    """Returns values of some kernels of a base model, by path and layer, to recognise it by.
-
-    They are SAMPLES evenly spaced values, rounded to bfloat16, of the q_proj and down_proj kernels of the first and the
-    last layer of the decoder and the vision tower. So they do not depend on the layout, and by TOLERANCE not on the
-    dtype. A vocabulary may be padded.
-    """
-    samples = {}
-    for part in ("decoder", "vision"):
-        for kernel in ("attention/q_proj", "mlp/down_proj"):
-            path = f"{part}/layers/{kernel}/kernel"
-            for layer in sorted({0, parameters.shapes[path][0] - 1}) if path in parameters.shapes else ():
-                x = parameters.read(path, layer).reshape(-1)
-                values = x[np.linspace(0, x.size - 1, SAMPLES).astype(int)]
-                samples[f"{path}/{layer}"] = values.astype(ml_dtypes.bfloat16).astype(float).tolist()
-    return samples
-
-
-def check_base(adapter: Adapter, base: ParameterSource, trained: set[str], name: str | Path) -> None:
-    """Raises UserError if the base is not the one whose fingerprint the adapter's folder stores.
-
-    `trained`: parameters that the adapter replaces, which are not compared. Folders of other programs have none.
-    """
-    stored = adapter.note.get("fingerprint")
-    if stored is None:
-        return
-    actual = fingerprint(base)
-    same = all(
-        key.rpartition("/")[0] in trained or matches_schema(values, [float]) and
-        len(actual.get(key, [])) == len(values) and
-        all(math.isclose(x, y, rel_tol=TOLERANCE, abs_tol=1e-6) for x, y in zip(values, actual[key], strict=True))
-        for key, values in stored.items())
-    if not same:
-        raise UserError(f"{adapter.directory}: trained on another model than {name} (their kernels differ); name its "
-                        f"base, which was {show_json(adapter.note.get('base'))}")
 
 
 def merge(config: LlavaConfig, parameters: ParameterSource, name: str = "") -> tuple[LlavaConfig, ParameterSource]:

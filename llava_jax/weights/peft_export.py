@@ -10,7 +10,17 @@ import numpy as np
 from llava_jax.errors import UserError
 from llava_jax.models import lora
 from llava_jax.models.llava import LlavaConfig, Parameters
-from llava_jax.weights import checkpoint, configs, files, original_export, peft, source, tables, torch_writer
+from llava_jax.weights import (
+    checkpoint,
+    configs,
+    files,
+    fingerprint,
+    original_export,
+    peft,
+    source,
+    tables,
+    torch_writer,
+)
 from llava_jax.weights.files import NotFinite, TensorSpec
 from llava_jax.weights.source import ParameterSource
 
@@ -60,8 +70,8 @@ def save_peft(
     _check(layout, trained, has_adapter)
     pairs = _pairs(parameters, layout, dtype)
     full = _full(parameters, trained, layout, dtype)
-    note = {"base": str(base), "config": configs.native_config(config), "fingerprint": {
-        key: values for key, values in peft.fingerprint(parameters).items() if key.rpartition("/")[0] not in trained}}
+    note = {"base": str(base), "config": configs.native_config(config),
+            "fingerprint": fingerprint.compute(parameters, trained)}
 
     def write(target: Path | None, _: ParameterSource) -> NotFinite:
         if target:

@@ -3,8 +3,11 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
+import next_models
 import numpy as np
 import peft
 import pytest
@@ -22,6 +25,7 @@ from llava_jax.weights import checkpoint, load_checkpoint, save_peft, source
 from llava_jax.weights import peft as adapters
 
 DECODER = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
+GOLDEN = Path(__file__).parent.parent / "golden"
 IMAGE = 1990
 """Id of the image token in transformers' model."""
 
@@ -65,12 +69,12 @@ def assert_same_logits(llava, model, inputs):
     assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
 
 
-def assert_merges_to(hf_dir, adapter, model, tmp_path):
+def assert_merges_to(base_dir, adapter, model, tmp_path):
     """Merged parameters are those of a model whose adapters PEFT merges."""
+    shutil.copytree(base_dir, tmp_path / "merged", ignore=shutil.ignore_patterns("*.safetensors"))
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    shutil.copy(hf_dir / "tokenizer.model", tmp_path / "merged")
     expected = load_checkpoint(tmp_path / "merged", template="vicuna_v1")[1]
-    config, parameters = adapters.merge(*checkpoint.open_checkpoint(hf_dir, "vicuna_v1", adapter=adapter))
+    config, parameters = adapters.merge(*checkpoint.open_checkpoint(base_dir, "vicuna_v1", adapter=adapter))
     assert config.lora is None
     actual = checkpoint.load_source("test", parameters)
     assert actual.keys() == expected.keys()
@@ -126,13 +130,13 @@ def test_older_names(base, hf_dir, tmp_path, name):
     assert_merges_to(hf_dir, tmp_path / "adapter", wrapped, tmp_path)
 
 
-def with_adapters(hf_dir, **settings):
-    """The model of `hf_dir` with random adapters and another projector."""
+def with_adapters(hf_dir, trained="projector/", **settings):
+    """The model of `hf_dir` with random adapters and other values of what `trained` matches."""
     config, parameters = load_checkpoint(hf_dir, template="vicuna_v1")
     config = dataclasses.replace(config, lora=Lora(**{"rank": 4, "alpha": 12.0, "dropout": 0.1} | settings))
     rng = np.random.default_rng(3)
     for path, shape in source.shapes(config).items():
-        if path not in parameters or path.startswith("projector/"):
+        if path not in parameters or re.match(trained, path):
             parameters[path] = rng.normal(0, 0.2, shape).astype(np.float32)
     return config, parameters
 
@@ -156,6 +160,27 @@ def test_peft_opens_ours(base, hf_dir, tmp_path, inputs, monkeypatch, opener, se
         model.load_adapter(str(tmp_path / "adapter"))
     llava = Llava(config, parameters, Tokenizer.load(hf_dir))
     assert_same_logits(llava, model.eval(), inputs)
+
+
+@pytest.mark.parametrize("kind, text, tower, fields", [
+    ("llava_next", "mistral", "clip", {}), ("llava_onevision", "qwen2", "siglip", {"tie_word_embeddings": True})])
+def test_1_6_and_onevision(tmp_path, kind, text, tower, fields):
+    """PEFT opens ours with a newline and a tower that were trained in full, and we open PEFT's."""
+    model = next_models.build(kind, text, tower, **fields)
+    base = next_models.save(model, tmp_path / "base", GOLDEN)
+    wrapped = adapted(model, target_modules=DECODER, modules_to_save=["multi_modal_projector"])
+    wrapped.save_pretrained(tmp_path / "theirs")
+    assert_merges_to(base, tmp_path / "theirs", wrapped, tmp_path)
+    shutil.rmtree(tmp_path / "merged")
+
+    config, parameters = with_adapters(base, "projector/|image_newline|vision/")
+    trained = [path for path in parameters if re.match("projector/|image_newline|vision/", path)]
+    save_peft(tmp_path / "ours", config, parameters, base, trained=trained)
+    loaded = checkpoint.load_source("ours", checkpoint.open_checkpoint(base, "vicuna_v1", adapter=tmp_path / "ours")[1])
+    assert loaded.keys() == parameters.keys()
+    for path in parameters:
+        np.testing.assert_array_equal(loaded[path], parameters[path], err_msg=path)
+    assert_merges_to(base, tmp_path / "ours", peft.PeftModel.from_pretrained(model, tmp_path / "ours"), tmp_path)
 
 
 def test_ours_comes_back(hf_dir, tmp_path):
