@@ -179,7 +179,7 @@ def _open_decoder(directory: Path, adapter: peft.Adapter, template: str | None,
     config = dataclasses.replace(config, text=read_config(directory), lora=None)
     own_parameters = {path for path in source.shapes(config) if not path.startswith(("vision/", "decoder/"))}
     tensors = original.open_tensors(directory, own, config, tower, None)
-    return config, source.from_original_files(directory, config, tensors, own_parameters)
+    return config, source.from_original_files(directory, config, tensors, own_parameters, original.speller(config))
 
 
 def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, vision: str | Path | None = None,
