@@ -56,6 +56,9 @@ class Span(NamedTuple):
     cut: bool = False  # whether no token may reach into it from before, because an answer starts
 
 
+START_END = f"<im_start>{IMAGE}<im_end>"
+"""An image between two tokens: a setting of the model (mm_use_im_start_end), so also in what benchmarks ask."""
+
 CURIOUS_USER = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -165,8 +168,8 @@ TEMPLATES: dict[str, Template] = {
         _LLAVA_V0,
         replace(_LLAVA_V0, name="v0_mmtag", system=TAGGED_IMAGES, image="<Image><image></Image>"),
         # LLaVA v0 and v1-1 were trained with mm_use_im_start_end: an image is between two tokens.
-        replace(_LLAVA_V0, name="v0_start_end", image="<im_start><image><im_end>"),
-        replace(_VICUNA_V1, name="v1_start_end", image="<im_start><image><im_end>"),
+        replace(_LLAVA_V0, name="v0_start_end", image=START_END),
+        replace(_VICUNA_V1, name="v1_start_end", image=START_END),
         _LLAVA_LLAMA_2,
         replace(_LLAVA_LLAMA_2, name="llama_2", system=LLAMA_2_CHAT),
         replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between=""),
@@ -251,8 +254,8 @@ def spans(
         `<image>` the mark is moved to the front, followed by a newline; a text with several keeps their positions.
       system: replaces the template's system text; "" leaves it out.
       open_answer: end with the start of an assistant turn, which the model continues.
-      verbatim: write texts as they are: outer spaces stay, and an image is a bare `<image>` in every template. LLaVA's
-        benchmark scripts do so, unlike its training.
+      verbatim: write texts as they are: outer spaces stay, and an image is a bare `<image>` in every template, or
+        START_END. LLaVA's benchmark scripts do so, unlike its training.
       unsupervised: indices of the answers that are not supervised.
 
     An empty text is written as the format's `empty` says. Raises UserError if the format cannot express the input.
@@ -270,7 +273,10 @@ def spans(
     is_supervised = any(supervised)
     rendered = [Span(before, False)]
     for i, (role, text) in enumerate(turns):
-        text = text if verbatim else _move_image(text, template)
+        if not verbatim:
+            text = _move_image(text, template)
+        elif template.image == START_END:
+            text = text.replace(IMAGE, START_END)
         if role == "user":
             rendered += [Span(sign, is_supervised), Span(_question(text, template, first=i == 0, system=inside), False)]
             continue

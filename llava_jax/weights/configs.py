@@ -232,10 +232,15 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
         **ids,
         "vision_config": hf_vision(config.vision),
         "text_config": hf_text(config.text, vocab_size) | ids,
-        MODEL_TYPE: {"template": config.template, "exif": config.exif, "video": dataclasses.asdict(config.video),
-                     **processors.extras(config.processor)}
-        | ({"merged": config.merged} if config.merged else {}),
+        MODEL_TYPE: own_settings(config),
     }
+
+
+def own_settings(config: LlavaConfig) -> dict[str, Any]:
+    """Returns what other layouts have no field for; their config.json has it under MODEL_TYPE."""
+    settings = {"template": config.template, "exif": config.exif, "video": dataclasses.asdict(config.video),
+                **processors.extras(config.processor)}
+    return settings | ({"merged": config.merged} if config.merged else {})
 
 
 def hf_vision(config: VisionConfig) -> dict:

@@ -94,6 +94,16 @@ def list_tensors(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def tensor_names(directory: Path) -> list[str]:
+    """Returns the names of a directory's tensors. An index is enough, so its files may be missing."""
+    if not has_tensors(directory):
+        return []
+    index = next((directory / name for name in (INDEX, TORCH_INDEX) if (directory / name).exists()), None)
+    single = any((directory / name).exists() for name in (SINGLE, TORCH_SINGLE))
+    weight_map = None if single or index is None else read_json(index).get("weight_map")
+    return [*weight_map] if isinstance(weight_map, dict) else [*list_tensors(directory)]
+
+
 def _is_inside(directory: Path, name: Any, index: Path) -> bool:
     """Returns True if `name` is a file of the index's directory. Raises UserError otherwise.
 

@@ -69,8 +69,8 @@ def is_original(directory: Path, raw: Mapping[str, Any]) -> bool:
         return False
     if "mm_vision_tower" in raw or re.match(r"llava_(llama|mistral|qwen|mpt)", str(raw.get("model_type"))):
         return True
-    return raw.get("model_type") in ("llava", *configs.TEXT_MODELS) and files.has_tensors(directory) and any(
-        "mm_projector." in name for name in files.list_tensors(directory))
+    return raw.get("model_type") in ("llava", *configs.TEXT_MODELS) and any(
+        "mm_projector." in name for name in files.tensor_names(directory))
 
 
 def read_config(directory: Path, raw: dict[str, Any], template: str | None, vision: str | Path | None) -> LlavaConfig:
@@ -87,7 +87,7 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
     """
     file = directory / "config.json"
     checked = fields.check_fields(file, raw, FIELDS)
-    stored = _by_hf_name(directory) if files.has_tensors(directory) else {}
+    stored = {*map(hf_name, files.tensor_names(directory))}
     kind = _decoder(file, raw, stored)
     text = configs.read_decoder(file, raw, kind)
     tower, is_siglip = _tower(directory, raw, vision, stored)
@@ -104,12 +104,12 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
             processor=dataclasses.replace(_processor(directory, raw, tower, select == "cls_patch", vision), **{
                 name: extras[name] for name in processors.OWN if name in extras}),
             template=_template(directory, raw, kind, template), exif=extras.get("exif", False),
-            video=fields.video(file, video, f"{configs.MODEL_TYPE}.video."))
+            merged=extras.get("merged", ""), video=fields.video(file, video, f"{configs.MODEL_TYPE}.video."))
     except ValueError as error:
         raise UserError(str(error) if str(error).startswith(str(directory)) else f"{file}: {error}") from None
 
 
-def _decoder(file: Path, raw: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> str:
+def _decoder(file: Path, raw: Mapping[str, Any], stored: set[str]) -> str:
     """Returns the model_type of the decoder, from its keys, or else the class or model_type of the LLaVA."""
     names = f"{raw.get('model_type')} {' '.join(map(str, raw.get('architectures', ())))}".lower()
     if "mpt" in names or any(name.startswith("transformer.") for name in stored):
@@ -133,7 +133,7 @@ def _projector(checked: Mapping[str, Any]) -> str:
 
 
 def _tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None,
-           stored: Mapping[str, TensorInfo]) -> tuple[VisionConfig, bool]:
+           stored: set[str]) -> tuple[VisionConfig, bool]:
     """Returns the configuration of the vision tower, and whether it is a SigLIP."""
     file, name = directory / "config.json", raw.get("mm_vision_tower") or "of an unknown name"
     is_stored = any(key.startswith(tables.VISION) for key in stored)
@@ -148,7 +148,7 @@ def _tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None,
         if not isinstance(tower, VisionConfig):
             raise UserError(f"{folder}: model_type {files.read_json(folder / 'config.json')['model_type']} is not a "
                             "vision tower")
-    elif name in HUB_TOWERS and (not stored or is_stored and _is_tower(HUB_TOWERS[name], stored)):
+    elif name in HUB_TOWERS and (not stored or is_stored and _is_tower(HUB_TOWERS[name], directory)):
         tower = HUB_TOWERS[name]
     else:
         what = "its config.json is needed, because the tensors do not tell all of its sizes" if is_stored else (
@@ -159,8 +159,12 @@ def _tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None,
     return tower, not tower.class_token
 
 
-def _is_tower(tower: VisionConfig, stored: Mapping[str, TensorInfo]) -> bool:
+def _is_tower(tower: VisionConfig, directory: Path) -> bool:
     """Returns whether stored tensors have the sizes of a tower, as its position embedding tells."""
+    try:
+        stored = _by_hf_name(directory)
+    except UserError:  # told when the tensors are read; `plan` needs none
+        return True
     positions = stored.get(f"{tables.VISION}embeddings.position_embedding.weight")
     return positions is not None and positions.shape == (tower.num_tokens, tower.hidden_size)
 

@@ -114,9 +114,7 @@ def config_json(config: LlavaConfig, tower: str | None = None, has_tower: bool =
         "unfreeze_mm_vision_tower": has_tower, "tokenizer_model_max_length": config.text.max_length,
         "tokenizer_padding_side": "right",
         "image_aspect_ratio": f"anyres_max_{processor.max_tiles}" if processor.max_tiles else ratio,
-        configs.MODEL_TYPE: {"template": config.template, "exif": config.exif,
-                             "video": dataclasses.asdict(config.video),
-                             **{name: getattr(processor, name) for name in processors.OWN}},
+        configs.MODEL_TYPE: configs.own_settings(config),
     }
     if processor.pinpoints:
         settings["image_grid_pinpoints"] = [list(pinpoint) for pinpoint in processor.pinpoints]

@@ -14,10 +14,11 @@ import transformers
 from original_models import ONEVISION, config_json, siglip_qwen2, without_tower, write
 
 from llava_jax import convert
+from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, abstract_params, from_params
 from llava_jax.video import VideoSampling
-from llava_jax.weights import load_checkpoint, original, read_config
+from llava_jax.weights import load_checkpoint, load_model, original, read_config
 from llava_jax.weights.original_export import config_json as exported_json
 from llava_jax.weights.original_export import hub_tower
 
@@ -42,6 +43,7 @@ def test_llava_1_5_opens_as_the_hf_layout(hf_dir, weights, tower, tmp_path, form
     assert (config.vision, config.projector, config.feature_layer) == (
         expected_config.vision, expected_config.projector, expected_config.feature_layer)
     assert config.text == expected_config.text
+    assert_same(load_model(Model(llava=str(folder)), config, 0), parameters)  # of a recipe
     assert (config.template, config.processor.mode, config.processor.mean) == ("vicuna_v1", "pad", (0.1, 0.2, 0.3))
 
 
@@ -187,6 +189,19 @@ def test_unknown_tensors_and_half_downloads_are_told(weights, tower, tmp_path):
     shard.write_bytes(content)
     index.unlink()
     told("has torch files, but neither pytorch_model.bin nor", folder, "--vision", tower)
+
+
+def test_a_configuration_needs_no_tensors(weights, tower, tmp_path):
+    """As `plan` reads it: config.json, with the index of the tensors or without."""
+    folder = write(tmp_path / "x", weights, config_json(mm_vision_tower=str(tower)), "shards")
+    expected = read_config(folder)
+    for file in folder.glob("*.bin"):
+        file.unlink()
+    assert read_config(folder) == expected
+    (folder / "pytorch_model.bin.index.json").unlink()
+    assert read_config(folder) == expected
+    (folder / "config.json").write_text(json.dumps(config_json()))
+    assert read_config(folder).vision == LlavaConfig().vision  # a published tower
 
 
 # Exports.

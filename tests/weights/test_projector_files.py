@@ -81,6 +81,9 @@ def test_the_prompt_of_v0_has_its_start_and_end_tokens(base, delta, tmp_path):
     tokens = llava.encode("What is it?", [np_image()])["tokens"][0].tolist()
     at = tokens.index(2001)
     assert tokens[at : at + 6] == [2001, -200, -200, -200, -200, 2002] and tokens.count(2001) == 1
+    asked = [("user", "<image>\nWhat?")]  # as LLaVA's benchmark scripts write it
+    assert "<im_start><image><im_end>\nWhat?" in "".join(
+        span.text for span in templates.spans(asked, templates.get(llava.template), verbatim=True))
     assert read_config(tmp_path / "sum", "vicuna_v1").template == "vicuna_v1"  # native: as it is named
 
 
