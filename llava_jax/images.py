@@ -316,7 +316,8 @@ def parse_pinpoints(text: str, size: int) -> tuple[tuple[int, int], ...]:
     """
     pair = r"[(\[]\s*(\d{1,5})\s*[x,]\s*(\d{1,5})\s*[)\]]"
     points = [(int(width), int(height)) for width, height in re.findall(pair, text)]
-    if "..." in text:
+    are_tiles = "x" in text and any(min(point) < size for point in points)  # the original has a range without dots
+    if "..." in text or are_tiles:
         (left, low), (right, high) = points[:1] + points[-1:] if len(points) > 1 else [(0, 0)] * 2
         count = max(0, right - left + 1) * max(0, high - low + 1)
         points = [(size * width, size * height) for width in range(left, right + 1) for height in range(low, high + 1)
