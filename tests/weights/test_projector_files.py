@@ -28,10 +28,12 @@ def told(match, action, *arguments) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A LLaMA 1 of 2000 tokens, of which LLaVA v0 is a delta with three more."""
+    """A LLaMA 1 of 2000 tokens, of which LLaVA v0 is a delta with three more. Old transformers wrote torch files."""
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("base") / "llama"
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).half().save_pretrained(folder)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).half()
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
     return folder
 
 
