@@ -86,10 +86,13 @@ def test_logits(hf_dir, parts, trained):
     ids = torch.tensor(np.where(tokens == IMAGE_TOKEN_ID, IMAGE, tokens)).long()
     with torch.no_grad():
         expected = whole(input_ids=ids, pixel_values=torch.tensor(images).permute(0, 3, 1, 2)).logits.numpy()
-    for base, vision in ((parts[0], parts[1]), (hf_dir, None)):  # the base of a v1.5 LoRA, and of a task LoRA
-        llava = llava_jax.load(base, adapter=folder, vision=vision, template="vicuna_v1")
-        actual = np.asarray(llava.model(tokens, images[:, None]))
-        assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
+    llava = llava_jax.load(parts[0], adapter=folder, vision=parts[1], template="vicuna_v1")
+    actual = np.asarray(llava.model(tokens, images[:, None]))
+    assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
+    opened = checkpoint.open_checkpoint(hf_dir, "vicuna_v1", adapter=folder)[1]  # a finished LLaVA, as of a task LoRA
+    assert llava.parameters.keys() == opened.shapes.keys()
+    for path, x in checkpoint.load_source("task", opened).items():
+        np.testing.assert_array_equal(llava.parameters[path], x, err_msg=path)
 
 
 def test_what_is_missing_is_told(hf_dir, parts, trained, tmp_path):

@@ -14,13 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from commands import run_command
 
 import llava_jax
 from llava_jax.config import Lora
 from llava_jax.errors import UserError
-from llava_jax.inference.llava import Llava
 from llava_jax.text.encode import IMAGE_TOKEN_ID
-from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.weights import checkpoint, load_checkpoint, save_peft, source
 from llava_jax.weights import peft as adapters
 
@@ -63,12 +62,6 @@ def inputs():
     return tokens, rng.normal(size=(2, 28, 28, 3)).astype(np.float32)
 
 
-def assert_same_logits(llava, model, inputs):
-    expected = torch_logits(model, *inputs)
-    actual = np.asarray(llava.model(inputs[0], inputs[1][:, None]))
-    assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
-
-
 def assert_merges_to(base_dir, adapter, model, tmp_path):
     """Merged parameters are those of a model whose adapters PEFT merges."""
     shutil.copytree(base_dir, tmp_path / "merged", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -82,16 +75,17 @@ def assert_merges_to(base_dir, adapter, model, tmp_path):
         np.testing.assert_allclose(actual[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(target_modules=DECODER, modules_to_save=["multi_modal_projector"]),
-    dict(target_modules=["q_proj", "v_proj", "fc1", "linear_1"], use_rslora=True)], ids=["projector", "tower"])
-def test_folders_of_peft_have_its_logits(base, hf_dir, tmp_path, inputs, settings):
-    wrapped = adapted(base, **settings)
+def test_a_folder_of_peft_has_its_logits(base, hf_dir, tmp_path, inputs):
+    wrapped = adapted(base, target_modules=["q_proj", "v_proj", "fc1", "linear_1"], use_rslora=True)
     wrapped.save_pretrained(tmp_path / "adapter")
-    assert_same_logits(llava_jax.load(hf_dir, adapter=tmp_path / "adapter", template="vicuna_v1"), wrapped, inputs)
+    llava = llava_jax.load(hf_dir, adapter=tmp_path / "adapter", template="vicuna_v1")
+    expected = torch_logits(wrapped, *inputs)
+    actual = np.asarray(llava.model(inputs[0], inputs[1][:, None]))
+    assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
 
 
 SETTINGS = {
+    "projector": dict(target_modules=DECODER, modules_to_save=["multi_modal_projector"]),
     "all-linear": dict(target_modules="all-linear"),
     "some layers": dict(target_modules=["o_proj", "down_proj"], layers_to_transform=[1], layers_pattern="layers"),
     "excluded": dict(target_modules=["q_proj"], exclude_modules=r".*vision_tower.*", init_lora_weights="gaussian"),
@@ -144,22 +138,17 @@ def with_adapters(hf_dir, trained="projector/", **settings):
 TOWER = ("vision/layers/attention/q_proj", "decoder/layers/mlp/(gate|down)_proj", "projector/layers_1")
 
 
-@pytest.mark.parametrize("opener", ["PEFT", "transformers"])
 @pytest.mark.parametrize("settings", [{}, dict(targets=TOWER, rslora=True, alpha=2.5)], ids=["decoder", "tower"])
-def test_peft_opens_ours(base, hf_dir, tmp_path, inputs, monkeypatch, opener, settings):
-    config, parameters = with_adapters(hf_dir, **settings)
-    if settings:  # a projector with an adapter is that of the base
-        parameters |= {path: x for path, x in load_checkpoint(hf_dir, template="vicuna_v1")[1].items()}
+def test_peft_and_transformers_open_ours(base, hf_dir, tmp_path, inputs, monkeypatch, settings):
+    config, parameters = with_adapters(hf_dir, "nothing" if settings else "projector/", **settings)
     save_peft(tmp_path / "adapter", config, parameters, hf_dir)
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    assert (wrapped.peft_config["default"].r, wrapped.peft_config["default"].lora_dropout) == (4, 0.1)
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
     model = copy.deepcopy(base)
-    if opener == "PEFT":
-        model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
-        assert (model.peft_config["default"].r, model.peft_config["default"].lora_dropout) == (4, 0.1)
-    else:
-        monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
-        model.load_adapter(str(tmp_path / "adapter"))
-    llava = Llava(config, parameters, Tokenizer.load(hf_dir))
-    assert_same_logits(llava, model.eval(), inputs)
+    model.load_adapter(str(tmp_path / "adapter"))
+    np.testing.assert_array_equal(torch_logits(model.eval(), *inputs), torch_logits(wrapped, *inputs))
+    assert_merges_to(hf_dir, tmp_path / "adapter", wrapped, tmp_path)
 
 
 @pytest.mark.parametrize("kind, text, tower, fields", [
@@ -183,9 +172,14 @@ def test_1_6_and_onevision(tmp_path, kind, text, tower, fields):
     assert_merges_to(base, tmp_path / "ours", peft.PeftModel.from_pretrained(model, tmp_path / "ours"), tmp_path)
 
 
-def test_ours_comes_back(hf_dir, tmp_path):
+def test_ours_comes_back(hf_dir, ours, tmp_path):
+    """From the base with the adapter, unmerged, to the native layout and to an adapter again."""
     config, parameters = with_adapters(hf_dir)
-    save_peft(tmp_path / "adapter", config, parameters, hf_dir)
+    steps = (hf_dir, tmp_path / "native", "--adapter", ours, "--to", "native", "--template", "vicuna_v1"), (
+        tmp_path / "native", tmp_path / "adapter", "--to", "peft")
+    for arguments in steps:
+        result = run_command("convert", *arguments, "--dtype", "keep")
+        assert result.code == 0, result.err
     again, loaded = load_checkpoint(hf_dir, template="vicuna_v1", adapter=tmp_path / "adapter")
     assert again == config
     for path, x in parameters.items():
