@@ -99,6 +99,9 @@ class Model:
     with a projector may also be beside `vision` and `language`."""
     lora: Lora | None = None
     """Low-rank adapters that are added to the model, in training beside it and in the finished model merged."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Storage of the frozen kernels of the decoder's layers in training (QLoRA): 8 bits with a scale for each output,
+    or 4 bits with a scale for each 64 inputs. The finished model has the kernels of the checkpoint."""
     template: str | None = None
     """Conversation template of the finished model; default: the last stage's, or the checkpoint's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

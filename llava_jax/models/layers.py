@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from llava_jax.errors import UserError
 from llava_jax.models.cpu import matmul
+from llava_jax.models.quantized import QuantizedKernel, quantized_matmul
 from llava_jax.parallel.sharding import ROWS, constrain
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ normal = jax.nn.initializers.normal(0.02)
 class Linear(nnx.Module):
     """A linear map `[..., *inputs] -> [..., *outputs]` with a kernel of shape `inputs + outputs`, in the input's dtype.
 
+    The kernel is an array or, if it is frozen and has a layer axis, a QuantizedKernel.
     `adapter`, if set, is a module `[..., D] -> [..., F]` over flattened axes, whose result is added before the bias:
     a low-rank update beside the kernel, for example. `replicate_layers` and `fuse` keep it.
     """
@@ -65,7 +67,11 @@ class Linear(nnx.Module):
         # Flattened to matrices, because XLA would copy gathered kernels and inputs of more axes to another layout.
         if self.num_input_axes > 1:
             x = optimization_barrier(x.reshape(*x.shape[: x.ndim - self.num_input_axes], -1))
-        y = matmul(x, self.kernel[...].astype(x.dtype).reshape(x.shape[-1], -1))
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, QuantizedKernel):
+            y = quantized_matmul(x, kernel)
+        else:
+            y = matmul(x, kernel.astype(x.dtype).reshape(x.shape[-1], -1))
         if self.adapter is not None:
             y = y + self.adapter(x)
         if self.bias is not None:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.quantized import abstract_quantized, is_quantizable
 from llava_jax.plan.topologies import GIB, Slice
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.setup import model_layout
@@ -86,6 +87,8 @@ def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, mod
 
     trainable = {path: parameter(path, "float32") for path in rates}
     frozen = {path: parameter(path, dtype) for path in shapes if path not in rates}
+    if (kind := recipe.model.quantize) != "none":
+        frozen |= {path: abstract_quantized(path, x, kind) for path, x in frozen.items() if is_quantizable(path)}
     tx = make_optimizer(stage, rates, stage.steps or SCHEDULE_STEPS)
     state = abstract_state(tx, trainable, stage.optimizer.offload)
     return make_train_step(graphs[name], tx, state, recipe.seed), (state, frozen, abstract_batch(stage, mesh, model))
@@ -153,7 +156,9 @@ def compile_program(lowered: jax.stages.Lowered, parts: dict[str, int], where: S
 def device_bytes(tree, memory: str = "device") -> int:
     """Returns the bytes of abstract arrays on one device, or in its share of the host's memory (`pinned_host`)."""
     arrays = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind or "device") == memory]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    # A TPU packs two 4-bit codes in a byte, but their itemsize is 1.
+    bits = [4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize for x in arrays]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * size // 8 for x, size in zip(arrays, bits, strict=True))
 
 
 def _out_of_memory(message: str) -> tuple[int, int]:

@@ -49,11 +49,14 @@ def check_finite(digests_by_path: Mapping[str, tuple[str, bool]], what: str, adv
 
 @jax.jit
 def _sums(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
-    return {path: (_sum_of_bits(x), jnp.isfinite(x).all()) for path, x in leaves.items()}
+    return {path: (_sum_of_bits(x), jnp.issubdtype(x.dtype, jnp.integer) or jnp.isfinite(x).all())
+            for path, x in leaves.items()}
 
 
 def _sum_of_bits(x: Array) -> Array:
     """Returns the sum, modulo 2^32, of a hashed word for every element's bits and position."""
+    if x.dtype == jnp.uint4:
+        x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     word = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     for axis in range(x.ndim):

@@ -1,10 +1,12 @@
 """Loads the parameters that a stage starts from: the source checkpoints, then what earlier stages have trained."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llava_jax.models import quantized
 from llava_jax.models.llava import Parameters
 from llava_jax.parallel.processes import LOAD_TIMEOUT, allgather_object
 from llava_jax.train.digests import check_finite, digests, fingerprint
@@ -15,13 +17,14 @@ from llava_jax.weights import load_model
 SOURCES_NOT_FINITE = "the checkpoints that the recipe starts from hold them"
 
 
-def load_parameters(context: TrainContext, dtype: Callable[[str], str], before: str | None) -> Parameters:
+def load_parameters(context: TrainContext, dtype: Callable[[str], str], before: str | None,
+                    store: Callable[[str, jax.Array], Any] = lambda path, x: x) -> Parameters:
     """Returns all parameters before the stage `before`, or after the last stage if it is None.
 
-    `dtype` returns the dtype of a parameter path.
+    `dtype` returns the dtype of a parameter path. `store` is that of `load_model`.
     """
     parameters = load_model(context.recipe.model, context.model, context.recipe.seed, dtype=dtype,
-                            sharding=lambda path, shape: context.shardings[path])
+                            sharding=lambda path, shape: context.shardings[path], store=store)
     for name, stage in context.recipe.stages.items():
         if name == before:
             break
@@ -29,9 +32,17 @@ def load_parameters(context: TrainContext, dtype: Callable[[str], str], before: 
                 for path in trainable_paths(stage, list(context.shardings))}
         checkpoints = context.checkpoints(name)
         trained = checkpoints.trainable(checkpoints.latest(), like)
-        parameters |= {path: x.astype(dtype(path)) for path, x in trained.items()}
+        parameters |= {path: store(path, x.astype(dtype(path))) for path, x in trained.items()}
         checkpoints.close()
     return parameters
+
+
+def store_kernel(path: str, x: jax.Array, kind: str) -> Any:
+    """Returns a frozen parameter as the step reads it: quantised if it is a kernel of the decoder's layers."""
+    if not quantized.is_quantizable(path):
+        return x
+    shardings = jax.tree.map(lambda x: x.sharding, quantized.abstract_quantized(path, x, kind))
+    return jax.jit(lambda x: quantized.quantize(path, x, kind), out_shardings=shardings)(x)
 
 
 def split_parameters(context: TrainContext, stage: str, rates: Mapping[str, float]
@@ -40,7 +51,12 @@ def split_parameters(context: TrainContext, stage: str, rates: Mapping[str, floa
 
     The paths of `rates` are trainable. Raises UserError if a parameter is not finite.
     """
-    parameters = load_parameters(context, lambda path: "float32" if path in rates else context.dtype, before=stage)
+    kind = context.recipe.model.quantize
+
+    def store(path: str, x: jax.Array) -> Any:
+        return x if kind == "none" or path in rates else store_kernel(path, x, kind)
+
+    parameters = load_parameters(context, lambda path: "float32" if path in rates else context.dtype, stage, store)
     # Names a process that is late, which the collectives that follow cannot.
     allgather_object(f"stages.{stage}: the parameters are loaded", None, LOAD_TIMEOUT)
     trainable = {path: x for path, x in parameters.items() if path in rates}

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.models.llava import LlavaConfig, abstract_params, choose_attention
+from llava_jax.models.quantized import is_quantizable
 from llava_jax.parallel import sharding
 from llava_jax.parallel.processes import assert_equal_across_processes
 from llava_jax.text import agreement, templates
@@ -139,6 +140,11 @@ def model_layout(
             raise UserError(f"stages.{name}.batch_size: {stage.batch_size} sequences in "
                             f"{stage.gradient_accumulation} micro-batches do not divide over data x fsdp = "
                             f"{data_devices} devices")
+    kernels = set(filter(is_quantizable, shapes))
+    if recipe.model.quantize != "none" and all(
+            kernels <= trainable_paths(stage, list(shapes)).keys() for stage in recipe.stages.values()):
+        raise UserError(f"model.quantize {recipe.model.quantize}: every stage trains all kernels of the decoder's "
+                        "layers, and only frozen kernels are quantised; train adapters (model.lora), or leave it out")
     return dtype, graphs, shapes, shardings
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,10 +90,12 @@ def load_model(
     *,
     dtype: str | Callable[[str], str] = "float32",
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    store: Callable[[str, jax.Array], Any] = lambda path, x: x,
 ) -> Parameters:
     """Loads the parameters of a recipe's model, and initialises those that its table of fresh parameters names.
 
-    `dtype` and `sharding` are as in `load_checkpoint`. Raises UserError if a parameter is missing or left over.
+    `dtype` and `sharding` are as in `load_checkpoint`. `store` converts each parameter of a checkpoint to the value
+    that is returned for its path, before the next is read. Raises UserError if a parameter is missing or left over.
     """
     shapes = source.shapes(model)
     fresh = source.fresh_paths(sources, shapes)
@@ -106,7 +109,7 @@ def load_model(
         shardings = sharding and {path: sharding(path, shapes[path]) for path in fresh}
         parameters = jax.jit(initialise, out_shardings=shardings)()
     for path, part in _open_parts(sources, model, fresh).items():
-        parameters |= load_source(path, part, dtype, sharding)
+        parameters |= load_source(path, part, dtype, sharding, store)
     if missing := sorted(shapes.keys() - parameters.keys()):
         raise UserError(f"model.fresh: no checkpoint has {files.shorten(missing)}, and no row names it")
     return parameters
@@ -195,10 +198,12 @@ def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, visio
 
 
 def load_source(name: str | Path, parameters: ParameterSource, dtype: str | Callable[[str], str] = "float32",
-                sharding: Callable | None = None) -> Parameters:
-    """Reads parameters onto devices. `name` is that of their checkpoint, for messages; see `load_checkpoint`."""
+                sharding: Callable | None = None,
+                store: Callable[[str, jax.Array], Any] = lambda path, x: x) -> Parameters:
+    """Reads parameters onto devices. `name` is that of their checkpoint, for messages; see `load_model`."""
     dtype_of = dtype if callable(dtype) else lambda path: dtype
-    return {path: _to_devices(name, parameters, path, dtype_of(path), sharding) for path in parameters.shapes}
+    return {path: store(path, _to_devices(name, parameters, path, dtype_of(path), sharding))
+            for path in parameters.shapes}
 
 
 def _to_devices(name: str | Path, parameters: ParameterSource, path: str, dtype: str,

@@ -1,8 +1,9 @@
 """Run by test_sharding.py in processes of its own: three train steps on a mesh; saves losses and parameters.
 
-python sharded_steps.py OUT.npz DATA FSDP TENSOR [DATA FSDP TENSOR ...]
+python sharded_steps.py OUT.npz full|qlora DATA FSDP TENSOR [DATA FSDP TENSOR ...]
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -19,6 +20,7 @@ from llava_jax.parallel import sharding
 from llava_jax.parallel.processes import initialize
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
+from llava_jax.train.parameters import store_kernel
 from llava_jax.train.step import init_state, make_train_step
 
 MODEL = LlavaConfig(
@@ -28,6 +30,11 @@ MODEL = LlavaConfig(
 STAGE = config.Stage(
     learning_rates=(("vision/.*", None), ("projector/.*", 1e-2), ("decoder/.*", 1e-3)),
     data=config.Data(path="unused"), optimizer=config.Optimizer(clip=1.0))
+LORA = dataclasses.replace(MODEL, lora=config.Lora(rank=4, alpha=8.0, dropout=0.2, targets=(
+    *config.Lora().targets, "vision/layers/attention/(q|o)_proj")))
+# A large eps, because Adam would enlarge the rounding of tiny gradients.
+LORA_STAGE = dataclasses.replace(STAGE, optimizer=config.Optimizer(clip=1.0, eps=1e-3), learning_rates=(
+    ("projector/.*|.*/lora_.*", 1e-2), ("(vision|decoder)/(?!.*/lora_).*", None)))
 MICRO, ROWS, LENGTH = 2, 8, 24
 
 
@@ -52,16 +59,19 @@ def make_batch() -> dict[str, np.ndarray]:
 
 
 def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "full",
-        offload: bool = False) -> dict[str, np.ndarray]:
-    """Losses, gradient norms and trained parameters after three steps."""
-    graph, shapes = abstract_params(MODEL, remat=remat)
+        offload: bool = False, qlora: bool = False) -> dict[str, np.ndarray]:
+    """Losses, gradient norms and trained parameters after three steps; `qlora`: of adapters beside kernels in nf4."""
+    model, stage = (LORA, LORA_STAGE) if qlora else (MODEL, STAGE)
+    graph, shapes = abstract_params(model, remat=remat)
     shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, mesh)
     with jax.set_mesh(mesh):
-        parameters = jax.jit(lambda: init_params(MODEL), out_shardings=shardings)()
-        rates = trainable_paths(STAGE, list(parameters))
-        tx = make_optimizer(STAGE, rates, 10)
+        parameters = jax.jit(lambda: init_params(model), out_shardings=shardings)()
+        rates = trainable_paths(stage, list(parameters))
+        tx = make_optimizer(stage, rates, 10)
         state = init_state(tx, {path: parameters[path] for path in rates}, offload)
         frozen = {path: x for path, x in parameters.items() if path not in rates}
+        if qlora:
+            frozen = {path: store_kernel(path, x, "nf4") for path, x in frozen.items()}
         step = make_train_step(graph, tx, state)
         rows = NamedSharding(mesh, P(None, ("data", "fsdp")))
         # Every process knows the whole batch here and gives the devices that are its own their rows.
@@ -77,10 +87,11 @@ def run(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], remat: str = "ful
 
 if __name__ == "__main__":
     initialize()
-    out, sizes = sys.argv[1], [int(size) for size in sys.argv[2:]]
+    out, kind, *sizes = sys.argv[1:]
+    sizes = [int(size) for size in sizes]
     for i in range(0, len(sizes), 3):
         axes = config.Mesh(*sizes[i : i + 3])
         count = axes.data * axes.fsdp * axes.tensor
-        result = run(sharding.make_mesh(axes, jax.devices()[:count]), make_batch())
+        result = run(sharding.make_mesh(axes, jax.devices()[:count]), make_batch(), qlora=kind == "qlora")
         if jax.process_index() == 0:
             np.savez(f"{out}_{axes.data}_{axes.fsdp}_{axes.tensor}.npz", **result)

@@ -18,10 +18,10 @@ from llava_jax.parallel import sharding
 SCRIPT = Path(__file__).with_name("sharded_steps.py")
 
 
-def start(out: Path, sizes: list[int], devices: int, **env: str) -> subprocess.Popen:
+def start(out: Path, sizes: list[int], devices: int, kind: str = "full", **env: str) -> subprocess.Popen:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | env
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *map(str, sizes)], env=env, text=True,
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(out), kind, *map(str, sizes)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -52,6 +52,13 @@ def test_meshes_of_eight_devices_train_as_one_device(one_device, tmp_path):
     for mesh in meshes:
         assert_same(dict(np.load(tmp_path / "run_{}_{}_{}.npz".format(*mesh))), one_device)
     assert "Involuntary full rematerialization" not in output
+
+
+def test_meshes_train_the_same_adapters(tmp_path):
+    """With dropout, and frozen kernels in 4 bits whose scales are replicated where they do not divide."""
+    finish(start(tmp_path / "run", [1, 1, 1, 2, 2, 2], devices=8, kind="qlora"))
+    one, eight = (dict(np.load(tmp_path / f"run_{mesh}.npz")) for mesh in ("1_1_1", "2_2_2"))
+    assert_same(eight, one)
 
 
 @pytest.mark.parametrize("count, mesh", [(2, [1, 8, 1]), (4, [2, 2, 2])])
