@@ -163,7 +163,8 @@ def replicate_layers(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Mo
         # The barrier keeps XLA from gathering all layers first and copying the wanted ones afterwards.
         module.kernel = nnx.Param(constrain(optimization_barrier(kernel), P()))
         module.bias = None if module.bias is None else nnx.Param(module.bias[...][:count])
-        module.adapter = jax.tree.map(lambda x: x[:count], module.adapter)
+        # Sharded adapters beside replicated kernels would get wrong gradients on three axes (jaxlib 0.10.2, on CPU).
+        module.adapter = jax.tree.map(lambda x: constrain(x[:count], P()), module.adapter)
         return module
 
     return jax.tree.map(replicate, layers, is_leaf=lambda module: isinstance(module, Linear))

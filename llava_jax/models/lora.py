@@ -23,7 +23,7 @@ from llava_jax.models.cpu import matmul
 from llava_jax.models.layers import Linear
 
 if TYPE_CHECKING:
-    from llava_jax.models.llava import LlavaConfig, Parameters
+    from llava_jax.models.llava import LlavaConfig
 
 TAKES_ADAPTER = re.compile(r"(vision|decoder)/layers/.*|projector/layers_\d+")
 """Paths of linear maps that may have an adapter: the loss reads the head's kernel, the patch embedding is an image
@@ -123,19 +123,6 @@ def describe(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> str:
             f"{count:,} parameters, in {', '.join(sorted(maps))}")
 
 
-def merge(config: "LlavaConfig", parameters: "Parameters") -> tuple["LlavaConfig", "Parameters"]:
-    """Merges the adapters of a model into its kernels: K + scale * lora_a @ lora_b.
-
-    The product and the sum are float32, and the result has the kernel's dtype and
-    sharding. Returns the configuration without `lora`, and the parameters without adapters.
-    """
-    merged = {path: x for path, x in parameters.items() if not is_adapter(path)}
-    for linear in sorted({match[1] for path in parameters if (match := FACTOR.fullmatch(path))}):
-        a, b = (parameters[f"{linear}/adapter/lora_{name}"] for name in "ab")
-        merged[f"{linear}/kernel"] = _merge(merged[f"{linear}/kernel"], a, b, config.lora.scale)
-    return without_adapters(config), merged
-
-
 def without_adapters(config: "LlavaConfig", name: str = "") -> "LlavaConfig":
     """Returns a configuration with a note of its adapters, which may have a name, instead of `lora`."""
     if config.lora is None:
@@ -143,11 +130,3 @@ def without_adapters(config: "LlavaConfig", name: str = "") -> "LlavaConfig":
     lora = config.lora
     note = f"{name + ': ' if name else ''}rank {lora.rank}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}"
     return dataclasses.replace(config, lora=None, merged="; ".join(filter(None, [config.merged, note])))
-
-
-def _merge(kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    def add(kernel, a, b):
-        update = scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-        return (kernel.astype(jnp.float32) + update.reshape(kernel.shape)).astype(kernel.dtype)
-
-    return jax.jit(add, out_shardings=kernel.sharding if isinstance(kernel, jax.Array) else None)(kernel, a, b)

@@ -52,7 +52,7 @@ def is_quantizable(path: str) -> bool:
 
 
 def abstract_quantized(path: str, kernel: Array | jax.ShapeDtypeStruct, kind: str) -> QuantizedKernel:
-    """Returns the shapes, dtypes and shardings of `quantize`. Scales are sharded as the kernel where it divides them."""
+    """Returns shapes, dtypes and shardings of `quantize`. Scales are sharded as the kernel where it divides them."""
     abstract = jax.eval_shape(lambda x: quantize(path, x, kind), kernel)
     mesh, spec = kernel.sharding.mesh, []
     for count, axes in zip(abstract.scale.shape, kernel.sharding.spec, strict=False):

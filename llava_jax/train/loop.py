@@ -3,9 +3,11 @@
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from llava_jax import config
 from llava_jax.models import lora
@@ -13,14 +15,13 @@ from llava_jax.models.llava import abstract_params, choose_attention
 from llava_jax.parallel.processes import LOAD_TIMEOUT, WORK_TIMEOUT, allgather_object, should_stop
 from llava_jax.train import output, preflight
 from llava_jax.train.checkpoint import DamagedCheckpoint
-from llava_jax.train.digests import check_finite, digests
 from llava_jax.train.lock import lock_directory
 from llava_jax.train.metrics import Log
-from llava_jax.train.parameters import SOURCES_NOT_FINITE, load_parameters
+from llava_jax.train.parameters import open_parameters
 from llava_jax.train.setup import TrainContext, setup
 from llava_jax.train.stage import StageTrainer
 from llava_jax.train.stop import Stopped, StopSignal
-from llava_jax.weights import save_hf
+from llava_jax.weights import peft, save_hf, save_peft
 
 
 def train(recipe: config.Recipe) -> Path:
@@ -89,21 +90,32 @@ def print_setup(context: TrainContext) -> None:
 
 
 def write_model(context: TrainContext) -> Path:
-    """Writes the finished model, with its adapters merged, and returns its directory."""
-    target = context.directory / "model"
-    parameters = load_parameters(context, lambda path: "float32", before=None)
+    """Writes the finished model, and returns its directory. Adapters are merged, and `adapter/` beside it has them."""
+    model, (parameters, trained) = context.model, open_parameters(context)
     allgather_object("the trained parameters are loaded", None, LOAD_TIMEOUT)
-    check_finite(digests(parameters), f"{target}: not written", SOURCES_NOT_FINITE)
-    model, parameters = lora.merge(context.model, parameters)
+    if model.lora:
+        base = context.recipe.model.llava or context.recipe.model.language
+        adapted = model, parameters
+        _write(context.directory / "adapter", lambda folder: save_peft(folder, *adapted, base, trained=trained))
+        model, parameters = peft.merge(model, parameters)
+    _write(context.directory / "model", lambda folder: save_hf(
+        folder, model, parameters, context.tokenizer_directory, dtype="float32"))
+    return context.directory / "model"
+
+
+def _write(target: Path, save: Callable[[Path], None]) -> None:
+    """Writes a folder by `save`, also in a bucket, where config.json comes last. Replaces that of a killed run."""
+    if jax.process_index() == 0 and target.exists():
+        epath.Path(target).rmtree()
+    allgather_object(f"{target.name} may be written", None)
     if isinstance(target, Path):
-        save_hf(target, model, parameters, context.tokenizer_directory)
-        return target
+        save(target)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder) / "model", model, parameters, context.tokenizer_directory)
+        save(Path(folder) / target.name)
         if jax.process_index() == 0:
             target.mkdir(parents=True, exist_ok=True)
-            for path in sorted((Path(folder) / "model").iterdir(), key=lambda path: path.name == "config.json"):
+            for path in sorted((Path(folder) / target.name).iterdir(), key=lambda path: path.name == "config.json"):
                 with path.open("rb") as file, (target / path.name).open("wb") as copy:
                     shutil.copyfileobj(file, copy, 2**22)
-    allgather_object("the model is in the bucket", None, WORK_TIMEOUT)
-    return target
+    allgather_object(f"{target.name} is in the bucket", None, WORK_TIMEOUT)

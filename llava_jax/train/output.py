@@ -62,7 +62,7 @@ def remove_leftovers(folder: Path) -> None:
     """Removes temporary files of killed runs. The caller has locked the directory."""
     if jax.process_index() == 0 and isinstance(folder, Path):
         files.remove_leftovers(str(folder / "model"))
-        for pattern in (".shared-*", ".model.????????", "checkpoints/*/*.orbax-checkpoint-tmp"):
+        for pattern in (".shared-*", ".model.????????", ".adapter.????????", "checkpoints/*/*.orbax-checkpoint-tmp"):
             for leftover in folder.glob(pattern):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)

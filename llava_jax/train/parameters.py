@@ -12,7 +12,9 @@ from llava_jax.parallel.processes import LOAD_TIMEOUT, allgather_object
 from llava_jax.train.digests import check_finite, digests, fingerprint
 from llava_jax.train.optimizer import trainable_paths
 from llava_jax.train.setup import TrainContext
-from llava_jax.weights import load_model
+from llava_jax.weights import fresh_paths, load_model, source
+from llava_jax.weights.checkpoint import open_model
+from llava_jax.weights.source import ParameterSource
 
 SOURCES_NOT_FINITE = "the checkpoints that the recipe starts from hold them"
 
@@ -25,16 +27,35 @@ def load_parameters(context: TrainContext, dtype: Callable[[str], str], before: 
     """
     parameters = load_model(context.recipe.model, context.model, context.recipe.seed, dtype=dtype,
                             sharding=lambda path, shape: context.shardings[path], store=store)
+    return parameters | {path: store(path, x.astype(dtype(path)))
+                         for path, x in trained_parameters(context, before).items()}
+
+
+def open_parameters(context: TrainContext) -> tuple[ParameterSource, set[str]]:
+    """Opens all parameters after the last stage, and returns the paths of those that were trained or initialised too.
+
+    Frozen parameters are read from the checkpoints when they are written, so they need no memory of the devices.
+    """
+    model = context.recipe.model
+    trained = trained_parameters(context, before=None)
+    fresh = fresh_paths(model, source.shapes(context.model))
+    opened = source.replace(open_model(model, context.model, context.recipe.seed), source.from_memory(trained))
+    return opened, fresh | trained.keys()
+
+
+def trained_parameters(context: TrainContext, before: str | None) -> Parameters:
+    """Returns the parameters, float32, that the stages before `before` have trained, or all stages if it is None."""
+    trained: Parameters = {}
+    shapes = source.shapes(context.model)
     for name, stage in context.recipe.stages.items():
         if name == before:
             break
-        like = {path: jax.ShapeDtypeStruct(parameters[path].shape, jnp.float32, sharding=context.shardings[path])
+        like = {path: jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=context.shardings[path])
                 for path in trainable_paths(stage, list(context.shardings))}
         checkpoints = context.checkpoints(name)
-        trained = checkpoints.trainable(checkpoints.latest(), like)
-        parameters |= {path: store(path, x.astype(dtype(path))) for path, x in trained.items()}
+        trained |= checkpoints.trainable(checkpoints.latest(), like)
         checkpoints.close()
-    return parameters
+    return trained
 
 
 def store_kernel(path: str, x: jax.Array, kind: str) -> Any:

@@ -46,7 +46,8 @@ def test_int8_errs_by_half_a_step_and_nf4_by_half_a_gap():
         blocks = exact.reshape(2, 2, 64, 3, 16)
         largest = np.abs(blocks).max(2, keepdims=True)
         table = np.asarray(quantized.NF4)
-        nearest = table[np.abs(blocks[..., None] / np.where(largest, largest, 1)[..., None] - table).argmin(-1)] * largest
+        relative = blocks / np.where(largest, largest, 1)
+        nearest = table[np.abs(relative[..., None] - table).argmin(-1)] * largest
         error = np.abs(np.asarray(q.dequantize(jnp.float32), np.float64).reshape(blocks.shape) - nearest)
         assert (error <= 1e-6 * largest).all()
 
