@@ -9,10 +9,10 @@ from pathlib import Path
 from llava_jax.config import Lora, Recipe, load_recipe
 
 
-def recipe() -> Recipe:
-    full = load_recipe(str(Path(__file__).with_name("llava_1_5_7b.py")), output="runs/llava_1_5_7b_lora")
+def recipe(language: str = "checkpoints/vicuna-7b-v1.5", output: str = "runs/llava_1_5_7b_lora") -> Recipe:
+    full = load_recipe(str(Path(__file__).with_name("llava_1_5_7b.py")), language=language, output=output)
     instruct = dataclasses.replace(full.stages["instruct"], learning_rates=(
-        (".*/lora_.", 2e-4), ("projector/.*", 2e-5), ("(vision|decoder)/(?!.*/lora_).*", None)))
+        (".*/lora_.*", 2e-4), ("projector/.*", 2e-5), ("(vision|decoder)/(?!.*/lora_).*", None)))
     return dataclasses.replace(
         full, model=dataclasses.replace(full.model, lora=Lora(rank=128, alpha=256.0, dropout=0.05)),
         stages=full.stages | {"instruct": instruct})
