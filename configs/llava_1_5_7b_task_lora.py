@@ -12,7 +12,8 @@ def recipe() -> Recipe:
         mesh=Mesh(fsdp=-1),
         stages={
             "task": Stage(
-                learning_rates=((".*/lora_.*", 2e-4), ("projector/.*", 2e-5), ("(vision|decoder)/(?!.*/lora_).*", None)),
+                learning_rates=(
+                    (".*/lora_.*", 2e-4), ("projector/.*", 2e-5), ("(vision|decoder)/(?!.*/lora_).*", None)),
                 data=Data(path="data/task.json", sequence_length=2560, tiles_per_sequence=3, workers=16),
                 batch_size=64,
             ),

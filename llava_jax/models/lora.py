@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from llava_jax.config import Lora
 from llava_jax.errors import UserError
@@ -46,7 +47,7 @@ class LoraAdapter(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         if self.dropout_key is not None:
             # The backward pass of a rematerialised layer computes the mask again from the key.
-            keep = jax.random.bernoulli(self.dropout_key, 1 - self.dropout, x.shape)
+            keep = _random_words(self.dropout_key, x.shape) >= np.uint32(round(self.dropout * 2**32))
             x = jnp.where(keep, x / (1 - self.dropout), 0)
         x = matmul(x, self.lora_a[...].astype(x.dtype)) * self.scale
         return matmul(x, self.lora_b[...].astype(x.dtype))
@@ -108,6 +109,27 @@ def set_dropout(model: nnx.Module, key: Array) -> None:
         if isinstance(module, LoraAdapter) and module.dropout:
             own, a = _path_key(key, "/".join(map(str, path))), module.lora_a
             module.dropout_key = jax.random.split(own, a.shape[0]) if a.ndim == 3 else own
+
+
+def _random_words(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Returns a random word for each element: its index, hashed with both words of the key.
+
+    It depends on the shape alone, not on the sharding. Threefry would take as long as the kernel's own matmul on a v6e
+    (predicted), and minutes of compilation.
+    """
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    first, second = jax.random.key_data(key)
+    return _hash(_hash(index ^ first) ^ second)
+
+
+def _hash(word: Array) -> Array:
+    """Mixes the bits of words (the finaliser of MurmurHash3, a bijection)."""
+    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
 
 
 def _path_key(key: Array, path: str) -> Array:

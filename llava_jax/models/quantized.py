@@ -88,14 +88,21 @@ def quantized_matmul(x: Float[Array, "... D"], kernel: QuantizedKernel) -> Float
     The backward pass dequantises the kernel again, because saved kernels of all layers would need the memory that
     quantising them frees.
     """
-    return x @ kernel.dequantize(x.dtype).reshape(x.shape[-1], -1)
+    return x @ _matrix(kernel, x.shape[-1]).dequantize(x.dtype)
 
 
 def _matmul_backward(kernel: QuantizedKernel, g: Array) -> tuple[Array, None]:
-    return g @ kernel.dequantize(g.dtype).reshape(-1, g.shape[-1]).T, None
+    inputs = math.prod(kernel.shape) // g.shape[-1]
+    return g @ _matrix(kernel, inputs).dequantize(g.dtype).T, None
 
 
 quantized_matmul.defvjp(lambda x, kernel: (quantized_matmul(x, kernel), kernel), _matmul_backward)
+
+
+def _matrix(kernel: QuantizedKernel, inputs: int) -> QuantizedKernel:
+    """Flattens a kernel of one layer before it is dequantised: XLA fuses the scales of a matrix, not of more axes."""
+    codes = kernel.codes.reshape(inputs, -1)
+    return QuantizedKernel(codes, kernel.scale.reshape(-1, codes.shape[1]))
 
 
 def _expand(scale: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:

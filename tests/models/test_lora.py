@@ -90,11 +90,6 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, randomise, assert_clos
         assert_close(gradients[path], np.stack([weights[i].grad.numpy().T for i in range(2)]), 1e-3)
 
 
-def merge(config: LlavaConfig, parameters: llava.Parameters) -> tuple[LlavaConfig, llava.Parameters]:
-    plain, merged = peft.merge(config, source.from_memory(parameters))
-    return plain, load_source("merged", merged)
-
-
 @pytest.mark.bits
 @pytest.mark.parametrize("adapters", [CONFIG.lora, TOWER])
 def test_new_adapters_change_no_bit_and_merged_ones_are_the_same_function(adapters, assert_close):
@@ -107,7 +102,8 @@ def test_new_adapters_change_no_bit_and_merged_ones_are_the_same_function(adapte
     parameters = randomised(config)
     adapted = logits(config, parameters, **inputs)
     assert np.abs(adapted - base).max() > 0.1 * base.std()
-    plain, merged = lora.merge(config, parameters)
+    plain, merged = peft.merge(config, source.from_memory(parameters))
+    merged = load_source("merged", merged)
     assert plain == dataclasses.replace(PLAIN, merged=plain.merged) and plain.merged
     assert merged.keys() == llava.init_params(PLAIN).keys()
     assert_close(logits(plain, merged, **inputs), adapted, 1e-4)
@@ -156,6 +152,9 @@ def test_dropout_differs_by_layer_path_and_key_and_keeps_the_mean():
     np.testing.assert_allclose(runs.mean(0), exact, atol=5 * float(runs.std(0).max()) / 2000**0.5)
     # The first layer's variance: p / (1 - p) times the sum of squares.
     np.testing.assert_allclose(runs.var(0)[0], jnp.square(a @ b * config.lora.scale).sum(0), rtol=0.25)
+    words = [np.asarray(lora._random_words(jax.random.key(seed), (64, 512))) for seed in (0, 1)]
+    bits = np.unpackbits(np.stack(words).view(np.uint8)).reshape(2, -1) * 2.0 - 1
+    assert np.abs([bits.mean(1), [bits[0] @ bits[1] / bits.shape[1]] * 2]).max() < 5 / bits.shape[1] ** 0.5
     one, same, other = (logits(config, parameters, key=jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.1 and np.abs(one - logits(config, parameters)).max() > 0.1

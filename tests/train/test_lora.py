@@ -86,7 +86,8 @@ def test_a_killed_run_with_dropout_ends_with_the_same_bits(make_recipe, monkeypa
     for path, x in base.items():
         _, _, *block, kind = path.split("/") if path.startswith("decoder/layers/") else ("", "", "")
         if kind != "kernel":
-            np.testing.assert_array_equal(expected[path], x, err_msg=path)
+            unpadded = expected[path][tuple(map(slice, x.shape))]  # without new tokens
+            np.testing.assert_array_equal(unpadded, x, err_msg=path)
             continue
         for layer in range(2):
             name = f"base_model.model.model.language_model.layers.{layer}.{names[block[0]]}.{block[1]}"

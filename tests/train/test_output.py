@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from llava_jax import config
 from llava_jax.errors import UserError
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.train import lock, loop, output
 from llava_jax.train.metrics import Log
 
@@ -105,14 +106,14 @@ def test_the_lock_in_a_bucket(recipe, monkeypatch, state):
 
 def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):
     class TrainContext:
-        directory, model, tokenizer_directory = output.directory(recipe), None, ""
+        directory, model, tokenizer_directory = output.directory(recipe), LlavaConfig(), ""
 
-    def save(folder, *_):
+    def save(folder, *_, **__):
         folder.mkdir()
         for name in ("a.json", "config.json", "model.safetensors"):
             (folder / name).write_text(name)
 
-    monkeypatch.setattr(loop, "load_parameters", lambda *_, **__: {})
+    monkeypatch.setattr(loop, "open_parameters", lambda _: ({}, set()))
     monkeypatch.setattr(loop, "save_hf", save)
     written, original = [], Bucket.open
     monkeypatch.setattr(Bucket, "open", lambda self, path, *mode, **options: written.append(path.rpartition("/")[2]) or
