@@ -20,8 +20,8 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("layout", FILES)
-@pytest.mark.parametrize("count", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout, count", [
+    ("hf", 3), ("native", 3), *(pytest.param(layout, 200, marks=pytest.mark.slow) for layout in FILES)])
 def test_damaged_files_are_told(hf_dir, tmp_path, layout, count):
     model = tmp_path / "model"
     convert.main([str(hf_dir), str(model), "--to", layout, "--shard-size", "100KB"])

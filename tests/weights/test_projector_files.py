@@ -122,8 +122,7 @@ def stage_1(folder, weights, rows=None, prefix="model.") -> tuple:
     return folder, {re.sub(".*mm_projector", "mm_projector", name): x.numpy() for name, x in kept.items()}
 
 
-@pytest.mark.parametrize("prefix", ["model.", "base_model.model.model."])
-@pytest.mark.parametrize("as_file", [True, False])
+@pytest.mark.parametrize("prefix, as_file", [("model.", True), ("base_model.model.model.", False)])
 def test_a_projector_file_is_the_projector_of_a_join(base, tower, weights, tmp_path, prefix, as_file):
     folder, tensors = stage_1(tmp_path / "checkpoint-100", weights, prefix=prefix)
     path = folder / "mm_projector.bin" if as_file else folder

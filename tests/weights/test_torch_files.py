@@ -327,7 +327,7 @@ def test_zip64_sizes_beyond_the_file_are_told(tmp_path):
     told(file, "entry 'data/0' ends beyond the file")
 
 
-@hypothesis.settings(max_examples=int(os.environ.get("TORCH_FILE_EXAMPLES", 150)))
+@hypothesis.settings(max_examples=int(os.environ.get("TORCH_FILE_EXAMPLES", 100)))
 @hypothesis.given(data=st.data())
 def test_mutated_files_are_read_or_told(data, tmp_path_factory):
     """Every mutation of an honest file gives arrays of the file's bytes, or one line."""
