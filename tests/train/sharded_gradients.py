@@ -35,7 +35,9 @@ BIASED = dataclasses.replace(BASE.text, qkv_bias=True, out_bias=True, mlp_bias=T
 MODELS = {kind: dataclasses.replace(BASE, projector=kind)
           for kind in ("identity", "linear", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu")}
 NEWLINES = dataclasses.replace(BASE.processor, mode="anyres", pinpoints=((28, 56),), max_tiles=1)
-MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu", processor=NEWLINES,
+LORA = config.Lora(rank=8, dropout=0.0, targets=(
+    r"(vision|decoder)/layers/(attention/(q|k|v|o)_proj|mlp/(gate|up|down)_proj)", r"projector/layers_\d"))
+MODELS |= {"biases": dataclasses.replace(BASE, text=BIASED, projector="mlp3x_gelu", processor=NEWLINES, lora=LORA,
                                          vision=dataclasses.replace(BASE.vision, patch_bias=True)),
            "tied": dataclasses.replace(BASE, text=dataclasses.replace(BASE.text, tie_word_embeddings=True))}
 MODELS |= {"large": BASE, "large_tied": MODELS["tied"]}
