@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.models import lora
 from llava_jax.models.llava import abstract_params, choose_attention
 from llava_jax.parallel.processes import LOAD_TIMEOUT, WORK_TIMEOUT, allgather_object, should_stop
@@ -96,7 +97,11 @@ def write_model(context: TrainContext) -> Path:
     if model.lora:
         base = context.recipe.model.llava or context.recipe.model.language
         adapted = model, parameters
-        _write(context.directory / "adapter", lambda folder: save_peft(folder, *adapted, base, trained=trained))
+        try:
+            _write(context.directory / "adapter", lambda folder: save_peft(folder, *adapted, base, trained=trained))
+        except UserError as error:  # the layout has no place for what was trained; the merged model has it
+            if jax.process_index() == 0:
+                print(f"{context.directory / 'adapter'}: not written: {error}", flush=True)
         model, parameters = peft.merge(model, parameters)
     _write(context.directory / "model", lambda folder: save_hf(
         folder, model, parameters, context.tokenizer_directory, dtype="float32"))
