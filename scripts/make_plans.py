@@ -19,6 +19,8 @@ FILE = Path(__file__).parent.parent / "configs" / "plans.json"
 GIB = 2**30
 
 SAVE_DOTS = "--stages.align.remat save_dots --stages.instruct.remat save_dots"
+SAVE_ATTENTION = "--stages.instruct.remat save_attention"
+TUNED = "--stages.mid.{0} --stages.single_image.{0} --stages.onevision.{0}"
 SAVE_QKV = "--stages.instruct.remat save_qkv"
 
 PLANS = (
@@ -33,6 +35,11 @@ PLANS = (
     ("llava_1_5_7b", "tpu7x-16", "save_dots", SAVE_DOTS),
     ("llava_1_5_13b", "v5e-64", "instruct: save_qkv", SAVE_QKV),
     ("llava_1_5_13b", "v6e-32", "instruct: save_qkv", SAVE_QKV),
+    ("llava_next_vicuna_7b", "v5e-32", "", ""),
+    ("llava_next_llama3_8b", "v5e-32", "", ""),
+    ("llava_onevision_qwen2_0_5b", "v5e-16", "tuned stages: 4 parts", TUNED.format("gradient_accumulation 4")),
+    ("llava_onevision_qwen2_7b", "v5p-64", "save_attention",
+     f"--stages.align.remat save_attention {TUNED.format('remat save_attention')}"),
 )
 """Recipe, topology, label for the table, and options."""
 
@@ -92,7 +99,7 @@ def table(plans: dict[str, dict]) -> str:
     for found in plans.values():
         for stage in found["stages"]:
             memory = stage["memory"]
-            cells = [found["recipe"].removeprefix("llava_1_5_"), found["topology"], labels[found["flags"]],
+            cells = [found["recipe"].removeprefix("llava_1_5_").removeprefix("llava_"), found["topology"], labels[found["flags"]],
                      stage["stage"],
                      f"{memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f}"]
             if stage["fits"]:
