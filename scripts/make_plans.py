@@ -8,6 +8,7 @@ programs take minutes. Without --only, plans that are no longer listed here are 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +100,7 @@ def table(plans: dict[str, dict]) -> str:
     for found in plans.values():
         for stage in found["stages"]:
             memory = stage["memory"]
-            cells = [found["recipe"].removeprefix("llava_1_5_").removeprefix("llava_"), found["topology"], labels[found["flags"]],
+            cells = [re.sub("^llava_(1_5_)?", "", found["recipe"]), found["topology"], labels[found["flags"]],
                      stage["stage"],
                      f"{memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f}"]
             if stage["fits"]:
