@@ -26,14 +26,17 @@ class Convert:
 
     python -m llava_jax.convert SRC DST --to LAYOUT
 
+    python -m llava_jax.convert BASE DST --adapter DIR --merge --to LAYOUT
+
     python -m llava_jax.convert --vision CLIP --language LLAMA DST --to LAYOUT
 
     hf opens in transformers, with tokenizer, processor and chat template. native is this project's layout, with stacked
     layers. original opens in LLaVA's own code. peft and original-lora are adapters, of transformers' PEFT and of LLaVA.
 
-    SRC, CLIP and LLAMA are directories with safetensors or torch files, whose layout is detected. The second form joins
-    a CLIP or SigLIP and a LLaMA, Mistral or Qwen2 by a new, untrained projector. DST must be missing or empty; it
-    appears when it is complete.
+    SRC, BASE, CLIP and LLAMA are directories with safetensors or torch files, whose layout is detected. SRC may also be
+    a run of llava_jax.train, or RUN/checkpoints/STAGE/STEP of it; memory for what was trained is then needed too. The
+    last form joins a CLIP or SigLIP and a LLaMA, Mistral or Qwen2 by a new, untrained projector. DST must be missing or
+    empty; it appears when it is complete.
     """
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[SRC] DST")]

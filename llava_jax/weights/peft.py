@@ -132,11 +132,9 @@ class Adapter:
         tensors = {re.sub(r"^base_model\.(model\.)?", "", name): tensor
                    for name, tensor in files.tensors_in_file(stored).items()}
         if (self.directory / FULL).exists():
-            full = {name.removeprefix("base_model."): tensor
-                    for name, tensor in files.tensors_in_file(self.directory / FULL).items()}
-            # LLaVA's rule: files of wrapped models have one more `model.` than files of bare ones.
-            twice = any(name.startswith("model.model.") for name in full)
-            tensors |= {name.removeprefix("model.") if twice else name: tensor for name, tensor in full.items()}
+            # Files of wrapped models have more prefixes than those of bare ones.
+            tensors |= {re.sub(r"^(base_model\.)?(model\.)*", "", name): tensor
+                        for name, tensor in files.tensors_in_file(self.directory / FULL).items()}
         return tensors
 
     @property
@@ -156,6 +154,10 @@ class Adapter:
             if re.fullmatch(r".*\.lora_[AB]\.weight", name):
                 continue
             hf_name = original.hf_name(name)
+            if hf_name == tables.HEAD and hf_name not in mappings and any(
+                    original.hf_name(other) == tables.EMBEDDING and np.array_equal(x.read(), tensor.read())
+                    for other, x in self.tensors.items()):
+                continue  # PEFT stores a tied embedding twice
             if hf_name in identity and np.array_equal(tensor.read().astype(np.float32), identity[hf_name]):
                 continue
             mapping = mappings.get(hf_name)

@@ -142,6 +142,10 @@ TOWER = ("vision/layers/attention/q_proj", "decoder/layers/mlp/(gate|down)_proj"
 def test_peft_and_transformers_open_ours(base, hf_dir, tmp_path, inputs, monkeypatch, settings):
     config, parameters = with_adapters(hf_dir, "nothing" if settings else "projector/", **settings)
     save_peft(tmp_path / "adapter", config, parameters, hf_dir)
+    assert checkpoint.read_config(hf_dir, "vicuna_v1", adapter=tmp_path / "adapter") == dataclasses.replace(
+        config, lora=dataclasses.replace(config.lora, targets=config.lora.targets if not settings else (
+            "decoder/layers/mlp/down_proj", "decoder/layers/mlp/gate_proj", "projector/layers_1",
+            "vision/layers/attention/q_proj")))
     wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
     assert (wrapped.peft_config["default"].r, wrapped.peft_config["default"].lora_dropout) == (4, 0.1)
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
