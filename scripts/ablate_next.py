@@ -19,7 +19,7 @@ from llava_jax.config import Lora, Recipe, load_recipe
 VARIABLE = "LLAVA_JAX_ABLATION"
 """Environment variable with the name of the variant that `recipe` returns."""
 TILES = ("tiles", "one tile", "one tile, padded")
-LORA = ("full tuning", "LoRA, rank 8", "LoRA, rank 32", "projector alone")
+LORA = ("full tuning", "LoRA, rank 8", "LoRA, rank 32", "LoRA, rank 8, nf4", "projector alone")
 
 
 def recipe() -> Recipe:
@@ -34,8 +34,8 @@ def recipe() -> Recipe:
         data = dataclasses.replace(instruct.data, sequence_length=192, tiles_per_sequence=1)  # one conversation, too
         instruct = dataclasses.replace(instruct, data=data)
     elif "LoRA" in name:
-        rank = int(name.split()[-1])
-        model = dataclasses.replace(base.model, lora=Lora(rank=rank, alpha=2.0 * rank, dropout=0.0))
+        rank, quantize = int(name.split()[2].rstrip(",")), "nf4" if "nf4" in name else "none"
+        model = dataclasses.replace(base.model, lora=Lora(rank=rank, alpha=2.0 * rank, dropout=0.0), quantize=quantize)
         instruct = dataclasses.replace(instruct, learning_rates=(
             (".*/lora_.", 4e-3), ("projector/.*", 1e-3), ("(vision|decoder)/(?!.*/lora_).*", None)))
     else:
