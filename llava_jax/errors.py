@@ -20,6 +20,13 @@ class UserError(ValueError):
     """
 
 
+class NoHfForm(UserError):
+    """Raised if no model of transformers computes the same function, so that Hugging Face's layout has no form for it.
+
+    The native layout has one.
+    """
+
+
 @contextlib.contextmanager
 def user_path(path: str | os.PathLike, missing: str = "no such file") -> Iterator[None]:
     """Raises UserError that names `path` if the block fails because of the path or a full disk.

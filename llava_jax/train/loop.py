@@ -1,4 +1,4 @@
-"""Trains the stages of a recipe one after the other, then writes the finished model in Hugging Face layout."""
+"""Trains the stages of a recipe one after the other, then writes the finished model."""
 
 import contextlib
 import shutil
@@ -22,7 +22,7 @@ from llava_jax.train.parameters import open_parameters
 from llava_jax.train.setup import TrainContext, setup
 from llava_jax.train.stage import StageTrainer
 from llava_jax.train.stop import Stopped, StopSignal
-from llava_jax.weights import peft, save_hf, save_peft
+from llava_jax.weights import peft, save_hf, save_native, save_peft
 
 
 def train(recipe: config.Recipe) -> Path:
@@ -91,7 +91,10 @@ def print_setup(context: TrainContext) -> None:
 
 
 def write_model(context: TrainContext) -> Path:
-    """Writes the finished model, and returns its directory. Adapters are merged, and `adapter/` beside it has them."""
+    """Writes the finished model, and returns its directory. Adapters are merged, and `adapter/` beside it has them.
+
+    It is in Hugging Face's layout, or in the native one if that has no form for the model.
+    """
     model, (parameters, trained) = context.model, open_parameters(context)
     allgather_object("the trained parameters are loaded", None, LOAD_TIMEOUT)
     if model.lora:
@@ -103,7 +106,8 @@ def write_model(context: TrainContext) -> Path:
             if jax.process_index() == 0:
                 print(f"{context.directory / 'adapter'}: not written: {error}", flush=True)
         model, parameters = peft.merge(model, parameters)
-    _write(context.directory / "model", lambda folder: save_hf(
+    save = save_native if preflight.hf_problem(context) else save_hf
+    _write(context.directory / "model", lambda folder: save(
         folder, model, parameters, context.tokenizer_directory, dtype="float32"))
     return context.directory / "model"
 

@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import os
 
+import jax
+
 from llava_jax import config
 from llava_jax.data.parquet_rows import ParquetRows
 from llava_jax.data.pipeline import Batches
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Source
-from llava_jax.errors import UserError
+from llava_jax.errors import NoHfForm, UserError
+from llava_jax.text import agreement
 from llava_jax.train.batches import open_batches, open_validation
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
 from llava_jax.train.setup import TrainContext
@@ -21,7 +24,8 @@ PROBE_RECORDS = {"error": 16, "skip": 100}
 
 def check_stages(context: TrainContext) -> None:
     """Checks the export, and optimizer, images and data of every unfinished stage. Raises UserError for a mistake."""
-    check_export(dataclasses.replace(context.model, lora=None), context.tokenizer_directory)
+    if (problem := hf_problem(context)) and jax.process_index() == 0:
+        agreement.say(f"{problem}. The finished model will be in the native layout, which only llava_jax opens")
     for name, stage in context.recipe.stages.items():
         try:
             make_optimizer(stage, trainable_paths(stage, list(context.shardings)), total_steps=1)
@@ -37,6 +41,18 @@ def check_stages(context: TrainContext) -> None:
         if stage.data.validation and latest is None:
             for _ in open_validation(context, stage):  # raises for a bad row, as each validation does
                 pass
+
+
+def hf_problem(context: TrainContext) -> str:
+    """Returns why Hugging Face's layout has no form for the finished model; empty if it has one.
+
+    Raises UserError if no layout can be written.
+    """
+    try:
+        check_export(dataclasses.replace(context.model, lora=None), context.tokenizer_directory)
+    except NoHfForm as problem:
+        return str(problem)
+    return ""
 
 
 def check_image_root(name: str, data: config.Data) -> None:

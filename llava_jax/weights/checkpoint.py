@@ -279,7 +279,10 @@ def save_hf(
 
 
 def check_export(config: LlavaConfig, tokenizer_dir: str | Path) -> None:
-    """Raises UserError if `save_hf` could not write this model, whatever its parameters are."""
+    """Raises UserError if `save_hf` could not write this model, whatever its parameters are.
+
+    It is a NoHfForm if `save_native` could.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokens = tokenizer_files.export(Path(tokenizer_dir), Path(folder), config)
     configs.hf_config(config, tokens, config.text.vocab_size, "float32")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config import Lora
-from llava_jax.errors import UserError
+from llava_jax.errors import NoHfForm, UserError
 from llava_jax.files import read_json
 from llava_jax.images import ImageProcessor
 from llava_jax.models import projector
@@ -212,11 +212,11 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
 
     `tokens`: ids of "image", "video", "pad", "bos" and "eos". `vocab_size`: rows of the embedding. `dtype`: of the
     tensors. The image processor decides which of transformers' types it is (`processors.model_type`).
-    Raises UserError if Hugging Face's model cannot compute the same function.
+    Raises NoHfForm if Hugging Face's model cannot compute the same function.
     """
     if projector.depth(config.projector) not in (1, 2):
-        raise UserError(f"projector {config.projector!r} has no form in Hugging Face's layout; "
-                         "linear and mlp2x_gelu have")
+        raise NoHfForm(f"projector {config.projector!r} has no form in Hugging Face's layout; "
+                       "linear and mlp2x_gelu have")
     kind = processors.model_type(config)
     ids = {f"{name}_token_id": tokens[name] for name in ("bos", "eos", "pad")}
     return {
@@ -244,12 +244,12 @@ def own_settings(config: LlavaConfig) -> dict[str, Any]:
 
 
 def hf_vision(config: VisionConfig) -> dict:
-    """Returns the config of a CLIP or SigLIP vision tower. Raises UserError if Hugging Face has no such tower."""
+    """Returns the config of a CLIP or SigLIP vision tower. Raises NoHfForm if Hugging Face has no such tower."""
     flags = (config.class_token, config.patch_bias, config.pre_norm)
     clip, siglip = (True, False, True), (False, True, False)
     if flags not in (clip, siglip):
-        raise UserError("Hugging Face has no vision tower with these flags: "
-                        f"class_token {flags[0]}, patch_bias {flags[1]}, pre_norm {flags[2]}")
+        raise NoHfForm("Hugging Face has no vision tower with these flags: "
+                       f"class_token {flags[0]}, patch_bias {flags[1]}, pre_norm {flags[2]}")
     kind = {"model_type": "clip_vision_model", "projection_dim": 768}  # of a head that LLaVA does not have
     if flags == siglip:
         kind = {"model_type": "siglip_vision_model", "vision_use_head": False}
@@ -260,12 +260,12 @@ def hf_vision(config: VisionConfig) -> dict:
 def hf_text(config: LlamaConfig, vocab_size: int) -> dict:
     """Returns the config of a Qwen2 if only queries, keys and values have biases, otherwise of a LLaMA.
 
-    `vocab_size`: number of rows of the embedding. Raises UserError if Hugging Face has no decoder with these biases.
+    `vocab_size`: number of rows of the embedding. Raises NoHfForm if Hugging Face has no decoder with these biases.
     """
     qwen2 = config.qkv_bias and not config.out_bias
     if config.out_bias and not config.qkv_bias or qwen2 and config.mlp_bias:
-        raise UserError("Hugging Face has no decoder with these biases: "
-                         f"qkv_bias {config.qkv_bias}, out_bias {config.out_bias}, mlp_bias {config.mlp_bias}")
+        raise NoHfForm("Hugging Face has no decoder with these biases: "
+                       f"qkv_bias {config.qkv_bias}, out_bias {config.out_bias}, mlp_bias {config.mlp_bias}")
     scaling = None
     if config.rope_scaling is not None:
         scaling = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_jax.errors import UserError
+from llava_jax.errors import NoHfForm, UserError
 from llava_jax.files import read_json, show_json
 from llava_jax.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
 from llava_jax.models.llava import LlavaConfig
@@ -41,13 +41,13 @@ OWN = ("rule", "several", "video_pool", "video_newline")
 
 
 def model_type(config: LlavaConfig) -> str:
-    """Returns transformers' type of a model: a key of CLASSES. Raises UserError if none computes the same function."""
+    """Returns transformers' type of a model: a key of CLASSES. Raises NoHfForm if none computes the same function."""
     processor = config.processor
     if processor.mode != "anyres" and not processor.has_newline:
         return "llava"
     if processor.merge_type != "spatial_unpad" or processor.mode != "anyres":
-        raise UserError(f"image mode {processor.mode} with merge {processor.merge_type} has no form in Hugging Face's "
-                        "layout; anyres with spatial_unpad has, and other modes with flat")
+        raise NoHfForm(f"image mode {processor.mode} with merge {processor.merge_type} has no form in Hugging Face's "
+                       "layout; anyres with spatial_unpad has, and other modes with flat")
     return "llava_onevision" if processor.max_tiles else "llava_next"
 
 

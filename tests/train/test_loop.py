@@ -14,7 +14,7 @@ from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.train import batches, loop, metrics, validation
 from llava_jax.train import stage as trainer
-from llava_jax.weights import load_checkpoint
+from llava_jax.weights import load_checkpoint, read_config
 
 
 @pytest.fixture
@@ -243,6 +243,22 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_clean_metric
         file.write('{"stage": "align", "st')
     loop.train(recipe)
     assert [line["step"] for line in lines(recipe)] == [2, 4, 5]
+
+
+def test_a_model_that_hugging_face_cannot_express_is_written_in_the_native_layout(make_recipe, capsys):
+    recipe = make_recipe()
+    stages = {"align": dataclasses.replace(recipe.stages["align"], steps=1)}
+    recipe = dataclasses.replace(recipe, stages=stages, model=dataclasses.replace(
+        recipe.model, projector="mlp3x_gelu"))
+    loop.train(recipe)
+    line = "projector 'mlp3x_gelu' has no form in Hugging Face's layout; linear and mlp2x_gelu have. The finished model"
+    assert line in capsys.readouterr().err
+    assert read_config(recipe.output + "/model").projector == "mlp3x_gelu"
+    assert "projector/layers_2/kernel" in parameters(recipe)
+    # It is the source of another run, which keeps its layout.
+    again = dataclasses.replace(recipe, output=recipe.output + "-2", model=config.Model(llava=recipe.output + "/model"))
+    loop.train(again)
+    assert read_config(again.output + "/model") == read_config(recipe.output + "/model")
 
 
 def test_going_on_from_a_whole_llava_keeps_its_template(make_recipe):

@@ -159,8 +159,6 @@ def test_a_mistake_in_a_later_stage_is_told_before_the_first_step(make_recipe, t
     decays = dataclasses.replace(recipe.stages["instruct"], optimizer=config.Optimizer(weight_decay=(("vision", 0.1),)))
     with pytest.raises(UserError, match="stages.instruct.optimizer.weight_decay: .* matches no row"):
         loop.train(dataclasses.replace(recipe, stages=recipe.stages | {"instruct": decays}))
-    with pytest.raises(UserError, match="projector 'mlp3x_gelu' has no form in Hugging Face's layout"):
-        loop.train(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, projector="mlp3x_gelu")))
     assert not os.path.exists(recipe.output)
 
 
