@@ -97,7 +97,7 @@ def test_a_killed_run_with_dropout_ends_with_the_same_bits(make_recipe, monkeypa
             assert np.abs(expected[path][layer] - x[layer]).max() > 1e-4
 
 
-@pytest.mark.bits
+@pytest.mark.slow
 def test_adapters_change_nothing_before_they_are_trained(make_recipe):
     """The projector of a first stage is the same with adapters and without."""
     models = []
