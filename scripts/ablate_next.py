@@ -65,7 +65,7 @@ def tiles_row(name: str, folder: Path, report: dict) -> list[str]:
 
 def lora_row(name: str, folder: Path, report: dict) -> list[str]:
     [*_, last] = sorted((folder / "checkpoints" / "instruct").iterdir(), key=lambda path: int(path.name))
-    size = sum(file.stat().st_size for file in last.rglob("*"))
+    size = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
     trained = trainable_count(name)
     return [name, f"{100 * report['accuracy']['overall']:.1f}", f"{100 * report['unseen_pairs_accuracy']:.1f}",
             f"{trained:,}", f"{8 * trained / 1e6:.2f}", f"{size / 1e6:.2f}", f"{report['peak_kilobytes'] / 1e6:.2f}"]
