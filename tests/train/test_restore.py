@@ -8,10 +8,9 @@ import pytest
 from commands import run_command
 
 from llava_jax import config
-from llava_jax.models import lora
 from llava_jax.train import loop, restore
 from llava_jax.train.setup import setup
-from llava_jax.weights import checkpoint, load_checkpoint
+from llava_jax.weights import checkpoint, load_checkpoint, peft
 
 RATES = ((".*/lora_.", 1e-2), ("projector/.*", 1e-3), ("(vision|decoder)/(?!.*/lora_).*", None))
 
@@ -38,7 +37,8 @@ def test_a_run_leaves_as_an_adapter(recipe, parts, tmp_path, layout):
     result = run_command("convert", recipe.output, tmp_path / "adapter", "--to", layout, "--dtype", "keep")
     assert result.code == 0, result.err
     opened = checkpoint.open_checkpoint(parts[1], vision=parts[0], adapter=tmp_path / "adapter")
-    merged, parameters = lora.merge(opened[0], checkpoint.load_source("adapter", opened[1]))
+    merged, opened = peft.merge(*opened)
+    parameters = checkpoint.load_source("adapter", opened)
     finished, expected = load_checkpoint(f"{recipe.output}/model")
     assert merged == dataclasses.replace(finished, text=merged.text)  # an export pads the vocabulary
     assert parameters.keys() == expected.keys()
