@@ -114,6 +114,7 @@ def test_the_model_is_there_when_its_config_is(recipe, monkeypatch):
             (folder / name).write_text(name)
 
     monkeypatch.setattr(loop, "open_parameters", lambda _: ({}, set()))
+    monkeypatch.setattr(loop.preflight, "hf_problem", lambda _: None)
     monkeypatch.setattr(loop, "save_hf", save)
     written, original = [], Bucket.open
     monkeypatch.setattr(Bucket, "open", lambda self, path, *mode, **options: written.append(path.rpartition("/")[2]) or
