@@ -34,6 +34,9 @@ ImageMode = Literal["crop", "pad", "resize"]
 SHRINK_FROM = 1.1
 """Ratio of a canvas's side to the cap's from which `anyres_max_N` shrinks it (LLaVA-OneVision)."""
 
+MAX_RANGE = 32
+"""Largest number of tiles in a range of pinpoints without dots."""
+
 MAX_PINPOINTS = 1024
 """Maximum number of pinpoints that a text may name."""
 
@@ -316,7 +319,8 @@ def parse_pinpoints(text: str, size: int) -> tuple[tuple[int, int], ...]:
     """
     pair = r"[(\[]\s*(\d{1,5})\s*[x,]\s*(\d{1,5})\s*[)\]]"
     points = [(int(width), int(height)) for width, height in re.findall(pair, text)]
-    are_tiles = "x" in text and any(min(point) < size for point in points)  # the original has a range without dots
+    # The original has ranges without dots. Numbers above MAX_RANGE are pixels, of another tower if they are small.
+    are_tiles = "x" in text and any(min(point) < size for point in points) and max(map(max, points)) <= MAX_RANGE
     if "..." in text or are_tiles:
         (left, low), (right, high) = points[:1] + points[-1:] if len(points) > 1 else [(0, 0)] * 2
         count = max(0, right - left + 1) * max(0, high - low + 1)

@@ -261,8 +261,14 @@ def test_pinpoints_as_text():
     assert squares == tuple((384 * width, 384 * height) for width in range(1, 7) for height in range(1, 7))
     assert parse_pinpoints("(2x1),...,(3x2)", 10) == ((20, 10), (20, 20), (30, 10), (30, 20))
     assert parse_pinpoints("(1x1),(2x1),(6x6)", 384) == squares
+    # Pixels of a smaller tower are no range of tiles.
+    small = parse_pinpoints("(60x120),(120x60),(120x120)", 336)
+    assert small == ((60, 120), (120, 60), (120, 120))
+    for points in (small, parse_pinpoints("(33x336),(672x672)", 336)):
+        with pytest.raises(UserError, match=r"pinpoint \d\d x \d+ is no multiple of the tile's 336 pixels"):
+            ImageProcessor(336, "anyres", pinpoints=points)
     for text in ("", "big", "(336x672", "(336x672);(1x1)", "(1x1),...", "(0x336)", "(3x3),...,(1x1)",
-                 "(1x1),...,(99999x99999)", "(1.5x2)", "(33x336),(672x672)"):
+                 "(1x1),...,(99999x99999)", "(1.5x2)"):
         with pytest.raises(UserError, match="^model.pinpoints .*give sizes in pixels such as"):
             parse_pinpoints(text, 336)
 

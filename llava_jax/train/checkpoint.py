@@ -96,6 +96,10 @@ class Checkpoints:
         """Returns the step of the newest complete checkpoint."""
         return self.manager.latest_step() if self.directory.exists() else None
 
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, in their order."""
+        return sorted(self.manager.all_steps()) if self.directory.exists() else []
+
     def due(self, step: int) -> bool:
         """Returns whether `step` is one of those that are saved regularly."""
         return step % self.every == 0

@@ -77,7 +77,7 @@ def train_stage(context: TrainContext, name: str, log: Log, stop: StopSignal) ->
 
 
 def print_setup(context: TrainContext) -> None:
-    """Prints which devices, dtype, attention, rematerialisation and adapters the run uses."""
+    """Prints which devices, dtype, attention, rematerialisation, adapters and quantised kernels the run uses."""
     if jax.process_index() == 0:
         mesh = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items())
         device = context.mesh.devices.flat[0]
@@ -88,6 +88,8 @@ def print_setup(context: TrainContext) -> None:
         if context.model.lora:
             shapes = {path: x.shape for path, x in abstract_params(context.model)[1].items()}
             print(lora.describe(context.model.lora, shapes), flush=True)
+        if (kind := context.recipe.model.quantize) != "none":
+            print(f"frozen kernels of the decoder's layers are stored in {kind}", flush=True)
 
 
 def write_model(context: TrainContext) -> Path:

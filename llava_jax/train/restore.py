@@ -43,9 +43,9 @@ def open_run(path: Path) -> RunParameters | None:
     what was trained. Raises UserError if there is no checkpoint, or if it does not match the recipe.
     """
     path = path.absolute()
-    for run, names in ((path, ()), (path.parents[1], (path.name,)), (path.parents[2], (path.parent.name, path.name))):
-        folder = run.joinpath("checkpoints", *names)
-        if (run / "recipe.json").is_file() and (not names or folder == path):
+    for run, folder in [(path, None), *((folder.parent, folder) for folder in path.parents)][:3]:
+        names = path.relative_to(folder).parts if folder else ()
+        if (run / "recipe.json").is_file() and (folder is None or folder.name == "checkpoints"):
             return _open(run, *names)
     return None
 
@@ -59,9 +59,15 @@ def _open(run: Path, last_stage: str | None = None, step: str | None = None) -> 
     found = None
     for name, stage in recipe.stages.items():
         checkpoints = Checkpoints(run / "checkpoints" / name, recipe.checkpoint_every, recipe.keep_checkpoints)
-        number = int(step) if step and name == last_stage else checkpoints.latest()
+        number = checkpoints.latest()
         if number is None:
             break
+        if step and name == last_stage:
+            steps = {str(number): number for number in checkpoints.steps()}
+            number = steps.get(step)
+            if number is None:
+                raise UserError(f"{run / 'checkpoints' / name / step}: no such checkpoint; this stage has those of "
+                                f"step {', '.join(steps)}")
         found = name
         like = {path: jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=device)
                 for path in trainable_paths(stage, list(shapes))}

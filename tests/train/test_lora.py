@@ -69,7 +69,9 @@ def check_saved(directory: Path) -> None:
 def test_a_killed_run_with_dropout_ends_with_the_same_bits(make_recipe, monkeypatch, parts, capsys):
     whole, cut = make_recipe("whole"), make_recipe("cut")
     loop.train(whole)
-    assert "LoRA of rank 4, scale 2, dropout 0.25: 14 matrices, 4,096 parameters, in dec" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "LoRA of rank 4, scale 2, dropout 0.25: 14 matrices, 4,096 parameters, in dec" in printed
+    assert "frozen kernels of the decoder's layers are stored in nf4" in printed
     check_saved(Path(whole.output, "checkpoints", "instruct"))
     kill(monkeypatch, cut, step=5)
     shutil.copytree(whole.output + "/adapter", cut.output + "/adapter")  # that of a run killed as it wrote the model

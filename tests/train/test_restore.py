@@ -59,8 +59,11 @@ def test_checkpoints_within_a_stage(recipe, parts, tmp_path):
     for earlier, later in (("align", "instruct/2"), ("instruct/2", "instruct")):
         assert steps[earlier][b].any() and not np.array_equal(steps[earlier][b], steps[later][b])
     np.testing.assert_array_equal(steps["instruct/4"][b], steps["instruct"][b])
-    result = run_command("convert", f"{folder}/instruct/3", tmp_path / "adapter", "--to", "peft")
-    assert result.code == 2 and "instruct" in result.err and not (tmp_path / "adapter").exists()
+    for step in ("3", "newest"):
+        result = run_command("convert", f"{folder}/instruct/{step}", tmp_path / "adapter", "--to", "peft")
+        assert result.code == 2 and not (tmp_path / "adapter").exists()
+        assert f"instruct/{step}: no such checkpoint; this stage has those of step 2, 4" in result.err
+    assert restore.open_run(Path("/model")) is None
 
 
 def test_a_run_continues_from_an_adapter(recipe, tmp_path):
