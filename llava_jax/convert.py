@@ -138,7 +138,7 @@ def _check(options: Convert) -> None:
 
 def _open(options: Convert) -> tuple:
     from llava_jax.models.llava import LlavaConfig
-    from llava_jax.weights import checkpoint
+    from llava_jax.weights import checkpoint, peft_export
 
     path = Path(options.paths[0])
     from llava_jax.train.restore import open_run
@@ -155,14 +155,15 @@ def _open(options: Convert) -> tuple:
         raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
     agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True,
                     visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
-    return config.with_image_mode(options.image_mode), parameters, path, None
+    trained = peft_export.trained_by(options.adapter, parameters) if options.adapter else None
+    return config.with_image_mode(options.image_mode), parameters, path, trained
 
 
 def _join(options: Convert) -> tuple:
     from llava_jax.models.llama import LlamaConfig
     from llava_jax.models.llava import LlavaConfig, fresh_params
     from llava_jax.models.vit import VisionConfig
-    from llava_jax.weights import checkpoint, files, projector_files, source
+    from llava_jax.weights import checkpoint, files, processors, projector_files, source
 
     parts, projector_file = [], options.projector_weights
     projector_kind = options.projector or (projector_files.kind(projector_file) if projector_file else None)
@@ -177,7 +178,7 @@ def _join(options: Convert) -> tuple:
     chosen = {"projector": projector_kind, "feature_layer": options.feature_layer}
     config = LlavaConfig(vision=vision, text=text, template=template,
                          **{name: value for name, value in chosen.items() if value is not None})
-    config = config.with_image_mode(options.image_mode)
+    config = processors.with_colours(config, options.vision).with_image_mode(options.image_mode)
     agreement.check(template, tokenizer, text.vocab_size, options.language,
                     visual_tokens=config.processor.features_per_tile, context=text.max_length)
     fresh = {path for path in source.shapes(config) if path.startswith("projector/")}

@@ -24,7 +24,7 @@ from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train import output
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.optimizer import trainable_paths
-from llava_jax.weights import fresh_paths, projector_files, read_config
+from llava_jax.weights import fresh_paths, processors, projector_files, read_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 """Packages whose versions must be the same on all hosts."""
@@ -104,7 +104,7 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
               "feature_select": model.feature_select, "template": model.template, "lora": model.lora}
     joined = LlavaConfig(vision=read(model.vision), text=read(model.language),
                          **{name: value for name, value in chosen.items() if value is not None})
-    return joined.with_image_mode(model.image_mode, model.pinpoints)
+    return processors.with_colours(joined, model.vision).with_image_mode(model.image_mode, model.pinpoints)
 
 
 def model_layout(

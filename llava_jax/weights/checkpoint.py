@@ -16,6 +16,7 @@ import numpy as np
 
 from llava_jax.config import Model
 from llava_jax.errors import UserError
+from llava_jax.files import show_json
 from llava_jax.models.llava import LlavaConfig, Parameters, fresh_params
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.weights import configs, files, original, peft, projector_files, source, tables, tokenizer_files
@@ -177,7 +178,8 @@ def _open_decoder(directory: Path, adapter: peft.Adapter, template: str | None,
         raise UserError(f"{directory} is a decoder alone, and {adapter.directory} has no config.json of a LLaVA; name "
                         "a finished LLaVA as base, or the adapter's folder from the end of its training")
     if tower is None:
-        raise UserError(f"{directory} is a decoder alone; name the folder of its vision tower by --vision DIR "
+        name = f" ({show_json(own['mm_vision_tower'])})" if own.get("mm_vision_tower") else ""
+        raise UserError(f"{directory} is a decoder alone; name the folder of its vision tower{name} by --vision DIR "
                         "(vision= in Python, model.vision in a recipe)")
     config = dataclasses.replace(config, text=read_config(directory), lora=None)
     own_parameters = {path for path in source.shapes(config) if not path.startswith(("vision/", "decoder/"))}

@@ -106,7 +106,8 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
             template=_template(directory, raw, kind, template), exif=extras.get("exif", False),
             merged=extras.get("merged", ""), video=fields.video(file, video, f"{configs.MODEL_TYPE}.video."))
     except ValueError as error:
-        raise UserError(str(error) if str(error).startswith(str(directory)) else f"{file}: {error}") from None
+        named = (str(directory), str(find_tower(directory, raw, vision) or directory))
+        raise UserError(str(error) if str(error).startswith(named) else f"{file}: {error}") from None
 
 
 def _decoder(file: Path, raw: Mapping[str, Any], stored: set[str]) -> str:
@@ -278,6 +279,10 @@ def open_tensors(directory: Path, raw: dict[str, Any], config: LlavaConfig, visi
     A `base` is added to them, which are then a delta.
     """
     tensors = _by_hf_name(directory)
+    # Training with QLoRA leaves quantization_config in files of models that are not quantised.
+    if raw.get("quantization_config") and any(x.kind not in ("F16", "BF16", "F32") for x in tensors.values()):
+        raise UserError(f"{directory / 'config.json'}: quantization_config: quantised models are not read; take the "
+                        "model it was made of")
     if base:
         tensors = _add(directory, tensors, Path(base))
     elif _is_near_zero(tensors):

@@ -168,6 +168,9 @@ class Adapter:
                                 f"{list(mapping.hf_shape)}; name the base that the adapter was trained on")
             else:
                 found[mapping.path, mapping.layer] = tensor, mapping
+        if kept := [name for name in unknown if re.search(r"\.(base_layer|lora_embedding_[AB])(\.|$)", name)]:
+            raise UserError(f"{self.directory}: {files.shorten(kept)}: adapters of an embedding or a head are not "
+                            "supported; merge the adapter with PEFT's merge_and_unload, and use the merged model")
         if unknown:
             raise UserError(f"{self.directory}: left over: {files.shorten(unknown)}; the base model has no such "
                             "parameters")

@@ -60,11 +60,8 @@ def save_peft(
     if not isinstance(parameters, ParameterSource):
         parameters = source.from_memory(parameters)
     has_adapter = {path.split("/adapter/")[0] for path in parameters.shapes if lora.is_adapter(path)}
-    if trained is None:
-        adapted = any(path.startswith("projector/") for path in has_adapter)
-        trained = [path for path in parameters.shapes
-                   if path == "image_newline" or path.startswith("projector/") and not adapted]
-    trained = {path for path in trained if not lora.is_adapter(path)}
+    trained = {path for path in (usually_trained(parameters) if trained is None else trained)
+               if not lora.is_adapter(path)}
     if any(path.startswith("vision/") for path in trained):  # PEFT replaces whole modules
         trained |= {path for path in parameters.shapes if path.startswith("vision/") and not lora.is_adapter(path)}
     _check(layout, trained, has_adapter)
@@ -86,6 +83,19 @@ def save_peft(
         return NotFinite(first.stored + second.stored, first.overflowed + second.overflowed)
 
     checkpoint.save_directory(Path(directory), parameters, write)
+
+
+def usually_trained(parameters: ParameterSource) -> set[str]:
+    """Returns the paths of the projector, unless it has adapters, and of `image_newline`."""
+    adapted = any(path.startswith("projector/") and lora.is_adapter(path) for path in parameters.shapes)
+    return {path for path in parameters.shapes
+            if path == "image_newline" or path.startswith("projector/") and not adapted}
+
+
+def trained_by(adapter: str | Path, parameters: ParameterSource) -> set[str]:
+    """Returns the paths that an adapter's folder has in full, and those of `usually_trained`."""
+    shapes = {path: shape for path, shape in parameters.shapes.items() if not lora.is_adapter(path)}
+    return usually_trained(parameters) | {path for path, _ in peft.Adapter(adapter).full(shapes)}
 
 
 def _check(layout: str, trained: set[str], has_adapter: set[str]) -> None:

@@ -4,6 +4,7 @@ transformers writes a pinpoint as (height, width) and chooses as this project do
 is kept, and a model of the original's rule has the same canvases there. Only the rounding differs.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,6 +100,13 @@ def settings_of(directory: Path, is_siglip: bool = False) -> dict[str, Any]:
     result = defaults | lists | ({"mode": "pad"} if pads else {})
     fields.build(file, ImageProcessor, **result)
     return result
+
+
+def with_colours(config: LlavaConfig, vision: str | Path) -> LlavaConfig:
+    """Returns a joined model with the mean and std of its vision tower's image processor, read from `vision`."""
+    settings = settings_of(Path(vision), is_siglip=not config.vision.class_token)
+    return dataclasses.replace(config, processor=dataclasses.replace(
+        config.processor, mean=settings["mean"], std=settings["std"]))
 
 
 def _image_settings(directory: Path) -> tuple[Path | None, dict[str, Any]]:

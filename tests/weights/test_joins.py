@@ -1,6 +1,7 @@
 """A decoder joined with a vision tower: its tokenizer's family chooses the template, and transformers stops there."""
 
 import json
+import shutil
 
 import pytest
 import tokenizers
@@ -98,6 +99,20 @@ def test_training_takes_it_too(parts, decoders_dirs):
         agreed("vicuna_v1")
     with pytest.raises(UserError, match="stages.first.data.template: template vicuna_v1 ends answers with </s>"):
         agreed(data_template="vicuna_v1")
+
+
+def test_the_colours_are_those_of_the_tower(parts, tmp_path):
+    """The mean and std of the tower's own processor count in a join and in training, and are exported."""
+    from llava_jax import config
+
+    tower = tmp_path / "tower"
+    shutil.copytree(parts[0], tower)
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, image_mean=[0.1, 0.2, 0.3],
+                                       image_std=[0.4, 0.5, 0.6]).save_pretrained(tower)
+    convert.main(["--vision", str(tower), "--language", str(parts[1]), str(tmp_path / "hf"), "--to", "hf"])
+    recipe = config.Model(vision=str(tower), language=str(parts[1]), image_mode="crop")
+    for processor, mode in ((read_config(tmp_path / "hf").processor, "pad"), (model_config(recipe).processor, "crop")):
+        assert (processor.mean, processor.std, processor.mode) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), mode)
 
 
 def test_an_unsuitable_model_is_refused_everywhere(parts, tmp_path):

@@ -175,6 +175,18 @@ def test_unsupported_settings_are_told(weights, tower, tmp_path, changes, messag
     told(message, write(tmp_path / "x", without_tower(weights), config_json(**changes)), "--vision", tower)
 
 
+def test_quantised_models_and_damaged_towers_are_told(weights, tower, tmp_path):
+    config = config_json(mm_vision_tower=str(tower), quantization_config={"load_in_4bit": True})
+    load_checkpoint(write(tmp_path / "merged", without_tower(weights), config))  # QLoRA leaves the field
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = without_tower(weights) | {name: torch.zeros(1536, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(48)}
+    told("config.json: quantization_config: quantised models are not read", write(tmp_path / "x", stored, config))
+    shutil.copytree(tower, tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text("<html>")
+    told(rf"^{re.escape(str(tmp_path))}/clip/preprocessor_config.json: not JSON", write(
+        tmp_path / "y", without_tower(weights), config_json()), "--vision", tmp_path / "clip")
+
+
 def test_unknown_tensors_and_half_downloads_are_told(weights, tower, tmp_path):
     extra = {"model.vision_resampler.x": torch.ones(2), "model.mm_projector.1.weight": torch.ones(2)}
     told("left over: model.vision_resampler.x, model.mm_projector.1.weight", write(

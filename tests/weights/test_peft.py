@@ -190,6 +190,21 @@ def test_ours_comes_back(hf_dir, ours, tmp_path):
         np.testing.assert_array_equal(loaded[path], x, err_msg=path)
 
 
+def test_modules_that_an_adapter_has_in_full_are_exported(base, hf_dir, tmp_path):
+    """A tower is written again. A norm has no place, and a projector not beside its own adapters: one line."""
+    for name, target, module in [("tower", DECODER, "vision_tower"), ("norm", DECODER, "norm"),
+                                 ("half", ["linear_1", "up_proj"], "linear_2")]:
+        wrapped = adapted(base, target_modules=target, modules_to_save=[module])
+        wrapped.save_pretrained(tmp_path / name)
+        result = run_command("convert", hf_dir, tmp_path / f"{name} again", "--adapter", tmp_path / name,
+                             "--to", "peft", "--template", "vicuna_v1", "--dtype", "keep")
+        if name == "tower":
+            assert_merges_to(hf_dir, tmp_path / "tower again", wrapped, tmp_path)
+        else:
+            assert result.code == 2 and re.search("trained in full.*for which peft has no place", result.err)
+            assert not (tmp_path / f"{name} again").exists()
+
+
 def test_an_adapter_of_a_decoder_alone(hf_dir, tmp_path):
     """LlamaForCausalLM, wrapped by PEFT alone, with the decoder's weights."""
     model = transformers.LlavaForConditionalGeneration.from_pretrained(hf_dir)
@@ -233,7 +248,7 @@ INVALID = [
     (TENSORS, lambda t: t.pop(f"{LAYER}.lora_B.weight"), "layers.1.self_attn.q_proj.lora_B.weight is missing"),
     (TENSORS, lambda t: [t.pop(f"{LAYER}.lora_{half}.weight") for half in "AB"], "no adapters of.*q_proj"),
     (TENSORS, lambda t: t.update({f"{LAYER}.lora_A.weight": torch.zeros(5, 48)}), r"\[5, 48\] instead of \[4, 48\]"),
-    (TENSORS, lambda t: t.update({f"{LAYER}.lora_embedding_A": torch.zeros(2)}), "left over: .*lora_embedding_A"),
+    (TENSORS, lambda t: t.update({f"{LAYER}.lora_embedding_A": torch.zeros(2)}), "lora_embedding_A: adapters of an"),
     (TENSORS, lambda t: t.update({f"{LAYER.replace('.1.', '.2.')}.lora_{h}.weight": torch.zeros(4, 4) for h in "AB"}),
      "adapters of .*layers.2.*base model does not have"),
     (TENSORS, lambda t: [t.pop(name) for name in list(t) if "projector" in name], "no tensor of multi_modal_projector"),
