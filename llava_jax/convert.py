@@ -97,7 +97,8 @@ def main(args: Sequence[str] | None = None) -> int:
         save(target, config, parameters, tokenizer_dir, dtype=dtype, shard_bytes=_bytes(options.shard_size))
     files = [*target.glob("*.safetensors"), *target.glob("*.bin")]
     size = sum(file.stat().st_size for file in files)
-    print(f"{target}: {size / 1e9:.2f} GB in {len(files)} {'file' if len(files) == 1 else 'files'} of tensors, "
+    amount = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"  # adapters are small
+    print(f"{target}: {amount} in {len(files)} {'file' if len(files) == 1 else 'files'} of tensors, "
           f"{time.monotonic() - start:.0f} s")
     return 0
 

@@ -30,6 +30,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names of a single file, and of the index of several files."""
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 """The same of torch files, which are read where there are no safetensors files."""
+RUN_CHECKPOINT = "_CHECKPOINT_METADATA"
+"""Name of a file that Orbax writes in every checkpoint of a run."""
 WRITE_BYTES = 2**22
 """Number of bytes that a write copies at a time."""
 
@@ -123,6 +125,9 @@ def other_format(directory: Path) -> str:
     if (directory / "adapter_config.json").exists():
         return (f"{directory}: LoRA adapters (PEFT), which change another model; name that model, and this folder by "
                 "--adapter (adapter= in Python, model.adapter in a recipe)")
+    if (directory / RUN_CHECKPOINT).exists():
+        return (f"{directory}: a checkpoint of a run, with its trained parameters alone; to write a model of it: "
+                f"python -m llava_jax.convert {directory} DST --to hf (--merge, if it has adapters)")
     if any(directory.glob("*.gguf")):
         return f"{directory}: a GGUF model, llama.cpp's format, is not read; take the model's safetensors"
     if (directory / "mm_projector.bin").exists():

@@ -105,7 +105,12 @@ class Adapter:
         self.directory = Path(directory)
         self.file = self.directory / CONFIG
         if not self.file.exists():
-            raise UserError(f"{self.file}: no such file, so {self.directory} is not the folder of an adapter")
+            hint = ""
+            if (self.directory / "adapter" / CONFIG).exists():
+                hint = f"; one is in {self.directory / 'adapter'}"
+            elif (self.directory / "recipe.json").exists() or (self.directory / files.RUN_CHECKPOINT).exists():
+                hint = f"; to write one of this run: python -m llava_jax.convert {self.directory} DST --to peft"
+            raise UserError(f"{self.file}: no such file, so {self.directory} is not the folder of an adapter{hint}")
         self.settings = read_json(self.file)
         checked = fields.check_fields(self.file, self.settings, READ)
         if checked.get("peft_type") != "LORA":

@@ -8,6 +8,7 @@ import pytest
 from commands import run_command
 
 from llava_jax import config
+from llava_jax.errors import UserError
 from llava_jax.train import loop, restore
 from llava_jax.train.setup import setup
 from llava_jax.weights import checkpoint, load_checkpoint, peft
@@ -64,6 +65,14 @@ def test_checkpoints_within_a_stage(recipe, parts, tmp_path):
         assert result.code == 2 and not (tmp_path / "adapter").exists()
         assert f"instruct/{step}: no such checkpoint; this stage has those of step 2, 4" in result.err
     assert restore.open_run(Path("/model")) is None
+
+
+def test_what_a_run_has_is_told_where_it_is_mistaken_for_a_model(recipe, parts):
+    result = run_command("generate", "--model", f"{recipe.output}/checkpoints/instruct/4", "--prompt", "What?")
+    assert result.code == 2 and "instruct/4: a checkpoint of a run" in result.err and "4 DST --to hf" in result.err
+    for folder, hint in (("", "one is in .*run/adapter$"), ("/checkpoints/instruct/4", "convert .*/4 DST --to peft$")):
+        with pytest.raises(UserError, match=f"not the folder of an adapter; .*{hint}"):
+            checkpoint.open_checkpoint(parts[1], vision=parts[0], adapter=recipe.output + folder)
 
 
 def test_a_run_continues_from_an_adapter(recipe, tmp_path):
