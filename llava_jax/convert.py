@@ -1,5 +1,6 @@
 """Converts checkpoints between layouts, and joins a vision tower and a decoder to a new LLaVA."""
 
+import dataclasses
 import functools
 import re
 import sys
@@ -88,6 +89,10 @@ def main(args: Sequence[str] | None = None) -> int:
     target = Path(options.paths[-1])
     config, parameters, tokenizer_dir, trained = _join(options) if len(options.paths) == 1 else _open(options)
     config, parameters = _merged(options, config, parameters)
+    if "image_newline" in parameters.shapes and not config.processor.has_newline:
+        agreement.say(f"image_newline is left out: image mode {config.processor.mode_name} has none")
+        kept = {path: shape for path, shape in parameters.shapes.items() if path != "image_newline"}
+        parameters, trained = dataclasses.replace(parameters, shapes=kept), trained and trained - {"image_newline"}
     dtype = None if options.dtype == "keep" else options.dtype
     if options.to in ("peft", "original-lora"):
         save_peft(target, config, parameters, tokenizer_dir, layout=options.to, trained=trained, dtype=dtype)

@@ -15,9 +15,10 @@ from original_models import config_json, write
 
 from llava_jax import convert
 from llava_jax.models.llama import LlamaConfig
-from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.llava import LlavaConfig, init_params
 from llava_jax.models.vit import VisionConfig
-from llava_jax.weights import configs, files, load_checkpoint, original, read_config, tables
+from llava_jax.text import agreement
+from llava_jax.weights import configs, files, load_checkpoint, original, read_config, save_native, tables
 from llava_jax.weights.source import shapes
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,17 @@ def test_a_join_is_its_parts_and_a_new_projector(parts, joined, tmp_path):
     config = read_config(tmp_path / "linear")
     assert (config.projector, config.feature_layer, config.template, config.processor.mode) == (
         "linear", -1, "llava_v1", "crop")
+
+
+@pytest.mark.parametrize("layout", ["hf", "native"])
+def test_an_image_mode_of_one_tile_leaves_the_newline_out(parts, tmp_path, capsys, layout):
+    config = LlavaConfig(vision=read_config(parts[0]), text=read_config(parts[1])).with_image_mode("anyres", "(28x56)")
+    save_native(tmp_path / "tiles", config, init_params(config, seed=0), parts[1])
+    agreement.say.cache_clear()
+    convert.main([str(tmp_path / "tiles"), str(tmp_path / "one"), "--to", layout, "--image-mode", "pad"])
+    assert "image_newline is left out: image mode pad has none" in capsys.readouterr().err
+    found, parameters = load_checkpoint(tmp_path / "one")
+    assert found.processor.mode == "pad" and "image_newline" not in parameters
 
 
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
