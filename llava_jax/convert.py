@@ -161,7 +161,9 @@ def _open(options: Convert) -> tuple:
         raise UserError(f"{path} is one part of a LLaVA; join it with --vision and --language")
     agreement.check(config.template, Tokenizer.load(path), config.text.vocab_size, str(path), trained=True,
                     visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
-    trained = peft_export.trained_by(options.adapter, parameters) if options.adapter else None
+    trained = None
+    if options.adapter:
+        trained = peft_export.usually_trained(parameters) | peft_export.in_full(options.adapter, parameters.shapes)
     return config.with_image_mode(options.image_mode), parameters, path, trained
 
 

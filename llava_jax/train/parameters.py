@@ -12,7 +12,7 @@ from llava_jax.parallel.processes import LOAD_TIMEOUT, allgather_object
 from llava_jax.train.digests import check_finite, digests, fingerprint
 from llava_jax.train.optimizer import trainable_paths
 from llava_jax.train.setup import TrainContext
-from llava_jax.weights import fresh_paths, load_model, source
+from llava_jax.weights import differing_paths, load_model, source
 from llava_jax.weights.checkpoint import open_model
 from llava_jax.weights.source import ParameterSource
 
@@ -32,15 +32,15 @@ def load_parameters(context: TrainContext, dtype: Callable[[str], str], before: 
 
 
 def open_parameters(context: TrainContext) -> tuple[ParameterSource, set[str]]:
-    """Opens all parameters after the last stage, and returns the paths of those that were trained or initialised too.
+    """Opens all parameters after the last stage, and returns the paths of those that differ from the base's too.
 
     Frozen parameters are read from the checkpoints when they are written, so they need no memory of the devices.
     """
     model = context.recipe.model
     trained = trained_parameters(context, before=None)
-    fresh = fresh_paths(model, source.shapes(context.model))
+    differing = differing_paths(model, source.shapes(context.model))
     opened = source.replace(open_model(model, context.model, context.recipe.seed), source.from_memory(trained))
-    return opened, fresh | trained.keys()
+    return opened, differing | trained.keys()
 
 
 def trained_parameters(context: TrainContext, before: str | None) -> Parameters:

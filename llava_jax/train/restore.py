@@ -17,7 +17,7 @@ from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.optimizer import trainable_paths
 from llava_jax.train.setup import model_config, resolve_template
-from llava_jax.weights import source
+from llava_jax.weights import differing_paths, source
 from llava_jax.weights.checkpoint import open_model
 from llava_jax.weights.source import ParameterSource
 
@@ -26,7 +26,7 @@ class RunParameters(NamedTuple):
     """Configuration and parameters of a run's checkpoint.
 
     Attributes:
-      trained: paths that training changed or initialised.
+      trained: paths of parameters that the base lacks or has with other values.
       base: path of the checkpoint that the run started from, which has the tokenizer.
     """
 
@@ -77,9 +77,9 @@ def _open(run: Path, last_stage: str | None = None, step: str | None = None) -> 
             break
     if found is None or last_stage not in (None, found):
         raise UserError(f"{run / 'checkpoints' / (last_stage or '')}: no checkpoint of this run's recipe")
-    fresh = source.fresh_paths(recipe.model, shapes)
+    differing = differing_paths(recipe.model, shapes)
     initial = open_model(recipe.model, model, recipe.seed)
-    return RunParameters(model, source.replace(initial, source.from_memory(trained)), trained.keys() | fresh, base)
+    return RunParameters(model, source.replace(initial, source.from_memory(trained)), trained.keys() | differing, base)
 
 
 def read_recipe(file: Path) -> config.Recipe:

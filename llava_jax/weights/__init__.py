@@ -2,8 +2,8 @@
 
 from llava_jax.weights.checkpoint import check_export, load_checkpoint, load_model, read_config, save_hf, save_native
 from llava_jax.weights.original_export import save_original
-from llava_jax.weights.peft_export import save_peft
+from llava_jax.weights.peft_export import differing_paths, save_peft
 from llava_jax.weights.source import fresh_paths
 
-__all__ = ["check_export", "fresh_paths", "load_checkpoint", "load_model", "read_config", "save_hf", "save_native",
-           "save_original", "save_peft"]
+__all__ = ["check_export", "differing_paths", "fresh_paths", "load_checkpoint", "load_model", "read_config", "save_hf",
+           "save_native", "save_original", "save_peft"]

@@ -1,12 +1,13 @@
 """Writes the adapters of a model as a LoRA folder of PEFT, or of the original LLaVA."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from llava_jax.config import Model
 from llava_jax.errors import UserError
 from llava_jax.models import lora
 from llava_jax.models.llava import LlavaConfig, Parameters
@@ -92,10 +93,18 @@ def usually_trained(parameters: ParameterSource) -> set[str]:
             if path == "image_newline" or path.startswith("projector/") and not adapted}
 
 
-def trained_by(adapter: str | Path, parameters: ParameterSource) -> set[str]:
-    """Returns the paths that an adapter's folder has in full, and those of `usually_trained`."""
-    shapes = {path: shape for path, shape in parameters.shapes.items() if not lora.is_adapter(path)}
-    return usually_trained(parameters) | {path for path, _ in peft.Adapter(adapter).full(shapes)}
+def in_full(adapter: str | Path, shapes: Mapping[str, tables.Shape]) -> set[str]:
+    """Returns the paths of the parameters that an adapter's folder replaces in full."""
+    shapes = {path: shape for path, shape in shapes.items() if not lora.is_adapter(path)}
+    return {path for path, _ in peft.Adapter(adapter).full(shapes)}
+
+
+def differing_paths(sources: Model, shapes: Mapping[str, tables.Shape]) -> set[str]:
+    """Returns the paths of a recipe's model that its base lacks, or has with other values, before training."""
+    paths = set(source.fresh_paths(sources, shapes))
+    if not sources.llava:
+        paths |= {path for path in shapes if re.match("projector/|image_newline", path) and not lora.is_adapter(path)}
+    return paths | (in_full(sources.adapter, shapes) if sources.adapter else set())
 
 
 def _check(layout: str, trained: set[str], has_adapter: set[str]) -> None:

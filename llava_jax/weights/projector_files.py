@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.errors import UserError
+from llava_jax.models import projector
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.weights import files, original, source, tables
@@ -42,6 +43,9 @@ def kind(path: str | Path) -> str:
 def open_projector(path: str | Path, config: LlavaConfig) -> ParameterSource:
     """Opens the projector, and the newline if the file has it, for a model of `config`."""
     file, tensors = list_tensors(path)
+    if projector.depth(kind(path)) != projector.depth(config.projector):
+        raise UserError(f"{file}: a projector of type {kind(path)}, but {config.projector} is named (--projector, "
+                        "model.projector); leave it out")
     own = {name: tensor for name, tensor in tensors.items() if name != tables.EMBEDDING}
     absent = [name for name in source.shapes(config) if not name.startswith("projector/")
               and (name != "image_newline" or name not in own)]

@@ -14,6 +14,7 @@ from llava_jax.train.setup import setup
 from llava_jax.weights import checkpoint, load_checkpoint, peft
 
 RATES = ((".*/lora_.", 1e-2), ("projector/.*", 1e-3), ("(vision|decoder)/(?!.*/lora_).*", None))
+FROZEN = ((".*/lora_.", 1e-2), ("(?!.*/lora_).*", None))
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,21 @@ def test_what_a_run_has_is_told_where_it_is_mistaken_for_a_model(recipe, parts):
             checkpoint.open_checkpoint(parts[1], vision=parts[0], adapter=recipe.output + folder)
 
 
-def test_a_run_continues_from_an_adapter(recipe, tmp_path):
+def test_a_run_continues_from_an_adapter(recipe, parts, tmp_path):
+    """Its projector stays frozen, and leaves with the adapters."""
     run_command("convert", recipe.output, tmp_path / "adapter", "--to", "peft", "--dtype", "keep")
     model = dataclasses.replace(recipe.model, lora=None, adapter=str(tmp_path / "adapter"))
-    again = dataclasses.replace(recipe, model=model, stages={"align": recipe.stages["align"]},
-                                output=str(tmp_path / "again"))
+    stage = dataclasses.replace(recipe.stages["align"], learning_rates=FROZEN)
+    again = dataclasses.replace(recipe, model=model, stages={"align": stage}, output=str(tmp_path / "again"))
     loop.train_stages(setup(again))
     run = restore.open_run(tmp_path / "again")
     path = "decoder/layers/mlp/up_proj/adapter/lora_a"
     before = restore.open_run(Path(recipe.output)).parameters.read(path, 0)
     assert run.config.lora == recipe.model.lora
     assert 0 < np.abs(run.parameters.read(path, 0) - before).max() < 0.1
+    result = run_command("convert", tmp_path / "again", tmp_path / "second", "--to", "peft", "--dtype", "keep")
+    assert result.code == 0, result.err
+    opened = checkpoint.open_checkpoint(parts[1], vision=parts[0], adapter=tmp_path / "second")[1]
+    for name in ("projector/layers_0/kernel", "projector/layers_1/bias"):
+        np.testing.assert_array_equal(opened.read(name, None), run.parameters.read(name, None))
+    np.testing.assert_array_equal(opened.read(path, 0), run.parameters.read(path, 0))

@@ -13,6 +13,7 @@ from original_models import SIZES, config_json, without_tower, write
 from llava_jax import convert
 from llava_jax.config import Model
 from llava_jax.errors import UserError
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
 from llava_jax.train.setup import model_config
 from llava_jax.weights import load_checkpoint, load_model, projector_files, read_config
@@ -172,3 +173,5 @@ def test_other_files_are_told(tower, base, weights, tmp_path):
         llava="x", projector_weights="y"))
     torch.save({"mm_projector.weight": torch.ones(8, 3), "mm_projector.bias": torch.ones(8)}, tmp_path / "linear.bin")
     assert projector_files.kind(tmp_path / "linear.bin") == "linear"
+    told("linear.bin: a projector of type linear, but mlp2x_gelu is named", projector_files.open_projector,
+         tmp_path / "linear.bin", LlavaConfig())
