@@ -115,7 +115,8 @@ def _decoder(file: Path, raw: Mapping[str, Any], stored: set[str]) -> str:
     names = f"{raw.get('model_type')} {' '.join(map(str, raw.get('architectures', ())))}".lower()
     if "mpt" in names or any(name.startswith("transformer.") for name in stored):
         raise UserError(f"{file}: a LLaVA with an MPT decoder, which is not supported; LLaMA, Mistral and Qwen2 are")
-    if any(re.fullmatch(r".*\.self_attn\.q_proj\.bias", name) and name.startswith(tables.LANGUAGE) for name in stored):
+    biases = {name.split(".")[-2] for name in stored if name.startswith(tables.LANGUAGE) and name.endswith(".bias")}
+    if "q_proj" in biases and "o_proj" not in biases:  # a LLaMA's attention_bias is of all four maps
         return "qwen2"
     for part, kind in DECODERS.items():
         if part in names:

@@ -175,6 +175,16 @@ def test_unsupported_settings_are_told(weights, tower, tmp_path, changes, messag
     told(message, write(tmp_path / "x", without_tower(weights), config_json(**changes)), "--vision", tower)
 
 
+def test_a_llama_with_biases_is_no_qwen2(weights, tower, tmp_path):
+    biases = {f"model.layers.{i}.self_attn.{name}_proj.bias": torch.randn(rows)
+              for i in range(2) for name, rows in {"q": 48, "k": 24, "v": 24, "o": 48}.items()}
+    config, parameters = load_checkpoint(write(tmp_path / "x", without_tower(weights) | biases, config_json(
+        attention_bias=True, mm_vision_tower=str(tower))))
+    assert config.template == "vicuna_v1" and config.text.qkv_bias and config.text.out_bias
+    np.testing.assert_array_equal(parameters["decoder/layers/attention/o_proj/bias"][1],
+                                  biases["model.layers.1.self_attn.o_proj.bias"])
+
+
 def test_quantised_models_and_damaged_towers_are_told(weights, tower, tmp_path):
     config = config_json(mm_vision_tower=str(tower), quantization_config={"load_in_4bit": True})
     load_checkpoint(write(tmp_path / "merged", without_tower(weights), config))  # QLoRA leaves the field
