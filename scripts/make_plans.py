@@ -23,6 +23,7 @@ SAVE_DOTS = "--stages.align.remat save_dots --stages.instruct.remat save_dots"
 SAVE_ATTENTION = "--stages.instruct.remat save_attention"
 TUNED = "--stages.mid.{0} --stages.single_image.{0} --stages.onevision.{0}"
 SAVE_QKV = "--stages.instruct.remat save_qkv"
+PARTS = "--stages.instruct.gradient_accumulation {0}"
 
 PLANS = (
     ("mini", "v5e-4", "", ""),
@@ -36,6 +37,10 @@ PLANS = (
     ("llava_1_5_7b", "tpu7x-16", "save_dots", SAVE_DOTS),
     ("llava_1_5_13b", "v5e-64", "instruct: save_qkv", SAVE_QKV),
     ("llava_1_5_13b", "v6e-32", "instruct: save_qkv", SAVE_QKV),
+    ("llava_1_5_7b_lora", "v5e-4", "16 parts", PARTS.format(16)),
+    ("llava_1_5_7b_lora", "v6e-1", "16 parts", PARTS.format(16)),
+    ("llava_1_5_7b_qlora", "v6e-1", "16 parts", PARTS.format(16)),
+    ("llava_1_5_13b_lora", "v5e-16", "4 parts", PARTS.format(4)),
     ("llava_next_vicuna_7b", "v5e-32", "", ""),
     ("llava_next_llama3_8b", "v5e-32", "", ""),
     ("llava_onevision_qwen2_0_5b", "v5e-16", "tuned stages: 4 parts", TUNED.format("gradient_accumulation 4")),
