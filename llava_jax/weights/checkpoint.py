@@ -167,20 +167,20 @@ def _open_decoder(directory: Path, adapter: peft.Adapter, template: str | None,
     raw = configs.read_raw(directory)
     if raw.get("model_type") not in configs.TEXT_MODELS or original.is_original(directory, raw):
         return None
-    own, file = adapter.directory / "config.json", adapter.directory / peft.NOTE
-    own = files.read_json(own) if own.exists() else {}
-    tower = original.find_tower(adapter.directory, own, vision)
-    if "config" in adapter.note:
-        config = configs.read_native(adapter.note["config"] | ({"template": template} if template else {}), file)
-    elif original.is_original(adapter.directory, own):
-        config = original.read_config(directory, own, template, tower)
-    else:
+    file, note = adapter.directory / "config.json", adapter.note.get("config")
+    own = files.read_json(file) if file.exists() else {}
+    if note is None and not original.is_original(adapter.directory, own):
         raise UserError(f"{directory} is a decoder alone, and {adapter.directory} has no config.json of a LLaVA; name "
                         "a finished LLaVA as base, or the adapter's folder from the end of its training")
+    tower = original.find_tower(adapter.directory, own, vision)
     if tower is None:
         name = f" ({show_json(own['mm_vision_tower'])})" if own.get("mm_vision_tower") else ""
         raise UserError(f"{directory} is a decoder alone; name the folder of its vision tower{name} by --vision DIR "
                         "(vision= in Python, model.vision in a recipe)")
+    if note is None:
+        config = original.read_config(directory, own, template, tower, file)
+    else:
+        config = configs.read_native(note | ({"template": template} if template else {}), adapter.directory / peft.NOTE)
     config = dataclasses.replace(config, text=read_config(directory), lora=None)
     own_parameters = {path for path in source.shapes(config) if not path.startswith(("vision/", "decoder/"))}
     tensors = original.open_tensors(directory, own, config, tower, None)

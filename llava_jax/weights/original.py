@@ -73,7 +73,8 @@ def is_original(directory: Path, raw: Mapping[str, Any]) -> bool:
         "mm_projector." in name for name in files.tensor_names(directory))
 
 
-def read_config(directory: Path, raw: dict[str, Any], template: str | None, vision: str | Path | None) -> LlavaConfig:
+def read_config(directory: Path, raw: dict[str, Any], template: str | None, vision: str | Path | None,
+                file: Path | None = None) -> LlavaConfig:
     """Reads the configuration of an original LLaVA.
 
     Args:
@@ -81,16 +82,17 @@ def read_config(directory: Path, raw: dict[str, Any], template: str | None, visi
       raw: the contents of its config.json.
       template: replaces the conversation template, which otherwise follows from the decoder and the tokenizer.
       vision: folder of the vision tower. By default `mm_vision_tower`, absolute or relative to `directory`.
+      file: path of its config.json, for messages. By default it is in `directory`.
 
     Raises UserError if the tower is missing, if the checkpoint was trained with another tower than the named one, and
     for MPT decoders, resamplers and settings that are not supported.
     """
-    file = directory / "config.json"
+    file = file or directory / "config.json"
     checked = fields.check_fields(file, raw, FIELDS)
     stored = {*map(hf_name, files.tensor_names(directory))}
     kind = _decoder(file, raw, stored)
     text = configs.read_decoder(file, raw, kind)
-    tower, is_siglip = _tower(directory, raw, vision, stored)
+    tower, is_siglip = _tower(directory, file, raw, vision, stored)
     extras = fields.check_fields(file, checked.get(configs.MODEL_TYPE, {}), fields.HF_EXTRAS, f"{configs.MODEL_TYPE}.")
     if is_siglip:  # LLaVA deletes the last layer and reads what enters the last norm, whatever the layer that is named
         tower = dataclasses.replace(tower, num_layers=tower.num_layers - 1)
@@ -134,10 +136,10 @@ def _projector(checked: Mapping[str, Any]) -> str:
     return kind
 
 
-def _tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None,
+def _tower(directory: Path, file: Path, raw: Mapping[str, Any], vision: str | Path | None,
            stored: set[str]) -> tuple[VisionConfig, bool]:
     """Returns the configuration of the vision tower, and whether it is a SigLIP."""
-    file, name = directory / "config.json", raw.get("mm_vision_tower") or "of an unknown name"
+    name = raw.get("mm_vision_tower") or "of an unknown name"
     is_stored = any(key.startswith(tables.VISION) for key in stored)
     tuned = raw.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in (raw.get("mm_tunable_parts") or "")
     if stored and tuned and not is_stored:
@@ -176,7 +178,9 @@ def find_tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | Non
     if vision:
         return Path(vision)
     name = raw.get("mm_vision_tower")
-    candidates = [directory / name, directory / Path(name).name] if name else []  # the first may be absolute
+    if not isinstance(name, str) or not name:
+        return None
+    candidates = directory / name, directory / Path(name).name  # the first may be absolute
     return next((folder for folder in candidates if os.path.isfile(folder / "config.json")), None)
 
 

@@ -97,8 +97,17 @@ def test_logits(hf_dir, parts, trained):
 
 def test_what_is_missing_is_told(hf_dir, parts, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "adapter")
-    with pytest.raises(UserError, match="openai/clip-vit-large-patch14-336.*--vision"):
+    with pytest.raises(UserError, match="decoder alone.*openai/clip-vit-large-patch14-336.*--vision"):
         checkpoint.open_checkpoint(parts[0], adapter=tmp_path / "adapter")
+    file = tmp_path / "adapter" / "config.json"
+    content = file.read_text()
+    file.write_text(json.dumps(json.loads(content) | {"image_aspect_ratio": "highres"}))
+    with pytest.raises(UserError, match="adapter/config.json: image_aspect_ratio 'highres' is not supported"):
+        checkpoint.open_checkpoint(parts[0], vision=parts[1], adapter=tmp_path / "adapter")
+    file.write_text(json.dumps(json.loads(content) | {"mm_vision_tower": 3}))
+    with pytest.raises(UserError, match=r"decoder alone.*\(3\) by --vision"):
+        checkpoint.open_checkpoint(parts[0], adapter=tmp_path / "adapter")
+    file.write_text(content)
     (tmp_path / "adapter" / "non_lora_trainables.bin").unlink()  # as checkpoints within LLaVA's training
     with pytest.raises(UserError, match="no non_lora_trainables.bin.* lack projector/layers_0"):
         checkpoint.open_checkpoint(parts[0], vision=parts[1], adapter=tmp_path / "adapter")
