@@ -327,7 +327,8 @@ def parse_pinpoints(text: str, size: int) -> tuple[tuple[int, int], ...]:
         points = [(size * width, size * height) for width in range(left, right + 1) for height in range(low, high + 1)
                   ] if count <= MAX_PINPOINTS else []
     rest = re.sub(r"[\s,.\[\]()]", "", re.sub(pair, "", text))
-    if rest or not 1 <= len(points) <= MAX_PINPOINTS or not min(map(min, points)):
+    is_cut = any(text.count(opening) != text.count(closing) for opening, closing in ("()", "[]"))
+    if rest or is_cut or not 1 <= len(points) <= MAX_PINPOINTS or not min(map(min, points)):
         raise UserError(f"model.pinpoints {text!r:.200}: give sizes in pixels such as (336x672),(672x336), or a range "
                         "of tiles such as (1x1),...,(6x6)")
     return tuple(points)

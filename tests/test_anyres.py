@@ -267,8 +267,8 @@ def test_pinpoints_as_text():
     for points in (small, parse_pinpoints("(33x336),(672x672)", 336)):
         with pytest.raises(UserError, match=r"pinpoint \d\d x \d+ is no multiple of the tile's 336 pixels"):
             ImageProcessor(336, "anyres", pinpoints=points)
-    for text in ("", "big", "(336x672", "(336x672);(1x1)", "(1x1),...", "(0x336)", "(3x3),...,(1x1)",
-                 "(1x1),...,(99999x99999)", "(1.5x2)"):
+    for text in ("[[336,672],", "((1x1),...,(6x6)", "", "big", "(336x672", "(336x672);(1x1)", "(1x1),...", "(0x336)",
+                 "(3x3),...,(1x1)", "(1x1),...,(99999x99999)", "(1.5x2)"):
         with pytest.raises(UserError, match="^model.pinpoints .*give sizes in pixels such as"):
             parse_pinpoints(text, 336)
 
