@@ -21,17 +21,23 @@ from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.train import output
 from llava_jax.train.setup import TrainContext
+from llava_jax.weights import fingerprint
+from llava_jax.weights.checkpoint import open_model
+from llava_jax.weights.source import ParameterSource
 from llava_jax.weights.tokenizer_files import TOKENIZER_FILES
 
 COMPLETE_BYTES = 2**32
 """Largest size in bytes of a local source that is hashed completely. Other sources are hashed by samples."""
+
+BASE = "base: kernels of the checkpoints that the recipe starts from"
+"""Name of the hash by which a run recognises these checkpoints when it is exported."""
 
 SAMPLES, SAMPLE_BYTES = 256, 2**16
 """Number of samples of a source, and their size in bytes."""
 
 
 def hash_inputs(context: TrainContext, batches: Batches) -> dict[str, str]:
-    """Returns hashes of the data sources, the tokenizer, the template and the model's configuration, by name."""
+    """Returns hashes of data sources, tokenizer, template, the model's configuration and its base, by name."""
     spec, mixture = batches.spec, batches.spec.mixture
     hashes = {}
     for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1):
@@ -43,7 +49,13 @@ def hash_inputs(context: TrainContext, batches: Batches) -> dict[str, str]:
     # The template of the finished model is a field of the recipe.
     settings = dataclasses.asdict(context.model) | {"template": None}
     hashes["model: the settings in its config.json"] = _hash_json(settings)
+    hashes[BASE] = hash_base(open_model(context.recipe.model, context.model, context.recipe.seed))
     return hashes
+
+
+def hash_base(base: ParameterSource) -> str:
+    """Returns a hash of values of some kernels."""
+    return _hash_json(fingerprint.compute(base))
 
 
 def check_inputs(context: TrainContext, stage: str, hashes: dict[str, str]) -> None:

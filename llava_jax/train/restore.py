@@ -14,6 +14,7 @@ from llava_jax.errors import UserError
 from llava_jax.files import read_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.tokenizer import Tokenizer
+from llava_jax.train import inputs
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.optimizer import trainable_paths
 from llava_jax.train.setup import model_config, resolve_template
@@ -79,6 +80,9 @@ def _open(run: Path, last_stage: str | None = None, step: str | None = None) -> 
         raise UserError(f"{run / 'checkpoints' / (last_stage or '')}: no checkpoint of this run's recipe")
     differing = differing_paths(recipe.model, shapes)
     initial = open_model(recipe.model, model, recipe.seed)
+    stored = read_json(run / "inputs.json").get(found) if (run / "inputs.json").is_file() else None
+    if isinstance(stored, dict) and inputs.BASE in stored and stored[inputs.BASE] != inputs.hash_base(initial):
+        raise UserError(f"{base}: its kernels are not those that {run} was trained with; bring that checkpoint back")
     return RunParameters(model, source.replace(initial, source.from_memory(trained)), trained.keys() | differing, base)
 
 

@@ -1,11 +1,13 @@
 """Checkpoints of a LoRA run leave as adapters, which open beside the base and continue in another run."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import run_command
+from safetensors.numpy import load_file, save_file
 
 from llava_jax import config
 from llava_jax.errors import UserError
@@ -74,6 +76,19 @@ def test_what_a_run_has_is_told_where_it_is_mistaken_for_a_model(recipe, parts):
     for folder, hint in (("", "one is in .*run/adapter$"), ("/checkpoints/instruct/4", "convert .*/4 DST --to peft$")):
         with pytest.raises(UserError, match=f"not the folder of an adapter; .*{hint}"):
             checkpoint.open_checkpoint(parts[1], vision=parts[0], adapter=recipe.output + folder)
+
+
+def test_another_base_than_the_run_started_from_is_refused(recipe, parts, tmp_path):
+    run = shutil.copytree(recipe.output, tmp_path / "run")
+    language = shutil.copytree(parts[1], tmp_path / "language")
+    tensors = load_file(language / "model.safetensors")
+    tensors = {name: -x if name.endswith("q_proj.weight") else x for name, x in tensors.items()}
+    save_file(tensors, language / "model.safetensors", metadata={"format": "pt"})
+    stored = (run / "recipe.json").read_text()
+    (run / "recipe.json").write_text(stored.replace(str(parts[1]), str(language)))
+    result = run_command("convert", run, tmp_path / "adapter", "--to", "peft")
+    assert result.code == 2 and not (tmp_path / "adapter").exists()
+    assert f"{language}: its kernels are not those that {run} was trained with" in result.err
 
 
 def test_a_run_continues_from_an_adapter(recipe, parts, tmp_path):
