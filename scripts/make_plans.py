@@ -42,6 +42,7 @@ PLANS = (
     ("llava_1_5_7b_qlora", "v6e-1", "16 parts", PARTS.format(16)),
     ("llava_1_5_13b_lora", "v5e-16", "4 parts", PARTS.format(4)),
     ("llava_next_vicuna_7b", "v5e-32", "", ""),
+    ("llava_next_mistral_7b", "v5p-32", "instruct: save_attention", SAVE_ATTENTION),
     ("llava_next_llama3_8b", "v5e-32", "", ""),
     ("llava_onevision_qwen2_0_5b", "v5e-16", "tuned stages: 4 parts", TUNED.format("gradient_accumulation 4")),
     ("llava_onevision_qwen2_7b", "v5p-64", "save_attention",
