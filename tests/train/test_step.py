@@ -107,7 +107,7 @@ def test_model_flops_count_the_products_of_a_traced_step(monkeypatch, trained):
     # The step computes all pairs of places, so the formula is told that every token sees a whole row; it makes the
     # head's gradient even where the compiler will drop it; and it turns queries and keys by products, both ways.
     places = np.full_like(batch["positions"], LENGTH - 1)
-    formula = model_flops(model, trained, places, np.ones_like(places), images=2 * ROWS)
+    formula = model_flops(model, trained, places, np.ones_like(places), tiles=2 * ROWS)
     text = MODEL.text
     formula += 2 * ROWS * LENGTH * text.hidden_size * text.vocab_size * ("decoder" not in trained)
     formula += 2 * 2 * ROWS * LENGTH * text.num_layers * (text.num_heads + text.num_kv_heads) * text.head_dim**2
@@ -117,7 +117,7 @@ def test_model_flops_count_the_products_of_a_traced_step(monkeypatch, trained):
 def test_model_flops_of_attention_count_visible_pairs_only():
     def flops(lengths):
         places = np.concatenate([np.arange(n) for n in lengths])[None]
-        return model_flops(MODEL, {"decoder"}, places, np.ones_like(places), images=0)
+        return model_flops(MODEL, {"decoder"}, places, np.ones_like(places), tiles=0)
 
     per_pair = 3 * 4 * MODEL.text.num_layers * MODEL.text.num_heads * MODEL.text.head_dim
     assert flops([6]) - flops([2, 4]) == per_pair * (6 * 7 - 2 * 3 - 4 * 5) / 2
