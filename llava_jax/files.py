@@ -83,7 +83,10 @@ def _lock(temporary: str) -> int | None:
 
     The kernel drops the lock of a process that is killed. Returns None if another process has just removed the file.
     """
-    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        handle = os.open(temporary, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,8 +94,9 @@ def _lock(temporary: str) -> int | None:
         return None
     except OSError:  # a file system without locks
         pass
-    if os.path.exists(temporary) and os.path.samestat(os.stat(temporary), os.fstat(handle)):
-        return handle
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(temporary), os.fstat(handle)):
+            return handle
     os.close(handle)
     return None
 

@@ -80,6 +80,21 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_kept
     assert living.returncode == 0 and set(os.listdir(tmp_path)) == own
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_temporary_file_that_another_process_removes_before_it_is_locked_is_made_again(tmp_path, monkeypatch, folder):
+    lock, removed = files._lock, []
+
+    def late(temporary):
+        if not removed:
+            removed.append(temporary)
+            files._remove(temporary)
+        return lock(temporary)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with temporary_path(str(tmp_path / "model"), folder=folder) as temporary:
+        assert os.listdir(tmp_path) == [os.path.basename(temporary)] and temporary != removed[0]
+
+
 @pytest.mark.parametrize("age, stays", [(files.ABANDONED_SECONDS / 2, True), (files.ABANDONED_SECONDS * 2, False)])
 def test_another_hosts_temporary_file_is_removed_once_it_is_old(tmp_path, age, stays):
     left = tmp_path / ".model.000000.12345678.tmp"
