@@ -21,7 +21,7 @@ ALLOWED = {
     "data": MODEL - {"models", "parallel"}, "weights": MODEL,
     "inference": {*MODEL, "weights", "data"}, "endpoint": BASE, "annotations": {*BASE, "data"},
     "pages": {*BASE, "image_files"},
-    **dict.fromkeys(("train", "prepare", "synthesize", "evaluate", "generate"), NOUNS),
+    **dict.fromkeys(("train", "prepare", "synthesize", "evaluate", "generate", "serve"), NOUNS),
     "plan": {*NOUNS, "train"},  # it compiles the very step of `train`
     "convert": {*NOUNS, "train"},  # it exports checkpoints of a run
 }

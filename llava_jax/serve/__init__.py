@@ -1,0 +1,1 @@
+"""Serves a model: OpenAI's API and a chat page."""
