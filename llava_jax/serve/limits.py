@@ -13,6 +13,12 @@ class Limits:
     """Maximum number of bytes of a request's headers."""
     connections: int = 1024
     """Maximum number of open connections."""
+    total_body_bytes: int = 2**30
+    """Maximum number of bytes of all requests that are being received. A request beyond it gets status 429."""
+    receive_seconds: float = 60.0
+    """Maximum number of seconds for receiving a request's headers, and again for its body."""
+    send_seconds: float = 30.0
+    """Maximum number of seconds that a client may not read its answer. Its connection is then closed."""
     messages: int = 256
     """Maximum number of messages of a request."""
     images: int = 8
@@ -33,6 +39,8 @@ class Limits:
     """Hosts, exactly as in the URL, that images are fetched from by https. None by default: data URLs only."""
     fetch_seconds: float = 5.0
     """Maximum number of seconds for fetching an image."""
+    answer_tokens: int = 1024
+    """Maximum number of tokens of an answer if the request has no `max_tokens`."""
     choices: int = 4
     """Maximum `n`."""
     stop_strings: int = 4

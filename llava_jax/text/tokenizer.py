@@ -121,6 +121,10 @@ class Tokenizer:
         stream = StreamDecoder(self, skip_special_tokens)
         return "".join([*map(stream.push, ids), stream.finish()])
 
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes of one token's text; none for an id without a token."""
+        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
     @cached_property
     def _bytes(self) -> list[bytes]:
         table = [b""] * self.vocab_size
