@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, cho
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt, eos_ids_and_texts
+from llava_jax.text.literal import Literal
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llava_jax.video import Video, as_video, decode_frames, sampled_frames
 from llava_jax.weights.checkpoint import load_checkpoint, read_config
@@ -35,7 +37,10 @@ STREAM_STEPS = 4
 
 
 class PromptTooLong(UserError):
-    """Raised for a prompt that leaves no room for an answer in the model's context."""
+    """Raised for a prompt that leaves no room for an answer in the model's context.
+
+    `tokens` is a lower bound for a text that is longer than any that fits.
+    """
 
     def __init__(self, tokens: int, visual: int, limit: int):
         super().__init__(f"the prompt has {tokens} tokens, {visual} of them for images, and the model's context holds "
@@ -101,6 +106,7 @@ class Llava:
         self.attention = choose_attention(attention, platform, config, dtype)
         graph, _ = abstract_params(config, dtype, self.attention)
         self._logits = jax.jit(lambda parameters, *inputs: from_params(graph, parameters)(*inputs))
+        self._literal = Literal(config.template, tokenizer)
         eos_ids, self._stop = eos_ids_and_texts(config.template, tokenizer)
         self._engine = Engine(graph, parameters, eos_ids, mesh)
 
@@ -147,6 +153,7 @@ class Llava:
 
         Args:
           messages: a question, or [{"role": "user" | "assistant" | "system", "content": str | parts}, ...].
+            Marks of tokens in them, such as `</s>`, are ordinary text. An image is an `<image>` in a string, or a part.
           images: PIL images, paths or bytes of files, one for each `<image>` in the messages, in order. If the
             messages have no `<image>`, all images come before the first user message. A path that ends as a video's
             (`clip.mp4`), or a `Video`, is a video with one `<image>`, sampled as `config.video` says.
@@ -263,18 +270,41 @@ class Llava:
         """
         return self._encode(request)[0]
 
+    def encode_chat(self, messages: Sequence[Mapping], layouts: Sequence[Layout]) -> Int[np.ndarray, "T"]:
+        """Returns the ids of a chat of strangers, in which all text is text and images are parts alone.
+
+        Args:
+          messages: see `templates.read_messages`. Marks such as `<image>` or `</s>` in them are ordinary text
+            (`literal.Literal`); an image is a part {"type": "image"}.
+          layouts: layouts of the images, in order.
+
+        Raises UserError for invalid messages and images that do not match them. Raises PromptTooLong for a prompt that
+        leaves no room for an answer; a text of any length is refused before it is tokenized if it cannot fit.
+        """
+        counts = [len(layout.index) for layout in layouts]
+        system, turns = templates.read_messages(messages)
+        num_bytes = len((system or "").encode()) + sum(len(text.encode()) for _, text in turns)
+        if num_bytes > self.config.text.max_length * self.tokenizer.longest_token:
+            raise PromptTooLong(num_bytes // self.tokenizer.longest_token + sum(counts), sum(counts),
+                                self.config.text.max_length)
+        system, turns = templates.read_messages(messages, self._literal.cut, self._literal.cut)
+        return self._check_room(encode_prompt(_as_chat(system, turns), self.template, self.tokenizer, counts))
+
     def _encode(self, request: Request) -> tuple[Int[np.ndarray, "T"], list[Layout]]:
         """Returns a prompt's ids and the layouts of its images, of which no more than their headers is read."""
         layouts = self.processor.layouts(list(map(self._size, request.images)))
-        messages = as_messages(request.messages, len(layouts))
+        messages = as_messages(request.messages, len(layouts), None if request.verbatim else self._literal)
         if self.config.video.time_text and len(layouts) == 1 and isinstance(request.images[0], Video):
             sampled = sampled_frames(request.images[0], self.config.video)
             messages = [message | {"content": sampled.add_times(message["content"])} for message in messages]
         tokens = encode_prompt(messages, self.template, self.tokenizer, [len(layout.index) for layout in layouts],
                                request.assistant_prefix, request.verbatim)
+        return self._check_room(tokens), layouts
+
+    def _check_room(self, tokens: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
         if len(tokens) >= self.config.text.max_length:
             raise PromptTooLong(len(tokens), int((tokens == IMAGE_TOKEN_ID).sum()), self.config.text.max_length)
-        return tokens, layouts
+        return tokens
 
     def _size(self, image: ImageSource) -> tuple[int, int] | int:
         """Returns what the layout depends on: an image's size, or a video's number of sampled frames."""
@@ -326,13 +356,15 @@ def _as_request(request: Request | Mapping) -> Request:
     return request if isinstance(request, Request) else Request(**request)
 
 
-def as_messages(messages: Messages, num_images: int) -> list[dict[str, str]]:
+def as_messages(messages: Messages, num_images: int, literal: Literal | None = None) -> list[dict[str, str]]:
     """Returns messages with a mark for each image: their own, or, if they have none, before the first turn.
 
-    Raises UserError if they have marks, but not `num_images` of them.
+    With `literal` their text is text: marks are cut, except for `<image>` in contents that are strings. Raises
+    UserError if they have marks, but not `num_images` of them.
     """
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    system, turns = templates.read_messages(messages)
+    cuts = (functools.partial(literal.cut, keep_images=True), literal.cut) if literal else ()
+    system, turns = templates.read_messages(messages, *cuts)
     marks = sum(text.count(templates.IMAGE) for text in (system or "", *(text for _, text in turns)))
     if not marks and turns:
         role, text = turns[0]
@@ -341,6 +373,10 @@ def as_messages(messages: Messages, num_images: int) -> list[dict[str, str]]:
         raise UserError(
             f"{num_images} images were given, but the messages have {marks} {templates.IMAGE} marks; each needs one"
         )
+    return _as_chat(system, turns)
+
+
+def _as_chat(system: str | None, turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     system = [] if system is None else [("system", system)]
     return [{"role": role, "content": text} for role, text in (*system, *turns)]
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llava_jax.errors import UserError
+from llava_jax.text.literal import drop_cuts
 from llava_jax.text.templates import IMAGE, Span, Template, check_text, get, read_messages, spans
 from llava_jax.text.tokenizer import Tokenizer, Tokens
 
@@ -81,7 +82,7 @@ def encode_prompt(
 ) -> Int32[np.ndarray, "T"]:
     """Returns the tokens of a chat that ends with the assistant tag and `assistant_prefix`.
 
-    They are the first tokens of the same conversation in training.
+    They are the first tokens of the same conversation in training, unless `Literal` has cut a mark in the messages.
 
     Args:
       messages: see `templates.read_messages`; the last one is the user's.
@@ -99,7 +100,7 @@ def encode_prompt(
         raise UserError(f"assistant_prefix contains {IMAGE}, but an answer has no images")
     answer = Span(check_text(assistant_prefix, "assistant_prefix"), False, cut=True)
     rendered = [*spans(turns, get(template), system, True, verbatim), answer]
-    return _encode(rendered, tokenizer, visual_tokens).tokens
+    return _encode(rendered, tokenizer, visual_tokens, literal=True).tokens
 
 
 def _mark_ids(marks: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -174,8 +175,11 @@ def tokenize_spans(rendered: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
     return Tokens(ids, offsets)
 
 
-def _encode(rendered: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int]) -> Example:
+def _encode(rendered: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int],
+            literal: bool = False) -> Example:
     ids, offsets = tokenize_spans(rendered, tokenizer)
+    if literal:
+        ids, offsets = drop_cuts(Tokens(ids, offsets), "".join(span.text for span in rendered))
     tokens = np.array(ids, np.int32)
     first, last = np.array(offsets, np.int64).reshape(-1, 2).T
     ends = np.cumsum([len(span.text) for span in rendered])

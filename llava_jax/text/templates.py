@@ -7,7 +7,7 @@ follow from these. The strings are those of the published checkpoints, including
 
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -320,7 +320,11 @@ def _move_image(text: str, template: Template) -> str:
     return text.replace(IMAGE, template.image)
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[tuple[str, str]]]:
+def read_messages(
+    messages: Sequence[Mapping[str, Any]],
+    string: Callable[[str], str] = str,
+    part: Callable[[str], str] = str,
+) -> tuple[str | None, list[tuple[str, str]]]:
     """Checks chat messages and separates the system text from the turns.
 
     Args:
@@ -328,6 +332,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
         then user and assistant alternate. A content is a string or a list of {"type": "text", "text": str} (or strings)
         and {"type": "image"} (or "image_url", "video", "video_url"), which are joined by newlines in their order, as
         training data are.
+      string, part: applied to a content that is a string, and to the text of a part (`literal.Literal.cut`).
 
     Returns (system text or None, [(role, text), ...]). Raises UserError that names the message.
     """
@@ -336,7 +341,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
     turns = []
     for i, message in enumerate(messages):
         try:
-            role, text = message["role"], _content_text(message["content"])
+            role, text = message["role"], _content_text(message["content"], string, part)
         except (KeyError, TypeError):
             expected = '{"role": ..., "content": text, or a list of text and image parts}'
             raise UserError(f"message {i} is not {expected}: {message!r:.200}") from None
@@ -353,19 +358,23 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, li
     return system, turns
 
 
-def _content_text(content: str | Sequence[str | Mapping[str, str]]) -> str:
+def _content_text(content: str | Sequence[str | Mapping[str, str]], string: Callable[[str], str],
+                  part: Callable[[str], str]) -> str:
     if isinstance(content, str):
-        return content
-    return "\n".join(map(_part_text, content))
+        return string(content)
+    return "\n".join(IMAGE if text is None else part(text) for text in map(_part_text, content))
 
 
-def _part_text(part: str | Mapping[str, str]) -> str:
+def _part_text(part: str | Mapping[str, str]) -> str | None:
+    """Returns the text of a part, or None for an image or a video."""
     if isinstance(part, str):
         return part
     if part["type"] in ("image", "image_url", "video", "video_url"):
-        return IMAGE
+        return None
     if part["type"] != "text":
         raise TypeError("a part of another type")
+    if not isinstance(part["text"], str):
+        raise TypeError("a text of another type")
     return part["text"]
 
 

@@ -112,6 +112,16 @@ class Tokenizer:
         """Returns the id of a special or added token such as "</s>" or "<image>", or None if there is no such token."""
         return self._backend.added[token].id if token in self._backend.added else None
 
+    def control_texts(self, marks: Iterable[str] = ()) -> set[str]:
+        """Returns the texts of special tokens, of added tokens such as `<|im_end|>`, and of `marks` that are tokens.
+
+        Files may list a control token without calling it special. Other added tokens, such as Gemma's `<table>`, are
+        words of ordinary text.
+        """
+        special = {text for text, token in self._backend.added.items()
+                   if token.id in self._special_ids or re.fullmatch(r"<\|.+\|>", text)}
+        return special | {mark for mark in marks if self._backend.id_of(mark) is not None}
+
     def tokens_from(self, first: int) -> list[tuple[str, int]]:
         """Returns the tokens whose id is `first` or larger, with their ids, in order of the ids."""
         return sorted(((text, i) for text, i in self._backend.vocabulary() if i >= first), key=lambda pair: pair[1])
@@ -124,6 +134,11 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes of one token's text; none for an id without a token."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Number of bytes of the longest token."""
+        return max(map(len, self._bytes))
 
     @cached_property
     def _bytes(self) -> list[bytes]:

@@ -1,0 +1,57 @@
+"""Keeps what users write text: only the template writes control tokens, and only parts are images.
+
+A tokenizer reads `</s>` inside a text as the end of an answer, and a chat reads `<image>` as an image. Training does so
+as well, as the published runs did. For a prompt, `Literal` cuts such a mark in two. Its characters then become ordinary
+tokens, and no other token changes.
+"""
+
+import re
+from dataclasses import astuple
+
+from llava_jax.errors import UserError
+from llava_jax.text.templates import IMAGE, TEMPLATES, VIDEO, Template, get
+from llava_jax.text.tokenizer import Tokenizer, Tokens
+
+CUT = "\ufdd0"
+"""Character that cuts a mark in two, and becomes no token. Unicode keeps it free for such uses."""
+
+
+class Literal:
+    """Cuts the marks of a template and a tokenizer.
+
+    Marks are `<image>`, `<video>`, the texts of control tokens, and strings of any template that are tokens. Words of a
+    template that are ordinary text, such as `USER:`, are none.
+    """
+
+    def __init__(self, template: str | Template, tokenizer: Tokenizer):
+        written = (value for format in (get(template), *TEMPLATES.values()) for value in astuple(format))
+        strings = "\n".join(value for value in written if isinstance(value, str))
+        control = tokenizer.control_texts(re.findall(r"<[^\s<>]+>", strings))
+        self._control = _first_characters(control - {IMAGE})
+        self._all = _first_characters(control | {IMAGE, VIDEO})
+
+    def cut(self, text: str, keep_images: bool = False) -> str:
+        """Returns the text with its marks cut; `keep_images` leaves `<image>`. Raises UserError for a CUT in it."""
+        if CUT in text:
+            raise UserError("a text contains U+FDD0, which is no character")
+        return (self._control if keep_images else self._all).sub(rf"\g<0>{CUT}", text)
+
+
+def _first_characters(marks: set[str]) -> re.Pattern:
+    """Returns a pattern of the first character of each mark, also of marks that overlap."""
+    return re.compile(r"(?=" + "|".join(re.escape(mark) for mark in sorted(marks) if len(mark) > 1) + r")[\s\S]")
+
+
+def drop_cuts(tokens: Tokens, text: str) -> Tokens:
+    """Returns the tokens without those of CUT. Raises UserError if the tokenizer joins CUT with another character."""
+    if CUT not in text:
+        return tokens
+    cuts, kept = {i for i, character in enumerate(text) if character == CUT}, Tokens([], [])
+    for token, (first, last) in zip(*tokens, strict=True):
+        if first in cuts and last <= first + 1:
+            continue
+        if not cuts.isdisjoint(range(first, last)):
+            raise UserError(f"this tokenizer cannot write {text[first:last].replace(CUT, '')!r} as ordinary text")
+        kept.ids.append(token)
+        kept.offsets.append((first, last))
+    return kept
