@@ -1,4 +1,4 @@
-"""Defines the functions that run on the device: `prefill`, `extend`, `insert` and `decode`."""
+"""Defines the functions that run on the device: `prefill`, `extend`, `write_chunks`, `copy_slot` and `decode`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.inference.sampling import Sampling, sample
-from llava_jax.models.llama import LlamaBlock
+from llava_jax.models.llama import Cache, LlamaBlock
 from llava_jax.models.llava import LlavaModel
+from llava_jax.models.slot_cache import BLOCK, SlotAttention, SlotCache
 
 MAX_DECODE_STEPS = 16
 """Maximum number of tokens that `decode` writes before the host sees them."""
@@ -17,8 +18,8 @@ MAX_DECODE_STEPS = 16
 NO_TOKEN = -1
 """Value in the output of a slot that wrote no token."""
 
-Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]
-"""Keys and values of all layers, the `cache` of `Llama.extend`."""
+NUM_TOP_TOKENS = 20
+"""Number of most likely tokens whose log-probabilities are reported."""
 
 
 class DecodeState(NamedTuple):
@@ -102,36 +103,118 @@ def decode(
     steps: Int[Array, ""],
     eos_ids: tuple[int, ...],
     layers: Sequence[LlamaBlock] | None = None,
-) -> tuple[DecodeState, Int[Array, "B C"]]:
+    logprobs: bool = False,
+) -> tuple[DecodeState, Int[Array, "B C"]] | tuple[DecodeState, tuple[Array, ...]]:
     """Writes up to `steps` (at most MAX_DECODE_STEPS) tokens in every slot that is `active`.
 
     The other slots become free. It stops early when no slot has tokens remaining. `layers`: see `Llama.extend`.
+    `logprobs` adds `log_probabilities` of the tokens, with an axis C after B. In a SlotCache, free slots keep their
+    bits.
     """
 
     def step(carry):
         i, state, written = carry
+        positions, attend = state.position[:, None], None
+        if isinstance(state.cache, SlotCache):
+            length = state.cache.length(layers is not None)
+            positions = jnp.where(state.remaining > 0, state.position, length)[:, None]
+            attend = SlotAttention(positions, length, heads_first=layers is not None)
         x = model.decoder.embed(state.token[:, None], model.dtype)
-        x, cache = model.decoder.extend(x, state.position[:, None], state.cache, layers)
-        state, token = write(model, state._replace(cache=cache), x[:, 0], eos_ids)
-        return i + 1, state, written.at[:, i].set(token)
+        x, cache = model.decoder.extend(x, positions, state.cache, layers, attend)
+        logits = model.decoder.logits(x[:, 0])
+        state, token = write(state._replace(cache=cache), logits, eos_ids)
+        new = (token, *log_probabilities(logits, token)) if logprobs else (token,)
+        return i + 1, state, tuple(old.at[:, i].set(x) for old, x in zip(written, new, strict=True))
 
     def is_unfinished(carry):
         i, state, _ = carry
         return (i < steps) & jnp.any(state.remaining > 0)
 
     state = state._replace(remaining=jnp.where(active, state.remaining, 0))
-    written = jnp.full((active.shape[0], MAX_DECODE_STEPS), NO_TOKEN)
+    shape = active.shape[0], MAX_DECODE_STEPS
+    written = (jnp.full(shape, NO_TOKEN),)
+    if logprobs:
+        count = num_top_tokens(model.decoder.config.vocab_size)
+        written += jnp.zeros(shape), jnp.zeros((*shape, count), jnp.int32), jnp.zeros((*shape, count))
     _, state, written = jax.lax.while_loop(is_unfinished, step, (0, state, written))
-    return state, written
+    return state, written if logprobs else written[0]
+
+
+def write_chunks(
+    model: LlavaModel,
+    state: DecodeState,
+    slots: Int[Array, "R"],
+    starts: Int[Array, "R"],
+    lengths: Int[Array, "R"],
+    tokens: Int[Array, "R T"],
+    visual: Float[Array, "R T D"],
+    max_new_tokens: Int[Array, "R"],
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    layers: Sequence[LlamaBlock] | None = None,
+) -> tuple[DecodeState, Int[Array, "R 1"], Float[Array, "R V"]]:
+    """Computes further tokens of prompts in their slots, and writes one token after each. Returns its logits too.
+
+    Args:
+      slots: slot of each row; the number of slots for a row of padding, which changes no slot.
+      starts: number of tokens that a slot has already.
+      lengths: number of tokens of each row; `tokens` is padded behind them.
+      visual: features that replace the visual tokens.
+      max_new_tokens: see `prefill`; 0 in a row whose prompt goes on.
+      layers: see `Llama.extend`.
+    """
+    length, offsets = state.cache.length(layers is not None), jnp.arange(tokens.shape[1])
+    positions = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets, length)
+    attend = SlotAttention(positions, length, slots, layers is not None)
+    hidden, cache = model.decoder.extend(model.insert_visual(tokens, visual), positions, state.cache, layers, attend)
+    logits = model.decoder.logits(_last(hidden, lengths))
+    rows = DecodeState((), jnp.zeros_like(starts), starts + lengths - 1, max_new_tokens, sampling)
+    rows, token = write(rows, logits, eos_ids)
+    fields = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state[1:], rows[1:])
+    return DecodeState(cache, *fields), token[:, None], logits
+
+
+def copy_slot(state: DecodeState, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""],
+              heads_first: bool = False) -> DecodeState:
+    """Copies the keys and values of a slot's first `length` tokens to another slot, rounded up to blocks."""
+
+    def copy(block, cache):
+        def copied(part):
+            axis = 3 if heads_first else 2
+            start, sizes = [0] * part.ndim, list(part.shape)
+            start[axis], sizes[axis], sizes[1] = block * BLOCK, BLOCK, 1
+            start[1] = source
+            read = jax.lax.dynamic_slice(part, start, sizes)
+            start[1] = target
+            return jax.lax.dynamic_update_slice(part, read, start)
+
+        return jax.tree.map(copied, cache)
+
+    return state._replace(cache=jax.lax.fori_loop(0, -(-length // BLOCK), copy, state.cache))
+
+
+def num_top_tokens(vocab_size: int) -> int:
+    return min(NUM_TOP_TOKENS, vocab_size)
+
+
+def log_probabilities(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> tuple[Array, Array, Array]:
+    """Returns the natural log-probability of each token, and ids and log-probabilities of the most likely tokens.
+
+    They are those of the model's own distribution, whatever the temperature.
+    """
+    logprobs = jax.nn.log_softmax(logits)
+    own = jnp.take_along_axis(logprobs, jnp.maximum(token, 0)[:, None], axis=1)[:, 0]
+    top, ids = jax.lax.top_k(logprobs, num_top_tokens(logits.shape[1]))
+    return own, ids, top
 
 
 def write(
-    model: LlavaModel, state: DecodeState, hidden: Float[Array, "B D"], eos_ids: tuple[int, ...]
+    state: DecodeState, logits: Float[Array, "B V"], eos_ids: tuple[int, ...]
 ) -> tuple[DecodeState, Int[Array, "B"]]:
-    """Chooses the next token of each slot from the hidden state of its newest one; NO_TOKEN in a free slot."""
+    """Chooses the next token of each slot from the logits after its newest one; NO_TOKEN in a free slot."""
     active = state.remaining > 0
     position = jnp.where(active, state.position + 1, state.position)
-    token = sample(model.decoder.logits(hidden), state.sampling, position)
+    token = sample(logits, state.sampling, position)
     ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32))
     remaining = jnp.where(active & ~ended, state.remaining - 1, 0)
     state = state._replace(token=jnp.where(active, token, state.token), position=position, remaining=remaining)
@@ -146,7 +229,11 @@ def _pad_cache(cache: Cache, length: int) -> tuple[Array, Array]:
 def _write_first(model: LlavaModel, hidden: Float[Array, "B T D"], lengths, cache, prompt_lengths, max_new_tokens,
                  sampling, eos_ids) -> tuple[DecodeState, Int[Array, "B 1"]]:
     """Writes the first token of prompts whose last `lengths` tokens are computed in `hidden`."""
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = model.decoder.logits(_last(hidden, lengths))
     state = DecodeState(cache, jnp.zeros_like(prompt_lengths), prompt_lengths - 1, max_new_tokens, sampling)
-    state, token = write(model, state, last, eos_ids)
+    state, token = write(state, logits, eos_ids)
     return state, token[:, None]
+
+
+def _last(hidden: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -65,7 +65,7 @@ class Engine:
         self.graph, self.eos_ids = graph, tuple(sorted(eos_ids))
         self.parameters = parameters
         self._processor = self._model().config.processor
-        self._mesh, self._layouts = mesh, {}
+        self.mesh, self._layouts = mesh, {}
         if mesh is not None:
             rows, cache = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, *ROWS, None, "tensor"))
             state = DecodeState((cache, cache), rows, rows, rows, rows)
@@ -101,8 +101,8 @@ class Engine:
     @parameters.setter
     def parameters(self, parameters: Parameters) -> None:
         self._parameters = jax.tree.map(jnp.asarray, parameters)
-        self._layers = unstack_on_cpu(self._model().decoder.layers)
-        self._length_axis = 2 if self._layers is None else 3
+        self.layers = unstack_on_cpu(self._model().decoder.layers)
+        self._length_axis = 2 if self.layers is None else 3
 
     def empty_state(self, slots: int, length: int) -> DecodeState:
         """Returns a state of free slots for prompts and answers of together `length` tokens, both rounded up."""
@@ -165,7 +165,7 @@ class Engine:
                steps: int = MAX_DECODE_STEPS) -> tuple[DecodeState, Int[Array, "B C"]]:
         """Writes up to `steps` tokens in each slot that is active and has tokens remaining; `state` is donated."""
         with self._on_mesh():
-            return self._decode(self.parameters, self._layers, state, self._split(np.asarray(active)), np.int32(steps))
+            return self._decode(self.parameters, self.layers, state, self._split(np.asarray(active)), np.int32(steps))
 
     def generate(self, prompts: Sequence[Prompt], answers: Sequence[Detokenizer], steps: int = MAX_DECODE_STEPS,
                  rows: int = 1) -> Iterator[list[str]]:
@@ -215,11 +215,11 @@ class Engine:
 
     def _swap_cache(self, state: DecodeState) -> DecodeState:
         """Swaps positions and heads of the cache on a CPU, whose layers expect heads first."""
-        return state if self._layers is None else state._replace(cache=tuple(x.swapaxes(2, 3) for x in state.cache))
+        return state if self.layers is None else state._replace(cache=tuple(x.swapaxes(2, 3) for x in state.cache))
 
     @property
     def _data_devices(self) -> int:
-        return self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
 
     def _rows(self, count: int) -> int:
         """Returns the padded number of rows for `count` prompts: a bucket, and a multiple of the data axes."""
@@ -227,10 +227,10 @@ class Engine:
 
     def _split(self, inputs: Any) -> Any:
         """Splits the rows of arrays over the data axes."""
-        return jax.device_put(inputs, NamedSharding(self._mesh, ROWS)) if self._mesh else inputs
+        return jax.device_put(inputs, NamedSharding(self.mesh, ROWS)) if self.mesh else inputs
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
-        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
 
 def _settings(prompts: Sequence[Prompt], rows: int) -> tuple[np.ndarray, Sampling]:

@@ -92,6 +92,7 @@ class Llava:
       processor: its `ImageProcessor`.
       tokenizer: its `Tokenizer`.
       template: name of its conversation template (text/templates.py).
+      dtype: dtype of its computation.
       attention: attention implementations of its decoder and vision tower (models/attention.py).
       parameters: arrays by path. They can be replaced by others of the same shapes.
     """
@@ -102,6 +103,7 @@ class Llava:
         self.processor = config.processor
         self.tokenizer = tokenizer
         self.template = config.template
+        self.dtype = dtype
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         self.attention = choose_attention(attention, platform, config, dtype)
         graph, _ = abstract_params(config, dtype, self.attention)
@@ -109,6 +111,11 @@ class Llava:
         self._literal = Literal(config.template, tokenizer)
         eos_ids, self._stop = eos_ids_and_texts(config.template, tokenizer)
         self._engine = Engine(graph, parameters, eos_ids, mesh)
+
+    @property
+    def engine(self) -> Engine:
+        """Its jitted functions, with the model's graph, parameters, layers and mesh."""
+        return self._engine
 
     @property
     def parameters(self) -> Parameters:

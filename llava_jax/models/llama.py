@@ -1,8 +1,7 @@
 """Implements the LLaMA decoder. Vicuna, Mistral and Qwen2 differ only in sizes, biases and tied embeddings."""
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +18,12 @@ from llava_jax.models.cpu import attention_heads_first
 from llava_jax.models.dot_product import attention
 from llava_jax.models.layers import Linear, RMSNorm, normal, scan, stack
 from llava_jax.parallel.sharding import ROWS, constrain, lookup
+
+Cache = tuple[Array, ...]
+"""Keys and values of all layers: `[L, B, S, K, H]` each, or a SlotCache."""
+
+AttendCache = Callable[[Array, Array, Array, Cache, Array | int], tuple[Array, Cache]]
+"""`query, key, value, cache, layer -> attention's result, and the cache with key and value`."""
 
 
 @dataclass(frozen=True)
@@ -147,29 +152,39 @@ class LlamaBlock(nnx.Module):
         x: Float[Array, "B T D"],
         cos: Float[Array, "B T 1 H"],
         sin: Float[Array, "B T 1 H"],
-        attend: Attend,
-        cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]] | None = None,
+        attend: Attend | AttendCache,
+        cache: Cache | None = None,
         layer: Int[Array, ""] | int | None = None,
-        slots: Int[Array, "B T"] | None = None,
-        heads_first: bool = False,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Applies the block. Returns the new `x`, and keys and values.
 
-        Without `cache`, these are the keys and values of `x`. With it, they are the cache of all layers, with the keys
-        and values of `x` written at the positions `slots` of `layer`. `heads_first`: the cache is `[L, B, K, S, H]`.
+        Without `cache`, these are the keys and values of `x`. With it, `attend` is an AttendCache, and they are the
+        cache of all layers that it returns.
         """
         h = optimization_barrier(self.attention_norm(x))
         query = name(apply_rope(self.attention.q_proj(h), cos, sin), "q_proj")
         key = name(apply_rope(self.attention.k_proj(h), cos, sin), "k_proj")
         value = name(self.attention.v_proj(h), "v_proj")
-        written = key, value
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            index = (layer, rows, slice(None), slots) if heads_first else (layer, rows, slots)
-            written = tuple(old.at[index].set(new) for old, new in zip(cache, written, strict=True))
-            key, value = written[0][layer], written[1][layer]
-        x = name(x + self.attention.o_proj(attend(query, key, value)), "attention_residual")
+        if cache is None:
+            attended, written = attend(query, key, value), (key, value)
+        else:
+            attended, written = attend(query, key, value, cache, layer)
+        x = name(x + self.attention.o_proj(attended), "attention_residual")
         return x + self.mlp(optimization_barrier(self.mlp_norm(x))), written
+
+
+def _attend_cache(positions: Int[Array, "B T"], shape: tuple[int, ...], heads_first: bool) -> AttendCache:
+    """Returns attention to all earlier positions of a cache of this shape, in which row i belongs to sequence i."""
+    mask = jnp.arange(shape[3 if heads_first else 2]) <= positions[..., None]
+    rows = jnp.arange(shape[1])[:, None]
+
+    def attend(query, key, value, cache, layer):
+        index = (layer, rows, slice(None), positions) if heads_first else (layer, rows, positions)
+        cache = tuple(old.at[index].set(new) for old, new in zip(cache, (key, value), strict=True))
+        read = attention_heads_first if heads_first else attention
+        return read(query, cache[0][layer], cache[1][layer], mask), cache
+
+    return attend
 
 
 class Llama(nnx.Module):
@@ -215,24 +230,24 @@ class Llama(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        cache: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]],
+        cache: Cache,
         layers: Sequence[LlamaBlock] | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        attend: AttendCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Returns hidden states of further tokens, and the cache with their keys and values written at `positions`.
 
         `layers`: the same layers as separate modules, which a CPU runs faster than a scan over their stack. The cache
-        is then `[L, B, K, S, H]`, because XLA for CPUs multiplies it in this order without a copy.
+        is then `[L, B, K, S, H]`, because XLA for CPUs multiplies it in this order without a copy. `attend`: writes
+        and reads another kind of cache (models/slot_cache.py).
         """
-        heads_first = layers is not None
-        mask = jnp.arange(cache[0].shape[3 if heads_first else 2]) <= positions[..., None]
         cos, sin = rope_tables(self.config, positions)
-        attend = functools.partial(attention_heads_first if heads_first else attention, mask=mask)
+        attend = attend or _attend_cache(positions, cache[0].shape, heads_first=layers is not None)
 
         # The cache is carried, not scanned over, because then every layer updates it in place.
         def call(carry, block_and_layer):
             block, layer = block_and_layer
             x, cache = carry
-            return block(constrain(x, ROWS), cos, sin, attend, cache, layer, positions, heads_first), None
+            return block(constrain(x, ROWS), cos, sin, attend, cache, layer), None
 
         if layers is None:
             (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.num_layers)))

@@ -156,16 +156,11 @@ class LlavaModel(nnx.Module):
             x = self.decoder.embed(tokens, jnp.dtype(self.dtype))
         if tiles is None:
             return x
-        with jax.named_scope("vision"):
-            features = self.features(tiles)
-        with jax.named_scope("projector"):
-            visual = self.projector(features)
+        visual = self.visual_features(tiles)
         is_visual = tokens == IMAGE_TOKEN_ID
         if visual_index is None:
-            visual_index = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, visual.shape[1] - 1)
-        if self.config.processor.has_newline:
-            newline = self.image_newline.get_value().astype(visual.dtype)
-            visual = jnp.append(visual, jnp.broadcast_to(newline, (len(visual), 1, len(newline))), axis=1)
+            features = visual.shape[1] - self.config.processor.has_newline
+            visual_index = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, features - 1)
         # A gather within each sequence needs no communication between devices with different sequences.
         index = jnp.maximum(visual_index, 0).reshape(*tokens.shape, -1)
         selected = [jnp.take_along_axis(visual, index[..., k, None], axis=1) for k in range(index.shape[2])]
@@ -175,6 +170,22 @@ class LlavaModel(nnx.Module):
             selected = sum(x.astype(jnp.float32) * visual_weight[..., k, None] for k, x in enumerate(selected))
             selected = selected.astype(visual.dtype)
         return jnp.where(is_visual[..., None], selected, x)
+
+    def insert_visual(self, tokens: Int[Array, "B T"], visual: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the decoder's input: text embeddings, with `visual` at the positions of visual tokens."""
+        x = self.decoder.embed(tokens, jnp.dtype(self.dtype))
+        return jnp.where((tokens == IMAGE_TOKEN_ID)[..., None], visual.astype(x.dtype), x)
+
+    def visual_features(self, tiles) -> Float[Array, "B I*P D"]:
+        """Returns projected features of each sequence's tiles, in order of the tiles, and the newline if there is."""
+        with jax.named_scope("vision"):
+            features = self.features(tiles)
+        with jax.named_scope("projector"):
+            visual = self.projector(features)
+        if self.config.processor.has_newline:
+            newline = self.image_newline.get_value().astype(visual.dtype)
+            visual = jnp.append(visual, jnp.broadcast_to(newline, (len(visual), 1, len(newline))), axis=1)
+        return visual
 
     def features(self, tiles) -> Float[Array, "B I*P D"]:
         """Returns the vision tower's features of each sequence's tiles, in order of the tiles."""

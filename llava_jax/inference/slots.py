@@ -1,0 +1,273 @@
+"""Runs the device side of continuous batching: prompts computed in chunks, and answers, in the slots of one cache."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, Int, UInt8
+
+from llava_jax.errors import UserError
+from llava_jax.images import Layout
+from llava_jax.inference import decode as programs
+from llava_jax.inference.decode import MAX_DECODE_STEPS, DecodeState
+from llava_jax.inference.sampling import Sampling, seed_words
+from llava_jax.inference.shapes import tile_bucket
+from llava_jax.models.llava import from_params
+from llava_jax.models.slot_cache import BLOCK, SlotCache
+from llava_jax.text.encode import IMAGE_TOKEN_ID
+
+if TYPE_CHECKING:
+    from llava_jax.inference.llava import Llava
+
+CHUNK_TOKENS = (32, 128, 512)
+"""Padded numbers of tokens of a chunk."""
+
+MAX_ROWS = 4
+"""Number of chunks in one call."""
+
+
+@dataclass(frozen=True)
+class SlotRequest:
+    """How a slot's answer is drawn. `max_new_tokens` counts the first token too; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive tokens of a prompt, to be computed in a slot.
+
+    Attributes:
+      slot: index of the slot, which has no answer in progress.
+      start: number of tokens whose keys and values the slot has already: from earlier chunks, a copy, or an earlier
+        request.
+      tokens: int32 [C] with IMAGE_TOKEN_ID at visual tokens; 1 to `SlotEngine.max_chunk` of them.
+      visual: features of these visual tokens, [number of visual tokens, D]; None if there are none.
+      request: for a prompt's last chunk, after which the first token is written; None if further chunks follow.
+    """
+
+    slot: int
+    start: int
+    tokens: Int[np.ndarray, "C"]
+    visual: np.ndarray | None = None
+    request: SlotRequest | None = None
+
+
+class Written(NamedTuple):
+    """Tokens that a call wrote: a row for each chunk (`write`) or slot (`decode`), a column for each step.
+
+    Log-probabilities are natural ones of the model's distribution, whatever the temperature; None unless asked for.
+    """
+
+    tokens: Int[np.ndarray, "rows steps"]  # NO_TOKEN where none was written
+    logprobs: Float[np.ndarray, "rows steps"] | None = None
+    top_tokens: Int[np.ndarray, "rows steps 20"] | None = None
+    top_logprobs: Float[np.ndarray, "rows steps 20"] | None = None
+
+
+class SlotEngine:
+    """Computes prompts and answers of independent requests in the slots of one key-value cache.
+
+        features = engine.encode_image(tiles, layout)
+        written = engine.write([Chunk(slot=3, start=0, tokens=prompt, visual=features, request=SlotRequest(64))])
+        written = engine.decode(active, steps=4)    # active: bool [slots]; tokens [slots, 4]
+
+    A prompt longer than `max_chunk` is written by several calls; between them other slots may decode. A slot has the
+    keys and values of its prompt and of all written tokens but the newest. They stay until other tokens overwrite
+    them, so that a later prompt with the same first tokens continues after these, in the same slot or, by `copy`, in
+    another. Chunks and free slots never change the keys and values of other slots or earlier positions.
+
+    Every program has its shape from a fixed set: after `warm_up`, no call compiles.
+
+    Attributes:
+      slots: number of slots.
+      context: maximum number of tokens of a prompt and its answer.
+      max_chunk: maximum number of tokens of a chunk.
+      max_rows: maximum number of chunks of a call.
+    """
+
+    max_rows = MAX_ROWS
+
+    def __init__(self, llava: "Llava", slots: int, context: int, cache_dtype: str | None = None):
+        """Allocates the cache for a model.
+
+        Args:
+          context: maximum number of tokens of a prompt and its answer, at most the model's context.
+          cache_dtype: "int8" halves or quarters the cache; None stores the model's dtype.
+
+        Raises UserError if the mesh has data axes: a server is one process for each copy of the model.
+        """
+        engine = llava.engine
+        self._mesh, self._layers = engine.mesh, engine.layers
+        if self._mesh is not None and self._mesh.size != self._mesh.shape["tensor"]:
+            raise UserError("mesh: a server's slots need a mesh of the tensor axis alone; start one server for each "
+                            "copy of the model")
+        if cache_dtype not in (None, "int8"):
+            raise UserError(f"the cache's dtype {cache_dtype!r} is neither int8 nor the model's")
+        self._processor, self._parameters, text = llava.processor, engine.parameters, llava.config.text
+        self.slots, self.context = slots, min(context, text.max_length)
+        length = -(-self.context // BLOCK) * BLOCK
+        self._chunk_sizes = [size for size in CHUNK_TOKENS if size <= length]
+        self.max_chunk = self._chunk_sizes[-1]
+        self._jit(engine.graph, engine.eos_ids)
+        self._dtype = jnp.dtype(llava.dtype)
+        self._no_visual = {
+            (rows, size): self._put(np.zeros((rows, size, text.hidden_size), self._dtype))
+            for rows in (1, MAX_ROWS) for size in self._chunk_sizes}
+        heads = (length, text.num_kv_heads) if self._layers is None else (text.num_kv_heads, length)
+        with self._on_mesh():
+            self._state = self._empty((text.num_layers, slots, *heads, text.head_dim), cache_dtype)
+
+    def _jit(self, graph, eos_ids: tuple[int, ...]) -> None:
+        # A list of arrays is flattened much faster than modules, in every call.
+        self._layer_arrays, structure = jax.tree.flatten(self._layers)
+        heads_first = self._layers is not None
+        cache = self._shardings(P(None, None, None, "tensor"))
+        state = DecodeState(cache, *[self._shardings(P())] * 4)
+
+        def jit(function, results=1, **options):
+            out = state if results == 1 else (state, *[self._shardings(P())] * (results - 1))
+            return jax.jit(function, **options, **({} if self._mesh is None else {"out_shardings": out}))
+
+        def write(parameters, layers, state, *inputs):
+            model, layers = from_params(graph, parameters), jax.tree.unflatten(structure, layers)
+            return programs.write_chunks(model, state, *inputs, eos_ids, layers)
+
+        def decode(parameters, layers, state, active, steps, logprobs):
+            model, layers = from_params(graph, parameters), jax.tree.unflatten(structure, layers)
+            return programs.decode(model, state, active, steps, eos_ids, layers, logprobs)
+
+        def copy(state, source, target, length):
+            return programs.copy_slot(state, source, target, length, heads_first)
+
+        def empty(shape, cache_dtype):
+            dtype = cache_dtype or from_params(graph, self._parameters).dtype
+            parts = [jnp.zeros(shape, dtype) for _ in range(2)]
+            parts += [jnp.zeros(shape[:-1]) for _ in range(2 if cache_dtype == "int8" else 0)]
+            sampling = Sampling(jnp.zeros((shape[1], 2), jnp.uint32), jnp.zeros(shape[1]), jnp.ones(shape[1]))
+            return DecodeState(SlotCache(*parts), *[jnp.zeros(shape[1], jnp.int32)] * 3, sampling)
+
+        # The state is donated, so that a call updates the cache in place.
+        self._write = jit(write, 3, donate_argnums=2)
+        self._decode = jit(decode, 2, donate_argnums=2, static_argnames="logprobs")
+        self._copy = jit(copy, donate_argnums=0)
+        self._empty = jit(empty, static_argnums=(0, 1))
+        self._features = jax.jit(lambda parameters, tiles: from_params(graph, parameters).visual_features(tiles)[0])
+        self._log_probabilities = jax.jit(lambda logits, token: programs.log_probabilities(logits, token[:, 0]))
+
+    def encode_image(self, tiles: UInt8[np.ndarray, "I H W 3"], layout: Layout,
+                     adapter: int = 0) -> Float[np.ndarray, "tokens D"]:
+        """Returns the features of an image's visual tokens in the compute dtype, with newlines, in order."""
+        padded = np.zeros((1, tile_bucket(len(tiles)), *tiles.shape[1:]), np.uint8)
+        padded[0, : len(tiles)] = tiles
+        with self._on_mesh():
+            features = np.asarray(self._features(self._parameters, padded))
+        index = np.where(layout.index == layout.tiles * self._processor.features_per_tile, -1, layout.index)
+        if layout.weight is None:
+            return features[index]
+        weighted = sum(features[index[:, k]].astype(np.float32) * layout.weight[:, k, None] for k in range(4))
+        return weighted.astype(features.dtype)
+
+    def write(self, chunks: Sequence[Chunk], logprobs: bool = False) -> Written:
+        """Computes chunks of different slots, and writes the first token after each one with a request.
+
+        Returns one column, whose rows are in the order of `chunks`. Raises ValueError for a chunk that does not fit.
+        """
+        rows = 1 if len(chunks) == 1 else MAX_ROWS
+        longest = max(len(chunk.tokens) for chunk in chunks)
+        size = next((size for size in self._chunk_sizes if size >= longest), None)
+        if size is None or len(chunks) > MAX_ROWS:
+            raise ValueError(f"{len(chunks)} chunks of up to {longest} tokens; {MAX_ROWS} of {self.max_chunk} fit")
+        for chunk in chunks:
+            self._check(chunk)
+        return Written(*(x[: len(chunks)] for x in self._run_write(chunks, rows, size, logprobs)))
+
+    def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> list[np.ndarray]:
+        slots, starts = np.full(rows, self.slots, np.int32), np.zeros(rows, np.int32)
+        lengths, max_new_tokens = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        tokens, visual = np.zeros((rows, size), np.int32), self._no_visual[rows, size]
+        sampling = Sampling(np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.ones(rows, np.float32))
+        if any(chunk.visual is not None for chunk in chunks):
+            visual = np.zeros(visual.shape, self._dtype)
+        for row, chunk in enumerate(chunks):
+            slots[row], starts[row], lengths[row] = chunk.slot, chunk.start, len(chunk.tokens)
+            tokens[row, : len(chunk.tokens)] = chunk.tokens
+            if chunk.visual is not None:
+                visual[row, tokens[row] == IMAGE_TOKEN_ID] = chunk.visual
+            if (request := chunk.request) is not None:
+                max_new_tokens[row], sampling.seed[row] = request.max_new_tokens, seed_words(request.seed)
+                sampling.temperature[row], sampling.top_p[row] = request.temperature, request.top_p
+        with self._on_mesh():
+            visual = self._put(visual) if isinstance(visual, np.ndarray) else visual
+            self._state, token, logits = self._write(self._parameters, self._layer_arrays, self._state, slots, starts,
+                                                     lengths, tokens, visual, max_new_tokens, sampling)
+            written = [token]
+            if logprobs:
+                written += [x[:, None] for x in map(np.asarray, self._log_probabilities(logits, token))]
+        return [np.asarray(x) for x in written]
+
+    def _check(self, chunk: Chunk) -> None:
+        """Raises ValueError for a chunk that does not fit its slot."""
+        end = chunk.start + len(chunk.tokens)
+        last = end + chunk.request.max_new_tokens if chunk.request else end
+        if not (0 <= chunk.slot < self.slots and 0 <= chunk.start < end and last <= self.context):
+            raise ValueError(f"slot {chunk.slot} of {self.slots}: tokens from {chunk.start} to {last}, but the context "
+                             f"has {self.context}")
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the keys and values of the first `length` tokens of a slot to another slot, which is free."""
+        with self._on_mesh():
+            self._state = self._copy(self._state, np.int32(source), np.int32(target), np.int32(length))
+
+    def decode(self, active: Bool[np.ndarray, "slots"], steps: int = MAX_DECODE_STEPS,
+               logprobs: bool = False) -> Written:
+        """Writes up to `steps` tokens in every slot that is active and whose answer has not ended.
+
+        An answer ends at an end token, or after its `max_new_tokens`. The answer in a slot that is not active ends too.
+        Calls with up to 16 steps return that many columns.
+        """
+        with self._on_mesh():
+            self._state, written = self._decode(self._parameters, self._layer_arrays, self._state, active,
+                                                np.int32(steps), logprobs)
+        return Written(*(np.asarray(x)[:, :steps] for x in (written if logprobs else [written])))
+
+    def warm_up(self, report: Callable[[int, int, str], None]) -> None:
+        """Compiles every program. `report` gets the number of finished programs, that of all, and the next one's
+        name."""
+        processor, nothing = self._processor, np.zeros(self.slots, bool)
+        counts = {1} | {1 + width * height // processor.size**2 for width, height in processor.pinpoints}
+        calls = [(f"tower, {count} tiles", lambda count=count: self._features(
+            self._parameters, np.zeros((1, count, processor.size, processor.size, 3), np.uint8)))
+            for count in sorted(set(map(tile_bucket, counts)))]
+        for logprobs in (False, True):
+            calls.append((f"decode{', log-probabilities' * logprobs}",
+                          lambda logprobs=logprobs: self.decode(nothing, 1, logprobs)))
+        # With visual features of its own, and with the stored zeros.
+        empty = Chunk(self.slots, 0, np.zeros(1, np.int32), np.zeros((0, 1), np.float32))
+        calls += [(f"prompts, {rows} x {size} tokens", lambda rows=rows, size=size: [
+            self._run_write(chunks, rows, size, logprobs=True) for chunks in ([], [empty])])
+            for rows, size in self._no_visual]
+        calls.append(("copy", lambda: self.copy(0, 0, 0)))
+        for number, (name, call) in enumerate(calls):
+            report(number, len(calls), name)
+            with self._on_mesh():
+                call()
+        report(len(calls), len(calls), "")
+
+    def _shardings(self, spec: P) -> NamedSharding | None:
+        return None if self._mesh is None else NamedSharding(self._mesh, spec)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._shardings(P()))
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)

@@ -1,0 +1,119 @@
+"""Implements the key-value cache of a server's slots: written at any position, and read as far as it is filled.
+
+Attention reads the cache in blocks of BLOCK positions, up to the longest row, with a running softmax
+(FlashAttention, arXiv:2205.14135, algorithm 1). A block that a row does not attend to leaves the row's bits unchanged,
+so a row's result does not depend on the lengths of the other rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+BLOCK = 128
+"""Number of positions that attention reads at once. The number of positions of a cache is a multiple of it."""
+
+
+class SlotCache(NamedTuple):
+    """Keys and values of all layers and slots.
+
+    On one CPU the axes K and S are swapped, because XLA for CPUs multiplies heads first without a copy. An int8 cache
+    has one scale, float32, for each head and position.
+    """
+
+    keys: Array  # [L, B, S, K, H]
+    values: Array
+    key_scales: Array | None = None  # [L, B, S, K]
+    value_scales: Array | None = None
+
+    def length(self, heads_first: bool) -> int:
+        """Returns the number of positions."""
+        return self.keys.shape[3 if heads_first else 2]
+
+
+class SlotAttention:
+    """Writes keys and values into the slots of a cache, and attends to them: the `attend` of `Llama.extend`.
+
+    Args:
+      positions: position of each new token; at least S for padding, which is not written.
+      slots: slot of each row, B for a row of padding; None if row i is slot i.
+      heads_first: whether K precedes S in the cache.
+    """
+
+    def __init__(self, positions: Int[Array, "R T"], length: int, slots: Int[Array, "R"] | None = None,
+                 heads_first: bool = False):
+        self.positions, self.slots, self.heads_first = positions, slots, heads_first
+        self.rows = jnp.arange(len(positions)) if slots is None else slots
+        last = jnp.max(jnp.where(positions < length, positions, 0))
+        self.num_blocks = last // BLOCK + 1
+
+    def __call__(self, query: Float[Array, "R T N H"], key: Float[Array, "R T K H"], value: Float[Array, "R T K H"],
+                 cache: SlotCache, layer: Int[Array, ""] | int) -> tuple[Float[Array, "R T N H"], SlotCache]:
+        """Returns what the new tokens read, and the cache with their keys and values."""
+        cache = self._write(cache, layer, key, value)
+        R, T, N, H = query.shape
+        K = key.shape[2]
+        query = query.reshape(R, T, K, N // K, H).swapaxes(1, 2).reshape(R, K, -1, H)
+        positions = jnp.repeat(self.positions, N // K, axis=1)[:, None, :, None]
+        keys, scores_of = ("RKSH", "RKSH,RKQH->RKSQ") if self.heads_first else ("RSKH", "RSKH,RKQH->RKSQ")
+
+        def read_block(block, carry):
+            largest, total, weighted = carry
+            k, v, k_scale, v_scale = (self._block(part, layer, block) for part in cache)
+            scores = jnp.einsum(scores_of, k.astype(query.dtype), query, preferred_element_type=jnp.float32)
+            scores = scores.swapaxes(2, 3) * H**-0.5
+            if k_scale is not None:
+                scores = scores * self._by_head(k_scale)
+            visible = block * BLOCK + jnp.arange(BLOCK) <= positions
+            scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+            new_largest = jnp.maximum(largest, scores.max(-1))
+            weights = jnp.exp(scores - new_largest[..., None])
+            kept = jnp.exp(largest - new_largest)
+            total = total * kept + weights.sum(-1)
+            if v_scale is not None:
+                weights = weights * self._by_head(v_scale)
+            new = jnp.einsum(f"RKQS,{keys}->RKQH", weights.astype(query.dtype), v.astype(query.dtype),
+                             preferred_element_type=jnp.float32)
+            return new_largest, total, weighted * kept[..., None] + new
+
+        shape = query.shape[:3]
+        carry = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros(query.shape)
+        _, total, weighted = jax.lax.fori_loop(0, self.num_blocks, read_block, carry)
+        read = (weighted / total[..., None]).astype(query.dtype)
+        return read.reshape(R, K, T, -1, H).swapaxes(1, 2).reshape(R, T, N, H), cache
+
+    def _write(self, cache: SlotCache, layer, key, value) -> SlotCache:
+        rows = self.rows[:, None]
+        index = (layer, rows, slice(None), self.positions) if self.heads_first else (layer, rows, self.positions)
+        new = (key, value) if cache.key_scales is None else (*quantize(key), *quantize(value))
+        parts = (cache.keys, cache.values) if cache.key_scales is None else (
+            cache.keys, cache.key_scales, cache.values, cache.value_scales)
+        written = [old.at[index].set(x.astype(old.dtype), mode="drop") for old, x in zip(parts, new, strict=True)]
+        return SlotCache(*written) if cache.key_scales is None else SlotCache(*written[::2], *written[1::2])
+
+    def _block(self, part: Array | None, layer, block) -> Array | None:
+        """Returns a block of positions of the rows' slots."""
+        if part is None:
+            return None
+        axis = 3 if self.heads_first else 2
+
+        def read(slot, count):
+            start, sizes = [layer, slot] + [0] * (part.ndim - 2), [1, count, *part.shape[2:]]
+            start[axis], sizes[axis] = block * BLOCK, BLOCK
+            return jax.lax.dynamic_slice(part, start, sizes)[0]
+
+        if self.slots is None:
+            return read(0, part.shape[1])
+        return jnp.concatenate([read(slot, 1) for slot in self.slots])
+
+    def _by_head(self, scales: Array) -> Array:
+        """Returns scales as [R, K, 1, S]."""
+        return (scales if self.heads_first else scales.swapaxes(1, 2))[:, :, None]
+
+
+def quantize(x: Float[Array, "R T K H"]) -> tuple[Array, Array]:
+    """Returns int8 codes of `x`, and the scale of each head and position, float32 [R, T, K]."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1) / 127
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale
