@@ -183,7 +183,8 @@ class Llava:
         """
         request = Request(messages, images, **settings)
         prompt = self._prompt(request, *self._encode(request), self._tiles(request.images))
-        pieces = self._engine.generate([prompt], [self._detokenizer(request, prompt)], STREAM_STEPS)
+        pieces = self._engine.generate([prompt], [self.detokenizer(request.stop, prompt.max_new_tokens)],
+                                       STREAM_STEPS)
         return (piece for (piece,) in pieces if piece)
 
     def batch(self, requests: Iterable[Request | Mapping], batch_size: int = 8) -> list[Completion]:
@@ -211,7 +212,8 @@ class Llava:
 
             for batch, size in group_batches(rows(), batch_size):
                 prompts = [self._prompt(*inputs, tiles.result()) for _, *inputs, tiles in batch]
-                answers = [self._detokenizer(row[1], prompt) for row, prompt in zip(batch, prompts, strict=True)]
+                answers = [self.detokenizer(row[1].stop, prompt.max_new_tokens)
+                           for row, prompt in zip(batch, prompts, strict=True)]
                 for _ in self._engine.generate(prompts, answers, rows=size):
                     pass
                 for (index, *_), prompt, answer in zip(batch, prompts, answers, strict=True):
@@ -354,9 +356,9 @@ class Llava:
             prefix_key=(tuple(request.images), tokens[:prefix_length].tobytes()) if hashable else None,
         )
 
-    def _detokenizer(self, request: Request, prompt: Prompt) -> Detokenizer:
-        return Detokenizer(StreamDecoder(self.tokenizer), self._engine.eos_ids, (*self._stop, *request.stop),
-                           prompt.max_new_tokens)
+    def detokenizer(self, stop: Sequence[str], max_new_tokens: int) -> Detokenizer:
+        """Returns the detokenizer of one answer, which the template's end, or a string of `stop`, ends."""
+        return Detokenizer(StreamDecoder(self.tokenizer), self._engine.eos_ids, (*self._stop, *stop), max_new_tokens)
 
 
 def _as_request(request: Request | Mapping) -> Request:

@@ -43,6 +43,10 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
+"""Why an answer ended."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """The end of an answer.
@@ -51,7 +55,7 @@ class Finished:
     `cached_tokens` is the number of prompt tokens whose keys and values were computed for an earlier request.
     """
 
-    reason: Literal["stop", "length", "cancelled", "deadline", "error"]
+    reason: Reason
     prompt_tokens: int = 0
     image_tokens: int = 0
     completion_tokens: int = 0
