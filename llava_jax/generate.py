@@ -1,18 +1,23 @@
 """Talks to a model: one answer, or a chat in the terminal."""
 
+import base64
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_jax import cli
+from llava_jax.endpoint.chat import Answer, AnswerLost, ChatServer
 from llava_jax.errors import UserError
+from llava_jax.image_files import decoding, open_header, open_image, read_image
 from llava_jax.text.templates import IMAGE, check_text
 from llava_jax.video import Video, as_video, sampled_frames
 
@@ -23,6 +28,9 @@ HELP = """Prints one answer, or, without --prompt, starts a chat in the terminal
 
   python -m llava_jax.generate --model runs/mini/model --image scene.png --prompt "What is at the top left?"
   python -m llava_jax.generate --model runs/mini/model --image scene.png
+  python -m llava_jax.generate --server http://127.0.0.1:8000 --image scene.png
+
+With --server a running server answers (llava_jax.serve). Its key is in LLAVA_JAX_API_KEY.
 """
 
 CHAT_HELP = """\
@@ -36,8 +44,10 @@ Ctrl-C stops an answer."""
 class Options:
     """Options of the command line."""
 
-    model: str
-    """Directory of the model."""
+    model: str = ""
+    """Directory of the model. With --server its name there; default: the server's first."""
+    server: str | None = None
+    """Address of a server with OpenAI's chat API, such as http://127.0.0.1:8000, instead of a model loaded here."""
     image: tuple[str, ...] = ()
     """Image or video files, one for each <image> in the prompt. Without an <image> they come before the prompt."""
     video_frames: int | None = None
@@ -83,25 +93,75 @@ def main(args: Sequence[str] | None = None) -> int:
         raise UserError("--json prints the answer at once; leave out --stream or --json")
     for name, text in (("--prompt", options.prompt or ""), *(("--stop", stop) for stop in options.stop)):
         check_text(text, name)
+    if options.server is None:
+        model, opener = _load(options)
+        prompt, images = options.prompt, options.image
+    else:
+        model, opener = _connect(options), data_url
+        images = [] if options.prompt is None else list(map(data_url, options.image))
+        prompt = [{"role": "user", "content": _parts(options.prompt or "", len(images))}]
+    if options.prompt is None:
+        Chat(model, options, opener).run()
+    elif options.stream:
+        for piece in model.stream(prompt, images, **options.sampling()):
+            print(_printable(piece), end="", flush=True)
+        print()
+    else:
+        start = time.perf_counter()
+        answer = model.generate(prompt, images, **options.sampling())
+        seconds = time.perf_counter() - start
+        print(_json(answer, seconds) if options.json else _printable(answer.text))
+    return 0
+
+
+def _load(options: Options) -> tuple["Llava", Callable[[str], Any]]:
+    """Returns the model, and what opens images for it."""
     from llava_jax import load
 
+    if not options.model:
+        raise UserError("--model is missing: the directory of a model, or --server for one that runs")
     llava = load(options.model, options.dtype, template=options.template, vision=options.vision,
                  adapter=options.adapter)
     if options.video_frames is not None:
         video = dataclasses.replace(llava.config.video, frames=options.video_frames)
         llava.config = dataclasses.replace(llava.config, video=video)
-    if options.prompt is None:
-        Chat(llava, options).run()
-    elif options.stream:
-        for piece in llava.stream(options.prompt, options.image, **options.sampling()):
-            print(_printable(piece), end="", flush=True)
-        print()
-    else:
-        start = time.perf_counter()
-        answer = llava.generate(options.prompt, options.image, **options.sampling())
-        seconds = time.perf_counter() - start
-        print(_json(answer, seconds) if options.json else _printable(answer.text))
-    return 0
+    return llava, functools.partial(_open, llava)
+
+
+def _open(llava: "Llava", path: str) -> Any:
+    image = as_video(path)
+    if isinstance(image, Video):
+        sampled_frames(image, llava.config.video)
+        return image
+    return open_image(image)
+
+
+def _connect(options: Options) -> ChatServer:
+    for name in ("video_frames", "template", "vision", "adapter", "dtype"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is set where the server starts; leave it out with --server")
+    if IMAGE in (options.prompt or ""):
+        raise UserError(f"--prompt has {IMAGE}: with --server images come before the prompt; leave it out")
+    return ChatServer(options.server, options.model)
+
+
+def data_url(path: str) -> str:
+    """Returns an image file as a data URL: as it is if browsers know its format, otherwise as PNG."""
+    if isinstance(as_video(path), Video):
+        raise UserError(f"{path}: a server takes no videos; send some of its frames as images")
+    content = read_image(path)
+    with decoding(path, content), open_header(content) as image:
+        kind = "jpeg" if image.format == "MPO" else image.format.lower()  # a JPEG with previews
+    if kind not in ("jpeg", "png", "webp", "gif"):
+        file = io.BytesIO()
+        open_image(content).save(file, "PNG")
+        kind, content = "png", file.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _parts(text: str, images: int) -> list[dict[str, str]]:
+    """Returns a message's content. Its text is a part, so that an `<image>` in it is text."""
+    return [*[{"type": "image"}] * images, {"type": "text", "text": text}]
 
 
 def _printable(text: str) -> str:
@@ -110,22 +170,30 @@ def _printable(text: str) -> str:
 
 
 def _json(answer, seconds: float) -> str:
+    counts = ((answer.prompt_tokens, answer.completion_tokens) if isinstance(answer, Answer)
+              else (len(answer.prompt_tokens), len(answer.tokens)))
     return json.dumps({
         "text": answer.text,
         "finish_reason": answer.finish_reason,
-        "prompt_tokens": len(answer.prompt_tokens),
-        "completion_tokens": len(answer.tokens),
+        "prompt_tokens": counts[0],
+        "completion_tokens": counts[1],
         "seconds": round(seconds, 3),
     }, ensure_ascii=False)
 
 
 class Chat:
-    """Runs a conversation in the terminal. An error is printed and leaves the conversation as it was."""
+    """Runs a conversation in the terminal. An error is printed and leaves the conversation as it was.
 
-    def __init__(self, llava: "Llava", options: Options):
-        self.llava = llava
+    Args:
+      model: what has the `stream` of a Llava or a ChatServer.
+      opener: opens the file of an image for the model.
+    """
+
+    def __init__(self, model: "Llava | ChatServer", options: Options, opener: Callable[[str], Any] = open_image):
+        self.model = model
         self.options = options
-        self.messages: list[dict[str, str]] = []
+        self.opener = opener
+        self.messages: list[dict[str, Any]] = []
         self.images: list = []  # images of `messages`, in order
         self.pending_images: list = []  # images for the next message
         for path in options.image:
@@ -171,35 +239,37 @@ class Chat:
             self.answer(line)
 
     def add_image(self, path: str) -> None:
-        from llava_jax.image_files import open_image
-
         if not path:
             raise UserError("write /image PATH")
-        image = as_video(os.path.expanduser(path))
-        if isinstance(image, Video):
-            sampled_frames(image, self.llava.config.video)
-        self.pending_images.append(image if isinstance(image, Video) else open_image(image))
+        self.pending_images.append(self.opener(os.path.expanduser(path)))
 
     def answer(self, line: str) -> None:
-        """Prints the answer while it is written. After Ctrl-C the conversation keeps the part that was printed."""
+        """Prints the answer while it is written.
+
+        The conversation keeps the part that was printed after Ctrl-C, or if the connection to a server broke off.
+        """
         check_text(line, "the message")
-        question = {"role": "user", "content": f"{IMAGE}\n" * len(self.pending_images) + line}
+        question = {"role": "user", "content": _parts(line, len(self.pending_images))}
         messages, images = [*self.messages, question], [*self.images, *self.pending_images]
-        text = ""
+        text, lost = "", None
         try:
-            for piece in self.llava.stream(messages, images, **self.options.sampling()):
-                text += piece
-                print(_printable(piece), end="", flush=True)
+            with contextlib.closing(self.model.stream(messages, images, **self.options.sampling())) as pieces:
+                for piece in pieces:
+                    text += piece
+                    print(_printable(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass
+        except AnswerLost as error:
+            lost = error
         except Exception:
             print(end="\n" if text else "")  # the error starts on a new line
             raise
         print()
-        text = text.replace(IMAGE, "").strip()  # a mark written by the model has no image
-        if text:  # an empty answer would leave the template's turn open
-            self.messages = [*messages, {"role": "assistant", "content": text}]
+        if text := text.strip():  # an empty answer would leave the template's turn open
+            self.messages = [*messages, {"role": "assistant", "content": _parts(text, 0)}]
             self.images, self.pending_images = images, []
+        if lost is not None:
+            raise lost
 
 
 if __name__ == "__main__":

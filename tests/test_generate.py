@@ -99,11 +99,13 @@ def test_chat(llava, picture, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", ask)
     generate.Chat(llava, generate.Options(model="DIR", max_new_tokens=12)).run()
     messages, answers = [], []
-    for text, images in [("Hello?", []), ("<image>\nWhat is it?", [picture]), ("And now?", [picture])]:
+    typed = [{"type": "text", "text": "<image> twice?"}]  # what a user types is text
+    for text, images in [("Hello?", []), ("<image>\nWhat is it?", [picture]), ("And now?", [picture]),
+                         (typed, [picture])]:
         messages.append({"role": "user", "content": text})
         answers.append(llava.generate(messages, images, max_new_tokens=12).text)
         messages.append({"role": "assistant", "content": answers[-1]})
-    assert all(answers) and len(set(answers)) == 3
+    assert all(answers) and len(set(answers)) == 4
     expected = [
         "Type a message, or /help.\n",
         "",
@@ -115,12 +117,18 @@ def test_chat(llava, picture, monkeypatch, capsys):
         "error: there is no /images; /help lists the commands\n",
         "error: write /image PATH\n",
         generate.CHAT_HELP + "\n",
-        "error: 1 images were given, but the messages have 2 <image> marks; each needs one\n",
+        answers[3] + "\n",
         "",
         answers[0] + "\n",
         "\n",
     ]
     assert capsys.readouterr().out == "> ".join(expected)
+
+
+def texts(messages):
+    """The contents of messages, written as strings."""
+    return ["".join("<image>\n" if part["type"] == "image" else part["text"] for part in message["content"])
+            for message in messages]
 
 
 class Scripted:
@@ -147,8 +155,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
     generate.Chat(model, generate.Options(model="DIR")).run()
     assert capsys.readouterr().out == "Type a message, or /help.\none\n\nthree\n"
     # What was said of the first answer stays; the second question, without an answer, does not.
-    turns = [message["content"] for message in model.asked[-1][0]]
-    assert turns == ["first", "one", "third"] and next(lines) == "never"
+    assert texts(model.asked[-1][0]) == ["first", "one", "third"] and next(lines) == "never"
 
 
 @pytest.mark.parametrize("error, told", [
@@ -168,18 +175,18 @@ def test_an_error_of_one_line_leaves_the_chat_as_it_was(monkeypatch, capsys, pic
                            "three\nerror: there is no /\ufffd[31m; /help lists the commands\n")
     assert told or f"{type(error).__name__}: {error}".rstrip(": ") in printed.err  # a fault keeps its traceback
     (first, _), lost, (second, images), (third, _) = model.asked
-    assert (second, images) == lost and [turn["content"] for turn in first] == ["first"]
-    assert [turn["content"] for turn in third] == ["first", "one", "<image>\nsecond", "two", "third"]
+    assert (second, images) == lost and texts(first) == ["first"]
+    assert texts(third) == ["first", "one", "<image>\nsecond", "two", "third"]
     assert next(lines) == "no"
 
 
-def test_a_mark_that_the_model_writes_is_no_image(monkeypatch, capsys):
+def test_a_mark_that_the_model_writes_is_text(monkeypatch, capsys):
     lines = iter(["first", "second"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
     model = Scripted(["a ", "<image>"], ["two"])
     generate.Chat(model, generate.Options(model="DIR")).run()
     assert capsys.readouterr().out == "Type a message, or /help.\na <image>\ntwo\n"
-    assert [turn["content"] for turn in model.asked[1][0]] == ["first", "a", "second"]
+    assert texts(model.asked[1][0]) == ["first", "a <image>", "second"] and model.asked[1][1] == []
 
 
 @pytest.mark.parametrize("args", [["--prompt", "Hi"], ["--prompt", "Hi", "--stream"], []], ids=str)
@@ -219,12 +226,17 @@ def test_images_of_the_command_line_go_with_the_first_message(monkeypatch, pictu
     model = Scripted(["one"], ["two"])
     generate.Chat(model, generate.Options(model="DIR", image=(picture, picture))).run()
     (first, images), (second, none) = model.asked
-    assert first == [{"role": "user", "content": "<image>\n<image>\nfirst"}] and len(images) == 2
-    assert second == [{"role": "user", "content": "second"}] and none == []
+    assert texts(first) == ["<image>\n<image>\nfirst"] and len(images) == 2
+    assert texts(second) == ["second"] and none == []
 
 
 @pytest.mark.parametrize("args, words", [
     (["--model", "missing"], "missing"),
+    ([], "--model is missing"),
+    (["--server", "127.0.0.1:8000"], "not an address such as http://127.0.0.1:8000"),
+    (["--server", "http://127.0.0.1:9", "--prompt", "Hi"], "does not answer (Connection refused)"),
+    (["--server", "http://127.0.0.1:9", "--dtype", "bfloat16"], "leave it out with --server"),
+    (["--server", "http://127.0.0.1:9", "--prompt", "<image> Hi"], "images come before the prompt"),
     (["--model", "DIR", "--json"], "--json needs --prompt"),
     (["--model", "DIR", "--prompt", "Hi", "--json", "--stream"], "--stream or --json"),
     (["--model", "DIR", "--modle", "DIR"], "--modle"),
