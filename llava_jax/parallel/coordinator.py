@@ -38,8 +38,8 @@ GREETING_SECONDS, GREETING_BYTES = 10.0, 2**12
 MESSAGE_BYTES = 2**24
 """Maximum size of a message."""
 
-MAX_STRANGERS = 64
-"""Number of connections without a greeting. One more ends the oldest of them."""
+MAX_STRANGERS, CROWDED_SECONDS = 64, 1.0
+"""Number of connections without a greeting beyond which the oldest are closed, but none that is younger than this."""
 
 HTTP2 = b"PRI * HTTP/2"
 """First bytes of JAX's own connections."""
@@ -79,7 +79,7 @@ class Coordinator:
 
     Attributes:
       names: process and host, for messages.
-      strangers: connections without a greeting, in order of their age.
+      strangers: start time of each connection without a greeting, the oldest first.
       writers: connection of each process that has greeted and not ended.
       heard: time of the last message of each process.
       left: processes that ended properly or reported an error.
@@ -92,7 +92,7 @@ class Coordinator:
     def __init__(self, count: int, hosts: list[str], heartbeat_timeout: float, jax_port: int, secret: str = ""):
         self.heartbeat_timeout, self.jax_port, self.proof = heartbeat_timeout, jax_port, proof(secret)
         self.names = [f"process {i}" + (f" ({hosts[i]})" if hosts else "") for i in range(count)]
-        self.strangers: dict[asyncio.StreamWriter, None] = {}
+        self.strangers: dict[asyncio.StreamWriter, float] = {}
         self.writers: dict[int, asyncio.StreamWriter] = {}
         self.addresses: set[str] = set()
         self.heard: dict[int, float] = {}
@@ -120,9 +120,11 @@ class Coordinator:
 
     async def read_greeting(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         """Reads the first line, or the first bytes of HTTP/2."""
-        self.strangers[writer] = None
-        if len(self.strangers) > MAX_STRANGERS:
-            oldest = next(iter(self.strangers))
+        now = self.strangers[writer] = time.monotonic()
+        while len(self.strangers) > MAX_STRANGERS:
+            oldest, start = next(iter(self.strangers.items()))
+            if now - start < CROWDED_SECONDS:  # its greeting may have arrived without having been read yet
+                break
             del self.strangers[oldest]
             oldest.close()
         try:
@@ -133,6 +135,8 @@ class Coordinator:
                     data += more
                     if not more or len(data) > GREETING_BYTES:
                         raise ValueError("no greeting")
+                if writer.is_closing():  # it was closed for its age, so what it sent counts no longer
+                    raise ValueError("too late")
                 return data
         finally:
             self.strangers.pop(writer, None)

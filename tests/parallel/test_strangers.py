@@ -1,5 +1,6 @@
 """The coordinator before strangers: what they send neither ends nor stops the run, and gets no answer."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from starting import finish, free_port, start
@@ -132,8 +134,6 @@ def test_a_greeting_without_end_is_cut_off():
 
 def test_a_slow_greeting_is_not_waited_for(monkeypatch):
     """Strangers are let go after GREETING_SECONDS."""
-    import asyncio
-
     monkeypatch.setattr(coordinator, "GREETING_SECONDS", 0.01)
 
     async def meet() -> bytes:
@@ -146,6 +146,32 @@ def test_a_slow_greeting_is_not_waited_for(monkeypatch):
         return end
 
     assert asyncio.run(meet()) == b""
+
+
+def test_a_greeting_that_arrived_before_a_flood_is_read():
+    """All connections are accepted in one step of the event loop. The first has greeted."""
+    async def greet() -> bytes:
+        told = coordinator.Coordinator(2, [], 60, 1)
+        server = await asyncio.start_server(told.serve, "127.0.0.1", 0, backlog=200)
+        address = server.sockets[0].getsockname()
+        connections = [socket.create_connection(address, timeout=30) for _ in range(2 * coordinator.MAX_STRANGERS)]
+        connections[0].sendall(hello())
+        reader, _ = await asyncio.open_connection(sock=connections[0])
+        return await reader.readline()
+
+    assert json.loads(asyncio.run(greet()))["kind"] == "welcome"
+
+
+def test_a_greeting_of_a_closed_connection_is_not_admitted():
+    """The process would count as lost, which ends the run of all."""
+    async def greet() -> None:
+        reader, told = asyncio.StreamReader(), coordinator.Coordinator(2, [], 60, 1)
+        reader.feed_data(hello())
+        writer = mock.Mock(**{"is_closing.return_value": True, "get_extra_info.return_value": ("127.0.0.1", 1)})
+        await told.serve(reader, writer)
+        assert not told.writers and told.verdict is None and not told.over.is_set()
+
+    asyncio.run(asyncio.wait_for(greet(), 30))
 
 
 @pytest.mark.parametrize("line", [
