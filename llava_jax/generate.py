@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_jax import cli
 from llava_jax.endpoint.chat import Answer, AnswerLost, ChatServer
@@ -74,6 +74,8 @@ class Options:
     """Folder of the vision tower that a LLaVA in the original layout names but does not contain."""
     adapter: str | None = None
     """Folder of LoRA adapters for the model, of PEFT or of the original LLaVA."""
+    quantize: Literal["int8"] | None = None
+    """Storage of the kernels of the decoder's layers, which takes half the memory of bfloat16; default: the dtype."""
     dtype: str | None = None
     """Compute dtype, bfloat16 or float32; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
@@ -121,7 +123,7 @@ def _load(options: Options) -> tuple["Llava", Callable[[str], Any]]:
     if not options.model:
         raise UserError("--model is missing: the directory of a model, or --server for one that runs")
     llava = load(options.model, options.dtype, template=options.template, vision=options.vision,
-                 adapter=options.adapter)
+                 adapter=options.adapter, quantize=options.quantize)
     if options.video_frames is not None:
         video = dataclasses.replace(llava.config.video, frames=options.video_frames)
         llava.config = dataclasses.replace(llava.config, video=video)
@@ -137,7 +139,7 @@ def _open(llava: "Llava", path: str) -> Any:
 
 
 def _connect(options: Options) -> ChatServer:
-    for name in ("video_frames", "template", "vision", "adapter", "dtype"):
+    for name in ("video_frames", "template", "vision", "adapter", "quantize", "dtype"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is set where the server starts; leave it out with --server")
     if IMAGE in (options.prompt or ""):

@@ -6,6 +6,8 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,13 +23,15 @@ from llava_jax.inference.grouping import group_batches, image_opener
 from llava_jax.inference.scoring import scoring_rows
 from llava_jax.inference.shapes import batch_key
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, from_params
+from llava_jax.models.quantized import store_kernel
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt, eos_ids_and_texts
 from llava_jax.text.literal import Literal
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llava_jax.video import Video, as_video, decode_frames, sampled_frames
-from llava_jax.weights.checkpoint import load_checkpoint, read_config
+from llava_jax.weights import peft
+from llava_jax.weights.checkpoint import load_source, open_checkpoint
 
 ImageSource = Image.Image | str | os.PathLike | bytes | Video
 Messages = str | Sequence[Mapping[str, str]]
@@ -95,6 +99,8 @@ class Llava:
       dtype: dtype of its computation.
       attention: attention implementations of its decoder and vision tower (models/attention.py).
       parameters: arrays by path. They can be replaced by others of the same shapes.
+      adapters: LoRA adapters by name, the first of which has number 1 in `lora.select_adapters`. Values are parameters
+        of the adapter's own projector, which replace the base's; {} if it has none.
     """
 
     def __init__(self, config: LlavaConfig, parameters: Parameters, tokenizer: Tokenizer, dtype: str = "float32",
@@ -104,6 +110,7 @@ class Llava:
         self.tokenizer = tokenizer
         self.template = config.template
         self.dtype = dtype
+        self.adapters: dict[str, Parameters] = {}
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         self.attention = choose_attention(attention, platform, config, dtype)
         graph, _ = abstract_params(config, dtype, self.attention)
@@ -392,7 +399,8 @@ def _as_chat(system: str | None, turns: Sequence[tuple[str, str]]) -> list[dict[
 
 def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
          template: str | None = None, attention: str = "auto", vision: str | os.PathLike | None = None,
-         adapter: str | os.PathLike | None = None) -> Llava:
+         adapter: str | os.PathLike | None = None, adapters: Mapping[str, str | os.PathLike] | None = None,
+         quantize: str | None = None) -> Llava:
     """Loads a model from a directory of any supported layout, which is detected from its files.
 
     Args:
@@ -404,6 +412,10 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
       vision: folder of the vision tower that a LLaVA in the original layout names but does not contain.
       adapter: folder of LoRA adapters, of PEFT or of the original LLaVA, which are added unmerged. `path` may then be
         a decoder alone if the folder has the projector; `vision` is the folder of its vision tower.
+      adapters: folders of LoRA adapters by names, of which `SlotEngine` uses another one in each slot. They share the
+        base, but may have projectors of their own. The methods of Llava answer with the base.
+      quantize: "int8" stores the kernels of the decoder's layers in 8 bits. They are quantised one by one while they
+        are read, so that the memory never contains all of them in `dtype`.
 
     Raises UserError that names the file if something is missing, damaged or not supported, for a tokenizer with ids
     beyond the embedding, and for a parameter that the mesh does not divide.
@@ -412,9 +424,14 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype {dtype!r} is neither bfloat16 nor float32")
-    config = read_config(path, template, vision, adapter)
+    if quantize not in (None, "int8"):
+        raise UserError(f"quantize {quantize!r} is not int8")
+    config, opened = open_checkpoint(Path(path), template, vision=vision, adapter=adapter)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
+    folders, own = [peft.Adapter(folder) for folder in (adapters or {}).values()], []
+    if folders:
+        config, opened, own = peft.attach_several(folders, config, opened, path)
     sharding = None
     if mesh is not None:
         shardings = parameter_shardings({path: x.shape for path, x in abstract_params(config)[1].items()}, mesh)
@@ -422,9 +439,11 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
     tokenizer = Tokenizer.load(path)
     agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True,
                     visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
-    config, parameters = load_checkpoint(path, dtype=dtype, template=template, sharding=sharding, vision=vision,
-                                         adapter=adapter)
+    store = partial(store_kernel, kind="int8_matrices") if quantize else lambda path, x: x
+    parameters = load_source(path, opened, dtype, sharding, store)
     llava = Llava(config, parameters, tokenizer, dtype, mesh, attention)
+    llava.adapters = {name: load_source(folder.directory, projector, dtype, sharding)
+                      for name, folder, projector in zip(adapters or {}, folders, own, strict=True)}
     if jax.default_backend() != "cpu":  # where there is a choice
         agreement.say(f"attention {llava.attention}, {dtype}")
     return llava

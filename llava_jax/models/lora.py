@@ -10,13 +10,14 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from llava_jax.config import Lora
 from llava_jax.errors import UserError
@@ -32,19 +33,37 @@ filter in other implementations."""
 FACTOR = re.compile(r"(.*)/adapter/lora_[ab]")
 
 
+@dataclass(frozen=True)
+class LoraBank(Lora):
+    """Several adapters of one base, concatenated along the rank. `select_adapters` chooses one for each row."""
+
+    parts: tuple[tuple[int, float], ...] = ()
+    """Rank and scale of each adapter. The first has number 1, because 0 is the base."""
+
+
 class LoraAdapter(nnx.Module):
     """The low-rank map `scale * dropout(x) @ lora_a @ lora_b`.
 
     Attributes:
       dropout_key: random key of the dropout, in stacked layers one for each; None for no dropout. See `set_dropout`.
+      row_scale: of a LoraBank, scales of each row's columns of `lora_a`, in stacked layers for each; None for the base.
+        See `select_adapters`.
     """
 
     def __init__(self, lora: Lora, lora_a: Array, lora_b: Array):
         self.scale, self.dropout = lora.scale, lora.dropout
+        self.parts = lora.parts if isinstance(lora, LoraBank) else ()
         self.lora_a, self.lora_b = nnx.Param(lora_a), nnx.Param(lora_b)
         self.dropout_key: Array | None = nnx.data(None)
+        self.row_scale: Array | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        if self.parts:
+            if self.row_scale is None:
+                return jnp.zeros((*x.shape[:-1], self.lora_b.shape[-1]), x.dtype)
+            # A row's scale is zero in the columns of other adapters, so that these add exactly zero.
+            x = matmul(x, self.lora_a[...].astype(x.dtype)) * self.row_scale.astype(x.dtype)
+            return matmul(x, self.lora_b[...].astype(x.dtype))
         if self.dropout_key is not None:
             # The backward pass of a rematerialised layer computes the mask again from the key.
             keep = _random_words(self.dropout_key, x.shape) >= np.uint32(round(self.dropout * 2**32))
@@ -109,6 +128,24 @@ def set_dropout(model: nnx.Module, key: Array) -> None:
         if isinstance(module, LoraAdapter) and module.dropout:
             own, a = _path_key(key, "/".join(map(str, path))), module.lora_a
             module.dropout_key = jax.random.split(own, a.shape[0]) if a.ndim == 3 else own
+
+
+def select_adapters(module: nnx.Module, ids: Int[Array, "B"] | Int[Array, ""]) -> None:
+    """Selects the adapter of each row by its number in a LoraBank; 0 is the base. One number counts for all rows.
+
+    Rows are the first axis of the modules' inputs, which for the vision tower are tiles. Before the call, and without
+    a LoraBank, all rows have the base.
+    """
+    for _, adapter in nnx.iter_modules(module):
+        if isinstance(adapter, LoraAdapter) and adapter.parts:
+            ends = np.cumsum([rank for rank, _ in adapter.parts])
+            table = np.zeros((len(ends) + 1, ends[-1]), np.float32)
+            for number, (end, (rank, scale)) in enumerate(zip(ends, adapter.parts, strict=True), 1):
+                table[number, end - rank : end] = scale
+            scales = jnp.asarray(table)[ids]
+            scales = scales[:, None] if ids.ndim else scales
+            a = adapter.lora_a
+            adapter.row_scale = jnp.broadcast_to(scales, (a.shape[0], *scales.shape)) if a.ndim == 3 else scales
 
 
 def _random_words(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:

@@ -1,11 +1,12 @@
 """Stores frozen kernels in 8 or 4 bits, and dequantises them layer by layer where they are used (QLoRA, 2305.14314).
 
 `int8` has one scale for each output channel, `nf4` one for each block of 64 inputs. Kernels have a leading layer axis.
+`int8_matrices`, for inference, has the values of `int8` in another form: a TPU reads them without a copy (README.md).
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,13 @@ class QuantizedKernel:
     """A kernel of stacked layers, as codes and scales. It is a value of `Parameters` like an array.
 
     A scale belongs to a block of codes along each axis: axes of `scale` are shorter by the block's size. The codes are
-    int8, or uint4 for nf4, which a TPU stores as two in a byte.
+    int8, or uint4 for nf4, which a TPU stores as two in a byte. `int8_matrices` have the axes [layers, D, F].
     """
 
     codes: Array
     scale: Array
+    scales_output: bool = field(default=False, metadata={"static": True})
+    """Whether a matmul multiplies its result by the scales, not the kernel before. The codes are then matrices."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,18 +57,37 @@ def is_quantizable(path: str) -> bool:
 def abstract_quantized(path: str, kernel: Array | jax.ShapeDtypeStruct, kind: str) -> QuantizedKernel:
     """Returns shapes, dtypes and shardings of `quantize`. Scales are sharded as the kernel where it divides them."""
     abstract = jax.eval_shape(lambda x: quantize(path, x, kind), kernel)
-    mesh, spec = kernel.sharding.mesh, []
-    for count, axes in zip(abstract.scale.shape, kernel.sharding.spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        spec.append(None if count % math.prod(mesh.shape[name] for name in names) else axes)
-    shardings = QuantizedKernel(kernel.sharding, NamedSharding(mesh, P(*spec)))
+    mesh, axes = kernel.sharding.mesh, kernel.sharding.spec
+    if kind == "int8_matrices":  # the first of the axes that are joined may be sharded, never another one
+        axes = axes[0], axes[1], axes[1 + _last_input(path)]
+    spec = []
+    for count, names in zip(abstract.scale.shape, axes, strict=False):
+        split = (names,) if isinstance(names, str) else names or ()
+        spec.append(None if count % math.prod(mesh.shape[name] for name in split) else names)
+    shardings = QuantizedKernel(NamedSharding(mesh, P(*axes)), NamedSharding(mesh, P(*spec)), abstract.scales_output)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                         abstract, shardings)
 
 
+def store_kernel(path: str, x: Array, kind: str) -> Array | QuantizedKernel:
+    """Returns a frozen parameter as the model reads it: quantised if it is a kernel of the decoder's layers."""
+    if not is_quantizable(path):
+        return x
+    shardings = None
+    if isinstance(x.sharding, NamedSharding):
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_quantized(path, x, kind))
+    return jax.jit(lambda x: quantize(path, x, kind), out_shardings=shardings)(x)
+
+
 def quantize(path: str, kernel: Array, kind: str) -> QuantizedKernel:
-    """Quantises the kernel [layers, *inputs, *outputs] at `path` to `int8` or `nf4`. Scales have the kernel's dtype."""
-    last_input = 2 if path.endswith("/o_proj/kernel") else 1
+    """Quantises the kernel [layers, *inputs, *outputs] at `path` to `int8`, `int8_matrices` or `nf4`.
+
+    Scales have the kernel's dtype.
+    """
+    last_input = _last_input(path)
+    if kind == "int8_matrices":
+        q, inputs = quantize(path, kernel, "int8"), math.prod(kernel.shape[1 : 1 + last_input])
+        return QuantizedKernel(q.codes.reshape(len(kernel), inputs, -1), q.scale.reshape(len(kernel), 1, -1), True)
     if kind == "int8":
         blocks = [size if 1 <= axis <= last_input else 1 for axis, size in enumerate(kernel.shape)]
     else:
@@ -88,6 +110,9 @@ def quantized_matmul(x: Float[Array, "... D"], kernel: QuantizedKernel) -> Float
     The backward pass dequantises the kernel again, because saved kernels of all layers would need the memory that
     quantising them frees.
     """
+    if kernel.scales_output:  # the codes are exact in bfloat16, and a TPU converts them while it reads them
+        y = jnp.matmul(x, kernel.codes.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (y * kernel.scale[0].astype(jnp.float32)).astype(x.dtype)
     return x @ _matrix(kernel, x.shape[-1]).dequantize(x.dtype)
 
 
@@ -97,6 +122,11 @@ def _matmul_backward(kernel: QuantizedKernel, g: Array) -> tuple[Array, None]:
 
 
 quantized_matmul.defvjp(lambda x, kernel: (quantized_matmul(x, kernel), kernel), _matmul_backward)
+
+
+def _last_input(path: str) -> int:
+    """Returns the last axis of a kernel's inputs: heads and their numbers in `o_proj`, otherwise one axis."""
+    return 2 if path.endswith("/o_proj/kernel") else 1
 
 
 def _matrix(kernel: QuantizedKernel, inputs: int) -> QuantizedKernel:

@@ -58,14 +58,6 @@ def trained_parameters(context: TrainContext, before: str | None) -> Parameters:
     return trained
 
 
-def store_kernel(path: str, x: jax.Array, kind: str) -> Any:
-    """Returns a frozen parameter as the step reads it: quantised if it is a kernel of the decoder's layers."""
-    if not quantized.is_quantizable(path):
-        return x
-    shardings = jax.tree.map(lambda x: x.sharding, quantized.abstract_quantized(path, x, kind))
-    return jax.jit(lambda x: quantized.quantize(path, x, kind), out_shardings=shardings)(x)
-
-
 def split_parameters(context: TrainContext, stage: str, rates: Mapping[str, float]
                      ) -> tuple[Parameters, Parameters, str]:
     """Returns the trainable and the frozen parameters that a stage starts with, and a fingerprint of the frozen ones.
@@ -75,7 +67,7 @@ def split_parameters(context: TrainContext, stage: str, rates: Mapping[str, floa
     kind = context.recipe.model.quantize
 
     def store(path: str, x: jax.Array) -> Any:
-        return x if kind == "none" or path in rates else store_kernel(path, x, kind)
+        return x if kind == "none" or path in rates else quantized.store_kernel(path, x, kind)
 
     parameters = load_parameters(context, lambda path: "float32" if path in rates else context.dtype, stage, store)
     # Names a process that is late, which the collectives that follow cannot.

@@ -7,7 +7,7 @@ non_lora_trainables.bin, whose parameters were trained in full, and its config.j
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -232,6 +232,46 @@ def attach(adapter: Adapter, config: LlavaConfig, base: ParameterSource,
         return base.read(path, layer)
 
     return config, ParameterSource(expected, dtypes, read)
+
+
+def attach_several(adapters: Sequence[Adapter], config: LlavaConfig, base: ParameterSource, name: str | Path
+                   ) -> tuple[LlavaConfig, ParameterSource, list[ParameterSource]]:
+    """Adds several adapters of one base model, which a LoraBank concatenates along the rank.
+
+    Returns configuration and parameters as `attach` does, and for each adapter the projector's parameters that its
+    training changed in full, which are not among the parameters. `name` is the base's, for messages.
+
+    Raises UserError as `attach` does, and if an adapter was trained with other parameters in full.
+    """
+    attached, own = [attach(adapter, config, base, name) for adapter in adapters], []
+    base_shapes = source.shapes(config)
+    for adapter, (_, parameters) in zip(adapters, attached, strict=True):
+        full = sorted({path for path, _ in adapter.full(base_shapes)})
+        if other := [path for path in full if not re.match("projector/|image_newline$", path)]:
+            raise UserError(f"{adapter.directory}: {files.shorten(other, 3)} were trained in full, and several "
+                            "adapters share those of the base; merge this adapter (python -m llava_jax.convert "
+                            "--merge) and serve it as its own model")
+        own.append(ParameterSource({path: base_shapes[path] for path in full}, parameters.dtypes, parameters.read))
+    ranks = [added.lora.rank for added, _ in attached]
+    targets = {lora.FACTOR.fullmatch(path)[1] for _, parameters in attached for path in parameters.shapes
+               if lora.is_adapter(path)}
+    bank = lora.LoraBank(sum(ranks), dropout=0.0, targets=tuple(sorted(targets)),
+                         parts=tuple((added.lora.rank, added.lora.scale) for added, _ in attached))
+    config = dataclasses.replace(config, lora=bank)
+    shapes = source.shapes(config)
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        if not lora.is_adapter(path):
+            return base.read(path, layer)
+        axis = 1 if path.endswith("lora_a") else 0
+        size = shapes[path][-2:][1 - axis]
+        return np.concatenate([
+            parameters.read(path, layer) if path in parameters.shapes else
+            np.zeros((size, rank) if axis else (rank, size), np.float32)
+            for rank, (_, parameters) in zip(ranks, attached, strict=True)], axis)
+
+    dtypes = {path: base.dtypes.get(path, np.dtype(np.float32)) for path in shapes}
+    return config, ParameterSource(shapes, dtypes, read), own
 
 
 def _targets(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, tuple[LinearMap, int, float]]:

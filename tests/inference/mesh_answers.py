@@ -46,6 +46,8 @@ def main(out: str, model: str, *meshes: str) -> None:
         found[sizes] = {
             "tokens": [answer.tokens for answer in answers], "inserted": inserted(llava, requests[:2]),
             "likelihoods": [llava.log_likelihood(request, ["Yes", "No, it is not"]) for request in requests[:1]],
+            "int8": llava_jax.load(model, "float32", mesh=mesh, quantize="int8").generate(
+                "What is it?", requests[0].images, max_new_tokens=8).tokens,
             "devices": sorted(devices), "smallest_share": shares,
         }
     Path(out).write_text(json.dumps(found))

@@ -17,6 +17,7 @@ from llava_jax.inference.llava import PromptTooLong, Request, as_messages
 from llava_jax.inference.shapes import length_bucket
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
+from llava_jax.models.quantized import QuantizedKernel
 from llava_jax.models.vit import VisionConfig
 from llava_jax.text.encode import encode_prompt
 from llava_jax.text.templates import render
@@ -198,6 +199,21 @@ def test_bfloat16(model_dir, requests):
     assert logits.dtype == np.float32
     chosen = logits[0, len(answer.prompt_tokens) - 1 : -1].argmax(-1)
     assert (chosen == np.array(answer.tokens)).mean() > 0.8  # rounding may tip a near tie
+
+
+def test_int8_computes_with_its_dequantised_kernels(model_dir, llava, requests):
+    int8 = llava_jax.load(model_dir, "float32", quantize="int8")
+    kernels = {path: x for path, x in int8.parameters.items() if isinstance(x, QuantizedKernel)}
+    assert len(kernels) == 7 and all(x.codes.dtype == np.int8 for x in kernels.values())
+    dense = {path: np.asarray(x.dequantize("float32")).reshape(llava.parameters[path].shape)
+             for path, x in kernels.items()}
+    inputs = llava.encode(requests[1]["messages"], requests[1]["images"])
+    found = np.asarray(int8.model(**inputs))
+    expected = np.asarray(llava_jax.Llava(llava.config, llava.parameters | dense, llava.tokenizer).model(**inputs))
+    assert np.abs(found - expected).max() <= 1e-4 * expected.std()
+    assert np.abs(found - np.asarray(llava.model(**inputs))).max() > 1e-3 * expected.std()
+    with pytest.raises(UserError, match="quantize 'int4' is not int8"):
+        llava_jax.load(model_dir, quantize="int4")
 
 
 @contextlib.contextmanager

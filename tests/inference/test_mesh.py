@@ -34,6 +34,7 @@ def test_a_mesh_answers_as_one_device(model_dir, tmp_path):
     eight = answers(tmp_path / "eight", model_dir, "2,2,2")
     for sizes, found in eight.items():
         assert found["tokens"] == one["tokens"], sizes
+        assert found["int8"] == one["int8"]
         assert found["inserted"] == one["inserted"] == one["tokens"][:2]
         np.testing.assert_allclose(found["likelihoods"], one["likelihoods"], atol=1e-3)
         assert found["devices"] == [8]

@@ -62,6 +62,20 @@ def test_a_matmul_and_its_gradient_are_those_of_the_dequantised_kernel():
     np.testing.assert_allclose(vjp(found)[0], found @ dense.T, rtol=1e-5, atol=1e-5)
 
 
+def test_int8_matrices_are_int8_as_matrices():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 3 * 64)), jnp.bfloat16)
+    for path, shape in ((QUERY, (2, 3 * 64, 4, 16)), (OUT, (2, 3, 64, 16))):
+        plain = quantized.store_kernel(path, kernel(shape), "int8")
+        flat = quantized.store_kernel(path, kernel(shape), "int8_matrices")
+        assert flat.shape[:2] == (2, 3 * 64) and flat.scale.shape == (2, 1, flat.shape[2])
+        np.testing.assert_array_equal(flat.dequantize(jnp.float32), plain.dequantize(jnp.float32).reshape(flat.shape))
+        found = quantized.quantized_matmul(x, jax.tree.map(lambda x: x[1], flat))
+        exact = np.asarray(x, np.float64) @ np.asarray(flat.dequantize(jnp.float32)[1], np.float64)
+        assert (np.abs(np.asarray(found, np.float64) - exact) <= 2.0**-8 * np.abs(exact) + 1e-6).all()  # rounded once
+        found = quantized.quantized_matmul(x.astype("float32"), jax.tree.map(lambda x: x[1], flat))
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_scales_are_sharded_as_the_kernel_where_they_divide():
     mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
     for path, shape, kind, expected in [
@@ -73,3 +87,9 @@ def test_scales_are_sharded_as_the_kernel_where_they_divide():
         found = quantized.abstract_quantized(path, x, kind)
         assert found.codes.sharding == x.sharding and found.scale.sharding.spec == expected
         assert found.codes.shape == shape
+    for path, shape, codes, scale in [
+            (QUERY, (2, 128, 4, 16), P(None, "fsdp", "tensor"), P(None, None, "tensor")),
+            (OUT, (2, 4, 16, 64), P(None, "tensor", "fsdp"), P(None, None, "fsdp"))]:
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.parameter_shardings({path: shape}, mesh)[path])
+        found = quantized.abstract_quantized(path, x, "int8_matrices")
+        assert found.codes.sharding.spec == codes and found.scale.sharding.spec == scale
