@@ -25,9 +25,6 @@ log = logging.getLogger(__name__)
 MIN_SHARED_TOKENS = 32
 """Minimum number of prompt tokens that another slot must save for its prefix to be copied, or waited for."""
 
-ROUND_TOKENS = 1024
-"""Number of prompt and image tokens between two decode steps, which answers in progress wait for."""
-
 MAX_FAILURES = 3
 """Number of exceptions of the engine, without a step between them, after which the device counts as lost."""
 
@@ -270,26 +267,31 @@ class Scheduler:
             self._stats.queue_seconds.add(time.monotonic() - running.submitted)
 
     def _write_prompts(self) -> Iterator[_Dispatched]:
-        """Computes the next chunks of the oldest prompts, of together about ROUND_TOKENS tokens."""
-        chunks, jobs = [], []
-        self._budget = ROUND_TOKENS
-        for running in list(self._prompts):
-            if self._budget <= 0 or len(chunks) == self._engine.max_rows:
+        """Computes the next tokens of the oldest prompts: a long chunk of one prompt, or shorter ones of several.
+
+        A round computes images with about `max_chunk` visual tokens, for which the answers in progress wait as well.
+        """
+        ready: list[_RunningJob] = []
+        for running in self._prompts:
+            if len(ready) < self._engine.max_rows and (running.is_started or self._start(running)):
+                ready.append(running)
+        length = self._engine.max_chunk // (1 if len(ready) == 1 else self._engine.max_rows)
+        chunks, jobs, self._image_budget = [], [], self._engine.max_chunk
+        for running in ready:
+            if self._image_budget <= 0:
                 break
-            if not running.is_started and not self._start(running):
-                continue
             try:
-                chunks.append(self._chunk(running))
+                chunks.append(self._chunk(running, length))
+                jobs.append(running)
             except _TowerError:  # the slots are as before
                 log.exception("an image could not be encoded")
                 self._finish(running, "error")
-                continue
-            jobs.append(running)
-            self._budget -= len(chunks[-1].tokens)
         if not chunks:
             return
         started = time.monotonic()
-        written = self._engine.write(chunks, [running.job.adapter for running in jobs], _want_logprobs(jobs))
+        adapters = [running.job.adapter for running in jobs]
+        written = self._engine.write(chunks, **({"adapters": adapters} if any(adapters) else {}),
+                                     logprobs=_want_logprobs(jobs))
         for running, chunk in zip(jobs, chunks, strict=True):
             running.slot.computed += len(chunk.tokens)
             if chunk.request:
@@ -310,7 +312,7 @@ class Scheduler:
         last = len(running.job.tokens) - 1
         for earlier in self._prompts[: self._prompts.index(running)]:
             planned = min(earlier.slot.content.common_prefix(content), last)
-            if planned >= max(saved, slot.computed) + MIN_SHARED_TOKENS:
+            if planned > saved and planned >= slot.computed + MIN_SHARED_TOKENS:
                 return False
         if saved >= slot.computed + MIN_SHARED_TOKENS:
             self._engine.copy(source.index, slot.index, saved)
@@ -322,10 +324,10 @@ class Scheduler:
                                       in zip(content.images, running.job.images, strict=True))
         return True
 
-    def _chunk(self, running: _RunningJob) -> Chunk:
-        """Returns the next tokens of a prompt, with the features of its visual tokens."""
+    def _chunk(self, running: _RunningJob, length: int) -> Chunk:
+        """Returns up to `length` next tokens of a prompt, with the features of its visual tokens."""
         job, slot = running.job, running.slot
-        start, stop = slot.computed, min(slot.computed + self._engine.max_chunk, len(job.tokens))
+        start, stop = slot.computed, min(slot.computed + length, len(job.tokens))
         visual = []
         for index, (first, _) in enumerate(slot.content.images):
             last = first + len(job.images[index].layout.index)
@@ -344,7 +346,7 @@ class Scheduler:
                 self._stats.image_hits += 1
             else:
                 self._stats.image_misses += 1
-                self._budget -= len(image.layout.index)
+                self._image_budget -= len(image.layout.index)
             running.features = index, self._features.get(image, adapter)
         return running.features[1]
 
