@@ -19,6 +19,7 @@ from llava_jax.inference.decode import MAX_DECODE_STEPS, DecodeState
 from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.inference.shapes import tile_bucket
 from llava_jax.models.llava import from_params
+from llava_jax.models.lora import select_adapters
 from llava_jax.models.slot_cache import BLOCK, SlotCache
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
@@ -114,6 +115,8 @@ class SlotEngine:
         if cache_dtype not in (None, "int8"):
             raise UserError(f"the cache's dtype {cache_dtype!r} is neither int8 nor the model's")
         self._processor, self._parameters, text = llava.processor, engine.parameters, llava.config.text
+        self._own_parameters = [{}, *llava.adapters.values()]  # of the base, and of each adapter
+        self._adapters = np.zeros(slots, np.int32)  # adapter of each slot
         self.slots, self.context = slots, min(context, text.max_length)
         length = -(-self.context // BLOCK) * BLOCK
         self._chunk_sizes = [size for size in CHUNK_TOKENS if size <= length]
@@ -138,13 +141,26 @@ class SlotEngine:
             out = state if results == 1 else (state, *[self._shardings(P())] * (results - 1))
             return jax.jit(function, **options, **({} if self._mesh is None else {"out_shardings": out}))
 
-        def write(parameters, layers, state, *inputs):
+        def build(parameters, layers, adapters):
             model, layers = from_params(graph, parameters), jax.tree.unflatten(structure, layers)
+            if adapters is not None:
+                for module in layers or [model.decoder]:
+                    select_adapters(module, adapters)
+            return model, layers
+
+        def write(parameters, layers, adapters, state, *inputs):
+            model, layers = build(parameters, layers, adapters)
             return programs.write_chunks(model, state, *inputs, eos_ids, layers)
 
-        def decode(parameters, layers, state, active, steps, logprobs):
-            model, layers = from_params(graph, parameters), jax.tree.unflatten(structure, layers)
+        def decode(parameters, layers, adapters, state, active, steps, logprobs):
+            model, layers = build(parameters, layers, adapters)
             return programs.decode(model, state, active, steps, eos_ids, layers, logprobs)
+
+        def features(parameters, tiles, adapter):
+            model = from_params(graph, parameters)
+            if adapter is not None:
+                select_adapters(model, adapter)
+            return model.visual_features(tiles)[0]
 
         def copy(state, source, target, length):
             return programs.copy_slot(state, source, target, length, heads_first)
@@ -157,29 +173,41 @@ class SlotEngine:
             return DecodeState(SlotCache(*parts), *[jnp.zeros(shape[1], jnp.int32)] * 3, sampling)
 
         # The state is donated, so that a call updates the cache in place.
-        self._write = jit(write, 3, donate_argnums=2)
-        self._decode = jit(decode, 2, donate_argnums=2, static_argnames="logprobs")
+        self._write = jit(write, 3, donate_argnums=3)
+        self._decode = jit(decode, 2, donate_argnums=3, static_argnames="logprobs")
         self._copy = jit(copy, donate_argnums=0)
         self._empty = jit(empty, static_argnums=(0, 1))
-        self._features = jax.jit(lambda parameters, tiles: from_params(graph, parameters).visual_features(tiles)[0])
+        self._features = jax.jit(features)
         self._log_probabilities = jax.jit(lambda logits, token: programs.log_probabilities(logits, token[:, 0]))
 
     def encode_image(self, tiles: UInt8[np.ndarray, "I H W 3"], layout: Layout,
                      adapter: int = 0) -> Float[np.ndarray, "tokens D"]:
-        """Returns the features of an image's visual tokens in the compute dtype, with newlines, in order."""
+        """Returns the features of an image's visual tokens in the compute dtype, with newlines, in order.
+
+        `adapter`: number of an adapter in `Llava.adapters`, whose own projector is used if it has one; 0 is the base.
+        """
         padded = np.zeros((1, tile_bucket(len(tiles)), *tiles.shape[1:]), np.uint8)
         padded[0, : len(tiles)] = tiles
-        with self._on_mesh():
-            features = np.asarray(self._features(self._parameters, padded))
+        features = np.asarray(self._run_features(padded, adapter))
         index = np.where(layout.index == layout.tiles * self._processor.features_per_tile, -1, layout.index)
         if layout.weight is None:
             return features[index]
         weighted = sum(features[index[:, k]].astype(np.float32) * layout.weight[:, k, None] for k in range(4))
         return weighted.astype(features.dtype)
 
-    def write(self, chunks: Sequence[Chunk], logprobs: bool = False) -> Written:
+    def _run_features(self, tiles: np.ndarray, adapter: int) -> jax.Array:
+        with self._on_mesh():
+            return self._features(self._parameters | self._own_parameters[adapter], tiles,
+                                  self._selected(np.int32(adapter)))
+
+    def _selected(self, adapters: np.ndarray) -> np.ndarray | None:
+        """Returns the adapters to select; None if the model has none, so that its programs select none."""
+        return adapters if len(self._own_parameters) > 1 else None
+
+    def write(self, chunks: Sequence[Chunk], adapters: Sequence[int] = (), logprobs: bool = False) -> Written:
         """Computes chunks of different slots, and writes the first token after each one with a request.
 
+        `adapters`: number of each chunk's adapter in `Llava.adapters`, which its slot keeps; by default 0, the base.
         Returns one column, whose rows are in the order of `chunks`. Raises ValueError for a chunk that does not fit.
         """
         rows = 1 if len(chunks) == 1 else MAX_ROWS
@@ -187,8 +215,9 @@ class SlotEngine:
         size = next((size for size in self._chunk_sizes if size >= longest), None)
         if size is None or len(chunks) > MAX_ROWS:
             raise ValueError(f"{len(chunks)} chunks of up to {longest} tokens; {MAX_ROWS} of {self.max_chunk} fit")
-        for chunk in chunks:
+        for chunk, adapter in zip(chunks, adapters or [0] * len(chunks), strict=True):
             self._check(chunk)
+            self._adapters[chunk.slot] = adapter
         return Written(*(x[: len(chunks)] for x in self._run_write(chunks, rows, size, logprobs)))
 
     def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> list[np.ndarray]:
@@ -206,10 +235,11 @@ class SlotEngine:
             if (request := chunk.request) is not None:
                 max_new_tokens[row], sampling.seed[row] = request.max_new_tokens, seed_words(request.seed)
                 sampling.temperature[row], sampling.top_p[row] = request.temperature, request.top_p
+        adapters = self._selected(np.append(self._adapters, 0)[slots])  # a row of padding has the base
         with self._on_mesh():
             visual = self._put(visual) if isinstance(visual, np.ndarray) else visual
-            self._state, token, logits = self._write(self._parameters, self._layer_arrays, self._state, slots, starts,
-                                                     lengths, tokens, visual, max_new_tokens, sampling)
+            self._state, token, logits = self._write(self._parameters, self._layer_arrays, adapters, self._state, slots,
+                                                     starts, lengths, tokens, visual, max_new_tokens, sampling)
             written = [token]
             if logprobs:
                 written += [x[:, None] for x in map(np.asarray, self._log_probabilities(logits, token))]
@@ -236,8 +266,8 @@ class SlotEngine:
         Calls with up to 16 steps return that many columns.
         """
         with self._on_mesh():
-            self._state, written = self._decode(self._parameters, self._layer_arrays, self._state, active,
-                                                np.int32(steps), logprobs)
+            self._state, written = self._decode(self._parameters, self._layer_arrays, self._selected(self._adapters),
+                                                self._state, active, np.int32(steps), logprobs)
         return Written(*(np.asarray(x)[:, :steps] for x in (written if logprobs else [written])))
 
     def warm_up(self, report: Callable[[int, int, str], None]) -> None:
@@ -245,8 +275,8 @@ class SlotEngine:
         name."""
         processor, nothing = self._processor, np.zeros(self.slots, bool)
         counts = {1} | {1 + width * height // processor.size**2 for width, height in processor.pinpoints}
-        calls = [(f"tower, {count} tiles", lambda count=count: self._features(
-            self._parameters, np.zeros((1, count, processor.size, processor.size, 3), np.uint8)))
+        calls = [(f"tower, {count} tiles", lambda count=count: self._run_features(
+            np.zeros((1, count, processor.size, processor.size, 3), np.uint8), 0))
             for count in sorted(set(map(tile_bucket, counts)))]
         for logprobs in (False, True):
             calls.append((f"decode{', log-probabilities' * logprobs}",
