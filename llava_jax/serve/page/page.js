@@ -1,15 +1,16 @@
 // The chat page. It talks to POST v1/chat/completions and GET v1/models. Texts of users and models become text nodes
 // only. The chat is kept in sessionStorage, so it survives a reload and ends with the tab.
+import {ask, get} from "./api.js";
+import {icon} from "./icons.js";
 import {program} from "./program.js";
 import {STRINGS} from "./strings.js";
 
-const LIMITS = {body_bytes: 32 * 2 ** 20, image_bytes: 20 * 2 ** 20, image_pixels: 50_000_000}; // defaults of the server
+const LIMITS = {body_bytes: 32 * 2 ** 20, image_bytes: 20 * 2 ** 20, image_pixels: 50_000_000}; // the server's defaults
 const TYPES = ["image/jpeg", "image/png", "image/webp", "image/gif"]; // pictures of other types become JPEG
 const SHRUNK_SIDE = 2048; // longer side of a picture that is made smaller
 const DEFAULTS = {system: "", temperature: 0.2, top_p: 0.7, max_tokens: 512};
 const EXAMPLES = ["Where is the green triangle?", "How many yellow objects are there?",
   "What colour is the object at the right?", "What shape is the object at the top-left?"];
-
 const $ = id => document.getElementById(id);
 let chat = []; // {role: "user", text, images: [{url, name}]} and {role: "assistant", text, error, note, wait, stats}
 let draft = []; // images of the next question; its text is in the text area
@@ -45,10 +46,7 @@ function make(tag, properties, ...children) {
 }
 
 function iconButton(name, label, onclick) {
-  const [svg, use] = ["svg", "use"].map(tag => document.createElementNS("http://www.w3.org/2000/svg", tag));
-  use.setAttribute("href", `#i-${name}`);
-  svg.append(use);
-  return make("button", {type: "button", title: label, ariaLabel: label, onclick}, svg);
+  return make("button", {type: "button", title: label, ariaLabel: label, onclick}, icon(name));
 }
 
 function announce(text) { $("announce").textContent = text; }
@@ -73,9 +71,8 @@ async function copy(text, button) {
     button.focus();
   }
   announce(t("copied"));
-  const use = button.querySelector("use");
-  use.setAttribute("href", "#i-check");
-  setTimeout(() => use.setAttribute("href", "#i-copy"), 1500);
+  button.firstChild.replaceWith(icon("check"));
+  setTimeout(() => button.firstChild.replaceWith(icon("copy")), 1500);
 }
 
 // ---- Pictures
@@ -104,7 +101,8 @@ async function addFile(file) {
   const name = file.name || "picture.png";
   try {
     const bitmap = await createImageBitmap(file);
-    const used = [...chat.flatMap(message => message.images ?? []), ...draft].reduce((sum, {url}) => sum + url.length, 0);
+    const others = [...chat.flatMap(message => message.images ?? []), ...draft];
+    const used = others.reduce((sum, {url}) => sum + url.length, 0);
     const isLarge = file.size > LIMITS.image_bytes || bitmap.width * bitmap.height > LIMITS.image_pixels ||
       used + file.size * 4 / 3 > LIMITS.body_bytes - 2 ** 20;
     draft.push({name, url: isLarge || !TYPES.includes(file.type) ? shrink(bitmap) : await readUrl(file)});
@@ -126,7 +124,11 @@ function showDraft() {
   $("pictures").hidden = !draft.length;
   $("pictures").replaceChildren(...draft.map((image, index) => make("li", {},
     make("img", {src: image.url, alt: image.name, title: image.name}),
-    iconButton("close", t("remove", image.name), () => { draft.splice(index, 1); showDraft(); $("question").focus(); }))));
+    iconButton("close", t("remove", image.name), () => {
+      draft.splice(index, 1);
+      showDraft();
+      $("question").focus();
+    }))));
   $("question").style.height = "auto";
   $("question").style.height = `${$("question").scrollHeight}px`;
   $("send").classList.toggle("empty", !$("question").value.trim() && !draft.length);
@@ -135,7 +137,8 @@ function showDraft() {
 function showChat() {
   $("welcome").hidden = chat.length > 0;
   $("messages").replaceChildren(...chat.map((message, index) => {
-    const item = message.role === "user" ? questionItem(message, index) : answerItem(message, index === chat.length - 1);
+    const isLast = index === chat.length - 1;
+    const item = message.role === "user" ? questionItem(message, index) : answerItem(message, isLast);
     item.classList.toggle("later", editing !== null && index >= editing.index);
     return item;
   }));
@@ -175,7 +178,7 @@ function answerItem(message, isLast) {
 function statsText({tokens, prompt, seconds, first}) {
   const number = (value, digits) => value.toLocaleString(language, {maximumFractionDigits: digits});
   const rate = tokens / seconds;
-  return [t("tokens", number(tokens, 0)), t("rate", number(rate, rate < 10 ? 1 : 0)), t("first", number(first, 2)),
+  return [t("tokens", number(tokens, 0)), t("rate", number(rate, rate < 10 ? 1 : 0)), t("first", number(Math.max(first, 0.01), 2)),
     t("prompt", number(prompt, 0))].map(part => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
@@ -186,7 +189,7 @@ function scrollDown() {
 // ---- Asking
 
 /** Returns the messages of a request. The server joins a question that has no answer with the next one. */
-function messagesOf(turns, url) {
+function messagesOf(turns, url = image => image.url) {
   const messages = turns.filter(turn => turn.role === "user" || turn.text).map(({role, text, images = []}) => {
     if (!images.length) return {role, content: text};
     const parts = images.map(image => ({type: "image_url", image_url: {url: url(image)}}));
@@ -199,64 +202,12 @@ function optionsOf({model, temperature, top_p, max_tokens}) {
   return {model, temperature, top_p, max_tokens};
 }
 
-/** An error that the reader is told by a text of STRINGS. */
-class Told extends Error {
-  constructor(...told) { super(told[0]); this.told = told; }
-}
-
-async function refusal(response) {
-  const known = {401: "key", 413: "large", 503: "unready"}[response.status];
-  const body = await response.json().catch(() => null);
-  return known ? new Told(known)
-    : new Told(response.status < 500 ? "refused" : "failed", body?.error?.message ?? `HTTP ${response.status}`);
-}
-
-function second(signal) {
-  return new Promise((resolve, reject) => {
-    setTimeout(resolve, 1000);
-    signal.addEventListener("abort", () => reject(signal.reason), {once: true});
-  });
-}
-
-/** Sends a request, and again after Retry-After while the server is busy. */
-async function post(body, message, signal) {
-  for (;;) {
-    const response = await fetch("v1/chat/completions",
-      {method: "POST", headers: {"Content-Type": "application/json"}, body, signal});
-    if (response.ok) return response;
-    if (response.status !== 429) throw await refusal(response);
-    message.wait = Math.ceil(Number(response.headers.get("Retry-After"))) || 1;
-    for (; message.wait > 0; message.wait--) {
-      showChat();
-      await second(signal);
-    }
-    showChat();
-  }
-}
-
-/** Yields the JSON of each event until [DONE]. Raises Told if the stream ends before it. */
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const {value, done} = await reader.read();
-    if (done) throw new Told("lost");
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      const data = line.startsWith("data:") ? line.slice(5).trim() : "";
-      if (data === "[DONE]") return;
-      if (data) yield JSON.parse(data);
-    }
-  }
-}
-
 async function receive(message, signal) {
-  const body = JSON.stringify({...optionsOf(settings), messages: messagesOf(chat.slice(0, -1), image => image.url),
-    stream: true, stream_options: {include_usage: true}});
+  const body = {...optionsOf(settings), messages: messagesOf(chat.slice(0, -1))};
+  const wait = seconds => { message.wait = seconds; showChat(); };
   const start = performance.now();
   let first = null;
-  for await (const event of events(await post(body, message, signal))) {
-    if (event.error) throw new Told("failed", event.error.message);
+  for await (const event of ask(body, signal, wait)) {
     const choice = event.choices?.[0];
     const text = choice?.delta?.content ?? "";
     const piece = message.text ? text : text.trimStart();
@@ -347,9 +298,8 @@ function clear() {
 
 async function example(index) {
   try {
-    const response = await fetch(`examples/${index + 1}.jpg`);
-    if (!response.ok) throw await refusal(response);
-    addFiles([new File([await response.blob()], `${index + 1}.jpg`, {type: "image/jpeg"})]);
+    const blob = await (await get(`examples/${index + 1}.jpg`)).blob();
+    addFiles([new File([blob], `${index + 1}.jpg`, {type: "image/jpeg"})]);
     $("question").value = EXAMPLES[index];
     await send();
   } catch (error) { notify(error.told ?? ["unreachable"]); }
@@ -359,9 +309,7 @@ async function example(index) {
 
 async function loadModels() {
   try {
-    const response = await fetch("v1/models");
-    if (!response.ok) throw await refusal(response);
-    models = (await response.json()).data.map(model => model.id);
+    models = (await (await get("v1/models")).json()).data.map(model => model.id);
   } catch (error) {
     notify(error.told ?? ["unreachable"], "retry", loadModels);
     return;
@@ -385,11 +333,12 @@ function showSettings() {
 function showCode() {
   const text = $("question").value.trim();
   let turns = chat.slice(0, editing?.index);
-  if (text || draft.length || !turns.length) turns.push({role: "user", text: text || EXAMPLES[0], images: draft});
+  if (text || draft.length) turns.push({role: "user", text, images: draft});
+  else if (!turns.length) turns.push({role: "user", text: EXAMPLES[0], images: []});
   else turns = turns.slice(0, turns.findLastIndex(turn => turn.role === "user") + 1);
   const base = new URL("v1", document.baseURI).href;
-  code = program(kind, url => messagesOf(turns, url), optionsOf(settings), base);
-  $("program").textContent = code.replace(/(base64,.{24})[\w+/=]{24,}/g, "$1…");
+  code = program(kind, messagesOf(turns, image => image), optionsOf(settings), base);
+  $("program").textContent = code.replace(/(base64,.{12})[\w+/=]{24,}/g, "$1…");
   for (const name of ["curl", "python"]) $(`as-${name}`).ariaPressed = String(kind === name);
 }
 
@@ -405,11 +354,12 @@ function toggleTheme() {
 
 function showLanguage() {
   document.documentElement.lang = language;
-  for (const element of document.querySelectorAll("[data-text]")) element.textContent = t(element.dataset.text);
-  for (const element of document.querySelectorAll("[data-placeholder]")) element.placeholder = t(element.dataset.placeholder);
-  for (const element of document.querySelectorAll("[data-label]")) {
-    element.ariaLabel = t(element.dataset.label);
-    if (element.matches("button")) element.title = element.ariaLabel;
+  for (const element of document.querySelectorAll("[data-text], [data-placeholder], [data-label]")) {
+    const {text, placeholder, label} = element.dataset;
+    if (text) element.textContent = t(text);
+    if (placeholder) element.placeholder = t(placeholder);
+    if (label) element.ariaLabel = t(label);
+    if (label && element.matches("button")) element.title = t(label);
   }
   $("language").textContent = t("other");
   $("language").lang = language === "en" ? "ko" : "en";
@@ -503,9 +453,10 @@ for (const type of ["dragover", "dragleave", "drop"]) {
 $("chat").onscroll = ({target}) => { atEnd = target.scrollHeight - target.scrollTop - target.clientHeight < 40; };
 for (const element of [$("chat"), $("messages")]) new ResizeObserver(scrollDown).observe(element);
 
+for (const element of document.querySelectorAll("[data-icon]")) element.prepend(icon(element.dataset.icon));
 $("examples").append(...EXAMPLES.map((question, index) => make("li", {},
-  make("button", {type: "button", onclick: () => example(index)},
-    make("img", {src: `examples/${index + 1}.jpg`, alt: "", width: 160, height: 160}), make("span", {lang: "en"}, question)))));
+  make("button", {type: "button", lang: "en", onclick: () => example(index)},
+    make("img", {src: `examples/${index + 1}.jpg`, alt: "", width: 160, height: 160}), make("span", {}, question)))));
 restore();
 showTheme();
 showLanguage();
