@@ -8,7 +8,7 @@ import struct
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -52,6 +52,10 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs",
 
 class MissingImage(UserError):
     """Raised if an image file does not exist."""
+
+
+class TooLarge(ValueError):
+    """Raised if an image's header names more pixels than the limit."""
 
 
 def open_image(
@@ -116,10 +120,14 @@ def _open_file(path: str | os.PathLike, max_pixels: int) -> BinaryIO:
             raise MissingImage(f"{path}: no such image file") from None
 
 
-def open_header(content: bytes, max_pixels: int = MAX_PIXELS, seconds: float | None = None) -> Image.Image:
-    """Opens an image without decoding it. Raises ValueError if decoding would cost too much, and PIL's errors."""
+def open_header(content: bytes, max_pixels: int = MAX_PIXELS, seconds: float | None = None,
+                formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Opens an image without decoding it.
+
+    Raises TooLarge, another ValueError if decoding would cost too much, and PIL's errors.
+    """
     _check_pixels(_webp_size(content), max_pixels)  # PIL allocates both canvases before it reports their size
-    image = Image.open(_Timed(content, seconds), formats=FORMATS)
+    image = Image.open(_Timed(content, seconds), formats=formats)
     _check_pixels(image.size, max_pixels)
     tags = getattr(image, "tag_v2", {})  # of TIFF, whose tiles can be larger than the image
     _check_pixels((tags.get(322, 1), tags.get(323, 1)), max_pixels)
@@ -258,4 +266,4 @@ def row_strips(width: int, height: int) -> Iterator[slice]:
 
 def _check_pixels(size: tuple[int, int], limit: int) -> None:
     if size[0] * size[1] > limit:
-        raise ValueError(f"{size[0]:,} x {size[1]:,} pixels, more than the limit of {limit:,} (max_pixels)")
+        raise TooLarge(f"{size[0]:,} x {size[1]:,} pixels, more than the limit of {limit:,} (max_pixels)")
