@@ -9,7 +9,6 @@ processes stays, all slots are free at the end, and all greedy texts equal those
 import argparse
 import asyncio
 import collections
-import json
 import re
 import socket
 import time
@@ -98,7 +97,7 @@ def malformed(file: bytes) -> list[dict | bytes | str]:
               message(None), message([{"type": "audio"}]), message("word " * 5000), message([image_part(file)] * 9)]
     bodies += [{"messages": good} | fields for fields in (
         {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "5"}, {"temperature": float("nan")},
-        {"temperature": -1}, {"temperature": "hot"}, {"top_p": 0}, {"top_p": 2}, {"n": 0}, {"n": 10**9}, {"stop": 5},
+        {"temperature": -1}, {"temperature": "hot"}, {"top_p": -1}, {"top_p": 2}, {"n": 0}, {"n": 10**9}, {"stop": 5},
         {"stop": [""]}, {"stop": ["x"] * 10**5}, {"stop": "x" * 65}, {"stream": "yes"}, {"seed": "x"},
         {"logit_bias": {"5": 1}}, {"tools": [{"type": "function"}]}, {"logprobs": True, "top_logprobs": 1000},
         {"response_format": {"type": "json_object"}}, {"model": "another"})]
@@ -227,17 +226,13 @@ class Soak:
         """Waits until all slots are free; the last clients may have just left."""
         for _ in range(50):
             metrics = await asyncio.to_thread(lambda: self.server.get("/metrics").body.decode())
-            values = dict(re.findall(r"(?m)^(\w+) ([\d.]+)$", metrics))
-            busy = {name: float(value) for name, value in values.items() if "slots" in name or "waiting" in name}
-            if busy.get(FREE) == self.args.slots:
+            values = dict(re.findall(r"(?m)^llava_jax_(slots|busy_slots|waiting) (\d+)$", metrics))
+            if values["busy_slots"] == values["waiting"] == "0":
                 break
             await asyncio.sleep(0.2)
         else:
             self.problems.append("slots are not free")
-        print("at the end: " + json.dumps(busy))
-
-
-FREE = "llava_jax_slots_free"
+        print("at the end: " + ", ".join(f"{name} {value}" for name, value in values.items()))
 
 
 def processes(pid: int) -> list[int]:
