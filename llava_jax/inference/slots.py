@@ -1,16 +1,17 @@
 """Runs the device side of continuous batching: prompts computed in chunks, and answers, in the slots of one cache."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.errors import UserError
 from llava_jax.images import Layout
@@ -63,16 +64,30 @@ class Chunk:
     request: SlotRequest | None = None
 
 
-class Written(NamedTuple):
+class Written:
     """Tokens that a call wrote: a row for each chunk (`write`) or slot (`decode`), a column for each step.
 
-    Log-probabilities are natural ones of the model's distribution, whatever the temperature; None unless asked for.
+    The call returns before the device has computed them; reading an array waits. Log-probabilities are natural ones of
+    the model's distribution, whatever the temperature; None unless asked for.
+
+    Attributes:
+      tokens: int32 [rows, steps], NO_TOKEN where none was written.
+      logprobs: float32 [rows, steps].
+      top_tokens: int32 [rows, steps, 20], the most likely tokens.
+      top_logprobs: float32 [rows, steps, 20], theirs.
     """
 
-    tokens: Int[np.ndarray, "rows steps"]  # NO_TOKEN where none was written
-    logprobs: Float[np.ndarray, "rows steps"] | None = None
-    top_tokens: Int[np.ndarray, "rows steps 20"] | None = None
-    top_logprobs: Float[np.ndarray, "rows steps 20"] | None = None
+    def __init__(self, arrays: Sequence[Array], rows: int, steps: int):
+        """`arrays`: tokens, and with log-probabilities the others, with any padding behind `rows` and `steps`."""
+        self._arrays, self._shape = arrays, (slice(rows), slice(steps))
+
+    tokens = functools.cached_property(lambda self: self._read(0))
+    logprobs = functools.cached_property(lambda self: self._read(1))
+    top_tokens = functools.cached_property(lambda self: self._read(2))
+    top_logprobs = functools.cached_property(lambda self: self._read(3))
+
+    def _read(self, index: int) -> np.ndarray | None:
+        return np.asarray(self._arrays[index])[self._shape] if index < len(self._arrays) else None
 
 
 class SlotEngine:
@@ -116,7 +131,6 @@ class SlotEngine:
             raise UserError(f"the cache's dtype {cache_dtype!r} is neither int8 nor the model's")
         self._processor, self._parameters, text = llava.processor, engine.parameters, llava.config.text
         self._own_parameters = [{}, *llava.adapters.values()]  # of the base, and of each adapter
-        self._adapters = np.zeros(slots, np.int32)  # adapter of each slot
         self.slots, self.context = slots, min(context, text.max_length)
         length = -(-self.context // BLOCK) * BLOCK
         self._chunk_sizes = [size for size in CHUNK_TOKENS if size <= length]
@@ -127,8 +141,8 @@ class SlotEngine:
             (rows, size): self._put(np.zeros((rows, size, text.hidden_size), self._dtype))
             for rows in (1, MAX_ROWS) for size in self._chunk_sizes}
         heads = (length, text.num_kv_heads) if self._layers is None else (text.num_kv_heads, length)
-        with self._on_mesh():
-            self._state = self._empty((text.num_layers, slots, *heads, text.head_dim), cache_dtype)
+        self._cache = (text.num_layers, slots, *heads, text.head_dim), cache_dtype
+        self.reset()
 
     def _jit(self, graph, eos_ids: tuple[int, ...]) -> None:
         # A list of arrays is flattened much faster than modules, in every call.
@@ -178,7 +192,15 @@ class SlotEngine:
         self._copy = jit(copy, donate_argnums=0)
         self._empty = jit(empty, static_argnums=(0, 1))
         self._features = jax.jit(features)
-        self._log_probabilities = jax.jit(lambda logits, token: programs.log_probabilities(logits, token[:, 0]))
+        self._log_probabilities = jax.jit(lambda logits, token: [
+            x[:, None] for x in programs.log_probabilities(logits, token[:, 0])])
+
+    def reset(self) -> None:
+        """Empties all slots. After an exception of another call their state is lost, and this call is due."""
+        self._adapters = np.zeros(self.slots, np.int32)  # adapter of each slot
+        self._state = None  # the new cache may need its memory
+        with self._on_mesh():
+            self._state = self._empty(*self._cache)
 
     def encode_image(self, tiles: UInt8[np.ndarray, "I H W 3"], layout: Layout,
                      adapter: int = 0) -> Float[np.ndarray, "tokens D"]:
@@ -201,8 +223,11 @@ class SlotEngine:
                                   self._selected(np.int32(adapter)))
 
     def _selected(self, adapters: np.ndarray) -> np.ndarray | None:
-        """Returns the adapters to select; None if the model has none, so that its programs select none."""
-        return adapters if len(self._own_parameters) > 1 else None
+        """Returns the adapters to select; None if the model has none, so that its programs select none.
+
+        They are copied because the device may read them after the next `write`.
+        """
+        return adapters.copy() if len(self._own_parameters) > 1 else None
 
     def write(self, chunks: Sequence[Chunk], adapters: Sequence[int] = (), logprobs: bool = False) -> Written:
         """Computes chunks of different slots, and writes the first token after each one with a request.
@@ -218,9 +243,9 @@ class SlotEngine:
         for chunk, adapter in zip(chunks, adapters or [0] * len(chunks), strict=True):
             self._check(chunk)
             self._adapters[chunk.slot] = adapter
-        return Written(*(x[: len(chunks)] for x in self._run_write(chunks, rows, size, logprobs)))
+        return self._run_write(chunks, rows, size, logprobs)
 
-    def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> list[np.ndarray]:
+    def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> Written:
         slots, starts = np.full(rows, self.slots, np.int32), np.zeros(rows, np.int32)
         lengths, max_new_tokens = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         tokens, visual = np.zeros((rows, size), np.int32), self._no_visual[rows, size]
@@ -240,10 +265,8 @@ class SlotEngine:
             visual = self._put(visual) if isinstance(visual, np.ndarray) else visual
             self._state, token, logits = self._write(self._parameters, self._layer_arrays, adapters, self._state, slots,
                                                      starts, lengths, tokens, visual, max_new_tokens, sampling)
-            written = [token]
-            if logprobs:
-                written += [x[:, None] for x in map(np.asarray, self._log_probabilities(logits, token))]
-        return [np.asarray(x) for x in written]
+            more = self._log_probabilities(logits, token) if logprobs else ()
+        return Written([token, *more], len(chunks), 1)
 
     def _check(self, chunk: Chunk) -> None:
         """Raises ValueError for a chunk that does not fit its slot."""
@@ -268,7 +291,7 @@ class SlotEngine:
         with self._on_mesh():
             self._state, written = self._decode(self._parameters, self._layer_arrays, self._selected(self._adapters),
                                                 self._state, active, np.int32(steps), logprobs)
-        return Written(*(np.asarray(x)[:, :steps] for x in (written if logprobs else [written])))
+        return Written(written if logprobs else [written], self.slots, steps)
 
     def warm_up(self, report: Callable[[int, int, str], None]) -> None:
         """Compiles every program. `report` gets the number of finished programs, that of all, and the next one's

@@ -289,9 +289,7 @@ class Scheduler:
         if not chunks:
             return
         started = time.monotonic()
-        adapters = [running.job.adapter for running in jobs]
-        written = self._engine.write(chunks, **({"adapters": adapters} if any(adapters) else {}),
-                                     logprobs=_want_logprobs(jobs))
+        written = self._engine.write(chunks, [running.job.adapter for running in jobs], _want_logprobs(jobs))
         for running, chunk in zip(jobs, chunks, strict=True):
             running.slot.computed += len(chunk.tokens)
             if chunk.request:
@@ -375,7 +373,7 @@ class Scheduler:
 
     def _read(self, call: _Dispatched) -> None:
         """Waits for a call's tokens and passes them on."""
-        tokens, now = np.asarray(call.written.tokens).tolist(), time.monotonic()
+        tokens, now = call.written.tokens.tolist(), time.monotonic()
         self._failures = 0
         if call.is_decode:
             self._stats.steps += 1

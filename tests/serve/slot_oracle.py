@@ -155,7 +155,5 @@ class SlotOracle:
 
     @staticmethod
     def _written(tokens, logprobs) -> Written:
-        if not logprobs:
-            return Written(tokens)
         top = np.stack([tokens, *[np.zeros_like(tokens)] * 19], axis=-1)
-        return Written(tokens, -tokens / 100, top, -top / 100)
+        return Written([tokens, -tokens / 100, top, -top / 100] if logprobs else [tokens], *tokens.shape)
