@@ -1,0 +1,196 @@
+"""Serves a model: `python -m llava_jax.serve MODEL`."""
+
+import asyncio
+import dataclasses
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from llava_jax import cli
+from llava_jax.config import Mesh
+from llava_jax.errors import UserError
+from llava_jax.serve.limits import Limits
+
+if TYPE_CHECKING:
+    from llava_jax import Llava
+
+HELP = """Serves a model over OpenAI's API, with a chat page at /.
+
+  python -m llava_jax.serve runs/mini/model
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model": "model", "messages": [{"role": "user", "content": "What is red?"}]}'
+
+An API key is read from the environment variable LLAVA_JAX_API_KEY. Clients send it as a bearer token, browsers as the
+password of HTTP Basic.
+"""
+KEY = "LLAVA_JAX_API_KEY"
+DEFAULT_CONTEXT = 4096
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+log = logging.getLogger("llava_jax.serve")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line."""
+
+    model: tyro.conf.Positional[str]
+    """Directory of the model."""
+    host: str = "127.0.0.1"
+    """Address to listen at. With another than a loopback address, set an API key."""
+    port: int = 8000
+    """Port to listen at; 0 chooses a free one."""
+    name: str | None = None
+    """Name of the model in the API; default: the last part of its path."""
+    slots: int = 16
+    """Number of requests that are answered at the same time."""
+    context: int | None = None
+    """Maximum number of tokens of a prompt and its answer; default: the model's, at most 4096."""
+    adapter: tuple[str, ...] = ()
+    """NAME=DIR of LoRA adapters, each of which is served as a model of that name."""
+    quantize: Literal["int8"] | None = None
+    """Form of the weights: int8 halves or quarters their memory."""
+    kv_cache: Literal["int8"] | None = None
+    """Form of the key-value cache: int8 halves or quarters its memory."""
+    mesh: Mesh = Mesh(fsdp=1)
+    """Devices that the model is split over, such as --mesh.tensor 4."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    template: str | None = None
+    """Name of the conversation template, if the model's files do not name the one that it was trained with."""
+    vision: str | None = None
+    """Folder of the vision tower that a LLaVA in the original layout names but does not contain."""
+    image_cache_bytes: int = 2**30
+    """Maximum number of bytes of cached image features, on the host."""
+    limits: tyro.conf.OmitArgPrefixes[Limits] = Limits()
+    """Limits of requests."""
+
+    def check(self) -> None:
+        """Raises UserError, one line, for an invalid value."""
+        for name in ("slots", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}: it must be at least 1")
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"--port is {self.port}: it must be from 0 to 65535")
+        for field in dataclasses.fields(Limits):
+            value = getattr(self.limits, field.name)
+            if field.type in (int, float) and not value > 0:
+                raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
+        if not Path(self.model).is_dir():
+            raise UserError(f"{self.model}: no such directory")
+
+    @property
+    def base_name(self) -> str:
+        return self.name or Path(self.model).resolve().name
+
+    def adapters(self) -> dict[str, str]:
+        """Returns name -> folder of the adapters. Raises UserError for one that is no NAME=DIR, or a name used twice."""
+        folders: dict[str, str] = {}
+        for text in self.adapter:
+            name, _, folder = text.partition("=")
+            if not name or not folder:
+                raise UserError(f"--adapter {text}: expected NAME=DIR")
+            if name in folders or name == self.base_name:
+                raise UserError(f"--adapter {text}: the name {name} is used twice")
+            folders[name] = folder
+        return folders
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line until a signal; returns 0, or 1 if the device was lost. Raises UserError."""
+    args = sys.argv[1:] if args is None else args
+    options = cli.parse(Options, args, prog="python -m llava_jax.serve", description=HELP)
+    options.check()
+    adapters = options.adapters()
+    key = os.environ.get(KEY) or None
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    listener = _listen(options)
+    if key is None and options.host not in LOOPBACK:
+        log.warning("warning: everybody who reaches %s can use this server: set %s", options.host, KEY)
+    return asyncio.run(_run(options, _load(options, adapters), listener, key, ["", *adapters]))
+
+
+def _listen(options: Options) -> socket.socket:
+    from llava_jax.serve.connections import listen
+
+    try:
+        return listen(options.host, options.port)
+    except OSError as error:
+        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}; choose others") from error
+
+
+def _load(options: Options, adapters: dict[str, str]) -> "Llava":
+    from llava_jax import load
+    from llava_jax.parallel.sharding import make_mesh
+
+    mesh = None if options.mesh == Mesh(fsdp=1) else make_mesh(options.mesh)
+    llava = load(options.model, options.dtype, mesh, options.template, vision=options.vision)
+    limit = llava.config.text.max_length
+    if options.context is not None and options.context > limit:
+        raise UserError(f"--context is {options.context}: the model's context has {limit} tokens")
+    return llava
+
+
+async def _run(options: Options, llava: "Llava", listener: socket.socket, key: str | None, names: Sequence[str]) -> int:
+    """Serves until a signal, and returns the exit code."""
+    from llava_jax.inference.slots import SlotEngine
+    from llava_jax.serve.app import Status, make_app
+    from llava_jax.serve.connections import serve
+    from llava_jax.serve.media import MediaLoader
+    from llava_jax.serve.scheduler import Scheduler
+
+    limits, status, loop, failed = options.limits, Status(), asyncio.get_running_loop(), asyncio.Event()
+    context = options.context or min(DEFAULT_CONTEXT, llava.config.text.max_length)
+    engine = SlotEngine(llava, options.slots, context, options.kv_cache)
+    scheduler = Scheduler(engine, llava.detokenizer, limits, options.image_cache_bytes, _WarmUp(status),
+                          lambda: loop.call_soon_threadsafe(failed.set))
+    media = MediaLoader(limits, llava.processor)
+    loopback_only = key is None and options.host in LOOPBACK
+    app = make_app(llava, scheduler, media, limits, models, context, key, loopback_only, status)
+
+    async def started() -> None:
+        scheduler.start()
+        while not scheduler.ready:
+            await asyncio.sleep(0.05)
+        host, port = listener.getsockname()[:2]
+        print(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        await failed.wait()
+
+    async def drain() -> None:
+        was_ready, status.draining = scheduler.ready, True
+        log.info("draining")
+        if was_ready:
+            await asyncio.to_thread(scheduler.drain, limits.drain_seconds)
+
+    await serve(app, listener, limits, drain, started)
+    await media.close()
+    return 1 if scheduler.failed else 0
+
+
+class _WarmUp:
+    """Shows the progress of the warm-up, for the scheduler's thread."""
+
+    def __init__(self, status: "Status"):
+        self._status, self._progress = status, None
+
+    def __call__(self, done: int, total: int, stage: str) -> None:
+        self._status.report(done, total, stage)
+        if self._progress is None:
+            self._progress = Progress(total, unit="programs", name="warm-up", note=lambda: self._status.stage)
+        while self._progress.done < done:
+            self._progress.update()
+        if done == total:
+            self._progress.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)
