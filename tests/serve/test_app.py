@@ -5,9 +5,9 @@ import contextlib
 import gc
 import logging
 
-import fakes
 import openai
 import pytest
+import stand_ins
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.testclient import TestClient
 
@@ -17,16 +17,16 @@ from llava_jax.serve.limits import Limits
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "base", "messages": [{"role": "user", "content": "Hello"}]}
-TEXT = "".join(fakes.TEXTS)
+TEXT = "".join(stand_ins.TEXTS)
 
 
 class Site:
     """An application with stand-ins."""
 
     def __init__(self, limits=None, **options):
-        self.llava, self.scheduler, self.status = fakes.FakeLlava(), fakes.FakeScheduler(), Status()
-        self.app = make_app(self.llava, self.scheduler, fakes.FakeMedia(), limits or Limits(), {"base": 0, "dogs": 1},
-                            fakes.CONTEXT, status=self.status, **options)
+        self.llava, self.scheduler, self.status = stand_ins.FakeLlava(), stand_ins.FakeScheduler(), Status()
+        self.app = make_app(self.llava, self.scheduler, stand_ins.FakeMedia(), limits or Limits(), {"base": 0, "dogs": 1},
+                            stand_ins.CONTEXT, status=self.status, **options)
         self.client = TestClient(self.app, base_url="http://127.0.0.1:8000")
         self.openai = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="k", http_client=self.client,
                                     max_retries=0)
@@ -36,8 +36,20 @@ class Site:
 
 
 @pytest.fixture
-def site():
-    return Site()
+def make_site():
+    with contextlib.ExitStack() as stack:
+
+        def make(*args, **options):
+            site = Site(*args, **options)
+            stack.enter_context(site.client)  # one event loop for all requests
+            return site
+
+        yield make
+
+
+@pytest.fixture
+def site(make_site):
+    return make_site()
 
 
 def is_error(response, status, param=None, code=None):
@@ -57,7 +69,7 @@ def test_completion(site):
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (5, 5, 10)
     assert usage.prompt_tokens_details.cached_tokens == 2
     [job] = site.scheduler.jobs
-    assert (job.temperature, job.seed, job.adapter, job.max_new_tokens) == (0.5, 7, 0, fakes.CONTEXT - 5)
+    assert (job.temperature, job.seed, job.adapter, job.max_new_tokens) == (0.5, 7, 0, stand_ins.CONTEXT - 5)
 
 
 def test_images_and_adapter(site):
@@ -66,8 +78,8 @@ def test_images_and_adapter(site):
     completion = site.openai.chat.completions.create(model="dogs", messages=[{"role": "user", "content": parts}],
                                                      max_tokens=2)
     assert completion.choices[0].finish_reason == "length"
-    assert completion.usage.prompt_tokens == 3 + 2 * fakes.VISUAL_TOKENS
-    assert completion.usage.prompt_tokens_details.image_tokens == 2 * fakes.VISUAL_TOKENS
+    assert completion.usage.prompt_tokens == 3 + 2 * stand_ins.VISUAL_TOKENS
+    assert completion.usage.prompt_tokens_details.image_tokens == 2 * stand_ins.VISUAL_TOKENS
     [job] = site.scheduler.jobs
     assert job.adapter == 1 and [image.digest for image in job.images] == [b"one", b"two"] and job.max_new_tokens == 2
 
@@ -100,7 +112,7 @@ def test_logprobs(site, stream):
     answer = site.openai.chat.completions.create(**HELLO, logprobs=True, top_logprobs=2, stream=stream)
     choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     content = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
-    assert [token.token for token in content] == fakes.TEXTS
+    assert [token.token for token in content] == stand_ins.TEXTS
     assert content[0].logprob == -9999 and content[1].logprob == -0.5 and bytes(content[0].bytes) == "어".encode()
     assert [(top.token, top.logprob) for top in content[0].top_logprobs] == [("어", 0), ("제 ", -1)]
 
@@ -145,8 +157,8 @@ def test_content_types_and_bodies(site):
     assert is_error(site.client.post(CHAT, content=b"{}", headers=json), 400, "messages")
 
 
-def test_a_body_over_the_limit():
-    site = Site(Limits(body_bytes=1000))
+def test_a_body_over_the_limit(make_site):
+    site = make_site(Limits(body_bytes=1000))
     json = {"content-type": "application/json"}
     chunks = lambda size: (b"[" * 100 for _ in range(size))  # noqa: E731  without a Content-Length
     assert is_error(site.client.post(CHAT, content=b"[" * 1001, headers=json), 413, code="request_too_large")
@@ -155,8 +167,8 @@ def test_a_body_over_the_limit():
     assert site.chat().status_code == 200
 
 
-def test_bodies_over_their_total():
-    site = Site(Limits(total_body_bytes=200))
+def test_bodies_over_their_total(make_site):
+    site = make_site(Limits(total_body_bytes=200))
     assert is_error(site.chat(user="a" * 200), 429, code="rate_limit_exceeded")
     assert site.chat().status_code == 200  # the bytes of finished requests do not count
 
@@ -165,9 +177,9 @@ def test_prompts(site):
     image = {"type": "image_url", "image_url": {"url": "bad"}}
     ask = lambda content: site.chat(messages=[{"role": "user", "content": content}])  # noqa: E731
     assert is_error(ask([image]), 400, "messages[0].content[0].image_url.url")
-    for length in (fakes.CONTEXT, 2000):
+    for length in (stand_ins.CONTEXT, 2000):
         assert is_error(ask("a" * length), 400, "messages", "context_length_exceeded")
-    assert ask("a" * (fakes.CONTEXT - 1)).json()["usage"]["completion_tokens"] == 1
+    assert ask("a" * (stand_ins.CONTEXT - 1)).json()["usage"]["completion_tokens"] == 1
 
 
 def test_a_full_queue(site):
@@ -196,11 +208,11 @@ def test_start_and_end(site):
 
 
 @pytest.mark.parametrize("path", ["/", "/ready", "/metrics", "/version", "/v1/models", "/v1/models/base", "/page.js"])
-def test_every_route_but_health_needs_the_key(tmp_path, monkeypatch, path):
+def test_every_route_but_health_needs_the_key(make_site, tmp_path, monkeypatch, path):
     monkeypatch.setattr(app_module, "PAGE", tmp_path)
     (tmp_path / "index.html").write_text("<p>")
     (tmp_path / "page.js").write_text("1")
-    site = Site(key="geheim-ü")
+    site = make_site(key="geheim-ü")
     basic = lambda user, key: "Basic " + base64.b64encode(f"{user}:{key}".encode()).decode()  # noqa: E731
     for wrong in ({}, {"authorization": ""}, {"authorization": "Bearer geheim"}, {"authorization": "geheim-ü"},
                   {"authorization": basic("", "x")}, {"authorization": "Basic !"}, {"authorization": "Bearer"},
@@ -218,17 +230,17 @@ def test_every_route_but_health_needs_the_key(tmp_path, monkeypatch, path):
     ("localhost", 200), ("LOCALHOST:8000", 200), ("127.0.0.1:8000", 200), ("127.1.2.3", 200), ("[::1]:8000", 200),
     ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example:8000", 403), ("", 403),
     ("localhost:8000/health?", 403), ("evil.example/v1/models", 403), ("127.0.0.1@evil.example", 403)])
-def test_without_a_key_only_loopback_names_are_answered(host, status):
-    assert Site(loopback_only=True).client.get("/v1/models", headers={"host": host}).status_code == status
+def test_without_a_key_only_loopback_names_are_answered(make_site, host, status):
+    assert make_site(loopback_only=True).client.get("/v1/models", headers={"host": host}).status_code == status
 
 
-def test_the_page(tmp_path, monkeypatch):
+def test_the_page(make_site, tmp_path, monkeypatch):
     monkeypatch.setattr(app_module, "PAGE", tmp_path)
     (tmp_path / "examples").mkdir()
     (tmp_path / "index.html").write_text("<p>어")
     (tmp_path / "examples" / "1.jpg").write_bytes(b"jpeg")
     (tmp_path / "secret.py").write_text("")
-    site = Site()
+    site = make_site()
     response = site.client.get("/")
     assert response.text == "<p>어" and response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
@@ -238,7 +250,7 @@ def test_the_page(tmp_path, monkeypatch):
 
 def test_metrics(site):
     site.chat()
-    site.client.get("/x'\"\n{}")
+    site.client.get("/x%0A%22%7B%7D")
     text = site.client.get("/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert values['llava_jax_http_requests_total{route="/v1/chat/completions",status="200"}'] == "1"
