@@ -16,10 +16,12 @@ import tyro
 from llava_jax import cli
 from llava_jax.config import Mesh
 from llava_jax.errors import UserError
+from llava_jax.progress import Progress
 from llava_jax.serve.limits import Limits
 
 if TYPE_CHECKING:
     from llava_jax import Llava
+    from llava_jax.serve.app import Status
 
 HELP = """Serves a model over OpenAI's API, with a chat page at /.
 
@@ -92,7 +94,7 @@ class Options:
         return self.name or Path(self.model).resolve().name
 
     def adapters(self) -> dict[str, str]:
-        """Returns name -> folder of the adapters. Raises UserError for one that is no NAME=DIR, or a name used twice."""
+        """Returns name -> folder of the adapters. Raises UserError for a text that is no NAME=DIR, or a second name."""
         folders: dict[str, str] = {}
         for text in self.adapter:
             name, _, folder = text.partition("=")
@@ -111,12 +113,12 @@ def main(args: Sequence[str] | None = None) -> int:
     options.check()
     adapters = options.adapters()
     key = os.environ.get(KEY) or None
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("llava_jax").setLevel(logging.INFO)
     listener = _listen(options)
     if key is None and options.host not in LOOPBACK:
         log.warning("warning: everybody who reaches %s can use this server: set %s", options.host, KEY)
-    return asyncio.run(_run(options, _load(options, adapters), listener, key, ["", *adapters]))
+    return asyncio.run(_run(options, _load(options, adapters), listener, key))
 
 
 def _listen(options: Options) -> socket.socket:
@@ -133,14 +135,15 @@ def _load(options: Options, adapters: dict[str, str]) -> "Llava":
     from llava_jax.parallel.sharding import make_mesh
 
     mesh = None if options.mesh == Mesh(fsdp=1) else make_mesh(options.mesh)
-    llava = load(options.model, options.dtype, mesh, options.template, vision=options.vision)
+    llava = load(options.model, options.dtype, mesh, options.template, vision=options.vision,
+                 adapters=adapters, quantize=options.quantize)
     limit = llava.config.text.max_length
     if options.context is not None and options.context > limit:
         raise UserError(f"--context is {options.context}: the model's context has {limit} tokens")
     return llava
 
 
-async def _run(options: Options, llava: "Llava", listener: socket.socket, key: str | None, names: Sequence[str]) -> int:
+async def _run(options: Options, llava: "Llava", listener: socket.socket, key: str | None) -> int:
     """Serves until a signal, and returns the exit code."""
     from llava_jax.inference.slots import SlotEngine
     from llava_jax.serve.app import Status, make_app
@@ -153,14 +156,17 @@ async def _run(options: Options, llava: "Llava", listener: socket.socket, key: s
     engine = SlotEngine(llava, options.slots, context, options.kv_cache)
     scheduler = Scheduler(engine, llava.detokenizer, limits, options.image_cache_bytes, _WarmUp(status),
                           lambda: loop.call_soon_threadsafe(failed.set))
-    media = MediaLoader(limits, llava.processor)
+    media = MediaLoader(limits, llava.processor, llava.config.exif)
+    models = {name: index for index, name in enumerate((options.base_name, *llava.adapters))}
     loopback_only = key is None and options.host in LOOPBACK
     app = make_app(llava, scheduler, media, limits, models, context, key, loopback_only, status)
 
-    async def started() -> None:
+    async def work() -> None:
         scheduler.start()
-        while not scheduler.ready:
+        while not (scheduler.ready or scheduler.failed):
             await asyncio.sleep(0.05)
+        if scheduler.failed:
+            return
         host, port = listener.getsockname()[:2]
         print(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await failed.wait()
@@ -170,8 +176,11 @@ async def _run(options: Options, llava: "Llava", listener: socket.socket, key: s
         log.info("draining")
         if was_ready:
             await asyncio.to_thread(scheduler.drain, limits.drain_seconds)
+        else:
+            await media.close()
+            os._exit(0)  # a compilation in another thread cannot be stopped
 
-    await serve(app, listener, limits, drain, started)
+    await serve(app, listener, limits, work, drain)
     await media.close()
     return 1 if scheduler.failed else 0
 

@@ -228,7 +228,8 @@ class ChatServer:
         chat, limits = answers.chat, self._limits
         self._preparing += 1
         try:
-            images = await asyncio.gather(*(self._media.load(url, param) for url, param in chat.images))
+            count = len(chat.images)
+            images = await asyncio.gather(*(self._media.load(url, param, count) for url, param in chat.images))
             loop = asyncio.get_running_loop()
             tokens = await loop.run_in_executor(self._tokenizing, self._encode, chat, images)
         finally:
@@ -304,8 +305,8 @@ def page_files(folder: Path) -> dict[str, tuple[bytes, str]]:
 
 
 async def _send_file(content: bytes, kind: str, request: Request) -> Response:
-    return Response(content, headers={"content-type": kind, "cache-control": "no-cache", "referrer-policy": "no-referrer",
-                                      "content-security-policy": PAGE_POLICY})
+    return Response(content, headers={"content-type": kind, "cache-control": "no-cache",
+                                      "referrer-policy": "no-referrer", "content-security-policy": PAGE_POLICY})
 
 
 def _given_key(request: Request) -> bytes:

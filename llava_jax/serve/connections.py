@@ -106,13 +106,13 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=1024)
 
 
-async def serve(app: Starlette, listener: socket.socket, limits: Limits, drain: Callable[[], Awaitable[None]],
-                started: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Serves until SIGTERM or SIGINT, after which `drain` ends the answers in progress. A second signal ends at once.
+async def serve(app: Starlette, listener: socket.socket, limits: Limits, work: Callable[[], Awaitable[None]],
+                drain: Callable[[], Awaitable[None]]) -> None:
+    """Serves until SIGTERM or SIGINT, or until `work` ends. A second signal ends the process at once.
 
     Args:
-      drain: called once, at the first signal, while the server still answers.
-      started: called when the server answers. It may set its argument to end the server.
+      work: runs beside the server; it is cancelled at the end.
+      drain: called at the first signal, while the server still answers: ends the answers in progress.
     """
     protocol = type("Protocol", (BoundedProtocol,), {"limits": limits})
     server = HttpServer(uvicorn.Config(
@@ -128,12 +128,12 @@ async def serve(app: Starlette, listener: socket.socket, limits: Limits, drain: 
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    serving = asyncio.create_task(server.serve([listener]))
-    watching = asyncio.create_task(started(stop))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
+    serving, working, stopping = map(asyncio.create_task, (server.serve([listener]), work(), stop.wait()))
+    await asyncio.wait((serving, working, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if stop.is_set():
         await drain()
     server.should_exit = True
     await serving
-    watching.cancel()
+    working.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working

@@ -38,7 +38,7 @@ class FakeLlava:
 class FakeMedia:
     """Returns the same image for every URL but "bad"."""
 
-    async def load(self, url, param):
+    async def load(self, url, param, images):
         if url == "bad":
             raise ApiError(400, "The image is damaged.", param)
         tiles = np.zeros((1, 2, 2, 3), np.uint8)

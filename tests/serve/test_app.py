@@ -25,8 +25,8 @@ class Site:
 
     def __init__(self, limits=None, **options):
         self.llava, self.scheduler, self.status = stand_ins.FakeLlava(), stand_ins.FakeScheduler(), Status()
-        self.app = make_app(self.llava, self.scheduler, stand_ins.FakeMedia(), limits or Limits(), {"base": 0, "dogs": 1},
-                            stand_ins.CONTEXT, status=self.status, **options)
+        self.app = make_app(self.llava, self.scheduler, stand_ins.FakeMedia(), limits or Limits(),
+                            {"base": 0, "dogs": 1}, stand_ins.CONTEXT, status=self.status, **options)
         self.client = TestClient(self.app, base_url="http://127.0.0.1:8000")
         self.openai = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="k", http_client=self.client,
                                     max_retries=0)

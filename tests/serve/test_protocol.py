@@ -29,8 +29,9 @@ def test_defaults():
 
 
 def test_values():
-    chat = parse(max_tokens=5, max_completion_tokens=7, temperature=1, top_p=0, n=4, stop="a", seed=-(2**63), stream=True,
-                 stream_options={"include_usage": True, "other": 1}, logprobs=True, top_logprobs=20, user="u", best=1)
+    chat = parse(max_tokens=5, max_completion_tokens=7, temperature=1, top_p=0, n=4, stop="a", seed=-(2**63),
+                 stream=True, stream_options={"include_usage": True, "other": 1}, logprobs=True,
+                 top_logprobs=20, user="u", best=1)
     assert chat.max_tokens == 7 and chat.temperature == 1 and 0 < chat.top_p < 1e-3 and chat.n == 4
     assert chat.stop == ("a",) and chat.seed == -(2**63) and chat.include_usage and chat.logprobs == 20
     assert chat.ignored == ("best",)
@@ -71,7 +72,7 @@ def test_neutral_values_of_unsupported_fields():
     ({"messages": [{"role": "assistant", "content": "a"}, *HELLO]}, "messages[0]"),
     ({"messages": [*HELLO, {"role": "assistant", "content": "a"}]}, "messages[1]"),
     ({"messages": [*HELLO, {"role": "assistant", "content": None}, *HELLO]}, "messages[1].content"),
-    ({"messages": [*HELLO, {"role": "assistant", "content": "a", "tool_calls": [1]}, *HELLO]}, "messages[1].tool_calls"),
+    ({"messages": [*HELLO, {"role": "assistant", "content": "a", "audio": {"id": 1}}, *HELLO]}, "messages[1].audio"),
     ({"model": 3}, "model"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
