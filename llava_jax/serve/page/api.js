@@ -1,5 +1,10 @@
 // Talks to the server: requests, streams, refusals.
 
+/** Returns the URL of a path of the server. A key in the page's own URL is left out: fetch refuses it. */
+export function url(path) {
+  return new URL(path, location.href).href;
+}
+
 /** An error that the reader is told by a text of STRINGS. `told` is its key and its values. */
 export class Told extends Error {
   constructor(...told) { super(told[0]); this.told = told; }
@@ -22,8 +27,9 @@ function second(signal) {
 /** Sends a request, and again after Retry-After while the server is busy. `wait` gets the seconds that are left. */
 async function post(body, signal, wait) {
   const headers = {"Content-Type": "application/json"};
+  const request = {method: "POST", headers, body: JSON.stringify(body), signal};
   for (;;) {
-    const response = await fetch("v1/chat/completions", {method: "POST", headers, body: JSON.stringify(body), signal});
+    const response = await fetch(url("v1/chat/completions"), request);
     if (response.ok) return response;
     if (response.status !== 429) throw await refusal(response);
     for (let left = Math.ceil(Number(response.headers.get("Retry-After"))) || 1; left > 0; left--) {
@@ -55,7 +61,7 @@ export async function* ask(body, signal, wait) {
 
 /** Fetches a file of the server, or throws Told. */
 export async function get(path) {
-  const response = await fetch(path);
+  const response = await fetch(url(path));
   if (!response.ok) throw await refusal(response);
   return response;
 }

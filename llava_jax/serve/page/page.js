@@ -1,6 +1,6 @@
 // The chat page. It talks to POST v1/chat/completions and GET v1/models. Texts of users and models become text nodes
 // only. The chat is kept in sessionStorage, so it survives a reload and ends with the tab.
-import {ask, get} from "./api.js";
+import {ask, get, url} from "./api.js";
 import {icon} from "./icons.js";
 import {program} from "./program.js";
 import {STRINGS} from "./strings.js";
@@ -23,19 +23,26 @@ let atEnd = true; // whether the reader is at the end of the chat, which then st
 let kind = "curl"; // of the program that is shown
 let code = "";
 let toldUnsaved = false;
-let language = read(localStorage, "language") ?? (navigator.language.startsWith("ko") ? "ko" : "en");
+let notice = []; // arguments of the last `notify`
+let language = read("localStorage", "language") ?? (navigator.language.startsWith("ko") ? "ko" : "en");
 
 function t(key, ...values) {
   const text = STRINGS[language][key];
   return typeof text === "function" ? text(...values) : text;
 }
 
+/** Reads from a storage of the browser, whose very name throws if the reader has forbidden it. */
 function read(storage, key) {
-  try { return JSON.parse(storage.getItem(key)); } catch { return null; }
+  try { return JSON.parse(window[storage].getItem(key)); } catch { return null; }
 }
 
+/** Returns whether the storage has taken the value. */
 function write(storage, key, value) {
-  try { storage.setItem(key, JSON.stringify(value)); return true; } catch { storage.removeItem(key); return false; }
+  try {
+    window[storage].removeItem(key); // an older value would be wrong
+    window[storage].setItem(key, JSON.stringify(value));
+    return true;
+  } catch { return false; }
 }
 
 /** Makes an element. Strings among the children become text nodes. */
@@ -52,9 +59,10 @@ function iconButton(name, label, onclick) {
 function announce(text) { $("announce").textContent = text; }
 
 /** Shows a line above the composer, with a button if there is something to do. */
-function notify([key, ...values], action, run) {
+function notify(told, action, run) {
+  notice = [told, action, run];
   const [span, button] = $("notice").children;
-  span.textContent = t(key, ...values);
+  span.textContent = t(...told);
   button.hidden = !action;
   button.textContent = action ? t(action) : "";
   button.onclick = () => { $("notice").hidden = true; run(); };
@@ -151,7 +159,7 @@ function showChat() {
 }
 
 function questionItem(message, index) {
-  return make("li", {className: "user"},
+  return make("li", {className: "user"}, make("span", {className: "unseen"}, t("you")),
     message.images.length && make("div", {className: "images"},
       ...message.images.map(image => make("img", {src: image.url, alt: image.name}))),
     make("div", {className: "row"}, iconButton("edit", t("edit"), () => edit(index)),
@@ -165,6 +173,7 @@ function answerItem(message, isLast) {
   const again = () => { chat.pop(); answer(); };
   const note = message.wait ? t("busy", message.wait) : message.note && t(message.note);
   return make("li", {className: isRunning ? "answer waiting" : "answer", ariaBusy: String(isRunning)},
+    make("span", {className: "unseen"}, t("it")),
     make("div", {className: "text"}, node),
     note && make("p", {className: "note"}, note),
     message.error && make("p", {className: "error"}, t(...message.error),
@@ -178,8 +187,9 @@ function answerItem(message, isLast) {
 function statsText({tokens, prompt, seconds, first}) {
   const number = (value, digits) => value.toLocaleString(language, {maximumFractionDigits: digits});
   const rate = tokens / seconds;
-  return [t("tokens", number(tokens, 0)), t("rate", number(rate, rate < 10 ? 1 : 0)), t("first", number(Math.max(first, 0.01), 2)),
-    t("prompt", number(prompt, 0))].map(part => part.replaceAll(" ", "\u00a0")).join(" · ");
+  const parts = [t("tokens", number(tokens, 0)), t("rate", number(rate, rate < 10 ? 1 : 0)),
+    t("first", number(Math.max(first, 0.01), 2)), t("prompt", number(prompt, 0))];
+  return parts.map(part => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 function scrollDown() {
@@ -189,10 +199,10 @@ function scrollDown() {
 // ---- Asking
 
 /** Returns the messages of a request. The server joins a question that has no answer with the next one. */
-function messagesOf(turns, url = image => image.url) {
+function messagesOf(turns, urlOf = image => image.url) {
   const messages = turns.filter(turn => turn.role === "user" || turn.text).map(({role, text, images = []}) => {
     if (!images.length) return {role, content: text};
-    const parts = images.map(image => ({type: "image_url", image_url: {url: url(image)}}));
+    const parts = images.map(image => ({type: "image_url", image_url: {url: urlOf(image)}}));
     return {role, content: text ? [...parts, {type: "text", text}] : parts};
   });
   return settings.system.trim() ? [{role: "system", content: settings.system}, ...messages] : messages;
@@ -229,7 +239,7 @@ async function answer() {
   const controller = new AbortController();
   chat.push(message);
   running = {message, controller};
-  editing = null;
+  if (editing) restoreComposer();
   atEnd = true;
   $("notice").hidden = true;
   announce(t("writing"));
@@ -286,14 +296,20 @@ function cancelEdit() {
 }
 
 function clear() {
-  const before = chat;
+  if (editing) restoreComposer();
+  const before = {chat, draft, text: $("question").value};
+  if (!before.chat.length && !before.draft.length && !before.text) return;
   running?.controller.abort();
   running = null;
   chat = [];
   restoreComposer();
   show();
-  if (before.length) notify(["cleared"], "undo", () => { chat = before; show(); $("question").focus(); });
   $("question").focus();
+  notify(["cleared"], "undo", () => {
+    [chat, draft, $("question").value] = [before.chat, before.draft, before.text];
+    show();
+    $("question").focus();
+  });
 }
 
 async function example(index) {
@@ -336,19 +352,18 @@ function showCode() {
   if (text || draft.length) turns.push({role: "user", text, images: draft});
   else if (!turns.length) turns.push({role: "user", text: EXAMPLES[0], images: []});
   else turns = turns.slice(0, turns.findLastIndex(turn => turn.role === "user") + 1);
-  const base = new URL("v1", document.baseURI).href;
-  code = program(kind, messagesOf(turns, image => image), optionsOf(settings), base);
+  code = program(kind, messagesOf(turns, image => image), optionsOf(settings), url("v1"));
   $("program").textContent = code.replace(/(base64,.{12})[\w+/=]{24,}/g, "$1…");
   for (const name of ["curl", "python"]) $(`as-${name}`).ariaPressed = String(kind === name);
 }
 
 function systemTheme() { return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"; }
 
-function showTheme() { document.documentElement.dataset.theme = read(localStorage, "theme") ?? ""; }
+function showTheme() { document.documentElement.dataset.theme = read("localStorage", "theme") ?? ""; }
 
 function toggleTheme() {
   const next = (document.documentElement.dataset.theme || systemTheme()) === "dark" ? "light" : "dark";
-  write(localStorage, "theme", next === systemTheme() ? null : next);
+  write("localStorage", "theme", next === systemTheme() ? null : next);
   showTheme();
 }
 
@@ -377,14 +392,14 @@ function show() {
 
 function save() {
   const question = editing ?? {text: $("question").value, images: draft};
-  const isKept = write(sessionStorage, "chat", {chat, question, settings});
+  const isKept = write("sessionStorage", "chat", {chat, question, settings});
   if (!isKept && !toldUnsaved) notify(["unsaved"]);
   toldUnsaved = !isKept;
   return isKept;
 }
 
 function restore() {
-  const kept = read(sessionStorage, "chat");
+  const kept = read("sessionStorage", "chat");
   if (!kept) return;
   chat = kept.chat;
   draft = kept.question.images;
@@ -414,8 +429,8 @@ $("new").onclick = clear;
 $("theme").onclick = toggleTheme;
 $("language").onclick = () => {
   language = language === "en" ? "ko" : "en";
-  write(localStorage, "language", language);
-  $("notice").hidden = true;
+  write("localStorage", "language", language);
+  if (!$("notice").hidden) notify(...notice);
   showLanguage();
 };
 $("model").onchange = () => { settings.model = $("model").value; save(); };

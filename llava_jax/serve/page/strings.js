@@ -19,7 +19,7 @@ export const STRINGS = {
     code: "Use from a program",
     codeHint: "The request of this chat. Small pictures are copied in full; larger ones are read from the folder " +
       "you run it in.",
-    writing: "The model is writing.",
+    you: "You asked", it: "The model answered", writing: "The model is writing.",
     tokens: n => `${n} ${n === 1 ? "token" : "tokens"}`, rate: n => `${n} tokens/s`, first: s => `first after ${s} s`,
     prompt: n => `prompt ${n} tokens`, rateHint: "Tokens per second, from sending to the last token",
     stopped: "Stopped.", length: "Cut off at the maximum number of tokens.",
@@ -52,7 +52,7 @@ export const STRINGS = {
     maxTokens: "답변의 최대 토큰 수", defaults: "기본값으로 되돌리기",
     code: "코드로 사용하기",
     codeHint: "이 대화의 요청입니다. 복사하면 작은 사진은 통째로 들어가고, 큰 사진은 실행하는 폴더의 파일에서 읽습니다.",
-    writing: "모델이 답변을 쓰고 있습니다.",
+    you: "내 질문", it: "모델의 답변", writing: "모델이 답변을 쓰고 있습니다.",
     tokens: n => `${n}토큰`, rate: n => `초당 ${n}토큰`, first: s => `첫 토큰 ${s}초`,
     prompt: n => `프롬프트 ${n}토큰`, rateHint: "보낸 때부터 마지막 토큰까지의 초당 토큰 수",
     stopped: "중지했습니다.", length: "최대 토큰 수에 도달해 답변이 끊겼습니다.",
