@@ -1,7 +1,7 @@
 """Draws the chat page's example pictures, or takes a screenshot of a chat with a running server.
 
     python scripts/chat_page.py draw
-    python -m llava_jax.serve runs/mini/model --port 8000 &
+    python -m llava_jax.serve runs/mini/model --name mini --port 8000 &
     python scripts/chat_page.py screenshot http://127.0.0.1:8000
 
 The pictures are scenes of the miniature, drawn with fixed seeds at 240 x 240 pixels. The screenshot needs playwright
@@ -9,6 +9,7 @@ and a Chromium: Debian's if it is there, else playwright's own.
 """
 
 import argparse
+import io
 import random
 import shutil
 from dataclasses import replace
@@ -22,7 +23,12 @@ from llava_jax.annotations import drawn_scenes
 SERVE = Path(__file__).parent.parent / "llava_jax/serve"
 SEEDS = (0, 11, 12, 23)  # scenes that differ in colours, shapes and background
 SCALE = 4  # drawn larger than the miniature sees them, so that they are sharp on the page
-QUESTIONS = ("How many yellow objects are there?", "Where is the cross?", "What colour is the large square?")
+VIEWS = (  # (options of the browser, number of the example, further questions)
+    ({"viewport": {"width": 820, "height": 800}, "locale": "en", "color_scheme": "light"},
+     2, ("Where is the cross?", "What colour is the object at the centre?")),
+    ({"viewport": {"width": 360, "height": 800}, "locale": "ko", "color_scheme": "dark"},
+     1, ("How many rings are there?",)),
+)
 
 
 def draw() -> None:
@@ -39,21 +45,28 @@ def draw() -> None:
 
 
 def screenshot(url: str, out: Path) -> None:
-    """Asks about the second example and writes a picture of the page."""
+    """Asks about two examples, in a window and on a phone in Korean, and writes one picture of both pages."""
     from playwright.sync_api import sync_playwright
 
+    pictures = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 960, "height": 860})
-        page.goto(url)
-        page.get_by_role("button", name=QUESTIONS[0]).click()
-        for number, question in enumerate(QUESTIONS, start=1):
-            if number > 1:
-                page.get_by_role("textbox").fill(question)
-                page.get_by_role("textbox").press("Enter")
-            page.locator(".stats").nth(number - 1).wait_for()
-        page.screenshot(path=out)
+        for options, example, questions in VIEWS:
+            page = browser.new_page(**options)
+            page.goto(url)
+            page.locator("#examples button").nth(example - 1).click()
+            page.locator(".stats").wait_for()
+            for number, question in enumerate(questions, start=1):
+                page.locator("#question").fill(question)
+                page.locator("#question").press("Enter")
+                page.locator(".stats").nth(number).wait_for()
+            pictures.append(Image.open(io.BytesIO(page.screenshot())))
         browser.close()
+    width, height = sum(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    both = Image.new("RGB", (width, height))
+    for index, picture in enumerate(pictures):
+        both.paste(picture, (sum(other.width for other in pictures[:index]), 0))
+    both.quantize(256).save(out, optimize=True)  # half of the bytes
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -21,14 +21,10 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-import llava_jax
+from llava_jax.serve.app import PAGE, PAGE_POLICY, page_files
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.limits import Limits
 
-PAGE = Path(llava_jax.__file__).parent / "serve/page"
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".jpg": "image/jpeg"}
 CHROMIUM = shutil.which("chromium")
 PICTURE = PAGE / "examples/1.jpg"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
@@ -61,9 +57,8 @@ class StandIn:
         self.thread.join()
 
     async def file(self, request) -> Response:
-        path = PAGE / (request.path_params["path"] or "index.html")
-        headers = {"Content-Security-Policy": POLICY}
-        return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers=headers)
+        content, kind = page_files(PAGE)["/" + request.path_params["path"]]
+        return Response(content, headers={"Content-Type": kind, "Content-Security-Policy": PAGE_POLICY})
 
     async def models(self, request) -> JSONResponse:
         names = ("llava", "llava-birds")
@@ -126,7 +121,7 @@ def browser():
 
 
 @contextlib.contextmanager
-def opened(browser: Browser, server: StandIn, **options):
+def opened(browser: Browser, url: str, models: int = 2, **options):
     """A page whose console stays free of errors and CSP violations. Failed requests are allowed."""
     context = browser.new_context(**{"locale": "en-GB"} | options)
     context.set_default_timeout(5000)
@@ -134,9 +129,8 @@ def opened(browser: Browser, server: StandIn, **options):
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning")
             and "Failed to load resource" not in message.text else None)
-    server.requests.clear()
-    page.goto(server.url)
-    expect(page.locator("#model option")).to_have_count(2)
+    page.goto(url)
+    expect(page.locator("#model option")).to_have_count(models)
     yield page
     context.close()
     assert not problems
@@ -144,7 +138,8 @@ def opened(browser: Browser, server: StandIn, **options):
 
 @pytest.fixture
 def page(browser, server):
-    with opened(browser, server) as page:
+    server.requests.clear()
+    with opened(browser, server.url) as page:
         yield page
 
 
@@ -180,10 +175,8 @@ def test_whole_chat(page, server):
     ask(page, "What is <b>this</b>?")
     expect(answers(page)).to_have_text(["Pictures: 1. Heard: What is <b>this</b>?"])
     expect(page.locator(".stats")).to_contain_text("prompt 20 tokens")
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("System prompt").fill("Be brief.")
-    page.get_by_label("Maximum tokens").fill("64")
-    page.keyboard.press("Escape")
+    set_up(page, "System prompt", "Be brief.")
+    set_up(page, "Maximum tokens", "64")
     page.get_by_label("Model").select_option("llava-birds")
     page.locator("#files").set_input_files([PICTURE])
     ask(page, "And this?")
@@ -345,7 +338,8 @@ def test_keyboard_alone(page, server):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_korean_on_a_phone(browser, server, scheme):
     phone = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
-    with opened(browser, server, locale="ko-KR", color_scheme=scheme, **phone) as page:
+    server.requests.clear()
+    with opened(browser, server.url, locale="ko-KR", color_scheme=scheme, **phone) as page:
         expect(page.get_by_role("heading", name="사진에 대해 물어보세요")).to_be_visible()
         assert_fits_and_is_legible(page)
         page.locator("#files").set_input_files([PICTURE] * 4)
@@ -420,3 +414,34 @@ def test_copied_programs_send_the_same_request(page, server, tmp_path, monkeypat
         assert question in json.loads(reply.stdout)["choices"][0]["message"]["content"]
     assert len(server.requests) >= 2 and all(request == sent for request in server.requests)
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.slow
+def test_whole_chat_with_the_server(browser, talker):
+    command = [sys.executable, "-m", "llava_jax.serve", talker, "--port", "0", "--slots", "2"]
+    environment = os.environ | {"LLAVA_JAX_API_KEY": "open"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = process.stdout.readline().split()[-1]
+        with opened(browser, url.replace("//", "//anyone:open@"), models=1) as page:
+            expect(page.locator("#model-name")).to_have_text("model")
+            set_up(page, "Maximum tokens", "16")
+            page.get_by_role("button", name="How many yellow").click()
+            expect(page.locator(".stats")).to_contain_text("16 tokens")
+            ask(page, "And <image> now?")
+            expect(page.locator(".note")).to_have_text(["Cut off at the maximum number of tokens."] * 2)
+            set_up(page, "System prompt", "word " * 400)
+            page.get_by_role("button", name="Answer again").click()
+            expect(page.locator(".error")).to_contain_text("No room is left for an answer.")
+            process.kill()
+            page.get_by_role("button", name="Try again").click()
+            expect(page.locator(".error")).to_contain_text("The server cannot be reached.")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def set_up(page: Page, field: str, value: str) -> None:
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label(field).fill(value)
+    page.keyboard.press("Escape")

@@ -189,7 +189,7 @@ function statsText({tokens, prompt, seconds, first}) {
   const rate = tokens / seconds;
   const parts = [t("tokens", number(tokens, 0)), t("rate", number(rate, rate < 10 ? 1 : 0)),
     t("first", number(Math.max(first, 0.01), 2)), t("prompt", number(prompt, 0))];
-  return parts.map(part => part.replaceAll(" ", "\u00a0")).join(" · ");
+  return parts.map(part => part.replaceAll(" ", "\u00a0")).join("\u00a0· ");
 }
 
 function scrollDown() {
