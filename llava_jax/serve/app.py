@@ -179,10 +179,13 @@ class ChatServer:
             # A task ends when the client leaves; it is cancelled with the response. Both cancel unfinished answers.
             watch = asyncio.create_task(_wait_for_disconnect(request.receive))
             watch.add_done_callback(lambda _: answers.leave())
+            preparing = asyncio.create_task(self._prepare(chat))
+            watch.add_done_callback(lambda _: preparing.cancel())
             try:
-                await self._submit(request, answers, adapter)
+                self._submit(request, answers, adapter, *await preparing)
             except BaseException:
                 watch.cancel()
+                answers.check_client()  # it has left, and so cancelled the task
                 raise
         headers = {"x-ignored-fields": ignored_header(chat.ignored)} if chat.ignored else {}
         if chat.stream:
@@ -223,20 +226,22 @@ class ChatServer:
             raise ApiError(408, f"The body did not arrive within {self._limits.receive_seconds:g} seconds.") from None
         return bytes(body)
 
-    async def _submit(self, request: Request, answers: Answers, adapter: int) -> None:
-        """Prepares images and tokens, and passes a request's answers to the scheduler."""
-        chat, limits = answers.chat, self._limits
+    async def _prepare(self, chat: ChatRequest) -> tuple[list[PreparedImage], np.ndarray]:
+        """Returns the images and the tokens of a request. Raises ApiError 400."""
         self._preparing += 1
         try:
             count = len(chat.images)
             images = await asyncio.gather(*(self._media.load(url, param, count) for url, param in chat.images))
             loop = asyncio.get_running_loop()
-            tokens = await loop.run_in_executor(self._tokenizing, self._encode, chat, images)
+            return images, await loop.run_in_executor(self._tokenizing, self._encode, chat, images)
         finally:
             self._preparing -= 1
-        answers.check_client()
+
+    def _submit(self, request: Request, answers: Answers, adapter: int, images: list[PreparedImage],
+                tokens: np.ndarray) -> None:
+        """Passes a request's answers to the scheduler. Raises ApiError 429 and 503."""
         self._mailbox = self._mailbox or Mailbox()
-        room = self._context - len(tokens)
+        chat, limits, room = answers.chat, self._limits, self._context - len(tokens)
         answers.jobs = [
             Job(tokens=tokens, images=images, max_new_tokens=min(chat.max_tokens or limits.answer_tokens, room),
                 temperature=chat.temperature, top_p=chat.top_p, seed=chat.seed + index, stop=chat.stop,
@@ -291,7 +296,8 @@ def make_app(llava: "Llava", scheduler: "Scheduler", media: "MediaLoader", limit
       status: progress of the start.
     """
     server = ChatServer(llava, scheduler, media, limits, models, context, key, loopback_only, status or Status())
-    exchange = Middleware(Exchange, requests=server.requests, unread_bytes=limits.body_bytes)
+    exchange = Middleware(Exchange, requests=server.requests, header_bytes=limits.header_bytes,
+                          unread_bytes=limits.body_bytes)
     app = Starlette(routes=server.routes(), middleware=[exchange], exception_handlers=HANDLERS)
     app.router.redirect_slashes = False  # the target would have the Host that the client sent
     return app

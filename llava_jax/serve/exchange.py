@@ -39,6 +39,12 @@ def error_response(error: ApiError) -> JSONResponse:
     return response
 
 
+def _too_large() -> JSONResponse:
+    response = error_response(ApiError(431, "The headers are too large."))
+    response.headers["connection"] = "close"
+    return response
+
+
 def handle_api_error(request: Request, error: Exception) -> JSONResponse:
     """Answers an ApiError of a handler."""
     return error_response(error)
@@ -59,14 +65,15 @@ class Exchange:
 
     Args:
       requests: counts requests by route and status, for /metrics.
+      header_bytes: maximum number of bytes of a request's target and headers.
       unread_bytes: maximum number of bytes that are read of a body that the handler did not read.
 
     It puts `id` and `started` (`time.monotonic()`) into the scope's state. A handler may add `tokens`, the numbers of
     tokens of prompt and answers, for the log.
     """
 
-    def __init__(self, app: ASGIApp, requests: collections.Counter, unread_bytes: int):
-        self.app, self.requests, self.unread_bytes = app, requests, unread_bytes
+    def __init__(self, app: ASGIApp, requests: collections.Counter, header_bytes: int, unread_bytes: int):
+        self.app, self.requests, self.header_bytes, self.unread_bytes = app, requests, header_bytes, unread_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,7 +103,10 @@ class Exchange:
             await send(message)
 
         try:
-            await self.app(scope, receive_body, send_response)
+            # h11 counts only headers that come in several pieces.
+            size = sum(len(name + value) for name, value in scope["headers"])
+            size += len(scope["raw_path"] + scope["query_string"])
+            await (self.app if size <= self.header_bytes else _too_large())(scope, receive_body, send_response)
         except (ClientLeftError, ClientDisconnect):
             status = CLIENT_LEFT
         except Exception:
