@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 
 import h11
