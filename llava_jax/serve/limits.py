@@ -49,6 +49,8 @@ class Limits:
     """Maximum number of characters of a stop string."""
     queue: int = 256
     """Maximum number of answers that wait for a slot. A request beyond it gets status 429."""
+    queue_bytes: int = 2 * 2**30
+    """Maximum number of bytes of decoded images that wait for a slot. A request beyond it gets status 429."""
     request_seconds: float = 600.0
     """Maximum number of seconds from a request's arrival to its last token."""
     drain_seconds: float = 30.0

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 MIN_SHARED_TOKENS = 32
 """Minimum number of prompt tokens that another slot must save for its prefix to be copied, or waited for."""
 
+STOP_SECONDS = 20.0
+"""Number of seconds that the end of the thread gets, after a drain, for the step in progress."""
+
 MAX_FAILURES = 3
 """Number of exceptions of the engine, without a step between them, after which the device counts as lost."""
 
@@ -36,11 +39,15 @@ class _TowerError(Exception):
 class _RunningJob:
     """A job with the state of its answer."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, context: int, make_detokenizer: Callable[[Sequence[str], int], Detokenizer]):
         self.job, self.submitted = job, time.monotonic()
+        self.max_new_tokens = min(job.max_new_tokens, context - len(job.tokens))
+        if self.max_new_tokens < 1:
+            raise ValueError(f"a prompt of {len(job.tokens)} tokens leaves no room in a context of {context}")
+        self.detokenizer = make_detokenizer(job.stop, self.max_new_tokens)
+        self.content = SlotTokens(job, context)
+        self.image_bytes = sum(image.tiles.nbytes for image in job.images)
         self.slot: _Slot | None = None
-        self.detokenizer: Detokenizer | None = None
-        self.max_new_tokens = 0
         self.is_started = False  # a chunk was computed, or a prefix copied
         self.dispatched = 0  # number of tokens that the device has been asked for
         self.cached_tokens = 0
@@ -125,16 +132,19 @@ class Scheduler:
         """Adds jobs to the queue, all or none.
 
         Raises ApiError: 429 if the queue is full, with the seconds after which it may have room, 503 while draining.
+        Raises ValueError for a prompt that leaves no room for an answer.
         """
+        added = [_RunningJob(job, self._engine.context, self._detokenizer) for job in jobs]
         with self._changed:
             if self._is_draining or self.failed:
                 raise ApiError(503, "The server is shutting down.", retry_after=5)
             free = sum(slot.running is None for slot in self._slots)
-            if len(self._waiting) + len(jobs) > self._limits.queue + free:
+            queued_bytes = sum(running.image_bytes for running in (*self._waiting, *added))
+            if len(self._waiting) + len(jobs) > self._limits.queue + free or queued_bytes > self._limits.queue_bytes:
                 self._stats.rejected += len(jobs)
                 raise ApiError(429, "Too many requests are waiting; try again later.", code="rate_limit_exceeded",
                                retry_after=self._retry_after())
-            self._waiting.extend(map(_RunningJob, jobs))
+            self._waiting.extend(added)
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
@@ -151,7 +161,7 @@ class Scheduler:
         self._thread.join(seconds)
         with self._changed:
             self._is_stopped = True
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     def stats(self) -> Stats:
         """Returns a copy of the figures since the start."""
@@ -252,17 +262,13 @@ class Scheduler:
                 if not self._waiting:
                     return
                 running = self._waiting.popleft()
-            job = running.job
-            content = SlotTokens(job, self._engine.context)
-            saved = {slot: _computed_prefix(slot, content) for slot in free}
+            saved = {slot: _computed_prefix(slot, running.content) for slot in free}
             slot = max(free, key=lambda slot: (saved[slot], -slot.last_used))
             if saved[slot] < slot.computed - saved[slot]:
                 slot = min(free, key=lambda slot: slot.last_used)
             free.remove(slot)
-            slot.content, slot.computed, slot.running = content, saved[slot], running
+            slot.content, slot.computed, slot.running = running.content, saved[slot], running
             running.slot = slot
-            running.max_new_tokens = min(job.max_new_tokens, self._engine.context - len(job.tokens))
-            running.detokenizer = self._detokenizer(job.stop, running.max_new_tokens)
             self._prompts.append(running)
             self._stats.queue_seconds.add(time.monotonic() - running.submitted)
 
@@ -293,7 +299,7 @@ class Scheduler:
         for running, chunk in zip(jobs, chunks, strict=True):
             running.slot.computed += len(chunk.tokens)
             if chunk.request:
-                running.dispatched = 1
+                running.dispatched, running.features = 1, None
                 self._prompts.remove(running)
         rows = [(row, jobs[row]) for row, chunk in enumerate(chunks) if chunk.request]
         yield _Dispatched(written, rows, started, is_decode=False)
@@ -303,13 +309,13 @@ class Scheduler:
 
         That is one that will soon have computed more of this prompt than any slot has now.
         """
-        slot, content = running.slot, running.slot.content
+        slot, content = running.slot, running.content
         others = [other for other in self._slots if other is not slot and other.content]
         source = max(others, key=lambda other: _computed_prefix(other, content), default=None)
         saved = _computed_prefix(source, content) if source else 0
         last = len(running.job.tokens) - 1
         for earlier in self._prompts[: self._prompts.index(running)]:
-            planned = min(earlier.slot.content.common_prefix(content), last)
+            planned = min(earlier.content.common_prefix(content), last)
             if planned > saved and planned >= slot.computed + MIN_SHARED_TOKENS:
                 return False
         if saved >= slot.computed + MIN_SHARED_TOKENS:
@@ -327,7 +333,7 @@ class Scheduler:
         job, slot = running.job, running.slot
         start, stop = slot.computed, min(slot.computed + length, len(job.tokens))
         visual = []
-        for index, (first, _) in enumerate(slot.content.images):
+        for index, (first, _) in enumerate(running.content.images):
             last = first + len(job.images[index].layout.index)
             if first < stop and start < last:
                 visual.append(self._image_features(running, index)[max(start - first, 0) : stop - first])
@@ -367,23 +373,25 @@ class Scheduler:
         for running in jobs:
             running.dispatched += 1
             active[running.slot.index] = True
+        self._stats.steps += 1
         started = time.monotonic()
         written = self._engine.decode(active, 1, _want_logprobs(jobs))
         yield _Dispatched(written, [(running.slot.index, running) for running in jobs], started, is_decode=True)
 
     def _read(self, call: _Dispatched) -> None:
         """Waits for a call's tokens and passes them on."""
+        jobs = [(row, running) for row, running in call.jobs if not running.is_finished]  # some may have ended since
+        if not jobs:
+            return
         tokens, now = call.written.tokens.tolist(), time.monotonic()
         self._failures = 0
         if call.is_decode:
-            self._stats.steps += 1
             self._stats.decode_seconds += now - max(call.started, self._last_read)
         self._last_read = now
-        for row, running in call.jobs:
-            if not running.is_finished:  # it may have ended since the call
-                count = running.job.logprobs
-                logprob = None if count is None else _token_logprob(call.written, row, count)
-                self._add(running, tokens[row][0], logprob, now)
+        for row, running in jobs:
+            count = running.job.logprobs
+            logprob = None if count is None else _token_logprob(call.written, row, count)
+            self._add(running, tokens[row][0], logprob, now)
 
     def _add(self, running: _RunningJob, token: int, logprob: TokenLogprob | None, now: float) -> None:
         """Adds a token to an answer, and sends the text that is certain now."""
@@ -397,7 +405,7 @@ class Scheduler:
             stats.token_seconds.add(now - running.last_token)
             slot.computed += 1  # the token before it
         running.last_token = now
-        slot.content.append(token)
+        running.content.append(token)
         stats.completion_tokens += 1
         text = running.detokenizer.add((token,))
         reason = running.detokenizer.finish_reason
@@ -422,9 +430,9 @@ class Scheduler:
                 self._prompts.remove(running)
         self._ends.append(now)
         self._stats.finished[reason] += 1
-        written = len(running.detokenizer.tokens) if running.detokenizer else 0
         image_tokens = sum(len(image.layout.index) for image in job.images)
-        self._emit(running, Finished(reason, len(job.tokens), image_tokens, written, running.cached_tokens))
+        self._emit(running, Finished(reason, len(job.tokens), image_tokens, len(running.detokenizer.tokens),
+                                     running.cached_tokens))
 
     def _emit(self, running: _RunningJob, event: Piece | Finished) -> bool:
         """Passes an event to the web side. Returns False if that fails, because nobody listens then."""

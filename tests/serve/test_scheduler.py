@@ -220,6 +220,17 @@ def test_the_queue_is_bounded():
     assert scheduler.stats().rejected == 7
 
 
+def test_the_images_of_the_queue_are_bounded():
+    scheduler = make_scheduler(SlotOracle(), Limits(queue_bytes=2 * make_image("a", 9).tiles.nbytes))
+    clients = [Client([1, make_image(name, 9), 3]) for name in "abc"]
+    with pytest.raises(ApiError) as refused:
+        scheduler.submit(*[client.job for client in clients])
+    assert refused.value.status == 429
+    run(scheduler, *clients[:2])
+    with pytest.raises(ValueError, match="leaves no room"):  # the web side checks it
+        scheduler.submit(Client([1] * 96).job)
+
+
 class Stop(Exception):
     pass
 
