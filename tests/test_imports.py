@@ -75,7 +75,7 @@ def test_models_open_no_sockets():
 @pytest.mark.parametrize("modules", [
     "llava_jax.text.templates, llava_jax.text.encode, llava_jax.text.tokenizer", "llava_jax.images",
     "llava_jax.annotations.context, llava_jax.annotations.scene, llava_jax.annotations.concept_filter",
-    "llava_jax.synthesize.commands, llava_jax.synthesize.running", "llava_jax.data.records"])
+    "llava_jax.synthesize.commands, llava_jax.synthesize.running", "llava_jax.data.records", "llava_jax.serve.media"])
 def test_rooms_without_jax(modules):
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

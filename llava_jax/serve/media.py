@@ -53,8 +53,8 @@ BASE64_PIECE = 2**20
 START_SECONDS = 60.0
 """Seconds that the start of a decoding process may take, besides the time for an image."""
 
-BYTES_PER_PIXEL, OTHER_BYTES = 32, 2**30
-"""Address space of a decoding process: per pixel of the largest image, and for Python and its libraries."""
+BYTES_PER_PIXEL, OTHER_BYTES = 24, 2**29
+"""Address space of a decoding process: per pixel of the largest image (WebP needs 18), and for Python."""
 
 HTTPS_PORT = 443
 
@@ -79,6 +79,7 @@ MESSAGES = {
     "pixels": ("The image is too large: at most {image_pixels:,} pixels are allowed.", "image_too_large"),
     "side": ("The image is too large: at most {image_side:,} pixels a side are allowed.", "image_too_large"),
     "aspect": ("The image is too elongated: at most {image_aspect} to 1 is allowed.", "invalid_image"),
+    "elongated": ("The image is too elongated for this model.", "invalid_image"),
     "format": ("The image is not a readable JPEG, PNG, WebP or GIF.", "invalid_image_format"),
     "damaged": ("The image is damaged or incomplete.", "image_parse_error"),
     "memory": ("The image needs too much memory to decode.", "image_too_large"),
@@ -327,7 +328,9 @@ class DecodingProcess:
         return self._process.wait()
 
     def end(self) -> None:
+        """Kills the process and waits for its end."""
         self._process.kill()
+        self._process.wait()
 
     def decode(self, content: bytes, padded: bool, processor: ImageProcessor, limits: Limits
                ) -> tuple[np.ndarray, Layout]:
@@ -384,7 +387,7 @@ def decode(content: bytes, processor: ImageProcessor, exif: bool, image_pixels: 
     try:
         return image.size, processor(image)
     except UserError:
-        raise Refused("aspect") from None
+        raise Refused("elongated") from None
 
 
 def serve(settings: dict, requests: BinaryIO, answers: BinaryIO) -> None:
