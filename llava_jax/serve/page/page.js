@@ -304,6 +304,7 @@ function clear() {
   chat = [];
   restoreComposer();
   show();
+  $("chat").scrollTop = 0;
   $("question").focus();
   notify(["cleared"], "undo", () => {
     [chat, draft, $("question").value] = [before.chat, before.draft, before.text];
