@@ -273,22 +273,20 @@ class Scheduler:
             self._stats.queue_seconds.add(time.monotonic() - running.submitted)
 
     def _write_prompts(self) -> Iterator[_Dispatched]:
-        """Computes the next tokens of the oldest prompts: a long chunk of one prompt, or shorter ones of several.
+        """Computes next tokens of the oldest prompts, about `max_chunk` of them and as many of images.
 
-        A round computes images with about `max_chunk` visual tokens, for which the answers in progress wait as well.
+        Answers in progress wait for no more than that. Up to four prompts share it, so that short ones soon end.
         """
-        ready: list[_RunningJob] = []
-        for running in self._prompts:
-            if len(ready) < self._engine.max_rows and (running.is_started or self._start(running)):
-                ready.append(running)
-        length = self._engine.max_chunk // (1 if len(ready) == 1 else self._engine.max_rows)
-        chunks, jobs, self._image_budget = [], [], self._engine.max_chunk
+        ready = [running for running in list(self._prompts) if running.is_started or self._start(running)]
+        length = self._engine.max_chunk // (1, 1, 2, 4)[min(len(ready), 3)]
+        chunks, jobs, budget, self._image_budget = [], [], self._engine.max_chunk, self._engine.max_chunk
         for running in ready:
-            if self._image_budget <= 0:
+            if min(budget, self._image_budget) <= 0 or len(chunks) == self._engine.max_rows:
                 break
             try:
                 chunks.append(self._chunk(running, length))
                 jobs.append(running)
+                budget -= len(chunks[-1].tokens)
             except _TowerError:  # the slots are as before
                 log.exception("an image could not be encoded")
                 self._finish(running, "error")
@@ -307,16 +305,17 @@ class Scheduler:
     def _start(self, running: _RunningJob) -> bool:
         """Copies the longest prefix that another slot has. Returns False if an earlier prompt should be waited for.
 
-        That is one that will soon have computed more of this prompt than any slot has now.
+        That is one that will soon have computed half of this prompt's remaining tokens, or a chunk.
         """
         slot, content = running.slot, running.content
         others = [other for other in self._slots if other is not slot and other.content]
         source = max(others, key=lambda other: _computed_prefix(other, content), default=None)
         saved = _computed_prefix(source, content) if source else 0
-        last = len(running.job.tokens) - 1
+        remaining = len(running.job.tokens) - slot.computed
+        worth = max(MIN_SHARED_TOKENS, min(remaining // 2, self._engine.max_chunk))
         for earlier in self._prompts[: self._prompts.index(running)]:
-            planned = min(earlier.content.common_prefix(content), last)
-            if planned > saved and planned >= slot.computed + MIN_SHARED_TOKENS:
+            planned = min(earlier.content.common_prefix(content), content.length - 1)
+            if planned > saved and planned >= slot.computed + worth:
                 return False
         if saved >= slot.computed + MIN_SHARED_TOKENS:
             self._engine.copy(source.index, slot.index, saved)

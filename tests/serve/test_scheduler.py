@@ -164,6 +164,16 @@ def test_an_image_asked_by_many_at_once_is_computed_once(count, slots):
         check_ended(client, 96)
 
 
+def test_a_short_shared_prefix_is_not_waited_for():
+    engine, prefix = SlotOracle(), letters(random.Random(0), 33)
+    engine.max_chunk = 64
+    clients = [Client([1, *prefix, *letters(random.Random(k), 50)], 5) for k in (1, 2)]
+    run(make_scheduler(engine), *clients)
+    assert engine.log[0] == ("write", [0, 1], [32, 32])
+    for client in clients:
+        check_ended(client, 96)
+
+
 def test_long_prompts_do_not_stall_answers():
     engine = SlotOracle()
     scheduler = make_scheduler(engine)
@@ -173,7 +183,7 @@ def test_long_prompts_do_not_stall_answers():
     run(scheduler, *[Client([1, *letters(random.Random(k), 80)], 3) for k in range(3)], rounds=14)
     kinds = [call[0] for call in engine.log]
     assert kinds == ["write", "decode"] * 14  # one of each in a round
-    assert all(len(call[1]) * max(call[2]) <= engine.max_chunk for call in engine.log if call[0] == "write")
+    assert all(sum(call[2]) <= engine.max_chunk for call in engine.log if call[0] == "write")
 
 
 def test_a_cancelled_job_frees_its_slot_within_one_step():
