@@ -171,13 +171,15 @@ function answerItem(message, isLast) {
   const isRunning = running?.message === message;
   if (isRunning) running.node = node;
   const again = () => { chat.pop(); answer(); };
+  const isRefused = ["refused", "large"].includes(message.error?.[0]); // it would be again
   const note = message.wait ? t("busy", message.wait) : message.note && t(message.note);
   return make("li", {className: isRunning ? "answer waiting" : "answer", ariaBusy: String(isRunning)},
     make("span", {className: "unseen"}, t("it")),
     make("div", {className: "text"}, node),
     note && make("p", {className: "note"}, note),
     message.error && make("p", {className: "error"}, t(...message.error),
-      isLast && make("button", {type: "button", onclick: again}, t("retry"))),
+      isLast && make("button", {type: "button", onclick: isRefused ? () => edit(chat.length - 2) : again},
+        t(isRefused ? "edit" : "retry"))),
     !isRunning && make("div", {className: "actions"},
       message.text && iconButton("copy", t("copy"), event => copy(message.text, event.currentTarget)),
       isLast && !message.error && iconButton("again", t("again"), again),
