@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import ipaddress
 import logging
 import os
 import socket
@@ -34,7 +35,6 @@ password of HTTP Basic.
 """
 KEY = "LLAVA_JAX_API_KEY"
 DEFAULT_CONTEXT = 4096
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger("llava_jax.serve")
 
@@ -90,6 +90,14 @@ class Options:
             raise UserError(f"{self.model}: no such directory")
 
     @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
     def base_name(self) -> str:
         return self.name or Path(self.model).resolve().name
 
@@ -116,7 +124,7 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("llava_jax").setLevel(logging.INFO)
     listener = _listen(options)
-    if key is None and options.host not in LOOPBACK:
+    if key is None and not options.is_loopback:
         log.warning("warning: everybody who reaches %s can use this server: set %s", options.host, KEY)
     return asyncio.run(_run(options, _load(options, adapters), listener, key))
 
@@ -127,7 +135,8 @@ def _listen(options: Options) -> socket.socket:
     try:
         return listen(options.host, options.port)
     except OSError as error:
-        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}; choose others") from error
+        reason = os.strerror(error.errno) if error.errno > 0 else error.strerror  # a name that is not found: below 0
+        raise UserError(f"--host {options.host} --port {options.port}: {reason}; choose others") from error
 
 
 def _load(options: Options, adapters: dict[str, str]) -> "Llava":
@@ -158,7 +167,7 @@ async def _run(options: Options, llava: "Llava", listener: socket.socket, key: s
                           lambda: loop.call_soon_threadsafe(failed.set))
     media = MediaLoader(limits, llava.processor, llava.config.exif)
     models = {name: index for index, name in enumerate((options.base_name, *llava.adapters))}
-    loopback_only = key is None and options.host in LOOPBACK
+    loopback_only = key is None and options.is_loopback
     app = make_app(llava, scheduler, media, limits, models, context, key, loopback_only, status)
 
     async def work() -> None:

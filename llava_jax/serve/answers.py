@@ -16,6 +16,7 @@ MAX_PENDING_EVENTS = 2048
 """Number of pieces that may wait for a client that reads slowly. Its answers are then cancelled."""
 HEARTBEAT_SECONDS = 15.0
 """Seconds without a piece after which a stream gets a comment, because balancers close silent connections."""
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
 Event = Piece | Finished
@@ -179,7 +180,7 @@ def _finish_reason(finished: Finished) -> str:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return ENCODER.encode(value).encode()
 
 
 def _event(value: Any) -> bytes:
