@@ -26,7 +26,7 @@ from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, cho
 from llava_jax.models.quantized import store_kernel
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
-from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt, eos_ids_and_texts
+from llava_jax.text.encode import IMAGE_TOKEN_ID, PromptTooLong, encode_prompt, eos_ids_and_texts
 from llava_jax.text.literal import Literal
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llava_jax.video import Video, as_video, decode_frames, sampled_frames
@@ -38,18 +38,6 @@ Messages = str | Sequence[Mapping[str, str]]
 
 STREAM_STEPS = 4
 """Number of tokens between two pieces of a stream. Fewer look smoother, more use the device better."""
-
-
-class PromptTooLong(UserError):
-    """Raised for a prompt that leaves no room for an answer in the model's context.
-
-    `tokens` is a lower bound for a text that is longer than any that fits.
-    """
-
-    def __init__(self, tokens: int, visual: int, limit: int):
-        super().__init__(f"the prompt has {tokens} tokens, {visual} of them for images, and the model's context holds "
-                         f"{limit}: no room is left for an answer; shorten the conversation")
-        self.tokens, self.limit = tokens, limit
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_jax.errors import UserError
-from llava_jax.inference.llava import PromptTooLong
 from llava_jax.serve import metrics
 from llava_jax.serve.answers import Answers, Mailbox
 from llava_jax.serve.errors import ApiError
@@ -32,7 +31,7 @@ from llava_jax.serve.exchange import HANDLERS, Exchange
 from llava_jax.serve.jobs import Job, PreparedImage
 from llava_jax.serve.limits import Limits
 from llava_jax.serve.protocol import ChatRequest, ignored_header, parse_chat, parse_json
-from llava_jax.text.encode import IMAGE_TOKEN_ID
+from llava_jax.text.encode import IMAGE_TOKEN_ID, PromptTooLong
 
 if TYPE_CHECKING:
     from llava_jax import Llava

@@ -26,6 +26,18 @@ class TooLong(UserError):
     """Raised for a conversation with more tokens than allowed. It is never cut, because a cut could split an image."""
 
 
+class PromptTooLong(UserError):
+    """Raised for a prompt that leaves no room for an answer in the model's context.
+
+    `tokens` is a lower bound for a text that is longer than any that fits.
+    """
+
+    def __init__(self, tokens: int, visual: int, limit: int):
+        super().__init__(f"the prompt has {tokens} tokens, {visual} of them for images, and the model's context holds "
+                         f"{limit}: no room is left for an answer; shorten the conversation")
+        self.tokens, self.limit = tokens, limit
+
+
 class ImageCount(UserError):
     """Raised if the number of `<image>` marks differs from the number of images."""
 

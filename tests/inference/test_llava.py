@@ -13,13 +13,13 @@ import llava_jax
 from llava_jax import IMAGE_TOKEN_ID
 from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
-from llava_jax.inference.llava import PromptTooLong, Request, as_messages
+from llava_jax.inference.llava import Request, as_messages
 from llava_jax.inference.shapes import length_bucket
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
 from llava_jax.models.quantized import QuantizedKernel
 from llava_jax.models.vit import VisionConfig
-from llava_jax.text.encode import encode_prompt
+from llava_jax.text.encode import PromptTooLong, encode_prompt
 from llava_jax.text.templates import render
 
 LIMIT = 32

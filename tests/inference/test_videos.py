@@ -16,10 +16,10 @@ from llava_jax.data.examples import DataSpec
 from llava_jax.data.sources import open_mixture
 from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
-from llava_jax.inference.llava import PromptTooLong
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
 from llava_jax.models.vit import VisionConfig
+from llava_jax.text.encode import PromptTooLong
 from llava_jax.text.templates import get
 from llava_jax.video import Video, VideoSampling
 from llava_jax.weights.checkpoint import save_native

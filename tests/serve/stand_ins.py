@@ -5,11 +5,10 @@ import threading
 import numpy as np
 
 from llava_jax.images import Layout
-from llava_jax.inference.llava import PromptTooLong
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.jobs import Finished, Piece, PreparedImage, TokenLogprob
 from llava_jax.serve.stats import Stats
-from llava_jax.text.encode import IMAGE_TOKEN_ID
+from llava_jax.text.encode import IMAGE_TOKEN_ID, PromptTooLong
 
 VISUAL_TOKENS = 4
 CONTEXT = 100

@@ -47,7 +47,7 @@ def server(talker):
     server.process.send_signal(signal.SIGTERM)
     _, errors = server.process.communicate(timeout=60)
     assert server.process.returncode == 0
-    assert "Traceback" not in errors and "Where" not in errors
+    assert "Traceback" not in errors
     assert any(LOG_LINE.fullmatch(line) for line in errors.splitlines())
 
 
@@ -59,7 +59,8 @@ def llava(talker):
 def part(image):
     file = io.BytesIO()
     image.save(file, "PNG")
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"}}
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def text(content):

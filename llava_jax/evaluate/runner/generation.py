@@ -15,9 +15,10 @@ from llava_jax.errors import UserError
 from llava_jax.evaluate.runner.answer_file import NOT_ASKED
 from llava_jax.evaluate.tasks.base import Answer, Question, Task
 from llava_jax.image_files import open_image
-from llava_jax.inference.llava import ImageSource, Llava, PromptTooLong, Request
+from llava_jax.inference.llava import ImageSource, Llava, Request
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import templates
+from llava_jax.text.encode import PromptTooLong
 
 NUM_READERS = 16
 """Number of threads that check images."""
