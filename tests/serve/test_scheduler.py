@@ -128,6 +128,36 @@ def test_answers_equal_those_alone(seed, monkeypatch):
     assert kinds == {"write", "decode", "encode"} | ({"copy"} if engine.slots > 1 else set())
 
 
+def test_threads_submit_and_cancel_while_it_runs():
+    scheduler, clients, lock = make_scheduler(SlotOracle()), [], threading.Lock()
+    scheduler.start()
+
+    def work(seed):
+        rng, images, prompts = random.Random(seed), [make_image(name, 7) for name in "ab"], []
+        for _ in range(15):
+            client, ended = random_client(rng, prompts, images), threading.Event()
+            job, events = client.job, client.events
+            job.emit = lambda event, events=events, ended=ended: (
+                events.append(event), isinstance(event, Finished) and ended.set())
+            scheduler.submit(job)
+            if rng.random() < 0.3:
+                scheduler.cancel(job)
+            elif rng.random() < 0.7:
+                assert ended.wait(60)
+            with lock:
+                clients.append(client)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    scheduler.drain(60)
+    assert len(clients) == 120 and scheduler.stats().busy_slots == 0
+    for client in clients:
+        check_ended(client, 96)
+
+
 def computed(engine):
     """The number of prompt tokens that the engine computed, and the images."""
     return (sum(sum(call[2]) for call in engine.log if call[0] == "write"),
