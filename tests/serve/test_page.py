@@ -343,6 +343,9 @@ def test_korean_on_a_phone_in_both_themes(browser, server):
     server.requests.clear()
     with opened(browser, server.url, locale="ko-KR", color_scheme="dark", **phone) as page:
         expect(page.get_by_role("heading", name="사진에 대해 물어보세요")).to_be_visible()
+        english, korean = page.evaluate(
+            "import('/strings.js').then(({STRINGS}) => [STRINGS.en, STRINGS.ko].map(Object.keys))")
+        assert sorted(english) == sorted(korean)
         assert_fits_and_is_legible(page)
         page.locator("#files").set_input_files([PICTURE] * 4)
         page.get_by_role("textbox", name="질문을 입력하세요").fill("status 503 " + "아주긴질문" * 30)

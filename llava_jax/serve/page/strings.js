@@ -20,7 +20,7 @@ export const STRINGS = {
     codeHint: "The request of this chat. Small pictures are copied in full; larger ones are read from the folder " +
       "you run it in.",
     you: "You asked", it: "The model answered", writing: "The model is writing.",
-    tokens: n => `${n} ${n === 1 ? "token" : "tokens"}`, rate: n => `${n} tokens/s`, first: s => `first after ${s} s`,
+    tokens: n => `${n} ${n === "1" ? "token" : "tokens"}`, rate: n => `${n} tokens/s`, first: s => `first after ${s} s`,
     prompt: n => `prompt ${n} tokens`, rateHint: "Tokens per second, from sending to the last token",
     stopped: "Stopped.", length: "Cut off at the maximum number of tokens.",
     badImage: name => `“${name}” cannot be opened as a picture. JPEG, PNG, WebP and GIF work.`,
