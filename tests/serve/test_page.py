@@ -27,6 +27,7 @@ from llava_jax.serve.limits import Limits
 
 CHROMIUM = shutil.which("chromium")
 PICTURE = PAGE / "examples/1.jpg"
+TIMEOUT = 20_000  # milliseconds; a busy machine needs them
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 
 
@@ -115,6 +116,7 @@ def server():
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
+        expect.set_options(timeout=TIMEOUT)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -124,7 +126,7 @@ def browser():
 def opened(browser: Browser, url: str, models: int = 2, **options):
     """A page whose console stays free of errors and CSP violations. Failed requests are allowed."""
     context = browser.new_context(**{"locale": "en-GB"} | options)
-    context.set_default_timeout(5000)
+    context.set_default_timeout(TIMEOUT)
     page, problems = context.new_page(), []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning")
@@ -201,7 +203,7 @@ def test_stop_and_answer_again(page, server):
     expect(answers(page)).to_have_text(["Pictures: 0. Heard: never ends"])
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".note")).to_have_text("Stopped.")
-    assert server.left.wait(5)
+    assert server.left.wait(TIMEOUT / 1000)
     page.get_by_role("button", name="Answer again").click()
     expect(answers(page)).to_have_text(["Pictures: 0. Heard: never ends"])
     page.keyboard.press("Escape")
