@@ -181,7 +181,7 @@ def parse(blocks: Sequence[tuple[float, bytes]], started: float) -> Reply:
     for _, data in blocks:
         end += len(data)
         ends.append(end)
-    pieces, texts = [], []
+    pieces, texts, times = [], [], []
     while (line := raw.find(b"\r\n", start)) >= 0:
         size = int(raw[start:line], 16)
         start = line + 2 + size + 2
@@ -191,8 +191,10 @@ def parse(blocks: Sequence[tuple[float, bytes]], started: float) -> Reply:
         piece = raw[line + 2 : line + 2 + size]
         pieces.append(piece)
         if _read_events(reply, piece, texts):
-            reply.times = [*reply.times, blocks[bisect.bisect_left(ends, start)][0] - started]
-    reply.body, reply.text = b"".join(pieces), "".join(texts)
+            arrived = blocks[bisect.bisect_left(ends, start)][0] - started
+            if arrived not in times[-1:]:  # events that arrive together are one piece
+                times.append(arrived)
+    reply.body, reply.text, reply.times = b"".join(pieces), "".join(texts), times
     if b"text/event-stream" not in head:
         _read_json(reply)
     return reply
