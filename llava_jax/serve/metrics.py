@@ -4,11 +4,24 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 
+import jax
+
 from llava_jax.serve.stats import Histogram, Stats
 
 PREFIX = "llava_jax_"
 GAUGES = ("slots", "busy_slots", "waiting", "image_cache_bytes")
 """Fields of Stats that can go down. The other numbers are counters."""
+
+compilations = 0
+"""Number of programs that XLA has compiled in this process. It does not grow after the warm-up."""
+
+
+def _count_compilations(event: str, seconds: float, **details: object) -> None:
+    global compilations
+    compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilations)
 
 
 def render(stats: Stats, requests: Mapping[tuple[str, int], int]) -> str:
@@ -18,6 +31,7 @@ def render(stats: Stats, requests: Mapping[tuple[str, int], int]) -> str:
     number of requests.
     """
     lines = [line for field in dataclasses.fields(stats) for line in _family(field.name, getattr(stats, field.name))]
+    lines += _family("compilations", compilations)
     lines.append(f"# TYPE {PREFIX}http_requests_total counter")
     lines += [f'{PREFIX}http_requests_total{{route="{route}",status="{status}"}} {count}'
               for (route, status), count in sorted(requests.items())]
