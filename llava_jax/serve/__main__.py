@@ -155,11 +155,13 @@ def _load(options: Options, adapters: dict[str, str]) -> "Llava":
 async def _run(options: Options, llava: "Llava", listener: socket.socket, key: str | None) -> int:
     """Serves until a signal, and returns the exit code."""
     from llava_jax.inference.slots import SlotEngine
+    from llava_jax.serve import metrics
     from llava_jax.serve.app import Status, make_app
     from llava_jax.serve.connections import serve
     from llava_jax.serve.media import MediaLoader
     from llava_jax.serve.scheduler import Scheduler
 
+    metrics.count_compilations()
     limits, status, loop, failed = options.limits, Status(), asyncio.get_running_loop(), asyncio.Event()
     context = options.context or min(DEFAULT_CONTEXT, llava.config.text.max_length)
     engine = SlotEngine(llava, options.slots, context, options.kv_cache)

@@ -4,8 +4,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 
-import jax
-
 from llava_jax.serve.stats import Histogram, Stats
 
 PREFIX = "llava_jax_"
@@ -16,12 +14,15 @@ compilations = 0
 """Number of programs that XLA has compiled in this process. It does not grow after the warm-up."""
 
 
-def _count_compilations(event: str, seconds: float, **details: object) -> None:
-    global compilations
-    compilations += event == "/jax/core/compile/backend_compile_duration"
+def count_compilations() -> None:
+    """Starts to count compilations."""
+    import jax
 
+    def listen(event: str, seconds: float, **details: object) -> None:
+        global compilations
+        compilations += event == "/jax/core/compile/backend_compile_duration"
 
-jax.monitoring.register_event_duration_secs_listener(_count_compilations)
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def render(stats: Stats, requests: Mapping[tuple[str, int], int]) -> str:
