@@ -123,6 +123,7 @@ def main(args: Sequence[str] | None = None) -> int:
     key = os.environ.get(KEY) or None
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("llava_jax").setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about single requests
     listener = _listen(options)
     if key is None and not options.is_loopback:
         log.warning("warning: everybody who reaches %s can use this server: set %s", options.host, KEY)

@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable, Iterator
 import h11
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava_jax.serve.errors import ApiError
+from llava_jax.serve.exchange import error_response
 from llava_jax.serve.limits import Limits
 
 KEEP_ALIVE_SECONDS = 20
@@ -39,8 +39,11 @@ class BoundedProtocol(H11Protocol):
         self._send_timer: asyncio.TimerHandle | None = None
         self._header_timer: asyncio.TimerHandle | None = None
         self._expect_headers()
-        if len(self.connections) > 2 * self.limits.connections:  # above the limit itself, the response is 503
+        if len(self.connections) > 2 * self.limits.connections:
             transport.abort()
+        elif len(self.connections) > self.limits.connections:
+            self.app = error_response(ApiError(503, "The server has too many connections.", retry_after=1))
+            self.app.headers["connection"] = "close"
 
     def data_received(self, data: bytes) -> None:
         if self._header_timer is None and self._is_idle():
@@ -74,7 +77,8 @@ class BoundedProtocol(H11Protocol):
             return
         status = getattr(sys.exception(), "error_status_hint", 400)
         message = "The headers are too large." if status == 431 else "The request is not valid HTTP."
-        response = JSONResponse(ApiError(status, message).body(), status, {"connection": "close"})
+        response = error_response(ApiError(status, message))
+        response.headers["connection"] = "close"
         for event in (h11.Response(status_code=status, headers=response.raw_headers),
                       h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
@@ -120,8 +124,9 @@ async def serve(app: Starlette, listener: socket.socket, limits: Limits, work: C
     protocol = type("Protocol", (BoundedProtocol,), {"limits": limits})
     server = HttpServer(uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, limit_concurrency=limits.connections, h11_max_incomplete_event_size=limits.header_bytes,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=CLOSE_SECONDS))
+        proxy_headers=False, h11_max_incomplete_event_size=limits.header_bytes,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS))
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal(number: int) -> None:
