@@ -1,4 +1,4 @@
-"""Defines the functions that run on the device: `prefill`, `extend`, `write_chunks`, `copy_slot` and `decode`."""
+"""Defines the functions that run on the device: `prefill`, `extend`, `write_chunks` and `decode`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from llava_jax.inference.sampling import Sampling, sample
 from llava_jax.models.llama import Cache, LlamaBlock
 from llava_jax.models.llava import LlavaModel
-from llava_jax.models.slot_cache import BLOCK, SlotAttention, SlotCache
+from llava_jax.models.slot_cache import SlotAttention, SlotCache
 
 MAX_DECODE_STEPS = 16
 """Maximum number of tokens that `decode` writes before the host sees them."""
@@ -116,9 +116,9 @@ def decode(
         i, state, written = carry
         positions, attend = state.position[:, None], None
         if isinstance(state.cache, SlotCache):
-            length = state.cache.length(layers is not None)
+            length = state.cache.length
             positions = jnp.where(state.remaining > 0, state.position, length)[:, None]
-            attend = SlotAttention(positions, length, heads_first=layers is not None)
+            attend = SlotAttention(positions, length)
         x = model.decoder.embed(state.token[:, None], model.dtype)
         x, cache = model.decoder.extend(x, positions, state.cache, layers, attend)
         logits = model.decoder.logits(x[:, 0])
@@ -163,34 +163,15 @@ def write_chunks(
       max_new_tokens: see `prefill`; 0 in a row whose prompt goes on.
       layers: see `Llama.extend`.
     """
-    length, offsets = state.cache.length(layers is not None), jnp.arange(tokens.shape[1])
+    length, offsets = state.cache.length, jnp.arange(tokens.shape[1])
     positions = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets, length)
-    attend = SlotAttention(positions, length, slots, layers is not None)
+    attend = SlotAttention(positions, length, slots)
     hidden, cache = model.decoder.extend(model.insert_visual(tokens, visual), positions, state.cache, layers, attend)
     logits = model.decoder.logits(_last(hidden, lengths))
     rows = DecodeState((), jnp.zeros_like(starts), starts + lengths - 1, max_new_tokens, sampling)
     rows, token = write(rows, logits, eos_ids)
     fields = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state[1:], rows[1:])
     return DecodeState(cache, *fields), token[:, None], logits
-
-
-def copy_slot(state: DecodeState, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""],
-              heads_first: bool = False) -> DecodeState:
-    """Copies the keys and values of a slot's first `length` tokens to another slot, rounded up to blocks."""
-
-    def copy(block, cache):
-        def copied(part):
-            axis = 3 if heads_first else 2
-            start, sizes = [0] * part.ndim, list(part.shape)
-            start[axis], sizes[axis], sizes[1] = block * BLOCK, BLOCK, 1
-            start[1] = source
-            read = jax.lax.dynamic_slice(part, start, sizes)
-            start[1] = target
-            return jax.lax.dynamic_update_slice(part, read, start)
-
-        return jax.tree.map(copied, cache)
-
-    return state._replace(cache=jax.lax.fori_loop(0, -(-length // BLOCK), copy, state.cache))
 
 
 def num_top_tokens(vocab_size: int) -> int:

@@ -21,17 +21,20 @@ from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.inference.shapes import tile_bucket
 from llava_jax.models.llava import from_params
 from llava_jax.models.lora import select_adapters
-from llava_jax.models.slot_cache import BLOCK, SlotCache
+from llava_jax.models.slot_cache import SlotCache
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 if TYPE_CHECKING:
     from llava_jax.inference.llava import Llava
 
-CHUNK_TOKENS = (32, 128, 512)
+CHUNK_TOKENS = (32, 64, 128, 256, 512)
 """Padded numbers of tokens of a chunk."""
 
 MAX_ROWS = 4
-"""Number of chunks in one call."""
+"""Number of chunks in a batch."""
+
+MAX_BATCH_TOKENS = 512
+"""Maximum number of padded tokens in a batch of several chunks. A longer chunk alone uses the device as well."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ class Written:
       top_logprobs: float32 [rows, steps, 20], theirs.
     """
 
-    def __init__(self, arrays: Sequence[Array], rows: int, steps: int):
-        """`arrays`: tokens, and with log-probabilities the others, with any padding behind `rows` and `steps`."""
-        self._arrays, self._shape = arrays, (slice(rows), slice(steps))
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Sequence[Array]]], steps: int):
+        """`parts`: row numbers, and arrays of these rows: tokens, and with log-probabilities the others. Padding is
+        behind the rows and `steps`."""
+        self._parts, self._steps = parts, steps
 
     tokens = functools.cached_property(lambda self: self._read(0))
     logprobs = functools.cached_property(lambda self: self._read(1))
@@ -87,7 +91,11 @@ class Written:
     top_logprobs = functools.cached_property(lambda self: self._read(3))
 
     def _read(self, index: int) -> np.ndarray | None:
-        return np.asarray(self._arrays[index])[self._shape] if index < len(self._arrays) else None
+        if index >= len(self._parts[0][1]):
+            return None
+        order = np.argsort([row for rows, _ in self._parts for row in rows])
+        return np.concatenate([np.asarray(arrays[index])[: len(rows), : self._steps]
+                               for rows, arrays in self._parts])[order]
 
 
 class SlotEngine:
@@ -132,23 +140,21 @@ class SlotEngine:
         self._processor, self._parameters, text = llava.processor, engine.parameters, llava.config.text
         self._own_parameters = [{}, *llava.adapters.values()]  # of the base, and of each adapter
         self.slots, self.context = slots, min(context, text.max_length)
-        length = -(-self.context // BLOCK) * BLOCK
-        self._chunk_sizes = [size for size in CHUNK_TOKENS if size <= length]
+        self._chunk_sizes = [size for size in CHUNK_TOKENS if size < 2 * self.context]
         self.max_chunk = self._chunk_sizes[-1]
         self._jit(engine.graph, engine.eos_ids)
         self._dtype = jnp.dtype(llava.dtype)
         self._no_visual = {
             (rows, size): self._put(np.zeros((rows, size, text.hidden_size), self._dtype))
-            for rows in (1, MAX_ROWS) for size in self._chunk_sizes}
-        heads = (length, text.num_kv_heads) if self._layers is None else (text.num_kv_heads, length)
-        self._cache = (text.num_layers, slots, *heads, text.head_dim), cache_dtype
+            for rows in (1, MAX_ROWS) for size in self._chunk_sizes if rows == 1 or rows * size <= MAX_BATCH_TOKENS}
+        shape = text.num_layers, slots, text.num_kv_heads, self.context, text.head_dim
+        self._cache = shape, cache_dtype or llava.dtype
         self.reset()
 
     def _jit(self, graph, eos_ids: tuple[int, ...]) -> None:
         # A list of arrays is flattened much faster than modules, in every call.
         self._layer_arrays, structure = jax.tree.flatten(self._layers)
-        heads_first = self._layers is not None
-        cache = self._shardings(P(None, None, None, "tensor"))
+        cache = self._shardings(P(None, None, "tensor"))
         state = DecodeState(cache, *[self._shardings(P())] * 4)
 
         def jit(function, results=1, **options):
@@ -176,15 +182,12 @@ class SlotEngine:
                 select_adapters(model, adapter)
             return model.visual_features(tiles)[0]
 
-        def copy(state, source, target, length):
-            return programs.copy_slot(state, source, target, length, heads_first)
+        def copy(state, *inputs):
+            return state._replace(cache=state.cache.copy(*inputs))
 
-        def empty(shape, cache_dtype):
-            dtype = cache_dtype or from_params(graph, self._parameters).dtype
-            parts = [jnp.zeros(shape, dtype) for _ in range(2)]
-            parts += [jnp.zeros(shape[:-1]) for _ in range(2 if cache_dtype == "int8" else 0)]
+        def empty(shape, dtype):
             sampling = Sampling(jnp.zeros((shape[1], 2), jnp.uint32), jnp.zeros(shape[1]), jnp.ones(shape[1]))
-            return DecodeState(SlotCache(*parts), *[jnp.zeros(shape[1], jnp.int32)] * 3, sampling)
+            return DecodeState(SlotCache.zeros(*shape, dtype), *[jnp.zeros(shape[1], jnp.int32)] * 3, sampling)
 
         # The state is donated, so that a call updates the cache in place.
         self._write = jit(write, 3, donate_argnums=3)
@@ -235,17 +238,22 @@ class SlotEngine:
         `adapters`: number of each chunk's adapter in `Llava.adapters`, which its slot keeps; by default 0, the base.
         Returns one column, whose rows are in the order of `chunks`. Raises ValueError for a chunk that does not fit.
         """
-        rows = 1 if len(chunks) == 1 else MAX_ROWS
-        longest = max(len(chunk.tokens) for chunk in chunks)
-        size = next((size for size in self._chunk_sizes if size >= longest), None)
-        if size is None or len(chunks) > MAX_ROWS:
-            raise ValueError(f"{len(chunks)} chunks of up to {longest} tokens; {MAX_ROWS} of {self.max_chunk} fit")
         for chunk, adapter in zip(chunks, adapters or [0] * len(chunks), strict=True):
             self._check(chunk)
             self._adapters[chunk.slot] = adapter
-        return self._run_write(chunks, rows, size, logprobs)
+        groups: dict[int, list[int]] = {}
+        for row, chunk in enumerate(chunks):
+            groups.setdefault(next(size for size in self._chunk_sizes if size >= len(chunk.tokens)), []).append(row)
+        parts = []
+        for size, members in groups.items():
+            # A CPU computes two short chunks faster one by one than in a batch of four.
+            rows = MAX_ROWS if (MAX_ROWS, size) in self._no_visual and len(members) > 2 else 1
+            for i in range(0, len(members), rows):
+                part = members[i : i + rows]
+                parts.append((part, self._run_write([chunks[row] for row in part], rows, size, logprobs)))
+        return Written(parts, 1)
 
-    def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> Written:
+    def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> list[Array]:
         slots, starts = np.full(rows, self.slots, np.int32), np.zeros(rows, np.int32)
         lengths, max_new_tokens = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         tokens, visual = np.zeros((rows, size), np.int32), self._no_visual[rows, size]
@@ -266,15 +274,16 @@ class SlotEngine:
             self._state, token, logits = self._write(self._parameters, self._layer_arrays, adapters, self._state, slots,
                                                      starts, lengths, tokens, visual, max_new_tokens, sampling)
             more = self._log_probabilities(logits, token) if logprobs else ()
-        return Written([token, *more], len(chunks), 1)
+        return [token, *more]
 
     def _check(self, chunk: Chunk) -> None:
         """Raises ValueError for a chunk that does not fit its slot."""
-        end = chunk.start + len(chunk.tokens)
-        last = end + chunk.request.max_new_tokens if chunk.request else end
-        if not (0 <= chunk.slot < self.slots and 0 <= chunk.start < end and last <= self.context):
-            raise ValueError(f"slot {chunk.slot} of {self.slots}: tokens from {chunk.start} to {last}, but the context "
-                             f"has {self.context}")
+        count = len(chunk.tokens)
+        last = chunk.start + count + (chunk.request.max_new_tokens if chunk.request else 0)
+        if not (0 <= chunk.slot < self.slots and 0 <= chunk.start and last <= self.context
+                and 1 <= count <= self.max_chunk):
+            raise ValueError(f"{count} tokens from {chunk.start} in slot {chunk.slot}, at the end {last}, do not fit: "
+                             f"{self.slots} slots, {self.context} tokens each, {self.max_chunk} in a call")
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the keys and values of the first `length` tokens of a slot to another slot, which is free."""
@@ -290,8 +299,8 @@ class SlotEngine:
         """
         with self._on_mesh():
             self._state, written = self._decode(self._parameters, self._layer_arrays, self._selected(self._adapters),
-                                                self._state, active, np.int32(steps), logprobs)
-        return Written(written if logprobs else [written], self.slots, steps)
+                                                self._state, np.array(active), np.int32(steps), logprobs)
+        return Written([(range(self.slots), written if logprobs else [written])], steps)
 
     def warm_up(self, report: Callable[[int, int, str], None]) -> None:
         """Compiles every program. `report` gets the number of finished programs, that of all, and the next one's

@@ -9,27 +9,45 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 BLOCK = 128
 """Number of positions that attention reads at once. The number of positions of a cache is a multiple of it."""
 
 
 class SlotCache(NamedTuple):
-    """Keys and values of all layers and slots.
+    """Keys and values of all layers and slots. An int8 cache has one scale, float32, for each head and position."""
 
-    On one CPU the axes K and S are swapped, because XLA for CPUs multiplies heads first without a copy. An int8 cache
-    has one scale, float32, for each head and position.
-    """
+    keys: Float[Array, "L B K S H"] | Int8[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"] | Int8[Array, "L B K S H"]
+    key_scales: Float[Array, "L B K S"] | None = None
+    value_scales: Float[Array, "L B K S"] | None = None
 
-    keys: Array  # [L, B, S, K, H]
-    values: Array
-    key_scales: Array | None = None  # [L, B, S, K]
-    value_scales: Array | None = None
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.keys.shape[3]
 
-    def length(self, heads_first: bool) -> int:
-        """Returns the number of positions."""
-        return self.keys.shape[3 if heads_first else 2]
+    @classmethod
+    def zeros(cls, layers: int, slots: int, heads: int, length: int, head_dim: int, dtype: jnp.dtype) -> "SlotCache":
+        """Returns a cache for at least `length` positions; with scales if `dtype` is int8."""
+        shape = layers, slots, heads, -(-length // BLOCK) * BLOCK, head_dim
+        scales = [jnp.zeros(shape[:-1])] * 2 if jnp.dtype(dtype) == jnp.int8 else []
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
+
+    def copy(self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> "SlotCache":
+        """Copies the first `length` positions of a slot, rounded up to blocks, to another slot."""
+
+        def copy_block(block, cache):
+            def copied(part):
+                start, sizes = (0, 0, 0, block * BLOCK, 0)[: part.ndim], list(part.shape)
+                sizes[1], sizes[3] = 1, BLOCK
+                read = jax.lax.dynamic_slice(part, (0, source, *start[2:]), sizes)
+                return jax.lax.dynamic_update_slice(part, read, (0, target, *start[2:]))
+
+            return jax.tree.map(copied, cache)
+
+        return jax.lax.fori_loop(0, -(-length // BLOCK), copy_block, self)
 
 
 class SlotAttention:
@@ -38,12 +56,10 @@ class SlotAttention:
     Args:
       positions: position of each new token; at least S for padding, which is not written.
       slots: slot of each row, B for a row of padding; None if row i is slot i.
-      heads_first: whether K precedes S in the cache.
     """
 
-    def __init__(self, positions: Int[Array, "R T"], length: int, slots: Int[Array, "R"] | None = None,
-                 heads_first: bool = False):
-        self.positions, self.slots, self.heads_first = positions, slots, heads_first
+    def __init__(self, positions: Int[Array, "R T"], length: int, slots: Int[Array, "R"] | None = None):
+        self.positions, self.slots = positions, slots
         self.rows = jnp.arange(len(positions)) if slots is None else slots
         last = jnp.max(jnp.where(positions < length, positions, 0))
         self.num_blocks = last // BLOCK + 1
@@ -56,15 +72,14 @@ class SlotAttention:
         K = key.shape[2]
         query = query.reshape(R, T, K, N // K, H).swapaxes(1, 2).reshape(R, K, -1, H)
         positions = jnp.repeat(self.positions, N // K, axis=1)[:, None, :, None]
-        keys, scores_of = ("RKSH", "RKSH,RKQH->RKSQ") if self.heads_first else ("RSKH", "RSKH,RKQH->RKSQ")
 
         def read_block(block, carry):
             largest, total, weighted = carry
             k, v, k_scale, v_scale = (self._block(part, layer, block) for part in cache)
-            scores = jnp.einsum(scores_of, k.astype(query.dtype), query, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("RKSH,RKQH->RKSQ", k.astype(query.dtype), query, preferred_element_type=jnp.float32)
             scores = scores.swapaxes(2, 3) * H**-0.5
             if k_scale is not None:
-                scores = scores * self._by_head(k_scale)
+                scores = scores * k_scale[:, :, None]
             visible = block * BLOCK + jnp.arange(BLOCK) <= positions
             scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
             new_largest = jnp.maximum(largest, scores.max(-1))
@@ -72,8 +87,8 @@ class SlotAttention:
             kept = jnp.exp(largest - new_largest)
             total = total * kept + weights.sum(-1)
             if v_scale is not None:
-                weights = weights * self._by_head(v_scale)
-            new = jnp.einsum(f"RKQS,{keys}->RKQH", weights.astype(query.dtype), v.astype(query.dtype),
+                weights = weights * v_scale[:, :, None]
+            new = jnp.einsum("RKQS,RKSH->RKQH", weights.astype(query.dtype), v.astype(query.dtype),
                              preferred_element_type=jnp.float32)
             return new_largest, total, weighted * kept[..., None] + new
 
@@ -85,31 +100,23 @@ class SlotAttention:
 
     def _write(self, cache: SlotCache, layer, key, value) -> SlotCache:
         rows = self.rows[:, None]
-        index = (layer, rows, slice(None), self.positions) if self.heads_first else (layer, rows, self.positions)
-        new = (key, value) if cache.key_scales is None else (*quantize(key), *quantize(value))
-        parts = (cache.keys, cache.values) if cache.key_scales is None else (
-            cache.keys, cache.key_scales, cache.values, cache.value_scales)
-        written = [old.at[index].set(x.astype(old.dtype), mode="drop") for old, x in zip(parts, new, strict=True)]
-        return SlotCache(*written) if cache.key_scales is None else SlotCache(*written[::2], *written[1::2])
+        new = SlotCache(key, value)
+        if cache.key_scales is not None:
+            (keys, key_scales), (values, value_scales) = quantize(key), quantize(value)
+            new = SlotCache(keys, values, key_scales, value_scales)
+        return jax.tree.map(lambda old, x: old.at[layer, rows, :, self.positions].set(x, mode="drop"), cache, new)
 
     def _block(self, part: Array | None, layer, block) -> Array | None:
         """Returns a block of positions of the rows' slots."""
         if part is None:
             return None
-        axis = 3 if self.heads_first else 2
-
         def read(slot, count):
-            start, sizes = [layer, slot] + [0] * (part.ndim - 2), [1, count, *part.shape[2:]]
-            start[axis], sizes[axis] = block * BLOCK, BLOCK
-            return jax.lax.dynamic_slice(part, start, sizes)[0]
+            start, sizes = (layer, slot, 0, block * BLOCK, 0), (1, count, part.shape[2], BLOCK, *part.shape[4:])
+            return jax.lax.dynamic_slice(part, start[: part.ndim], sizes)[0]
 
         if self.slots is None:
             return read(0, part.shape[1])
         return jnp.concatenate([read(slot, 1) for slot in self.slots])
-
-    def _by_head(self, scales: Array) -> Array:
-        """Returns scales as [R, K, 1, S]."""
-        return (scales if self.heads_first else scales.swapaxes(1, 2))[:, :, None]
 
 
 def quantize(x: Float[Array, "R T K H"]) -> tuple[Array, Array]:
