@@ -156,4 +156,5 @@ class SlotOracle:
     @staticmethod
     def _written(tokens, logprobs) -> Written:
         top = np.stack([tokens, *[np.zeros_like(tokens)] * 19], axis=-1)
-        return Written([tokens, -tokens / 100, top, -top / 100] if logprobs else [tokens], *tokens.shape)
+        arrays = [tokens, -tokens / 100, top, -top / 100] if logprobs else [tokens]
+        return Written([(range(len(tokens)), arrays)], tokens.shape[1])
