@@ -226,15 +226,21 @@ class ChatServer:
         return bytes(body)
 
     async def _prepare(self, chat: ChatRequest) -> tuple[list[PreparedImage], np.ndarray]:
-        """Returns the images and the tokens of a request. Raises ApiError 400."""
+        """Returns the images and the tokens of a request. Raises ApiError 400, and 503 if the request's time ends."""
         self._preparing += 1
+        loads = [asyncio.ensure_future(self._media.load(url, param, len(chat.images))) for url, param in chat.images]
         try:
-            count = len(chat.images)
-            images = await asyncio.gather(*(self._media.load(url, param, count) for url, param in chat.images))
-            loop = asyncio.get_running_loop()
-            return images, await loop.run_in_executor(self._tokenizing, self._encode, chat, images)
+            async with asyncio.timeout(self._limits.request_seconds):
+                images = await asyncio.gather(*loads)
+                loop = asyncio.get_running_loop()
+                return images, await loop.run_in_executor(self._tokenizing, self._encode, chat, images)
+        except TimeoutError:
+            raise ApiError(503, "The request's time ended before its first token.", code="deadline_exceeded",
+                           retry_after=RETRY_SECONDS) from None
         finally:
             self._preparing -= 1
+            for load in loads:
+                load.cancel()  # if one is refused, nobody waits for those that come after it
 
     def _submit(self, request: Request, answers: Answers, adapter: int, images: list[PreparedImage],
                 tokens: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import ipaddress
 import json
+import logging
 import math
 import os
 import queue
@@ -37,6 +38,8 @@ from llava_jax.images import ImageProcessor, Layout
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.jobs import PreparedImage
 from llava_jax.serve.limits import Limits
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """Formats that are decoded, known by their content. Of several frames, only the first is decoded."""
@@ -198,9 +201,10 @@ class MediaLoader:
             try:
                 tiles, layout = process.decode(content, padded, self.processor, self.limits)
             except EOFError:
-                reason = "time" if process.wait() == -signal.SIGALRM else "lost"
+                code = process.wait()
+                log.warning("a decoding process has ended with %d and is replaced", code)
                 process = self._replace(process)
-                raise Refused(reason) from None
+                raise Refused("time" if code == -signal.SIGALRM else "lost") from None
         finally:
             self._idle.put(process)
         return PreparedImage(digest, tiles, layout)
@@ -354,9 +358,11 @@ class DecodingProcess:
             layout = processor.layout(width, height)
             shape = layout.tiles, processor.size, processor.size, 3
             return np.frombuffer(self._process.stdout.read(math.prod(shape)), np.uint8).reshape(shape), layout
-        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        except Refused:
+            raise
+        except Exception as error:  # it does not answer, or not as this program does
             self.end()
-            raise EOFError from None
+            raise EOFError from error
         finally:
             timer.cancel()
 

@@ -1,5 +1,6 @@
 """The routes, with stand-ins for the model: OpenAI's client reads every answer, and each mistake has its status."""
 
+import asyncio
 import base64
 import contextlib
 import gc
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from llava_jax.serve import app as app_module
 from llava_jax.serve.app import Status, make_app
+from llava_jax.serve.errors import ApiError
 from llava_jax.serve.limits import Limits
 
 CHAT = "/v1/chat/completions"
@@ -180,6 +182,28 @@ def test_prompts(site):
     for length in (stand_ins.CONTEXT, 2000):
         assert is_error(ask("a" * length), 400, "messages", "context_length_exceeded")
     assert ask("a" * (stand_ins.CONTEXT - 1)).json()["usage"]["completion_tokens"] == 1
+
+
+def test_images_of_a_refused_request_are_not_waited_for(make_site, monkeypatch):
+    """Neither if another one is bad, nor if the request's time has ended."""
+    cancelled = []
+
+    async def load(self, url, param, images):
+        try:
+            if url == "bad":
+                await asyncio.sleep(0)
+                raise ApiError(400, "The image is damaged.", param)
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(url)
+            raise
+
+    monkeypatch.setattr(stand_ins.FakeMedia, "load", load)
+    ask = lambda site, *urls: site.chat(messages=[{"role": "user", "content": [  # noqa: E731
+        {"type": "image_url", "image_url": {"url": url}} for url in urls]}])
+    assert is_error(ask(make_site(), "one", "bad", "two"), 400, "messages[0].content[1].image_url.url")
+    assert is_error(ask(make_site(Limits(request_seconds=0.05)), "three"), 503, code="deadline_exceeded")
+    assert cancelled == ["one", "two", "three"]
 
 
 def test_a_full_queue(site):

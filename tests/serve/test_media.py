@@ -372,16 +372,20 @@ def process_ids(loader: MediaLoader) -> list[int]:
     return [process._process.pid for process in loader._processes]
 
 
-def test_a_slow_image_ends_its_process_and_no_other():
-    """A JPEG of 150 KB with a hundred scans, each of which costs as much as the image."""
+def slow_jpeg() -> bytes:
+    """150 KB with a hundred scans, each of which costs as much as the image."""
     content = encoded(Image.new("RGB", (5000, 5000), "red"), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
-    slow = content[:last] + content[last:-2] * (101 - content.count(b"\xff\xda")) + content[-2:]
+    return content[:last] + content[last:-2] * (101 - content.count(b"\xff\xda")) + content[-2:]
+
+
+def test_a_slow_image_ends_its_process_and_no_other(caplog):
     with opened(Limits(decode_processes=2, decode_seconds=0.7)) as loader:
         before = process_ids(loader)
-        assert "more than 0.7 s" in refusal(loader, data_url(slow)).message
+        assert "more than 0.7 s" in refusal(loader, data_url(slow_jpeg())).message
         assert len(set(before) & set(process_ids(loader))) == 1
         assert asyncio.run(loader.load(data_url(encoded(picture(8, 8))), "x")).tiles.shape == (1, 28, 28, 3)
+    assert caplog.text.count("has ended with -14") == 1
 
 
 def test_a_process_that_dies_is_replaced(monkeypatch):
@@ -419,15 +423,19 @@ def test_false_answers_of_a_process_reach_nobody(answer, loader):
     process.wait()
 
 
-def test_processes_see_no_secret_and_end_with_the_server():
-    """Even if it is killed while an image is being decoded."""
-    program = ("from llava_jax.serve import limits, media; from llava_jax.images import ImageProcessor\n"
-               "made = media.MediaLoader(limits.Limits(decode_processes=2), ImageProcessor(), False)\n"
-               "print(*(process._process.pid for process in made._processes), flush=True); input()")
-    server = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True,
+def test_processes_see_no_secret_and_end_with_the_server(tmp_path):
+    """One of them while it decodes."""
+    path = tmp_path / "slow.jpg"
+    path.write_bytes(slow_jpeg())
+    program = ("import sys; from llava_jax.serve import limits, media; from llava_jax.images import ImageProcessor\n"
+               "made = media.MediaLoader(limits.Limits(decode_processes=2, decode_seconds=1), ImageProcessor(), False)\n"
+               "process, other = (process._process for process in made._processes)\n"
+               "content = open(sys.argv[1], 'rb').read()\n"
+               "process.stdin.write(bytes(1) + len(content).to_bytes(8, 'big') + content); process.stdin.flush()\n"
+               "print(process.pid, other.pid, flush=True); input()")
+    server = subprocess.Popen([sys.executable, "-c", program, path], stdin=-1, stdout=-1, text=True,
                               env=os.environ | {"LLAVA_JAX_API_KEY": "sk-secret-1"})
     ids = list(map(int, server.stdout.readline().split()))
-    assert len(ids) == 2
     ends = [os.pidfd_open(number) for number in ids]
     for number in ids:
         assert b"sk-secret-1" not in Path(f"/proc/{number}/environ").read_bytes()
