@@ -428,7 +428,8 @@ def test_processes_see_no_secret_and_end_with_the_server(tmp_path):
     path = tmp_path / "slow.jpg"
     path.write_bytes(slow_jpeg())
     program = ("import sys; from llava_jax.serve import limits, media; from llava_jax.images import ImageProcessor\n"
-               "made = media.MediaLoader(limits.Limits(decode_processes=2, decode_seconds=1), ImageProcessor(), False)\n"
+               "bounds = limits.Limits(decode_processes=2, decode_seconds=1)\n"
+               "made = media.MediaLoader(bounds, ImageProcessor(), False)\n"
                "process, other = (process._process for process in made._processes)\n"
                "content = open(sys.argv[1], 'rb').read()\n"
                "process.stdin.write(bytes(1) + len(content).to_bytes(8, 'big') + content); process.stdin.flush()\n"
