@@ -16,6 +16,12 @@ MAX_PENDING_EVENTS = 2048
 """Number of pieces that may wait for a client that reads slowly. Its answers are then cancelled."""
 HEARTBEAT_SECONDS = 15.0
 """Seconds without a piece after which a stream gets a comment, because balancers close silent connections."""
+COLLECT_SECONDS, DELIVERY_SECONDS = 0.002, 0.01
+"""Seconds from the first event to the delivery of all that have come, and between two deliveries.
+
+A small model writes thousands of tokens per second. Each delivery costs a wake-up and every stream a write, on the
+cores that also compute.
+"""
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
@@ -34,17 +40,24 @@ class Mailbox:
         self._loop = asyncio.get_running_loop()
         self._waiting: collections.deque[tuple[Answers, int, Event]] = collections.deque()
         self._scheduled = False
+        self._delivered = 0.0  # when, by the loop's clock
 
     def post(self, answers: "Answers", index: int, event: Event) -> None:
-        """Adds an event of an answer, from any thread."""
+        """Adds an event of an answer, from any thread. The end of an answer is delivered at once."""
         self._waiting.append((answers, index, event))
-        if not self._scheduled:
+        is_end = isinstance(event, Finished)
+        if is_end or not self._scheduled:
             self._scheduled = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-                self._loop.call_soon_threadsafe(self._deliver)
+                self._loop.call_soon_threadsafe(self._deliver if is_end else self._schedule)
+
+    def _schedule(self) -> None:
+        due = max(self._loop.time() + COLLECT_SECONDS, self._delivered + DELIVERY_SECONDS)
+        self._loop.call_at(due, self._deliver)
 
     def _deliver(self) -> None:
         self._scheduled = False  # before the loop, so that an event that comes during it is not left behind
+        self._delivered = self._loop.time()
         while self._waiting:
             answers, index, event = self._waiting.popleft()
             answers.add(index, event)
@@ -139,7 +152,7 @@ class Answers:
             while len(self.finished) < self.chat.n or self._events:
                 chunks = [] if await self._wait(HEARTBEAT_SECONDS) else [b": waiting\n\n"]
                 events, self._events = self._events, []
-                for index, event in events:
+                for index, event in _joined(events):
                     if isinstance(event, Finished):
                         chunks.append(chunk(index, {}, reason=_finish_reason(event)))
                     elif event.text or event.logprobs:
@@ -165,6 +178,21 @@ class Answers:
 
     def _logprobs(self, logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
         return None if self.chat.logprobs is None else protocol.logprobs_content(logprobs, self._token_bytes)
+
+
+def _joined(events: list[tuple[int, Event]]) -> list[tuple[int, Event]]:
+    """Joins the pieces of each choice, which keep their order before its end."""
+    if len(events) < 2:
+        return events
+    pieces, ends = collections.defaultdict(list), []
+    for index, event in events:
+        if isinstance(event, Finished):
+            ends.append((index, event))
+        else:
+            pieces[index].append(event)
+    return [(index, Piece("".join(piece.text for piece in parts), sum(piece.tokens for piece in parts),
+                          tuple(logprob for piece in parts for logprob in piece.logprobs)))
+            for index, parts in pieces.items()] + ends
 
 
 def _finish_reason(finished: Finished) -> str:
