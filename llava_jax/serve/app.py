@@ -45,6 +45,8 @@ PAGE_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; char
               ".svg": "image/svg+xml"}
 PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+LONG_TEXT = 10_000
+"""Number of characters from which another thread tokenizes. For a shorter text, its start would take longer."""
 RETRY_SECONDS = 5
 """Retry-After of a server that is warming up or draining."""
 
@@ -232,8 +234,11 @@ class ChatServer:
         try:
             async with asyncio.timeout(self._limits.request_seconds):
                 images = await asyncio.gather(*loads)
-                loop = asyncio.get_running_loop()
-                return images, await loop.run_in_executor(self._tokenizing, self._encode, chat, images)
+                encode = functools.partial(self._encode, chat, images)
+                parts = (part for message in chat.messages for part in message["content"])
+                if sum(len(part.get("text", "")) for part in parts) < LONG_TEXT:
+                    return images, encode()
+                return images, await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)
         except TimeoutError:
             raise ApiError(503, "The request's time ended before its first token.", code="deadline_exceeded",
                            retry_after=RETRY_SECONDS) from None
