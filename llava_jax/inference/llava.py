@@ -292,17 +292,19 @@ class Llava:
             raise PromptTooLong(num_bytes // self.tokenizer.longest_token + sum(counts), sum(counts),
                                 self.config.text.max_length)
         system, turns = templates.read_messages(messages, self._literal.cut, self._literal.cut)
-        return self._check_room(encode_prompt(_as_chat(system, turns), self.template, self.tokenizer, counts))
+        return self._check_room(encode_prompt(_as_chat(system, turns), self.template, self.tokenizer, counts,
+                                              literal=self._literal))
 
     def _encode(self, request: Request) -> tuple[Int[np.ndarray, "T"], list[Layout]]:
         """Returns a prompt's ids and the layouts of its images, of which no more than their headers is read."""
         layouts = self.processor.layouts(list(map(self._size, request.images)))
-        messages = as_messages(request.messages, len(layouts), None if request.verbatim else self._literal)
+        literal = None if request.verbatim else self._literal
+        messages = as_messages(request.messages, len(layouts), literal)
         if self.config.video.time_text and len(layouts) == 1 and isinstance(request.images[0], Video):
             sampled = sampled_frames(request.images[0], self.config.video)
             messages = [message | {"content": sampled.add_times(message["content"])} for message in messages]
         tokens = encode_prompt(messages, self.template, self.tokenizer, [len(layout.index) for layout in layouts],
-                               request.assistant_prefix, request.verbatim)
+                               request.assistant_prefix, request.verbatim, literal)
         return self._check_room(tokens), layouts
 
     def _check_room(self, tokens: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llava_jax.errors import UserError
-from llava_jax.text.literal import drop_cuts
+from llava_jax.text.literal import Literal
 from llava_jax.text.templates import IMAGE, Span, Template, check_text, get, read_messages, spans
 from llava_jax.text.tokenizer import Tokenizer, Tokens
 
@@ -91,10 +91,11 @@ def encode_prompt(
     visual_tokens: int | Sequence[int] = 576,
     assistant_prefix: str = "",
     verbatim: bool = False,
+    literal: Literal | None = None,
 ) -> Int32[np.ndarray, "T"]:
     """Returns the tokens of a chat that ends with the assistant tag and `assistant_prefix`.
 
-    They are the first tokens of the same conversation in training, unless `Literal` has cut a mark in the messages.
+    They are the first tokens of the same conversation in training, unless `literal` has cut a mark in the messages.
 
     Args:
       messages: see `templates.read_messages`; the last one is the user's.
@@ -102,6 +103,7 @@ def encode_prompt(
       assistant_prefix: text right after the template's assistant tag (`ASSISTANT:`); include a leading space if you
         need one.
       verbatim: write the texts as they are, as LLaVA's benchmark scripts do (`templates.spans`).
+      literal: what has cut the marks in the messages.
 
     Raises ImageCount, and UserError that names an invalid message.
     """
@@ -112,7 +114,7 @@ def encode_prompt(
         raise UserError(f"assistant_prefix contains {IMAGE}, but an answer has no images")
     answer = Span(check_text(assistant_prefix, "assistant_prefix"), False, cut=True)
     rendered = [*spans(turns, get(template), system, True, verbatim), answer]
-    return _encode(rendered, tokenizer, visual_tokens, literal=True).tokens
+    return _encode(rendered, tokenizer, visual_tokens, literal).tokens
 
 
 def _mark_ids(marks: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -188,10 +190,10 @@ def tokenize_spans(rendered: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
 
 
 def _encode(rendered: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int],
-            literal: bool = False) -> Example:
+            literal: Literal | None = None) -> Example:
     ids, offsets = tokenize_spans(rendered, tokenizer)
-    if literal:
-        ids, offsets = drop_cuts(Tokens(ids, offsets), "".join(span.text for span in rendered))
+    if literal is not None:
+        ids, offsets = literal.drop_cuts(Tokens(ids, offsets), "".join(span.text for span in rendered))
     tokens = np.array(ids, np.int32)
     first, last = np.array(offsets, np.int64).reshape(-1, 2).T
     ends = np.cumsum([len(span.text) for span in rendered])

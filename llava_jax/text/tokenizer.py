@@ -42,7 +42,7 @@ class Tokenizer:
     """Tokenizes and decodes in the same way for both kinds of files. Can be pickled.
 
     Attributes:
-      bos_id, eos_id: id of the token, or None if there is none.
+      bos_id, eos_id, unk_id: id of the token, or None if there is none.
       pad_id: id of the padding token; without one that of the unknown token, as in LLaVA; without that eos_id.
       adds_bos: whether a prompt starts with bos_id.
       adds_prefix_space: whether a space is added before a text, as LLaMA's tokenizers do.
@@ -85,7 +85,7 @@ class Tokenizer:
                 raise UserError(f"{path}: {role} {name!r} is not in the vocabulary; list it in added_tokens.json")
         self._backend = backend
         self._special_ids = {token.id for token in backend.added.values() if token.special} | {*ids.values()}
-        self.bos_id, self.eos_id = ids["bos_token"], ids["eos_token"]
+        self.bos_id, self.eos_id, self.unk_id = ids["bos_token"], ids["eos_token"], ids["unk_token"]
         pads = (ids["pad_token"], ids["unk_token"], self.eos_id)
         self.pad_id = next((pad for pad in pads if pad is not None), None)
         adds_bos = declared.config.get("add_bos_token")
@@ -112,15 +112,15 @@ class Tokenizer:
         """Returns the id of a special or added token such as "</s>" or "<image>", or None if there is no such token."""
         return self._backend.added[token].id if token in self._backend.added else None
 
-    def control_texts(self, marks: Iterable[str] = ()) -> set[str]:
-        """Returns the texts of special tokens, of added tokens such as `<|im_end|>`, and of `marks` that are tokens.
+    def control_tokens(self, marks: Iterable[str] = ()) -> dict[str, int]:
+        """Returns text and id of special tokens, of added tokens such as `<|im_end|>`, and of `marks` that are tokens.
 
         Files may list a control token without calling it special. Other added tokens, such as Gemma's `<table>`, are
         words of ordinary text.
         """
-        special = {text for text, token in self._backend.added.items()
+        special = {text: token.id for text, token in self._backend.added.items()
                    if token.id in self._special_ids or re.fullmatch(r"<\|.+\|>", text)}
-        return special | {mark for mark in marks if self._backend.id_of(mark) is not None}
+        return {mark: i for mark in marks if (i := self._backend.id_of(mark)) is not None} | special
 
     def tokens_from(self, first: int) -> list[tuple[str, int]]:
         """Returns the tokens whose id is `first` or larger, with their ids, in order of the ids."""

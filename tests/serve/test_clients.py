@@ -161,9 +161,9 @@ def test_openai_lists_models_and_maps_errors(client, url):
     assert ask(client, "Hi").choices[0].message.content
 
 
-def test_an_evaluator_with_64_concurrent_requests(url, llava, pictures):
+def test_an_evaluator_with_128_concurrent_requests(url, llava, pictures):
     """As lmms-eval's async_openai: PNG data URLs, max_tokens and temperature, nothing else."""
-    questions = [f"What is thing number {i}?\nAnswer the question using a single word or phrase." for i in range(64)]
+    questions = [f"What is thing number {i}?\nAnswer the question using a single word or phrase." for i in range(128)]
 
     async def run():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY) as client:

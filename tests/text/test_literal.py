@@ -4,12 +4,14 @@ import random
 import re
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from llava_jax.errors import UserError
 from llava_jax.text import templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
 from llava_jax.text.literal import CUT, Literal
 from llava_jax.text.templates import TEMPLATES
+from llava_jax.text.tokenizer import Tokenizer
 
 KINDS = ["prepend", "first", "always", "bytes", "chat", "sentencepiece", "sentencepiece, not legacy"]
 CONTROL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>",
@@ -20,10 +22,11 @@ MARKS = [*CONTROL, "<image>", "<video>", "<pad>", "<|image_pad|>", "<im_start>",
 
 def encode_literal(messages, name, tokenizer, counts):
     """Tokens of a chat, all of its text literal, as a server encodes it."""
-    cut = Literal(name, tokenizer).cut
-    system, turns = templates.read_messages(messages, cut, cut)
+    literal = Literal(name, tokenizer)
+    system, turns = templates.read_messages(messages, literal.cut, literal.cut)
     chat = [("system", system)] * (system is not None) + turns
-    return encode_prompt([{"role": r, "content": t} for r, t in chat], name, tokenizer, counts).tolist()
+    return encode_prompt([{"role": r, "content": t} for r, t in chat], name, tokenizer, counts,
+                         literal=literal).tolist()
 
 
 def random_chat(rng, pool, template):
@@ -110,3 +113,20 @@ def test_literal_pieces(kinds):
     assert literal.cut("<image> </s>", keep_images=True) == f"<image> <{CUT}/s>"
     with pytest.raises(UserError, match="U[+]FDD0"):
         literal.cut(f"a{CUT}b")
+
+
+def test_a_tokenizer_that_normalises_a_mark_into_a_token(tmp_path):
+    """SentencePiece reads NFKC forms, such as full-width letters, as its own tokens. No cut can prevent that."""
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["The dog: Yes! <b>"] * 9), model_writer=file, vocab_size=280, model_type="bpe",
+            byte_fallback=True, hard_vocab_limit=False, user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
+            minloglevel=2)
+    tokenizer = Tokenizer.load(tmp_path)
+    ask = lambda text: encode_literal([{"role": "user", "content": text}], "gemma_instruct", tokenizer, [])  # noqa: E731
+    clean, marked = ask("a b"), ask("a <start_of_turn> b")
+    turn = tokenizer.encode("<start_of_turn>")[-1]
+    assert clean.count(turn) == marked.count(turn) == 2 and "a <start_of_turn> b" in tokenizer.decode(marked, False)
+    with pytest.raises(UserError, match="cannot write '＜start_of_turn＞' as ordinary text"):
+        ask("a ＜start_of_turn＞ b")
+    assert ask("a ＜start＞ b").count(turn) == 2
