@@ -68,7 +68,7 @@ HTTPS_URL = re.compile(
     r"https://([a-z0-9.-]+)(?::443)?(/[\w.~!$&'()*+,;=:@%/-]*)?(\?[\w.~!$&'()*+,;=:@%/?-]*)?", re.ASCII)
 """The only form of URLs that are fetched: no user, other port, fragment, backslash, blank or non-ASCII character."""
 
-HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+HOST = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 GLOBAL_V6, SIX_TO_FOUR = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("2002::/16")
 
@@ -140,7 +140,8 @@ class MediaLoader:
           param: field of the request, for the error.
           images: number of images of the conversation, because some processors make fewer tiles of several.
 
-        Raises ApiError with status 400 if the image is refused. A cancelled call leaves nothing behind.
+        Raises ApiError with status 400 if the image is refused. If the call is cancelled while the image waits for a
+        process, it is not decoded.
         """
         padded = self.processor.for_images(images) is not self.processor
         try:
@@ -432,7 +433,8 @@ def main() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     space = OTHER_BYTES + BYTES_PER_PIXEL * pixels
     for kind, limit in ((resource.RLIMIT_AS, space), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
-        resource.setrlimit(kind, (limit, limit))
+        with contextlib.suppress(ValueError, OSError):  # there is a lower limit already, or it is macOS
+            resource.setrlimit(kind, (limit, limit))
     with contextlib.suppress(BrokenPipeError):
         serve(settings, sys.stdin.buffer, answers)
 

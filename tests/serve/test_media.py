@@ -231,7 +231,8 @@ def test_only_plain_https_urls_of_listed_hosts_are_looked_up(no_network, loader)
     assert refusal(loader, f"https://{HOST}/a.png").code == "invalid_image_url"  # off by default
 
 
-@pytest.mark.parametrize("host", ["https://x.org", "X.org", "x.org.", "x.org:443", "", "[::1]", "*.org", "\u00e9.org"])
+@pytest.mark.parametrize("host", ["https://x.org", "X.org", "x.org.", "x.org:443", "", "[::1]", "*.org", "\u00e9.org",
+                                  "a..org", "-a.org", "a" * 64 + ".org"])
 def test_a_host_that_is_none_is_told_at_the_start(host):
     with pytest.raises(UserError, match="--fetch-hosts .*host name"):
         MediaLoader(dataclasses.replace(LIMITS, fetch_hosts=(host,)), SMALL, False)
