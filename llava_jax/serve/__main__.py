@@ -76,6 +76,8 @@ class Options:
 
     def check(self) -> None:
         """Raises UserError, one line, for an invalid value."""
+        from llava_jax.serve.media import check_hosts
+
         for name in ("slots", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,6 +88,7 @@ class Options:
             value = getattr(self.limits, field.name)
             if field.type in (int, float) and not value > 0:
                 raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
+        check_hosts(self.limits.fetch_hosts)
         if not Path(self.model).is_dir():
             raise UserError(f"{self.model}: no such directory")
 

@@ -25,6 +25,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
@@ -110,14 +111,9 @@ class MediaLoader:
     Args:
       processor: makes an image's tiles and layout.
       exif: whether images are rotated as their EXIF orientation says.
-
-    Raises UserError if `limits.fetch_hosts` has something that is no host name.
     """
 
     def __init__(self, limits: Limits, processor: ImageProcessor, exif: bool):
-        for host in limits.fetch_hosts:
-            if not HOST.fullmatch(host):
-                raise UserError(f"--fetch-hosts {host!r}: give a host name in lower case, such as images.example.org")
         self.limits, self.processor = limits, processor
         self._settings = json.dumps({"processor": asdict(processor), "limits": asdict(limits), "exif": exif})
         self._tls = ssl.create_default_context() if limits.fetch_hosts else None
@@ -244,6 +240,13 @@ class MediaLoader:
         except (OSError, TimeoutError):
             pass
         raise Refused("fetch")
+
+
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raises UserError for a text that is no host name."""
+    for host in hosts:
+        if not HOST.fullmatch(host):
+            raise UserError(f"--fetch-hosts {host!r}: give a host name in lower case, such as images.example.org")
 
 
 def read_base64(url: str, start: int, max_bytes: int) -> tuple[bytes, bytes]:

@@ -235,7 +235,7 @@ def test_only_plain_https_urls_of_listed_hosts_are_looked_up(no_network, loader)
                                   "a..org", "-a.org", "a" * 64 + ".org"])
 def test_a_host_that_is_none_is_told_at_the_start(host):
     with pytest.raises(UserError, match="--fetch-hosts .*host name"):
-        MediaLoader(dataclasses.replace(LIMITS, fetch_hosts=(host,)), SMALL, False)
+        media.check_hosts((HOST, host))
 
 
 @pytest.mark.parametrize("address", [
