@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_jax import cli
-from llava_jax.endpoint.chat import Answer, AnswerLost, ChatServer
+from llava_jax.endpoint.chat import AnswerLost, ChatClient, StreamedAnswer
 from llava_jax.errors import UserError
 from llava_jax.image_files import decoding, open_header, open_image, read_image
 from llava_jax.text.templates import IMAGE, check_text
@@ -138,13 +138,13 @@ def _open(llava: "Llava", path: str) -> Any:
     return open_image(image)
 
 
-def _connect(options: Options) -> ChatServer:
+def _connect(options: Options) -> ChatClient:
     for name in ("video_frames", "template", "vision", "adapter", "quantize", "dtype"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is set where the server starts; leave it out with --server")
     if IMAGE in (options.prompt or ""):
         raise UserError(f"--prompt has {IMAGE}: with --server images come before the prompt; leave it out")
-    return ChatServer(options.server, options.model)
+    return ChatClient(options.server, options.model)
 
 
 def data_url(path: str) -> str:
@@ -172,7 +172,7 @@ def _printable(text: str) -> str:
 
 
 def _json(answer, seconds: float) -> str:
-    counts = ((answer.prompt_tokens, answer.completion_tokens) if isinstance(answer, Answer)
+    counts = ((answer.prompt_tokens, answer.completion_tokens) if isinstance(answer, StreamedAnswer)
               else (len(answer.prompt_tokens), len(answer.tokens)))
     return json.dumps({
         "text": answer.text,
@@ -187,11 +187,11 @@ class Chat:
     """Runs a conversation in the terminal. An error is printed and leaves the conversation as it was.
 
     Args:
-      model: what has the `stream` of a Llava or a ChatServer.
+      model: what has the `stream` of a Llava or a ChatClient.
       opener: opens the file of an image for the model.
     """
 
-    def __init__(self, model: "Llava | ChatServer", options: Options, opener: Callable[[str], Any] = open_image):
+    def __init__(self, model: "Llava | ChatClient", options: Options, opener: Callable[[str], Any] = open_image):
         self.model = model
         self.options = options
         self.opener = opener

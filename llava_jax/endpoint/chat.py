@@ -30,7 +30,7 @@ class AnswerLost(UserError):
 
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """A whole answer. The numbers of tokens are the server's, 0 if it sends none."""
 
     text: str = ""
@@ -39,7 +39,7 @@ class Answer:
     completion_tokens: int = 0
 
 
-class ChatServer:
+class ChatClient:
     """One model of a server. `stream` and `generate` are like `Llava`'s, with data URLs as images.
 
     Args:
@@ -68,9 +68,9 @@ class ChatServer:
             raise UserError(f"{url} names no model; name one by --model")
         self.model = model or names[0]
 
-    def generate(self, messages: Sequence[Mapping[str, Any]], images: Sequence[str] = (), **settings) -> Answer:
+    def generate(self, messages: Sequence[Mapping[str, Any]], images: Sequence[str] = (), **settings) -> StreamedAnswer:
         """Returns the answer to the last message. Raises as `stream` does."""
-        answer = Answer()
+        answer = StreamedAnswer()
         for _ in self.stream(messages, images, answer=answer, **settings):
             pass
         return answer
@@ -84,7 +84,7 @@ class ChatServer:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-        answer: Answer | None = None,
+        answer: StreamedAnswer | None = None,
     ) -> Iterator[str]:
         """Yields the text in pieces, as it is written, and fills in `answer`.
 
@@ -97,7 +97,7 @@ class ChatServer:
 
         Raises UserError, one line, if the server refuses the request, and AnswerLost if an answer breaks off.
         """
-        answer = Answer() if answer is None else answer
+        answer = StreamedAnswer() if answer is None else answer
         remaining = iter(images)
         body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                 "seed": seed, "stream": True, "stream_options": {"include_usage": True},

@@ -27,7 +27,7 @@ from llava_jax.models.quantized import store_kernel
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, PromptTooLong, encode_prompt, eos_ids_and_texts
-from llava_jax.text.literal import Literal
+from llava_jax.text.literal import LiteralText
 from llava_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llava_jax.video import Video, as_video, decode_frames, sampled_frames
 from llava_jax.weights import peft
@@ -103,7 +103,7 @@ class Llava:
         self.attention = choose_attention(attention, platform, config, dtype)
         graph, _ = abstract_params(config, dtype, self.attention)
         self._logits = jax.jit(lambda parameters, *inputs: from_params(graph, parameters)(*inputs))
-        self._literal = Literal(config.template, tokenizer)
+        self._literal = LiteralText(config.template, tokenizer)
         eos_ids, self._stop = eos_ids_and_texts(config.template, tokenizer)
         self._engine = Engine(graph, parameters, eos_ids, mesh)
 
@@ -279,7 +279,7 @@ class Llava:
 
         Args:
           messages: see `templates.read_messages`. Marks such as `<image>` or `</s>` in them are ordinary text
-            (`literal.Literal`); an image is a part {"type": "image"}.
+            (`literal.LiteralText`); an image is a part {"type": "image"}.
           layouts: layouts of the images, in order.
 
         Raises UserError for invalid messages and images that do not match them. Raises PromptTooLong for a prompt that
@@ -362,7 +362,7 @@ def _as_request(request: Request | Mapping) -> Request:
     return request if isinstance(request, Request) else Request(**request)
 
 
-def as_messages(messages: Messages, num_images: int, literal: Literal | None = None) -> list[dict[str, str]]:
+def as_messages(messages: Messages, num_images: int, literal: LiteralText | None = None) -> list[dict[str, str]]:
     """Returns messages with a mark for each image: their own, or, if they have none, before the first turn.
 
     With `literal` their text is text: marks are cut, except for `<image>` in contents that are strings. Raises

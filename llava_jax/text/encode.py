@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llava_jax.errors import UserError
-from llava_jax.text.literal import Literal
+from llava_jax.text.literal import LiteralText
 from llava_jax.text.templates import IMAGE, Span, Template, check_text, get, read_messages, spans
 from llava_jax.text.tokenizer import Tokenizer, Tokens
 
@@ -91,7 +91,7 @@ def encode_prompt(
     visual_tokens: int | Sequence[int] = 576,
     assistant_prefix: str = "",
     verbatim: bool = False,
-    literal: Literal | None = None,
+    literal: LiteralText | None = None,
 ) -> Int32[np.ndarray, "T"]:
     """Returns the tokens of a chat that ends with the assistant tag and `assistant_prefix`.
 
@@ -190,7 +190,7 @@ def tokenize_spans(rendered: Sequence[Span], tokenizer: Tokenizer) -> Tokens:
 
 
 def _encode(rendered: Sequence[Span], tokenizer: Tokenizer, visual_tokens: int | Sequence[int],
-            literal: Literal | None = None) -> Example:
+            literal: LiteralText | None = None) -> Example:
     ids, offsets = tokenize_spans(rendered, tokenizer)
     if literal is not None:
         ids, offsets = literal.drop_cuts(Tokens(ids, offsets), "".join(span.text for span in rendered))

@@ -1,8 +1,8 @@
 """Keeps what users write text: only the template writes control tokens, and only parts are images.
 
 A tokenizer reads `</s>` inside a text as the end of an answer, and a chat reads `<image>` as an image. Training does so
-as well, as the published runs did. For a prompt, `Literal` cuts such a mark in two. Its characters then become ordinary
-tokens, and no other token changes.
+as well, as the published runs did. For a prompt, `LiteralText` cuts such a mark in two. Its characters then become
+ordinary tokens, and no other token changes.
 """
 
 import re
@@ -16,7 +16,7 @@ CUT = "\ufdd0"
 """Character that cuts a mark in two, and becomes no token. Unicode keeps it free for such uses."""
 
 
-class Literal:
+class LiteralText:
     """Cuts the marks of a template and a tokenizer.
 
     Marks are `<image>`, `<video>`, the texts of control tokens, and strings of any template that are tokens. Words of a

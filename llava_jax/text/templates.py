@@ -332,7 +332,7 @@ def read_messages(
         then user and assistant alternate. A content is a string or a list of {"type": "text", "text": str} (or strings)
         and {"type": "image"} (or "image_url", "video", "video_url"), which are joined by newlines in their order, as
         training data are.
-      string, part: applied to a content that is a string, and to the text of a part (`literal.Literal.cut`).
+      string, part: applied to a content that is a string, and to the text of a part (`literal.LiteralText.cut`).
 
     Returns (system text or None, [(role, text), ...]). Raises UserError that names the message.
     """

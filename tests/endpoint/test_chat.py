@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llava_jax import generate
-from llava_jax.endpoint.chat import Answer, AnswerLost, ChatServer
+from llava_jax.endpoint.chat import AnswerLost, ChatClient, StreamedAnswer
 from llava_jax.errors import UserError
 
 KEY = "sk-0123456789abcdef"
@@ -92,11 +92,11 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 def test_a_whole_answer(server, monkeypatch):
     monkeypatch.setenv("LLAVA_JAX_API_KEY", KEY)
     server.script = [(200, {}, WHOLE)] * 2
-    chat = ChatServer(server.url + "/v1/")
+    chat = ChatClient(server.url + "/v1/")
     assert (chat.model, server.keys) == ("first", [f"Bearer {KEY}"])
     images = ["data:1", "data:2"]
     answer = chat.generate(QUESTION, images, max_new_tokens=3, temperature=0.5, stop=("x",), seed=4)
-    assert answer == Answer("aé\n", "stop", 7, 2)
+    assert answer == StreamedAnswer("aé\n", "stop", 7, 2)
     assert list(chat.stream(QUESTION, images)) == ["a", "é\n"]
     body, plain = server.asked
     image = lambda url: {"type": "image_url", "image_url": {"url": url}}  # noqa: E731
@@ -139,7 +139,7 @@ def test_an_answer_that_breaks_off_keeps_its_part(server, monkeypatch, capsys, c
 def test_refusals_are_one_line(server, status, reply, words):
     server.script = [(status, {}, [reply.encode()] if reply else [])]
     with pytest.raises(UserError) as error:
-        ChatServer(server.url).generate(QUESTION[:1], ["data:"])
+        ChatClient(server.url).generate(QUESTION[:1], ["data:"])
     assert words in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, AnswerLost)
 
 
@@ -147,17 +147,17 @@ def test_a_busy_server_is_asked_again_after_its_time(server, monkeypatch, capsys
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     server.script = [(429, {"Retry-After": "7"}, []), (429, {"Retry-After": "2"}, []), (200, {}, WHOLE)]
-    assert ChatServer(server.url).generate(QUESTION[2:], ["data:"]).text == "aé\n"
+    assert ChatClient(server.url).generate(QUESTION[2:], ["data:"]).text == "aé\n"
     assert waits == [7, 2] and "the server is busy; asking again in 7 s" in capsys.readouterr().err
     server.script = [(429, {"Retry-After": "999"}, [])]
     with pytest.raises(UserError, match="answers 429"):
-        ChatServer(server.url).generate(QUESTION[2:], ["data:"])
+        ChatClient(server.url).generate(QUESTION[2:], ["data:"])
     assert waits == [7, 2]
 
 
 def test_closing_the_stream_closes_the_connection(server):
     server.script = [(200, {}, [piece("a")] + [piece("b" * 10**6)] * 50)]
-    stream = ChatServer(server.url).stream(QUESTION[2:], ["data:"])
+    stream = ChatClient(server.url).stream(QUESTION[2:], ["data:"])
     assert next(stream) == "a"
     stream.close()
     assert server.left.wait(30)
@@ -166,7 +166,7 @@ def test_closing_the_stream_closes_the_connection(server):
 def test_the_key_is_never_shown(server, monkeypatch):
     monkeypatch.setenv("LLAVA_JAX_API_KEY", KEY)
     server.script = [(403, {}, [json.dumps({"error": {"message": f"not {KEY}"}}).encode()]), (401, {}, [])]
-    chat = ChatServer(server.url)
+    chat = ChatClient(server.url)
     with pytest.raises(UserError, match=r"answers 403: not \*\*\*"):
         chat.generate(QUESTION[2:], ["data:"])
     with pytest.raises(UserError, match="refuses the key in LLAVA_JAX_API_KEY"):
@@ -175,7 +175,7 @@ def test_the_key_is_never_shown(server, monkeypatch):
 
 def test_an_unknown_model_is_named_with_the_known(server):
     with pytest.raises(UserError, match="has no model 'third'; it has first, second"):
-        ChatServer(server.url, "third")
+        ChatClient(server.url, "third")
 
 
 def test_one_answer_as_json(server, tmp_path, capsys):

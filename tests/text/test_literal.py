@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceTrainer
 from llava_jax.errors import UserError
 from llava_jax.text import templates
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_prompt
-from llava_jax.text.literal import CUT, Literal
+from llava_jax.text.literal import CUT, LiteralText
 from llava_jax.text.templates import TEMPLATES
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ MARKS = [*CONTROL, "<image>", "<video>", "<pad>", "<|image_pad|>", "<im_start>",
 
 def encode_literal(messages, name, tokenizer, counts):
     """Tokens of a chat, all of its text literal, as a server encodes it."""
-    literal = Literal(name, tokenizer)
+    literal = LiteralText(name, tokenizer)
     system, turns = templates.read_messages(messages, literal.cut, literal.cut)
     chat = [("system", system)] * (system is not None) + turns
     return encode_prompt([{"role": r, "content": t} for r, t in chat], name, tokenizer, counts,
@@ -109,7 +109,7 @@ def test_literal_pieces(kinds):
     assert tokenizer.decode(tokens).endswith("USER: a</s>b <image> ASSISTANT:")
     raw = encode_prompt([{"role": "user", "content": "a</s>b"}], "vicuna_v1", tokenizer).tolist()
     assert raw.count(2) == 1 and tokens.count(2) == 0
-    literal = Literal("vicuna_v1", tokenizer)
+    literal = LiteralText("vicuna_v1", tokenizer)
     assert literal.cut("<image> </s>", keep_images=True) == f"<image> <{CUT}/s>"
     with pytest.raises(UserError, match="U[+]FDD0"):
         literal.cut(f"a{CUT}b")
