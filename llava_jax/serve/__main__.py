@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import ipaddress
 import logging
 import os
@@ -134,8 +135,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _listen(options: Options) -> socket.socket:
-    from llava_jax.serve.connections import listen
-
+    try:
+        from llava_jax.serve.connections import listen
+    except ModuleNotFoundError as error:
+        raise UserError(f"the {error.name} package is missing: pip install 'llava_jax[serve]'") from None
     try:
         return listen(options.host, options.port)
     except OSError as error:
@@ -182,6 +185,8 @@ async def _run(options: Options, llava: "Llava", listener: socket.socket, key: s
             await asyncio.sleep(0.05)
         if scheduler.failed:
             return
+        gc.collect()
+        gc.freeze()  # 540,000 objects of JAX and the model, which every full collection would visit for 0.3 to 1 s
         host, port = listener.getsockname()[:2]
         print(f"ready at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await failed.wait()
