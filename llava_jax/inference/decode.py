@@ -104,12 +104,13 @@ def decode(
     eos_ids: tuple[int, ...],
     layers: Sequence[LlamaBlock] | None = None,
     logprobs: bool = False,
-) -> tuple[DecodeState, Int[Array, "B C"]] | tuple[DecodeState, tuple[Array, ...]]:
+    rows: Int[Array, "R"] | None = None,
+) -> tuple[DecodeState, Int[Array, "R C"]] | tuple[DecodeState, tuple[Array, ...]]:
     """Writes up to `steps` (at most MAX_DECODE_STEPS) tokens in every slot that is `active`.
 
     The other slots become free. It stops early when no slot has tokens remaining. `layers`: see `Llama.extend`.
-    `logprobs` adds `log_probabilities` of the tokens, with an axis C after B. In a SlotCache, free slots keep their
-    bits.
+    `logprobs` adds `log_probabilities` of the tokens, with an axis C after R. In a SlotCache, free slots keep their
+    bits. `rows`: slots that are computed, the number of slots for padding, in a SlotCache; None for all.
     """
 
     def step(carry):
@@ -118,7 +119,7 @@ def decode(
         if isinstance(state.cache, SlotCache):
             length = state.cache.length
             positions = jnp.where(state.remaining > 0, state.position, length)[:, None]
-            attend = SlotAttention(positions, length)
+            attend = SlotAttention(positions, length, rows)
         x = model.decoder.embed(state.token[:, None], model.dtype)
         x, cache = model.decoder.extend(x, positions, state.cache, layers, attend)
         logits = model.decoder.logits(x[:, 0])
@@ -130,13 +131,19 @@ def decode(
         i, state, _ = carry
         return (i < steps) & jnp.any(state.remaining > 0)
 
-    state = state._replace(remaining=jnp.where(active, state.remaining, 0))
-    shape = active.shape[0], MAX_DECODE_STEPS
+    state = before = state._replace(remaining=jnp.where(active, state.remaining, 0))
+    if rows is not None:
+        fields = jax.tree.map(lambda x: x.at[rows].get(mode="fill", fill_value=0), state[1:])
+        state = DecodeState(state.cache, *fields)
+    shape = state.token.shape[0], MAX_DECODE_STEPS
     written = (jnp.full(shape, NO_TOKEN),)
     if logprobs:
         count = num_top_tokens(model.decoder.config.vocab_size)
         written += jnp.zeros(shape), jnp.zeros((*shape, count), jnp.int32), jnp.zeros((*shape, count))
     _, state, written = jax.lax.while_loop(is_unfinished, step, (0, state, written))
+    if rows is not None:
+        fields = jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), before[1:], state[1:])
+        state = DecodeState(state.cache, *fields)
     return state, written if logprobs else written[0]
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from llava_jax.errors import UserError
 from llava_jax.images import Layout
 from llava_jax.inference import decode as programs
-from llava_jax.inference.decode import MAX_DECODE_STEPS, DecodeState
+from llava_jax.inference.decode import MAX_DECODE_STEPS, NO_TOKEN, DecodeState
 from llava_jax.inference.sampling import Sampling, seed_words
 from llava_jax.inference.shapes import tile_bucket
 from llava_jax.models.llava import from_params
@@ -35,6 +35,12 @@ MAX_ROWS = 4
 
 MAX_BATCH_TOKENS = 512
 """Maximum number of padded tokens in a batch of several chunks. A longer chunk alone uses the device as well."""
+
+CPU_DECODE_ROWS = (1, 4)
+"""Numbers of slots that a CPU decodes without the others: one of 16 takes a third of the time, or less.
+
+Other devices decode all slots, so that no bit of an answer depends on its neighbours.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,10 @@ class Written:
       top_logprobs: float32 [rows, steps, 20], theirs.
     """
 
-    def __init__(self, parts: Sequence[tuple[Sequence[int], Sequence[Array]]], steps: int):
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Sequence[Array]]], rows: int, steps: int):
         """`parts`: row numbers, and arrays of these rows: tokens, and with log-probabilities the others. Padding is
-        behind the rows and `steps`."""
-        self._parts, self._steps = parts, steps
+        behind the rows and `steps`. Rows of no part wrote nothing."""
+        self._parts, self._rows, self._steps = parts, rows, steps
 
     tokens = functools.cached_property(lambda self: self._read(0))
     logprobs = functools.cached_property(lambda self: self._read(1))
@@ -93,9 +99,11 @@ class Written:
     def _read(self, index: int) -> np.ndarray | None:
         if index >= len(self._parts[0][1]):
             return None
-        order = np.argsort([row for rows, _ in self._parts for row in rows])
-        return np.concatenate([np.asarray(arrays[index])[: len(rows), : self._steps]
-                               for rows, arrays in self._parts])[order]
+        parts = [(list(rows), np.asarray(arrays[index])[: len(rows), : self._steps]) for rows, arrays in self._parts]
+        result = np.full((self._rows, *parts[0][1].shape[1:]), NO_TOKEN, parts[0][1].dtype)
+        for rows, part in parts:
+            result[rows] = part
+        return result
 
 
 class SlotEngine:
@@ -116,7 +124,7 @@ class SlotEngine:
       slots: number of slots.
       context: maximum number of tokens of a prompt and its answer.
       max_chunk: maximum number of tokens of a chunk.
-      max_rows: maximum number of chunks of a call.
+      max_rows: number of chunks that are computed at once. A call with more is several batches.
     """
 
     max_rows = MAX_ROWS
@@ -142,6 +150,8 @@ class SlotEngine:
         self.slots, self.context = slots, min(context, text.max_length)
         self._chunk_sizes = [size for size in CHUNK_TOKENS if size < 2 * self.context]
         self.max_chunk = self._chunk_sizes[-1]
+        few = () if self._layers is None else CPU_DECODE_ROWS
+        self._decode_rows = [count for count in few if count < slots] + [slots]
         self._jit(engine.graph, engine.eos_ids)
         self._dtype = jnp.dtype(llava.dtype)
         self._no_visual = {
@@ -172,9 +182,9 @@ class SlotEngine:
             model, layers = build(parameters, layers, adapters)
             return programs.write_chunks(model, state, *inputs, eos_ids, layers)
 
-        def decode(parameters, layers, adapters, state, active, steps, logprobs):
+        def decode(parameters, layers, adapters, state, active, steps, logprobs, rows):
             model, layers = build(parameters, layers, adapters)
-            return programs.decode(model, state, active, steps, eos_ids, layers, logprobs)
+            return programs.decode(model, state, active, steps, eos_ids, layers, logprobs, rows)
 
         def features(parameters, tiles, adapter):
             model = from_params(graph, parameters)
@@ -251,7 +261,7 @@ class SlotEngine:
             for i in range(0, len(members), rows):
                 part = members[i : i + rows]
                 parts.append((part, self._run_write([chunks[row] for row in part], rows, size, logprobs)))
-        return Written(parts, 1)
+        return Written(parts, len(chunks), 1)
 
     def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> list[Array]:
         slots, starts = np.full(rows, self.slots, np.int32), np.zeros(rows, np.int32)
@@ -297,22 +307,27 @@ class SlotEngine:
         An answer ends at an end token, or after its `max_new_tokens`. The answer in a slot that is not active ends too.
         Calls with up to 16 steps return that many columns.
         """
+        slots = np.flatnonzero(active)
+        count = self.slots if logprobs else next(count for count in self._decode_rows if count >= len(slots))
+        rows = None if count == self.slots else np.append(slots, [self.slots] * (count - len(slots))).astype(np.int32)
+        adapters = self._adapters if rows is None else np.append(self._adapters, 0)[rows]
         with self._on_mesh():
-            self._state, written = self._decode(self._parameters, self._layer_arrays, self._selected(self._adapters),
-                                                self._state, np.array(active), np.int32(steps), logprobs)
-        return Written([(range(self.slots), written if logprobs else [written])], steps)
+            self._state, written = self._decode(self._parameters, self._layer_arrays, self._selected(adapters),
+                                                self._state, np.array(active), np.int32(steps), logprobs, rows)
+        owners = range(self.slots) if rows is None else slots
+        return Written([(owners, written if logprobs else [written])], self.slots, steps)
 
     def warm_up(self, report: Callable[[int, int, str], None]) -> None:
         """Compiles every program. `report` gets the number of finished programs, that of all, and the next one's
         name."""
-        processor, nothing = self._processor, np.zeros(self.slots, bool)
+        processor = self._processor
         counts = {1} | {1 + width * height // processor.size**2 for width, height in processor.pinpoints}
         calls = [(f"tower, {count} tiles", lambda count=count: self._run_features(
             np.zeros((1, count, processor.size, processor.size, 3), np.uint8), 0))
             for count in sorted(set(map(tile_bucket, counts)))]
-        for logprobs in (False, True):
-            calls.append((f"decode{', log-probabilities' * logprobs}",
-                          lambda logprobs=logprobs: self.decode(nothing, 1, logprobs)))
+        calls += [(f"decode, {rows} slots", lambda rows=rows: self.decode(np.arange(self.slots) < rows, 1))
+                  for rows in self._decode_rows]
+        calls.append(("decode, log-probabilities", lambda: self.decode(np.zeros(self.slots, bool), 1, True)))
         # With visual features of its own, and with the stored zeros.
         empty = Chunk(self.slots, 0, np.zeros(1, np.int32), np.zeros((0, 1), np.float32))
         calls += [(f"prompts, {rows} x {size} tokens", lambda rows=rows, size=size: [

@@ -281,7 +281,7 @@ class Scheduler:
         length = self._engine.max_chunk // (1, 1, 2, 4)[min(len(ready), 3)]
         chunks, jobs, budget, self._image_budget = [], [], self._engine.max_chunk, self._engine.max_chunk
         for running in ready:
-            if min(budget, self._image_budget) <= 0 or len(chunks) == self._engine.max_rows:
+            if min(budget, self._image_budget) <= 0:
                 break
             try:
                 chunks.append(self._chunk(running, length))

@@ -283,7 +283,8 @@ def test_nothing_compiles_after_the_warm_up(tokenizer):
                     chunks = [Chunk(slot, 96 - size, np.full(size, 5), None, SlotRequest(4, 0.5, 0.9, 3))
                               for slot in range(count)]
                     assert engine.write(chunks, logprobs=logprobs).tokens.shape == (count, 1)
-                assert engine.decode(np.ones(5, bool), count, logprobs).tokens.shape == (5, count)
+                for active in (np.ones(5, bool), np.arange(5) < count):
+                    assert engine.decode(active, count, logprobs).tokens.shape == (5, count)
         engine.copy(1, 4, 100)
         engine.reset()
         engine.decode(np.zeros(5, bool))

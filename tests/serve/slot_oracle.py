@@ -84,7 +84,7 @@ class SlotOracle:
       failures: exceptions by name of the call, each raised once after the state is broken.
     """
 
-    max_chunk, max_rows = 16, 4
+    max_chunk = 16
 
     def __init__(self, slots: int = 4, context: int = 96):
         self.slots, self.context, self.log, self.failures = slots, context, [], {}
@@ -112,7 +112,7 @@ class SlotOracle:
     def write(self, chunks: list[Chunk], adapters=None, logprobs=False) -> Written:
         self.log.append(("write", [chunk.slot for chunk in chunks], [len(chunk.tokens) for chunk in chunks]))
         self._fail("write")
-        assert 0 < len(chunks) <= self.max_rows and len({chunk.slot for chunk in chunks}) == len(chunks)
+        assert chunks and len({chunk.slot for chunk in chunks}) == len(chunks)
         tokens = np.full((len(chunks), 1), NO_TOKEN, np.int32)
         for row, (chunk, adapter) in enumerate(zip(chunks, adapters or [0] * len(chunks), strict=True)):
             slot, visual = chunk.slot, iter(() if chunk.visual is None else chunk.visual[:, 0].tolist())
@@ -157,4 +157,4 @@ class SlotOracle:
     def _written(tokens, logprobs) -> Written:
         top = np.stack([tokens, *[np.zeros_like(tokens)] * 19], axis=-1)
         arrays = [tokens, -tokens / 100, top, -top / 100] if logprobs else [tokens]
-        return Written([(range(len(tokens)), arrays)], tokens.shape[1])
+        return Written([(range(len(tokens)), arrays)], *tokens.shape)
