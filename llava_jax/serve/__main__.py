@@ -41,8 +41,8 @@ log = logging.getLogger("llava_jax.serve")
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of the command line."""
+class ServeOptions:
+    """ServeOptions of the command line."""
 
     model: tyro.conf.Positional[str]
     """Directory of the model."""
@@ -121,7 +121,7 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line until a signal; returns 0, or 1 if the device was lost. Raises UserError."""
     args = sys.argv[1:] if args is None else args
-    options = cli.parse(Options, args, prog="python -m llava_jax.serve", description=HELP)
+    options = cli.parse(ServeOptions, args, prog="python -m llava_jax.serve", description=HELP)
     options.check()
     adapters = options.adapters()
     key = os.environ.get(KEY) or None
@@ -134,7 +134,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return asyncio.run(_run(options, _load(options, adapters), listener, key))
 
 
-def _listen(options: Options) -> socket.socket:
+def _listen(options: ServeOptions) -> socket.socket:
     try:
         from llava_jax.serve.connections import listen
     except ModuleNotFoundError as error:
@@ -146,7 +146,7 @@ def _listen(options: Options) -> socket.socket:
         raise UserError(f"--host {options.host} --port {options.port}: {reason}; choose others") from error
 
 
-def _load(options: Options, adapters: dict[str, str]) -> "Llava":
+def _load(options: ServeOptions, adapters: dict[str, str]) -> "Llava":
     from llava_jax import load
     from llava_jax.parallel.sharding import make_mesh
 
@@ -159,7 +159,7 @@ def _load(options: Options, adapters: dict[str, str]) -> "Llava":
     return llava
 
 
-async def _run(options: Options, llava: "Llava", listener: socket.socket, key: str | None) -> int:
+async def _run(options: ServeOptions, llava: "Llava", listener: socket.socket, key: str | None) -> int:
     """Serves until a signal, and returns the exit code."""
     from llava_jax.inference.slots import SlotEngine
     from llava_jax.serve import metrics

@@ -30,7 +30,7 @@ from llava_jax.serve.errors import ApiError
 from llava_jax.serve.exchange import HANDLERS, Exchange
 from llava_jax.serve.jobs import Job, PreparedImage
 from llava_jax.serve.limits import Limits
-from llava_jax.serve.protocol import ChatRequest, ignored_header, parse_chat, parse_json
+from llava_jax.serve.protocol import CompletionRequest, ignored_header, parse_chat, parse_json
 from llava_jax.text.encode import IMAGE_TOKEN_ID, PromptTooLong
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class ChatServer:
             raise ApiError(408, f"The body did not arrive within {self._limits.receive_seconds:g} seconds.") from None
         return bytes(body)
 
-    async def _prepare(self, chat: ChatRequest) -> tuple[list[PreparedImage], np.ndarray]:
+    async def _prepare(self, chat: CompletionRequest) -> tuple[list[PreparedImage], np.ndarray]:
         """Returns the images and the tokens of a request. Raises ApiError 400, and 503 if the request's time ends."""
         self._preparing += 1
         loads = [asyncio.ensure_future(self._media.load(url, param, len(chat.images))) for url, param in chat.images]
@@ -260,7 +260,7 @@ class ChatServer:
             for index in range(chat.n)]
         self._scheduler.submit(*answers.jobs)
 
-    def _encode(self, chat: ChatRequest, images: list[PreparedImage]) -> np.ndarray:
+    def _encode(self, chat: CompletionRequest, images: list[PreparedImage]) -> np.ndarray:
         """Returns the prompt's tokens. Raises ApiError 400 if they leave no room for an answer."""
         try:
             tokens = self._llava.encode_chat(chat.messages, [image.layout for image in images])

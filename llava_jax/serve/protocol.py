@@ -41,7 +41,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 @dataclass(frozen=True)
-class ChatRequest:
+class CompletionRequest:
     """A checked request.
 
     Attributes:
@@ -85,7 +85,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)  # NaN and Infinity are no JSON
 
 
-def parse_chat(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
+def parse_chat(body: Mapping[str, Any], limits: Limits) -> CompletionRequest:
     """Returns the checked request of POST /v1/chat/completions. Raises ApiError 400 that names the field.
 
     `temperature` is 0 by default, as in `Llava.generate`; OpenAI's default is 1.
@@ -104,7 +104,7 @@ def parse_chat(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
     if options is not None and not isinstance(options, dict):
         raise ApiError(400, "stream_options must be an object.", "stream_options")
     top_p = _number(body, "top_p", 1.0, 0, 1)
-    return ChatRequest(
+    return CompletionRequest(
         model=None if body.get("model") is None else _text(body["model"], "model"),
         messages=messages,
         images=images,
