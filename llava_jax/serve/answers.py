@@ -73,8 +73,8 @@ class Answers:
       cancel: tells the scheduler that nobody waits for a job any more.
     """
 
-    def __init__(self, chat: protocol.CompletionRequest, model: str, request_id: str, token_bytes: Callable[[int], bytes],
-                 cancel: Callable[[Job], None]):
+    def __init__(self, chat: protocol.CompletionRequest, model: str, request_id: str,
+                 token_bytes: Callable[[int], bytes], cancel: Callable[[Job], None]):
         self.chat = chat
         self.jobs: list[Job] = []
         self.finished: dict[int, Finished] = {}
