@@ -1,1 +1,1 @@
-"""Generates and scores text: prefill, insert and decode with a key-value cache, and the public `Llava`."""
+"""Generates and scores text: prefill and decode with a key-value cache, and the public `Llava`."""

@@ -84,18 +84,6 @@ def extend(
     return _write_first(model, hidden, lengths, cache, start + lengths, max_new_tokens, sampling, eos_ids)
 
 
-def insert(state: DecodeState, prefix: DecodeState, slots: Int[Array, "B"], length_axis: int = 2) -> DecodeState:
-    """Copies the rows of `prefix` into `slots`; a row whose slot is out of range is dropped.
-
-    The cache of `prefix` may be shorter than that of `state`. `length_axis`: axis of positions in the caches.
-    """
-    positions = (slice(None),) * (length_axis - 2) + (slice(prefix.cache[0].shape[length_axis]),)
-    cache = tuple(old.at[:, slots, *positions].set(new, mode="drop")
-                  for old, new in zip(state.cache, prefix.cache, strict=True))
-    fields = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state[1:], prefix[1:])
-    return DecodeState(cache, *fields)
-
-
 def decode(
     model: LlavaModel,
     state: DecodeState,

@@ -1,4 +1,4 @@
-"""Jits prefill, insert and decode of one model, for prompts of any length."""
+"""Jits prefill and decode of one model, for prompts of any length that start together."""
 
 import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -40,19 +40,20 @@ class Prompt:
 
 
 class Engine:
-    """Generates answers with one model, in the slots of a decode state.
+    """Generates answers to prompts that start together. `SlotEngine` (slots.py) is the other engine, of a server.
 
-        prefix, tokens = engine.prefill([prompt])                # one row, and its first token [1, 1]
-        state = engine.insert(state, prefix, [3])                # the row's answer continues in slot 3
-        state, tokens = engine.decode(state, active, steps=16)   # tokens [slots, 16], NO_TOKEN where none was written
+        state, tokens = engine.prefill(prompts)                  # a row for each prompt, and its first token [B, 1]
+        state, tokens = engine.decode(state, active, steps=16)   # tokens [B, 16], NO_TOKEN where none was written
 
-    A request may be inserted between any two calls of `decode`. A slot is free once its answer has ended, or once
-    `active` is False for it. What `prefill` returns is a decode state too: requests that start together are decoded in
-    it without `insert`.
+    A row ends with its answer, or once `active` is False for it.
 
     All shapes are rounded up: rows to powers of two, tile slots by `tile_bucket`, lengths to 2^k or 3 * 2^k from 64 on.
     `prefill` is compiled once for each (rows, prompt length, tile slots, cache length), and `decode` once for each
-    (slots, cache length).
+    (rows, cache length).
+
+    Attributes:
+      graph: structure of the model (`to_params`).
+      layers: on one CPU the decoder's layers one by one, as views of the stacked ones; otherwise None.
     """
 
     def __init__(self, graph: nnx.GraphDef, parameters: Parameters, eos_ids: Iterable[int],
@@ -80,16 +81,12 @@ class Engine:
             state, tokens = programs.extend(from_params(graph, parameters), prefix, *inputs, self.eos_ids, length)
             return self._swap_cache(state), tokens
 
-        def insert(state, prefix, slots):
-            return programs.insert(state, prefix, slots, self._length_axis), ()
-
         def decode(parameters, layers, state, active, steps):
             return programs.decode(from_params(graph, parameters), state, active, steps, self.eos_ids, layers)
 
         self._prefill = jax.jit(prefill, static_argnames="length", **self._layouts)
         self._extend = jax.jit(extend, static_argnames="length", **self._layouts)
         # The cache is donated, so that a step updates it in place.
-        self._insert = jax.jit(insert, donate_argnames="state", **self._layouts)
         self._decode = jax.jit(decode, donate_argnames="state", **self._layouts)
         self._score = jax.jit(lambda parameters, *inputs: log_probabilities(from_params(graph, parameters), *inputs))
 
@@ -102,21 +99,6 @@ class Engine:
     def parameters(self, parameters: Parameters) -> None:
         self._parameters = jax.tree.map(jnp.asarray, parameters)
         self.layers = unstack_on_cpu(self._model().decoder.layers)
-        self._length_axis = 2 if self.layers is None else 3
-
-    def empty_state(self, slots: int, length: int) -> DecodeState:
-        """Returns a state of free slots for prompts and answers of together `length` tokens, both rounded up."""
-        slots, length, model = self._rows(slots), length_bucket(length), self._model()
-        config = model.decoder.config
-
-        def zeros() -> tuple[DecodeState, tuple]:
-            shape = (config.num_layers, slots, length, config.num_kv_heads, config.head_dim)
-            cache = tuple(jnp.zeros(shape, model.dtype) for _ in range(2))
-            free = jnp.zeros(slots, jnp.int32)
-            sampling = Sampling(jnp.zeros((slots, 2), jnp.uint32), jnp.zeros(slots), jnp.ones(slots))
-            return self._swap_cache(DecodeState(cache, free, free, free, sampling)), ()
-
-        return jax.jit(zeros, **self._layouts)()[0]
 
     def prefill(self, prompts: Sequence[Prompt], rows: int = 1,
                 length: int | None = None) -> tuple[DecodeState, Int[Array, "B 1"]]:
@@ -147,19 +129,6 @@ class Engine:
         prefix_rows[: len(prompts)] = [list(owners).index(prompt.prefix_key) for prompt in prompts]
         further = pad_tokens([prompt.tokens[prompt.prefix_length :] for prompt in prompts], rows, short_bucket)
         return self._extend(self.parameters, prefix, prefix_rows, *further, *_settings(prompts, rows), length=length)
-
-    def insert(self, state: DecodeState, prefix: DecodeState, slots: Sequence[int]) -> DecodeState:
-        """Moves the first rows of `prefix` into `slots` of `state`, which is donated. Other slots keep their bits.
-
-        Raises ValueError if the cache of `prefix` is longer than that of `state`.
-        """
-        if prefix.cache[0].shape[self._length_axis] > state.cache[0].shape[self._length_axis]:
-            raise ValueError("the prompt is longer than the cache of the state")
-        count = len(state.token)
-        padded = np.full(len(prefix.token), count, np.int32)  # out of range: dropped
-        padded[: len(slots)] = slots
-        with self._on_mesh():
-            return self._insert(state, prefix, padded)[0]
 
     def decode(self, state: DecodeState, active: Sequence[bool],
                steps: int = MAX_DECODE_STEPS) -> tuple[DecodeState, Int[Array, "B C"]]:

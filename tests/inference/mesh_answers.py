@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -11,24 +12,28 @@ import llava_jax
 from llava_jax import config
 from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.llava import Request
+from llava_jax.inference.slots import Chunk, SlotEngine, SlotRequest
 from llava_jax.parallel import sharding
+from llava_jax.text.encode import IMAGE_TOKEN_ID
 
 
-def inserted(llava, requests) -> list[list[int]]:
-    """The tokens of requests that are inserted one after the other, with a decode step between them."""
-    engine, answers = llava._engine, []
-    state, rows = engine.empty_state(4, 128), [[] for _ in range(4)]
-    for slot, request in zip((3, 0), requests, strict=True):
-        prompt = llava._prompt(request, *llava._encode(request), llava._tiles(request.images))
-        prefix, first = engine.prefill([prompt])
-        rows[slot] += np.asarray(first)[0].tolist()
-        state = engine.insert(state, prefix, [slot])
-        state, tokens = engine.decode(state, [True] * 4, steps=2)
-        answers.append(np.asarray(tokens))
-    answers.append(np.asarray(engine.decode(state, [True] * 4)[1]))
-    for slot in (3, 0):
-        rows[slot] += [int(token) for tokens in answers for token in tokens[slot] if token != NO_TOKEN]
-    return [rows[3], rows[0]]
+def in_slots(llava, requests, cache_dtype) -> list[list[int]]:
+    """The tokens of requests that join the slots of a server one after the other, with a decode step between them."""
+    engine, slots = SlotEngine(llava, 4, 128, cache_dtype), (3, 0)
+    rows = [[] for _ in range(4)]
+    for slot, request in zip(slots, requests, strict=True):
+        tokens, [layout] = llava._encode(request)
+        features = engine.encode_image(llava._tiles(request.images), layout)
+        count = int((tokens[:7] == IMAGE_TOKEN_ID).sum())
+        engine.write([Chunk(slot, 0, tokens[:7], features[:count])])
+        last = Chunk(slot, 7, tokens[7:], features[count:], SlotRequest(request.max_new_tokens))
+        rows[slot] += engine.write([last]).tokens[0].tolist()
+        for row, written in zip(rows, engine.decode(np.ones(4, bool), 2).tokens.tolist(), strict=True):
+            row += written
+    engine.copy(3, 1, 20)
+    for row, written in zip(rows, engine.decode(np.ones(4, bool), 8).tokens.tolist(), strict=True):
+        row += written
+    return [[token for token in rows[slot] if token != NO_TOKEN] for slot in slots]
 
 
 def main(out: str, model: str, *meshes: str) -> None:
@@ -38,13 +43,20 @@ def main(out: str, model: str, *meshes: str) -> None:
         requests.append(Request(f"What is thing {i}?", images, max_new_tokens=8))
     found = {}
     for sizes in meshes:
-        mesh = None if sizes == "none" else sharding.make_mesh(config.Mesh(*map(int, sizes.split(","))))
+        mesh = None
+        if sizes != "none":
+            axes = config.Mesh(*map(int, sizes.split(",")))
+            mesh = sharding.make_mesh(axes, jax.devices()[: axes.data * axes.fsdp * axes.tensor])
         llava = llava_jax.load(model, "float32", mesh=mesh)
+        found[sizes] = {"slots": {str(name): in_slots(llava, requests[:2], name) for name in (None, "int8")}
+                        } if mesh is None or mesh.shape["tensor"] == mesh.size else {}
+        if mesh is not None and found[sizes]:
+            continue
         answers = llava.batch(requests, batch_size=4)
         devices = {len(x.sharding.device_set) for x in llava.parameters.values()}
         shares = min(x.addressable_shards[0].data.size / x.size for x in llava.parameters.values())
-        found[sizes] = {
-            "tokens": [answer.tokens for answer in answers], "inserted": inserted(llava, requests[:2]),
+        found[sizes] |= {
+            "tokens": [answer.tokens for answer in answers],
             "likelihoods": [llava.log_likelihood(request, ["Yes", "No, it is not"]) for request in requests[:1]],
             "int8": llava_jax.load(model, "float32", mesh=mesh, quantize="int8").generate(
                 "What is it?", requests[0].images, max_new_tokens=8).tokens,

@@ -31,11 +31,12 @@ def test_a_mesh_answers_as_one_device(model_dir, tmp_path):
     runpy.run_path(str(SCRIPT))["main"](tmp_path / "one", model_dir, "none")  # here, where there is one device
     one = json.loads((tmp_path / "one").read_text())["none"]
     assert len({tuple(tokens) for tokens in one["tokens"]}) == 5
-    eight = answers(tmp_path / "eight", model_dir, "2,2,2")
+    eight = answers(tmp_path / "eight", model_dir, "2,2,2", "1,1,2")
+    assert eight.pop("1,1,2")["slots"] == one["slots"]
+    assert one["slots"]["None"] == one["tokens"][:2]
     for sizes, found in eight.items():
         assert found["tokens"] == one["tokens"], sizes
         assert found["int8"] == one["int8"]
-        assert found["inserted"] == one["inserted"] == one["tokens"][:2]
         np.testing.assert_allclose(found["likelihoods"], one["likelihoods"], atol=1e-3)
         assert found["devices"] == [8]
     assert [found["smallest_share"] for found in eight.values()] == [1 / 4]

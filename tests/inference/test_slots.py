@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
 from llava_jax.models.slot_cache import BLOCK, SlotAttention, SlotCache
 from llava_jax.models.vit import VisionConfig
+from llava_jax.parallel.sharding import AXES
 
 SLOTS = 16
 
@@ -249,6 +251,24 @@ def test_an_int8_cache_changes_logits_little(llava, engine, pictures):
     assert int8._state.cache.keys.dtype == jnp.int8
 
 
+@pytest.mark.slow
+def test_in_bfloat16_only_the_chunks_of_a_prompt_matter(model_dir, pictures, capsys):
+    llava, rng = load(model_dir, "bfloat16"), np.random.default_rng(0)
+    engine, requests = SlotEngine(llava, SLOTS, 512), []
+    requests = [random_request(rng, number, pictures) for number in range(300)]
+    prompts = [chunks_of(llava, engine, request) for request in requests]
+    alone = [run(engine, chunks) for chunks in prompts]
+    assert serve(engine, prompts, rng)[0] == alone
+    prompts = [chunks_of(llava, engine, request, sizes=rng.integers(1, 60, rng.integers(0, 4)).tolist())
+               for request in requests]
+    other = [answer != expected for answer, expected in zip(serve(engine, prompts, rng)[0], alone, strict=True)]
+    batch = [answer.tokens != expected for answer, expected in zip(llava.batch(requests, 16), alone, strict=True)]
+    with capsys.disabled():
+        print(f"\nbfloat16, {len(alone)} answers of {np.mean(list(map(len, alone))):.0f} tokens: {sum(other)} differ "
+              f"with other chunks, {sum(batch)} in Llava.batch")
+    assert sum(other) < 60
+
+
 @contextlib.contextmanager
 def compilations():
     """The programs that XLA compiles meanwhile."""
@@ -303,9 +323,12 @@ def test_a_chunk_that_does_not_fit_is_refused(engine, chunk):
         engine.write([chunk])
 
 
-def test_an_unknown_dtype_is_refused(llava):
+def test_an_unknown_dtype_and_a_mesh_with_data_axes_are_refused(llava):
     with pytest.raises(UserError, match="int4"):
         SlotEngine(llava, 1, 64, "int4")
+    mesh = jax.sharding.AbstractMesh((2, 1, 2), AXES)
+    with pytest.raises(UserError, match="mesh: a server's slots need a mesh of the tensor axis alone"):
+        SlotEngine(SimpleNamespace(engine=SimpleNamespace(mesh=mesh, layers=None)), 1, 64)
 
 
 def test_slots_have_their_own_adapters(model_dir, hf_model, llava, engine, pictures, tmp_path):
