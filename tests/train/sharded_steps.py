@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from llava_jax import config
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, abstract_params, init_params
+from llava_jax.models.quantized import store_kernel
 from llava_jax.models.vit import VisionConfig
 from llava_jax.parallel import sharding
 from llava_jax.parallel.processes import initialize
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 from llava_jax.train.optimizer import make_optimizer, trainable_paths
-from llava_jax.train.parameters import store_kernel
 from llava_jax.train.step import init_state, make_train_step
 
 MODEL = LlavaConfig(
