@@ -9,6 +9,7 @@ import asyncio
 import binascii
 import contextlib
 import hashlib
+import importlib
 import ipaddress
 import json
 import logging
@@ -255,18 +256,19 @@ def read_base64(url: str, start: int, max_bytes: int) -> tuple[bytes, bytes]:
         text = url.encode("ascii")[start:].translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n")
     except UnicodeEncodeError:
         raise Refused("base64") from None
-    body = text.rstrip(b"=")
-    if not body:
+    length = len(text) - (len(text[-3:]) - len(text[-3:].rstrip(b"=")))
+    if not length:
         raise Refused("empty")
-    if len(body) * 3 // 4 > max_bytes:
+    if length * 3 // 4 > max_bytes:
         raise Refused("bytes")
-    padding = b"=" * (-len(body) % 4)
-    if b"=" in body or text[len(body):] not in (b"", padding):
+    padding = b"=" * (-length % 4)
+    if text[length:] not in (b"", padding) or text.find(b"=", 0, length) >= 0:
         raise Refused("base64")
-    body += padding
+    last, view = (length - 1) // BASE64_PIECE * BASE64_PIECE, memoryview(text)
+    pieces = [view[start : start + BASE64_PIECE] for start in range(0, last, BASE64_PIECE)]
     try:
-        pieces = (body[start : start + BASE64_PIECE] for start in range(0, len(body), BASE64_PIECE))
-        content = b"".join(binascii.a2b_base64(piece, strict_mode=True) for piece in pieces)
+        content = b"".join(binascii.a2b_base64(piece, strict_mode=True)
+                           for piece in (*pieces, text[last:length] + padding))
     except binascii.Error:
         raise Refused("base64") from None
     return content, hashlib.sha256(content).digest()
@@ -431,6 +433,8 @@ def main() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # decoders print on them
         os.dup2(null, stream)
+    for name in ("Jpeg", "Png", "WebP", "Gif"):  # otherwise PIL imports all its plugins for the first image
+        importlib.import_module(f"PIL.{name}ImagePlugin")
     pixels = settings["limits"]["image_pixels"]
     Image.MAX_IMAGE_PIXELS = pixels
     warnings.simplefilter("error", Image.DecompressionBombWarning)
