@@ -36,7 +36,7 @@ MAX_ROWS = 4
 MAX_BATCH_TOKENS = 512
 """Maximum number of padded tokens in a batch of several chunks. A longer chunk alone uses the device as well."""
 
-CPU_DECODE_ROWS = (1, 4)
+CPU_DECODE_ROWS = (1, 4, 8)
 """Numbers of slots that a CPU decodes without the others: one of 16 takes a third of the time, or less.
 
 Other devices decode all slots, so that no bit of an answer depends on its neighbours.
