@@ -18,6 +18,8 @@ import dataclasses
 import itertools
 import json
 import os
+import platform
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ from serve_load import Connection, Reply, Server, image_part, marked, own_server
 
 QUESTION = "Describe the image in detail."
 CONTEXT = 512
+MIN_REQUESTS = 8
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
     parser.add_argument("--size", help="measure a random model of this size instead (bench_models.py)")
     parser.add_argument("--clients", default="1,8,32,64", help="numbers of clients")
     parser.add_argument("--mixes", default="text,image", help="kinds of requests: text, image")
-    parser.add_argument("--requests", type=int, default=4, help="number of requests of each client")
+    parser.add_argument("--requests", type=int, default=4, help="number of requests of each client; at least 8 in all")
     parser.add_argument("--tokens", type=int, default=64, help="maximum number of tokens of an answer")
     parser.add_argument("--rounds", type=int, default=3, help="number of measurements")
     parser.add_argument("--slots", type=int, default=32, help="slots of the server")
@@ -59,7 +62,9 @@ def machine() -> str:
     from importlib.metadata import version
 
     packages = ("jax", "torch", "transformers", "starlette", "uvicorn")
-    return (f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return (f"{os.cpu_count()} cores of {model.group(1) if model else platform.machine()}, load "
+            f"{os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
             + ", ".join(f"{package} {version(package)}" for package in packages))
 
 
@@ -79,7 +84,7 @@ def compare(model: Path, args: argparse.Namespace) -> None:
                 results = {server.name: [] for server in servers}
                 for _ in range(args.rounds):
                     number += 1
-                    bodies = requests(clients * args.requests, args, mix, files, number)
+                    bodies = requests(max(clients * args.requests, MIN_REQUESTS), args, mix, files, number)
                     for server in servers:
                         results[server.name].append(asyncio.run(drive(server, bodies, clients)))
                     check(*(results[server.name][-1].replies for server in servers))
