@@ -77,23 +77,24 @@ def compare(model: Path, args: argparse.Namespace) -> None:
         files, number = pictures(args.pictures), 0
         for server in servers:  # the first requests of transformers take longer
             asyncio.run(drive(server, [requests(1, args, mix, files, 0)[0] for mix in ("text", "image")] * 2, 1))
-        print("| requests | clients | server | requests/s | tokens/s | first token, ms | between pieces, ms | client |")
-        print("|---|---|---|---|---|---|---|---|")
+        names = [server.name for server in servers]
+        print(f"Latencies: p50 / p95 / p99. Rates: {' / '.join(names)}.")
+        columns = ["requests", "clients", "requests/s", "tokens/s"]
+        columns += [f"{what}, ms, {name}" for what in ("first token", "between pieces") for name in names]
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        shares = []
         for mix in args.mixes.split(","):
             for clients in map(int, args.clients.split(",")):
-                results = {server.name: [] for server in servers}
+                results = [[] for _ in servers]
                 for _ in range(args.rounds):
                     number += 1
                     bodies = requests(max(clients * args.requests, MIN_REQUESTS), args, mix, files, number)
-                    for server in servers:
-                        results[server.name].append(asyncio.run(drive(server, bodies, clients)))
-                    check(*(results[server.name][-1].replies for server in servers))
-                rates = {name: np.median([result.tokens_per_second for result in rounds])
-                         for name, rounds in results.items()}
-                for name, rounds in results.items():
-                    ratio = f" ({rates[name] / rates['transformers']:.1f} x)" if "transformers" in rates else ""
-                    print(f"| {mix} | {clients} | {name} | {row(rounds, ratio if name == 'llava_jax' else '')} |",
-                          flush=True)
+                    for server, rounds in zip(servers, results, strict=True):
+                        rounds.append(asyncio.run(drive(server, bodies, clients)))
+                    check(*(rounds[-1].replies for rounds in results))
+                print(f"| {mix} | {clients} | {' | '.join(cells(results))} |", flush=True)
+                shares += [result.cpu_seconds / result.seconds for result in results[0]]
+        print(f"the client took up to {max(shares):.0%} of a core")
     finally:
         for server in servers:
             server.stop()
@@ -196,17 +197,18 @@ def check(ours: Sequence[Reply], theirs: Sequence[Reply] = ()) -> None:
         raise SystemExit(f"{len(differing)} of {len(ours)} answers differ, such as {differing[0]}")
 
 
-def row(rounds: Sequence[Result], ratio: str) -> str:
-    """Returns the cells of a server: medians of rounds, latencies of all rounds together."""
-    replies = [reply for result in rounds for reply in result.replies]
-    first = [reply.times[0] for reply in replies if reply.times]
-    between = [gap for reply in replies for gap in np.diff(reply.times)]
-    cells = [f"{np.median([len(result.replies) / result.seconds for result in rounds]):,.1f}",
-             f"{np.median([result.tokens_per_second for result in rounds]):,.0f}{ratio}"]
-    for seconds in (first, between):
-        cells.append(" / ".join(f"{1000 * x:,.1f}" for x in np.percentile(seconds or [0], (50, 95, 99))))
-    share = sum(result.cpu_seconds for result in rounds) / sum(result.seconds for result in rounds)
-    return " | ".join([*cells, f"{share:.0%}"])
+def cells(results: Sequence[Sequence[Result]]) -> list[str]:
+    """Returns the cells of a row for each server's rounds: medians of rates, and latencies of all rounds together."""
+    rates = [np.median([result.tokens_per_second for result in rounds]) for rounds in results]
+    requests_per_second = [np.median([len(result.replies) / result.seconds for result in rounds]) for rounds in results]
+    ratio = f" ({rates[0] / rates[1]:.1f} x)" if len(rates) == 2 else ""
+    replies = [[reply for result in rounds for reply in result.replies] for rounds in results]
+    first = [[reply.times[0] for reply in found if reply.times] for found in replies]
+    between = [[gap for reply in found for gap in np.diff(reply.times)] for found in replies]
+    return [" / ".join(f"{x:,.1f}" if x < 10 else f"{x:,.0f}" for x in requests_per_second),
+            " / ".join(f"{x:,.0f}" for x in rates) + ratio,
+            *(" / ".join(f"{1000 * x:,.0f}" for x in np.percentile(seconds or [0], (50, 95, 99)))
+              for seconds in first + between)]
 
 
 def random_model(size: str, folder: Path) -> Path:
