@@ -183,7 +183,9 @@ class ChatServer:
             preparing = asyncio.create_task(self._prepare(chat))
             watch.add_done_callback(lambda _: preparing.cancel())
             try:
-                self._submit(request, answers, adapter, *await preparing)
+                prepared = await preparing
+                answers.check_client()  # it may have left when the task was done already
+                self._submit(request, answers, adapter, *prepared)
             except BaseException:
                 watch.cancel()
                 answers.check_client()  # it has left, and so cancelled the task

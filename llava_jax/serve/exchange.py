@@ -39,12 +39,6 @@ def error_response(error: ApiError) -> JSONResponse:
     return response
 
 
-def _too_large() -> JSONResponse:
-    response = error_response(ApiError(431, "The headers are too large."))
-    response.headers["connection"] = "close"
-    return response
-
-
 def handle_api_error(request: Request, error: Exception) -> JSONResponse:
     """Answers an ApiError of a handler."""
     return error_response(error)
@@ -103,10 +97,7 @@ class Exchange:
             await send(message)
 
         try:
-            # h11 counts only headers that come in several pieces.
-            size = sum(len(name + value) for name, value in scope["headers"])
-            size += len(scope["raw_path"] + scope["query_string"])
-            await (self.app if size <= self.header_bytes else _too_large())(scope, receive_body, send_response)
+            await (self._refusal(scope, headers) or self.app)(scope, receive_body, send_response)
         except (ClientLeftError, ClientDisconnect):
             status = CLIENT_LEFT
         except Exception:
@@ -117,6 +108,20 @@ class Exchange:
                                           f"id, {state['id']}."))(scope, receive_body, send_response)
         finally:
             self._log(scope, headers, status or CLIENT_LEFT)
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        """Returns the response to headers that are too large, or that give a body two ends; otherwise None."""
+        # h11 counts only headers that come in several pieces.
+        size = sum(len(name + value) for name, value in scope["headers"])
+        if size + len(scope["raw_path"] + scope["query_string"]) > self.header_bytes:
+            error = ApiError(431, "The headers are too large.")
+        elif b"content-length" in headers and b"transfer-encoding" in headers:  # proxies differ in which one they read
+            error = ApiError(400, "A request must not have both content-length and transfer-encoding.")
+        else:
+            return None
+        response = error_response(error)
+        response.headers["connection"] = "close"
+        return response
 
     async def _read(self, receive: Receive) -> None:
         """Reads the rest of a body, so that the response does not meet a connection that was reset."""
@@ -136,6 +141,7 @@ class Exchange:
         self.requests[route, status] += 1
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         prompt, written = state.get("tokens", ("-", "-"))
-        log.info("%s %s %s %d prompt %s answer %s %.0f ms%s", state["id"], scope["method"] if route != "other" else "-",
-                 route, status, prompt, written, 1000 * (time.monotonic() - state["started"]),
+        method = "-" if route == "other" or status == 405 else scope["method"]
+        log.info("%s %s %s %d prompt %s answer %s %.0f ms%s", state["id"], method, route, status,
+                 prompt, written, 1000 * (time.monotonic() - state["started"]),
                  f" client's id {given}" if SAFE_ID.fullmatch(given) else "")

@@ -4,8 +4,10 @@ import asyncio
 import base64
 import contextlib
 import gc
+import json
 import logging
 
+import numpy as np
 import openai
 import pytest
 import stand_ins
@@ -206,6 +208,39 @@ def test_images_of_a_refused_request_are_not_waited_for(make_site, monkeypatch):
     assert cancelled == ["one", "two", "three"]
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_client_that_leaves_before_its_answer_is_submitted(monkeypatch, turns):
+    """No turn of the event loop is one in which nobody notices."""
+    site, messages = Site(), [{"type": "http.request", "body": json.dumps(HELLO).encode()}]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
+             "headers": [(b"content-type", b"application/json")]}
+
+    async def run():
+        left = asyncio.Event()
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def prepare(self, chat):
+            await asyncio.sleep(0)
+            left.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return [], np.arange(3)
+
+        async def send(message):
+            pass
+
+        monkeypatch.setattr(app_module.ChatServer, "_prepare", prepare)
+        await site.app(scope, receive, send)
+
+    asyncio.run(run())
+    assert all(job.cancelled.is_set() for job in site.scheduler.jobs)
+
+
 def test_a_full_queue(site):
     site.scheduler.full = True
     response = site.chat()
@@ -287,8 +322,9 @@ def test_the_log_has_nothing_that_a_client_sent(site, caplog):
     response = site.chat({"x-request-id": "abc-1"}, user="PRIVATE")
     site.chat({"x-request-id": "a b PRIVATE"}, messages=[{"role": "user", "content": "PRIVATE"}])
     site.client.get("/PRIVATE?PRIVATE=1", headers={"authorization": "Bearer PRIVATE"})
+    site.client.request("PRIVATE", "/version")
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("llava_jax")]
-    assert len(lines) == 3 and "PRIVATE" not in "".join(lines)
+    assert len(lines) == 4 and "PRIVATE" not in "".join(lines)
     assert lines[0].startswith(response.headers["x-request-id"] + " POST /v1/chat/completions 200 prompt 5 answer 5 ")
     assert lines[0].endswith(" ms client's id abc-1") and lines[2].split()[1:4] == ["-", "other", "404"]
 

@@ -169,8 +169,9 @@ def test_a_client_that_stops_sending(server, first, status):
     (head("Content-Length: 5\r\nContent-Length: 6\r\n"), 400),
     (head("Content-Length: -1\r\n"), 400),
     (head("Transfer-Encoding: gzip\r\n"), 501),
+    (head("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n") + b"0\r\n\r\n", 400),
     (head("Transfer-Encoding: chunked\r\nContent-Type: application/json\r\n") + b"zz\r\n", 400),
-], ids=range(10))
+], ids=range(11))
 def test_what_is_no_request(server, data, status):
     answered, _, body = server.ask(data)
     assert answered == status and json.loads(body)["error"]["type"]
