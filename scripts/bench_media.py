@@ -57,8 +57,8 @@ def main() -> None:
             url = f"data:;base64,{base64.b64encode(content).decode()}"
             anew, cached = milliseconds(load_anew, url), milliseconds(load, url)
             here = milliseconds(lambda file: processor(open_image(file)), content)
-            print(f"{name} ({len(content) / 1e6:.1f} MB): {anew:.1f} ms, {here:.1f} of them if this process decodes, "
-                  f"{cached:.1f} if it is repeated")
+            print(f"{name} ({len(content) / 1e6:.1f} MB): {anew:.1f} ms; only decoding, here: {here:.1f}; "
+                  f"again: {cached:.1f}")
         runner.run(loader.close())
 
 
