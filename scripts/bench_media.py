@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import io
+import os
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from bench_serve import machine
@@ -13,8 +14,6 @@ from PIL import Image
 from llava_jax.images import ImageProcessor, open_image
 from llava_jax.serve import media
 from llava_jax.serve.limits import Limits
-
-REPEATS = 15
 
 
 def photo(width: int, height: int, block: int, kind: str, **options: int) -> bytes:
@@ -25,42 +24,46 @@ def photo(width: int, height: int, block: int, kind: str, **options: int) -> byt
     return file.getvalue()
 
 
-def milliseconds(function: Callable[..., object], *args: object) -> float:
-    """Returns the shortest time of several calls."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        function(*args)
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
+def child_time(loader: media.MediaLoader) -> float:
+    """Returns the seconds of CPU that the only decoding process has used."""
+    process, = loader._processes
+    fields = Path(f"/proc/{process._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
+async def main() -> None:
     files = {"JPEG of 336 x 336": photo(336, 336, 8, "JPEG", quality=90),
              "JPEG of 12 megapixels": photo(4000, 3000, 8, "JPEG", quality=92),
              "PNG of 20 MB": photo(2600, 2600, 1, "PNG")}
     processor = ImageProcessor()
     start = time.perf_counter()
     loader = media.MediaLoader(Limits(image_bytes=2**25, decode_processes=1), processor, False)
-    with asyncio.Runner() as runner:
-        def load(url: str) -> None:
-            runner.run(loader.load(url, ""))
 
-        def load_anew(url: str) -> None:
+    await loader.load("data:;base64," + base64.b64encode(photo(8, 8, 1, "PNG")).decode(), "")
+    print(machine())
+    print(f"process and first image: {time.perf_counter() - start:.2f} s")
+    for name, content in files.items():
+        url, repeats = f"data:;base64,{base64.b64encode(content).decode()}", 500 if len(content) < 1e6 else 10
+        server, child, times = time.process_time(), child_time(loader), []
+        for _ in range(repeats):
             loader._cache.clear()
-            load(url)
-
-        load("data:;base64," + base64.b64encode(photo(8, 8, 1, "PNG")).decode())
-        print(machine())
-        print(f"process and first image: {time.perf_counter() - start:.2f} s")
-        for name, content in files.items():
-            url = f"data:;base64,{base64.b64encode(content).decode()}"
-            anew, cached = milliseconds(load_anew, url), milliseconds(load, url)
-            here = milliseconds(lambda file: processor(open_image(file)), content)
-            print(f"{name} ({len(content) / 1e6:.1f} MB): {anew:.1f} ms; only decoding, here: {here:.1f}; "
-                  f"again: {cached:.1f}")
-        runner.run(loader.close())
+            start = time.perf_counter()
+            await loader.load(url, "")
+            times.append(time.perf_counter() - start)
+        server, child = time.process_time() - server, child_time(loader) - child
+        again = time.process_time()
+        for _ in range(repeats):
+            await loader.load(url, "")
+        again = time.process_time() - again
+        here = time.process_time()
+        for _ in range(repeats):
+            processor(open_image(content))
+        here = time.process_time() - here
+        server, child, again, here = (1000 * seconds / repeats for seconds in (server, child, again, here))
+        print(f"{name} ({len(content) / 1e6:.1f} MB): {1000 * min(times):.1f} ms; CPU: server {server:.1f}, "
+              f"its process {child:.1f}; again {again:.1f}; decoding here {here:.1f}")
+    await loader.close()
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())
