@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from operator import ne
 from types import SimpleNamespace
 
 import jax
@@ -214,27 +215,28 @@ def test_log_probabilities_are_those_of_the_model(llava, engine, pictures):
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("slots", [None, [2, 0]])
-def test_attention_equals_that_over_the_values_it_stored(cache_dtype, slots):
+@pytest.mark.parametrize(("slots", "heads_first"), [(None, True), ([2, 0], True), ([2, 0], False)])
+def test_attention_equals_that_over_the_values_it_stored(cache_dtype, slots, heads_first):
     """Rows of different lengths over several blocks, grouped heads, padding; against plain attention."""
     length, K, N, H, T = 3 * BLOCK, 2, 6, 8, 5
     rng, B = np.random.default_rng(0), 3
     rows = list(range(B)) if slots is None else slots
     full = [rng.normal(size=(B, length, K, H)).astype(np.float32) for _ in range(2)]
     query = rng.normal(size=(len(rows), T, N, H)).astype(np.float32)
-    cache = SlotCache.zeros(2, B, K, length, H, cache_dtype)
+    cache = SlotCache.zeros(2, B, K, length, H, cache_dtype, heads_first)
     everywhere = jnp.broadcast_to(jnp.arange(length), (B, length))
-    _, cache = SlotAttention(everywhere, length)(jnp.zeros((B, length, N, H)), *full, cache, 1)
+    _, cache = SlotAttention(everywhere, length, None, heads_first)(jnp.zeros((B, length, N, H)), *full, cache, 1)
     starts = np.array([2 * BLOCK + 7, 3, BLOCK - 2])[: len(rows)]
     positions = starts[:, None] + np.arange(T)
     new = [x[np.array(rows)[:, None], positions] for x in full]
-    read, cache = SlotAttention(jnp.asarray(positions), length, None if slots is None else jnp.array(slots))(
-        query, *new, cache, 1)
+    read, cache = SlotAttention(jnp.asarray(positions), length, None if slots is None else jnp.array(slots),
+                                heads_first)(query, *new, cache, 1)
     stored = [np.asarray(part[1]).astype(np.float32) for part in (cache.keys, cache.values)]
     if cache_dtype == "int8":
         stored = [x * np.asarray(scale[1])[..., None] for x, scale in zip(stored, cache[2:], strict=True)]
-        assert all(0 < np.abs(x.swapaxes(1, 2) - y).max() < 0.02 for x, y in zip(stored, full, strict=True))
-    key, value = (x[rows].swapaxes(1, 2) for x in stored)
+        assert all(0 < np.abs((x.swapaxes(1, 2) if heads_first else x) - y).max() < 0.02
+                   for x, y in zip(stored, full, strict=True))
+    key, value = (x[rows].swapaxes(1, 2) if heads_first else x[rows] for x in stored)
     mask = jnp.arange(length) <= positions[..., None]
     np.testing.assert_allclose(read, attention(query, key, value, mask), atol=2e-5)
     assert not np.asarray(cache.keys[0]).any()
@@ -252,21 +254,20 @@ def test_an_int8_cache_changes_logits_little(llava, engine, pictures):
 
 
 @pytest.mark.slow
-def test_in_bfloat16_only_the_chunks_of_a_prompt_matter(model_dir, pictures, capsys):
+def test_in_bfloat16_few_answers_change(model_dir, pictures, capsys):
     llava, rng = load(model_dir, "bfloat16"), np.random.default_rng(0)
-    engine, requests = SlotEngine(llava, SLOTS, 512), []
-    requests = [random_request(rng, number, pictures) for number in range(300)]
+    engine = SlotEngine(llava, SLOTS, 512)
+    requests = [random_request(rng, number, pictures) for number in range(200)]
     prompts = [chunks_of(llava, engine, request) for request in requests]
     alone = [run(engine, chunks) for chunks in prompts]
-    assert serve(engine, prompts, rng)[0] == alone
-    prompts = [chunks_of(llava, engine, request, sizes=rng.integers(1, 60, rng.integers(0, 4)).tolist())
-               for request in requests]
-    other = [answer != expected for answer, expected in zip(serve(engine, prompts, rng)[0], alone, strict=True)]
-    batch = [answer.tokens != expected for answer, expected in zip(llava.batch(requests, 16), alone, strict=True)]
+    cut = [chunks_of(llava, engine, request, sizes=rng.integers(1, 60, rng.integers(0, 4)).tolist())
+           for request in requests]
+    found = {"among others": serve(engine, prompts, rng)[0], "in other chunks too": serve(engine, cut, rng)[0],
+             "in Llava.batch": [answer.tokens for answer in llava.batch(requests, 16)]}
+    changed = {name: sum(map(ne, answers, alone)) for name, answers in found.items()}
     with capsys.disabled():
-        print(f"\nbfloat16, {len(alone)} answers of {np.mean(list(map(len, alone))):.0f} tokens: {sum(other)} differ "
-              f"with other chunks, {sum(batch)} in Llava.batch")
-    assert sum(other) < 60
+        print(f"\nbfloat16, {len(alone)} answers of {np.mean(list(map(len, alone))):.0f} tokens, changed: {changed}")
+    assert changed["in other chunks too"] < len(alone) / 10
 
 
 @contextlib.contextmanager
