@@ -172,7 +172,8 @@ class ChatClient:
             wait = retry_after({name.lower(): value for name, value in response.getheaders()}, time.time())
             if response.status not in (429, 503) or wait is None or wait > MAX_WAIT or tries == MAX_TRIES:
                 raise UserError(self._refusal(response.status, reply))
-            print(f"note: the server is busy; asking again in {wait:g} s", file=sys.stderr, flush=True)
+            state = "busy" if response.status == 429 else "not ready"
+            print(f"note: the server is {state}; asking again in {wait:g} s", file=sys.stderr, flush=True)
             time.sleep(wait)
 
     def _refusal(self, status: int, reply: str) -> str:
