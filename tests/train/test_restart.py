@@ -22,23 +22,46 @@ from llava_jax.weights import load_checkpoint
 STEPS = 4
 
 
+def copy_data(data: Path, folder: Path) -> Path:
+    """A folder with the data of both stages."""
+    copy = Path(shutil.copytree(data.parent, folder / "data"))
+    shutil.copy(copy / "data.json", copy / "second.json")
+    return copy
+
+
+def recipe_of(parts, data: Path, output: Path, **changes) -> config.Recipe:
+    """Two stages of the projector alone, with the data of `copy_data`."""
+    rows = config.Data(path=str(data / "data.json"), sequence_length=128, tiles_per_sequence=4)
+    stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)), data=rows,
+                         batch_size=4, steps=STEPS)
+    second = dataclasses.replace(stage, data=dataclasses.replace(rows, path=str(data / "second.json")))
+    return config.Recipe(model=config.Model(vision=str(parts[0]), language=str(parts[1])),
+                         stages={"align": stage, "instruct": second}, output=str(output), mesh=config.Mesh(fsdp=1),
+                         log_every=1, checkpoint_every=2, **changes)
+
+
 @pytest.fixture
 def make_recipe(parts, data, tmp_path) -> Callable[..., config.Recipe]:
-    """Two stages of the projector alone, with data of their own in the folder of the test."""
-    folder = Path(shutil.copytree(data.parent, tmp_path / "data"))
-    shutil.copy(folder / "data.json", folder / "second.json")
+    copy = copy_data(data, tmp_path)
+    return lambda name="run", **changes: recipe_of(parts, copy, tmp_path / name, **changes)
 
-    def make(name: str = "run", **changes) -> config.Recipe:
-        rows = config.Data(path=str(folder / "data.json"), sequence_length=128, tiles_per_sequence=4)
-        stage = config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
-                             data=rows, batch_size=4,
-                             steps=STEPS)
-        second = dataclasses.replace(stage, data=dataclasses.replace(rows, path=str(folder / "second.json")))
-        model = config.Model(vision=str(parts[0]), language=str(parts[1]))
-        return config.Recipe(model=model, stages={"align": stage, "instruct": second}, output=str(tmp_path / name),
-                             mesh=config.Mesh(fsdp=1), log_every=1, checkpoint_every=2, **changes)
 
-    return make
+@pytest.fixture(scope="module")
+def whole(parts, data, tmp_path_factory) -> config.Recipe:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = recipe_of(parts, copy_data(data, folder), folder / "run")
+    loop.train(recipe)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def whole_first(parts, data, tmp_path_factory) -> config.Recipe:
+    """The same of the first stage alone."""
+    folder = tmp_path_factory.mktemp("whole_first")
+    recipe = first_stage(recipe_of(parts, copy_data(data, folder), folder / "run"))
+    loop.train(recipe)
+    return recipe
 
 
 def with_data(recipe: config.Recipe, stage: str, **changes) -> config.Recipe:
@@ -86,33 +109,29 @@ def flip_a_bit(checkpoint: str, item: str) -> None:
 
 
 @pytest.mark.parametrize("item", ["trainable", "meta"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(make_recipe, capsys, item):
-    whole, cut = first_stage(make_recipe("whole")), first_stage(make_recipe("cut"))
-    loop.train(whole)
-    loop.train(cut)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole_first, tmp_path, capsys, item):
+    cut = dataclasses.replace(whole_first, output=str(tmp_path / "cut"))
+    shutil.copytree(whole_first.output, cut.output)
     shutil.rmtree(cut.output + "/model")
     flip_a_bit(f"{cut.output}/checkpoints/align/{STEPS}", item)
     loop.train(cut)
     told = capsys.readouterr().out
     assert f"checkpoints/align/{STEPS}: this checkpoint is damaged" in told
     assert "going on from the one before, of step 2" in told
-    assert_same(cut, whole)
+    assert_same(cut, whole_first)
 
 
-def test_the_optimizer_of_a_stage_that_goes_on_is_compared(make_recipe, monkeypatch, capsys):
-    whole, cut = first_stage(make_recipe("whole")), first_stage(make_recipe("cut"))
-    whole, cut = (dataclasses.replace(recipe, checkpoint_every=1) for recipe in (whole, cut))
-    loop.train(whole)
+def test_the_optimizer_of_a_stage_that_goes_on_is_compared(make_recipe, whole_first, monkeypatch, capsys):
+    cut = dataclasses.replace(first_stage(make_recipe("cut")), checkpoint_every=1)
     die(monkeypatch, cut, step=4)
     flip_a_bit(cut.output + "/checkpoints/align/3", "optimizer")
     loop.train(cut)
     assert "checkpoints/align/3: this checkpoint is damaged" in capsys.readouterr().out
-    assert_same(cut, whole)
+    assert_same(cut, whole_first)
 
 
-def test_a_finished_stage_that_is_done_again_keeps_the_lines_of_the_later_ones(make_recipe, monkeypatch):
-    whole, cut = make_recipe("whole"), make_recipe("cut")
-    loop.train(whole)
+def test_a_finished_stage_that_is_done_again_keeps_the_lines_of_the_later_ones(make_recipe, whole, monkeypatch):
+    cut = make_recipe("cut")
     die(monkeypatch, cut, step=STEPS + 4)
     flip_a_bit(f"{cut.output}/checkpoints/align/{STEPS}", "trainable")
     loop.train(cut)
@@ -173,9 +192,7 @@ def test_a_bad_validation_row_is_skipped_and_counted_where_bad_rows_are(make_rec
     assert line["validation_skipped"] == {"malformed": 1} and line["validation_loss"] > 0
 
 
-def test_the_corrected_recipe_of_a_later_stage_goes_on(make_recipe, monkeypatch, tmp_path):
-    whole = make_recipe("whole")
-    loop.train(whole)
+def test_the_corrected_recipe_of_a_later_stage_goes_on(make_recipe, whole, monkeypatch, tmp_path):
     recipe = make_recipe()
     die(monkeypatch, recipe, step=3)  # a checkpoint of the first stage is there
     other = dataclasses.replace(recipe.stages["align"], learning_rates=(("projector/.*", 3e-3), ("[vd].*", None)))
