@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,24 +19,35 @@ from llava_jax.train import stage as trainer
 from llava_jax.weights import load_checkpoint, read_config
 
 
-@pytest.fixture
-def make_recipe(parts, data, tmp_path):
+def recipe_of(parts, data, output: Path, **changes) -> config.Recipe:
     """Two stages of two micro-batches; the second goes through its 24 records several times."""
+    rows = config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4)
+    stages = {
+        "align": config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
+                              data=rows, batch_size=4, gradient_accumulation=2, steps=5),
+        "instruct": config.Stage(learning_rates=(("(projector|decoder)/.*", 1e-3), ("vision/.*", None)),
+                                 data=dataclasses.replace(rows, validation=str(data)),
+                                 batch_size=4, gradient_accumulation=2, steps=7),
+    }
+    model = config.Model(vision=str(parts[0]), language=str(parts[1]))
+    return config.Recipe(model=model, stages=stages, output=str(output), mesh=config.Mesh(fsdp=1),
+                         log_every=2, checkpoint_every=100, **changes)
 
-    def make(name: str = "run", **changes) -> config.Recipe:
-        rows = config.Data(path=str(data), sequence_length=128, tiles_per_sequence=4)
-        stages = {
-            "align": config.Stage(learning_rates=(("projector/.*", 1e-2), ("(vision|decoder)/.*", None)),
-                                  data=rows, batch_size=4, gradient_accumulation=2, steps=5),
-            "instruct": config.Stage(learning_rates=(("(projector|decoder)/.*", 1e-3), ("vision/.*", None)),
-                                     data=dataclasses.replace(rows, validation=str(data)),
-                                     batch_size=4, gradient_accumulation=2, steps=7),
-        }
-        model = config.Model(vision=str(parts[0]), language=str(parts[1]))
-        return config.Recipe(model=model, stages=stages, output=str(tmp_path / name), mesh=config.Mesh(fsdp=1),
-                             log_every=2, checkpoint_every=100, **changes)
 
-    return make
+@pytest.fixture
+def make_recipe(parts, data, tmp_path) -> Callable[..., config.Recipe]:
+    return lambda name="run", **changes: recipe_of(parts, data, tmp_path / name, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(parts, data, tmp_path_factory) -> tuple[config.Recipe, list]:
+    """A run that nothing stopped, and its compiled steps."""
+    steps, original = [], trainer.make_train_step
+    recipe = recipe_of(parts, data, tmp_path_factory.mktemp("whole") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_train_step", lambda *args: steps.append(original(*args)) or steps[-1])
+        loop.train(recipe)
+    return recipe, steps
 
 
 def parameters(recipe: config.Recipe) -> dict[str, np.ndarray]:
@@ -76,9 +89,7 @@ def break_down(monkeypatch, recipe: config.Recipe, step: int) -> None:
 
 
 @pytest.mark.bits
-def test_a_run_that_was_stopped_in_both_stages_ends_with_the_same_bits(make_recipe, monkeypatch):
-    whole = make_recipe("whole")
-    loop.train(whole)
+def test_a_run_that_was_stopped_in_both_stages_ends_with_the_same_bits(make_recipe, whole, monkeypatch):
     # The signal comes between the micro-batches' arrival and the step: steps 3 of 5, then 4 of 7, both within an epoch.
     cut = make_recipe("cut")
     for stage, step in (("align", 3), ("instruct", 2 + 4)):
@@ -88,14 +99,14 @@ def test_a_run_that_was_stopped_in_both_stages_ends_with_the_same_bits(make_reci
                 loop.train(cut)
         assert stopped.value.signal == signal.SIGTERM
     loop.train(cut)
-    ours, theirs = parameters(cut), parameters(whole)
+    ours, theirs = parameters(cut), parameters(whole[0])
     assert ours.keys() == theirs.keys()
     for path in theirs:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
     seen = [(line["stage"], line["step"]) for line in lines(cut) if "loss" in line]
     assert seen == [("align", 2), ("align", 4), ("align", 5),
                     ("instruct", 2), ("instruct", 4), ("instruct", 6), ("instruct", 7)]
-    last, expected = lines(cut)[-1], lines(whole)[-1]
+    last, expected = lines(cut)[-1], lines(whole[0])[-1]
     assert last["validation_loss"] == expected["validation_loss"]
 
 
@@ -120,24 +131,18 @@ def test_the_host_waits_only_for_steps_that_are_two_behind(make_recipe, monkeypa
     assert trainer.MAX_STEPS_IN_FLIGHT == 2 and waits == [(1, []), (2, []), (3, [1]), (4, [2]), (5, [])]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(make_recipe, monkeypatch):
-    whole, cut = make_recipe("whole", keep_checkpoints=1), make_recipe("cut", keep_checkpoints=1)
-    loop.train(whole)
-    cut = dataclasses.replace(cut, checkpoint_every=2)
+def test_a_killed_run_goes_on_from_its_last_checkpoint(make_recipe, whole, monkeypatch):
+    cut = dataclasses.replace(make_recipe("cut", keep_checkpoints=1), checkpoint_every=2)
     break_down(monkeypatch, cut, step=4)
     loop.train(cut)
-    theirs = parameters(whole)
+    theirs = parameters(whole[0])
     for path, x in parameters(cut).items():
         np.testing.assert_array_equal(x, theirs[path], err_msg=path)
 
 
 @pytest.mark.bits
-def test_frozen_parameters_keep_their_bits_and_each_stage_compiles_once(make_recipe, parts, monkeypatch):
-    steps = []
-    original = trainer.make_train_step
-    monkeypatch.setattr(trainer, "make_train_step", lambda *args: steps.append(original(*args)) or steps[-1])
-    recipe = make_recipe()
-    loop.train(recipe)
+def test_frozen_parameters_keep_their_bits_and_each_stage_compiles_once(whole, parts):
+    recipe, steps = whole
     after = parameters(recipe)
     for path, x in load_checkpoint(parts[0])[1].items():
         np.testing.assert_array_equal(after[path], np.asarray(x), err_msg=path)
