@@ -39,11 +39,13 @@ def parser() -> Parser:
         "default: 8.")
     add("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), metavar="N",
         help="With --search, number of parallel compilations; default: half the cores. One needs 2 cores and some GB.")
-    add("--inference", action="store_true",
-        help="Whether to plan prefill and decode of the recipe's model instead of training.")
-    add("--batch", type=int, default=1, metavar="B", help="With --inference, number of prompts; default: 1.")
-    add("--context", type=int, default=2048, metavar="S", help="With --inference, number of tokens of a prompt; "
-        "default: 2048.")
+    add("--serve", action="store_true", help="Whether to plan a server of the recipe's model instead of training.")
+    add("--slots", type=int, metavar="N", help="With --serve, number of answers at once; default: as many as fit.")
+    add("--context", type=int, default=4096, metavar="S", help="With --serve, maximum number of tokens of a prompt and "
+        "its answer; default: 4096.")
+    add("--quantize", choices=["int8"], help="With --serve, storage of the kernels of the decoder's layers; default: "
+        "bfloat16.")
+    add("--kv-cache", choices=["int8"], help="With --serve, storage of keys and values; default: bfloat16.")
     add("--price-per-chip-hour", type=float, metavar="PRICE", help="Price of a chip for an hour, to report the cost.")
     return options
 
@@ -55,14 +57,14 @@ def main(args: list[str]) -> int:
                        prog=f"python -m llava_jax.plan {options.recipe}")
     if options.stage not in (None, *recipe.stages):
         raise UserError(f"--stage {options.stage}: the recipe's stages are {', '.join(recipe.stages)}")
-    for name in ("tries", "jobs", "batch", "context", "rows_per_epoch"):
+    for name in ("tries", "jobs", "slots", "context", "rows_per_epoch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
     topologies.quiet()
     from llava_jax.plan import commands  # imports JAX, which must not find a TPU
 
-    if options.inference:
-        return commands.plan_inference(options, recipe, where)
+    if options.serve:
+        return commands.plan_serving(options, recipe, where)
     if options.search:
         return commands.plan_search(options, recipe, overrides, where)
     if options.stage:

@@ -1,4 +1,4 @@
-"""Runs the three kinds of plans: stages, a search, inference. Prints them as text or JSON."""
+"""Runs the three kinds of plans: stages, a search, a server. Prints them as text or JSON."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_jax import config
 from llava_jax.files import write_file
 from llava_jax.models.llava import choose_attention
-from llava_jax.plan import inference, search, show
+from llava_jax.plan import search, serve, show
 from llava_jax.plan.data import length
 from llava_jax.plan.meshes import plan_mesh, with_slices
 from llava_jax.plan.models import planned_config
@@ -63,19 +63,18 @@ def plan_search(options: argparse.Namespace, recipe: config.Recipe, overrides: l
     return 0 if any(compiled.fits for compiled in found) else 1
 
 
-def plan_inference(options: argparse.Namespace, recipe: config.Recipe, where: Slice) -> int:
-    """Plans prefill and decode of a recipe's model."""
+def plan_serving(options: argparse.Namespace, recipe: config.Recipe, where: Slice) -> int:
+    """Plans a server of a recipe's model."""
     model, notes = planned_config(recipe.model)
-    notes = [*notes, f"attention {choose_attention('auto', 'tpu', model, 'bfloat16')}"]
-    phases = inference.plan_inference(model, where, options.batch, options.context)
+    notes = [*notes, f"attention {choose_attention('auto', 'tpu', model, 'bfloat16')}, kernels "
+             f"{options.quantize or 'bfloat16'}, keys and values {options.kv_cache or 'bfloat16'}"]
+    plan = serve.plan_serving(model, where, options.slots, options.context, options.quantize, options.kv_cache)
     if options.json:
-        print_json(options, where, notes, batch=options.batch, context=options.context,
-                   phases=[show.phase_data(phase) for phase in phases])
+        print_json(options, where, notes, **show.serving_data(plan))
     else:
         print(show.header(options.recipe, where, {"tensor": where.devices}, notes))
-        print(f"{options.batch} prompts of {options.context:,} tokens, with one image in every prompt\n")
-        print("\n\n".join(show.phase_text(phase) for phase in phases))
-    return 0 if all(phase.memory.fits for phase in phases) else 1
+        print("\n" + show.serving_text(plan))
+    return 0 if plan.fits else 1
 
 
 def print_json(options: argparse.Namespace, where: Slice, notes: list[str], **content) -> None:

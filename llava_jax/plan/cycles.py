@@ -117,10 +117,13 @@ class Profile:
         return sum(size(collective) * op.times for op in ops for collective in op.collectives)
 
 
-def profile(text: str, slices: Sequence[int]) -> Profile:
-    """Returns the profile of a module's text. `slices` has the slice of every device of the program."""
+def profile(text: str, slices: Sequence[int], rounds: Sequence[int] = ()) -> Profile:
+    """Returns the profile of a module's text. `slices` has the slice of every device of the program.
+
+    `rounds`: rounds of loops whose length is known only at run time, of the outermost first. Further ones count once.
+    """
     module = parse(text)
-    ops = list(_executed(module, module.entry, 1, (), slices, []))
+    ops = list(_executed(module, module.entry, 1, (), slices, [], rounds))
     # XLA may spread a collective over several fusions, or over the rounds of a loop. All pieces have its channel. It
     # is counted in the piece that runs least often, which starts it.
     first: dict[tuple, int] = {}
@@ -135,19 +138,21 @@ def profile(text: str, slices: Sequence[int]) -> Profile:
 
 
 def _executed(module: Module, computation: Computation, times: int, loops: tuple[str, ...], slices: Sequence[int],
-              arguments: list[Value]) -> Iterator[Op]:
+              arguments: list[Value], unknown: Sequence[int]) -> Iterator[Op]:
     """Yields the instructions that a computation executes, those of loops, calls and branches included."""
 
     def inner(name: str) -> Iterator[Op]:
-        return _executed(module, module.computations[name], times, loops, slices, [])
+        return _executed(module, module.computations[name], times, loops, slices, [], unknown)
 
     for instruction in computation.instructions.values():
         opcode, called = instruction.opcode, instruction.calls
         if opcode == "while":
             body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)")]
             rounds, state = trip_count(module, computation, instruction, arguments)
-            rounds = 1 if rounds is None else rounds  # a length that is known only at run time
-            yield from _executed(module, body, times * rounds, (*loops, body.name), slices, [state])
+            further = unknown
+            if rounds is None:
+                rounds, further = (unknown[0], unknown[1:]) if unknown else (1, ())
+            yield from _executed(module, body, times * rounds, (*loops, body.name), slices, [state], further)
         elif opcode == "async-start":
             yield from (dataclasses.replace(op, asynchronous=True) for op in inner(called))
         elif opcode == "call" or opcode == "custom-call" and called in module.computations:

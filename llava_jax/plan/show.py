@@ -4,9 +4,9 @@ import dataclasses
 from importlib.metadata import PackageNotFoundError, version
 
 from llava_jax.plan.cycles import PARTS
-from llava_jax.plan.inference import Phase
 from llava_jax.plan.predict import Prediction, Times
 from llava_jax.plan.search import CompiledCandidate
+from llava_jax.plan.serve import Phase, Serving
 from llava_jax.plan.step import Memory
 from llava_jax.plan.topologies import GIB, Slice
 
@@ -163,46 +163,49 @@ def ranking(found: list[CompiledCandidate], stage: str) -> str:
     return "\n".join([*lines, "", "No compiled candidate fits: more chips, shorter sequences, or more --tries."])
 
 
-def phase_text(phase: Phase) -> str:
-    """Returns the plan of prefill or decode as text."""
-    memory, times = phase.memory, phase.times
-    inputs = memory.batch - phase.cache if phase.name == "decode" else memory.batch
+def serving_text(plan: Serving) -> str:
+    """Returns the plan of a server as text."""
+    memory, slots = plan.largest, f"{plan.slots:,} slots"
     lines = [
-        phase.name, "", _fits(memory, "a device"),
-        _row("  parameters, bfloat16", _bytes(memory.frozen), "arithmetic, as the next two"),
-        _row("  keys and values", _bytes(phase.cache)),
-        _row("  other inputs", _bytes(max(0, inputs))),
-        _row("  temporaries", _bytes(memory.temporaries), "the compiler; those of prefill include the new cache"),
-        _row("  peak", _bytes(memory.peak), "the compiler"),
+        f"a server of {slots} of {plan.context:,} tokens", "", _fits(memory, "a device"),
+        _row("  parameters", _bytes(memory.frozen), "arithmetic, as the next two"),
+        _row("  keys and values", _bytes(plan.slots * plan.slot_bytes), f"{_bytes(plan.slot_bytes)} for a slot"),
+        _row("  other inputs", _bytes(memory.batch - plan.slots * plan.slot_bytes)),
+        _row("  temporaries", _bytes(memory.temporaries), "the compiler"),
+        _row("  peak", _bytes(memory.peak), "the compiler, of the largest program"),
+        _row("slots that fit", f"{plan.possible_slots:,}", "with the same temporaries"),
     ]
-    if times is None:
+    if not plan.fits:
         return "\n".join(lines)
-    what = "tokens read" if phase.name == "prefill" else "tokens written"
-    lines += [
-        "",
-        _row("time", _seconds(times.step), f"predicted, for {phase.tokens:,} {what}"),
-        _row("  cycles", _seconds(times.cycles), f"the compiler: {phase.profile.cycles / 1e6:,.1f} M"),
-        _row("  kernels", _seconds(times.kernels), "arithmetic"),
-        _row("  exposed collectives", _seconds(times.exposed), "arithmetic"),
-        _row("matrix units alone", _seconds(times.mxu), "arithmetic"),
-        _row(f"{what} per second", f"{phase.tokens_per_second:,.0f}", "predicted, all rows"),
-    ]
-    if phase.name == "decode":
-        lines += [_row("  HBM roofline", f"{phase.roofline:,.0f}",
-                       f"arithmetic: {_bytes(phase.needed)} of weights and cache"),
-                  _row("  of the HBM bandwidth", f"{100 * phase.bandwidth:.0f} %", "predicted")]
-    return "\n".join(lines)
+    lines += ["", _row("tokens/s per chip, contexts full", f"{plan.tokens_per_second(plan.decode):,.0f}",
+                       f"predicted, {slots} decode"),
+              _row("  half full", f"{plan.tokens_per_second(plan.decode_half):,.0f}")]
+    for name, phase in (("a step of decode, full", plan.decode), ("  half full", plan.decode_half)):
+        lines.append(_row(name, _seconds(phase.times.step), _shares(phase)))
+    lines += [_row("  of the HBM bandwidth", f"{100 * plan.bandwidth:.0f} %", "full; weights and cache read once"), "",
+              _row("first token", _seconds(plan.first_token_seconds),
+                   f"predicted, {plan.prompt_tokens:,} tokens, one image, no other prompts")]
+    lines += [_row(f"  {phase.name}", _seconds(phase.times.step), _shares(phase)) for phase in plan.prompt]
+    return "\n".join([*lines, _row(plan.batch.name, _seconds(plan.batch.times.step), "full; between two decode steps")])
 
 
-def phase_data(phase: Phase) -> dict:
-    """Returns the plan of prefill or decode as plain data; bytes of one device."""
-    result = {"phase": phase.name, **_common_data(phase.memory, phase.compile_seconds),
-              "cache": phase.cache, "tokens": phase.tokens}
-    if phase.times is None:
-        return result
-    return result | _time_data(phase.profile.cycles, phase.times) | {
-        "tokens_per_second": phase.tokens_per_second, "hbm_bytes_needed": phase.needed,
-        "tokens_per_second_at_hbm_bandwidth": phase.roofline, "hbm_bandwidth_fraction": phase.bandwidth,
+def _shares(phase: Phase) -> str:
+    times = phase.times
+    parts = (("cycles", times.cycles), ("kernels", times.kernels), ("exposed collectives", times.exposed))
+    return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts if seconds)
+
+
+def serving_data(plan: Serving) -> dict:
+    """Returns the plan of a server as plain data; bytes of one device."""
+    result = {"slots": plan.slots, "context": plan.context, "slot_bytes": plan.slot_bytes,
+              "possible_slots": plan.possible_slots, "fits": plan.fits, "prompt_tokens": plan.prompt_tokens,
+              "phases": [{"phase": phase.name, **_common_data(phase.memory, phase.compile_seconds)}
+                         | ({"step_seconds": phase.times.step, "seconds": dataclasses.asdict(phase.times)}
+                            if phase.times else {}) for phase in (*plan.phases, plan.decode_half)]}
+    return result if not plan.fits else result | {
+        "tokens_per_second_per_chip": plan.tokens_per_second(plan.decode),
+        "tokens_per_second_per_chip_half_full": plan.tokens_per_second(plan.decode_half),
+        "hbm_bandwidth_fraction": plan.bandwidth, "first_token_seconds": plan.first_token_seconds,
     }
 
 
