@@ -1,4 +1,4 @@
-"""Prefill and decode: bytes by closed form, and what follows from the compiler's cycles."""
+"""A server's programs: bytes by closed form, what follows from the compiler's cycles, and how many slots fit."""
 
 import dataclasses
 
@@ -8,57 +8,87 @@ import pytest
 from llava_jax.config import Lora
 from llava_jax.errors import UserError
 from llava_jax.models.llava import abstract_params
-from llava_jax.plan import inference, show
-from llava_jax.plan.inference import plan_inference
+from llava_jax.models.quantized import is_quantizable
+from llava_jax.plan import serve, show
 from llava_jax.plan.models import planned_config
+from llava_jax.plan.serve import plan_serving
 from llava_jax.plan.step import Memory, Program
-from llava_jax.plan.topologies import parse
+from llava_jax.plan.topologies import GIB, parse
 
 
-@pytest.mark.slow
-def test_bytes_and_rates_of_prefill_and_decode(needs_libtpu, tiny):
-    model, _ = planned_config(tiny.model)
-    where = parse("v5e-1")
-    prefill, decode = plan_inference(model, where, batch=4, context=256)
-    shapes, text = abstract_params(model)[1], model.text
-    assert prefill.memory.frozen == decode.memory.frozen == 2 * sum(x.size for x in shapes.values())
-    assert prefill.cache == decode.cache == 2 * 2 * text.num_layers * 4 * 256 * text.num_kv_heads * text.head_dim
-    assert prefill.tokens == 4 * 256 and decode.tokens == 4
-    # A token needs every weight of the decoder but the table of embeddings, and the whole cache.
-    weights = sum(x.size for path, x in shapes.items() if path.startswith("decoder/") and path != "decoder/embedding")
-    assert decode.needed == 2 * weights + decode.cache
-    assert decode.tokens_per_second == 4 / decode.times.step
-    assert decode.bandwidth == pytest.approx(decode.needed / 819e9 / decode.times.step)
-    assert 0 < decode.bandwidth < 1
-    # Every layer's products with the weights, once for each row.
-    products = 2 * 4 * (weights - sum(x.size for path, x in shapes.items() if "norm" in path and "decoder" in path))
-    assert products <= decode.profile.flops <= 1.5 * products
-    assert prefill.profile.flops > 100 * decode.profile.flops / 4
-    assert "tokens written per second" in show.phase_text(decode)
-    assert show.phase_data(decode)["hbm_bandwidth_fraction"] == decode.bandwidth
-
-
-@pytest.mark.slow
-def test_prompts_have_the_tiles_and_weights_of_a_photo(needs_libtpu, tiny, monkeypatch):
-    """Nothing is compiled: the arguments of prefill are looked at."""
-    model = planned_config(tiny.model)[0].with_image_mode("anyres_max_9", "(1x1),...,(3x3)")
-    lora = Lora(rank=4, targets=("decoder/layers/mlp/up_proj",))
+@pytest.fixture
+def compiled(monkeypatch):
+    """Shapes of the arguments of programs, none of which is compiled: each takes 1 GiB of temporaries."""
     seen = []
 
     def compile_program(lowered, parts, where, mesh):
-        seen.append([tuple(x.shape) for x in jax.tree.leaves(lowered.in_avals)])
-        return Program("", Memory(temporaries=0, host=0, limit=1, **parts), (0,), 0.0)
+        seen.append([(tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(lowered.in_avals)])
+        return Program("", Memory(temporaries=GIB, host=0, limit=where.chip.memory, **parts), (0,), 0.0)
 
-    monkeypatch.setattr(inference, "compile_program", compile_program)
-    plan_inference(dataclasses.replace(model, lora=lora), parse("v5e-1"), batch=2, context=64)
-    tiles = model.processor.layout(640, 480).tiles
-    assert tiles > 1 and (2, tiles, 28, 28, 3) in seen[0] and seen[0].count((2, 64, 4)) == 2
-    assert len([shape for shape in seen[0] if 4 in shape[-2:] and 256 in shape]) == 0  # the adapters are merged
+    monkeypatch.setattr(serve, "compile_program", compile_program)
+    monkeypatch.setattr(serve, "MAX_SLOTS", 10**6)
+    return seen
 
 
-@pytest.mark.parametrize("name,context,expected", [
-    ("v5e-16", 256, "4 hosts, and inference runs on one; v5e hosts have up to 8 chips"), ("v5e-1", 2, "--context 2"),
+@pytest.mark.slow
+def test_bytes_and_rates_of_a_server(needs_libtpu, tiny):
+    model, _ = planned_config(tiny.model)
+    plan = plan_serving(model, parse("v5e-1"), slots=4, context=256)
+    shapes, text = abstract_params(model)[1], model.text
+    assert plan.decode.memory.frozen == 2 * sum(x.size for x in shapes.values())
+    assert plan.slot_bytes == 2 * 2 * text.num_layers * 256 * text.num_kv_heads * text.head_dim
+    # A token needs every weight of the decoder but the table of embeddings, and the whole cache.
+    weights = sum(x.size for path, x in shapes.items() if path.startswith("decoder/") and path != "decoder/embedding")
+    assert plan.needed == 2 * weights + 4 * plan.slot_bytes
+    assert plan.tokens_per_second(plan.decode) == 4 / plan.decode.times.step
+    assert plan.bandwidth == pytest.approx(plan.needed / 819e9 / plan.decode.times.step)
+    assert 0 < plan.bandwidth < 1
+    # A full context has two blocks of keys, half of it one.
+    assert plan.decode_half.times.cycles < plan.decode.times.cycles < 2 * plan.decode_half.times.cycles
+    # 4 tokens of the image and 64 of text are one chunk of 128.
+    assert [phase.name for phase in plan.prompt] == ["vision tower", "chunk of 128 tokens"]
+    assert plan.first_token_seconds == sum(phase.times.step for phase in plan.prompt)
+    assert plan.fits and plan.possible_slots > 1000
+    assert "tokens/s per chip, contexts full" in show.serving_text(plan)
+    assert show.serving_data(plan)["hbm_bandwidth_fraction"] == plan.bandwidth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize, kv_cache", [(None, None), ("int8", "int8")])
+def test_as_many_slots_as_fit(needs_libtpu, tiny, compiled, quantize, kv_cache):
+    """The first guess does not fit, because the programs have more temporaries than RESERVE."""
+    model, where = planned_config(tiny.model)[0], parse("v5e-1")
+    lora = Lora(rank=4, targets=("decoder/layers/mlp/up_proj",))
+    plan = plan_serving(dataclasses.replace(model, lora=lora), where, None, 4096, quantize, kv_cache)
+    text = model.text
+    values = 2 * text.num_layers * 4096 * text.num_kv_heads
+    assert plan.slot_bytes == values * (text.head_dim + 4 if kv_cache else 2 * text.head_dim)
+    assert plan.fits and plan.slots % 8 == 0
+    free = where.chip.memory - plan.decode.memory.frozen - GIB
+    assert free - 9 * plan.slot_bytes < plan.slots * plan.slot_bytes <= free
+    shapes = abstract_params(model)[1]
+    kernels = sum(x.size for path, x in shapes.items() if is_quantizable(path))
+    full = 2 * sum(x.size for x in shapes.values())
+    assert (plan.decode.memory.frozen == full) if quantize is None else (
+        full - kernels < plan.decode.memory.frozen < full - 0.98 * kernels)  # one byte less, and the scales
+    assert not any(shape[-1] == 4 or shape[-2:-1] == (4,) for shape, _ in compiled[-1] if len(shape) == 3)  # merged
+    cache = text.num_layers, plan.slots, 4096, text.num_kv_heads, text.head_dim
+    assert compiled[-1].count((cache, kv_cache or "bfloat16")) == 2
+
+
+@pytest.mark.slow
+def test_the_prompt_has_the_tiles_of_a_photo(needs_libtpu, tiny, compiled):
+    model = planned_config(tiny.model)[0].with_image_mode("anyres_max_9", "(1x1),...,(3x3)")
+    plan = plan_serving(model, parse("v5e-1"), 8, 4096)
+    image = model.processor.layout(*serve.PHOTO)
+    assert image.tiles > 1 and ((1, image.tiles, 28, 28, 3), "uint8") in compiled[0]
+    assert plan.prompt_tokens == len(image.index) + 64
+
+
+@pytest.mark.parametrize("name, context, expected", [
+    ("v5e-16", 256, "4 hosts, and a server runs on one; v5e hosts have up to 8 chips"),
+    ("v5e-1", 60, "--context 60: one image takes 4 tokens, and its prompt 68"),
 ])
-def test_what_inference_cannot_plan_is_one_line(tiny, name, context, expected):
+def test_what_cannot_be_planned_is_one_line(tiny, name, context, expected):
     with pytest.raises(UserError, match=expected):
-        plan_inference(planned_config(tiny.model)[0], parse(name), 1, context)
+        plan_serving(planned_config(tiny.model)[0], parse(name), 1, context)
