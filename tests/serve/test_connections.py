@@ -1,11 +1,13 @@
 """A server process with a stand-in for the model, and clients that leave, are slow, or send what is no request."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,9 +44,9 @@ class Process:
         _, _, text = self.ask(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         return int(re.search(rb"^llava_jax_busy_slots (\d+)$", text, re.MULTILINE)[1])
 
-    def wait_until_free(self):
-        while self.busy():
-            pass
+    def files(self):
+        """Returns the number of open files, which connections are."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,12 @@ def own_server():
     yield server
     server.process.kill()
     server.process.communicate()
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
 
 
 def read(client, until=None):
@@ -106,26 +114,27 @@ def test_a_client_that_leaves_frees_its_slot(server, stream):
         client.sendall(request("hold", stream=stream, n=2))
         if stream:
             read(client, until=b"end")
-        while not server.busy():
-            pass
+        wait_until(server.busy)
         assert server.busy() == 2
-    server.wait_until_free()
+    wait_until(lambda: not server.busy())
 
 
 def test_a_client_that_leaves_with_a_further_request_waiting(server):
     with server.connect() as client:
-        client.sendall(request("hold") + request("hold"))
-        while not server.busy():
-            pass
-    server.wait_until_free()
+        client.sendall(request("hold"))
+        wait_until(server.busy)
+        client.sendall(request("hold"))
+        server.busy()  # the server has read it before this
+    wait_until(lambda: not server.busy())
 
 
 def test_a_client_that_never_reads(server):
+    files = server.files()
     with server.connect(receive_buffer=4096) as client:
         client.sendall(request("flood", stream=True))
-        while not server.busy():
-            pass
-        server.wait_until_free()
+        wait_until(server.busy)
+        wait_until(lambda: not server.busy())
+        wait_until(lambda: server.files() <= files)  # the connection is closed
 
 
 def test_pipelined_requests(server):
@@ -140,7 +149,7 @@ def test_a_flood_of_pipelined_requests(server):
         except ConnectionError:
             pass
         assert read(client) == b""
-    server.wait_until_free()
+    wait_until(lambda: not server.busy())
 
 
 def test_chunked_bodies(server):
@@ -199,8 +208,7 @@ def test_more_connections_than_allowed(server):
     finally:
         for client in with_others:
             client.close()
-    while server.ask(head("Connection: close\r\n", "GET /health HTTP/1.1"))[0] == 503:
-        pass
+    wait_until(lambda: server.ask(head("Connection: close\r\n", "GET /health HTTP/1.1"))[0] == 200)
 
 
 def test_sigterm_ends_after_the_answers(own_server):
