@@ -270,19 +270,25 @@ def change_the_model(folder: Path, parts: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
 
 
-@pytest.mark.parametrize("change, name", [(change_a_word, "data 1: .*data.json"), (append_a_row, "data 1: .*data.json"),
-                                          (reorder, "data 1: .*data.json"), (change_the_tokenizer, "tokenizer: "),
-                                          (change_the_model, "model: the settings in its config.json")])
-def test_inputs_that_have_changed_are_refused_by_name(make_recipe, monkeypatch, tmp_path, parts, change, name):
+def test_inputs_that_have_changed_are_refused_by_name(make_recipe, monkeypatch, tmp_path, parts):
     language = Path(shutil.copytree(parts[1], tmp_path / "language"))
     recipe = first_stage(make_recipe())
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, language=str(language)))
     die(monkeypatch, recipe, step=4)
     os.utime(tmp_path / "data" / "data.json")  # a copy of the same content is no change
     die(monkeypatch, recipe, step=1)
-    change(tmp_path / "data", language)
-    with pytest.raises(UserError, match=f"stages.align was trained so far with other inputs .*: {name}"):
-        loop.train(recipe)
+    for change, name in ((change_a_word, "data 1: .*data.json"), (append_a_row, "data 1: .*data.json"),
+                         (reorder, "data 1: .*data.json"), (change_the_tokenizer, "tokenizer: "),
+                         (change_the_model, "model: the settings in its config.json")):
+        for folder in ("data", "language"):
+            shutil.copytree(tmp_path / folder, tmp_path / "before" / folder)
+        change(tmp_path / "data", language)
+        with pytest.raises(UserError, match=f"stages.align was trained so far with other inputs .*: {name}"):
+            loop.train(recipe)
+        if change is not change_the_model:
+            for folder in ("data", "language"):
+                shutil.rmtree(tmp_path / folder)
+                shutil.move(tmp_path / "before" / folder, tmp_path / folder)
     os.unlink(recipe.output + "/inputs.json")  # as the line says
     loop.train(recipe)
 
