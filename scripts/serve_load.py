@@ -174,7 +174,9 @@ def parse(blocks: Sequence[tuple[float, bytes]], started: float) -> Reply:
     reply = Reply(int(head.split(b" ", 2)[1]), headers=head, seconds=blocks[-1][0] - started)
     start = len(head) + 4
     if not re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
-        reply.body, reply.complete = raw[start:], True
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+        end = start + int(length.group(1)) if length else len(raw)
+        reply.body, reply.complete = raw[start:end], len(raw) >= end
         _read_json(reply)
         return reply
     ends, end = [], 0

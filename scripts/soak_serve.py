@@ -11,6 +11,7 @@ import asyncio
 import collections
 import re
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,11 @@ from serve_load import Connection, Reply, Server, image_part, own_server, pictur
 
 import llava_jax
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "serve"))
+from malformed import malformed  # noqa: E402
+
 SHARES = {"malformed": 0.05, "disconnecting": 0.05, "slow": 0.02}
+NUM_MALFORMED = 500
 MAX_GROWTH = 0.05
 """Largest accepted growth of memory, from the first third of the time to the last."""
 
@@ -38,12 +43,12 @@ def main() -> None:
     files = pictures(args.pictures, 16)
     questions = good_requests(files, args.tokens)
     expected = answers(args.model, questions)
-    server = own_server(args.model, "--slots", str(args.slots), "--context", str(CONTEXT))
+    server = own_server(args.model, "--slots", str(args.slots), "--context", str(CONTEXT), "--receive-seconds", "10")
     try:
-        problems = asyncio.run(Soak(server, questions, expected, files, args).run())
+        problems = asyncio.run(Soak(server, questions, expected, args).run())
     finally:
         server.stop()
-    if errors := re.findall(r".*(?:Traceback|Error|ERROR).*", server.output()):
+    if errors := re.findall(r"(?s)Traceback.{,2000}", server.output()):
         problems.append(f"{len(errors)} errors in the log, such as {errors[0]}")
     if problems:
         raise SystemExit("\n".join(problems))
@@ -82,42 +87,12 @@ def answers(folder: Path, bodies: list[dict]) -> list[tuple[str, int]]:
     return expected
 
 
-def malformed(file: bytes) -> list[dict | bytes | str]:
-    """Returns bodies that are wrong; a str is a whole request's first line and headers."""
-    good = [{"role": "user", "content": "Hello"}]
-
-    def message(content):
-        return {"messages": [{"role": "user", "content": content}]}
-
-    def url(text):
-        return message([{"type": "image_url", "image_url": {"url": text}}])
-
-    bodies = [b"{", b"", b"[]", b"\xff\xfe{}", b'{"messages": [' * 200, {}, {"messages": []}, {"messages": "Hello"},
-              {"messages": [{"role": "robot", "content": "Hello"}]}, {"messages": good * 300}, message(5),
-              message(None), message([{"type": "audio"}]), message("word " * 5000), message([image_part(file)] * 9)]
-    bodies += [{"messages": good} | fields for fields in (
-        {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "5"}, {"temperature": float("nan")},
-        {"temperature": -1}, {"temperature": "hot"}, {"top_p": -1}, {"top_p": 2}, {"n": 0}, {"n": 10**9}, {"stop": 5},
-        {"stop": [""]}, {"stop": ["x"] * 10**5}, {"stop": "x" * 65}, {"stream": "yes"}, {"seed": "x"},
-        {"logit_bias": {"5": 1}}, {"tools": [{"type": "function"}]}, {"logprobs": True, "top_logprobs": 1000},
-        {"response_format": {"type": "json_object"}}, {"model": "another"})]
-    bodies += [url(text) for text in (
-        "", "data:image/jpeg;base64", "data:image/jpeg;base64,!!!!", "http://169.254.169.254/", "https://[::1]/x.png",
-        "file:///etc/passwd", "https://example.com\\@127.0.0.1/", 5)]
-    bodies += [message([image_part(data)]) for data in (
-        b"", b"GIF", file[:100], file[: len(file) // 2], b"<svg/>",
-        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0" + b"\0" * 4)]
-    return [*bodies, "POST /v1/nothing HTTP/1.1\r\n", "GET /v1/chat/completions HTTP/1.1\r\n",
-            "POST /v1/chat/completions HTTP/1.1\r\ncontent-type: text/plain\r\n",
-            "POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 99999999\r\n"]
-
-
 class Soak:
     """The clients, what they saw, and the server's memory."""
 
-    def __init__(self, server: Server, questions: list[dict], expected: list, files: list[bytes], args):
+    def __init__(self, server: Server, questions: list[dict], expected: list, args):
         self.server, self.questions, self.expected, self.args = server, questions, expected, args
-        self.wrong = malformed(files[0])
+        self.wrong = list(malformed(0, NUM_MALFORMED))
         self.rng = np.random.default_rng(0)
         self.counts, self.problems, self.memory = collections.Counter(), [], []
 
@@ -167,17 +142,11 @@ class Soak:
             self.problems.append(f"request {index}: {reply.text!r}, {reply.tokens} instead of {self.expected[index]}")
 
     async def malformed(self, connection: Connection) -> None:
-        which = int(self.rng.integers(len(self.wrong)))
-        wrong = self.wrong[which]
-        if isinstance(wrong, str):
-            request = f"{wrong}host: 127.0.0.1\r\n\r\n".encode()
-        else:
-            wrong = {"model": self.server.model} | wrong if isinstance(wrong, dict) else wrong
-            request = post(self.server.port, wrong)
-        reply = await connection.send(request, 60)
+        case = self.wrong[int(self.rng.integers(len(self.wrong)))]
+        reply = await connection.send(case.on_the_wire(), 60)
         self.counts[f"malformed: status {reply.status}"] += 1
-        if not (400 <= reply.status < 500 and isinstance(reply.error, dict) and "message" in reply.error):
-            self.problems.append(f"malformed {which}: status {reply.status}, {reply.body[:200]}; {request[:300]}")
+        if reply.status not in case.statuses or "message" not in (reply.error or {}):
+            self.problems.append(f"{case.name}: status {reply.status}, not {case.statuses}; {reply.body[:200]}")
 
     async def disconnecting(self, connection: Connection) -> None:
         """Leaves while the request is sent, while it waits, or while its answer is written."""

@@ -67,13 +67,13 @@ def test_a_stream_that_is_cut_off():
     (serve_load.Reply(), "status 0"),
 ])
 def test_what_a_soak_counts_as_a_problem(reply, problem):
-    soak = soak_serve.Soak(None, [], [("red", 2)], [b"file"], None)
+    soak = soak_serve.Soak(None, [], [("red", 2)], None)
     soak.check("good", 0, reply)
     assert [problem in text for text in soak.problems] == ([] if problem is None else [True])
 
 
 def test_memory_that_grows(capsys):
-    soak = soak_serve.Soak(None, [], [], [b"file"], None)
+    soak = soak_serve.Soak(None, [], [], None)
     soak.memory = [100 * 2**20] * 30 + [104 * 2**20] * 15
     soak.check_memory()
     assert not soak.problems
