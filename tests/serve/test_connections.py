@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.serve.connections import listen
+
 LIMITS = {"body_bytes": 50_000, "header_bytes": 4000, "connections": 20, "receive_seconds": 0.5, "send_seconds": 0.5}
 SCRIPT = Path(__file__).parent / "stand_in_server.py"
 
@@ -235,3 +237,10 @@ def test_a_second_signal_ends_at_once(own_server):
     assert process.stdout.readline() == "draining\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 128 + signal.SIGINT
+
+
+def test_small_writes_are_sent_at_once():
+    """Nagle's algorithm would wait for the client to acknowledge the headers, which takes it 40 ms."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        with listener.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
