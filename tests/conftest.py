@@ -14,8 +14,9 @@ from hypothesis import settings
 from PIL import Image
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compilation; without LLVM's optimisation it halves.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the suite's time is compilation: LLVM's optimisation doubles it, and so do the fusion emitters.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+                                   "--xla_cpu_parallel_codegen_split_count=1")
 
 # All workers and subprocesses of a session share one compilation cache. The flags above are part of its keys.
 OWN_CACHE = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="llava_jax-tests-")

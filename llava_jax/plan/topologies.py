@@ -178,6 +178,9 @@ def quiet() -> None:
     Call it before JAX starts its backends. It also silences libtpu's messages to stderr.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # libtpu ends the process at flags that only the compiler for CPUs knows.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if not flag.startswith("--xla_cpu_"))
     os.environ |= {
         # The compiler alone: no search for a machine, or for other processes that use its chips.
         "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
