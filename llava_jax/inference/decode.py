@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from llava_jax.inference.sampling import Sampling, sample
 from llava_jax.models.llama import Cache, LlamaBlock
 from llava_jax.models.llava import LlavaModel
-from llava_jax.models.slot_cache import SlotAttention, SlotCache
+from llava_jax.models.slot_cache import MIN_QUERIES, SlotAttention, SlotCache
 
 MAX_DECODE_STEPS = 16
 """Maximum number of tokens that `decode` writes before the host sees them."""
@@ -105,9 +105,9 @@ def decode(
         i, state, written = carry
         positions, attend = state.position[:, None], None
         if isinstance(state.cache, SlotCache):
-            length = state.cache.length(layers is not None)
+            length = state.cache.length
             positions = jnp.where(state.remaining > 0, state.position, length)[:, None]
-            attend = SlotAttention(positions, length, rows, layers is not None)
+            attend = SlotAttention(positions, length, rows, 1 if layers else MIN_QUERIES)
         x = model.decoder.embed(state.token[:, None], model.dtype)
         x, cache = model.decoder.extend(x, positions, state.cache, layers, attend)
         logits = model.decoder.logits(x[:, 0])
@@ -158,9 +158,9 @@ def write_chunks(
       max_new_tokens: see `prefill`; 0 in a row whose prompt goes on.
       layers: see `Llama.extend`.
     """
-    length, offsets = state.cache.length(layers is not None), jnp.arange(tokens.shape[1])
+    length, offsets = state.cache.length, jnp.arange(tokens.shape[1])
     positions = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets, length)
-    attend = SlotAttention(positions, length, slots, layers is not None)
+    attend = SlotAttention(positions, length, slots)
     hidden, cache = model.decoder.extend(model.insert_visual(tokens, visual), positions, state.cache, layers, attend)
     logits = model.decoder.logits(_last(hidden, lengths))
     rows = DecodeState((), jnp.zeros_like(starts), starts + lengths - 1, max_new_tokens, sampling)

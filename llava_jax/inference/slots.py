@@ -164,8 +164,7 @@ class SlotEngine:
     def _jit(self, graph, eos_ids: tuple[int, ...]) -> None:
         # A list of arrays is flattened much faster than modules, in every call.
         self._layer_arrays, structure = jax.tree.flatten(self._layers)
-        heads_first = self._layers is not None
-        cache = self._shardings(P(None, None, None, "tensor"))
+        cache = self._shardings(P(None, None, "tensor"))
         state = DecodeState(cache, *[self._shardings(P())] * 4)
 
         def jit(function, results=1, **options):
@@ -194,11 +193,11 @@ class SlotEngine:
             return model.visual_features(tiles)[0]
 
         def copy(state, *inputs):
-            return state._replace(cache=state.cache.copy(*inputs, heads_first))
+            return state._replace(cache=state.cache.copy(*inputs))
 
         def empty(shape, dtype):
             sampling = Sampling(jnp.zeros((shape[1], 2), jnp.uint32), jnp.zeros(shape[1]), jnp.ones(shape[1]))
-            cache, numbers = SlotCache.zeros(*shape, dtype, heads_first), jnp.zeros(shape[1], jnp.int32)
+            cache, numbers = SlotCache.zeros(*shape, dtype), jnp.zeros(shape[1], jnp.int32)
             return DecodeState(cache, numbers, numbers, numbers, sampling)
 
         # The state is donated, so that a call updates the cache in place.

@@ -9,46 +9,45 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import optimization_barrier
 from jaxtyping import Array, Float, Int, Int8
 
 BLOCK = 128
 """Number of positions that attention reads at once. The number of positions of a cache is a multiple of it."""
 
+MIN_QUERIES = 8
+"""Number of queries of a head that a TPU's matrix unit takes. XLA multiplies fewer on the vector units."""
+
 
 class SlotCache(NamedTuple):
-    """Keys and values of all layers and slots. An int8 cache has one scale, float32, for each head and position.
+    """Keys and values of all layers and slots. An int8 cache has one scale, float32, for each head and position."""
 
-    With `heads_first`, an argument of all functions here, the axes S and K are swapped: on one CPU, because XLA
-    multiplies it in this order without a copy. XLA for TPUs would copy such a cache in every call.
-    """
+    keys: Float[Array, "L B K S H"] | Int8[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"] | Int8[Array, "L B K S H"]
+    key_scales: Float[Array, "L B K S"] | None = None
+    value_scales: Float[Array, "L B K S"] | None = None
 
-    keys: Float[Array, "L B S K H"] | Int8[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"] | Int8[Array, "L B S K H"]
-    key_scales: Float[Array, "L B S K"] | None = None
-    value_scales: Float[Array, "L B S K"] | None = None
-
-    def length(self, heads_first: bool) -> int:
-        """Returns the number of positions."""
-        return self.keys.shape[3 if heads_first else 2]
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.keys.shape[3]
 
     @classmethod
-    def zeros(cls, layers: int, slots: int, heads: int, length: int, head_dim: int, dtype: jnp.dtype,
-              heads_first: bool = False) -> "SlotCache":
+    def zeros(cls, layers: int, slots: int, heads: int, length: int, head_dim: int, dtype: jnp.dtype) -> "SlotCache":
         """Returns a cache for at least `length` positions; with scales if `dtype` is int8."""
-        length = -(-length // BLOCK) * BLOCK
-        shape = layers, slots, *((heads, length) if heads_first else (length, heads)), head_dim
+        shape = layers, slots, heads, -(-length // BLOCK) * BLOCK, head_dim
         scales = [jnp.zeros(shape[:-1])] * 2 if jnp.dtype(dtype) == jnp.int8 else []
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
-    def copy(self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""],
-             heads_first: bool) -> "SlotCache":
+    def copy(self, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> "SlotCache":
         """Copies the first `length` positions of a slot, rounded up to blocks, to another slot."""
 
         def copy_block(block, cache):
             def copied(part):
-                start, sizes = _block(part.shape, block, heads_first)
-                read = jax.lax.dynamic_slice(part, (0, source, *start), (len(part), 1, *sizes))
-                return jax.lax.dynamic_update_slice(part, read, (0, target, *start))
+                start, sizes = (0, 0, 0, block * BLOCK, 0)[: part.ndim], list(part.shape)
+                sizes[1], sizes[3] = 1, BLOCK
+                read = jax.lax.dynamic_slice(part, (0, source, *start[2:]), sizes)
+                return jax.lax.dynamic_update_slice(part, read, (0, target, *start[2:]))
 
             return jax.tree.map(copied, cache)
 
@@ -61,10 +60,12 @@ class SlotAttention:
     Args:
       positions: position of each new token; at least S for padding, which is not written.
       slots: slot of each row, B for a row of padding; None if row i is slot i.
+      min_queries: number of queries that fewer queries of a head are padded to.
     """
 
-    def __init__(self, positions: Int[Array, "R T"], length: int, slots: Int[Array, "R"] | None, heads_first: bool):
-        self.positions, self.slots, self.heads_first = positions, slots, heads_first
+    def __init__(self, positions: Int[Array, "R T"], length: int, slots: Int[Array, "R"] | None = None,
+                 min_queries: int = 1):
+        self.positions, self.slots, self.min_queries = positions, slots, min_queries
         self.rows = jnp.arange(len(positions)) if slots is None else slots
         last = jnp.max(jnp.where(positions < length, positions, 0))
         self.num_blocks = last // BLOCK + 1
@@ -77,15 +78,19 @@ class SlotAttention:
         K = key.shape[2]
         query = query.reshape(R, T, K, N // K, H).swapaxes(1, 2).reshape(R, K, -1, H)
         positions = jnp.repeat(self.positions, N // K, axis=1)[:, None, :, None]
-        keys = "RKSH" if self.heads_first else "RSKH"
+        count = query.shape[2]
+        if count < self.min_queries:
+            padding = (0, 0), (0, 0), (0, self.min_queries - count), (0, 0)
+            query = optimization_barrier(jnp.pad(query, padding))  # XLA would compute without the padding
+            positions = jnp.pad(positions, padding)
 
         def read_block(block, carry):
             largest, total, weighted = carry
             k, v, k_scale, v_scale = (self._block(part, layer, block) for part in cache)
-            scores = jnp.einsum(f"{keys},RKQH->RKSQ", k.astype(query.dtype), query, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("RKSH,RKQH->RKSQ", k.astype(query.dtype), query, preferred_element_type=jnp.float32)
             scores = scores.swapaxes(2, 3) * H**-0.5
             if k_scale is not None:
-                scores = scores * self._by_head(k_scale)
+                scores = scores * k_scale[:, :, None]
             visible = block * BLOCK + jnp.arange(BLOCK) <= positions
             scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
             new_largest = jnp.maximum(largest, scores.max(-1))
@@ -93,45 +98,37 @@ class SlotAttention:
             kept = jnp.exp(largest - new_largest)
             total = total * kept + weights.sum(-1)
             if v_scale is not None:
-                weights = weights * self._by_head(v_scale)
-            new = jnp.einsum(f"RKQS,{keys}->RKQH", weights.astype(query.dtype), v.astype(query.dtype),
+                weights = weights * v_scale[:, :, None]
+            new = jnp.einsum("RKQS,RKSH->RKQH", weights.astype(query.dtype), v.astype(query.dtype),
                              preferred_element_type=jnp.float32)
             return new_largest, total, weighted * kept[..., None] + new
 
         shape = query.shape[:3]
         carry = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros(query.shape)
         _, total, weighted = jax.lax.fori_loop(0, self.num_blocks, read_block, carry)
-        read = (weighted / total[..., None]).astype(query.dtype)
+        read = (weighted / total[..., None]).astype(query.dtype)[:, :, :count]
         return read.reshape(R, K, T, -1, H).swapaxes(1, 2).reshape(R, T, N, H), cache
 
     def _write(self, cache: SlotCache, layer, key, value) -> SlotCache:
-        rows = self.rows[:, None]
         new = SlotCache(key, value)
         if cache.key_scales is not None:
             (keys, key_scales), (values, value_scales) = quantize(key), quantize(value)
             new = SlotCache(keys, values, key_scales, value_scales)
-        index = (layer, rows, slice(None), self.positions) if self.heads_first else (layer, rows, self.positions)
-        return jax.tree.map(lambda old, x: old.at[index].set(x, mode="drop"), cache, new)
+        # Indices for all axes but the last, because XLA for TPUs copied the whole cache for a slice of the heads.
+        index = layer, self.rows[:, None, None], jnp.arange(key.shape[2])[:, None], self.positions[:, None]
+        return jax.tree.map(lambda old, x: old.at[index].set(x.swapaxes(1, 2), mode="drop"), cache, new)
 
     def _block(self, part: Array | None, layer, block) -> Array | None:
         """Returns a block of positions of the rows' slots."""
         if part is None:
             return None
-        start, sizes = _block(part.shape, block, self.heads_first)
+        def read(slot, count):
+            start, sizes = (layer, slot, 0, block * BLOCK, 0), (1, count, part.shape[2], BLOCK, *part.shape[4:])
+            return jax.lax.dynamic_slice(part, start[: part.ndim], sizes)[0]
+
         if self.slots is None:
-            return jax.lax.dynamic_slice(part, (layer, 0, *start), (1, part.shape[1], *sizes))[0]
-        return jnp.concatenate([jax.lax.dynamic_slice(part, (layer, slot, *start), (1, 1, *sizes))[0]
-                                for slot in self.slots])
-
-    def _by_head(self, scales: Array) -> Float[Array, "R K 1 S"]:
-        return (scales if self.heads_first else scales.swapaxes(1, 2))[:, :, None]
-
-
-def _block(shape: tuple[int, ...], block: Int[Array, ""], heads_first: bool) -> tuple[list, list[int]]:
-    """Returns start and sizes of a block of positions, of the axes after layers and slots."""
-    axis, start, sizes = 1 if heads_first else 0, [0] * (len(shape) - 2), list(shape[2:])
-    start[axis], sizes[axis] = block * BLOCK, BLOCK
-    return start, sizes
+            return read(0, part.shape[1])
+        return jnp.concatenate([read(slot, 1) for slot in self.slots])
 
 
 def quantize(x: Float[Array, "R T K H"]) -> tuple[Array, Array]:

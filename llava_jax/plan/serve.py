@@ -124,7 +124,7 @@ class _Server:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=layout or self.everywhere)
 
     def state(self, slots: int) -> DecodeState:
-        text, heads = self.model.text, NamedSharding(self.mesh, P(None, None, None, "tensor"))
+        text, heads = self.model.text, NamedSharding(self.mesh, P(None, None, "tensor"))
         sizes = text.num_layers, slots, text.num_kv_heads, self.context, text.head_dim
         cache = jax.eval_shape(lambda: SlotCache.zeros(*sizes, self.kv_cache or "bfloat16"))
         numbers, floats = self.array((slots,), "int32"), self.array((slots,), "float32")

@@ -21,7 +21,7 @@ from llava_jax.inference.slots import Chunk, SlotEngine, SlotRequest
 from llava_jax.models.dot_product import attention
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
-from llava_jax.models.slot_cache import BLOCK, SlotAttention, SlotCache
+from llava_jax.models.slot_cache import BLOCK, MIN_QUERIES, SlotAttention, SlotCache
 from llava_jax.models.vit import VisionConfig
 from llava_jax.parallel.sharding import AXES
 
@@ -215,28 +215,27 @@ def test_log_probabilities_are_those_of_the_model(llava, engine, pictures):
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-@pytest.mark.parametrize(("slots", "heads_first"), [(None, True), ([2, 0], True), ([2, 0], False)])
-def test_attention_equals_that_over_the_values_it_stored(cache_dtype, slots, heads_first):
+@pytest.mark.parametrize(("slots", "T", "min_queries"), [(None, 5, 1), ([2, 0], 5, 1), (None, 1, MIN_QUERIES)])
+def test_attention_equals_that_over_the_values_it_stored(cache_dtype, slots, T, min_queries):
     """Rows of different lengths over several blocks, grouped heads, padding; against plain attention."""
-    length, K, N, H, T = 3 * BLOCK, 2, 6, 8, 5
+    length, K, N, H = 3 * BLOCK, 2, 6, 8
     rng, B = np.random.default_rng(0), 3
     rows = list(range(B)) if slots is None else slots
     full = [rng.normal(size=(B, length, K, H)).astype(np.float32) for _ in range(2)]
     query = rng.normal(size=(len(rows), T, N, H)).astype(np.float32)
-    cache = SlotCache.zeros(2, B, K, length, H, cache_dtype, heads_first)
+    cache = SlotCache.zeros(2, B, K, length, H, cache_dtype)
     everywhere = jnp.broadcast_to(jnp.arange(length), (B, length))
-    _, cache = SlotAttention(everywhere, length, None, heads_first)(jnp.zeros((B, length, N, H)), *full, cache, 1)
+    _, cache = SlotAttention(everywhere, length)(jnp.zeros((B, length, N, H)), *full, cache, 1)
     starts = np.array([2 * BLOCK + 7, 3, BLOCK - 2])[: len(rows)]
     positions = starts[:, None] + np.arange(T)
     new = [x[np.array(rows)[:, None], positions] for x in full]
     read, cache = SlotAttention(jnp.asarray(positions), length, None if slots is None else jnp.array(slots),
-                                heads_first)(query, *new, cache, 1)
+                                min_queries)(query, *new, cache, 1)
     stored = [np.asarray(part[1]).astype(np.float32) for part in (cache.keys, cache.values)]
     if cache_dtype == "int8":
         stored = [x * np.asarray(scale[1])[..., None] for x, scale in zip(stored, cache[2:], strict=True)]
-        assert all(0 < np.abs((x.swapaxes(1, 2) if heads_first else x) - y).max() < 0.02
-                   for x, y in zip(stored, full, strict=True))
-    key, value = (x[rows].swapaxes(1, 2) if heads_first else x[rows] for x in stored)
+        assert all(0 < np.abs(x.swapaxes(1, 2) - y).max() < 0.02 for x, y in zip(stored, full, strict=True))
+    key, value = (x[rows].swapaxes(1, 2) for x in stored)
     mask = jnp.arange(length) <= positions[..., None]
     np.testing.assert_allclose(read, attention(query, key, value, mask), atol=2e-5)
     assert not np.asarray(cache.keys[0]).any()
