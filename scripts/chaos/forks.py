@@ -15,7 +15,7 @@ from typing import Any
 from llava_jax.errors import UserError
 
 LARGEST = 2 * 2**30
-"""Bytes of memory that a process may grow to, this one's modules included."""
+"""Bytes of memory that a process may grow by."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,23 @@ def attempt_all(calls, seconds: int, jobs: int) -> Iterator[tuple[Any, Result]]:
 
     A call may use so many seconds of processor time, and ten times as many by the clock.
     """
-    running: dict[int, Path] = {}
+    running: dict[int, tuple[Path, int]] = {}
     calls = iter(calls)
     while True:
         while len(running) < jobs and (pair := next(calls, None)) is not None:
-            running[_fork(*pair, seconds)] = pair[1]
+            before = _memory_pages()[1]
+            running[_fork(*pair, seconds)] = pair[1], before * os.sysconf("SC_PAGE_SIZE")
         if not running:
             return
         pid, status, usage = os.wait4(-1, 0)
         if pid in running:
-            folder = running.pop(pid)
-            yield folder, _read(folder, status, usage.ru_maxrss * 1024)
+            folder, before = running.pop(pid)
+            yield folder, _read(folder, status, usage.ru_maxrss * 1024 - before)
+
+
+def _memory_pages() -> list[int]:
+    """Returns the pages of addresses, and those in memory, of this process."""
+    return [int(count) for count in Path("/proc/self/statm").read_text().split()[:2]]
 
 
 def _fork(call: Callable[[], Any], folder: Path, seconds: int) -> int:
@@ -66,7 +72,7 @@ def _fork(call: Callable[[], Any], folder: Path, seconds: int) -> int:
         # The default action ends the process, whatever it is at. On a busy machine the clock runs ahead of the work.
         signal.alarm(10 * seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        size = _memory_pages()[0] * os.sysconf("SC_PAGE_SIZE")
         # Addresses are not memory: XLA reserves more than it uses, so the limit here only stops the worst.
         resource.setrlimit(resource.RLIMIT_AS, (size + 3 * LARGEST,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -69,3 +69,9 @@ def _fill() -> int:
 def test_every_outcome_is_told_apart(kind, call, tmp_path):
     result = forks.attempt(call, tmp_path, seconds=1 if kind == "hang" else 60)
     assert result.kind == kind, result
+
+
+def test_the_memory_of_this_process_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(forks, "LARGEST", 2**30 // 3)
+    held = np.ones(2**26)  # 512 MiB
+    assert forks.attempt(lambda: 1, tmp_path, seconds=60).kind == "ok" and held.all()
