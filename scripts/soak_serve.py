@@ -21,7 +21,8 @@ from serve_load import Connection, Reply, Server, image_part, own_server, pictur
 
 import llava_jax
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "serve"))
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path += [str(TESTS), str(TESTS / "serve")]
 from malformed import malformed  # noqa: E402
 
 SHARES = {"malformed": 0.05, "disconnecting": 0.05, "slow": 0.02}

@@ -1,6 +1,8 @@
 """Images of every PIL mode and many sizes."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -42,3 +44,14 @@ def transparent(palette: bool, alpha) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "PNG", transparency=alpha if palette else image.getpixel((3, 4)))
     return Image.open(io.BytesIO(file.getvalue()))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, packed: bytes, colour: int = 2, chunks: bytes = b"") -> bytes:
+    """A PNG whose header names this size and colour type, with these packed pixels, whatever they are."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + chunks + png_chunk(b"IDAT", packed)
+            + png_chunk(b"IEND", b""))

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from image_data import GREYS, PIL_MODES, grey_of_mode, image_of_mode, noise
+from image_data import GREYS, PIL_MODES, grey_of_mode, image_of_mode, noise, png
 from PIL import Image, ImageOps
 
 from llava_jax.errors import UserError
@@ -181,14 +181,10 @@ def webp_header(width: int, height: int, kind: str) -> bytes:
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
-
-    header = width.to_bytes(4) + height.to_bytes(4) + b"\x08\x06\0\0\0"
     packer = zlib.compressobj(9)
     row = bytes(4 * width + 1)
     pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return png(width, height, pixels, colour=6)
 
 
 BOMBS = {

@@ -1,12 +1,12 @@
 """Greedy decoding against transformers, and everything else about a loaded model against itself done more slowly."""
 
-import contextlib
 import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from PIL import Image
 
 import llava_jax
@@ -214,20 +214,6 @@ def test_int8_computes_with_its_dequantised_kernels(model_dir, llava, requests):
     assert np.abs(found - np.asarray(llava.model(**inputs))).max() > 1e-3 * expected.std()
     with pytest.raises(UserError, match="quantize 'int4' is not int8"):
         llava_jax.load(model_dir, quantize="int4")
-
-
-@contextlib.contextmanager
-def compilations():
-    """The programs that XLA compiles meanwhile."""
-    seen = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_compilations_are_bounded(reciting, tokenizer, pictures):

@@ -1,6 +1,5 @@
 """Requests that come and go in the slots of a server, against each of them alone."""
 
-import contextlib
 import dataclasses
 from operator import ne
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from peft_models import DECODER, adapted
 from PIL import Image
 
@@ -267,20 +267,6 @@ def test_in_bfloat16_few_answers_change(model_dir, pictures, capsys):
     with capsys.disabled():
         print(f"\nbfloat16, {len(alone)} answers of {np.mean(list(map(len, alone))):.0f} tokens, changed: {changed}")
     assert changed["in other chunks too"] < len(alone) / 10
-
-
-@contextlib.contextmanager
-def compilations():
-    """The programs that XLA compiles meanwhile."""
-    seen = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_compiles_after_the_warm_up(tokenizer):

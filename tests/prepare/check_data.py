@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 from conftest import GOLDEN
+from image_data import png
 from PIL import Image
 
 from llava_jax.data.sources import open_mixture
@@ -26,13 +27,7 @@ def encoded(mode="RGB", size=(40, 30), kind="JPEG", **options) -> bytes:
 
 def bomb() -> bytes:
     """A PNG whose header promises 30,000 x 30,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * 99)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return png(30000, 30000, zlib.compress(b"\0" * 99))
 
 
 def strip(width: int, height: int) -> bytes:

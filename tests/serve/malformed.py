@@ -4,12 +4,12 @@ import base64
 import io
 import json
 import random
-import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import image_data
 from PIL import Image
 
 CHAT = "/v1/chat/completions"
@@ -64,12 +64,8 @@ def data_url(content: bytes) -> str:
 
 def png(width: int, height: int, pixels: bytes | None = None) -> bytes:
     """Returns a PNG whose header names this size."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     pixels = zlib.compress(bytes((width + 1) * height if width * height < 2**20 else 100)) if pixels is None else pixels
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return image_data.png(width, height, pixels, colour=0)
 
 
 def encoded(rng: random.Random, kind: str, size: int = 60, **options: Any) -> bytes:

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import zlib
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_data import png, png_chunk
+from malformed import data_url
 from PIL import Image
 
 from llava_jax.errors import UserError
@@ -47,10 +48,6 @@ def picture(width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0)
     if mode == "I;16":
         return Image.fromarray(pixels.view(np.uint16)[..., 0].copy())
     return Image.fromarray(pixels, "CMYK" if mode == "CMYK" else "RGBA").convert(mode)
-
-
-def data_url(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def refusal(loader: MediaLoader, url: str, **options) -> ApiError:
@@ -88,14 +85,8 @@ def exif(orientation: int) -> Image.Exif:
     return made
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png_with(*chunks: bytes, size: tuple[int, int] = (4, 4)) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 13 * 4))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+def png_with(chunk: bytes = b"", size: tuple[int, int] = (4, 4)) -> bytes:
+    return png(*size, zlib.compress(b"\0" * 13 * 4), chunks=chunk)
 
 
 BOMB = zlib.compress(bytes(80_000_000), 9)
@@ -147,8 +138,8 @@ def test_an_image_becomes_what_the_project_makes_of_it(name, loader, anyres):
     ("1 x 101", encoded(picture(1, 101)), "invalid_image", "100 to 1"),
     ("101 x 1", encoded(picture(101, 1)), "invalid_image", "100 to 1"),
     ("large WebP", b"RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x3f\0" * 2 + bytes(40), "image_too_large", ""),
-    ("text bomb", png_with(chunk(b"zTXt", b"a\0\0" + BOMB)), "image_parse_error", "damaged"),
-    ("profile bomb", png_with(chunk(b"iCCP", b"a\0\0" + BOMB), size=(9, 9)), "image_parse_error", "damaged"),
+    ("text bomb", png_with(png_chunk(b"zTXt", b"a\0\0" + BOMB)), "image_parse_error", "damaged"),
+    ("profile bomb", png_with(png_chunk(b"iCCP", b"a\0\0" + BOMB), size=(9, 9)), "image_parse_error", "damaged"),
     ("many scans", IMAGES["progressive"].replace(b"\xff\xd9", b"\xff\xda" * 200), "image_parse_error", "damaged"),
     ("no bytes", b"", "empty_image", "empty"), ("many bytes", bytes(300_001), "image_too_large", "300,000 bytes"),
 ])
