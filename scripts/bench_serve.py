@@ -106,7 +106,7 @@ def overhead(model: Path, args: argparse.Namespace) -> None:
     Both count the prompts, which are short. The engine alone gets one step a call, as in the server, and 16.
     """
     import llava_jax
-    from llava_jax.inference.slots import Chunk, SlotEngine, SlotRequest
+    from llava_jax.inference.slots import PromptChunk, SlotEngine, SlotRequest
 
     llava = llava_jax.load(model)
     engine = SlotEngine(llava, args.slots, CONTEXT)
@@ -115,9 +115,7 @@ def overhead(model: Path, args: argparse.Namespace) -> None:
 
     def alone(steps: int) -> float:
         started = time.perf_counter()
-        for first in range(0, args.slots, engine.max_rows):
-            engine.write([Chunk(slot, 0, prompt, request=SlotRequest(args.tokens))
-                          for slot in range(first, min(first + engine.max_rows, args.slots))])
+        engine.write([PromptChunk(slot, 0, prompt, request=SlotRequest(args.tokens)) for slot in range(args.slots)])
         waiting = []  # as the server: the tokens of a call are read after the next call
         for _ in range(-(-(args.tokens - 1) // steps)):
             waiting.append(engine.decode(np.ones(args.slots, bool), steps))

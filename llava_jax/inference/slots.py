@@ -54,7 +54,7 @@ class SlotRequest:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PromptChunk:
     """Some consecutive tokens of a prompt, to be computed in a slot.
 
     Attributes:
@@ -110,7 +110,7 @@ class SlotEngine:
     """Computes prompts and answers of independent requests in the slots of one key-value cache.
 
         features = engine.encode_image(tiles, layout)
-        written = engine.write([Chunk(slot=3, start=0, tokens=prompt, visual=features, request=SlotRequest(64))])
+        written = engine.write([PromptChunk(slot=3, start=0, tokens=prompt, visual=features, request=SlotRequest(64))])
         written = engine.decode(active, steps=4)    # active: bool [slots]; tokens [slots, 4]
 
     A prompt longer than `max_chunk` is written by several calls; between them other slots may decode. A slot has the
@@ -124,10 +124,7 @@ class SlotEngine:
       slots: number of slots.
       context: maximum number of tokens of a prompt and its answer.
       max_chunk: maximum number of tokens of a chunk.
-      max_rows: number of chunks that are computed at once. A call with more is several batches.
     """
-
-    max_rows = MAX_ROWS
 
     def __init__(self, llava: "Llava", slots: int, context: int, cache_dtype: str | None = None):
         """Allocates the cache for a model.
@@ -243,7 +240,7 @@ class SlotEngine:
         """
         return adapters.copy() if len(self._own_parameters) > 1 else None
 
-    def write(self, chunks: Sequence[Chunk], adapters: Sequence[int] = (), logprobs: bool = False) -> Written:
+    def write(self, chunks: Sequence[PromptChunk], adapters: Sequence[int] = (), logprobs: bool = False) -> Written:
         """Computes chunks of different slots, and writes the first token after each one with a request.
 
         `adapters`: number of each chunk's adapter in `Llava.adapters`, which its slot keeps; by default 0, the base.
@@ -264,7 +261,7 @@ class SlotEngine:
                 parts.append((part, self._run_write([chunks[row] for row in part], rows, size, logprobs)))
         return Written(parts, len(chunks), 1)
 
-    def _run_write(self, chunks: Sequence[Chunk], rows: int, size: int, logprobs: bool) -> list[Array]:
+    def _run_write(self, chunks: Sequence[PromptChunk], rows: int, size: int, logprobs: bool) -> list[Array]:
         slots, starts = np.full(rows, self.slots, np.int32), np.zeros(rows, np.int32)
         lengths, max_new_tokens = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         tokens, visual = np.zeros((rows, size), np.int32), self._no_visual[rows, size]
@@ -287,7 +284,7 @@ class SlotEngine:
             more = self._log_probabilities(logits, token) if logprobs else ()
         return [token, *more]
 
-    def _check(self, chunk: Chunk) -> None:
+    def _check(self, chunk: PromptChunk) -> None:
         """Raises ValueError for a chunk that does not fit its slot."""
         count = len(chunk.tokens)
         last = chunk.start + count + (chunk.request.max_new_tokens if chunk.request else 0)
@@ -330,7 +327,7 @@ class SlotEngine:
                   for rows in self._decode_rows]
         calls.append(("decode, log-probabilities", lambda: self.decode(np.zeros(self.slots, bool), 1, True)))
         # With visual features of its own, and with the stored zeros.
-        empty = Chunk(self.slots, 0, np.zeros(1, np.int32), np.zeros((0, 1), np.float32))
+        empty = PromptChunk(self.slots, 0, np.zeros(1, np.int32), np.zeros((0, 1), np.float32))
         calls += [(f"prompts, {rows} x {size} tokens", lambda rows=rows, size=size: [
             self._run_write(chunks, rows, size, logprobs=True) for chunks in ([], [empty])])
             for rows, size in self._no_visual]

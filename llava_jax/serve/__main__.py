@@ -42,7 +42,7 @@ log = logging.getLogger("llava_jax.serve")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """ServeOptions of the command line."""
+    """Options of the command line."""
 
     model: tyro.conf.Positional[str]
     """Directory of the model."""

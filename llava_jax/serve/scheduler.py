@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.detokenizer import Detokenizer
-from llava_jax.inference.slots import Chunk, SlotEngine, SlotRequest, Written
+from llava_jax.inference.slots import PromptChunk, SlotEngine, SlotRequest, Written
 from llava_jax.serve.caches import FeatureCache, SlotTokens
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.jobs import Finished, Job, Piece, PreparedImage, Reason, TokenLogprob
@@ -327,7 +327,7 @@ class Scheduler:
                                       in zip(content.images, running.job.images, strict=True))
         return True
 
-    def _chunk(self, running: _RunningJob, length: int) -> Chunk:
+    def _chunk(self, running: _RunningJob, length: int) -> PromptChunk:
         """Returns up to `length` next tokens of a prompt, with the features of its visual tokens."""
         job, slot = running.job, running.slot
         start, stop = slot.computed, min(slot.computed + length, len(job.tokens))
@@ -339,7 +339,8 @@ class Scheduler:
         request = None
         if stop == len(job.tokens):
             request = SlotRequest(running.max_new_tokens, job.temperature, job.top_p, job.seed)
-        return Chunk(slot.index, start, job.tokens[start:stop], np.concatenate(visual) if visual else None, request)
+        return PromptChunk(slot.index, start, job.tokens[start:stop], np.concatenate(visual) if visual else None,
+                           request)
 
     def _image_features(self, running: _RunningJob, index: int) -> np.ndarray:
         """Returns the features of a job's image, kept with the job until its next image."""

@@ -12,7 +12,7 @@ import llava_jax
 from llava_jax import config
 from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.llava import Request
-from llava_jax.inference.slots import Chunk, SlotEngine, SlotRequest
+from llava_jax.inference.slots import PromptChunk, SlotEngine, SlotRequest
 from llava_jax.parallel import sharding
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
@@ -25,8 +25,8 @@ def in_slots(llava, requests, cache_dtype) -> list[list[int]]:
         tokens, [layout] = llava._encode(request)
         features = engine.encode_image(llava._tiles(request.images), layout)
         count = int((tokens[:7] == IMAGE_TOKEN_ID).sum())
-        engine.write([Chunk(slot, 0, tokens[:7], features[:count])])
-        last = Chunk(slot, 7, tokens[7:], features[count:], SlotRequest(request.max_new_tokens))
+        engine.write([PromptChunk(slot, 0, tokens[:7], features[:count])])
+        last = PromptChunk(slot, 7, tokens[7:], features[count:], SlotRequest(request.max_new_tokens))
         rows[slot] += engine.write([last]).tokens[0].tolist()
         for row, written in zip(rows, engine.decode(np.ones(4, bool), 2).tokens.tolist(), strict=True):
             row += written

@@ -17,7 +17,7 @@ from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
 from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.llava import Request, load
-from llava_jax.inference.slots import Chunk, SlotEngine, SlotRequest
+from llava_jax.inference.slots import MAX_ROWS, PromptChunk, SlotEngine, SlotRequest
 from llava_jax.models.dot_product import attention
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
@@ -41,7 +41,7 @@ def chunks_of(llava, engine, request, slot=0, sizes=(), start=0, adapter=0):
     while start < len(tokens):
         stop = min(start + (sizes.pop(0) if sizes else engine.max_chunk), len(tokens))
         before, count = (int((part < 0).sum()) for part in (tokens[:start], tokens[start:stop]))
-        chunks.append(Chunk(slot, start, tokens[start:stop], features[before : before + count] if count else None,
+        chunks.append(PromptChunk(slot, start, tokens[start:stop], features[before : before + count] if count else None,
                             drawn if stop == len(tokens) else None))
         start = stop
     return chunks
@@ -72,7 +72,7 @@ def serve(engine, prompts, rng, cancelled=()):
             slot, number = int(rng.choice(free)), waiting.pop(0)
             owners[slot] = number
             pending[slot] = [dataclasses.replace(chunk, slot=slot) for chunk in prompts[number]]
-        ready = [slot for slot in pending if rng.random() < 0.7][: engine.max_rows]
+        ready = [slot for slot in pending if rng.random() < 0.7][:MAX_ROWS]
         if ready:
             written = engine.write([pending[slot].pop(0) for slot in ready]).tokens
             assert written.shape == (len(ready), 1)
@@ -159,12 +159,12 @@ def test_no_bit_depends_on_other_slots(small, cache_dtype):
     engine = SlotEngine(small, 4, 200, cache_dtype)
     rng = np.random.default_rng(2)
     texts = rng.integers(3, 2000, (4, 200)).astype(np.int32)
-    engine.write([Chunk(0, 0, texts[0, :50], None, SlotRequest(20)), Chunk(1, 0, texts[1, :70])])
+    engine.write([PromptChunk(0, 0, texts[0, :50], None, SlotRequest(20)), PromptChunk(1, 0, texts[1, :70])])
     before = [np.asarray(part) for part in engine._state.cache if part is not None]
     alone = engine.decode(np.array([True, False, False, False]), 8, logprobs=True)
-    engine.write([Chunk(0, 0, texts[0, :50], None, SlotRequest(20))])
-    engine.write([Chunk(1, 70, texts[1, 70:196], None, SlotRequest(4)), Chunk(2, 0, texts[2, :3]),
-                  Chunk(3, 0, texts[3, :40], None, SlotRequest(100))])
+    engine.write([PromptChunk(0, 0, texts[0, :50], None, SlotRequest(20))])
+    engine.write([PromptChunk(1, 70, texts[1, 70:196], None, SlotRequest(4)), PromptChunk(2, 0, texts[2, :3]),
+                  PromptChunk(3, 0, texts[3, :40], None, SlotRequest(100))])
     together = engine.decode(np.array([True, True, False, True]), 8, logprobs=True)
     for name in ("tokens", "logprobs", "top_tokens", "top_logprobs"):
         np.testing.assert_array_equal(getattr(together, name)[0], getattr(alone, name)[0])
@@ -184,13 +184,13 @@ def test_a_prefix_that_a_slot_has_is_continued_and_copied(llava, engine, picture
     shared = int((tokens[0] != tokens[1][: len(tokens[0])]).argmax())
     assert shared > BLOCK
     engine.copy(2, 5, shared)
-    engine.write([Chunk(2, 0, np.full(30, 9, np.int32))])  # the copy is a copy
+    engine.write([PromptChunk(2, 0, np.full(30, 9, np.int32))])  # the copy is a copy
     assert run(engine, chunks_of(llava, engine, second, 5, start=shared)) == expected[1]
     # An answer's tokens but the newest have their keys and values too.
     continued = [*tokens[1], *expected[1][:-1]]
-    full = run(engine, [Chunk(6, 0, np.array([*continued, 77], np.int32), chunks_of(
+    full = run(engine, [PromptChunk(6, 0, np.array([*continued, 77], np.int32), chunks_of(
         llava, engine, second)[0].visual, SlotRequest(9))])
-    assert run(engine, [Chunk(5, len(continued), np.array([77], np.int32), None, SlotRequest(9))]) == full
+    assert run(engine, [PromptChunk(5, len(continued), np.array([77], np.int32), None, SlotRequest(9))]) == full
 
 
 def test_log_probabilities_are_those_of_the_model(llava, engine, pictures):
@@ -282,11 +282,11 @@ def test_nothing_compiles_after_the_warm_up(tokenizer):
             image = Image.new("RGB", (width, height))
             features = engine.encode_image(processor(image), processor.layout(width, height))
             tokens = np.full(min(len(features), 60), -200, np.int32)
-            engine.write([Chunk(3, 0, tokens, features[: len(tokens)], SlotRequest(3))])
-        for count in range(1, engine.max_rows + 1):
+            engine.write([PromptChunk(3, 0, tokens, features[: len(tokens)], SlotRequest(3))])
+        for count in range(1, MAX_ROWS + 1):
             for logprobs in (False, True):
                 for size in sizes:
-                    chunks = [Chunk(slot, 96 - size, np.full(size, 5), None, SlotRequest(4, 0.5, 0.9, 3))
+                    chunks = [PromptChunk(slot, 96 - size, np.full(size, 5), None, SlotRequest(4, 0.5, 0.9, 3))
                               for slot in range(count)]
                     assert engine.write(chunks, logprobs=logprobs).tokens.shape == (count, 1)
                 for active in (np.ones(5, bool), np.arange(5) < count):
@@ -301,9 +301,9 @@ def test_nothing_compiles_after_the_warm_up(tokenizer):
 
 
 @pytest.mark.parametrize("chunk", [
-    Chunk(16, 0, np.ones(3, np.int32)), Chunk(-1, 0, np.ones(3, np.int32)), Chunk(0, -1, np.ones(3, np.int32)),
-    Chunk(0, 510, np.ones(3, np.int32)), Chunk(0, 0, np.ones(0, np.int32)),
-    Chunk(0, 500, np.ones(3, np.int32), None, SlotRequest(10))])
+    PromptChunk(16, 0, np.ones(3, np.int32)), PromptChunk(-1, 0, np.ones(3, np.int32)),
+    PromptChunk(0, -1, np.ones(3, np.int32)), PromptChunk(0, 510, np.ones(3, np.int32)),
+    PromptChunk(0, 0, np.ones(0, np.int32)), PromptChunk(0, 500, np.ones(3, np.int32), None, SlotRequest(10))])
 def test_a_chunk_that_does_not_fit_is_refused(engine, chunk):
     with pytest.raises(ValueError, match="do not fit: 16 slots, 512 tokens each, 512 in a call"):
         engine.write([chunk])

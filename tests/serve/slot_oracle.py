@@ -8,7 +8,7 @@ import numpy as np
 from llava_jax.images import Layout
 from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.detokenizer import Detokenizer
-from llava_jax.inference.slots import Chunk, Written
+from llava_jax.inference.slots import PromptChunk, Written
 from llava_jax.serve.jobs import PreparedImage
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
@@ -109,7 +109,7 @@ class SlotOracle:
             raise error
         return features_of(tiles, layout, adapter)
 
-    def write(self, chunks: list[Chunk], adapters=None, logprobs=False) -> Written:
+    def write(self, chunks: list[PromptChunk], adapters=None, logprobs=False) -> Written:
         self.log.append(("write", [chunk.slot for chunk in chunks], [len(chunk.tokens) for chunk in chunks]))
         self._fail("write")
         assert chunks and len({chunk.slot for chunk in chunks}) == len(chunks)
