@@ -13,19 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.models import lora
 from llava_jax.models.llava import Parameters, from_params
+from llava_jax.parallel.compiler import compiler_options
 from llava_jax.text.encode import IGNORE
 from llava_jax.train.loss import cross_entropy
 
 Batch = dict[str, Array]
 """Packed sequences: tokens, labels, positions, segment_ids [B, T], visual_index [B, T], tiles [B, I, H, W, 3]. For some
 image processors visual_index and visual_weight [B, T, 4]."""
-
-COMPILER_OPTIONS = {"tpu": {
-    # Windowed einsums, which gather weights piece by piece, are several times slower on a v6e.
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
-}}
-"""Compiler options by platform."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -113,10 +107,10 @@ def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state
         return TrainState(state.step + 1, trainable, optimizer), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    platform = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform
+    mesh = jax.tree.leaves(shardings)[0].mesh
     # Without out_shardings the first step may return other shardings, and the second step would compile again.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None),
-                   compiler_options=COMPILER_OPTIONS.get(platform))
+                   compiler_options=compiler_options(mesh))
 
 
 def to_device(x: Array, sharding: NamedSharding) -> Array:

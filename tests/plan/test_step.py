@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.models.llava import abstract_params
-from llava_jax.parallel import sharding
+from llava_jax.parallel import compiler, sharding
 from llava_jax.plan import costs, show
 from llava_jax.plan.cycles import profile
 from llava_jax.plan.data import Length
@@ -236,3 +236,22 @@ def test_convolutions_with_holes_count_what_meets_an_element():
                 f"pad={pad}_{pad} lhs_dilate={dilate} rhs_dilate={spread}}}, dim_labels=b0f_0io->b0f\n}}\n")
         module = parse(text)
         assert costs.flops(module.entry.root, module.entry) == 2 * 2 * 8 * 3 * count
+
+
+@pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])
+def test_the_compiler_knows_the_options_of_every_generation(needs_libtpu, capsys, name):
+    mesh = sharding.make_mesh(config.Mesh(), parse_slice(name).jax_devices())
+    assert compiler.compiler_options(mesh) == compiler.OPTIONS[parse_slice(name).chip.device_kind]
+    assert not capsys.readouterr().err
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out_with_a_line(needs_libtpu, capsys, monkeypatch):
+    mesh = sharding.make_mesh(config.Mesh(), parse_slice("v6e-4").jax_devices())
+    known = compiler.compiler_options(mesh)
+    monkeypatch.setitem(compiler.OPTIONS, "TPU v6 lite", {"xla_made_up": 1} | known | {"xla_tpu_another": True})
+    assert compiler.compiler_options(mesh) == compiler.compiler_options(mesh) == known
+    [line] = capsys.readouterr().err.splitlines()
+    assert "xla_made_up, xla_tpu_another" in line
+    monkeypatch.setitem(compiler.OPTIONS, "TPU v6 lite", known | {"xla_enable_async_all_reduce": "neither"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_enable_async_all_reduce"):
+        compiler.compiler_options(mesh)
