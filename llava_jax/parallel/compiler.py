@@ -5,7 +5,7 @@ import re
 import sys
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 Options = dict[str, bool | int]
 """Values of compiler options by name, as `jax.jit(compiler_options=...)` expects them."""
@@ -56,10 +56,10 @@ def compiler_options(mesh: jax.sharding.Mesh) -> Options | None:
 
 @functools.cache
 def _known(options: tuple[tuple[str, bool | int], ...], device: jax.Device) -> tuple[tuple[str, bool | int], ...]:
-    """Returns the options with which a trivial program compiles for `device`."""
+    """Returns those `options` with which a trivial program compiles for `device`."""
     known, unknown = dict(options), []
-    x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=SingleDeviceSharding(device))
-    lowered = jax.jit(lambda x: x + 1).lower(x)
+    with jax.set_mesh(jax.sharding.Mesh([device], ("x",))):
+        lowered = jax.jit(lambda: jax.numpy.ones((8, 128)), out_shardings=P()).lower()
     while True:
         try:
             lowered.compile(compiler_options=known)
