@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,21 +45,28 @@ def features() -> Any:
     })
 
 
-@functools.cache
-def _serializer() -> Any:
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-
-    return ExampleSerializer(features().get_serialized_info())
-
-
 def serialise(record: Record, images: list[bytes], sizes: list[tuple[int, int]]) -> bytes:
-    """Returns a record as a tf.train.Example; equal records give equal bytes."""
-    turns = [{"from": turn["from"], "value": turn["value"],
-              "loss": turn["from"] == "gpt" and turn.get("loss", True)} for turn in record.turns]
-    row = {"id": record.id, "images": [io.BytesIO(image) for image in images],
-           "image_widths": [width for width, _ in sizes], "image_heights": [height for _, height in sizes],
-           "conversations": turns}
-    example = _serializer().get_tf_example(features().encode_example(row))
+    """Returns a record as the tf.train.Example that TFDS writes for `features()`; equal records give equal bytes.
+
+    TFDS's own serialiser gives the same bytes, but takes 0.3 ms for a row without images instead of 0.02 ms.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+
+    def store(name: str, kind: str, values: Iterable[Any]) -> None:
+        column = getattr(example.features.feature[name], kind)
+        column.SetInParent()  # because an empty list is stored too
+        column.value.extend(values)
+
+    store("id", "bytes_list", [record.id.encode()])
+    store("images", "bytes_list", images)
+    store("image_widths", "int64_list", [width for width, _ in sizes])
+    store("image_heights", "int64_list", [height for _, height in sizes])
+    for name in ("from", "value"):
+        store(f"conversations/{name}", "bytes_list", [turn[name].encode() for turn in record.turns])
+    supervised = [int(turn["from"] == "gpt" and turn.get("loss", True)) for turn in record.turns]
+    store("conversations/loss", "int64_list", supervised)
     return example.SerializeToString(deterministic=True)
 
 

@@ -1,15 +1,16 @@
 """Data sets to pack, and how to read back what was packed."""
 
-
 import hashlib
 import io
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 from tensorflow_datasets.core.example_parser import ExampleParserNp
 
@@ -71,6 +72,12 @@ def with_tfds(out, split="train") -> list[dict]:
         turns = [{"from": role.decode(), "value": text.decode()} for role, text in turns]
         rows.append({"id": row["id"].decode(), "images": list(row["images"]), "turns": turns})
     return rows
+
+
+def read_all(out) -> Iterator[bytes]:
+    """The stored rows of all shards."""
+    for file in sorted(Path(out).glob("*.array_record-*")):
+        yield from ArrayRecordReader(str(file)).read_all()
 
 
 def expected(data) -> list[dict]:
