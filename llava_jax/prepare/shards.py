@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from llava_jax.data.records import BadRow, Record
 from llava_jax.data.sources import Mixture
 from llava_jax.errors import UserError
-from llava_jax.files import read_json
+from llava_jax.files import read_json, temporary_path
 from llava_jax.image_files import MAX_PIXELS, MissingImage, decoding, open_header, open_image, orientation, read_image
 from llava_jax.images import ImageProcessor
 from llava_jax.video import Video
@@ -185,8 +185,7 @@ class ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         counts, bad, shown = Counter(rows=0, bytes=0, images=0, read=0, kept=0), Counter(), []
-        unfinished = f"{self.notes[shard]}-{os.getpid()}"
-        try:
+        with _one_error(), temporary_path(self.notes[shard]) as unfinished:
             writer = ArrayRecordWriter(unfinished, "group_size:1")  # every row by itself, as TFDS has it
             for number in range(self.bounds[shard], self.bounds[shard + 1]):
                 try:
@@ -202,11 +201,6 @@ class ShardWriter:
             replace(unfinished, self.files[shard])
             write_json(self.notes[shard], note)
             return note
-        except RuntimeError as error:  # the only error of ArrayRecord
-            raise OSError(str(error)) from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
 
     def finished(self, shard: int) -> dict[str, Any] | None:
         """Returns the note on a shard that was written before and is still complete, else None."""
@@ -229,11 +223,24 @@ def _is_note(note: dict[str, Any]) -> bool:
             and all(type(count) is int and count >= 0 for count in (*counts, *bad.values())))
 
 
-def write_json(path: str, content: Any) -> None:
-    """Writes a JSON file that is complete or absent even after a power cut, unlike one of `files.write_json`."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    replace(f"{path}.part", path)
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Turns a RuntimeError, the only error of ArrayRecord, into OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+
+
+def write_json(path: str, content: Any, temporary: str = "") -> None:
+    """Writes a JSON file that is complete or absent even after a power cut, unlike one of `files.write_json`.
+
+    Until then its content is in a hidden file beside `temporary`, by default beside `path`.
+    """
+    with temporary_path(temporary or path) as unfinished:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+        replace(unfinished, path)
 
 
 def replace(unfinished: str, path: str) -> None:

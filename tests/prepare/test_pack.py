@@ -22,7 +22,7 @@ from llava_jax import cli, image_files
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError
 from llava_jax.images import ImageProcessor
-from llava_jax.prepare import pack
+from llava_jax.prepare import pack, progress
 from llava_jax.prepare.pack import Pack
 from llava_jax.prepare.shards import Encoding, check_image
 
@@ -151,6 +151,14 @@ def test_tfds_finds_the_set_by_name(data, tmp_path):
 def test_the_files_do_not_depend_on_the_workers(data, tmp_path):
     found = [contents(run(data, tmp_path / str(workers) / "set", workers=workers)) for workers in (0, 1, 3)]
     assert found[0] == found[1] == found[2]
+
+
+def test_progress_without_a_terminal(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    run(data, tmp_path / "set")
+    lines = capsys.readouterr().err.splitlines()
+    found = [re.fullmatch(r"(\d+) of 24 rows, +[\d.]+ rows/s, [\d:]+ to go", line) for line in lines]
+    assert [match and match[1] for match in found] == ["6", "12", "18", "24"]
 
 
 def test_shards_have_about_the_size_asked_for(tmp_path):

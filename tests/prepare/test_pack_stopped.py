@@ -12,9 +12,10 @@ import pytest
 import tensorflow_datasets as tfds
 from pack_data import Stopped, contents, encoded, run, stop, with_tfds, write_data
 
+from llava_jax import files
 from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
-from llava_jax.prepare import pack, progress
+from llava_jax.prepare import pack, progress, shards
 from llava_jax.prepare.pack import Pack
 
 
@@ -73,12 +74,13 @@ def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(data, tmp_path
     assert all(line.startswith("9 ") and "a pack into it has not finished" in line for line in lines), lines
     with pytest.raises(Exception, match="Could not read dataset info"):
         tfds.builder_from_directory(out)
-    assert {"features.json", ".pack/00003.json", "dataset_info.json.part"} < set(contents(out))
+    assert {"features.json", ".pack/00003.json", ".pack/lock"} < set(contents(out))
     run(data, out)
     assert contents(out) == complete
 
 
 def test_finished_shards_are_kept(data, tmp_path, monkeypatch):
+    whole = contents(run(data, tmp_path / "whole" / "set"))
     out, write, called = tmp_path / "set", pack.ShardWriter.__call__, []
 
     def write_two(self, shard):
@@ -86,20 +88,21 @@ def test_finished_shards_are_kept(data, tmp_path, monkeypatch):
 
     def write_and_say(self, shard):
         called.append(shard)
-        assert not os.path.exists(out / ".pack" / "00002.json-1")
+        assert leftover.exists() == (shard < 3)
         return write(self, shard)
 
     monkeypatch.setattr(pack.ShardWriter, "__call__", write_two)
     with pytest.raises(Stopped):
         run(data, out)
-    shards = [f"set-train.array_record-0000{k}-of-00004" for k in range(4)]
-    assert sorted(os.listdir(out)) == [".pack", *shards[:2]]
-    os.truncate(out / shards[1], 100)  # is not what its note says
-    (out / ".pack" / "00002.json-1").write_bytes(b"part of a shard")
+    names = [f"set-train.array_record-0000{k}-of-00004" for k in range(4)]
+    assert sorted(os.listdir(out)) == [".pack", *names[:2]]
+    os.truncate(out / names[1], 100)  # is not what its note says
+    leftover = out / ".pack" / f".00002.json.{files.HOST}.01234567.tmp"
+    leftover.write_bytes(b"part of a shard")
     monkeypatch.setattr(pack.ShardWriter, "__call__", write_and_say)
     run(data, out)
     assert called == [1, 2, 3]
-    assert contents(out) == contents(run(data, tmp_path / "whole" / "set"))
+    assert contents(out) == whole
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def begun(data, tmp_path, monkeypatch) -> Path:
     ("options", "message"),
     [
         ({"shards": 5}, "other shards: 4 before, 5 now"),
-        ({"image_size": 56}, "other images: as in the files before, size 56 mode pad format jpeg quality 95 now"),
+        ({"image_size": 56}, "other images: as in the files before, format jpeg mode pad quality 95 size 56 now"),
         ({"split": "val"}, "other name: set 1.0.0 train before, set 1.0.0 val now"),
         ({"image_root": "/"}, "other data or image root; give the same to continue, another folder, or --overwrite"),
     ],
@@ -127,8 +130,8 @@ def test_another_pack_is_not_mixed_with_the_one_that_was_begun(data, begun, opti
     changed = options if "image_root" not in options else {"bad_rows": "skip"}
     run(data, begun, overwrite=True, **changed)
     assert len(with_tfds(begun, options.get("split", "train"))) == 24
-    shards = options.get("shards", 4)
-    assert sum(name.endswith(f"-of-{shards:05}") for name in os.listdir(begun)) == shards
+    count = options.get("shards", 4)
+    assert sum(name.endswith(f"-of-{count:05}") for name in os.listdir(begun)) == count
 
 
 def test_a_pack_that_overwrites_goes_on_too(data, begun, monkeypatch):
@@ -143,6 +146,34 @@ def test_data_that_has_changed_since_is_not_mixed_in(begun, tmp_path):
     run(path, tmp_path / "other")
     with pytest.raises(UserError, match="other data"):
         run(path, begun)
+
+
+def test_a_file_that_has_changed_is_refused_by_name(tmp_path, monkeypatch):
+    path, out = write_data(tmp_path / "data"), tmp_path / "set"
+    whole = contents(run(path, tmp_path / "whole" / "set"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Pack, "_finish", stop)
+        with pytest.raises(Stopped):
+            run(path, out)
+    text, times = Path(path).read_text(encoding="utf-8"), os.stat(path)
+    Path(path).write_text(text.replace("plain", "Plain"), encoding="utf-8")
+    with pytest.raises(UserError, match=f"contains part of a pack, and {re.escape(path)} has changed since; give"):
+        run(path, out)
+    Path(path).write_text(text, encoding="utf-8")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert contents(run(path, out)) == whole
+
+
+def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch):
+    path, load = write_data(tmp_path / "data"), shards.Examples.load
+
+    def change(self, number):
+        os.utime(path, ns=(0, number))
+        return load(self, number)
+
+    monkeypatch.setattr(shards.Examples, "load", change)
+    with pytest.raises(UserError, match=f"{re.escape(path)} has changed meanwhile; delete this folder and start anew"):
+        run(path, tmp_path / "set")
 
 
 def test_a_finished_set_is_not_overwritten_unasked(data, tmp_path):
