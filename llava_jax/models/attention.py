@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.errors import UserError
 from llava_jax.models import cpu, pallas
-from llava_jax.models.dot_product import attention
+from llava_jax.models.dot_product import apply_rope, attention
 
 NAMES = ("xla", "splash", "cudnn")
 
@@ -25,20 +25,29 @@ def resolve(name: str, platform: str) -> str:
     return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla") if name == "auto" else name
 
 
-def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
+def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None,
+           rope: tuple[Array, Array] | None = None) -> Attend:
     """Returns attention for sequences of `length` tokens, which attend to earlier tokens of their own segment.
 
-    `segment_ids`: None means one segment. Raises UserError if `name` is not one of NAMES.
+    Args:
+      name: one of NAMES. Raises UserError otherwise.
+      length: number of tokens of a sequence.
+      segment_ids: equal for the tokens of a segment, which are adjacent; None means one segment.
+      rope: cosine and sine [B, T, 1, H], by which queries and keys are rotated first; None for no rotation.
     """
     _check(name)
     if name == "splash":
-        return functools.partial(pallas.splash_attention, segment_ids=segment_ids)
+        starts = None if segment_ids is None else pallas.segment_starts(segment_ids)
+        return functools.partial(pallas.splash_attention, starts=starts, rope=rope)
     mask = jnp.tril(jnp.ones((1, length, length), bool))
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    attend = functools.partial(jax.nn.dot_product_attention, mask=mask[:, None], implementation="cudnn")
     if name == "xla":
-        return lambda query, key, value: cpu.chunked_causal_attention(query, key, value, mask)
-    return functools.partial(jax.nn.dot_product_attention, mask=mask[:, None], implementation="cudnn")
+        attend = lambda query, key, value: cpu.chunked_causal_attention(query, key, value, mask)  # noqa: E731
+    if rope is None:
+        return attend
+    return lambda query, key, value: attend(apply_rope(query, *rope), apply_rope(key, *rope), value)
 
 
 def bidirectional_attention(name: str, num_heads: int) -> Callable[[Array], Array]:
@@ -59,7 +68,7 @@ def bidirectional_attention(name: str, num_heads: int) -> Callable[[Array], Arra
             if not pallas.supports_tower(size, num_heads):
                 raise UserError(f"attention splash: a vision tower of hidden_size {size} with {num_heads} heads has no "
                                 "kernel; choose xla or auto")
-            return pallas.splash_attention(*pallas.split_qkv(qkv, num_heads), None, causal=False)
+            return pallas.splash_attention(*pallas.split_qkv(qkv, num_heads), causal=False)
         return attend(*pallas.split_qkv(qkv, num_heads))
 
     return run

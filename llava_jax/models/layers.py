@@ -67,6 +67,10 @@ class Linear(nnx.Module):
         # Flattened to matrices, because XLA would copy gathered kernels and inputs of more axes to another layout.
         if self.num_input_axes > 1:
             x = optimization_barrier(x.reshape(*x.shape[: x.ndim - self.num_input_axes], -1))
+        return self.split(self.flat(x))
+
+    def flat(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """Computes the map between flattened axes."""
         kernel = self.kernel.get_value()
         if isinstance(kernel, QuantizedKernel):
             y = quantized_matmul(x, kernel)
@@ -76,6 +80,10 @@ class Linear(nnx.Module):
             y = y + self.adapter(x)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype).reshape(-1)
+        return y
+
+    def split(self, y: Float[Array, "... F"]) -> Float[Array, "..."]:
+        """Splits the flattened axis of `flat`'s result into the output axes."""
         return y.reshape(*y.shape[:-1], *self.outputs)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jax.lax import optimization_barrier
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from llava_jax.errors import UserError
 from llava_jax.models.attention import Attend, causal
 from llava_jax.models.cpu import attention_heads_first
-from llava_jax.models.dot_product import attention
+from llava_jax.models.dot_product import apply_rope, attention
 from llava_jax.models.layers import Linear, RMSNorm, normal, scan, stack
 from llava_jax.parallel.sharding import ROWS, constrain, lookup
 
@@ -103,17 +102,6 @@ def rope_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 H"], sin: Float[Array, "B T 1 H"]
-) -> Float[Array, "B T N H"]:
-    """Applies rotary position embedding to the pairs (i, i + H/2), in float32 because bfloat16 rounds the angles."""
-    # A matmul with 1, -1 and 0 swaps the halves exactly, and on a TPU faster than moving them between lanes.
-    half = np.eye(x.shape[-1] // 2)
-    swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), x.dtype)
-    swapped = jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
-    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
-
-
 class LlamaAttention(nnx.Module):
     """Parameters of grouped-query attention. `LlamaBlock` computes with them."""
 
@@ -162,12 +150,16 @@ class LlamaBlock(nnx.Module):
         cache of all layers that it returns.
         """
         h = optimization_barrier(self.attention_norm(x))
-        query = name(apply_rope(self.attention.q_proj(h), cos, sin), "q_proj")
-        key = name(apply_rope(self.attention.k_proj(h), cos, sin), "k_proj")
-        value = name(self.attention.v_proj(h), "v_proj")
+        parts = self.attention
+        # Named before they are split into heads, because XLA would save arrays of heads in another layout.
+        query, key, value = (
+            linear.split(name(linear.flat(h), label))
+            for linear, label in ((parts.q_proj, "q_proj"), (parts.k_proj, "k_proj"), (parts.v_proj, "v_proj")))
         if cache is None:
-            attended, written = attend(query, key, value), (key, value)
+            # The kernel for TPUs rotates queries and keys itself. Without a cache the rotated keys are not computed.
+            attended, written = attend(query, key, value), (apply_rope(key, cos, sin), value)
         else:
+            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
             attended, written = attend(query, key, value, cache, layer)
         x = name(x + self.attention.o_proj(attended), "attention_residual")
         return x + self.mlp(optimization_barrier(self.mlp_norm(x))), written
@@ -216,8 +208,8 @@ class Llama(nnx.Module):
 
         `with_cache` adds the keys and values, each `[L, B, T, K, H]`, which `extend` continues.
         """
-        attend = causal(self.attention, x.shape[1], segment_ids)
         cos, sin = rope_tables(self.config, positions)
+        attend = causal(self.attention, x.shape[1], segment_ids, (cos, sin))
 
         def call(block, x):
             x, cache = block(x, cos, sin, attend)

@@ -1,4 +1,4 @@
-"""Runs attention in Pallas kernels on TPUs: JAX's splash kernel for the decoder, and a kernel for the vision tower."""
+"""Runs attention in Pallas kernels on TPUs: those of splash.py for the decoder, and one for the vision tower."""
 
 import functools
 from collections.abc import Callable
@@ -6,16 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from llava_jax.models.dot_product import attention
+from llava_jax.models.dot_product import apply_rope, attention
 from llava_jax.parallel.sharding import row_axes
 
 NUM_LANES = 128
 """Width of a TPU's vector registers. Splash's blocks are multiples of it, and sequences are padded to a multiple."""
 
-SPLASH_BLOCK_SIZES = {"TPU v6": 2048, "TPU7": 2048}
-"""Longest splash block whose backward kernel compiles, by prefix of `device_kind`; 1024 for other devices."""
+SPLASH_BLOCK = 512
+"""Maximum number of queries or keys in a block of splash attention."""
 
 
 def fills_lanes(size: int, num_heads: int) -> bool:
@@ -28,47 +28,52 @@ def supports_tower(size: int, num_heads: int) -> bool:
     return fills_lanes(size, num_heads) or size // num_heads >= NUM_LANES // 2
 
 
-def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool = True,
-                     interpret: bool = False) -> Array:
-    """Runs JAX's splash attention kernel with the longest blocks that compile on the device.
+def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns the position of the first token of each token's segment, whose tokens are adjacent."""
+    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(first, jnp.arange(segment_ids.shape[1]), 0), axis=1)
+
+
+def splash_attention(query: Array, key: Array, value: Array, starts: Array | None = None,
+                     rope: tuple[Array, Array] | None = None, causal: bool = True, interpret: bool = False) -> Array:
+    """Runs the kernels of splash.py.
 
     Args:
       query, key, value: [B, T, N, H], [B, T, K, H], [B, T, K, H]; N is a multiple of K.
-      segment_ids: int32 [B, T]; None means one segment.
+      starts: int32 [B, T], position of the first token of each token's segment; None means one segment.
+      rope: cosine and sine [B, T, 1, H] of the angles that rotate queries and keys, if they are not rotated yet.
       causal: whether a token attends to itself and earlier tokens only.
       interpret: whether Pallas interprets the kernel, for tests without a TPU.
 
     Returns [B, T, N, H].
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from llava_jax.models import splash
 
     B, T, N, H = query.shape
     padded = -(-T // NUM_LANES) * NUM_LANES
-    # At least two blocks in a causal sequence, because the kernel skips blocks that the mask hides completely.
-    block = _largest_block(padded, min(_longest_block(), max(padded // (1 + causal), NUM_LANES)))
-    half = _largest_block(block, max(block // 2, NUM_LANES))
-    sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=half, block_q_dkv=block,
-                              block_kv_dkv=block, block_kv_dkv_compute=half, use_fused_bwd_kernel=True)
+    block = _largest_block(padded, SPLASH_BLOCK)
+    flat = H % NUM_LANES == 0
+    if rope is not None and not flat:
+        query, key, rope = apply_rope(query, *rope), apply_rope(key, *rope), None
 
-    def batch(query, key, value, segments):
-        one_head = masks.CausalMask if causal else masks.FullMask
-        mask = masks.MultiHeadMask([one_head((padded, padded))] * query.shape[2])
-        splash = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
-                                        residual_checkpoint_name="attention")
+    def batch(query, key, value, starts, table=None):
+        def join(x):
+            return x.reshape(len(x), padded, -1) if flat else x.swapaxes(1, 2).reshape(-1, padded, H)
 
-        def sequence(query, key, value, segments):
-            heads_first = (x.swapaxes(0, 1) for x in (query, key, value))
-            return splash(*heads_first, kernel.SegmentIds(segments, segments)).swapaxes(0, 1)
+        options = splash.Options(query.shape[2], key.shape[2], H, T, block, causal, interpret)
+        out = splash.splash_attention(join(query), join(key), join(value), table, starts, options)
+        return out.reshape(query.shape) if flat else out.reshape(len(query), -1, padded, H).swapaxes(1, 2)
 
-        return jax.vmap(sequence)(query, key, value, segments)
+    def pad(x):
+        # Padded tokens continue the last segment, because starts must not decrease.
+        return jnp.pad(x, [(0, 0), (0, padded - T)] + [(0, 0)] * (x.ndim - 2), mode="edge")
 
-    def pad(x, value=0):
-        return jnp.pad(x, [(0, 0), (0, padded - T)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
-
-    segments = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
-    run = _each_device(batch, B, P(None, "tensor", None), P(None, "tensor", None), P(None, "tensor", None), P(None))
-    return run(pad(query * H**-0.5), pad(key), pad(value), pad(segments, -1))[:, :T]
+    arrays = [query, key, value, jnp.zeros((B, T), jnp.int32) if starts is None else starts]
+    specs = [P(None, "tensor", None)] * 3 + [P(None)]
+    if rope is not None:
+        arrays.append(jnp.concatenate([x[..., 0, : H // 2] for x in rope], axis=-1))
+        specs.append(P(None, None))
+    return _each_device(batch, B, *specs)(*map(pad, arrays))[:, :T]
 
 
 def split_qkv(qkv: Float[Array, "B T 3NH"], num_heads: int) -> list[Float[Array, "B T N H"]]:
@@ -132,12 +137,6 @@ def _each_device(function: Callable, count: int, *specs: P) -> Callable:
     axes = row_axes(count)
     layouts = tuple(P(axes, *spec) for spec in specs)
     return jax.shard_map(function, in_specs=layouts, out_specs=layouts[0], check_vma=False)
-
-
-def _longest_block() -> int:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return next((size for prefix, size in SPLASH_BLOCK_SIZES.items() if kind.startswith(prefix)), 1024)
 
 
 def _largest_block(length: int, limit: int) -> int:

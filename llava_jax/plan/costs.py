@@ -52,30 +52,9 @@ def _valid(length: int, size: int, results: int, stride: int, pad: int, dilate: 
     return int(((positions % dilate == 0) & (positions >= 0) & (positions // dilate < length)).sum())
 
 
-def kernel_flops(kernel: Instruction, computation: Computation) -> float:
-    """Returns the operations of a splash attention kernel, from its shapes and blocks; 0 for an unknown kernel.
-
-    A causal kernel computes the blocks on and below the diagonal completely. It has int8 tables of them among its
-    operands; without a mask there are none. A block takes two products forward, and five in the fused backward pass.
-    """
-    found = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", kernel.op_name + kernel.name)
-    operands = [array for operand in computation.operands(kernel) for array in operand.shape]
-    heads = [operand.shape[0] for operand in computation.operands(kernel)
-             if operand.shape and operand.shape[0].dtype in ("bf16", "f32") and len(operand.shape[0].dims) >= 3]
-    if not found or len(heads) < 2:
-        return 0.0
-    query, key = heads[0], heads[1]
-    length, keys = query.dims[-2], key.dims[-2]
-    block = max(_blocks(kernel, "block_q", length), _blocks(kernel, "block_kv", keys))
-    products = {"fwd": 2, "dkv": 5, "dq": 3}[found[1]]
-    causal = any(array.dtype == "s8" for array in operands)
-    pairs = length * keys * ((1 + block / length) / 2 if causal else 1)
-    return 2.0 * products * math.prod(query.dims[:-2]) * pairs * query.dims[-1]
-
-
-def _blocks(kernel: Instruction, name: str, default: int) -> int:
-    found = kernel.attribute(rf'\\?"{name}\\?": (\d+)')
-    return min(int(found), default) if found else default
+def kernel_flops(kernel: Instruction) -> float:
+    """Returns the operations of a Pallas kernel, as the kernel itself states them; 0 if it does not."""
+    return float(kernel.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)') or 0)
 
 
 def hbm_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:

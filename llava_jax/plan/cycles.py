@@ -169,6 +169,6 @@ def _op(module: Module, computation: Computation, instruction: Instruction, time
         parts = [(part, inside) for part in inside.instructions.values()]
     collectives = (costs.collective(part, parent, slices) for part, parent in parts)
     kernel = costs.KERNEL in instruction.attributes
-    work = costs.kernel_flops(instruction, computation) if kernel else sum(costs.flops(*part) for part in parts)
+    work = costs.kernel_flops(instruction) if kernel else sum(costs.flops(*part) for part in parts)
     return Op(instruction, times, loops, work, costs.hbm_bytes(instruction, computation, module),
               tuple(filter(None, collectives)), kernel)

@@ -12,7 +12,7 @@ from llava_jax.inference.decode import prefill
 from llava_jax.inference.sampling import Sampling
 from llava_jax.models import attention, cpu, llava, pallas
 from llava_jax.models.dot_product import attention as plain_attention
-from llava_jax.models.llama import LlamaConfig
+from llava_jax.models.llama import LlamaConfig, rope_tables
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import VisionConfig
 
@@ -32,14 +32,18 @@ def assert_same_with_gradients(function, expected, arrays):
         np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"), [(300, 4, 2, 128), (256, 2, 2, 64)])
+@pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"),
+                         [(300, 2, 1, 128), (256, 2, 2, 64)])
 def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, heads, num_kv_heads, width):
-    monkeypatch.setattr(pallas, "SPLASH_BLOCK_SIZES", {"": 128})  # several blocks in a row
+    monkeypatch.setattr(pallas, "SPLASH_BLOCK", 128)  # several blocks in a row
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length]
-    for ids in (jnp.asarray(segments, jnp.int32), None):
+    positions = jnp.asarray(np.random.default_rng(2).integers(0, 4096, (2, length)))
+    for ids, rope in ((jnp.asarray(segments, jnp.int32), rope_tables(LlamaConfig(head_dim=width), positions)),
+                      (None, None)):
+        starts = None if ids is None else pallas.segment_starts(ids)
         assert_same_with_gradients(
-            lambda *arrays, ids=ids: pallas.splash_attention(*arrays, ids, interpret=True),
-            attention.causal("xla", length, ids), inputs(length, heads, num_kv_heads, width))
+            lambda *arrays, starts=starts, rope=rope: pallas.splash_attention(*arrays, starts, rope, interpret=True),
+            attention.causal("xla", length, ids, rope), inputs(length, heads, num_kv_heads, width))
 
 
 @pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"), [(37, 4, 2, 16), (3, 2, 2, 8), (64, 4, 1, 8)])
@@ -74,7 +78,7 @@ def test_the_towers_kernel_sees_everything(length, heads, width):
 
 def test_splash_sees_everything_for_other_towers():
     assert_same_with_gradients(
-        lambda *arrays: pallas.splash_attention(*arrays, None, causal=False, interpret=True), plain_attention,
+        lambda *arrays: pallas.splash_attention(*arrays, causal=False, interpret=True), plain_attention,
         inputs(145, 2, 2, 72))
     qkv = jnp.zeros((1, 8, 3 * 2 * 72))
     assert "splash" in str(jax.make_jaxpr(attention.bidirectional_attention("splash", 2))(qkv))
