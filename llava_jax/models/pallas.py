@@ -65,6 +65,8 @@ def splash_attention(query: Array, key: Array, value: Array, starts: Array | Non
         return out.reshape(query.shape) if flat else out.reshape(len(query), -1, padded, H).swapaxes(1, 2)
 
     def pad(x):
+        if padded == T:  # a padding of zero tokens would still slow the matmuls of the gradients
+            return x
         # Padded tokens continue the last segment, because starts must not decrease.
         return jnp.pad(x, [(0, 0), (0, padded - T)] + [(0, 0)] * (x.ndim - 2), mode="edge")
 
