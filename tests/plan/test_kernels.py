@@ -1,0 +1,48 @@
+"""Cycles of Pallas kernels: bounds that follow from the chip, and the share of blocks that a causal mask leaves."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax import config
+from llava_jax.parallel import sharding
+from llava_jax.plan import kernels
+from llava_jax.plan.hlo import parse
+from llava_jax.plan.step import compile_program
+from llava_jax.plan.topologies import parse as parse_slice
+
+
+def matmul(left, right, out):
+    out[...] = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32).astype(out.dtype)
+
+
+def test_a_product_takes_at_least_its_flops_and_its_bytes(needs_libtpu):
+    where = parse_slice("v5e-1")
+    mesh = sharding.make_mesh(config.Mesh(1, 1, 1), where.jax_devices())
+    device = NamedSharding(mesh, P())
+    call = pl.pallas_call(
+        matmul, grid=(4, 2), in_specs=[pl.BlockSpec((256, 512), lambda i, j: (i, 0)),
+                                       pl.BlockSpec((512, 256), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((256, 256), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16))
+    shapes = (jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=device) for dims in ((1024, 512), (512, 512)))
+    parts = dict.fromkeys(("trained", "frozen", "optimizer", "batch"), 0)
+    program = compile_program(jax.jit(call).lower(*shapes), parts, where, mesh)
+    (cost,) = kernels.measure(program.hlo, where).values()
+    chip = where.chip
+    flops, moved = 2 * 1024 * 512 * 512, 2 * (1024 * 512 + 8 * 512 * 256 + 1024 * 512)
+    assert cost.grid == 8
+    assert flops / chip.flops_per_cycle < cost.grid * cost.bundles < 2 * flops / chip.flops_per_cycle
+    assert moved / chip.bandwidth * chip.clock < cost.static < 2 * moved / chip.bandwidth * chip.clock
+    assert cost.cycles() == cost.static and cost.cycles(1.0) == max(cost.static, 8 * cost.bundles)
+
+
+@pytest.mark.parametrize("tables,expected", [("s8[1,4,4]", 10 / 16), ("s8[32,2,4]", 6 / 8), ("bf16[1,4,4]", 0)])
+def test_a_causal_mask_leaves_the_blocks_on_and_below_the_diagonal(tables, expected):
+    text = (f"ENTRY %e (t: {tables}) -> bf16[8,8] {{\n  %t = {tables} parameter(0)\n"
+            "  ROOT %splash_mha_fwd.1 = bf16[8,8] custom-call(%t), custom_call_target=\"tpu_custom_call\"\n}\n")
+    module = parse(text)
+    assert kernels.active_share(module.entry.root, module.entry) == expected
