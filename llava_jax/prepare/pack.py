@@ -202,9 +202,9 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         if damage and not self.overwrite:
             raise UserError(f"{damage}; give --overwrite to start anew")
         if not before or self.overwrite and (damage or changed):
-            if hosts == 1:  # several may write the same plan at the same time, and shards right after it
-                _clear(self.out)
             bounds = _new_bounds(examples, self.shards, _parse_size(self.shard_size))
+            if hosts == 1:  # another host may have written the same plan in the meantime, and shards
+                _clear(self.out)
             write_json(path, plan | {"bounds": bounds})
             return bounds
         if file := _changed_file(before.get("files"), plan["files"]):

@@ -61,7 +61,8 @@ for moments in sys.argv[3:]:
     "rounds", [["999,999,999"], ["0,1,2", "6,3,4", "9,999,3", "14,7,0"]])
 def test_hosts_at_the_same_time_killed_or_not(data, whole, tmp_path, rounds):
     out = tmp_path / "set"
-    ended = subprocess.run([sys.executable, "-c", HOSTS, data, out, *rounds], capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", HOSTS, data, out, *rounds]
+    ended = subprocess.run(command, capture_output=True, text=True)
     killed = [any(int(moment) < 999 for moment in moments.split(",")) for moments in rounds]
     lines = [line for line in ended.stdout.splitlines() if line.startswith("ended")]
     assert len(lines) == len(rounds) and not ended.stderr, ended.stderr
@@ -84,6 +85,19 @@ def test_the_last_host_completes_the_set(data, whole, tmp_path, capsys):
             tfds.builder_from_directory(out)
     run(data, out, shards=7, hosts=3, host=1)
     assert "24 rows with" in capsys.readouterr().out
+    assert contents(out) == whole
+
+
+def test_two_hosts_make_the_plan_at_the_same_time(data, whole, tmp_path, monkeypatch):
+    new_bounds, out = pack._new_bounds, tmp_path / "set"
+
+    def other_first(*args):
+        monkeypatch.setattr(pack, "_new_bounds", new_bounds)
+        run(data, out, shards=7, hosts=2, host=0)
+        return new_bounds(*args)
+
+    monkeypatch.setattr(pack, "_new_bounds", other_first)
+    run(data, out, shards=7, hosts=2, host=1)
     assert contents(out) == whole
 
 
