@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from llava_jax.inference.sampling import Sampling, sample
 from llava_jax.models.llama import Cache, LlamaBlock
 from llava_jax.models.llava import LlavaModel
-from llava_jax.models.slot_cache import MIN_QUERIES, SlotAttention, SlotCache
+from llava_jax.models.slot_cache import SlotAttention, SlotCache
 
 MAX_DECODE_STEPS = 16
 """Maximum number of tokens that `decode` writes before the host sees them."""
@@ -107,7 +107,7 @@ def decode(
         if isinstance(state.cache, SlotCache):
             length = state.cache.length
             positions = jnp.where(state.remaining > 0, state.position, length)[:, None]
-            attend = SlotAttention(positions, length, rows, 1 if layers else MIN_QUERIES)
+            attend = SlotAttention(positions, state.cache, rows, kernel=model.decoder.attention == "splash")
         x = model.decoder.embed(state.token[:, None], model.dtype)
         x, cache = model.decoder.extend(x, positions, state.cache, layers, attend)
         logits = model.decoder.logits(x[:, 0])
@@ -160,7 +160,7 @@ def write_chunks(
     """
     length, offsets = state.cache.length, jnp.arange(tokens.shape[1])
     positions = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets, length)
-    attend = SlotAttention(positions, length, slots)
+    attend = SlotAttention(positions, state.cache, slots)
     hidden, cache = model.decoder.extend(model.insert_visual(tokens, visual), positions, state.cache, layers, attend)
     logits = model.decoder.logits(_last(hidden, lengths))
     rows = DecodeState((), jnp.zeros_like(starts), starts + lengths - 1, max_new_tokens, sampling)

@@ -9,14 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax import optimization_barrier
 from jaxtyping import Array, Float, Int, Int8
+
+from llava_jax.models import slot_kernel
 
 BLOCK = 128
 """Number of positions that attention reads at once. The number of positions of a cache is a multiple of it."""
-
-MIN_QUERIES = 8
-"""Number of queries of a head that a TPU's matrix unit takes. XLA multiplies fewer on the vector units."""
 
 
 class SlotCache(NamedTuple):
@@ -60,29 +58,31 @@ class SlotAttention:
     Args:
       positions: position of each new token; at least S for padding, which is not written.
       slots: slot of each row, B for a row of padding; None if row i is slot i.
-      min_queries: number of queries that fewer queries of a head are padded to.
+      kernel: whether a Pallas kernel for TPUs computes it, for one token in every slot.
     """
 
-    def __init__(self, positions: Int[Array, "R T"], length: int, slots: Int[Array, "R"] | None = None,
-                 min_queries: int = 1):
-        self.positions, self.slots, self.min_queries = positions, slots, min_queries
+    def __init__(self, positions: Int[Array, "R T"], cache: SlotCache, slots: Int[Array, "R"] | None = None,
+                 kernel: bool = False):
+        self.positions, self.slots = positions, slots
         self.rows = jnp.arange(len(positions)) if slots is None else slots
-        last = jnp.max(jnp.where(positions < length, positions, 0))
+        self.blocks = slot_kernel.blocks_to_read(positions[:, 0], cache) if kernel else None
+        last = jnp.max(jnp.where(positions < cache.length, positions, 0))
         self.num_blocks = last // BLOCK + 1
 
     def __call__(self, query: Float[Array, "R T N H"], key: Float[Array, "R T K H"], value: Float[Array, "R T K H"],
                  cache: SlotCache, layer: Int[Array, ""] | int) -> tuple[Float[Array, "R T N H"], SlotCache]:
         """Returns what the new tokens read, and the cache with their keys and values."""
-        cache = self._write(cache, layer, key, value)
+        new = (key, value)
+        if cache.key_scales is not None:
+            (keys, key_scales), (values, value_scales) = quantize(key), quantize(value)
+            new = (keys, values, key_scales, value_scales)
+        if self.blocks is not None:
+            return slot_kernel.attend_slots(query, new, cache, layer, self.positions[:, 0], self.blocks)
+        cache = self._write(cache, layer, SlotCache(*new))
         R, T, N, H = query.shape
         K = key.shape[2]
         query = query.reshape(R, T, K, N // K, H).swapaxes(1, 2).reshape(R, K, -1, H)
         positions = jnp.repeat(self.positions, N // K, axis=1)[:, None, :, None]
-        count = query.shape[2]
-        if count < self.min_queries:
-            padding = (0, 0), (0, 0), (0, self.min_queries - count), (0, 0)
-            query = optimization_barrier(jnp.pad(query, padding))  # XLA would compute without the padding
-            positions = jnp.pad(positions, padding)
 
         def read_block(block, carry):
             largest, total, weighted = carry
@@ -106,16 +106,12 @@ class SlotAttention:
         shape = query.shape[:3]
         carry = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros(query.shape)
         _, total, weighted = jax.lax.fori_loop(0, self.num_blocks, read_block, carry)
-        read = (weighted / total[..., None]).astype(query.dtype)[:, :, :count]
+        read = (weighted / total[..., None]).astype(query.dtype)
         return read.reshape(R, K, T, -1, H).swapaxes(1, 2).reshape(R, T, N, H), cache
 
-    def _write(self, cache: SlotCache, layer, key, value) -> SlotCache:
-        new = SlotCache(key, value)
-        if cache.key_scales is not None:
-            (keys, key_scales), (values, value_scales) = quantize(key), quantize(value)
-            new = SlotCache(keys, values, key_scales, value_scales)
+    def _write(self, cache: SlotCache, layer, new: SlotCache) -> SlotCache:
         # Indices for all axes but the last, because XLA for TPUs copied the whole cache for a slice of the heads.
-        index = layer, self.rows[:, None, None], jnp.arange(key.shape[2])[:, None], self.positions[:, None]
+        index = layer, self.rows[:, None, None], jnp.arange(new.keys.shape[2])[:, None], self.positions[:, None]
         return jax.tree.map(lambda old, x: old.at[index].set(x.swapaxes(1, 2), mode="drop"), cache, new)
 
     def _block(self, part: Array | None, layer, block) -> Array | None:

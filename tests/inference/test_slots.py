@@ -21,7 +21,7 @@ from llava_jax.inference.slots import MAX_ROWS, PromptChunk, SlotEngine, SlotReq
 from llava_jax.models.dot_product import attention
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import LlavaConfig, init_params
-from llava_jax.models.slot_cache import BLOCK, MIN_QUERIES, SlotAttention, SlotCache
+from llava_jax.models.slot_cache import BLOCK, SlotAttention, SlotCache
 from llava_jax.models.vit import VisionConfig
 from llava_jax.parallel.sharding import AXES
 
@@ -215,8 +215,8 @@ def test_log_probabilities_are_those_of_the_model(llava, engine, pictures):
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-@pytest.mark.parametrize(("slots", "T", "min_queries"), [(None, 5, 1), ([2, 0], 5, 1), (None, 1, MIN_QUERIES)])
-def test_attention_equals_that_over_the_values_it_stored(cache_dtype, slots, T, min_queries):
+@pytest.mark.parametrize(("slots", "T"), [(None, 5), ([2, 0], 5), (None, 1)])
+def test_attention_equals_that_over_the_values_it_stored(cache_dtype, slots, T):
     """Rows of different lengths over several blocks, grouped heads, padding; against plain attention."""
     length, K, N, H = 3 * BLOCK, 2, 6, 8
     rng, B = np.random.default_rng(0), 3
@@ -225,12 +225,12 @@ def test_attention_equals_that_over_the_values_it_stored(cache_dtype, slots, T, 
     query = rng.normal(size=(len(rows), T, N, H)).astype(np.float32)
     cache = SlotCache.zeros(2, B, K, length, H, cache_dtype)
     everywhere = jnp.broadcast_to(jnp.arange(length), (B, length))
-    _, cache = SlotAttention(everywhere, length)(jnp.zeros((B, length, N, H)), *full, cache, 1)
+    _, cache = SlotAttention(everywhere, cache)(jnp.zeros((B, length, N, H)), *full, cache, 1)
     starts = np.array([2 * BLOCK + 7, 3, BLOCK - 2])[: len(rows)]
     positions = starts[:, None] + np.arange(T)
     new = [x[np.array(rows)[:, None], positions] for x in full]
-    read, cache = SlotAttention(jnp.asarray(positions), length, None if slots is None else jnp.array(slots),
-                                min_queries)(query, *new, cache, 1)
+    attend = SlotAttention(jnp.asarray(positions), cache, None if slots is None else jnp.array(slots))
+    read, cache = attend(query, *new, cache, 1)
     stored = [np.asarray(part[1]).astype(np.float32) for part in (cache.keys, cache.values)]
     if cache_dtype == "int8":
         stored = [x * np.asarray(scale[1])[..., None] for x, scale in zip(stored, cache[2:], strict=True)]
