@@ -53,23 +53,19 @@ def causal(name: str, length: int, segment_ids: Int[Array, "B T"] | None = None,
 def bidirectional_attention(name: str, num_heads: int) -> Callable[[Array], Array]:
     """Returns attention of all tokens to all tokens, `[B, T, 3 N H] -> [B, T, N, H]`, for a vision tower.
 
-    Its argument is the concatenation of queries, keys and values. `splash` has a kernel for heads that fill vectors of
-    128 lanes, as CLIP's do, and JAX's for other heads of at least 64 numbers, as SigLIP's. Otherwise a call raises
-    UserError. Raises UserError if `name` is not in NAMES.
+    Its argument is the concatenation of queries, keys and values. Raises UserError if `name` is not in NAMES. A call
+    raises UserError if `splash` does not support the size of a head.
     """
     _check(name)
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn") if name == "cudnn" else attention
 
     def run(qkv: Float[Array, "B T 3NH"]) -> Float[Array, "B T N H"]:
-        size = qkv.shape[2] // 3
-        if name == "splash":
-            if pallas.fills_lanes(size, num_heads):
-                return pallas.bidirectional_attention(qkv, num_heads)
-            if not pallas.supports_tower(size, num_heads):
-                raise UserError(f"attention splash: a vision tower of hidden_size {size} with {num_heads} heads has no "
-                                "kernel; choose xla or auto")
-            return pallas.splash_attention(*pallas.split_qkv(qkv, num_heads), causal=False)
-        return attend(*pallas.split_qkv(qkv, num_heads))
+        if name != "splash":
+            return attend(*pallas.split_qkv(qkv, num_heads))
+        if not pallas.supports_tower(size := qkv.shape[2] // 3, num_heads):
+            raise UserError(f"attention splash: a vision tower of hidden_size {size} with {num_heads} heads has no "
+                            "kernel; choose xla or auto")
+        return pallas.bidirectional_attention(qkv, num_heads)
 
     return run
 

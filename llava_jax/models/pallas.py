@@ -1,6 +1,7 @@
 """Runs attention in Pallas kernels on TPUs: those of splash.py for the decoder, and one for the vision tower."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,14 +19,9 @@ SPLASH_BLOCK = 512
 """Maximum number of queries or keys in a block of splash attention."""
 
 
-def fills_lanes(size: int, num_heads: int) -> bool:
-    """Returns whether the heads of a vision tower fill a TPU's vectors, as the tower's own kernel requires."""
-    return NUM_LANES % (size // num_heads) == 0 and size % NUM_LANES == 0
-
-
 def supports_tower(size: int, num_heads: int) -> bool:
-    """Returns whether a vision tower has a kernel: its own, or splash for heads at least half as wide as a vector."""
-    return fills_lanes(size, num_heads) or size // num_heads >= NUM_LANES // 2
+    """Returns whether the kernel of vision towers supports heads of these sizes: registers have 8 rows."""
+    return size // num_heads % 8 == 0
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -35,14 +31,13 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def splash_attention(query: Array, key: Array, value: Array, starts: Array | None = None,
-                     rope: tuple[Array, Array] | None = None, causal: bool = True, interpret: bool = False) -> Array:
-    """Runs the kernels of splash.py.
+                     rope: tuple[Array, Array] | None = None, interpret: bool = False) -> Array:
+    """Runs the kernels of splash.py: a token attends to itself and earlier tokens of its segment.
 
     Args:
       query, key, value: [B, T, N, H], [B, T, K, H], [B, T, K, H]; N is a multiple of K.
       starts: int32 [B, T], position of the first token of each token's segment; None means one segment.
       rope: cosine and sine [B, T, 1, H] of the angles that rotate queries and keys, if they are not rotated yet.
-      causal: whether a token attends to itself and earlier tokens only.
       interpret: whether Pallas interprets the kernel, for tests without a TPU.
 
     Returns [B, T, N, H].
@@ -60,7 +55,7 @@ def splash_attention(query: Array, key: Array, value: Array, starts: Array | Non
         def join(x):
             return x.reshape(len(x), padded, -1) if flat else x.swapaxes(1, 2).reshape(-1, padded, H)
 
-        options = splash.Options(query.shape[2], key.shape[2], H, T, block, causal, interpret)
+        options = splash.Options(query.shape[2], key.shape[2], H, block, interpret)
         out = splash.splash_attention(join(query), join(key), join(value), table, starts, options)
         return out.reshape(query.shape) if flat else out.reshape(len(query), -1, padded, H).swapaxes(1, 2)
 
@@ -91,36 +86,51 @@ def bidirectional_attention(qkv: Array, num_heads: int, interpret: bool = False)
     The heads stay adjacent on the last axis, as the matmuls before and after write and read them.
     """
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
 
     B, T, size = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
 
     def batch(qkv):
-        def block(part: int) -> pl.BlockSpec:
-            return pl.BlockSpec((1, T, NUM_LANES), lambda row, lanes: (row, 0, part * (size // NUM_LANES) + lanes))
-
+        # Two buffers of each block, both arrays of scratch, scores and their powers.
+        vmem = T * size * (2 * 4 * qkv.dtype.itemsize + 4 * 4) + 4 * 4 * T * T + 2 * 2**20
         return pl.pallas_call(
-            functools.partial(_bidirectional_kernel, head_dim=size // num_heads),
-            grid=(qkv.shape[0], size // NUM_LANES),
-            in_specs=[block(0), block(1), block(2)], out_specs=block(0),
-            out_shape=jax.ShapeDtypeStruct((qkv.shape[0], T, size), qkv.dtype),
-            interpret=interpret, name="bidirectional_attention")(qkv, qkv, qkv)
+            functools.partial(_bidirectional_kernel, num_heads=num_heads), grid=(len(qkv),),
+            in_specs=[pl.BlockSpec((None, T, 3 * size), lambda row: (row, 0, 0))],
+            out_specs=pl.BlockSpec((None, T, size), lambda row: (row, 0, 0)),
+            out_shape=jax.ShapeDtypeStruct((len(qkv), T, size), qkv.dtype),
+            scratch_shapes=[pltpu.VMEM((3 * size, T), jnp.float32), pltpu.VMEM((size, T), jnp.float32)],
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem),
+            cost_estimate=pl.CostEstimate(
+                flops=4 * len(qkv) * T * T * size, transcendentals=len(qkv) * num_heads * T * T,
+                bytes_accessed=4 * len(qkv) * T * size * qkv.dtype.itemsize),
+            interpret=interpret, name="bidirectional_attention")(qkv)
 
     return _each_device(batch, B, P(None, None))(qkv).reshape(B, T, num_heads, -1)
 
 
-def _bidirectional_kernel(query, key, value, out, *, head_dim: int):
-    """Computes one image's heads within NUM_LANES lanes. Lanes of other heads are zeroed, at no further cost."""
-    query, key, value = query[0], key[0], value[0]
-    head_of = jax.lax.broadcasted_iota(jnp.int32, key.shape, 1) // head_dim
-    result = jnp.zeros(query.shape, jnp.float32)
-    for head in range(NUM_LANES // head_dim):
-        scores = jax.lax.dot_general(query, jnp.where(head_of == head, key, 0), (((1,), (1,)), ((), ())),
-                                     preferred_element_type=jnp.float32) * head_dim**-0.5
-        weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
-        weighted = jax.lax.dot_general(weights.astype(value.dtype), value, (((1,), (0,)), ((), ())),
-                                       preferred_element_type=jnp.float32)
-        result = jnp.where(head_of == head, weighted / weights.sum(axis=1, keepdims=True), result)
-    out[0] = result.astype(out.dtype)
+def _bidirectional_kernel(qkv, out, transposed, result, *, num_heads: int):
+    """Computes one image's heads, one after the other, from transposed queries, keys and values.
+
+    A head is then some rows, of which a TPU addresses any 8. In columns, heads of 72 would not fill vectors.
+    """
+    from jax.experimental import pallas as pl
+
+    size, dtype = out.shape[1], qkv.dtype
+    head_dim = size // num_heads
+    transposed[...] = qkv[...].astype(jnp.float32).T
+
+    def attend(head, _):
+        rows = [pl.ds(pl.multiple_of(part * size + head * head_dim, 8), head_dim) for part in range(3)]
+        query, key, value = (transposed[part] for part in rows)
+        query = (query * (head_dim**-0.5 * math.log2(math.e))).astype(dtype)
+        scores = jax.lax.dot_general(key.astype(dtype), query, (((0,), (0,)), ((), ())),
+                                     preferred_element_type=jnp.float32)  # [keys, queries]
+        weights = jnp.exp2(scores - scores.max(axis=0, keepdims=True))
+        weighted = jnp.dot(value.astype(dtype), weights.astype(dtype), preferred_element_type=jnp.float32)
+        result[rows[0]] = weighted / weights.sum(axis=0, keepdims=True)
+
+    jax.lax.fori_loop(0, num_heads, attend, None)
+    out[...] = result[...].T.astype(dtype)
 
 
 # The backward pass recomputes the scores by XLA, because a vision tower is seldom trained.

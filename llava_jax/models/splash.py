@@ -38,25 +38,22 @@ class Options:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    length: int
-    """Number of tokens of a sequence before padding."""
     block: int
     """Number of queries of a grid step, and of keys that it visits at a time."""
-    causal: bool = True
     interpret: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def splash_attention(query: Array, key: Array, value: Array, rope: Float[Array, "B T H"] | None,
                     starts: Int[Array, "B T"], options: Options) -> Array:
-    """Computes softmax attention with scores divided by the root of H.
+    """Computes causal softmax attention with scores divided by the root of H.
 
     Args:
       query, key, value: [B, T, N H], [B, T, K H], [B, T, K H] if NUM_LANES divides H. Otherwise, or with a single head,
         [B N, T, H], [B K, T, H], [B K, T, H]. T is a multiple of the block.
       rope: cosines of H / 2 angles, then their sines, by which queries and keys are rotated; None for no rotation.
-      starts: position of the first token of each token's segment. A causal query attends to the keys from there to its
-        own position; another query to all keys before `options.length`.
+      starts: position of the first token of each token's segment. A query attends to the keys from there to its own
+        position.
 
     Returns an array like `query`.
     """
@@ -127,7 +124,7 @@ def _call(kernel: Callable, name: str, products: int, options: Options, rope: Ar
         run = functools.partial(kernel, options=options)
         inputs.insert(0, (pl.BlockSpec((None, T, H), lambda b, *_: (b, 0, 0)), rope))
         scratch.append(pltpu.VMEM((T, H), dtype))
-    pairs = T * (T + block) // 2 if options.causal else T**2
+    pairs = T * (T + block) // 2
     # Keys, values and their gradients have two buffers each, one for the next head; their sums are float32.
     whole = T * max(H, NUM_LANES) * (9 * dtype.itemsize + 16)
     return pl.pallas_call(
@@ -155,18 +152,12 @@ def _visit_keys(bounds: Array, starts: Array, i: Array, options: Options, visit:
     `mask` is True where a query, which is a column, sees a key.
     """
     block, batch = options.block, pl.program_id(0)
-    keys = jax.lax.broadcasted_iota(jnp.int32, (block, block), 0)
-    if options.causal:
-        queries = jax.lax.broadcasted_iota(jnp.int32, (block, block), 1)
-        first, seen = bounds[0, batch, i], jnp.minimum(bounds[1, batch, i], i)
-        jax.lax.fori_loop(first, seen, lambda j, _: visit(j * block, keys >= starts - j * block), None)
-        jax.lax.fori_loop(seen, i, lambda j, _: visit(j * block, None), None)
-        # The diagonal is last, because then each query's maximum is the score of a key that it sees.
-        visit(i * block, (keys <= queries) & (keys >= starts - i * block))
-    else:
-        last = (options.length - 1) // block
-        jax.lax.fori_loop(0, last, lambda j, _: visit(j * block, None), None)
-        visit(last * block, keys < options.length - last * block)
+    keys, queries = (jax.lax.broadcasted_iota(jnp.int32, (block, block), axis) for axis in (0, 1))
+    first, seen = bounds[0, batch, i], jnp.minimum(bounds[1, batch, i], i)
+    jax.lax.fori_loop(first, seen, lambda j, _: visit(j * block, keys >= starts - j * block), None)
+    jax.lax.fori_loop(seen, i, lambda j, _: visit(j * block, None), None)
+    # The diagonal is last, because then each query's maximum is the score of a key that it sees.
+    visit(i * block, (keys <= queries) & (keys >= starts - i * block))
 
 
 def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import optimization_barrier
 from jaxtyping import Array, Float
 
 from llava_jax.errors import UserError
@@ -97,7 +98,8 @@ class VisionMlp(nnx.Module):
         self.down_proj = Linear([config.intermediate_size], [config.hidden_size], bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        # XLA for a v6e would compute both matmuls in one loop that takes 2.5 times as long.
+        return self.down_proj(optimization_barrier(ACTIVATIONS[self.activation](self.up_proj(x))))
 
 
 class VisionBlock(nnx.Module):

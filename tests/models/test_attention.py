@@ -67,21 +67,13 @@ def test_a_cache_with_heads_first_is_seen_as_any_other(queries, heads, num_kv_he
     np.testing.assert_allclose(got, plain_attention(query, key, value, mask), atol=2e-6)
 
 
-@pytest.mark.parametrize(("length", "heads", "width"), [(37, 4, 64), (50, 8, 32), (16, 1, 128)])
+@pytest.mark.parametrize(("length", "heads", "width"), [(37, 4, 64), (50, 3, 72), (16, 1, 128)])
 def test_the_towers_kernel_sees_everything(length, heads, width):
     def joined(*arrays):
         side_by_side = jnp.concatenate([x.reshape(2, length, heads * width) for x in arrays], axis=-1)
         return pallas.bidirectional_attention(side_by_side, heads, True)
 
     assert_same_with_gradients(joined, plain_attention, inputs(length, heads, heads, width))
-
-
-def test_splash_sees_everything_for_other_towers():
-    assert_same_with_gradients(
-        lambda *arrays: pallas.splash_attention(*arrays, causal=False, interpret=True), plain_attention,
-        inputs(145, 2, 2, 72))
-    qkv = jnp.zeros((1, 8, 3 * 2 * 72))
-    assert "splash" in str(jax.make_jaxpr(attention.bidirectional_attention("splash", 2))(qkv))
 
 
 def test_auto_depends_on_the_platform_and_other_names_stand_for_themselves():
@@ -100,7 +92,7 @@ def test_what_cannot_run_raises():
 
 
 BASE = LlavaConfig()
-NARROW = dataclasses.replace(BASE, vision=VisionConfig(hidden_size=96, num_heads=3))
+NARROW = dataclasses.replace(BASE, vision=VisionConfig(hidden_size=84, num_heads=7))
 SO400M = LlavaConfig(vision=VisionConfig(
     384, 14, 1152, 4304, 27, 16, "gelu_pytorch_tanh", class_token=False, patch_bias=True, pre_norm=False))
 ODD = dataclasses.replace(BASE, text=LlamaConfig(head_dim=100))
@@ -119,8 +111,8 @@ def test_each_part_of_a_model_gets_what_it_can_run(name, platform, config, dtype
 
 
 def test_a_tower_never_changes_its_attention_quietly():
-    with pytest.raises(UserError, match="splash: a vision tower of hidden_size 96 with 3 heads has no kernel"):
-        attention.bidirectional_attention("splash", 3)(jnp.zeros((1, 4, 3 * 96)))
+    with pytest.raises(UserError, match="splash: a vision tower of hidden_size 84 with 7 heads has no kernel"):
+        attention.bidirectional_attention("splash", 7)(jnp.zeros((1, 4, 3 * 84)))
     with pytest.raises(UserError, match="'flash' is not one of xla, splash, cudnn"):
         attention.bidirectional_attention("flash", 3)
     assert str(llava.AttentionChoice("splash", "xla")) == "splash (vision tower xla)"
