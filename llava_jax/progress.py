@@ -33,11 +33,11 @@ class Progress:
         self._bar = tqdm(total=total, initial=done, unit=f" {unit}", desc=name or None, smoothing=0.05,
                          dynamic_ncols=True, disable=not (enabled and sys.stderr.isatty()))
 
-    def update(self, fresh: bool = True) -> None:
-        """Counts a finished unit. `fresh` is False if it took no time, as an answer that was found in a log."""
-        self.done += 1
-        self._fresh += fresh
-        self._bar.update()
+    def update(self, fresh: bool = True, count: int = 1) -> None:
+        """Counts finished units. `fresh` is False if they took no time, as an answer that was found in a log."""
+        self.done += count
+        self._fresh += fresh * count
+        self._bar.update(count)
         if not self._bar.disable:
             self._bar.set_postfix_str(self.note(), refresh=False)
         elif time.monotonic() > self._shown + SECONDS_PER_LINE:

@@ -59,9 +59,9 @@ class DataSpec:
     bad_rows: Literal["error", "skip"] = "error"
     """Whether a record that cannot be used is an error, or is left out and counted."""
 
-    def __call__(self, what: Literal["texts", "tiles"], numbers: Sequence[int]) -> list:
-        """Returns `text` or `tiles` of the records; the reason of a bad one if `bad_rows` is "skip"."""
-        load = {"texts": self.text, "tiles": self.tiles}[what]
+    def __call__(self, what: Literal["lengths", "texts", "tiles", "examples"], numbers: Sequence[int]) -> list:
+        """Returns `length`, `text`, `tiles` or `example` of records; the reason of a bad one if they are skipped."""
+        load = {"lengths": self.length, "texts": self.text, "tiles": self.tiles, "examples": self.example}[what]
         results = []
         for number in numbers:
             try:
@@ -74,7 +74,35 @@ class DataSpec:
 
     def text(self, number: int) -> EncodedRecord:
         """Encodes the conversation of a record. Opens no image, but reads their sizes where the layout needs them."""
-        record, media, layouts = self.lay_out(number)
+        return self._encode(self._record(number))
+
+    def tiles(self, number: int) -> UInt8[np.ndarray, "tiles size size 3"]:
+        """Decodes the images of a record and returns their tiles."""
+        return self._decode(self._record(number))
+
+    def length(self, number: int) -> tuple[int, int]:
+        """Returns the numbers of tokens and tiles of a record."""
+        text = self.text(number)
+        return len(text.tokens), text.tiles
+
+    def example(self, number: int) -> tuple[EncodedRecord, UInt8[np.ndarray, "tiles size size 3"]]:
+        """Returns `text` and `tiles` of a record, which is read once."""
+        record = self._record(number)
+        return self._encode(record), self._decode(record)
+
+    def lay_out(self, number: int) -> tuple[Record, tuple[Media, ...], list[Layout]]:
+        """Returns a record as the model gets it, with its images and videos laid out (`lay_out`)."""
+        return self._lay_out(self._record(number))
+
+    def _record(self, number: int) -> Record:
+        source, index = self.mixture.locate(number)
+        return source[index]
+
+    def _lay_out(self, record: Record) -> tuple[Record, tuple[Media, ...], list[Layout]]:
+        return lay_out(record, self.processor, self.exif, self.max_pixels, self.video)
+
+    def _encode(self, record: Record) -> EncodedRecord:
+        record, media, layouts = self._lay_out(record)
         tiles = sum(layout.tiles for layout in layouts)
         if tiles > self.tiles_per_sequence:
             message = f"{tiles} tiles do not fit into the {self.tiles_per_sequence} of a sequence"
@@ -94,9 +122,8 @@ class DataSpec:
             raise BadRow("malformed", f"{record.source}: {error}") from None
         return EncodedRecord(*example, media, tiles)
 
-    def tiles(self, number: int) -> UInt8[np.ndarray, "tiles size size 3"]:
-        """Decodes the images of a record and returns their tiles."""
-        record, tiles = self._record(number), [self.processor.tiles(())]
+    def _decode(self, record: Record) -> UInt8[np.ndarray, "tiles size size 3"]:
+        tiles = [self.processor.tiles(())]
         processor = self.processor.for_images(sum(not isinstance(image, Video) for image in record.images))
         for image, size in zip(record.images, _stored_sizes(record, processor, self.exif), strict=True):
             with _named(record):
@@ -110,14 +137,6 @@ class DataSpec:
                     raise UserError(f"the image's size is {opened.size}, but image_widths and image_heights say {size}")
                 tiles.append(processor.tiles([opened]))
         return np.concatenate(tiles)
-
-    def lay_out(self, number: int) -> tuple[Record, tuple[Media, ...], list[Layout]]:
-        """Returns a record as the model gets it, with its images and videos laid out (`lay_out`)."""
-        return lay_out(self._record(number), self.processor, self.exif, self.max_pixels, self.video)
-
-    def _record(self, number: int) -> Record:
-        source, index = self.mixture.locate(number)
-        return source[index]
 
 
 def lay_out(record: Record, processor: ImageProcessor, exif: bool, max_pixels: int, video: VideoSampling

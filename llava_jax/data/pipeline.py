@@ -1,32 +1,34 @@
 """Builds batches: record numbers -> windows of examples -> packed sequences -> batches, for any number of hosts.
 
-Grain shuffles and mixes the numbers of the records. Every host tokenises each window of them (in worker processes) and
-packs it, so that all hosts know one global order of sequences. A host decodes only the images of its own sequences.
+Grain shuffles and mixes the numbers of the records. Every host packs each window of them by their lengths, so all hosts
+know one global order of sequences. Each host measures its share of the unknown lengths, in worker processes, and
+receives the others (`lengths.py`). Afterwards it reads the records of its own sequences alone.
 The sequences depend neither on the number of hosts nor of workers, and a position in the data is three integers.
-The price: every host reads and tokenises all records, in a twelfth of the time of decoding an image. If the
-files contain the images, as packed files do, every host reads these as well.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from llava_jax.data.examples import DataSpec, EncodedRecord
+from llava_jax.data.lengths import EXCHANGED_RECORDS, Allgather, Lengths
 from llava_jax.data.packing import WINDOW, pack
 from llava_jax.data.records import REASONS, BadRow
 from llava_jax.data.sources import Mixture
 from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
+from llava_jax.progress import Progress
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 
 TASK_RECORDS = 32
-"""Number of records that a worker tokenises per task."""
+"""Number of records that a worker measures per task."""
 
 PROBE_RECORDS = 1000
 """Number of first records of which at least one must be usable if bad rows are skipped."""
@@ -56,8 +58,11 @@ class Batches(grain.IterDataset):
     "window", "row"}, is the same on all processes and continues bit for bit with any other number of them. The last
     batch is filled up with padding.
 
-    With `keep`, for repeated passes over one epoch, workers and packed texts are kept until `close`. Every pass decodes
-    the images again.
+    With `keep`, for repeated passes over one epoch, workers and texts are kept until `close`. Every pass decodes the
+    images again.
+
+    With `allgather`, which returns the value of every process, each process measures its share of the lengths. All
+    processes then have to iterate equally far. Without it each process measures all records.
 
     Raises UserError if batch_size is not divisible by process_count, or if the first PROBE_RECORDS records are all
     invalid. A record that cannot be used raises BadRow, or is left out and counted, as `spec.bad_rows` says.
@@ -75,6 +80,7 @@ class Batches(grain.IterDataset):
         process_index: int = 0,
         process_count: int = 1,
         keep: bool = False,
+        allgather: Allgather | None = None,
     ):
         super().__init__()
         if batch_size % process_count:
@@ -82,10 +88,18 @@ class Batches(grain.IterDataset):
         self.spec, self.batch_size, self.epochs, self.workers = spec, batch_size, epochs, workers
         self.process_index, self.process_count = process_index, process_count
         self.keep, self._kept = keep, None
+        self._allgather, self._lengths = allgather, None
         self.order = _Order(spec.mixture, seed, shuffle)
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self)
+
+    @property
+    def lengths(self) -> Lengths:
+        """Lengths of the records. With `allgather`, all processes have to use it first at the same point."""
+        if self._lengths is None:
+            self._lengths = Lengths(self.spec, self.process_index, self.process_count, self._allgather)
+        return self._lengths
 
     def open_rows(self, state: dict[str, int]) -> tuple[Pool, Iterator["_PlannedSequence"]]:
         """Returns a pool, and the sequences of all processes from a state on."""
@@ -111,12 +125,20 @@ class Batches(grain.IterDataset):
     def count_rows(self) -> int:
         """Returns the number of sequences of one epoch in every `process_count`-th window.
 
-        It reads and tokenises the records of these windows and decodes no image.
+        It measures the records of these windows; with `allgather`, those of all windows. It decodes no image.
         """
-        windows = range(self.process_index, self.order.windows, self.process_count)
-        with Pool(self.spec, self.workers) as pool:
-            texts = (_Window(self.order, pool, 0, window).texts() for window in windows)
-            return sum(len(_pack(self.spec, found)[0]) for found in texts)
+        numbers = range(self.process_index, self.order.windows, self.process_count)
+        windows = [np.array(self.order.window(0, number)) for number in numbers]
+        records = self.order.records(0) if self._allgather else np.concatenate([np.zeros(0, np.int64), *windows])
+        records = self.lengths.unknown(records)
+        progress = Progress(len(records) // self.lengths.count, unit="records", name="measuring",
+                            enabled=len(records) > 0 and self.process_index == 0)
+        with Pool(self.spec, self.workers) as pool, contextlib.closing(progress):
+            for first in range(0, len(records), EXCHANGED_RECORDS):
+                part = records[first : first + EXCHANGED_RECORDS]
+                _Measuring(self.lengths, pool, part, "lengths").finish(progress.update)
+                self.lengths.save()
+        return sum(len(_pack(self.spec, self.lengths[window])[0]) for window in windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +159,17 @@ class _Order:
         order = self._epoch(epoch)
         return [order[i] for i in range(window * WINDOW, min((window + 1) * WINDOW, len(order)))]
 
+    def records(self, epoch: int) -> np.ndarray:
+        """Returns the numbers of the records of an epoch, ascending, each once."""
+        sources = zip(self.mixture.starts[:-1], self.mixture.starts[1:], self._parts(epoch), strict=True)
+        return np.concatenate([np.arange(start, stop) if len(part) >= stop - start else np.unique(list(part))
+                               for start, stop, part in sources])
+
     def _epoch(self, epoch: int) -> grain.MapDataset:
+        order = grain.MapDataset.concatenate(self._parts(epoch))
+        return order.shuffle(seed=(self.seed * 1_000_003 + epoch) % 2**32) if self.shuffle else order
+
+    def _parts(self, epoch: int) -> list[grain.MapDataset]:
         parts = []
         starts, counts = self.mixture.starts, self.mixture.counts
         for part, (start, stop, count) in enumerate(zip(starts[:-1], starts[1:], counts, strict=True)):
@@ -145,8 +177,7 @@ class _Order:
             if self.shuffle:
                 numbers = numbers.shuffle(seed=(self.seed + part) % 2**32)  # another order in every repeat
             parts.append(numbers.repeat()[epoch * count : (epoch + 1) * count])
-        order = grain.MapDataset.concatenate(parts)
-        return order.shuffle(seed=(self.seed * 1_000_003 + epoch) % 2**32) if self.shuffle else order
+        return parts
 
     def rows(self, count: int, epoch: int, window: int) -> Sequence[int]:
         """Returns the order of a window's sequences, because packing puts those of many records first."""
@@ -180,12 +211,13 @@ class _BatchIterator(grain.DatasetIterator):
             if not rows:
                 break
             local_rows = rows[batches.process_index * local_size :][:local_size]
-            images = [self._pool.submit("tiles", row.numbers) for row in local_rows]
-            self._pending.append((local_rows, images, rows[-1].after))
+            found = [self._pool.submit("tiles" if row.texts else "examples", row.numbers) for row in local_rows]
+            self._pending.append((local_rows, found, rows[-1].after))
         if not self._pending:
             raise StopIteration
-        rows, images, after = self._pending.popleft()
-        batch = self._stack(rows, [future.result() for future in images])
+        rows, found, after = self._pending.popleft()
+        examples = [self._examples(row, future.result()) for row, future in zip(rows, found, strict=True)]
+        batch = self._stack(rows, examples)
         self._state = after
         return batch
 
@@ -199,12 +231,26 @@ class _BatchIterator(grain.DatasetIterator):
     def close(self) -> None:
         super().close()
         if self._pool is not None and not sys.is_finalizing():  # at exit, Python ends threads and processes itself
+            if self._batches._lengths is not None:  # opening them now would wait for other processes
+                self._batches.lengths.save()
             if not self._batches.keep:
                 self._pool.close()
             self._pool = None
 
-    def _stack(self, rows: Sequence["_PlannedSequence"], images: Sequence[list[np.ndarray | str]]
-               ) -> dict[str, np.ndarray]:
+    def _examples(self, row: "_PlannedSequence", found: list) -> list["tuple[EncodedRecord, np.ndarray] | str"]:
+        """Returns text and tiles of each record of a sequence, or the reason why its images cannot be used."""
+        if row.texts:
+            return [tiles if isinstance(tiles, str) else (text, tiles)
+                    for text, tiles in zip(row.texts, found, strict=True)]
+        for number, length, example in zip(row.numbers, row.lengths.tolist(), found, strict=True):
+            if not isinstance(example, str) and [len(example[0].tokens), example[0].tiles] != length:
+                raise UserError(self._batches.lengths.describe_change(number))
+        if self._batches.keep and not any(isinstance(example, str) for example in found):
+            row.texts = [text for text, _ in found]
+        return found
+
+    def _stack(self, rows: Sequence["_PlannedSequence"],
+               examples: Sequence[list[tuple[EncodedRecord, np.ndarray] | str]]) -> dict[str, np.ndarray]:
         spec = self._batches.spec
         shape = (self._batches.batch_size // self._batches.process_count, spec.sequence_length)
         slots = (shape[0], spec.tiles_per_sequence)
@@ -219,13 +265,14 @@ class _BatchIterator(grain.DatasetIterator):
             "images": np.zeros(shape[0], np.int32),
         }
         skipped = Counter()
-        for b, (row, row_tiles) in enumerate(zip(rows, images, strict=True)):
+        for b, (row, row_examples) in enumerate(zip(rows, examples, strict=True)):
             start = slot = segment = 0
             skipped += row.skipped
-            for text, tiles in zip(row.texts, row_tiles, strict=True):
-                if isinstance(tiles, str):  # its images are bad, so the records after it move up
-                    skipped[tiles] += 1
+            for example in row_examples:
+                if isinstance(example, str):  # its images are bad, so the records after it move up
+                    skipped[example] += 1
                     continue
+                text, tiles = example
                 segment += 1
                 span, slots_used = slice(start, start + len(text.tokens)), slice(slot, slot + len(tiles))
                 batch["tokens"][b, span], batch["labels"][b, span] = text.tokens, text.labels
@@ -242,67 +289,84 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_PlannedSequence"]:
-    """Yields the sequences of all processes from a state on. Workers tokenise the next window meanwhile."""
+    """Yields the sequences of all processes from a state on. Workers measure the next window meanwhile."""
     done, skipped = state["row"], Counter()
     windows = _windows(batches, state, pool)
     window = next(windows, None)
     while window is not None:
-        following, texts = next(windows, None), window.texts()
-        rows, bad = _pack(batches.spec, texts)
+        epoch, position, numbers, measuring = window
+        texts, lengths, following = measuring.finish(), batches.lengths[numbers], next(windows, None)
+        rows, bad = _pack(batches.spec, lengths)
         skipped += bad if done == 0 else Counter()
-        order = batches.order.rows(len(rows), window.epoch, window.number)
+        order = batches.order.rows(len(rows), epoch, position)
         for number in range(done, len(rows)):
             if following is not None:
-                following.ask((number + 1) / len(rows))
+                following[-1].ask((number + 1) / len(rows))
             row = rows[order[number]]
-            after = {"epoch": window.epoch, "window": window.number, "row": number + 1}
-            yield _PlannedSequence([window.numbers[i] for i in row], [texts[i] for i in row], skipped, after)
+            after = {"epoch": epoch, "window": position, "row": number + 1}
+            known = [texts[numbers[i]] for i in row if numbers[i] in texts]
+            yield _PlannedSequence([numbers[i] for i in row], lengths[row], known if len(known) == len(row) else None,
+                                   skipped, after)
             skipped = Counter()
         window, done = following, 0
 
 
-def _windows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_Window"]:
+def _windows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator[tuple[int, int, list[int], "_Measuring"]]:
+    """Yields epoch, number and records of each window, and what measures them."""
     epoch, first = state["epoch"], state["window"]
+    what = "texts" if batches.process_count == 1 else "lengths"  # several hosts measure records of each other
     while batches.epochs is None or epoch < batches.epochs:
         for number in range(first, batches.order.windows):
-            yield _Window(batches.order, pool, epoch, number)
+            numbers = batches.order.window(epoch, number)
+            yield epoch, number, numbers, _Measuring(batches.lengths, pool, numbers, what)
         epoch, first = epoch + 1, 0
 
 
 @dataclasses.dataclass
 class _PlannedSequence:
-    """A sequence to build: its records and their texts, what was skipped before it, and the state after it."""
+    """A sequence to build: records, lengths, texts if known, what was skipped before it, and the state after it."""
 
     numbers: list[int]
-    texts: list[EncodedRecord]
+    lengths: np.ndarray
+    texts: list[EncodedRecord] | None
     skipped: Counter
     after: dict[str, int]
 
 
-class _Window:
-    """The texts of a window's records, which the workers tokenise step by step."""
+class _Measuring:
+    """Measures the records of which no length is known, step by step. With "texts" it returns their texts too."""
 
-    def __init__(self, order: _Order, pool: Pool, epoch: int, number: int):
-        self.epoch, self.number, self.numbers = epoch, number, order.window(epoch, number)
-        self._pool, self._asked = pool, []
+    def __init__(self, lengths: Lengths, pool: Pool, numbers: Sequence[int], what: str):
+        self._lengths, self._pool, self._what = lengths, pool, what
+        self._unknown = lengths.unknown(numbers)
+        self._own = lengths.share(self._unknown)
+        self._asked = []
 
     def ask(self, share: float = 1.0) -> None:
-        """Lets the workers tokenise the first `share` of the records."""
-        for first in range(TASK_RECORDS * len(self._asked), math.ceil(share * len(self.numbers)), TASK_RECORDS):
-            self._asked.append(self._pool.submit("texts", self.numbers[first : first + TASK_RECORDS]))
+        """Lets the workers measure the first `share` of this process's records."""
+        for first in range(TASK_RECORDS * len(self._asked), math.ceil(share * len(self._own)), TASK_RECORDS):
+            self._asked.append(self._pool.submit(self._what, self._own[first : first + TASK_RECORDS]))
 
-    def texts(self) -> list[EncodedRecord | str]:
-        """Returns the text of each record, or the reason why it cannot be used."""
+    def finish(self, report: Callable[..., None] | None = None) -> dict[int, EncodedRecord]:
+        """Waits until all processes have measured their records. Returns texts by the record's number."""
         self.ask()
-        return [text for future in self._asked for text in future.result()]
+        found = []
+        for future in self._asked:
+            found += future.result()
+            if report is not None:
+                report(count=min(TASK_RECORDS, len(self._own)))
+        texts = {number: text for number, text in zip(self._own, found, strict=True) if isinstance(text, EncodedRecord)}
+        self._lengths.add(self._unknown, [(len(row.tokens), row.tiles) if isinstance(row, EncodedRecord) else row
+                                          for row in found])
+        return texts
 
 
-def _pack(spec: DataSpec, texts: Sequence[EncodedRecord | str]) -> tuple[list[list[int]], Counter]:
-    """Packs the good texts of a window. Returns lists of indices into `texts`, and counts the bad ones by reason."""
-    good = [i for i, text in enumerate(texts) if not isinstance(text, str)]
-    rows = pack([len(texts[i].tokens) for i in good], [texts[i].tiles for i in good], spec.sequence_length,
-                spec.tiles_per_sequence)
-    return [[good[i] for i in row] for row in rows], Counter(text for text in texts if isinstance(text, str))
+def _pack(spec: DataSpec, lengths: np.ndarray) -> tuple[list[list[int]], Counter]:
+    """Packs the good records of a window. Returns lists of indices into `lengths`, and the bad records by reason."""
+    good = np.flatnonzero(lengths[:, 0] > 0)
+    rows = pack(*lengths[good].T, spec.sequence_length, spec.tiles_per_sequence)
+    bad = Counter((-1 - lengths[lengths[:, 0] < 0, 0]).tolist())
+    return [good[row].tolist() for row in rows], Counter({REASONS[reason]: count for reason, count in bad.items()})
 
 
 def _require_a_good_record(spec: DataSpec, numbers: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ changes the ids around special tokens. The ids here are those that the checkpoin
 """
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,6 +112,13 @@ class Tokenizer:
     def special_id(self, token: str) -> int | None:
         """Returns the id of a special or added token such as "</s>" or "<image>", or None if there is no such token."""
         return self._backend.added[token].id if token in self._backend.added else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files' content, and of all settings by which texts become tokens."""
+        settings = (self.bos_id, self.adds_bos, self.adds_prefix_space, self._backend.prefix_once,
+                    sorted(self._special_ids - {None}), sorted(self._backend.added.items()))
+        return hashlib.sha256(self._backend.content() + repr(settings).encode()).hexdigest()
 
     def control_tokens(self, marks: Iterable[str] = ()) -> dict[str, int]:
         """Returns text and id of special tokens, of added tokens such as `<|im_end|>`, and of `marks` that are tokens.
@@ -236,6 +244,9 @@ class _SentencePiece:
             tokens.ids.extend(encoded["ids"])
             tokens.offsets.extend([(start + first, start + last) for first, last in encoded["offsets"]])
 
+    def content(self) -> bytes:
+        return self.processor.serialized_model_proto()
+
     def vocabulary(self) -> Iterator[tuple[str, int]]:
         known = {self.processor.id_to_piece(i): i for i in range(self.processor.vocab_size())}
         yield from (known | {text: token.id for text, token in self.added.items()}).items()
@@ -290,6 +301,9 @@ class _TokenizerJson:
     def tokenize(self, text: str) -> Tokens:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return Tokens(encoding.ids, encoding.offsets)
+
+    def content(self) -> bytes:
+        return self.tokenizer.to_str().encode()
 
     def vocabulary(self) -> Iterable[tuple[str, int]]:
         return self.tokenizer.get_vocab().items()

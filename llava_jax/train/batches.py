@@ -1,5 +1,6 @@
 """Opens the data of a stage and puts its batches on the devices."""
 
+import functools
 import math
 
 import jax
@@ -18,7 +19,7 @@ from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train.setup import TrainContext
 
 COUNT_TIMEOUT = 3600.0
-"""Seconds that processes wait for the last of them to count packed sequences."""
+"""Seconds that processes wait for the last of them to measure records or to count packed sequences."""
 
 
 def data_spec(data: config.Data, model: LlavaConfig, tokenizer: Tokenizer, path: str) -> DataSpec:
@@ -37,6 +38,8 @@ def open_batches(context: TrainContext, stage: config.Stage, path: str, **change
     spec = data_spec(stage.data, context.model, context.tokenizer, path)
     options = dict(batch_size=stage.batch_size, workers=stage.data.workers, seed=context.recipe.seed,
                    process_index=jax.process_index(), process_count=jax.process_count())
+    if jax.process_count() > 1:
+        options["allgather"] = functools.partial(allgather_object, seconds=COUNT_TIMEOUT)
     return Batches(spec, **options | changes)
 
 
@@ -46,12 +49,11 @@ def open_validation(context: TrainContext, stage: config.Stage, keep: bool = Fal
                         batch_size=stage.batch_size // stage.gradient_accumulation)
 
 
-def count_steps(context: TrainContext, stage: config.Stage) -> int:
+def count_steps(stage: config.Stage, batches: Batches) -> int:
     """Returns the number of steps of the stage's epochs, after packing one epoch of its data."""
     if jax.process_index() == 0:
         print(f"counting the packed rows of {stage.data.path}", flush=True)
-    count = open_batches(context, stage, stage.data.path).count_rows()
-    total = sum(allgather_object("the packed rows", count, COUNT_TIMEOUT))
+    total = sum(allgather_object("the packed rows", batches.count_rows(), COUNT_TIMEOUT))
     return max(1, math.floor(stage.epochs * total / stage.batch_size))
 
 

@@ -1,11 +1,13 @@
 """Trains one stage: opens its data and state, runs steps, reports and saves them."""
 
 import contextlib
+import functools
 import math
 from collections import Counter
 
 import jax
 
+from llava_jax.data.pipeline import Batches
 from llava_jax.errors import UserError
 from llava_jax.parallel.processes import allgather_object, assert_equal_across_processes
 from llava_jax.progress import Progress
@@ -40,9 +42,14 @@ class StageTrainer:
         self.start = self.checkpoints.latest() or 0
         self._record = self.checkpoints.record(self.start) if self.start else None
         self.total_steps = (self._record.total_steps if self._record else
-                            self.stage.steps or batches.count_steps(context, self.stage))
+                            self.stage.steps or batches.count_steps(self.stage, self.training))
         self.evaluations = self._close_later(Evaluations(context, name, self.total_steps, log))
         self._missing = self.evaluations.missing(self.start)
+
+    @functools.cached_property
+    def training(self) -> Batches:
+        """Training data of the stage, opened once: counting steps measures records that training then knows."""
+        return batches.open_batches(self.context, self.stage, self.stage.data.path)
 
     def is_finished(self) -> bool:
         """Returns whether all steps are trained and all evaluations are in the log."""
@@ -64,11 +71,10 @@ class StageTrainer:
         optimizer = make_optimizer(stage, rates, self.total_steps)
         self.state = init_state(optimizer, trainable, stage.optimizer.offload)
         del trainable
-        training = batches.open_batches(context, stage, stage.data.path)
-        self._inputs = hash_inputs(context, training)
+        self._inputs = hash_inputs(context, self.training)
         assert_equal_across_processes(f"stages.{self.name}", {
             "steps": self.total_steps, "checkpoint": self.start, **self._inputs})
-        self.data = self._close_later(iter(training))
+        self.data = self._close_later(iter(self.training))
         if record:
             check_inputs(context, self.name, self._inputs)
             self.state = self.checkpoints.restore(self.start, self.state)

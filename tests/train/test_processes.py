@@ -116,6 +116,25 @@ def test_four_processes_stop_and_two_go_on(make_recipe, whole):
     assert_same_run(recipe, whole)
 
 
+@pytest.mark.slow
+def test_two_processes_count_the_steps_of_their_epochs(make_recipe, train_alone):
+    """Each measures a half of the records, and process 0 stores the lengths beside the data."""
+    def make(name: str, mesh: config.Mesh) -> config.Recipe:
+        recipe = make_recipe(name, mesh)
+        return dataclasses.replace(recipe, stages={
+            "align": dataclasses.replace(recipe.stages["align"], steps=None, epochs=2)})
+
+    alone, two = make("alone", config.Mesh()), make("two", config.Mesh(data=2, fsdp=4))
+    folder = Path(two.stages["align"].data.path).parent
+    for path in folder.glob(".*lengths*"):
+        path.unlink()
+    codes, outputs, errors = train(two, 2)
+    assert codes == [0, 0], errors
+    assert "counting the packed rows" in outputs[0] and len(list(folder.glob(".*lengths*"))) == 1
+    train_alone(alone)
+    assert_same_run(two, alone)
+
+
 def test_a_killed_process_ends_the_run_and_one_goes_on_from_its_checkpoint(make_recipe, whole, train_alone):
     recipe = make_recipe("killed", config.Mesh())
     codes, _, errors = train(recipe, 2, "SIGKILL", process=0, step=6)
