@@ -12,6 +12,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -30,7 +31,7 @@ EXCHANGED_RECORDS = 2**18
 TRANSIENT = ("missing_image", "broken_image")
 """Reasons that are not stored, because image files can be mended without a change of the data file."""
 
-Allgather = Callable[[str, str | None], list]
+Allgather = Callable[[str, Any], list]
 """Function that returns the value of every process, as `parallel.processes.allgather_object` does."""
 
 
@@ -56,9 +57,18 @@ class Lengths:
         self._changed: set[int] = set()
         for number in range(len(self._fingerprints)) if self.index == 0 else ():
             self._load(number)
-        for first in range(0, len(self._table) if self.count > 1 else 0, EXCHANGED_RECORDS):
+        if self.count > 1:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Sends what process 0 has loaded to all processes. Raises UserError if they have other data files."""
+        files = self.allgather("the data files", [stamp[:2] for _, *stamps in self._fingerprints for stamp in stamps])
+        if wrong := [index for index, theirs in enumerate(files) if theirs != files[0]]:
+            raise UserError(f"{self.spec.mixture.name}: the data files of process {wrong[0]} have other names or sizes "
+                            "than those of process 0")
+        for first in range(0, len(self._table), EXCHANGED_RECORDS):
             part = self._table[first : first + EXCHANGED_RECORDS]
-            part[:] = _decode(allgather("the stored lengths", _encode(part) if self.index == 0 else None)[0], len(part))
+            part[:] = _decode(self.allgather("the stored lengths", _encode(part) if self.index == 0 else None)[0])
 
     def __getitem__(self, numbers: Sequence[int]) -> np.ndarray:
         return self._table[numbers]
@@ -80,9 +90,7 @@ class Lengths:
         rows = [(-1 - REASONS.index(row), 0) if isinstance(row, str) else row for row in found]
         own = np.array(rows, np.int32).reshape(-1, 2)
         if self.count > 1:
-            parts = self.allgather("the lengths of the records", _encode(own))
-            sizes = np.diff([len(numbers) * i // self.count for i in range(self.count + 1)])
-            own = np.concatenate([_decode(part, size) for part, size in zip(parts, sizes, strict=True)])
+            own = np.concatenate([*map(_decode, self.allgather("the lengths of the records", _encode(own)))])
         self._table[numbers] = own
         self._changed |= {*(np.searchsorted(self._starts, numbers, "right") - 1).tolist()}
 
@@ -159,8 +167,5 @@ def _encode(lengths: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(lengths).tobytes(), 1)).decode()
 
 
-def _decode(text: str, count: int) -> np.ndarray:
-    lengths = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int32).reshape(-1, 2)
-    if len(lengths) != count:
-        raise UserError(f"processes have data of different sizes: {len(lengths)} records of one, {count} of another")
-    return lengths
+def _decode(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int32).reshape(-1, 2)

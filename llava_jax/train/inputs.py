@@ -1,7 +1,8 @@
 """Hashes the inputs of a stage, because a restart must use the same ones.
 
 `inputs.json` in the output directory stores the hashes by stage. They cover data files, tokenizer, template and model
-configuration, not image files beside the data. For very large sources they cover samples.
+configuration, not image files beside the data. For very large sources they cover samples. Of several processes one
+reads complete sources, and the others compare samples with it.
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ import jax
 from etils import epath
 
 from llava_jax.data.pipeline import Batches
-from llava_jax.data.sources import Source
+from llava_jax.data.sources import Mixture, Source
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
 from llava_jax.files import read_json
+from llava_jax.parallel.processes import LOAD_TIMEOUT, allgather_object, assert_equal_across_processes
 from llava_jax.train import output
 from llava_jax.train.setup import TrainContext
 from llava_jax.weights import fingerprint
@@ -38,10 +40,11 @@ SAMPLES, SAMPLE_BYTES = 256, 2**16
 
 def hash_inputs(context: TrainContext, batches: Batches) -> dict[str, str]:
     """Returns hashes of data sources, tokenizer, template, the model's configuration and its base, by name."""
-    spec, mixture = batches.spec, batches.spec.mixture
-    hashes = {}
-    for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1):
-        hashes[f"data {number}: {source.path}"] = f"{_hash_source(source)} {len(source)} rows, {count} in an epoch"
+    spec = batches.spec
+    if jax.process_count() > 1:
+        assert_equal_across_processes("hashes of samples", _hash_data(spec.mixture, 0))
+    data = _hash_data(spec.mixture, COMPLETE_BYTES) if jax.process_index() == 0 else None
+    hashes = dict(allgather_object("hashes of the data", data, LOAD_TIMEOUT)[0])
     folder = Path(context.tokenizer_directory)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     hashes[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], complete=True)
@@ -77,9 +80,15 @@ def write_inputs(context: TrainContext, stage: str, hashes: dict[str, str]) -> N
         output.write_json(path, (read_json(path) if path.exists() else {}) | {stage: hashes})
 
 
-def _hash_source(source: Source) -> str:
+def _hash_data(mixture: Mixture, complete_bytes: int) -> dict[str, str]:
+    return {f"data {number}: {source.path}":
+            f"{_hash_source(source, complete_bytes)} {len(source)} rows, {count} in an epoch"
+            for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1)}
+
+
+def _hash_source(source: Source, complete_bytes: int) -> str:
     files = list(source.files)
-    complete = all("://" not in file for file in files) and sum(map(os.path.getsize, files)) <= COMPLETE_BYTES
+    complete = all("://" not in file for file in files) and sum(map(os.path.getsize, files)) <= complete_bytes
     if isinstance(source.rows, TfdsRows):
         files += [f"{os.path.dirname(files[0])}/{name}" for name in ("dataset_info.json", "features.json")]
     return _hash_files(files, complete)
