@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from llava_jax.data.sources import Source
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
 from llava_jax.files import atomic_write
+from llava_jax.text import agreement
 
 VERSION = 1
 """Version of the files. It changes when a conversation gets other tokens, or an image other tiles."""
@@ -103,15 +103,15 @@ class Lengths:
                 _write(self.path(number), self._hash(number, table.tobytes()) + table.tobytes())
             except Exception as error:  # gcsfs has its own; training needs no file
                 line = " ".join(str(error).split())[:200]
-                print(f"the lengths of the records stay in memory alone: {line}", file=sys.stderr, flush=True)
+                agreement.say(f"the lengths of the records stay in memory alone: {line}")
         self._changed.clear()
 
     def describe_change(self, number: int) -> str:
         """Returns a message for a record that has another length now."""
         part = int(np.searchsorted(self._starts, number, "right")) - 1
         where = self.spec.mixture.sources[part].where(number - self._starts[part])
-        return (f"{where}: has other numbers of tokens or tiles than when it was measured. Its images have changed: "
-                f"remove {self.path(part)}, if it is there, and run again")
+        return (f"{where}: has other numbers of tokens or tiles than when it was measured, as after a change of its "
+                f"images; remove {self.path(part)}, if it is there, and run again")
 
     def path(self, number: int) -> str:
         """Returns the path of the file with the lengths of a source."""
