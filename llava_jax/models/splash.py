@@ -30,6 +30,9 @@ MASKED = -1e30
 NUM_LANES = 128
 """Width of a TPU's vector registers."""
 
+TWO_BUFFERS = 8192
+"""Maximum length of a sequence of which VMEM has two buffers. VMEM has 64 MiB on v5p and tpu7x."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -95,17 +98,22 @@ def _blocks(length: int, options: Options) -> tuple[pl.BlockSpec, pl.BlockSpec, 
     """
     group, H, count = options.num_heads // options.num_kv_heads, options.head_dim, length // options.block
 
-    def heads(size: int, num_heads: int, index: Callable) -> pl.BlockSpec:
+    def heads(size: int, num_heads: int, index: Callable, **mode) -> pl.BlockSpec:
         def position(b, k, i, *_):
             head, block = index(k, i)
             return (b, block, head) if H % NUM_LANES == 0 else (b * num_heads + head, block, 0)
 
-        return pl.BlockSpec((None, size, H), position)
+        return pl.BlockSpec((None, size, H), position, **mode)
 
     queries = heads(options.block, options.num_heads, lambda k, i: (k * group + i // count, i % count))
-    keys = heads(length, options.num_kv_heads, lambda k, i: (k, 0))
+    keys = heads(length, options.num_kv_heads, lambda k, i: (k, 0), **_buffers(length))
     row = pl.BlockSpec((None, None, 1, options.block), lambda b, k, i, *_: (b, k * group + i // count, 0, i % count))
     return queries, keys, row
+
+
+def _buffers(length: int) -> dict[str, pl.Buffered]:
+    """Returns the option of blocks with whole sequences: longer ones have no second buffer for the next head."""
+    return {"pipeline_mode": pl.Buffered(1)} if length > TWO_BUFFERS else {}
 
 
 def _call(kernel: Callable, name: str, products: int, options: Options, rope: Array | None, starts: Array,
@@ -122,11 +130,12 @@ def _call(kernel: Callable, name: str, products: int, options: Options, rope: Ar
         run = lambda *refs: kernel(refs[0], None, *refs[1:], options=options)  # noqa: E731
     else:
         run = functools.partial(kernel, options=options)
-        inputs.insert(0, (pl.BlockSpec((None, T, H), lambda b, *_: (b, 0, 0)), rope))
+        inputs.insert(0, (pl.BlockSpec((None, T, H), lambda b, *_: (b, 0, 0), **_buffers(T)), rope))
         scratch.append(pltpu.VMEM((T, H), dtype))
     pairs = T * (T + block) // 2
-    # Keys, values and their gradients have two buffers each, one for the next head; their sums are float32.
-    whole = T * max(H, NUM_LANES) * (9 * dtype.itemsize + 16)
+    # Keys, values, their gradients and the angles; rotated keys; sums of gradients.
+    buffers = 1 if _buffers(T) else 2
+    whole = T * max(H, NUM_LANES) * (buffers * 4 * dtype.itemsize + buffers * 4 + dtype.itemsize + 8)
     return pl.pallas_call(
         run, interpret=options.interpret, name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -137,7 +146,7 @@ def _call(kernel: Callable, name: str, products: int, options: Options, rope: Ar
             flops=2 * products * B * N * H * pairs, transcendentals=B * N * pairs,
             bytes_accessed=sum(array.size * array.dtype.itemsize for _, array in inputs + outputs)),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=whole + 16 * 2**20),
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=whole + 12 * 2**20),
     )(_bounds(starts, block), *(array for _, array in inputs))
 
 
@@ -180,22 +189,32 @@ def _queries(query: Array, rope: Array | None, block: Array, options: Options) -
     return (x * (x.shape[-1] ** -0.5 * LOG2E)).astype(query.dtype)
 
 
-def _keys(key: Array, rope: Array | None, rotated: Array | None) -> Array:
+def _keys(key: Array, rope: Array | None, rotated: Array | None, options: Options) -> Array:
     """Returns a reference to the rotated keys. The first step of a head rotates them."""
     if rope is None:
         return key
 
     @pl.when(pl.program_id(2) == 0)
-    def _():
-        rotated[...] = _rotate(key[...].astype(jnp.float32), rope[...]).astype(key.dtype)
+    @_each_block(key.shape[0], options)
+    def _(rows):
+        rotated[rows] = _rotate(key[rows].astype(jnp.float32), rope[rows]).astype(key.dtype)
 
     return rotated
+
+
+def _each_block(length: int, options: Options) -> Callable:
+    """Returns a decorator that makes a function run on each block of rows, without an argument.
+
+    A loop needs less VMEM than an operation on all rows, whose registers would be spilled.
+    """
+    return lambda function: lambda: jax.lax.fori_loop(
+        0, length // options.block, lambda j, _: function(pl.ds(j * options.block, options.block)), None)
 
 
 def _forward_kernel(bounds, rope, starts, query, key, value, out, lse, maximum, total, result, rotated=None, *,
                     options: Options):
     block = pl.program_id(2) % bounds.shape[2]
-    queries, key = _queries(query, rope, block, options), _keys(key, rope, rotated)
+    queries, key = _queries(query, rope, block, options), _keys(key, rope, rotated, options)
     maximum[...] = jnp.full(maximum.shape, MASKED)
     total[...] = jnp.zeros(total.shape)
     result[...] = jnp.zeros(result.shape)
@@ -221,7 +240,7 @@ def _backward_kernel(bounds, rope, starts, query, key, value, out, lse, g, dq, d
                      rotated=None, *, options: Options):
     step, H = pl.program_id(2), query.shape[-1]
     block = step % bounds.shape[2]
-    queries, key, g = _queries(query, rope, block, options), _keys(key, rope, rotated), g[...]
+    queries, key, g = _queries(query, rope, block, options), _keys(key, rope, rotated, options), g[...]
     # A matmul with ones sums over lanes and writes a row.
     weighted = g.astype(jnp.float32) * out[...].astype(jnp.float32)
     mean = jax.lax.dot_general(jnp.ones((8, H), jnp.float32), weighted, (((1,), (1,)), ((), ())),
@@ -229,9 +248,9 @@ def _backward_kernel(bounds, rope, starts, query, key, value, out, lse, g, dq, d
     dq_sum[...] = jnp.zeros(dq_sum.shape)
 
     @pl.when(step == 0)
-    def _():
-        dk_sum[...] = jnp.zeros(dk_sum.shape)
-        dv_sum[...] = jnp.zeros(dv_sum.shape)
+    @_each_block(dk.shape[0], options)
+    def _(rows):
+        dk_sum[rows] = dv_sum[rows] = jnp.zeros((options.block, H), jnp.float32)
 
     def visit(position, mask):
         rows = pl.ds(position, options.block)
@@ -252,7 +271,8 @@ def _backward_kernel(bounds, rope, starts, query, key, value, out, lse, g, dq, d
     dq[...] = result.astype(dq.dtype)
 
     @pl.when(step == pl.num_programs(2) - 1)
-    def _():
-        result = dk_sum[...] / LOG2E
-        dk[...] = (result if rope is None else _rotate(result, rope[...], -1)).astype(dk.dtype)
-        dv[...] = dv_sum[...].astype(dv.dtype)
+    @_each_block(dk.shape[0], options)
+    def _(rows):
+        result = dk_sum[rows] / LOG2E
+        dk[rows] = (result if rope is None else _rotate(result, rope[rows], -1)).astype(dk.dtype)
+        dv[rows] = dv_sum[rows].astype(dv.dtype)

@@ -10,7 +10,7 @@ import pytest
 from llava_jax.errors import UserError
 from llava_jax.inference.decode import prefill
 from llava_jax.inference.sampling import Sampling
-from llava_jax.models import attention, cpu, llava, pallas
+from llava_jax.models import attention, cpu, llava, pallas, splash
 from llava_jax.models.dot_product import attention as plain_attention
 from llava_jax.models.llama import LlamaConfig, rope_tables
 from llava_jax.models.llava import LlavaConfig
@@ -36,6 +36,7 @@ def assert_same_with_gradients(function, expected, arrays):
                          [(300, 2, 1, 128), (256, 2, 2, 64)])
 def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, heads, num_kv_heads, width):
     monkeypatch.setattr(pallas, "SPLASH_BLOCK", 128)  # several blocks in a row
+    monkeypatch.setattr(splash, "TWO_BUFFERS", 300)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length]
     positions = jnp.asarray(np.random.default_rng(2).integers(0, 4096, (2, length)))
     for ids, rope in ((jnp.asarray(segments, jnp.int32), rope_tables(LlamaConfig(head_dim=width), positions)),
