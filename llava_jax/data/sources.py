@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import os
 import stat
@@ -96,7 +97,7 @@ class Mixture:
     sources: tuple[Source, ...]
     counts: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def starts(self) -> tuple[int, ...]:
         """Number of each source's first row, then the number of all rows."""
         return tuple(itertools.accumulate((len(source) for source in self.sources), initial=0))
