@@ -298,6 +298,8 @@ def _lock(out: str, host: int, hosts: int) -> Iterator[None]:
                 locked = os.path.samestat(os.fstat(handle), os.stat(_state(out, name)))
             except (BlockingIOError, FileNotFoundError):  # locked; or deleted by a pack that has just finished
                 locked = False
+            except OSError:  # a file system without locks
+                locked = True
             if not locked:
                 raise UserError(f"{out}: another pack is writing to this folder; wait for it, or give another folder")
         yield

@@ -1,5 +1,6 @@
 """Hosts that pack together, and Beam's local runner: the same bytes as one process."""
 
+import errno
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pack_data import contents, run, with_tfds, write_data
 from llava_jax import cli
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError
-from llava_jax.prepare import pack
+from llava_jax.prepare import pack, shards
 from llava_jax.prepare.pack import Pack
 
 
@@ -192,6 +193,13 @@ class TestBeam:
             run(path, tmp_path / "other", runner="Nonsense")
         with pytest.raises(UserError, match="direct_num_workers=many: invalid value of an option"):
             run(path, tmp_path / "other", runner="DirectRunner", runner_options=("direct_num_workers=many",))
+
+        def no_space(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(shards.Examples, "load", no_space)
+        with pytest.raises(UserError, match="other: No space left on device; make room; 0 shards are finished"):
+            run(path, tmp_path / "other", runner="DirectRunner", runner_options=())
 
 
 def test_beam_that_is_not_there(data, tmp_path, monkeypatch):

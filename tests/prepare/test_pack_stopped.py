@@ -1,5 +1,7 @@
 """A pack that is killed, interrupted, out of space or not alone: nothing is lost, and it goes on to the same bytes."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -223,6 +225,14 @@ def test_two_packs_into_one_folder(data, tmp_path):
         first.communicate("go on\n")
     assert first.returncode == 0
     assert contents(out) == contents(run(data, tmp_path / "two" / "set"))
+
+
+def test_a_file_system_without_locks(data, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert len(with_tfds(run(data, tmp_path / "set"))) == 24
 
 
 def test_ctrl_c_stops_at_once(data, tmp_path):
