@@ -25,7 +25,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 REMAT = {
     "none": None,
-    "save_dots": policies.save_only_these_names(*PROJECTIONS, "attention_residual", "gate_proj", "up_proj"),
+    "save_dots": policies.save_only_these_names(
+        *PROJECTIONS, "attention", "attention_residual", "gate_proj", "up_proj"),
     "save_attention": policies.save_only_these_names(*PROJECTIONS, "attention"),
     "save_qkv": policies.save_only_these_names(*PROJECTIONS),
     "full": policies.nothing_saveable,
@@ -37,7 +38,8 @@ REMAT = {
 """Rematerialisation policies of a layer stack, by what the forward pass saves for the backward pass.
 
 - `none`: every intermediate value; nothing is recomputed.
-- `save_dots`: results of matrix products with weights; attention and elementwise operations are recomputed.
+- `save_dots`: results of matrix products with weights, and the output of attention; elementwise operations are
+  recomputed.
 - `save_attention`: queries, keys, values and the output of attention.
 - `save_qkv`: queries, keys and values.
 - `full`: the input of each layer; the forward pass of each layer is recomputed.

@@ -12,6 +12,7 @@ from jax.lax import optimization_barrier
 from jaxtyping import Array, Float, Int
 
 from llava_jax.errors import UserError
+from llava_jax.models import tpu
 from llava_jax.models.attention import Attend, causal
 from llava_jax.models.cpu import attention_heads_first
 from llava_jax.models.dot_product import apply_rope, attention
@@ -122,8 +123,11 @@ class LlamaMlp(nnx.Module):
         self.down_proj = Linear([config.intermediate_size], [config.hidden_size], bias=config.mlp_bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = optimization_barrier((name(self.gate_proj(x), "gate_proj"), name(self.up_proj(x), "up_proj")))
-        return self.down_proj(optimization_barrier(jax.nn.silu(gate) * up))
+        gate, up = name(self.gate_proj(x), "gate_proj"), name(self.up_proj(x), "up_proj")
+        if tpu.device_kind().startswith("TPU"):
+            return tpu.gated_down(self.down_proj, gate, up)
+        gate, up = optimization_barrier((gate, up))
+        return self.down_proj(optimization_barrier(tpu.gated(gate, up)))
 
 
 class LlamaBlock(nnx.Module):
