@@ -16,8 +16,7 @@ from jax.sharding import NamedSharding  # noqa: E402
 
 from llava_jax import config  # noqa: E402
 from llava_jax.parallel import sharding  # noqa: E402
-from llava_jax.plan.cycles import profile  # noqa: E402
-from llava_jax.plan.predict import times  # noqa: E402
+from llava_jax.plan.replay import profile, times  # noqa: E402
 from llava_jax.plan.step import compile_program  # noqa: E402
 from llava_jax.train.loss import cross_entropy  # noqa: E402
 

@@ -7,7 +7,6 @@ if one does not, 2 for a mistake.
 
 import argparse
 import dataclasses
-import os
 
 from llava_jax import cli, config
 from llava_jax.errors import UserError
@@ -33,12 +32,6 @@ def parser() -> Parser:
         "For several stages, the stage's name is added before the suffix.")
     add("--rows-per-epoch", type=int, metavar="N", help="Number of packed sequences of an epoch; default: counted in "
         "the data.")
-    add("--search", action="store_true", help="Whether to search the fastest mesh, micro-batches and remat of a stage "
-        "(default: the last one) that fit. The batch size does not change.")
-    add("--tries", type=int, default=8, metavar="N", help="With --search, number of fitting candidates to compile; "
-        "default: 8.")
-    add("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), metavar="N",
-        help="With --search, number of parallel compilations; default: half the cores. One needs 2 cores and some GB.")
     add("--serve", action="store_true", help="Whether to plan a server of the recipe's model instead of training.")
     add("--slots", type=int, metavar="N", help="With --serve, number of answers at once; default: as many as fit.")
     add("--context", type=int, default=4096, metavar="S", help="With --serve, maximum number of tokens of a prompt and "
@@ -57,7 +50,7 @@ def main(args: list[str]) -> int:
                        prog=f"python -m llava_jax.plan {options.recipe}")
     if options.stage not in (None, *recipe.stages):
         raise UserError(f"--stage {options.stage}: the recipe's stages are {', '.join(recipe.stages)}")
-    for name in ("tries", "jobs", "slots", "context", "rows_per_epoch"):
+    for name in ("slots", "context", "rows_per_epoch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
     topologies.quiet()
@@ -65,8 +58,6 @@ def main(args: list[str]) -> int:
 
     if options.serve:
         return commands.plan_serving(options, recipe, where)
-    if options.search:
-        return commands.plan_search(options, recipe, overrides, where)
     if options.stage:
         recipe = dataclasses.replace(recipe, stages={options.stage: recipe.stages[options.stage]})
     return commands.plan_stages(options, recipe, where)

@@ -1,4 +1,4 @@
-"""Runs the three kinds of plans: stages, a search, a server. Prints them as text or JSON."""
+"""Runs the two kinds of plans, stages and a server, and prints them as text or JSON."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_jax import config
 from llava_jax.files import write_file
 from llava_jax.models.llava import choose_attention
-from llava_jax.plan import search, serve, show
+from llava_jax.plan import serve, show
 from llava_jax.plan.data import length
 from llava_jax.plan.meshes import plan_mesh, with_slices
 from llava_jax.plan.models import planned_config
@@ -40,27 +40,6 @@ def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: Slice
         print_json(options, where, notes, mesh=dict(mesh.shape),
                    stages=[show.data(plan, options.price_per_chip_hour) for plan in plans])
     return 0 if all(plan.memory.fits for plan in plans) else 1
-
-
-def plan_search(options: argparse.Namespace, recipe: config.Recipe, overrides: list[str], where: Slice) -> int:
-    """Searches the fastest way to run a stage."""
-    model, notes = planned_config(recipe.model)
-    stage = options.stage or list(recipe.stages)[-1]
-    if not options.json:
-        print(show.header(options.recipe, where, {}, notes))
-    candidates = search.candidates(recipe, stage, where, model)
-
-    def report(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    report(f"{len(candidates)} ways to run {stage} may fit by formula; compiling until {options.tries} do")
-    found = search.search(options.recipe, overrides, stage, where, candidates, options.tries, options.jobs, report)
-    if options.json:
-        print_json(options, where, notes, stage=stage, candidates=len(candidates), found=[
-            {"flags": compiled.candidate.flags(stage), "error": compiled.error} | compiled.plan for compiled in found])
-    else:
-        print("\n" + show.ranking(found, stage))
-    return 0 if any(compiled.fits for compiled in found) else 1
 
 
 def plan_serving(options: argparse.Namespace, recipe: config.Recipe, where: Slice) -> int:

@@ -1,4 +1,4 @@
-"""Computes what instructions of optimised HLO cost: floating-point operations, bytes of HBM, bytes between chips."""
+"""Computes what instructions of optimised HLO cost: floating-point operations, and bytes between chips."""
 
 import json
 import math
@@ -9,15 +9,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from llava_jax.plan.hlo import Array, Computation, Instruction, Module
+from llava_jax.plan.hlo import Computation, Instruction
+from llava_jax.plan.topologies import Chip
 
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
-        "async-start", "partition-id", "replica-id", "opt-barrier", "send", "recv"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional", "after-all", "partition-id",
+        "replica-id", "opt-barrier", "recv"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")
 TRANSFER = "_xla_megascale_transfer_type"
 """Attribute of an instruction that sends to other slices, after the reduction within every slice."""
-KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 def flops(instruction: Instruction, computation: Computation) -> float:
@@ -52,72 +52,6 @@ def _valid(length: int, size: int, results: int, stride: int, pad: int, dilate: 
     return int(((positions % dilate == 0) & (positions >= 0) & (positions // dilate < length)).sum())
 
 
-def kernel_flops(kernel: Instruction) -> float:
-    """Returns the operations of a Pallas kernel, as the kernel itself states them; 0 if it does not."""
-    return float(kernel.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)') or 0)
-
-
-def hbm_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
-    """Returns the bytes that an instruction reads from HBM and writes to it: operands and results in HBM.
-
-    If a fusion only slices an operand, the slices count. If it only updates a part of its result, the update counts.
-    Data of a collective inside a fusion are not counted here, but with the collective.
-    """
-    if instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-update")):
-        return 0.0
-    if instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
-        target, source = instruction.shape[0], instruction.shape[1]
-        return target.bytes * ((not target.in_vmem) + (not source.in_vmem))
-    reads = [operand.shape for operand in computation.operands(instruction)]
-    if instruction.opcode == "fusion":
-        return _fused_bytes(instruction, reads, module.computations[instruction.calls])
-    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * _bytes_in_hbm(instruction.shape)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * _bytes_in_hbm(reads[1])
-    return _bytes_in_hbm(instruction.shape) + sum(map(_bytes_in_hbm, reads))
-
-
-def _fused_bytes(fusion: Instruction, reads: list[tuple[Array, ...]], inside: Computation) -> float:
-    parameters: dict[int, str] = {}
-    users: dict[str, list[Instruction]] = {}
-    moved: set[tuple] = set()
-    for instruction in inside.instructions.values():
-        if instruction.opcode == "parameter":
-            parameters[int(instruction.attributes)] = instruction.name
-        for name in instruction.operands:
-            users.setdefault(name, []).append(instruction)
-        if is_collective(instruction):
-            moved |= {(array.dtype, array.dims)
-                      for part in (instruction, *inside.operands(instruction)) for array in part.shape}
-
-    def own_bytes(shape: Sequence[Array]) -> float:
-        return _bytes_in_hbm([array for array in shape if (array.dtype, array.dims) not in moved])
-
-    total = 0.0
-    for number, shape in enumerate(reads):
-        uses = users.get(parameters.get(number, ""), [])
-        if uses and all(use.opcode in ("dynamic-slice", "slice") for use in uses):
-            total += 0 if shape[0].in_vmem else sum(use.shape[0].bytes for use in uses)
-        elif not (uses and all(_is_updated(use, parameters[number]) for use in uses)):
-            total += own_bytes(shape)
-    root = inside.root
-    while root.opcode in ("bitcast", "copy") and root.operands:
-        root = inside.instructions[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        update = inside.instructions[root.operands[1]]
-        return total + (0 if fusion.shape[0].in_vmem else update.shape[0].bytes)
-    return total + own_bytes(fusion.shape)
-
-
-def _is_updated(use: Instruction, name: str) -> bool:
-    return use.opcode == "dynamic-update-slice" and use.operands[0] == name
-
-
-def _bytes_in_hbm(shape: Sequence[Array]) -> float:
-    return sum(array.bytes for array in shape if not array.in_vmem)
-
-
 @dataclass(frozen=True)
 class Collective:
     """Describes a collective operation, and what one device sends in it."""
@@ -129,12 +63,13 @@ class Collective:
     """Number of participating devices."""
     slices: int
     """Number of slices that they belong to."""
-    channel: str | None = None
+    channel: str
+    """Name of its channel, or of the instruction if it has none."""
 
     @property
     def key(self) -> tuple:
         """Identity of the operation, shared by all its pieces."""
-        return self.kind, self.slices, self.channel
+        return self.slices, self.channel
 
     @property
     def ici_bytes(self) -> float:
@@ -145,6 +80,13 @@ class Collective:
     def dcn_bytes(self) -> float:
         """Bytes sent to other slices, if every device of a slice sends its share."""
         return self._sent(self.slices) / (self.group // self.slices)
+
+    def transfer(self, chip: Chip) -> tuple[str, float]:
+        """Returns the network that limits it, and its seconds there."""
+        # An all-reduce sends twice the bytes of an all-gather at twice the measured rate: it uses both axes of a torus.
+        rate = chip.ici / chip.devices * (2 if self.kind == "all-reduce" else 1)
+        within, between = self.ici_bytes / rate, self.dcn_bytes / chip.dcn * chip.devices if chip.dcn else 0.0
+        return ("dcn", between) if between > within else ("ici", within)
 
     def _sent(self, ring: int) -> float:
         if self.kind == "collective-permute":
@@ -161,7 +103,7 @@ def collective(instruction: Instruction, computation: Computation, slices: Seque
     """Returns the collective operation of an instruction, or None. `slices` has the slice of every device."""
     if not is_collective(instruction):
         return None
-    channel = instruction.attribute(r"channel_id=(\d+)")
+    channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
     if instruction.opcode == "send":
         kind = instruction.attribute(rf'{TRANSFER}="(\w+)"').lower().replace("_", "-")
         count = len(set(slices))

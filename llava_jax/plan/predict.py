@@ -6,37 +6,26 @@ import numpy as np
 
 from llava_jax import config
 from llava_jax.models.llava import LlavaConfig, abstract_params
-from llava_jax.plan.cycles import Profile, profile
 from llava_jax.plan.data import Length
+from llava_jax.plan.replay import Profile, Times, profile, times
 from llava_jax.plan.step import Memory, Program
 from llava_jax.plan.topologies import Slice
 from llava_jax.train.metrics import model_flops, trained_parts
 from llava_jax.train.optimizer import trainable_paths
 
+ERRORS = (-0.10, 0.23)
+"""Predicted over published tokens/s, less 1, of five runs of MaxText: the least and the greatest (README.md)."""
+KNOWN_ERRORS = f"{ERRORS[0]:+.0%} to {ERRORS[1]:+.0%} tokens/s, in five published runs of MaxText"
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of one step on one device: three parts of the prediction, and four lower bounds."""
 
-    cycles: float
-    """Cycles of the compiler over the clock."""
-    kernels: float
-    """Pallas kernels, by FLOPs or bytes, whichever takes longer."""
-    exposed: float
-    """Collectives without overlap, by their bytes."""
-    mxu: float
-    """Lower bound: matrix products at the peak rate."""
-    hbm: float
-    """Lower bound: bytes of HBM."""
-    ici: float
-    """Lower bound: bytes within a slice."""
-    dcn: float | None
-    """Lower bound: bytes between slices; None if no data sheet gives the rate of the network."""
+def time_range(seconds: float) -> tuple[float, float]:
+    """Returns the least and the greatest time that a predicted time stands for, by the known errors."""
+    return seconds * (1 + ERRORS[0]), seconds * (1 + ERRORS[1])
 
-    @property
-    def step(self) -> float:
-        """Predicted seconds of a step."""
-        return self.cycles + self.kernels + self.exposed
+
+def rate_range(rate: float) -> tuple[float, float]:
+    """Returns the least and the greatest rate, such as tokens/s or MFU, that a predicted rate stands for."""
+    return rate / (1 + ERRORS[1]), rate / (1 + ERRORS[0])
 
 
 @dataclass(frozen=True)
@@ -97,15 +86,3 @@ def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
     positions = np.broadcast_to(np.arange(data.sequence_length), (stage.batch_size, data.sequence_length))
     trained = trained_parts(trainable_paths(stage, list(abstract_params(model)[1])))
     return model_flops(model, trained, positions, np.ones_like(positions), stage.batch_size * data.tiles_per_sequence)
-
-
-def times(found: Profile, where: Slice) -> Times:
-    """Returns the seconds of a profile on the devices of a slice."""
-    chip = where.chip
-    flops, bandwidth = chip.flops / chip.devices, chip.bandwidth / chip.devices
-    ici, dcn = chip.ici / chip.devices, chip.dcn and chip.dcn / chip.devices
-    kernels = sum(op.times * max(op.flops / flops, op.bytes / bandwidth) for op in found.kernels)
-    exposed = sum(op.times * max(collective.ici_bytes / ici, collective.dcn_bytes / dcn if dcn else 0.0)
-                  for op in found.exposed for collective in op.collectives)
-    return Times(found.cycles / chip.clock, kernels, exposed, found.flops / flops, found.bytes / bandwidth,
-                 found.ici_bytes / ici, found.dcn_bytes / dcn if dcn else None)

@@ -19,8 +19,7 @@ from llava_jax.models.llava import LlavaConfig, abstract_params, choose_attentio
 from llava_jax.models.quantized import abstract_quantized, is_quantizable
 from llava_jax.models.slot_cache import BLOCK, SlotCache
 from llava_jax.parallel import sharding
-from llava_jax.plan.cycles import profile
-from llava_jax.plan.predict import Times, times
+from llava_jax.plan.replay import Times, profile, times
 from llava_jax.plan.step import Memory, Program, compile_program, device_bytes
 from llava_jax.plan.topologies import GIB, Slice
 

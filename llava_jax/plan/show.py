@@ -1,11 +1,11 @@
 """Formats plans as text for people and as plain data for programs."""
 
 import dataclasses
+import math
 from importlib.metadata import PackageNotFoundError, version
 
-from llava_jax.plan.cycles import PARTS
-from llava_jax.plan.predict import Prediction, Times
-from llava_jax.plan.search import CompiledCandidate
+from llava_jax.plan.predict import KNOWN_ERRORS, Prediction
+from llava_jax.plan.replay import PARTS, Times
 from llava_jax.plan.serve import Phase, Serving
 from llava_jax.plan.step import Memory
 from llava_jax.plan.topologies import GIB, Slice
@@ -30,7 +30,7 @@ def header(recipe: str, where: Slice, mesh: dict[str, int], notes: list[str]) ->
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     return "\n".join([f"{recipe} on {where.about}",
                       f"{f'mesh {axes}; ' if axes else ''}jax {found['jax']}, libtpu {found['libtpu']}",
-                      *notes, "Nothing here was measured on a TPU."])
+                      *notes, f"Nothing here was measured on a TPU. How far predictions were off: {KNOWN_ERRORS}."])
 
 
 def text(plan: Prediction, price: float | None = None) -> str:
@@ -57,23 +57,15 @@ def text(plan: Prediction, price: float | None = None) -> str:
 
 def _time(plan: Prediction) -> list[str]:
     times, found, chip = plan.times, plan.profile, plan.where.chip
-    lines = [
-        _row("step", _seconds(times.step), "predicted: the sum of"),
+    return [
+        _row("step", _duration(times.step), f"predicted: {_seconds(times.step)}, the sum of the next three"),
         _row("  cycles", _seconds(times.cycles),
              f"the compiler: {found.cycles / 1e6:,.1f} M at {chip.clock / 1e9:.3f} GHz"),
         _row("  kernels", _seconds(times.kernels),
-             f"arithmetic: FLOPs or bytes of {len(found.kernels)} Pallas kernels (no cycles given)"),
-        _row("  exposed collectives", _seconds(times.exposed),
-             f"arithmetic: bytes of {len(found.exposed)} collectives that no computation hides"),
-        _row("lower bounds, each alone", ""),
-        _row("  matrix units", _seconds(times.mxu), f"arithmetic: {_scaled(found.flops, 'FLOP')} in the program"),
-        _row("  HBM", _seconds(times.hbm), f"arithmetic: {_scaled(found.bytes, 'B')} of operands and results"),
-        _row("  links within a slice", _seconds(times.ici), f"arithmetic: {_scaled(found.ici_bytes, 'B')} sent"),
+             f"the compiler: schedules of {len(found.kernels)} Pallas kernels"),
+        _row("  waits", _seconds(times.waits),
+             "a replay of the schedule: collectives that computation does not hide"),
     ]
-    if plan.where.count > 1:
-        value = _seconds(times.dcn) if times.dcn is not None else "rate unknown"
-        lines.append(_row("  links between slices", value, f"arithmetic: {_scaled(found.dcn_bytes, 'B')} sent"))
-    return lines
 
 
 def _cycles(plan: Prediction) -> list[str]:
@@ -98,11 +90,9 @@ def _rates(plan: Prediction) -> list[str]:
              "formula: causal attention halved, no recomputation"),
         _row("hardware FLOPs", _scaled(plan.profile.flops * plan.where.chip.devices),
              "products in the program, recomputation included"),
-        _row("model FLOP utilisation (MFU)", f"{100 * plan.mfu:.1f} %", "predicted"),
-        _row("tokens/s and chip", f"{plan.per_chip(plan.tokens):,.0f}",
-             f"predicted; {plan.per_chip(plan.tokens) * chips:,.0f} in all, sequences filled"),
-        _row("tiles/s and chip", f"{plan.per_chip(plan.images):,.2f}",
-             f"predicted; {plan.per_chip(plan.images) * chips:,.1f} in all, slots filled"),
+        _row("model FLOP utilisation (MFU)", spread(*ratespread(100 * plan.mfu), " %"), "predicted"),
+        _row("tokens/s and chip", spread(*ratespread(plan.per_chip(plan.tokens))), "predicted, sequences filled"),
+        _row("tiles/s and chip", spread(*ratespread(plan.per_chip(plan.images))), "predicted, slots filled"),
     ]
 
 
@@ -110,10 +100,10 @@ def _hours(plan: Prediction, price: float | None) -> list[str]:
     if plan.length is None:
         return ["  Neither recipe nor data say how long the stage is: give --rows-per-epoch."]
     lines = [_row("steps", f"{plan.length.steps:,}", plan.length.source),
-             _row("hours", f"{plan.hours:,.2f}", "predicted, of steps alone")]
+             _row("hours", spread(*timespread(plan.hours)), "predicted, of steps alone")]
     if price is not None:
-        chip_hours = plan.hours * plan.where.chips
-        lines.append(_row("cost", f"{chip_hours * price:,.2f}", f"{chip_hours:,.1f} chip-hours at {price:g}"))
+        costs = [hours * plan.where.chips * price for hours in timespread(plan.hours)]
+        lines.append(_row("cost", spread(*costs), f"chip-hours at {price:g}"))
     return lines
 
 
@@ -130,37 +120,16 @@ def data(plan: Prediction, price: float | None = None) -> dict:
     found = plan.profile
     result |= {
         "cycles_by_part": {f"{part} {way}".strip(): count for (part, way), count in sorted(found.by_part().items())},
-        "hardware_flops": found.flops * plan.where.devices, "hbm_bytes": found.bytes,
-        "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes, **_time_data(found.cycles, plan.times),
-        "mfu": plan.mfu, "tokens_per_second_per_chip": plan.per_chip(plan.tokens),
-        "images_per_second_per_chip": plan.per_chip(plan.images), "hours": plan.hours,
+        "hardware_flops": found.flops * plan.where.devices, "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes,
+        **_time_data(found.cycles, plan.times), "step_seconds_range": timespread(plan.times.step),
+        "mfu": plan.mfu, "mfu_range": ratespread(plan.mfu), "hours": plan.hours,
+        "hours_range": plan.hours and timespread(plan.hours),
+        "tokens_per_second_per_chip": plan.per_chip(plan.tokens),
+        "images_per_second_per_chip": plan.per_chip(plan.images),
     }
     if price is not None and plan.hours is not None:
         result["cost"] = plan.hours * plan.where.chips * price
     return result
-
-
-def ranking(found: list[CompiledCandidate], stage: str) -> str:
-    """Returns the table of a search, the best candidate first, and the flags of the best."""
-    lines = [f"{'':>29} {'tokens/s':>9}  data x fsdp x tensor,",
-             f"{'step':>10} {'MFU':>7} {'memory':>10} {'and chip':>9}  gradient_accumulation, remat, attention"]
-    for compiled in found:
-        candidate, plan = compiled.candidate, compiled.plan
-        mesh = f"{candidate.mesh.data} x {candidate.mesh.fsdp} x {candidate.mesh.tensor}"
-        name = (f"{mesh}, {candidate.gradient_accumulation}, {candidate.remat}, {candidate.attention}"
-                f"{', moments on the host' * candidate.offload}")
-        step, mfu, memory, rate = "error", "", "", ""
-        if plan:
-            step, memory = "too large", _bytes(plan["memory"]["peak"])
-        else:
-            name += f": {compiled.error}"
-        if compiled.fits:
-            step, mfu = _seconds(plan["step_seconds"]), f"{100 * plan['mfu']:.1f} %"
-            rate = f"{plan['tokens_per_second_per_chip']:,.0f}"
-        lines.append(f"{step:>10} {mfu:>7} {memory:>10} {rate:>9}  {name}")
-    if found and found[0].fits:
-        return "\n".join([*lines, "", f"best: {' '.join(found[0].candidate.flags(stage))}"])
-    return "\n".join([*lines, "", "No compiled candidate fits: more chips, shorter sequences, or more --tries."])
 
 
 def serving_text(plan: Serving) -> str:
@@ -190,9 +159,8 @@ def serving_text(plan: Serving) -> str:
 
 
 def _shares(phase: Phase) -> str:
-    times = phase.times
-    parts = (("cycles", times.cycles), ("kernels", times.kernels), ("exposed collectives", times.exposed))
-    return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts if seconds)
+    parts = dataclasses.asdict(phase.times)
+    return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items() if seconds)
 
 
 def serving_data(plan: Serving) -> dict:
@@ -214,6 +182,17 @@ def _common_data(memory: Memory, compile_seconds: float) -> dict:
             "compile_seconds": round(compile_seconds, 1)}
 
 
+def spread(low: float, high: float, unit: str = "") -> str:
+    """Formats both ends, the lower one with two digits that count."""
+    digits = 1 - math.floor(math.log10(low)) if low else 0
+    return " to ".join(f"{round(end, digits):,.{max(0, digits)}f}" for end in (low, high)) + unit
+
+
+def _duration(seconds: float) -> str:
+    low, high = timespread(seconds)
+    return spread(low, high, " s") if high >= 0.1 else spread(1e3 * low, 1e3 * high, " ms")
+
+
 def _time_data(cycles: int, times: Times) -> dict:
     return {"cycles": cycles, "step_seconds": times.step, "seconds": dataclasses.asdict(times)}
 
@@ -227,7 +206,7 @@ def _fits(memory: Memory, name: str) -> str:
 
 
 def _row(name: str, value: str, note: str = "") -> str:
-    return f"  {name:<34}{value:>14}  {note}".rstrip()
+    return f"  {name:<34}{value:>18}  {note}".rstrip()
 
 
 def _scaled(count: float, unit: str = "") -> str:

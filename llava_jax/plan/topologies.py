@@ -35,7 +35,7 @@ class Chip:
     bandwidth: float
     """HBM bytes/s."""
     ici: float
-    """Bytes/s that a chip can send to its neighbours over all links."""
+    """Bytes/s of an all-gather or a reduce-scatter, over one axis of the torus."""
     dcn: float | None
     """Bytes/s that a chip can send to other slices; None if no data sheet gives it."""
     flops_per_cycle: int
@@ -47,17 +47,18 @@ class Chip:
         return self.flops / self.devices / self.flops_per_cycle
 
 
-# Peaks, HBM and links: cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x; the links' figure there is for both
-# directions, or in Gbit/s for one; v5e's and v6e's data-centre figures are of a pod of 256). Memory: what libtpu 0.0.52
-# reports as available to a program that needs too much. FLOPs per cycle: v4 and v5p have 2 x 4 matrix units of
-# 128 x 128, v5e has 4. For v6e and a TensorCore of tpu7x, four units of 256 x 256 are assumed, because the compiler's
-# cycles for large products reach 87 and 85 % of that.
+# Peaks and HBM: cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x; v5e's and v6e's data-centre figures are of
+# a pod of 256). Links: measured in public on v5e and v6e, where they are 93 and 96 % of the links of one axis on the
+# data sheet; for the others 93 % of that (100 GB/s on v4, 200 on v5p and tpu7x). Measured all-reduces send twice the
+# bytes at twice the rate. Memory: what libtpu 0.0.52 reports as available to a program that needs too much. FLOPs per
+# cycle: v4 and v5p have 2 x 4 matrix units of 128 x 128, v5e has 4. For v6e and a TensorCore of tpu7x, four units of
+# 256 x 256 are assumed, because the compiler's cycles for large products reach 87 and 85 % of that.
 CHIPS = {chip.kind: chip for chip in (
-    Chip("v4", "TPU v4", 2, 1, True, 4096, 3, int(30.75 * GIB), 275e12, 1228e9, 300e9, None, 2 * 8 * 128**2),
-    Chip("v5e", "TPU v5 lite", 1, 1, False, 256, 2, int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9, 2 * 4 * 128**2),
-    Chip("v5p", "TPU v5", 2, 1, True, 6144, 3, int(95.73 * GIB), 459e12, 2765e9, 600e9, 6.25e9, 2 * 8 * 128**2),
-    Chip("v6e", "TPU v6 lite", 1, 1, False, 256, 2, int(31.24 * GIB), 918e12, 1638e9, 400e9, 12.5e9, 2 * 4 * 256**2),
-    Chip("tpu7x", "TPU7x", 2, 2, True, 9216, 3, int(94.74 * GIB), 2307e12, 7380e9, 600e9, None, 2 * 4 * 256**2),
+    Chip("v4", "TPU v4", 2, 1, True, 4096, 3, int(30.75 * GIB), 275e12, 1228e9, 93e9, None, 2 * 8 * 128**2),
+    Chip("v5e", "TPU v5 lite", 1, 1, False, 256, 2, int(15.75 * GIB), 197e12, 819e9, 93e9, 3.125e9, 2 * 4 * 128**2),
+    Chip("v5p", "TPU v5", 2, 1, True, 6144, 3, int(95.73 * GIB), 459e12, 2765e9, 186e9, 6.25e9, 2 * 8 * 128**2),
+    Chip("v6e", "TPU v6 lite", 1, 1, False, 256, 2, int(31.24 * GIB), 918e12, 1638e9, 193e9, 12.5e9, 2 * 4 * 256**2),
+    Chip("tpu7x", "TPU7x", 2, 2, True, 9216, 3, int(94.74 * GIB), 2307e12, 7380e9, 186e9, None, 2 * 4 * 256**2),
 )}
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 

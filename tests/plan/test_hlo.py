@@ -1,18 +1,20 @@
 """HLO text written by hand, with known answers: nested loops, lines that break, steps of two, kernels, collectives."""
 
+import json
+
 import numpy as np
 import pytest
 
 from llava_jax.errors import UserError
 from llava_jax.plan import costs, loops
-from llava_jax.plan.cycles import profile
 from llava_jax.plan.hlo import parse
+from llava_jax.plan.replay import profile
 
 CYCLES = 'backend_config={"estimated_cycles":"%d"}'
 KERNEL = '''custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 64, \\"block_kv\\": 64}"
 }}, metadata={op_name="jit(step)/transpose(jvp(decoder))/while/body/splash_mha_fwd"}, backend_config={"body":"A(
-}B"}'''
+}B","cost_estimate":{"bytes_accessed":"90","flops":"7000"}}'''
 KERNEL_SHAPE = "(bf16[2,128,64]{2,1,0:T(8,128)(2,1)}, /*index=1*/f32[2,128]{1,0})"
 
 
@@ -96,13 +98,12 @@ def test_cycles_are_summed_over_nested_loops_of_any_step():
                                ("optimizer", ""): 1000, ("other", "forward"): 3, ("loss", "backward"): 1}
 
 
-def test_a_kernel_whose_text_spans_lines_has_no_cycles_and_gets_its_blocks_flops():
-    kernel, = profile(MODULE, [0] * 16).kernels
-    assert kernel.times == 15 and kernel.cycles == 0
-    # Two products over the 3 of 4 blocks of 64 x 64 on and below the diagonal, for 2 heads of width 64.
-    assert kernel.flops == 2 * 2 * 2 * 3 * 64 * 64 * 64
-    # q lies in VMEM; k is read twice, the table once; both results are written.
-    assert kernel.bytes == 2 * (2 * 128 * 64 * 2) + 4 + 2 * 128 * 64 * 2 + 2 * 128 * 4
+def test_a_kernel_whose_text_spans_lines_has_no_cycles_and_states_its_flops():
+    op, = profile(MODULE, [0] * 16).kernels
+    assert op.times == 15 and op.cycles == 0 and (op.kernel.flops, op.kernel.bytes) == (7000, 90)
+    assert json.loads(op.kernel.job)["operands"] == [
+        ["int8", [1, 2, 2]], ["bfloat16", [2, 128, 64]], *[["bfloat16", [2, 128, 64]]] * 2]
+    assert op.kernel.active == 3 / 4  # of 2 x 2 blocks, those on and below the diagonal
 
 
 def test_what_collectives_send_within_a_slice_and_between():
@@ -111,7 +112,7 @@ def test_what_collectives_send_within_a_slice_and_between():
     size = 8 * 128 * 4
     assert (gather.group, gather.slices) == (8, 1) and gather.ici_bytes == 7 * size and gather.dcn_bytes == 0
     assert (reduce.group, reduce.slices) == (2, 2) and reduce.ici_bytes == 0 and reduce.dcn_bytes == 2 * size / 2
-    assert len(found.exposed) == 2
+    assert [op.asynchronous for op in found.ops if op.collectives] == [False, False]
 
 
 def test_pieces_of_a_collective_spread_over_a_loop_count_once():
@@ -147,7 +148,9 @@ ENTRY %main (x: bf16[8]) -> bf16[16] {{
 """
     found = profile(text, [0, 0])
     assert found.ici_bytes == 16 * 2 / 2
-    assert not found.exposed and found.cycles == 23 * 50
+    assert [op.instruction.name for op in found.ops if op.collectives] == ["async-collective-start"]
+    assert [op.instruction.name for op in found.ops if op.awaits] == ["async-collective-done"]
+    assert found.cycles == 23 * 50
 
 
 @pytest.mark.parametrize("text,expected", [
@@ -165,34 +168,6 @@ ENTRY %main (x: bf16[8]) -> bf16[16] {{
 def test_replica_groups_in_all_notations(text, expected):
     module = parse(f"ENTRY %e (p: f32[]) -> f32[] {{\n  ROOT %r = f32[] all-reduce(%p), {text}, to_apply=%a\n}}\n")
     np.testing.assert_array_equal(costs.replica_groups(module.entry.root, 4), expected)
-
-
-def test_bytes_of_fusions_that_slice_and_update():
-    text = """HloModule m
-%fused (a: f32[32,64], b: f32[1,64], c: f32[64], i: s32[]) -> f32[32,64] {
-  %a = f32[32,64]{1,0} parameter(0)
-  %b = f32[32,64]{1,0} parameter(1)
-  %c = f32[64]{0:S(1)} parameter(2)
-  %i = s32[] parameter(3)
-  %slice = f32[1,64]{1,0} dynamic-slice(%b, %i, %i), dynamic_slice_sizes={1,64}
-  %sum = f32[1,64]{1,0} add(%slice, %slice)
-  ROOT %update = f32[32,64]{1,0} dynamic-update-slice(%a, %sum, %i, %i)
-}
-ENTRY %main (a: f32[32,64], b: f32[32,64], c: f32[64], i: s32[]) -> f32[32,64] {
-  %a = f32[32,64]{1,0} parameter(0)
-  %b = f32[32,64]{1,0} parameter(1)
-  %c = f32[64]{0:S(1)} parameter(2)
-  %i = s32[]{:S(6)} parameter(3)
-  %start = (f32[64]{0:S(1)}, f32[64]{0}, u32[]) copy-start(%c)
-  %done = f32[64]{0:S(1)} copy-done(%start)
-  ROOT %f = f32[32,64]{1,0} fusion(%a, %b, %c, %i), kind=kLoop, calls=%fused
-}
-"""
-    module = parse(text)
-    fusion = module.entry.root
-    assert costs.hbm_bytes(fusion, module.entry, module) == 2 * 64 * 4  # one row in, one row out
-    assert costs.hbm_bytes(module.entry.instructions["start"], module.entry, module) == 64 * 4
-    assert costs.hbm_bytes(module.entry.instructions["done"], module.entry, module) == 0
 
 
 @pytest.mark.parametrize("change,rounds", [

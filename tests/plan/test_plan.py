@@ -8,8 +8,8 @@ import pytest
 
 from llava_jax.plan import __main__ as plan
 from llava_jax.plan import show
-from llava_jax.plan.cycles import profile
 from llava_jax.plan.predict import Prediction
+from llava_jax.plan.replay import profile
 from llava_jax.plan.step import Memory
 from llava_jax.plan.topologies import GIB, parse
 
@@ -32,6 +32,9 @@ def test_a_plan_as_json_and_the_programs_behind_it(compiles, planned, tiny_file,
         assert stage["steps"] == (200 if stage["stage"] == "align" else 100)
         assert stage["cost"] == pytest.approx(stage["hours"] * 4 * 1.5)
         assert stage["hours"] == pytest.approx(stage["steps"] * stage["step_seconds"] / 3600)
+        assert stage["step_seconds_range"] == pytest.approx([0.9 * stage["step_seconds"], 1.23 * stage["step_seconds"]])
+        low, high = stage["mfu_range"]
+        assert low < stage["mfu"] < high and high / low == pytest.approx(1.23 / 0.9)
     assert not dump.exists() and printed.err.count("wrote ") == 2
 
 
@@ -45,6 +48,13 @@ def test_a_plan_that_does_not_fit_says_by_how_much():
     assert json.dumps(data) and data["fits"] is False and data["memory"]["peak"] == 30 * GIB
 
 
+@pytest.mark.parametrize("seconds,expected", [
+    (0.65, "0.58 to 0.80 s"), (12.34, "11 to 15 s"), (0.0034, "3.1 to 4.2 ms"), (1.0, "0.90 to 1.23 s"),
+])
+def test_a_time_is_a_range_of_two_digits(seconds, expected):
+    assert show._duration(seconds) == expected
+
+
 @pytest.mark.parametrize("args,expected", [
     ([], "the following arguments are required: recipe, --topology"),
     (["mini"], "required: --topology"),
@@ -52,7 +62,7 @@ def test_a_plan_that_does_not_fit_says_by_how_much():
     (["mini", "--topology", "v5e-5"], "there are v5e-1, v5e-4"),
     (["mini", "--topology", "v5e-4", "--stage", "final"], "the recipe's stages are align, instruct"),
     (["mini", "--topology", "v5e-4", "--stages.align.stpes", "3"], "did you mean --stages.align.steps?"),
-    (["mini", "--topology", "v5e-4", "--jobs", "0"], "--jobs 0: it must be at least 1"),
+    (["mini", "--topology", "v5e-4", "--slots", "0"], "--slots 0: it must be at least 1"),
     (["mini", "--topology", "v5e-4", "--model.vision", "checkpoints/mine"], "checkpoints/mine: no such directory"),
 ])
 def test_mistakes_are_one_line(args, expected):

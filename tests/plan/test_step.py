@@ -15,12 +15,12 @@ from llava_jax.errors import UserError
 from llava_jax.models.llava import abstract_params
 from llava_jax.parallel import compiler, sharding
 from llava_jax.plan import costs, show
-from llava_jax.plan.cycles import profile
 from llava_jax.plan.data import Length
 from llava_jax.plan.hlo import parse
 from llava_jax.plan.meshes import plan_mesh, with_slices
 from llava_jax.plan.models import known, planned_config
 from llava_jax.plan.predict import predict
+from llava_jax.plan.replay import profile
 from llava_jax.plan.step import abstract_batch, compile_program, compile_step
 from llava_jax.plan.topologies import parse as parse_slice
 
@@ -49,7 +49,7 @@ def test_a_prediction_adds_up(planned, tiny):
     plan = predict(tiny, "instruct", WHERE, model, program, None)
     chip, times = WHERE.chip, plan.times
     assert plan.profile.cycles == pytest.approx(times.cycles * 1.503e9, rel=1e-3)
-    assert times.step == times.cycles + times.kernels + times.exposed
+    assert times.step == times.cycles + times.kernels + times.waits
     assert plan.mfu == plan.model_flops / times.step / 4 / chip.flops
     assert plan.per_chip(plan.tokens) * 4 * times.step == pytest.approx(8 * 128)
     parts = plan.profile.by_part()
@@ -65,8 +65,9 @@ def test_a_plan_as_text_is_narrow_and_says_where_figures_are_from(planned, tiny)
     model, mesh, program = planned
     plan = predict(tiny, "instruct", WHERE, model, program, Length(5000, "the recipe's steps"))
     text = show.header("tiny", WHERE, dict(mesh.shape), []) + show.text(plan, price=1.5)
-    for word in ("v5e-4: 2x2, 4 chips", "fits", "temporaries", "exposed collectives", "MFU", "recompute", "chip-hours",
-                 "the compiler", "arithmetic", "formula", "predicted", "Nothing here was measured on a TPU."):
+    for word in ("v5e-4: 2x2, 4 chips", "fits", "temporaries", "waits", "MFU", "recompute", "chip-hours", " to ",
+                 "the compiler", "arithmetic", "formula", "predicted", "Nothing here was measured on a TPU.",
+                 "-10% to +23%"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120
 

@@ -1,0 +1,250 @@
+"""Replays a compiled program on one device: every executed instruction in the order of the schedule."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from llava_jax.plan import costs, kernels
+from llava_jax.plan.hlo import Computation, Instruction, Module, parse
+from llava_jax.plan.loops import Value, trip_count
+from llava_jax.plan.topologies import Slice
+
+PARTS = ("vision", "projector", "decoder", "loss", "optimizer")
+"""Names of the scopes that the model and the step open."""
+NESTING = ("fusion", "call", "custom-call", "async-start")
+"""Opcodes whose computations are parts of the instruction."""
+SETTLED_ROUNDS = 4
+"""Number of rounds of a loop that are replayed. Further rounds are like the last of them."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """Represents an instruction that runs `times` times in a step. Costs are those of one run."""
+
+    instruction: Instruction
+    times: int
+    loops: tuple[str, ...]
+    """Names of the bodies of the loops around it, outermost first."""
+    flops: float
+    """Floating-point operations of its matrix products."""
+    collectives: tuple[costs.Collective, ...]
+    """Collectives that it starts or runs."""
+    awaits: tuple[tuple, ...] = ()
+    """Keys of the collectives for whose end it waits."""
+    kernel: kernels.Kernel | None = None
+    """The Pallas kernel that it is. The compiler gives kernels no cycles."""
+
+    @property
+    def cycles(self) -> int:
+        """Cycles of all runs."""
+        return self.instruction.cycles * self.times
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether its collectives continue while later instructions run."""
+        return self.instruction.opcode == "send" or "-start" in self.instruction.opcode + self.instruction.name
+
+    @property
+    def scope(self) -> str | None:
+        """Outermost of PARTS in whose scope it was traced; None outside of them."""
+        name = self.instruction.op_name
+        found = re.search(rf"\b({'|'.join(PARTS)})\b", name) if name.startswith("jit(") else None
+        return found[1] if found else None
+
+    @property
+    def direction(self) -> str:
+        """Pass that it belongs to: forward, backward, or recompute (the forward pass inside the backward pass)."""
+        name = self.instruction.op_name
+        return "recompute" if "rematted_computation" in name else "backward" if "transpose(" in name else "forward"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Represents a loop of the schedule."""
+
+    rounds: int
+    body: "tuple[Op | Loop, ...]"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step on one device."""
+
+    cycles: float
+    """Cycles of the compiler over the clock."""
+    kernels: float
+    """Pallas kernels, by the cycles of their own schedules."""
+    waits: float
+    """Waiting for collectives: those that nothing hides, and the remainder of those that are hidden in part."""
+
+    @property
+    def step(self) -> float:
+        """Predicted seconds of a step."""
+        return self.cycles + self.kernels + self.waits
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Holds the schedule of a program on one device."""
+
+    schedule: tuple[Op | Loop, ...]
+
+    @property
+    def ops(self) -> list[Op]:
+        return list(_flat(self.schedule))
+
+    @property
+    def cycles(self) -> int:
+        """Cycles that the compiler estimates; kernels and waiting have none."""
+        return sum(op.cycles for op in self.ops)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all matrix products, and those that kernels state, recomputation included."""
+        return sum(op.flops * op.times for op in self.ops)
+
+    @property
+    def ici_bytes(self) -> float:
+        """Bytes that a device sends within its slice."""
+        return sum(collective.ici_bytes * op.times for op in self.ops for collective in op.collectives)
+
+    @property
+    def dcn_bytes(self) -> float:
+        """Bytes that a device sends to other slices."""
+        return sum(collective.dcn_bytes * op.times for op in self.ops for collective in op.collectives)
+
+    @property
+    def kernels(self) -> list[Op]:
+        return [op for op in self.ops if op.kernel]
+
+    def by_part(self) -> Counter[tuple[str, str]]:
+        """Returns cycles by (part, direction). Instructions outside of all scopes belong to the main part of their
+        loop."""
+        main: dict[tuple[str, ...], Counter[str]] = {}
+        for op in self.ops:
+            if op.scope and op.loops:
+                main.setdefault(op.loops, Counter())[op.scope] += op.cycles
+        counts = Counter()
+        for op in self.ops:
+            part = op.scope or (main[op.loops].most_common(1)[0][0] if op.loops in main else "other")
+            counts[part, "" if part == "optimizer" else op.direction] += op.cycles
+        return +counts  # without zeros
+
+
+def profile(text: str, slices: Sequence[int], rounds: Sequence[int] = ()) -> Profile:
+    """Returns the profile of a module's text. `slices` has the slice of every device of the program.
+
+    `rounds`: rounds of loops whose length is known only at run time, of the outermost first. Further ones count once.
+    """
+    module = parse(text)
+    schedule = tuple(_executed(module, module.entry, 1, (), slices, [], rounds))
+    # XLA may spread a collective over several fusions, or over the rounds of a loop. All pieces have its channel. It
+    # is counted in the piece that runs least often, which starts it.
+    first: dict[tuple, Op] = {}
+    for op in _flat(schedule):
+        for collective in op.collectives:
+            if collective.key not in first or op.times < first[collective.key].times:
+                first[collective.key] = op
+
+    def counted(step: Op | Loop) -> Op | Loop:
+        if isinstance(step, Loop):
+            return replace(step, body=tuple(map(counted, step.body)))
+        kept = tuple(collective for collective in step.collectives if first[collective.key] is step)
+        return replace(step, collectives=kept)
+
+    return Profile(tuple(map(counted, schedule)))
+
+
+def times(found: Profile, where: Slice) -> Times:
+    """Replays a profile on a device of a slice.
+
+    Collectives of one network run one after another, because they share its links.
+    """
+    chip = where.chip
+    seconds = {id(op): op.instruction.cycles / chip.clock for op in found.ops}
+    seconds |= {id(op): op.kernel.seconds(chip) for op in found.kernels}
+    state: dict = {"now": 0.0, "waits": 0.0}  # also: when a network is free, when a collective ends
+
+    def wait(until: float) -> None:
+        state["waits"] += max(0.0, until - state["now"])
+        state["now"] = max(until, state["now"])
+
+    def run(schedule: Sequence[Op | Loop]) -> None:
+        for step in schedule:
+            if isinstance(step, Loop):
+                repeat(step)
+                continue
+            for collective in step.collectives:
+                network, duration = collective.transfer(chip)
+                state[network] = state[collective.key] = max(state["now"], state.get(network, 0.0)) + duration
+            state["now"] += seconds[id(step)]
+            ends = step.awaits if step.asynchronous else (*step.awaits, *(each.key for each in step.collectives))
+            wait(max((state.get(key, 0.0) for key in ends), default=0.0))
+
+    def repeat(loop: Loop) -> None:
+        before = {}
+        for _ in range(min(loop.rounds, SETTLED_ROUNDS)):
+            before = dict(state)
+            run(loop.body)
+        for key in before:
+            state[key] += max(0, loop.rounds - SETTLED_ROUNDS) * (state[key] - before[key])
+
+    run(found.schedule)
+    total = sum(op.times * seconds[id(op)] for op in found.kernels)
+    return Times(found.cycles / chip.clock, total, state["waits"])
+
+
+def _flat(schedule: Sequence[Op | Loop]) -> Iterator[Op]:
+    for step in schedule:
+        yield from _flat(step.body) if isinstance(step, Loop) else (step,)
+
+
+def _executed(module: Module, computation: Computation, runs: int, loops: tuple[str, ...], slices: Sequence[int],
+              arguments: list[Value], unknown: Sequence[int]) -> Iterator[Op | Loop]:
+    """Yields what a computation executes, calls included."""
+    for instruction in computation.instructions.values():
+        opcode, called = instruction.opcode, instruction.calls
+        if opcode == "while":
+            body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)")]
+            rounds, state = trip_count(module, computation, instruction, arguments)
+            further = unknown
+            if rounds is None:
+                rounds, further = (unknown[0], unknown[1:]) if unknown else (1, ())
+            yield Loop(rounds, tuple(_executed(module, body, runs * rounds, (*loops, body.name), slices, [state],
+                                               further)))
+        elif opcode == "call" or opcode == "custom-call" and called in module.computations:
+            yield from _executed(module, module.computations[called], runs, loops, slices, [], unknown)
+        elif opcode not in costs.FREE or costs.is_collective(instruction):
+            yield _op(module, computation, instruction, runs, loops, slices)
+
+
+def _op(module: Module, computation: Computation, instruction: Instruction, runs: int, loops: tuple[str, ...],
+        slices: Sequence[int]) -> Op:
+    parts = list(_parts(module, computation, instruction))
+    found = tuple(filter(None, (costs.collective(*part, slices) for part in parts)))
+    if kernels.is_kernel(instruction):
+        kernel = kernels.kernel(instruction, computation)
+        return Op(instruction, runs, loops, kernel.flops, (), kernel=kernel)
+    flops = sum(costs.flops(*part) for part in parts)
+    if instruction.opcode.endswith("-done"):
+        start = instruction
+        while start is not None and "-start" not in start.opcode:
+            start = computation.instructions.get(start.operands[0]) if start.operands else None
+        starting = _parts(module, computation, start) if start else ()
+        ends = filter(None, (costs.collective(*part, slices) for part in starting))
+        return Op(instruction, runs, loops, flops, (), tuple(collective.key for collective in ends))
+    done = "-done" in instruction.name
+    return Op(instruction, runs, loops, flops, () if done else found,
+              tuple(collective.key for collective in found) if done else ())
+
+
+def _parts(module: Module, computation: Computation, instruction: Instruction
+           ) -> Iterator[tuple[Instruction, Computation]]:
+    """Yields an instruction, or those inside a fusion or an asynchronous operation, with their computations."""
+    if instruction.opcode in NESTING and instruction.calls in module.computations:
+        inside = module.computations[instruction.calls]
+        for part in inside.instructions.values():
+            yield from _parts(module, inside, part)
+    else:
+        yield instruction, computation
