@@ -46,7 +46,7 @@ PLANS = (
 
 LAST_STAGE = ("llava_next", "llava_1_5_7b_")
 """Beginnings of names of recipes of which only the last stage is planned: stage 1 is that of LLaVA-1.5."""
-KEPT = ("stage", "fits", "memory", "rows", "tokens", "images", "model_flops", "cycles", "hardware_flops", "ici_bytes",
+KEPT = ("stage", "fits", "memory", "rows", "tokens", "images", "model_flops", "cycles", "ici_bytes",
         "dcn_bytes", "step_seconds", "step_seconds_range", "seconds", "mfu", "mfu_range", "tokens_per_second_per_chip",
         "images_per_second_per_chip", "steps", "steps_source", "hours", "hours_range")
 

@@ -1,11 +1,10 @@
-"""Computes what instructions of optimised HLO cost: floating-point operations, and bytes between chips."""
+"""Finds the collectives of optimised HLO, and what they send."""
 
 import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -18,38 +17,6 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
                "collective-broadcast")
 TRANSFER = "_xla_megascale_transfer_type"
 """Attribute of an instruction that sends to other slices, after the reduction within every slice."""
-
-
-def flops(instruction: Instruction, computation: Computation) -> float:
-    """Returns the operations of a dot or a convolution, to which XLA for TPUs compiles matrix products; else 0."""
-    if instruction.opcode not in ("dot", "convolution"):
-        return 0.0
-    left, right = (operand.shape[0] for operand in computation.operands(instruction))
-    result = instruction.shape[0]
-    if instruction.opcode == "dot":
-        contracted = _numbers(instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
-        return 2.0 * result.size * math.prod(left.dims[axis] for axis in contracted)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
-    settings = {name: value.split("x") for name, value in re.findall(r"(\w+)=(\S+)", window)}
-    products = right.dims[labels[2].index("i")] * math.prod(result.dims[labels[3].index(label)] for label in "bf")
-    for axis in range(len(settings.get("size", ()))):
-        get = lambda name, default: settings[name][axis] if name in settings else default  # noqa: E731, B023
-        products *= _valid(
-            left.dims[labels[1].index(str(axis))], int(get("size", 1)), result.dims[labels[3].index(str(axis))],
-            int(get("stride", 1)), int(get("pad", "0_0").split("_")[0]), int(get("lhs_dilate", 1)),
-            int(get("rhs_dilate", 1)))
-    return 2.0 * products
-
-
-@lru_cache
-def _valid(length: int, size: int, results: int, stride: int, pad: int, dilate: int, spread: int) -> int:
-    """Returns the number of pairs of a result and a kernel position, along one axis, that meet an element.
-
-    The other pairs meet padding or a hole. Batched products become convolutions whose window is mostly holes.
-    """
-    positions = np.arange(results)[:, None] * stride + np.arange(size) * spread - pad
-    return int(((positions % dilate == 0) & (positions >= 0) & (positions // dilate < length)).sum())
 
 
 @dataclass(frozen=True)

@@ -24,32 +24,23 @@ def with_slices(recipe: config.Recipe, where: Slice) -> tuple[config.Recipe, lis
 def plan_mesh(recipe: config.Recipe, where: Slice, model: LlavaConfig) -> jax.sharding.Mesh:
     """Builds the recipe's mesh. Raises UserError, with the meshes that would fit, if the recipe does not fit it."""
     devices = where.jax_devices()
-    try:
-        mesh = sharding.make_mesh(recipe.mesh, devices)
-        model_layout(recipe, mesh, model)
-    except ValueError as error:
-        others = [mesh for mesh in meshes(where) if fits(dataclasses.replace(recipe, mesh=mesh), devices, model)]
-        flags = ", or ".join(f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}"
-                             for mesh in others[:3])
-        hint = f"on {where.name} these would: {flags}" if others else (
-            f"no mesh of {where.name} would; a batch_size that is a multiple of {where.devices} x "
-            "gradient_accumulation fits most meshes")
-        raise UserError(f"{error}; {hint}") from None
-    return mesh
 
+    def build(axes: config.Mesh) -> jax.sharding.Mesh | str:
+        try:
+            mesh = sharding.make_mesh(axes, devices)
+            model_layout(dataclasses.replace(recipe, mesh=axes), mesh, model)
+            return mesh
+        except ValueError as error:
+            return str(error)
 
-def meshes(where: Slice) -> list[config.Mesh]:
-    """Returns the meshes to consider: data parallel over slices, tensor parallel within a host, fsdp over the other
-    devices."""
-    per_host, per_slice = where.devices // where.hosts, where.devices // where.count
-    return [config.Mesh(where.count, per_slice // tensor, tensor) for tensor in (1, 2, 4, 8)
-            if per_host % tensor == 0 and per_slice % tensor == 0]
-
-
-def fits(recipe: config.Recipe, devices: list[jax.Device], model: LlavaConfig) -> bool:
-    """Returns whether parameters and batches are divisible by the recipe's mesh."""
-    try:
-        model_layout(recipe, sharding.make_mesh(recipe.mesh, devices), model)
-    except ValueError:
-        return False
-    return True
+    if not isinstance(mesh := build(recipe.mesh), str):
+        return mesh
+    # Data parallel over slices, tensor parallel within a host, fsdp over the other devices.
+    others = [config.Mesh(where.count, where.devices // where.count // tensor, tensor) for tensor in (1, 2, 4, 8)
+              if where.devices // where.hosts % tensor == 0]
+    flags = [f"--mesh.data {axes.data} --mesh.fsdp {axes.fsdp} --mesh.tensor {axes.tensor}"
+             for axes in others if not isinstance(build(axes), str)]
+    hint = f"on {where.name} these would: {', or '.join(flags[:3])}" if flags else (
+        f"no mesh of {where.name} would; a batch_size that is a multiple of {where.devices} x "
+        "gradient_accumulation fits most meshes")
+    raise UserError(f"{mesh}; {hint}")

@@ -26,8 +26,6 @@ class Op:
     times: int
     loops: tuple[str, ...]
     """Names of the bodies of the loops around it, outermost first."""
-    flops: float
-    """Floating-point operations of its matrix products."""
     collectives: tuple[costs.Collective, ...]
     """Collectives that it starts or runs."""
     awaits: tuple[tuple, ...] = ()
@@ -98,11 +96,6 @@ class Profile:
     def cycles(self) -> int:
         """Cycles that the compiler estimates; kernels and waiting have none."""
         return sum(op.cycles for op in self.ops)
-
-    @property
-    def flops(self) -> float:
-        """Operations of all matrix products, and those that kernels state, recomputation included."""
-        return sum(op.flops * op.times for op in self.ops)
 
     @property
     def ici_bytes(self) -> float:
@@ -224,18 +217,16 @@ def _op(module: Module, computation: Computation, instruction: Instruction, runs
     parts = list(_parts(module, computation, instruction))
     found = tuple(filter(None, (costs.collective(*part, slices) for part in parts)))
     if kernels.is_kernel(instruction):
-        kernel = kernels.kernel(instruction, computation)
-        return Op(instruction, runs, loops, kernel.flops, (), kernel=kernel)
-    flops = sum(costs.flops(*part) for part in parts)
+        return Op(instruction, runs, loops, (), kernel=kernels.kernel(instruction, computation))
     if instruction.opcode.endswith("-done"):
         start = instruction
         while start is not None and "-start" not in start.opcode:
             start = computation.instructions.get(start.operands[0]) if start.operands else None
         starting = _parts(module, computation, start) if start else ()
         ends = filter(None, (costs.collective(*part, slices) for part in starting))
-        return Op(instruction, runs, loops, flops, (), tuple(collective.key for collective in ends))
+        return Op(instruction, runs, loops, (), tuple(collective.key for collective in ends))
     done = "-done" in instruction.name
-    return Op(instruction, runs, loops, flops, () if done else found,
+    return Op(instruction, runs, loops, () if done else found,
               tuple(collective.key for collective in found) if done else ())
 
 

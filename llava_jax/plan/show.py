@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 
-from llava_jax.plan.predict import KNOWN_ERRORS, Prediction
-from llava_jax.plan.replay import PARTS, Times
+from llava_jax.plan.predict import KNOWN_ERRORS, Prediction, rate_range, time_range
+from llava_jax.plan.replay import Times
 from llava_jax.plan.serve import Phase, Serving
 from llava_jax.plan.step import Memory
 from llava_jax.plan.topologies import GIB, Slice
-
-DIRECTIONS = ("forward", "recompute", "backward")
 
 
 def versions() -> dict[str, str]:
@@ -51,36 +50,22 @@ def text(plan: Prediction, price: float | None = None) -> str:
     ]
     if plan.profile is None:
         return "\n".join([*lines, "", "  No time is predicted for a program that does not fit."])
-    lines += ["", *_time(plan), "", *_cycles(plan), "", *_rates(plan), "", *_hours(plan, price)]
+    lines += ["", *_time(plan), "", *_rates(plan), "", *_hours(plan, price)]
     return "\n".join(lines)
 
 
 def _time(plan: Prediction) -> list[str]:
-    times, found, chip = plan.times, plan.profile, plan.where.chip
+    times, found, clock = plan.times, plan.profile, plan.where.chip.clock
+    parts = Counter()
+    for (part, _), count in found.by_part().items():
+        parts[part] += count / clock
     return [
-        _row("step", _duration(times.step), f"predicted: {_seconds(times.step)}, the sum of the next three"),
-        _row("  cycles", _seconds(times.cycles),
-             f"the compiler: {found.cycles / 1e6:,.1f} M at {chip.clock / 1e9:.3f} GHz"),
-        _row("  kernels", _seconds(times.kernels),
-             f"the compiler: schedules of {len(found.kernels)} Pallas kernels"),
-        _row("  waits", _seconds(times.waits),
-             "a replay of the schedule: collectives that computation does not hide"),
+        _row("step", _duration(times.step), f"predicted: {_seconds(times.step)}, the sum of cycles, kernels and waits"),
+        _row("  cycles", _seconds(times.cycles), f"the compiler: {found.cycles / 1e6:,.1f} M at {clock / 1e9:.3f} GHz"),
+        *[_row(f"    {part}", _seconds(seconds)) for part, seconds in parts.most_common()],
+        _row("  kernels", _seconds(times.kernels), f"the compiler: schedules of {len(found.kernels)} Pallas kernels"),
+        _row("  waits", _seconds(times.waits), "a replay of the schedule: collectives that nothing hides"),
     ]
-
-
-def _cycles(plan: Prediction) -> list[str]:
-    """Returns the table of parts and directions, in million cycles."""
-    parts, total = plan.profile.by_part(), max(plan.profile.cycles, 1)
-    columns = "".join(f"{name:>12}" for name in (*DIRECTIONS, "all", "share"))
-    lines = [f"  {'M cycles (the compiler)':<26}{columns}"]
-    for name in (*PARTS, "other"):
-        counts = {direction: count for (part, direction), count in parts.items() if part == name}
-        if counts:
-            cells = "".join(f"{counts[direction] / 1e6:>12,.1f}" if counts.get(direction) else f"{'':>12}"
-                            for direction in DIRECTIONS)
-            both = sum(counts.values())
-            lines.append(f"  {'  ' + name:<26}{cells}{both / 1e6:>12,.1f}{100 * both / total:>10.1f} %")
-    return lines
 
 
 def _rates(plan: Prediction) -> list[str]:
@@ -88,11 +73,9 @@ def _rates(plan: Prediction) -> list[str]:
     return [
         _row("model FLOPs of a step and chip", _scaled(plan.model_flops / chips),
              "formula: causal attention halved, no recomputation"),
-        _row("hardware FLOPs", _scaled(plan.profile.flops * plan.where.chip.devices),
-             "products in the program, recomputation included"),
-        _row("model FLOP utilisation (MFU)", spread(*ratespread(100 * plan.mfu), " %"), "predicted"),
-        _row("tokens/s and chip", spread(*ratespread(plan.per_chip(plan.tokens))), "predicted, sequences filled"),
-        _row("tiles/s and chip", spread(*ratespread(plan.per_chip(plan.images))), "predicted, slots filled"),
+        _row("model FLOP utilisation (MFU)", spread(*rate_range(100 * plan.mfu), " %"), "predicted"),
+        _row("tokens/s and chip", spread(*rate_range(plan.per_chip(plan.tokens))), "predicted, sequences filled"),
+        _row("tiles/s and chip", spread(*rate_range(plan.per_chip(plan.images))), "predicted, slots filled"),
     ]
 
 
@@ -100,9 +83,9 @@ def _hours(plan: Prediction, price: float | None) -> list[str]:
     if plan.length is None:
         return ["  Neither recipe nor data say how long the stage is: give --rows-per-epoch."]
     lines = [_row("steps", f"{plan.length.steps:,}", plan.length.source),
-             _row("hours", spread(*timespread(plan.hours)), "predicted, of steps alone")]
+             _row("hours", spread(*time_range(plan.hours)), "predicted, of steps alone")]
     if price is not None:
-        costs = [hours * plan.where.chips * price for hours in timespread(plan.hours)]
+        costs = [hours * plan.where.chips * price for hours in time_range(plan.hours)]
         lines.append(_row("cost", spread(*costs), f"chip-hours at {price:g}"))
     return lines
 
@@ -120,10 +103,10 @@ def data(plan: Prediction, price: float | None = None) -> dict:
     found = plan.profile
     result |= {
         "cycles_by_part": {f"{part} {way}".strip(): count for (part, way), count in sorted(found.by_part().items())},
-        "hardware_flops": found.flops * plan.where.devices, "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes,
-        **_time_data(found.cycles, plan.times), "step_seconds_range": timespread(plan.times.step),
-        "mfu": plan.mfu, "mfu_range": ratespread(plan.mfu), "hours": plan.hours,
-        "hours_range": plan.hours and timespread(plan.hours),
+        "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes,
+        **_time_data(found.cycles, plan.times), "step_seconds_range": time_range(plan.times.step),
+        "mfu": plan.mfu, "mfu_range": rate_range(plan.mfu), "hours": plan.hours,
+        "hours_range": plan.hours and time_range(plan.hours),
         "tokens_per_second_per_chip": plan.per_chip(plan.tokens),
         "images_per_second_per_chip": plan.per_chip(plan.images),
     }
@@ -189,7 +172,7 @@ def spread(low: float, high: float, unit: str = "") -> str:
 
 
 def _duration(seconds: float) -> str:
-    low, high = timespread(seconds)
+    low, high = time_range(seconds)
     return spread(low, high, " s") if high >= 0.1 else spread(1e3 * low, 1e3 * high, " ms")
 
 

@@ -5,7 +5,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,9 +13,8 @@ from llava_jax import config
 from llava_jax.errors import UserError
 from llava_jax.models.llava import abstract_params
 from llava_jax.parallel import compiler, sharding
-from llava_jax.plan import costs, show
+from llava_jax.plan import show
 from llava_jax.plan.data import Length
-from llava_jax.plan.hlo import parse
 from llava_jax.plan.meshes import plan_mesh, with_slices
 from llava_jax.plan.models import known, planned_config
 from llava_jax.plan.predict import predict
@@ -50,6 +48,9 @@ def test_a_prediction_adds_up(planned, tiny):
     chip, times = WHERE.chip, plan.times
     assert plan.profile.cycles == pytest.approx(times.cycles * 1.503e9, rel=1e-3)
     assert times.step == times.cycles + times.kernels + times.waits
+    stated = [kernel.kernel.flops / chip.flops for kernel in plan.profile.kernels]
+    runs = [kernel.times for kernel in plan.profile.kernels]
+    assert times.kernels == pytest.approx(sum(runs) * 9000 / chip.clock) and max(stated) < 9000 / chip.clock
     assert plan.mfu == plan.model_flops / times.step / 4 / chip.flops
     assert plan.per_chip(plan.tokens) * 4 * times.step == pytest.approx(8 * 128)
     parts = plan.profile.by_part()
@@ -57,15 +58,13 @@ def test_a_prediction_adds_up(planned, tiny):
     # Every scope of the model is found, and the frozen vision tower has no backward pass.
     assert {part for part, _ in parts} >= {"vision", "projector", "decoder", "loss", "optimizer"}
     assert ("vision", "backward") not in parts and parts["decoder", "backward"] > parts["decoder", "forward"]
-    # Products that are made again are not in the formula, and the program's padding and blocks add to them.
-    assert plan.profile.flops * 4 > plan.model_flops
 
 
 def test_a_plan_as_text_is_narrow_and_says_where_figures_are_from(planned, tiny):
     model, mesh, program = planned
     plan = predict(tiny, "instruct", WHERE, model, program, Length(5000, "the recipe's steps"))
     text = show.header("tiny", WHERE, dict(mesh.shape), []) + show.text(plan, price=1.5)
-    for word in ("v5e-4: 2x2, 4 chips", "fits", "temporaries", "waits", "MFU", "recompute", "chip-hours", " to ",
+    for word in ("v5e-4: 2x2, 4 chips", "fits", "temporaries", "waits", "MFU", "vision", "chip-hours", " to ",
                  "the compiler", "arithmetic", "formula", "predicted", "Nothing here was measured on a TPU.",
                  "-10% to +23%"):
         assert word in text
@@ -78,7 +77,7 @@ def test_stage_one_has_no_optimizer_state_of_the_decoder(planned, tiny):
     first = compile_step(tiny, "align", WHERE, mesh, model)
     assert first.memory.optimizer < program.memory.optimizer / 5
     assert first.memory.trained < program.memory.trained / 5 < first.memory.frozen
-    assert profile(first.hlo, first.slices).flops < profile(program.hlo, program.slices).flops
+    assert profile(first.hlo, first.slices).cycles < profile(program.hlo, program.slices).cycles
 
 
 @pytest.mark.slow
@@ -114,25 +113,12 @@ def test_temporaries_are_what_the_compiler_says_without_a_dump(needs_libtpu):
     assert compiled(function, *shapes).memory.temporaries == found.temp_size_in_bytes + found.output_size_in_bytes
 
 
-@pytest.mark.parametrize("equation,shapes", [
-    ("MK,KN->MN", [(256, 512), (512, 384)]),
-    ("BMK,BKN->BMN", [(4, 128, 256), (4, 256, 384)]),
-    ("BTNH,BSNH->BNTS", [(2, 128, 4, 64), (2, 192, 4, 64)]),
-    ("BNTS,BSNH->BTNH", [(2, 4, 128, 192), (2, 192, 4, 64)]),
-])
-def test_products_have_the_flops_of_their_equation(needs_libtpu, equation, shapes):
-    text = compiled(lambda a, b: jnp.einsum(equation, a, b), *shapes).hlo
-    sizes = {letter: size for term, shape in zip(equation.split("->")[0].split(","), shapes, strict=True)
-             for letter, size in zip(term, shape, strict=True)}
-    assert profile(text, [0]).flops == 2 * math.prod(sizes.values())
-
-
 def test_a_scan_counts_all_its_rounds(needs_libtpu):
     def scan(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    found = profile(compiled(scan, (256, 512), (7, 512, 512)).hlo, [0])
-    assert found.flops == 7 * 2 * 256 * 512 * 512
+    once, often = (profile(compiled(scan, (256, 512), (rounds, 512, 512)).hlo, [0]).cycles for rounds in (1, 41))
+    assert once < often and 40 * 2 * 256 * 512 * 512 / parse_slice("v5e-1").chip.flops_per_cycle < often - once
 
 
 def test_what_does_not_fit_says_by_how_much(needs_libtpu):
@@ -221,22 +207,6 @@ def test_what_does_not_divide_says_what_would(needs_libtpu, tiny, mesh, rows, ex
     stages = {"instruct": dataclasses.replace(tiny.stages["instruct"], batch_size=rows)}
     with pytest.raises(UserError, match=expected):
         plan_mesh(dataclasses.replace(tiny, mesh=mesh, stages=stages), WHERE, model)
-
-
-def test_convolutions_with_holes_count_what_meets_an_element():
-    """Against a convolution made by brute force: each product of two elements that are there counts 2."""
-    for length, size, stride, pad, dilate, spread in ((5, 3, 1, 1, 1, 1), (4, 4, 3, 0, 4, 1), (6, 2, 2, 1, 2, 3)):
-        holes = np.zeros((length - 1) * dilate + 1 + 2 * pad)
-        holes[pad : len(holes) - pad : dilate] = 1
-        reach = (size - 1) * spread + 1
-        results = (len(holes) - reach) // stride + 1
-        count = sum(holes[i * stride : i * stride + reach : spread].sum() for i in range(results))
-        text = (f"ENTRY %e (a: f32[2,{length},8], b: f32[{size},8,3]) -> f32[] {{\n"
-                f"  %a = f32[2,{length},8]{{2,1,0}} parameter(0)\n  %b = f32[{size},8,3]{{2,1,0}} parameter(1)\n"
-                f"  ROOT %c = f32[2,{results},3]{{2,1,0}} convolution(%a, %b), window={{size={size} stride={stride} "
-                f"pad={pad}_{pad} lhs_dilate={dilate} rhs_dilate={spread}}}, dim_labels=b0f_0io->b0f\n}}\n")
-        module = parse(text)
-        assert costs.flops(module.entry.root, module.entry) == 2 * 2 * 8 * 3 * count
 
 
 @pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])
