@@ -27,7 +27,7 @@ GPT_32B = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_heads=64, n
 
 RUNS = (
     ("GPT-like 16B", GPT_16B, "v5e-256", 2048, 6, "full", 1, 1193),
-    ("GPT-like 32B", GPT_32B, "v5p-128", 2048, 6, "save_dots", 4, 1684),
+    ("GPT-like 32B", GPT_32B, "v5p-128", 2048, 6, "save_dots", 2, 1684),
     ("Llama 3.1 8B", LLAMA_3_8B, "v6e-32", 8192, 3, "offload", 1, 7032),
     ("Llama 2 70B", LLAMA_2_70B, "v6e-256", 4096, 2, "offload", 1, 905),
     ("Llama 3.1 70B", LLAMA_3_70B, "tpu7x-128", 8192, 2, "offload", 1, 2687),

@@ -65,11 +65,19 @@ class Kernel:
     bytes: float
     """Bytes of HBM that the kernel states."""
 
-    def seconds(self, chip: topologies.Chip) -> float:
-        """Returns the time on one device. What the kernel states is a lower bound at the chip's peaks."""
+    has_dynamic_grid: bool
+    """Whether the number of steps is known only at run time."""
+
+    def seconds(self, chip: topologies.Chip, steps: int = 1) -> float:
+        """Returns the time on one device, of `steps` if the grid is dynamic.
+
+        What the kernel states is a lower bound at the chip's peaks.
+        """
         stated = chip.devices * max(self.flops / chip.flops, self.bytes / chip.bandwidth)
-        cost = measure(chip, self.job)
-        return max(stated, cost.cycles(self.active) / chip.clock) if cost else stated
+        if (cost := measure(chip, self.job)) is None:
+            return stated
+        cycles = steps * cost.bundles if self.has_dynamic_grid else cost.cycles(self.active)
+        return max(stated, cycles / chip.clock)
 
 
 def is_kernel(instruction: Instruction) -> bool:
@@ -83,9 +91,10 @@ def kernel(instruction: Instruction, computation: Computation) -> Kernel:
     shapes = [[(DTYPES[array.dtype], array.dims) for array in arrays] for arrays in (
         [operand.shape[0] for operand in computation.operands(instruction)], instruction.shape)]
     job = json.dumps({"operands": shapes[0], "results": shapes[1], "config": {"custom_call_config": config}})
+    has_dynamic_grid = shapes[0][:1] == [("int32", ())]  # its length is the first operand
     stated = (float(instruction.attribute(rf'"cost_estimate":\{{[^}}]*"{name}":"?(\d+)') or 0)
               for name in ("flops", "bytes_accessed"))
-    return Kernel(job, active_share(instruction, computation), *stated)
+    return Kernel(job, active_share(instruction, computation), *stated, has_dynamic_grid)
 
 
 def active_share(kernel: Instruction, computation: Computation) -> float:

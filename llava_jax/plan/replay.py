@@ -149,14 +149,14 @@ def profile(text: str, slices: Sequence[int], rounds: Sequence[int] = ()) -> Pro
     return Profile(tuple(map(counted, schedule)))
 
 
-def times(found: Profile, where: Slice) -> Times:
-    """Replays a profile on a device of a slice.
+def times(found: Profile, where: Slice, steps: int = 1) -> Times:
+    """Replays a profile on a device of a slice. Collectives of one network share its links and run one by one.
 
-    Collectives of one network run one after another, because they share its links.
+    `steps`: number of steps of kernels whose grid is known only at run time.
     """
     chip = where.chip
     seconds = {id(op): op.instruction.cycles / chip.clock for op in found.ops}
-    seconds |= {id(op): op.kernel.seconds(chip) for op in found.kernels}
+    seconds |= {id(op): op.kernel.seconds(chip, steps) for op in found.kernels}
     state: dict = {"now": 0.0, "waits": 0.0}  # also: when a network is free, when a collective ends
 
     def wait(until: float) -> None:
@@ -220,7 +220,7 @@ def _op(module: Module, computation: Computation, instruction: Instruction, runs
         return Op(instruction, runs, loops, (), kernel=kernels.kernel(instruction, computation))
     if instruction.opcode.endswith("-done"):
         start = instruction
-        while start is not None and "-start" not in start.opcode:
+        while start is not None and "-start" not in start.opcode and start.opcode != "send":
             start = computation.instructions.get(start.operands[0]) if start.operands else None
         starting = _parts(module, computation, start) if start else ()
         ends = filter(None, (costs.collective(*part, slices) for part in starting))

