@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,7 +29,8 @@ def test_a_product_takes_at_least_its_flops_and_its_bytes(needs_libtpu):
         matmul, grid=(4, 2), in_specs=[pl.BlockSpec((256, 512), lambda i, j: (i, 0)),
                                        pl.BlockSpec((512, 256), lambda i, j: (0, j))],
         out_specs=pl.BlockSpec((256, 256), lambda i, j: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16))
+        out_shape=jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")))  # of which two steps run
     shapes = (jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=device) for dims in ((1024, 512), (512, 512)))
     parts = dict.fromkeys(("trained", "frozen", "optimizer", "batch"), 0)
     program = compile_program(jax.jit(call).lower(*shapes), parts, where, mesh)
