@@ -14,6 +14,7 @@ import tyro
 
 from llava_jax import cli
 from llava_jax.errors import UserError
+from llava_jax.files import to_path
 from llava_jax.images import ImageMode
 from llava_jax.text import agreement, templates
 from llava_jax.text.tokenizer import Tokenizer
@@ -146,7 +147,7 @@ def _open(options: Convert) -> tuple:
     from llava_jax.models.llava import LlavaConfig
     from llava_jax.weights import checkpoint, peft_export
 
-    path = Path(options.paths[0])
+    path = to_path(options.paths[0])
     from llava_jax.train.restore import open_run
 
     if run := open_run(path):
@@ -154,7 +155,7 @@ def _open(options: Convert) -> tuple:
             raise UserError(f"{path} is a run, which names its base itself; --adapter, --base, --vision and --template "
                             "belong to other checkpoints")
         config = run.config.with_image_mode(options.image_mode)
-        return config, run.parameters, Path(run.base), run.trained
+        return config, run.parameters, to_path(run.base), run.trained
     config, parameters = checkpoint.open_checkpoint(path, options.template, vision=options.vision, base=options.base,
                                                     adapter=options.adapter)
     if not isinstance(config, LlavaConfig):
@@ -176,9 +177,9 @@ def _join(options: Convert) -> tuple:
     parts, projector_file = [], options.projector_weights
     projector_kind = options.projector or (projector_files.kind(projector_file) if projector_file else None)
     for option, path, kind in [("vision", options.vision, VisionConfig), ("language", options.language, LlamaConfig)]:
-        parts.append(checkpoint.open_checkpoint(Path(path)))
+        parts.append(checkpoint.open_checkpoint(path))
         if not isinstance(parts[-1][0], kind):
-            model_type = files.read_json(Path(path) / "config.json")["model_type"]
+            model_type = files.read_json(to_path(path) / "config.json")["model_type"]
             raise UserError(f"--{option} {path}: model_type {model_type} is not a {option} model")
     (vision, vision_parameters), (text, text_parameters) = parts
     tokenizer = Tokenizer.load(options.language)
@@ -194,7 +195,7 @@ def _join(options: Convert) -> tuple:
     if projector_file:
         projector = projector_files.open_projector(projector_file, config)
         text_parameters = projector_files.with_marks(projector_file, text_parameters, config, tokenizer)
-    return config, source.join(vision_parameters, projector, text_parameters), Path(options.language), None
+    return config, source.join(vision_parameters, projector, text_parameters), options.language, None
 
 
 def _bytes(text: str) -> int:

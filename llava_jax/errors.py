@@ -36,7 +36,7 @@ def user_path(path: str | os.PathLike, missing: str = "no such file") -> Iterato
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOENT:
+        if error.errno == errno.ENOENT or isinstance(error, FileNotFoundError):  # those of buckets have no number
             raise UserError(f"{path}: {missing}") from error
         if error.errno in DISK_FULL_ERRNOS:
             raise UserError(f"{path}: {error.strerror}; make room") from error

@@ -11,6 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_jax.errors import DISK_FULL_ERRNOS, UserError, user_path
@@ -139,6 +140,27 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
         if error.errno in DISK_FULL_ERRNOS and error.filename is None:
             raise UserError(f"{path}: {error.strerror}; make room") from error
         raise
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Returns whether a path is one of a bucket (gs://...)."""
+    return "://" in str(path)
+
+
+def to_path(path: str | os.PathLike) -> Path:
+    """Returns a local path, or the path-like object of a bucket (gs://...).
+
+    Raises UserError if the package that reads from there is not installed.
+    """
+    if not is_remote(path):
+        return Path(path)
+    from etils import epath
+
+    try:
+        epath.Path(path).exists()  # the first call looks for the package
+    except ImportError:
+        raise UserError(f"{path}: reading from there needs one more package: pip install gcsfs") from None
+    return epath.Path(path)
 
 
 def read_text(path: str | os.PathLike, missing: str = "no such file", encoding: str = "utf-8") -> str:

@@ -221,7 +221,6 @@ def test_memory_stays_near_the_largest_file(tmp_path):
         largest = max(file.stat().st_size for file in (tmp_path / f"large{source}").glob("*.safetensors"))
         print(f"to {to}: model {total / 1e9:.2f} GB, largest file {largest / 1e6:.0f} MB, "
               f"peak {peak / 1e6:.0f} MB, {peak / largest:.2f} of it")
-        # A tensor counts twice: as an array, and as pages of the mapped file, which Linux drops when it needs memory.
         assert 0.1 * largest < peak < 2.5 * largest
 
 
@@ -239,7 +238,7 @@ before =""").replace("import re, sys", "import re, sys, threading, time").replac
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells a process's peak memory")
 def test_memory_of_torch_files_stays_below_one_tensor(tmp_path, parts):
-    """One pytorch_model.bin of 1.1 GB: its storages are mapped, and no tensor is copied as a whole."""
+    """One pytorch_model.bin of 1.1 GB: one tensor at a time is in memory."""
     decoders = {"large": LlamaConfig(32000, 2048, 5504, 8, 16, 16, 128),
                 "small": LlamaConfig(2000, 32, 64, 1, 2, 2, 16)}
     for name, text in decoders.items():
@@ -256,7 +255,7 @@ def test_memory_of_torch_files_stays_below_one_tensor(tmp_path, parts):
                                "--dtype", "keep"], env=environment, check=True, capture_output=True, text=True)
         arrays, peak = map(int, done.stdout.split()[-2:])
         print(f"to {to}: file {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, arrays {arrays / 1e6:.0f} "
-              f"MB, with pages of the mapped file {peak / 1e6:.0f} MB")
-        assert arrays < largest
+              f"MB, peak {peak / 1e6:.0f} MB")
+        assert arrays < 1.3 * largest
         for name in decoders:
             shutil.rmtree(tmp_path / f"{name} new")

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -416,7 +415,7 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
         raise UserError(f"dtype {dtype!r} is neither bfloat16 nor float32")
     if quantize not in (None, "int8"):
         raise UserError(f"quantize {quantize!r} is not int8")
-    config, opened = open_checkpoint(Path(path), template, vision=vision, adapter=adapter)
+    config, opened = open_checkpoint(path, template, vision=vision, adapter=adapter)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{path}: a vision tower or language model alone; join two with llava_jax.convert first")
     folders, own = [peft.Adapter(folder) for folder in (adapters or {}).values()], []

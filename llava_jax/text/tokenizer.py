@@ -18,7 +18,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from llava_jax.errors import UserError, user_path
-from llava_jax.files import LARGEST_SMALL_FILE, check_fetched, parse_json, read_json, read_text, show_json
+from llava_jax.files import LARGEST_SMALL_FILE, check_fetched, parse_json, read_json, read_text, show_json, to_path
 
 BYTE = "<0x[0-9A-F]{2}>"
 """Pattern of SentencePiece's pieces for single bytes."""
@@ -64,7 +64,7 @@ class Tokenizer:
 
         Raises UserError if there is no tokenizer, if it is damaged, or if two files disagree.
         """
-        path = Path(path)
+        path = to_path(path)
         candidates = [path / "tokenizer.model", path / "tokenizer.json"] if path.is_dir() else [path]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
@@ -449,7 +449,7 @@ def _id(value: Any, file: Path) -> int:
 
 
 def _read_bytes(file: Path) -> bytes:
-    with user_path(file), open(file, "rb") as opened:
+    with user_path(file), file.open("rb") as opened:
         content = opened.read(LARGEST_SMALL_FILE)
     check_fetched(file, content)
     return content

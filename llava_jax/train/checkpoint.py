@@ -154,6 +154,10 @@ class Checkpoints:
         """Reads the trainable parameters alone, with the shardings of `like` (arrays or ShapeDtypeStructs)."""
         return self._restore(step, {"trainable": like})["trainable"]
 
+    def parameter(self, step: int, path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """Reads one trainable parameter, with the sharding of `like`."""
+        return self._restore(step, {"trainable": {path: like}}, partial=True)["trainable"][path]
+
     def restore(self, step: int, state: TrainState) -> TrainState:
         """Reads the state at `step`, shaped and sharded as `state`."""
         items = self._restore(step, {"trainable": state.trainable, "optimizer": state.optimizer})
@@ -211,17 +215,22 @@ class Checkpoints:
             raise ValueError(f"it is that of step {content['step']} of stage {content['stage']}")
         return content
 
-    def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
-        """Reads items of a checkpoint and compares them with the digests that were saved with them."""
+    def _restore(self, step: int, likes: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+        """Reads items of a checkpoint, or those arrays of them that `likes` has, and compares them with their digests.
+
+        The digests were saved with them.
+        """
         expected = self._read(step, ["meta"], lambda: self._read_meta(step)["digests"])
         # Uses the handler, because the manager waits for other processes, which may have failed.
-        handler = ocp.StandardCheckpointHandler()
+        handler = ocp.PyTreeCheckpointHandler()
         items = self._read(step, [*likes], lambda: {
-            name: handler.restore(self._folder(step) / name, args=ocp.args.StandardRestore(like))
+            name: handler.restore(self._folder(step) / name, args=ocp.args.PyTreeRestore(
+                like, ocp.checkpoint_utils.construct_restore_args(like), partial_restore=partial))
             for name, like in likes.items()})
         for name, item in items.items():
             actual = {path: digest for path, (digest, _) in digests(item).items()}
-            changed = [path for path in actual | expected[name] if actual.get(path) != expected[name].get(path)]
+            stored = {path: expected[name].get(path) for path in actual} if partial else expected[name]
+            changed = [path for path in actual | stored if actual.get(path) != stored.get(path)]
             if changed:
                 more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
                 raise DamagedCheckpoint(self, step, f"{name}: {', '.join(changed[:2])}{more} "

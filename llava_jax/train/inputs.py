@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
@@ -19,7 +18,7 @@ from llava_jax.data.pipeline import Batches
 from llava_jax.data.sources import Mixture, Source
 from llava_jax.data.tfds_rows import TfdsRows
 from llava_jax.errors import UserError
-from llava_jax.files import read_json
+from llava_jax.files import read_json, to_path
 from llava_jax.parallel.processes import LOAD_TIMEOUT, allgather_object, assert_equal_across_processes
 from llava_jax.train import output
 from llava_jax.train.setup import TrainContext
@@ -45,7 +44,7 @@ def hash_inputs(context: TrainContext, batches: Batches) -> dict[str, str]:
         assert_equal_across_processes("hashes of samples", _hash_data(spec.mixture, 0))
     data = _hash_data(spec.mixture, COMPLETE_BYTES) if jax.process_index() == 0 else None
     hashes = dict(allgather_object("hashes of the data", data, LOAD_TIMEOUT)[0])
-    folder = Path(context.tokenizer_directory)
+    folder = to_path(context.tokenizer_directory)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     hashes[f"tokenizer: {folder}"] = _hash_files([str(file) for file in files], complete=True)
     hashes[f"template: {spec.template.name}"] = _hash_json(dataclasses.asdict(spec.template))

@@ -1,13 +1,16 @@
 """Opens the parameters of a run, or of one of its checkpoints, for an export."""
 
 import dataclasses
+import functools
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_jax import config
 from llava_jax.errors import UserError
@@ -21,6 +24,7 @@ from llava_jax.train.setup import model_config, resolve_template
 from llava_jax.weights import differing_paths, source
 from llava_jax.weights.checkpoint import open_model
 from llava_jax.weights.source import ParameterSource
+from llava_jax.weights.tables import Shape
 
 
 class RunParameters(NamedTuple):
@@ -40,8 +44,8 @@ class RunParameters(NamedTuple):
 def open_run(path: Path) -> RunParameters | None:
     """Opens RUN, RUN/checkpoints/STAGE or RUN/checkpoints/STAGE/STEP; None if `path` is none of these.
 
-    Without STEP it is the newest checkpoint of STAGE, or of the last stage that has one. The host needs the memory of
-    what was trained. Raises UserError if there is no checkpoint, or if it does not match the recipe.
+    Without STEP it is the newest checkpoint of STAGE, or of the last stage that has one. A parameter is read when it is
+    written. Raises UserError if there is no checkpoint, or if it does not match the recipe.
     """
     path = path.absolute()
     for run, folder in [(path, None), *((folder.parent, folder) for folder in path.parents)][:3]:
@@ -55,8 +59,8 @@ def _open(run: Path, last_stage: str | None = None, step: str | None = None) -> 
     recipe = read_recipe(run / "recipe.json")
     base = recipe.model.llava or recipe.model.language
     model = resolve_template(recipe, model_config(recipe.model), Tokenizer.load(base))
-    shapes, device = source.shapes(model), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    trained: dict[str, jax.Array] = {}
+    shapes = source.shapes(model)
+    trained: dict[str, tuple[Checkpoints, int]] = {}
     found = None
     for name, stage in recipe.stages.items():
         checkpoints = Checkpoints(run / "checkpoints" / name, recipe.checkpoint_every, recipe.keep_checkpoints)
@@ -70,9 +74,7 @@ def _open(run: Path, last_stage: str | None = None, step: str | None = None) -> 
                 raise UserError(f"{run / 'checkpoints' / name / step}: no such checkpoint; this stage has those of "
                                 f"step {', '.join(steps)}")
         found = name
-        like = {path: jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=device)
-                for path in trainable_paths(stage, list(shapes))}
-        trained |= checkpoints.trainable(number, like)
+        trained |= dict.fromkeys(trainable_paths(stage, list(shapes)), (checkpoints, number))
         checkpoints.close()
         if name == last_stage:
             break
@@ -83,7 +85,26 @@ def _open(run: Path, last_stage: str | None = None, step: str | None = None) -> 
     stored = read_json(run / "inputs.json").get(found) if (run / "inputs.json").is_file() else None
     if isinstance(stored, dict) and inputs.BASE in stored and stored[inputs.BASE] != inputs.hash_base(initial):
         raise UserError(f"{base}: its kernels are not those that {run} was trained with; bring that checkpoint back")
-    return RunParameters(model, source.replace(initial, source.from_memory(trained)), trained.keys() | differing, base)
+    parameters = _trained({path: shapes[path] for path in trained}, trained, 3 if model.lora else 1)
+    return RunParameters(model, source.replace(initial, parameters), trained.keys() | differing, base)
+
+
+def _trained(shapes: Mapping[str, Shape], checkpoints: Mapping[str, tuple[Checkpoints, int]],
+             keep: int) -> ParameterSource:
+    """Returns the parameters of checkpoints and steps, of which the last `keep` stay in memory.
+
+    The layers of a parameter are written one after the other. A merge reads a kernel and its two factors by turns.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    @functools.lru_cache(keep)
+    def parameter(path: str) -> np.ndarray:
+        stage, step = checkpoints[path]
+        return np.asarray(stage.parameter(step, path, jax.ShapeDtypeStruct(
+            shapes[path], jnp.float32, sharding=device)))
+
+    return ParameterSource(shapes, dict.fromkeys(shapes, np.dtype(np.float32)),
+                           lambda path, layer: parameter(path)[... if layer is None else layer])
 
 
 def read_recipe(file: Path) -> config.Recipe:

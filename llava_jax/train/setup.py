@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from llava_jax import config
 from llava_jax.errors import UserError
+from llava_jax.files import to_path
 from llava_jax.models.llava import LlavaConfig, abstract_params, choose_attention
 from llava_jax.models.quantized import is_quantizable
 from llava_jax.parallel import sharding
@@ -98,7 +99,7 @@ def model_config(model: config.Model, read: Callable = read_config) -> LlavaConf
                             "model.lora; merge them first (python -m llava_jax.convert --merge) to add new ones")
         return dataclasses.replace(checkpoint, lora=model.lora or checkpoint.lora)
     kind = model.projector
-    if kind is None and model.projector_weights and Path(model.projector_weights).exists():  # `plan` needs no files
+    if kind is None and model.projector_weights and to_path(model.projector_weights).exists():  # `plan` needs no files
         kind = projector_files.kind(model.projector_weights)
     chosen = {"projector": kind, "feature_layer": model.feature_layer,
               "feature_select": model.feature_select, "template": model.template, "lora": model.lora}

@@ -16,11 +16,12 @@ import numpy as np
 
 from llava_jax.config import Model
 from llava_jax.errors import UserError
-from llava_jax.files import show_json
+from llava_jax.files import show_json, to_path
 from llava_jax.models.llava import LlavaConfig, Parameters, fresh_params
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.weights import configs, files, original, peft, projector_files, source, tables, tokenizer_files
 from llava_jax.weights.files import TensorSpec
+from llava_jax.weights.sharded import load_source
 from llava_jax.weights.source import Config, ParameterSource
 
 SHARD_BYTES = 5 * 10**9
@@ -38,8 +39,8 @@ def read_config(path: str | Path, template: str | None = None, vision: str | Pat
     often left at its default. As in transformers, a head in the files is used if it differs from the embedding.
     """
     if adapter:
-        return open_checkpoint(Path(path), template, vision=vision, adapter=adapter)[0]
-    directory = Path(path)
+        return open_checkpoint(path, template, vision=vision, adapter=adapter)[0]
+    directory = to_path(path)
     raw = configs.read_raw(directory)
     if original.is_original(directory, raw):
         config = original.read_config(directory, raw, template, vision)
@@ -80,7 +81,7 @@ def load_checkpoint(
     a part start with `vision/` or `decoder/`. The host needs the memory of one stacked parameter.
     Raises UserError if a file is missing, damaged or does not match, or if a value is not finite.
     """
-    config, parameters = open_checkpoint(Path(path), template, vision=vision, adapter=adapter)
+    config, parameters = open_checkpoint(path, template, vision=vision, adapter=adapter)
     return config, load_source(path, parameters, dtype, sharding)
 
 
@@ -126,13 +127,13 @@ def open_model(sources: Model, model: LlavaConfig, seed: int) -> ParameterSource
 def _open_parts(sources: Model, model: LlavaConfig, fresh: Collection[str]) -> dict[str, ParameterSource]:
     """Opens the checkpoints of a recipe's model, by their paths."""
     if sources.adapter:
-        base = Path(sources.llava or sources.language)
+        base = sources.llava or sources.language
         return {sources.adapter: open_checkpoint(base, sources.template, vision=sources.vision,
                                                  adapter=sources.adapter)[1]}
     if sources.llava:
-        return {sources.llava: _open(Path(sources.llava), model, fresh, vision=sources.vision or None)}
-    parts = {sources.vision: _open(Path(sources.vision), model.vision, fresh),
-             sources.language: _open(Path(sources.language), model.text, fresh)}
+        return {sources.llava: _open(to_path(sources.llava), model, fresh, vision=sources.vision or None)}
+    parts = {sources.vision: _open(to_path(sources.vision), model.vision, fresh),
+             sources.language: _open(to_path(sources.language), model.text, fresh)}
     if path := sources.projector_weights:
         parts[path] = projector_files.open_projector(path, model)
         parts[sources.language] = projector_files.with_marks(
@@ -140,7 +141,7 @@ def _open_parts(sources: Model, model: LlavaConfig, fresh: Collection[str]) -> d
     return parts
 
 
-def open_checkpoint(directory: Path, template: str | None = None, *, vision: str | Path | None = None,
+def open_checkpoint(path: str | Path, template: str | None = None, *, vision: str | Path | None = None,
                     base: str | Path | None = None,
                     adapter: str | Path | None = None) -> tuple[Config, ParameterSource]:
     """Opens a checkpoint: its configuration and its parameters, of which only the headers are read.
@@ -149,6 +150,7 @@ def open_checkpoint(directory: Path, template: str | None = None, *, vision: str
     the folder of an adapter of PEFT or of the original LLaVA, whose parameters are added unmerged. Its base may be a
     decoder alone if the folder has the projector and the configuration. The tower is then that of `vision`.
     """
+    directory = to_path(path)
     if adapter:
         folder = peft.Adapter(adapter)
         opened = _open_decoder(directory, folder, template, vision) or open_checkpoint(
@@ -199,30 +201,6 @@ def _open(directory: Path, config: Config, fresh: Collection[str] = (), *, visio
     return (source.from_native_files if native else source.from_hf_files)(directory, config, fresh)
 
 
-def load_source(name: str | Path, parameters: ParameterSource, dtype: str | Callable[[str], str] = "float32",
-                sharding: Callable | None = None,
-                store: Callable[[str, jax.Array], Any] = lambda path, x: x) -> Parameters:
-    """Reads parameters onto devices. `name` is that of their checkpoint, for messages; see `load_model`."""
-    dtype_of = dtype if callable(dtype) else lambda path: dtype
-    return {path: store(path, _to_devices(name, parameters, path, dtype_of(path), sharding))
-            for path in parameters.shapes}
-
-
-def _to_devices(name: str | Path, parameters: ParameterSource, path: str, dtype: str,
-                sharding: Callable | None) -> jax.Array:
-    shape = parameters.shapes[path]
-    host = np.empty(shape, jnp.dtype(dtype))
-    for layer in range(shape[0]) if tables.is_stacked(path) else [...]:
-        host[layer] = parameters.read(path, None if layer is ... else layer)
-        if not files.is_finite(host[layer]):
-            number = "" if layer is ... else f" of layer {layer}"
-            raise UserError(f"{name}: {path}{number} has values that are not finite (NaN or infinite); the model is "
-                            "damaged, or was written in a dtype of too little range")
-    if sharding is None:
-        return jnp.asarray(host)
-    return jax.make_array_from_callback(shape, sharding(path, shape), lambda index: host[index])
-
-
 def save_native(
     directory: str | Path,
     config: LlavaConfig,
@@ -236,7 +214,7 @@ def save_native(
 
     def write(target: Path | None, parameters: ParameterSource) -> files.NotFinite:
         if target:
-            tokenizer_files.copy(Path(tokenizer_dir), target, config.template)
+            tokenizer_files.copy(to_path(tokenizer_dir), target, config.template)
             files.write_json(target / "config.json", configs.native_config(config))
         return files.write(target, [_native_spec(parameters, path, dtype) for path in parameters.shapes], shard_bytes)
 
@@ -270,7 +248,7 @@ def save_hf(
     def write(target: Path | None, parameters: ParameterSource) -> files.NotFinite:
         rows = config.text.vocab_size
         if target:
-            tokens = tokenizer_files.export(Path(tokenizer_dir), target, config)
+            tokens = tokenizer_files.export(to_path(tokenizer_dir), target, config)
             rows = padded_rows(rows, max(tokens[name] for name in ("image", "pad", "video") if name in tokens))
             dtypes = [stored_dtype(parameters, path, dtype) for path in parameters.shapes]
             widest = max(dtypes, key=lambda dtype: dtype.itemsize).name
@@ -286,7 +264,7 @@ def check_export(config: LlavaConfig, tokenizer_dir: str | Path) -> None:
     It is a NoHfForm if `save_native` could.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tokens = tokenizer_files.export(Path(tokenizer_dir), Path(folder), config)
+        tokens = tokenizer_files.export(to_path(tokenizer_dir), Path(folder), config)
     configs.hf_config(config, tokens, config.text.vocab_size, "float32")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_jax.config import Lora
 from llava_jax.errors import NoHfForm, UserError
-from llava_jax.files import read_json
+from llava_jax.files import read_json, to_path
 from llava_jax.images import ImageProcessor
 from llava_jax.models import projector
 from llava_jax.models.llama import LlamaConfig, RopeScaling
@@ -45,7 +45,7 @@ def read_config(path: str | Path, template: str | None = None) -> LlavaConfig | 
     conversation template, which is then not read from its files. Raises UserError that names file and field if a file
     is missing or a setting is not supported.
     """
-    directory = Path(path)
+    directory = to_path(path)
     raw, file = read_raw(directory), directory / "config.json"
     kind = raw.get("model_type")
     if kind == MODEL_TYPE:

@@ -1,10 +1,11 @@
-"""Reads safetensors and torch files, and writes safetensors files one block of a tensor at a time.
+"""Reads tensors of safetensors and torch files by ranges of their bytes, and writes safetensors files block by block.
 
-Large models are cut into several files; an index names the file of each tensor. The library writes a file only from
-tensors that are all in memory, so this module has its own writer.
+Large models are cut into several files; an index names the file of each tensor. The safetensors library maps the files
+that it reads, which must be local, and writes tensors that are all in memory. So this module does both by itself.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -16,12 +17,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from llava_jax.errors import UserError, user_path
-from llava_jax.files import check_fetched, read_json, temporary_path
+from llava_jax.errors import UserError
+from llava_jax.files import check_fetched, is_remote, matches_schema, read_json, temporary_path
 from llava_jax.weights import torch_files
+from llava_jax.weights.ranges import file_size, read_range
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -34,18 +35,28 @@ RUN_CHECKPOINT = "_CHECKPOINT_METADATA"
 """Name of a file that Orbax writes in every checkpoint of a run."""
 WRITE_BYTES = 2**22
 """Number of bytes that a write copies at a time."""
+HEADER_BYTES = 2**20
+"""Number of bytes of a safetensors file that are read first. The header of a 7B model has about 80 kB."""
+MAX_HEADER_BYTES = 10**8
+"""Maximum size in bytes of a header, as in the safetensors library."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a safetensors or torch file. Its data is read on demand."""
+    """A tensor in a safetensors or torch file. Its data is read on demand.
+
+    Attributes:
+      kind: name of its type in safetensors files.
+      strides: distance in elements between neighbours on each axis.
+      start: byte of the file at which the tensor starts.
+    """
 
     file: Path
     name: str
     kind: str
     shape: tuple[int, ...]
-    torch: torch_files.StoredTensor | None = None
-    """Its place in a torch file."""
+    strides: tuple[int, ...]
+    start: int
 
     @property
     def dtype(self) -> np.dtype:
@@ -54,13 +65,23 @@ class TensorInfo:
             raise UserError(f"{self.file}: tensors of type {self.kind} cannot be read; {', '.join(DTYPES)} can")
         return DTYPES[self.kind]
 
-    def read(self, index: int | slice | None = None) -> np.ndarray:
-        """Reads the tensor, or an index or slice of its first axis."""
-        assert self.dtype  # raises UserError for an unsupported type
-        if self.torch:
-            return self.torch.read(self.file, index)
-        with safe_open(self.file, "numpy") as file:
-            return file.get_tensor(self.name) if index is None else file.get_slice(self.name)[index]
+    def layer(self, index: int) -> "TensorInfo":
+        """Returns the tensor at an index of the first axis."""
+        start = self.start + index * self.strides[0] * self.dtype.itemsize
+        return dataclasses.replace(self, shape=self.shape[1:], strides=self.strides[1:], start=start)
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """Reads the tensor, or a range of its first axis: the bytes from its first to its last element."""
+        first, stop, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
+        shape = (max(0, stop - first), *self.shape[1:]) if self.shape else ()
+        if 0 in shape:
+            return np.zeros(shape, self.dtype)
+        itemsize = self.dtype.itemsize
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
+        start = self.start + first * self.strides[0] * itemsize if shape else self.start
+        content = read_range(self.file, start, elements * itemsize)
+        strides = [stride * itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(content.view(self.dtype), shape, strides)
 
 
 def has_tensors(directory: Path) -> bool:
@@ -114,6 +135,8 @@ def _is_inside(directory: Path, name: Any, index: Path) -> bool:
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w .+=-]{1,200}", name, re.ASCII) or not name.strip("."):
         raise UserError(f"{index}: weight_map names {name!r}, which is not the name of a file beside it")
+    if is_remote(directory):  # buckets have no links
+        return True
     real, cache = (directory / name).resolve(), directory.resolve().parent.parent
     if real.parent not in (directory.resolve(), cache / "blobs"):
         raise UserError(f"{directory / name}: a link out of the directory; put the file itself there")
@@ -143,19 +166,51 @@ def other_format(directory: Path) -> str:
 def tensors_in_file(file: Path) -> dict[str, TensorInfo]:
     """Lists the tensors of a file. Raises UserError if the file is missing, truncated or damaged."""
     if file.suffix != ".safetensors":
-        return {name: TensorInfo(file, name, tensor.kind, tensor.shape, tensor)
-                for name, tensor in torch_files.list_tensors(file).items()}
-    with user_path(file):
-        with open(file, "rb") as start:
-            check_fetched(file, start.read(40))
-        try:
-            with safe_open(file, "numpy") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                return {name: TensorInfo(file, name, part.get_dtype(), tuple(part.get_shape()))
-                        for name, part in slices.items()}
-        except SafetensorError as error:
-            raise UserError(f"{file}: truncated, damaged or not a safetensors file ({os.stat(file).st_size:,} bytes: "
-                            f"{' '.join(str(error).split())}); download it again") from None
+        return {name: TensorInfo(file, name, *tensor) for name, tensor in torch_files.list_tensors(file).items()}
+    size = file_size(file)
+    start = read_range(file, 0, min(size, HEADER_BYTES)).tobytes()
+    check_fetched(file, start)
+    first = 8 + int.from_bytes(start[:8], "little")
+    try:
+        if len(start) < 8 or not first <= min(size, MAX_HEADER_BYTES):
+            raise ValueError("its header ends beyond it")
+        header = start[8:first] + read_range(file, len(start), max(0, first - len(start))).tobytes()
+        return {name: TensorInfo(file, name, *tensor) for name, tensor in _parse_header(header, first, size).items()}
+    except (ValueError, RecursionError) as error:  # those of JSON and of UTF-8 are ValueErrors
+        raise UserError(f"{file}: truncated, damaged or not a safetensors file ({size:,} bytes: "
+                        f"{' '.join(str(error).split())[:200]}); download it again") from None
+
+
+def _parse_header(header: bytes, first: int, size: int) -> dict[str, tuple[str, tuple, tuple, int]]:
+    """Returns type, shape, strides and start of each tensor by name. The data are the bytes from `first` to `size`.
+
+    Raises ValueError if the header is damaged, or if its tensors are not those bytes without gap or overlap.
+    """
+    entries = json.loads(header)
+    if not isinstance(entries, dict):
+        raise ValueError("its header is no object")
+    entries.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in entries.items():
+        if not matches_schema(entry, {"dtype": str, "shape": [int], "data_offsets": [int]}):
+            raise ValueError(f"no type, shape and offsets of {name!r:.100}")
+        kind, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        elements = math.prod(shape)
+        if len(offsets) != 2 or any(axis < 0 for axis in shape):
+            raise ValueError(f"invalid shape or offsets of {name!r:.100}")
+        if kind in DTYPES and elements * DTYPES[kind].itemsize != offsets[1] - offsets[0]:
+            raise ValueError(f"{name!r:.100} has {offsets[1] - offsets[0]} bytes, not {elements} elements of {kind}")
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        tensors[name] = kind, shape, strides, first + offsets[0]
+        spans.append(tuple(offsets))
+    last = 0
+    for start, stop in sorted(spans):
+        if start != last or stop < start:
+            raise ValueError(f"a gap or an overlap at byte {last} of its data")
+        last = stop
+    if first + last != size:
+        raise ValueError(f"its tensors have {last} bytes, and it {size - first}")
+    return tensors
 
 
 class NotFinite(NamedTuple):

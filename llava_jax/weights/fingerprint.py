@@ -32,10 +32,22 @@ def compute(parameters: ParameterSource, trained: Collection[str] = ()) -> dict[
             if path not in parameters.shapes or path in trained:
                 continue
             for layer in sorted({0, parameters.shapes[path][0] - 1}):
-                x = parameters.read(path, layer).reshape(-1)
-                values = x[np.linspace(0, x.size - 1, SAMPLES).astype(int)]
+                values = _samples(parameters, path, layer)
                 samples[f"{path}/{layer}"] = values.astype(ml_dtypes.bfloat16).astype(float).tolist()
     return samples
+
+
+def _samples(parameters: ParameterSource, path: str, layer: int) -> np.ndarray:
+    """Returns evenly spaced values of a layer, for which it reads only their rows of a tensor in a file."""
+    shape = parameters.shapes[path][1:]
+    positions = np.linspace(0, math.prod(shape) - 1, SAMPLES).astype(int)
+    stored = parameters.tensor(path, layer)
+    if stored is None:
+        return parameters.read(path, layer).reshape(-1)[positions]
+    tensor, transform = stored
+    index = np.unravel_index(positions, transform.merge(shape))
+    cells = zip(*(index[axis] for axis in transform.order), strict=True)
+    return np.array([tensor.read(slice(row, row + 1))[0, *rest] for row, *rest in cells])
 
 
 def check(directory: Path, note: Mapping[str, Any], base: ParameterSource, trained: set[str],

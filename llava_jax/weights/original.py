@@ -6,7 +6,6 @@ checkpoint, or config.json only names it (`mm_vision_tower`).
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.errors import UserError
-from llava_jax.files import show_json
+from llava_jax.files import show_json, to_path
 from llava_jax.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -176,12 +175,12 @@ def _is_tower(tower: VisionConfig, directory: Path) -> bool:
 def find_tower(directory: Path, raw: Mapping[str, Any], vision: str | Path | None) -> Path | None:
     """Returns the folder of the vision tower: `vision`, or what `mm_vision_tower` names, if that is a local folder."""
     if vision:
-        return Path(vision)
+        return to_path(vision)
     name = raw.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
         return None
     candidates = directory / name, directory / Path(name).name  # the first may be absolute
-    return next((folder for folder in candidates if os.path.isfile(folder / "config.json")), None)
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
 def _processor(directory: Path, raw: Mapping[str, Any], tower: VisionConfig, class_token: bool,
@@ -289,7 +288,7 @@ def open_tensors(directory: Path, raw: dict[str, Any], config: LlavaConfig, visi
         raise UserError(f"{directory / 'config.json'}: quantization_config: quantised models are not read; take the "
                         "model it was made of")
     if base:
-        tensors = _add(directory, tensors, Path(base))
+        tensors = _add(directory, tensors, to_path(base))
     elif _is_near_zero(tensors):
         agreement.say(f"{directory}: the weights of its last norm are near 0, as in a delta of LLaVA v0 or v1-1, which "
                       "means nothing without the decoder that it changes (--base)")
@@ -331,12 +330,13 @@ class _Sum(TensorInfo):
     def dtype(self) -> np.dtype:
         return np.dtype(np.float16)
 
-    def read(self, index: int | slice | None = None) -> np.ndarray:
-        total = np.array(super().read(), np.float16)
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        total = np.array(super().read(rows), np.float16)
         if self.base:  # new rows of the embedding are in the delta alone
+            old = self.base.read(rows).astype(np.float16)
             with np.errstate(over="ignore"):  # values that are not finite are reported by name
-                total[tuple(map(slice, self.base.shape))] += self.base.read().astype(np.float16)
-        return total if index is None else total[index]
+                total[tuple(map(slice, old.shape))] += old
+        return total
 
 
 def _add(directory: Path, delta: Mapping[str, TensorInfo], base_dir: Path) -> dict[str, TensorInfo]:

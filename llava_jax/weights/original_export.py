@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava_jax.errors import UserError
+from llava_jax.files import to_path
 from llava_jax.models import vit
 from llava_jax.models.llava import LlavaConfig, Parameters
 from llava_jax.models.vit import VisionConfig
@@ -51,7 +52,7 @@ def save_original(
         main = [spec for spec in specs if tower == "in" or original.hf_name(spec.name)[: len(tables.VISION)]
                 != tables.VISION]
         if target:
-            tokenizer_files.copy(Path(tokenizer_dir), target, config.template)
+            tokenizer_files.copy(to_path(tokenizer_dir), target, config.template)
             settings["torch_dtype"] = max((spec.dtype for spec in main), key=lambda kind: kind.itemsize).name
             files.write_json(target / "config.json", settings)
         found = files.write(target, main, shard_bytes)

@@ -6,10 +6,10 @@ non_lora_trainables.bin, whose parameters were trained in full, and its config.j
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from llava_jax.config import Lora
 from llava_jax.errors import UserError
-from llava_jax.files import matches_schema, read_json, show_json
+from llava_jax.files import matches_schema, read_json, show_json, to_path
 from llava_jax.models import lora
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.weights import fields, files, fingerprint, original, source, tables
@@ -102,7 +102,7 @@ class Adapter:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+        self.directory = to_path(directory)
         self.file = self.directory / CONFIG
         if not self.file.exists():
             hint = ""
@@ -127,7 +127,7 @@ class Adapter:
         file = self.directory / NOTE
         self.note = fields.check_fields(file, read_json(file) if file.exists() else {}, NOTE_FIELDS)
 
-    @cached_property
+    @functools.cached_property
     def tensors(self) -> dict[str, Any]:
         """Tensors of adapter_model and non_lora_trainables by their names without PEFT's prefix."""
         candidates = [self.directory / f"{TENSORS}.{kind}" for kind in ("safetensors", "bin")]
@@ -221,7 +221,7 @@ def attach(adapter: Adapter, config: LlavaConfig, base: ParameterSource,
     for path in {path for path, _ in full}:
         kinds = {tensor.dtype for (other, _), (tensor, _) in full.items() if other == path}
         dtypes[path] = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-    dtypes |= {path: dtype for path, (dtype, _) in factors.items()}
+    dtypes |= {path: dtype for path, (dtype, *_) in factors.items()}
 
     def read(path: str, layer: int | None) -> np.ndarray:
         if path in factors:
@@ -231,7 +231,14 @@ def attach(adapter: Adapter, config: LlavaConfig, base: ParameterSource,
             return mapping.transform.from_hf(tensor.read(), mapping.shape)
         return base.read(path, layer)
 
-    return config, ParameterSource(expected, dtypes, read)
+    def tensor(path: str, layer: int | None) -> source.Stored | None:
+        if path in factors:
+            return factors[path][2](layer)
+        if (path, layer) in full:
+            return full[path, layer][0], full[path, layer][1].transform
+        return base.tensor(path, layer)
+
+    return config, ParameterSource(expected, dtypes, read, tensor)
 
 
 def attach_several(adapters: Sequence[Adapter], config: LlavaConfig, base: ParameterSource, name: str | Path
@@ -251,7 +258,7 @@ def attach_several(adapters: Sequence[Adapter], config: LlavaConfig, base: Param
             raise UserError(f"{adapter.directory}: {files.shorten(other, 3)} were trained in full, and several "
                             "adapters share those of the base; merge this adapter (python -m llava_jax.convert "
                             "--merge) and serve it as its own model")
-        own.append(ParameterSource({path: base_shapes[path] for path in full}, parameters.dtypes, parameters.read))
+        own.append(dataclasses.replace(parameters, shapes={path: base_shapes[path] for path in full}))
     ranks = [added.lora.rank for added, _ in attached]
     targets = {lora.FACTOR.fullmatch(path)[1] for _, parameters in attached for path in parameters.shapes
                if lora.is_adapter(path)}
@@ -271,7 +278,8 @@ def attach_several(adapters: Sequence[Adapter], config: LlavaConfig, base: Param
             for rank, (_, parameters) in zip(ranks, attached, strict=True)], axis)
 
     dtypes = {path: base.dtypes.get(path, np.dtype(np.float32)) for path in shapes}
-    return config, ParameterSource(shapes, dtypes, read), own
+    tensor = lambda path, layer: None if lora.is_adapter(path) else base.tensor(path, layer)  # noqa: E731
+    return config, ParameterSource(shapes, dtypes, read, tensor), own
 
 
 def _targets(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[str, tuple[LinearMap, int, float]]:
@@ -354,8 +362,9 @@ def _by_pattern(adapter: Adapter, field: str, module: str, default: Any) -> Any:
 
 
 def _factors(adapter: Adapter, targets: dict[str, tuple[LinearMap, int, float]], added: Lora
-             ) -> dict[str, tuple[np.dtype, Callable[[int | None], np.ndarray]]]:
-    """Returns dtype and reader of every parameter `lora_a` and `lora_b`.
+             ) -> dict[str, tuple[np.dtype, Callable[[int | None], np.ndarray],
+                                  Callable[[int | None], source.Stored | None]]]:
+    """Returns dtype of every parameter `lora_a` and `lora_b`, and its functions of a ParameterSource.
 
     Zeros fill a layer without adapter, and the columns of a smaller rank. They stay zero in training, because the
     gradient of a zero column is zero if its row is. A scale of its own is multiplied into `lora_b`.
@@ -364,6 +373,12 @@ def _factors(adapter: Adapter, targets: dict[str, tuple[LinearMap, int, float]],
     modules = {(linear.path, linear.layer): module for module, (linear, _, _) in targets.items()}
     scales = {scale for _, _, scale in targets.values()}
     factors = {}
+
+    def tensor(path: str, half: str, layer: int | None) -> source.Stored | None:
+        module = modules.get((path, layer))
+        same = module and targets[module][1] == added.rank and (half == "A" or targets[module][2] == added.scale)
+        return (pairs[module][half], tables.FROM_HIDDEN) if same else None
+
     for linear, _, _ in targets.values():
         kinds = {pairs[module][half].dtype for (path, _), module in modules.items() if path == linear.path
                  for half in "AB"}
@@ -383,8 +398,8 @@ def _factors(adapter: Adapter, targets: dict[str, tuple[LinearMap, int, float]],
                 b[:rank] = value if scale == added.scale else value.astype(np.float32) * (scale / added.scale)
             return b
 
-        factors[f"{linear.path}/adapter/lora_a"] = dtype, lora_a
-        factors[f"{linear.path}/adapter/lora_b"] = dtype, lora_b
+        factors[f"{linear.path}/adapter/lora_a"] = dtype, lora_a, functools.partial(tensor, linear.path, "A")
+        factors[f"{linear.path}/adapter/lora_b"] = dtype, lora_b, functools.partial(tensor, linear.path, "B")
     return factors
 
 
@@ -402,5 +417,6 @@ def merge(config: LlavaConfig, parameters: ParameterSource, name: str = "") -> t
         return x.astype(np.float32) + config.lora.scale * (a @ b).reshape(x.shape)
 
     kept = {path: shape for path, shape in parameters.shapes.items() if not lora.is_adapter(path)}
+    # No `tensor`, because nothing but a conversion reads a merged model.
     return (lora.without_adapters(config, name),
             ParameterSource(kept, {path: parameters.dtypes[path] for path in kept}, read))

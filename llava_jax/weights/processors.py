@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.errors import NoHfForm, UserError
-from llava_jax.files import read_json, show_json
+from llava_jax.files import read_json, show_json, to_path
 from llava_jax.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text import agreement
@@ -104,7 +104,7 @@ def settings_of(directory: Path, is_siglip: bool = False) -> dict[str, Any]:
 
 def with_colours(config: LlavaConfig, vision: str | Path) -> LlavaConfig:
     """Returns a joined model with the mean and std of its vision tower's image processor, read from `vision`."""
-    settings = settings_of(Path(vision), is_siglip=not config.vision.class_token)
+    settings = settings_of(to_path(vision), is_siglip=not config.vision.class_token)
     return dataclasses.replace(config, processor=dataclasses.replace(
         config.processor, mean=settings["mean"], std=settings["std"]))
 

@@ -1,11 +1,13 @@
 """Reads projectors that LLaVA's first stage saved alone: mm_projector.bin, or a folder checkpoint-N with it."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
 
 from llava_jax.errors import UserError
+from llava_jax.files import to_path
 from llava_jax.models import projector
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.tokenizer import Tokenizer
@@ -22,7 +24,8 @@ def list_tensors(path: str | Path) -> tuple[Path, dict[str, TensorInfo]]:
     Rows of the embedding are among them if `<im_start>` and `<im_end>` were trained. Raises UserError for any other
     tensor.
     """
-    file = Path(path) / NAME if Path(path).is_dir() else Path(path)
+    file = to_path(path)
+    file = file / NAME if file.is_dir() else file
     tensors = {original.hf_name(name): tensor for name, tensor in files.tensors_in_file(file).items()}
     known = (tables.PROJECTOR, "image_newline", tables.EMBEDDING)
     if other := [tensor.name for name, tensor in tensors.items() if not name.startswith(known)]:
@@ -82,4 +85,5 @@ def with_marks(path: str | Path, decoder: ParameterSource, config: LlavaConfig, 
             x[ids] = rows.read(slice(rows.shape[0] - 2, rows.shape[0]))
         return x
 
-    return ParameterSource(decoder.shapes, decoder.dtypes, read)
+    tensor = lambda name, layer: None if name == "decoder/embedding" else decoder.tensor(name, layer)  # noqa: E731
+    return dataclasses.replace(decoder, read=read, tensor=tensor)

@@ -1,5 +1,7 @@
 """Reads parameters by path, from files of either layout or from memory, one layer at a time."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -23,16 +25,22 @@ OLD_NAMES = re.compile(r".*/(attention/(query|key|value|out)|mlp/(gate|up|down))
 """Parameter names in native checkpoints of version 1."""
 
 
+Stored = tuple[files.TensorInfo, tables.Transform]
+"""A tensor of a file, of which rows can be read alone, and the layout in which it contains a parameter."""
+
+
 @dataclass(frozen=True)
 class ParameterSource:
-    """Shapes and dtypes of parameters, and a function that reads them.
+    """Shapes and dtypes of parameters, and functions that read them.
 
     `read(path, layer)` returns one layer of a stacked parameter, or another parameter (layer None), on the host.
+    `tensor(path, layer)` returns the tensor that contains it, or None if it is computed from several.
     """
 
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, np.dtype]
     read: Callable[[str, int | None], np.ndarray]
+    tensor: Callable[[str, int | None], Stored | None] = lambda path, layer: None
 
 
 def shapes(config: Config) -> dict[str, Shape]:
@@ -72,8 +80,15 @@ def from_native_files(directory: Path, config: Config, fresh: Collection[str] = 
         raise UserError(f"{directory}: a native checkpoint with parameter names of an earlier version ({old[0]}); "
                         "convert the model again from its hf layout (python -m llava_jax.convert)")
     _check(directory, {path: tensor.shape for path, tensor in stored.items()}, expected, [])
-    dtypes = {path: stored[path].dtype for path in expected}
-    return ParameterSource(expected, dtypes, lambda path, layer: stored[path].read(layer))
+
+    def tensor(path: str, layer: int | None) -> Stored:
+        x = stored[path] if layer is None else stored[path].layer(layer)
+        if len(x.shape) < 2 or x.file.suffix != ".safetensors":
+            return x, tables.same(len(x.shape))
+        rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+        return dataclasses.replace(x, shape=(rows, columns), strides=(columns, 1)), tables.ROWS
+
+    return _from_stored(expected, {path: stored[path].dtype for path in expected}, tensor)
 
 
 def from_hf_files(directory: Path, config: Config, fresh: Collection[str] = ()) -> ParameterSource:
@@ -127,11 +142,20 @@ def _from_tensors(directory: Path, config: Config, tensors: Mapping[str, files.T
     for name, mapping in mappings.items():
         dtypes[mapping.path].add(stored[name].dtype)
 
-    def read(path: str, layer: int | None) -> np.ndarray:
+    def tensor(path: str, layer: int | None) -> Stored:
         name = tensor_names[path, layer]
-        return mappings[name].transform.from_hf(stored[name].read(), mappings[name].shape)
+        return stored[name], mappings[name].transform
 
-    return ParameterSource(wanted, {path: _common(kinds) for path, kinds in dtypes.items()}, read)
+    return _from_stored(wanted, {path: _common(kinds) for path, kinds in dtypes.items()}, tensor)
+
+
+def _from_stored(shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype],
+                 tensor: Callable[[str, int | None], Stored]) -> ParameterSource:
+    def read(path: str, layer: int | None) -> np.ndarray:
+        stored, transform = tensor(path, layer)
+        return transform.from_hf(stored.read(), shapes[path] if layer is None else shapes[path][1:])
+
+    return ParameterSource(shapes, dtypes, read, tensor)
 
 
 def has_own_head(tensors: Mapping[str, files.TensorInfo]) -> bool:
@@ -166,13 +190,14 @@ def join(*sources: ParameterSource) -> ParameterSource:
     owner = {path: source for source in sources for path in source.shapes}
     return ParameterSource({path: source.shapes[path] for path, source in owner.items()},
                            {path: source.dtypes[path] for path, source in owner.items()},
-                           lambda path, layer: owner[path].read(path, layer))
+                           lambda path, layer: owner[path].read(path, layer),
+                           lambda path, layer: owner[path].tensor(path, layer))
 
 
 def replace(base: ParameterSource, other: ParameterSource) -> ParameterSource:
     """Replaces parameters of `base` by those of `other`, which has the same shapes for them."""
-    return ParameterSource(base.shapes, {**base.dtypes, **other.dtypes},
-                           lambda path, layer: (other if path in other.shapes else base).read(path, layer))
+    joined = join(base, other)
+    return ParameterSource(base.shapes, joined.dtypes, joined.read, joined.tensor)
 
 
 def second_linear(shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, np.ndarray]:

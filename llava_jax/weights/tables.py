@@ -4,6 +4,7 @@ Names are those of the checkpoints under llava-hf/ at Hugging Face, which every 
 spellings differ in their prefixes (`hf_name`).
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -37,8 +38,15 @@ class Transform:
         return x.transpose(np.argsort(self.order)).reshape(shape)
 
 
+@functools.cache
+def same(axes: int) -> Transform:
+    """Returns the layout of a parameter that is stored as it is."""
+    return Transform(lambda s: s, tuple(range(axes)))
+
+
 VECTOR = Transform(lambda s: (math.prod(s),), (0,))
-SAME = Transform(lambda s: s, (0, 1))
+SAME = same(2)
+ROWS = Transform(lambda s: (math.prod(s[:-1]), s[-1]), (0, 1))
 FROM_HIDDEN = Transform(lambda s: (s[0], math.prod(s[1:])), (1, 0))  # kernel [D, ...], weight [..., D]
 TO_HIDDEN = Transform(lambda s: (math.prod(s[:-1]), s[-1]), (1, 0))  # kernel [..., D], weight [D, ...]
 PATCH = Transform(lambda s: s, (3, 2, 0, 1))  # kernel [height, width, 3, D], weight [D, 3, height, width]

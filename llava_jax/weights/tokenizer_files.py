@@ -1,7 +1,6 @@
 """Writes the files beside the tensors: tokenizer, image processor, chat template, generation settings."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def copy(source: Path, target: Path, template: str) -> None:
     tokenizer = Tokenizer.load(source)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes())
     write_json(target / "generation_config.json", _generation(source, tokenizer, tokenizer.pad_id, template))
 
 
@@ -39,7 +38,7 @@ def export(source: Path, target: Path, config: LlavaConfig) -> dict[str, Any]:
     tokenizer = Tokenizer.load(source)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes())
     file = target / "tokenizer.json"
     if file.exists():
         Tokenizer.load(source / "tokenizer.json")  # a check: it is read below, and the first call may not read it

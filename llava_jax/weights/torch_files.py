@@ -2,7 +2,7 @@
 
 A file is a zip archive with uncompressed storages and a pickle that describes tensors in them. The pickle is never
 unpickled: a small interpreter knows the opcodes of an honest file and a fixed table of names, none of which it imports.
-Any other opcode or name is an error. Storages are mapped into memory, so that reading needs no copy.
+Any other opcode or name is an error.
 """
 
 import math
@@ -18,6 +18,7 @@ import numpy as np
 
 from llava_jax.errors import UserError, user_path
 from llava_jax.files import check_fetched
+from llava_jax.weights.ranges import file_size, read_range, read_ranges
 
 MAX_PICKLE_BYTES = 2**26
 MAX_OPCODES = 2**21
@@ -47,21 +48,9 @@ class StoredTensor(NamedTuple):
     """A tensor in a torch file: its type, shape, strides in elements, and the byte at which it starts."""
 
     kind: str
-    dtype: np.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
-
-    def read(self, file: Path, index: int | slice | None = None) -> np.ndarray:
-        """Returns a read-only view of the tensor, or of an index or slice of its first axis, in the mapped file."""
-        if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype)[... if index is None else index]
-        elements = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        with user_path(file):
-            mapped = np.memmap(file, np.uint8, "r", self.start, (elements * self.dtype.itemsize,))
-        strides = [stride * self.dtype.itemsize for stride in self.strides]
-        view = np.lib.stride_tricks.as_strided(mapped.view(self.dtype), self.shape, strides, writeable=False)
-        return np.asarray(view)[... if index is None else index]
 
 
 class _Global(NamedTuple):
@@ -106,10 +95,7 @@ def list_tensors(file: Path) -> dict[str, StoredTensor]:
     Raises UserError, one line with the file, the tensor and the cause, if the file is damaged, has another format, or
     contains anything but tensors.
     """
-    with user_path(file):
-        size = file.stat().st_size
-        with open(file, "rb") as opened:
-            storages, pickle = _read_archive(file, size, opened)
+    storages, pickle = _read_archive(file)
     try:
         value = _interpret(pickle)
     except (ValueError, struct.error) as error:  # those of pickletools are of both types
@@ -122,20 +108,21 @@ def list_tensors(file: Path) -> dict[str, StoredTensor]:
     return {name: _check_tensor(f"{file}: {name!r:.200}", tensor, storages) for name, tensor in value.items()}
 
 
-def _read_archive(file: Path, size: int, opened: Any) -> tuple[Mapping[str, _Entry], bytes]:
+def _read_archive(file: Path) -> tuple[Mapping[str, _Entry], bytes]:
     """Returns the storages by key and the pickle of an archive. Raises UserError if it is not one of torch.save."""
 
     def fail(cause: str) -> NoReturn:
         raise UserError(f"{file}: {cause}")
 
-    start = opened.read(512)
+    size = file_size(file)
+    start = read_ranges(file, [(0, 512)])[0]
     check_fetched(file, start)
     if start.startswith(LEGACY_START):
         fail(f"the format of torch before 1.6 is not read; {SAVE_AGAIN}")
     if start[257:262] == b"ustar":
         fail(f"a tar archive, the oldest format of torch, is not read; {SAVE_AGAIN}")
     try:
-        with zipfile.ZipFile(opened) as archive:
+        with user_path(file), file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
             listed = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, struct.error, EOFError):
         fail(f"truncated, damaged or not a torch file ({size:,} bytes); download it again")
@@ -144,15 +131,14 @@ def _read_archive(file: Path, size: int, opened: Any) -> tuple[Mapping[str, _Ent
         fail("an archive with several root folders or two entries of one name; torch writes none")
     root = names[0].split("/")[0]
     entries = {}
-    for info in listed:
+    headers = read_ranges(file, [(max(0, min(info.header_offset, size - 30)), 30) for info in listed])
+    for info, header in zip(listed, headers, strict=True):
         name = info.filename[len(root) + 1 :]
         if name == "constants.pkl" or name.startswith("code/"):
             fail("a TorchScript program is not read; save its state_dict")
         if name in ("data.pkl", "byteorder") or name.startswith("data/"):
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
                 fail(f"entry {name!r:.100} is compressed or encrypted; torch writes none")
-            opened.seek(max(0, info.header_offset))
-            header = opened.read(30)
             if info.header_offset < 0 or len(header) < 30 or not header.startswith(b"PK\x03\x04"):
                 fail(f"entry {name!r:.100} has no header; download the file again")
             # The lengths of this header: its extra field differs from that in the directory.
@@ -164,8 +150,7 @@ def _read_archive(file: Path, size: int, opened: Any) -> tuple[Mapping[str, _Ent
     def content(name: str, limit: int) -> bytes:
         if name not in entries or entries[name].size > limit:
             fail(f"its entry {name} is missing or larger than {limit:,} bytes, so it is no file of torch.save")
-        opened.seek(entries[name].start)
-        return opened.read(entries[name].size)
+        return read_range(file, *entries[name]).tobytes()
 
     if "byteorder" in entries and content("byteorder", 100) != b"little":
         fail(f"written in the byte order of another machine; {SAVE_AGAIN} on a little-endian one")
@@ -318,4 +303,4 @@ def _check_tensor(where: str, tensor: Any, storages: Mapping[str, _Entry]) -> St
         last_element += (axis - 1) * stride
     if 0 not in shape and (offset + last_element + 1) * itemsize > entry.size:
         fail(f"it ends beyond its storage of {entry.size:,} bytes")
-    return StoredTensor(name, np.dtype(numpy_type), shape, strides, entry.start + offset * itemsize)
+    return StoredTensor(name, shape, strides, entry.start + offset * itemsize)

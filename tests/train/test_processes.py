@@ -231,7 +231,7 @@ def test_a_process_that_does_not_load_its_parameters_is_named(make_recipe):
     codes, _, errors = train(make_recipe("loading", config.Mesh()), 2, "loading", process=1, step=0)
     assert codes == [75, 75]
     for told in errors:
-        assert re.fullmatch(r"error: stages.align: the parameters are loaded: waited 1 s for process 1 \(\S+\)\n", told)
+        assert re.fullmatch(r"error: \S+vision: vision/\S+ is read: waited 1 s for process 1 \(\S+\)\n", told)
 
 
 def test_a_bad_image_on_one_host_is_told_by_all(make_recipe, data, tmp_path):

@@ -17,6 +17,7 @@ import jax
 from llava_jax import cli
 from llava_jax.train import __main__ as train
 from llava_jax.train import batches, parameters
+from llava_jax.weights import sharded
 
 
 def broken(*_, **__):
@@ -47,7 +48,7 @@ def main(args: list[str]) -> int:
         parameters.load_parameters = lambda *_, **__: signal.pause()
     if event == "early":
         parameters.load_parameters = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
-    parameters.LOAD_TIMEOUT = 1.0 if step == "0" else parameters.LOAD_TIMEOUT
+    sharded.LOAD_TIMEOUT = 1.0 if step == "0" else sharded.LOAD_TIMEOUT
 
     def shard_batch(*arguments):
         count[0] += 1

@@ -2,14 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -276,49 +270,6 @@ def test_nothing_half_written_remains(hf_dir, tmp_path, loaded):
         save_hf(tmp_path / "saved", config, parameters | {
             "projector/norm/scale": jnp.ones(48), "projector/norm/bias": jnp.ones(48)}, hf_dir)
     assert list(tmp_path.iterdir()) == []
-
-
-SHARDED = """
-    import jax, numpy as np, sys
-    source, target, address, process = sys.argv[1:]
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, num_processes=2, process_id=int(process))
-    from llava_jax import config
-    from llava_jax.parallel import sharding
-    from llava_jax.weights import load_checkpoint, read_config, save_hf
-    from llava_jax.weights.source import shapes
-
-    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=2, tensor=2))
-    shardings = sharding.parameter_shardings(shapes(read_config(source)), mesh)
-    seen = []
-    def place(path, shape):
-        seen.append((path, shape))
-        return shardings[path]
-    settings, parameters = load_checkpoint(source, sharding=place)
-    assert dict(seen) == shapes(settings)
-    whole = load_checkpoint(source)[1]
-    for path, x in parameters.items():
-        assert x.sharding == shardings[path], path
-        for shard in x.addressable_shards:
-            np.testing.assert_array_equal(shard.data, whole[path][shard.index])
-    assert not parameters["decoder/layers/mlp/up_proj/kernel"].is_fully_addressable
-    save_hf(target, settings, parameters, source)
-"""
-
-
-def test_parameters_on_several_processes(hf_dir, tmp_path, loaded):
-    """Two processes with two devices each: loaded where the table says, and saved from there by the first."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
-                                "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", textwrap.dedent(SHARDED), hf_dir, tmp_path / "sharded", address]
-    processes = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    save_hf(tmp_path / "whole", *loaded, hf_dir)
-    for file in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "sharded" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.parametrize("save", [save_native, save_hf])

@@ -35,16 +35,21 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 def test_tensors_equal_those_of_torch(tmp_path):
     file = tmp_path / "x.bin"
     torch.save(honest(), file)
-    found = torch_files.list_tensors(file)
+    found = files.tensors_in_file(file)
     expected = torch.load(file, weights_only=True)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        x, wanted = found[name].read(file), as_numpy(tensor)
-        assert x.shape == wanted.shape and x.dtype.itemsize == tensor.element_size(), name
-        np.testing.assert_array_equal(x.astype(wanted.dtype), wanted, name)
-        if x.ndim and len(x):
-            np.testing.assert_array_equal(found[name].read(file, slice(1, 3)).astype(wanted.dtype), wanted[1:3], name)
-            np.testing.assert_array_equal(found[name].read(file, 0).astype(wanted.dtype), wanted[0], name)
+        wanted = as_numpy(tensor)
+        assert found[name].shape == wanted.shape, name
+        if not tensor.is_floating_point() or tensor.element_size() == 8:
+            with pytest.raises(UserError, match="cannot be read"):
+                found[name].read()
+            continue
+        assert found[name].dtype.itemsize == tensor.element_size(), name
+        np.testing.assert_array_equal(found[name].read().astype(wanted.dtype), wanted, name)
+        if wanted.ndim and len(wanted):
+            np.testing.assert_array_equal(found[name].read(slice(1, 3)).astype(wanted.dtype), wanted[1:3], name)
+            np.testing.assert_array_equal(found[name].layer(0).read().astype(wanted.dtype), wanted[0], name)
 
 
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: {"state_dict": d, "epoch": 3}, lambda d: {"module": d}])
@@ -279,8 +284,7 @@ def test_the_payload_would_work(tmp_path, canary):
 
 def test_the_honest_form_of_the_malicious_files_is_read(tmp_path):
     archive(tmp_path / "x.bin", model(tensor(storage())), [("data/0", np.arange(4, dtype=np.float32).tobytes())])
-    np.testing.assert_array_equal(torch_files.list_tensors(tmp_path / "x.bin")["w"].read(tmp_path / "x.bin"),
-                                  [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(files.tensors_in_file(tmp_path / "x.bin")["w"].read(), [[0, 1], [2, 3]])
 
 
 def rewrite(file, change) -> None:
@@ -347,9 +351,10 @@ def test_mutated_files_are_read_or_told(data, tmp_path_factory):
                 st.integers(0, 7))
     file.write_bytes(content)
     try:
-        found = torch_files.list_tensors(file)
+        found = files.tensors_in_file(file)
     except UserError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
         return
     for tensor in found.values():
-        assert tensor.read(file).nbytes <= len(content)
+        if tensor.kind in files.DTYPES:
+            assert tensor.read().nbytes <= len(content)
