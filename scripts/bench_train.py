@@ -28,6 +28,7 @@ from bench_packing import grouped_batches, made_up
 
 from llava_jax.config import Data, Mesh, Optimizer, Stage
 from llava_jax.data.packing import pack
+from llava_jax.data.workers import keep_freed_memory
 from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, init_params
 from llava_jax.parallel.sharding import make_mesh, parameter_shardings
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--packing", action="store_true", help="compare packed rows with padded batches")
     args = parser.parse_args()
     gpu = args.device == "gpu"
+    keep_freed_memory()  # as `python -m llava_jax.train` does, here for both
     print(machine(), flush=True)
     if args.packing:
         for size in (args.sizes or "30m").split(","):

@@ -87,13 +87,14 @@ def keep_freed_memory() -> None:
     """Lets glibc keep freed memory for this process; does nothing without glibc.
 
     Otherwise the kernel allocates large buffers, such as XLA's on a CPU and those of images, anew and zeroes each page.
+    XLA allocates in threads of its own, and only the main arena keeps buffers of more than 64 MB. So all use that one.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28)):
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28), (m_arena_max, 1)):
         mallopt(option, value)
 
 
