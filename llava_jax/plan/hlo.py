@@ -16,7 +16,7 @@ ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, 
               "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _START = re.compile(r"  (ROOT )?%?([\w.\-]+) = (.*)", re.DOTALL)
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,10 @@ class Array:
 
     dtype: str
     dims: tuple[int, ...]
-    in_vmem: bool = False
-    """Whether it is in the chip's own memory (VMEM or SMEM), not in HBM."""
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.dims)
 
     @property
     def bytes(self) -> float:
-        return self.size * ITEM_BYTES.get(self.dtype, 0)
+        return math.prod(self.dims) * ITEM_BYTES.get(self.dtype, 0)
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,7 @@ def parse(text: str) -> Module:
 
 def arrays(shape: str) -> tuple[Array, ...]:
     """Parses a printed shape such as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
-    return tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" in (layout or ""))
-                 for dtype, dims, layout in _ARRAY.findall(shape))
+    return tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(shape))
 
 
 def _instruction(text: str) -> Instruction:

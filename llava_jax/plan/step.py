@@ -8,7 +8,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +64,6 @@ class Program:
     """Slice of every device of the program, in the order of the device numbers in replica groups."""
     seconds: float
     """Seconds of compilation."""
-    outputs: Any = None
-    """Shardings of the results."""
 
 
 _compiled: dict[tuple[Slice, str], Program] = {}
@@ -150,7 +147,7 @@ def compile_program(lowered: jax.stages.Lowered, parts: dict[str, int], where: S
     # not use, but they are on the device.
     used = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     memory = dataclasses.replace(memory, temporaries=used, host=found.host_temp_size_in_bytes)
-    return Program(text, memory, slices, time.perf_counter() - start, compiled.output_shardings)
+    return Program(text, memory, slices, time.perf_counter() - start)
 
 
 def device_bytes(tree, memory: str = "device") -> int:
