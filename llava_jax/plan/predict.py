@@ -15,7 +15,7 @@ from llava_jax.train.optimizer import trainable_paths
 
 ERRORS = (-0.10, 0.23)
 """Predicted over published tokens/s, less 1, of five runs of MaxText: the least and the greatest (README.md)."""
-KNOWN_ERRORS = f"{ERRORS[0]:+.0%} to {ERRORS[1]:+.0%} tokens/s, in five published runs of MaxText"
+KNOWN_ERRORS = f"{ERRORS[0]:+.0%} to {ERRORS[1]:+.0%} tokens/s in five published runs of MaxText"
 
 
 def time_range(seconds: float) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def header(recipe: str, where: Slice, mesh: dict[str, int], notes: list[str]) ->
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     return "\n".join([f"{recipe} on {where.about}",
                       f"{f'mesh {axes}; ' if axes else ''}jax {found['jax']}, libtpu {found['libtpu']}",
-                      *notes, f"Nothing here was measured on a TPU. How far predictions were off: {KNOWN_ERRORS}."])
+                      *notes, f"Nothing here was measured on a TPU. Predictions were off by {KNOWN_ERRORS}."])
 
 
 def text(plan: Prediction, price: float | None = None) -> str:
