@@ -15,8 +15,9 @@ from llava_jax.parallel.sharding import row_axes
 NUM_LANES = 128
 """Width of a TPU's vector registers. Splash's blocks are multiples of it, and sequences are padded to a multiple."""
 
-SPLASH_BLOCK = 512
-"""Maximum number of queries or keys in a block of splash attention."""
+SPLASH_BLOCKS = (1280, 512)
+"""Maximum number of queries or keys in a block of splash attention, forward and backward. The forward pass waits for
+matmuls less often with long blocks; the backward pass would need more VMEM than it has (libtpu 0.0.52)."""
 
 
 def supports_tower(size: int, num_heads: int) -> bool:
@@ -46,7 +47,7 @@ def splash_attention(query: Array, key: Array, value: Array, starts: Array | Non
 
     B, T, N, H = query.shape
     padded = -(-T // NUM_LANES) * NUM_LANES
-    block = _largest_block(padded, SPLASH_BLOCK)
+    blocks = [_largest_block(padded, limit) for limit in SPLASH_BLOCKS]
     flat = H % NUM_LANES == 0
     if rope is not None and not flat:
         query, key, rope = apply_rope(query, *rope), apply_rope(key, *rope), None
@@ -55,7 +56,7 @@ def splash_attention(query: Array, key: Array, value: Array, starts: Array | Non
         def join(x):
             return x.reshape(len(x), padded, -1) if flat else x.swapaxes(1, 2).reshape(-1, padded, H)
 
-        options = splash.Options(query.shape[2], key.shape[2], H, block, interpret)
+        options = splash.Options(query.shape[2], key.shape[2], H, *blocks, interpret)
         out = splash.splash_attention(join(query), join(key), join(value), table, starts, options)
         return out.reshape(query.shape) if flat else out.reshape(len(query), -1, padded, H).swapaxes(1, 2)
 

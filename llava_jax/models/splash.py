@@ -9,6 +9,7 @@ Heads that fill a TPU's vectors are read from [B, T, N H], as the matmuls write 
 applied in VMEM: XLA would move the heads to another layout in HBM before each kernel and after it.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -30,8 +31,8 @@ MASKED = -1e30
 NUM_LANES = 128
 """Width of a TPU's vector registers."""
 
-TWO_BUFFERS = 8192
-"""Maximum length of a sequence of which VMEM has two buffers. VMEM has 64 MiB on v5p and tpu7x."""
+TWO_BUFFERS = 3072
+"""Maximum length of a sequence of which VMEM has two buffers. VMEM has 16 MiB on v4, and 64 on v5p and tpu7x."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Options:
     head_dim: int
     block: int
     """Number of queries of a grid step, and of keys that it visits at a time."""
+    backward_block: int
+    """The same of the backward pass."""
     interpret: bool = False
 
 
@@ -53,7 +56,7 @@ def splash_attention(query: Array, key: Array, value: Array, rope: Float[Array, 
 
     Args:
       query, key, value: [B, T, N H], [B, T, K H], [B, T, K H] if NUM_LANES divides H. Otherwise, or with a single head,
-        [B N, T, H], [B K, T, H], [B K, T, H]. T is a multiple of the block.
+        [B N, T, H], [B K, T, H], [B K, T, H]. T is a multiple of both blocks.
       rope: cosines of H / 2 angles, then their sines, by which queries and keys are rotated; None for no rotation.
       starts: position of the first token of each token's segment. A query attends to the keys from there to its own
         position.
@@ -74,6 +77,7 @@ def _forward(query, key, value, rope, starts, options):
 
 def _backward(options, saved, g):
     query, key, value, rope, starts, out, lse = saved
+    options = dataclasses.replace(options, block=options.backward_block)
     T, H = starts.shape[1], options.head_dim
     queries, keys, row = _blocks(T, options)
     gradients = _call(_backward_kernel, "splash_attention_backward", 5, options, rope, starts,

@@ -35,7 +35,7 @@ def assert_same_with_gradients(function, expected, arrays):
 @pytest.mark.parametrize(("length", "heads", "num_kv_heads", "width"),
                          [(300, 2, 1, 128), (256, 2, 2, 64)])
 def test_splash_sees_what_a_causal_mask_of_segments_shows(monkeypatch, length, heads, num_kv_heads, width):
-    monkeypatch.setattr(pallas, "SPLASH_BLOCK", 128)  # several blocks in a row
+    monkeypatch.setattr(pallas, "SPLASH_BLOCKS", (256, 128))  # several blocks in a row
     monkeypatch.setattr(splash, "TWO_BUFFERS", 300)
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], -(-length // 4), axis=1)[:, :length]
     positions = jnp.asarray(np.random.default_rng(2).integers(0, 4096, (2, length)))
