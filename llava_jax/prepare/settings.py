@@ -1,11 +1,10 @@
 """Reads from a model's files how its conversations and images are prepared."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 from llava_jax.errors import UserError
-from llava_jax.files import read_json
+from llava_jax.files import read_json, to_path
 from llava_jax.image_files import LARGEST_LIMIT, MAX_PIXELS
 from llava_jax.images import ImageProcessor
 from llava_jax.prepare.options import DataOptions, ImageOptions
@@ -49,10 +48,10 @@ class Settings:
         settings = cls(template=templates.get(template)) if template else cls()
         if not model:
             return settings
-        if not os.path.exists(model):
+        if not to_path(model).exists():
             raise UserError(f"{model}: no such model or tokenizer; to fetch one from the hub: "
                             "hf download NAME --local-dir DIR")
-        kind = _model_type(Path(model) / "config.json")
+        kind = _model_type(to_path(model) / "config.json")
         if not (kind.startswith("llava") or kind in TEXT_MODELS):
             return dataclasses.replace(settings, tokenizer=Tokenizer.load(model))
         from llava_jax.weights import read_config

@@ -18,6 +18,7 @@ import tyro
 from llava_jax import cli
 from llava_jax.config import Mesh
 from llava_jax.errors import UserError
+from llava_jax.files import to_path
 from llava_jax.progress import Progress
 from llava_jax.serve.limits import Limits
 
@@ -90,7 +91,7 @@ class ServeOptions:
             if field.type in (int, float) and not value > 0:
                 raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
         check_hosts(self.limits.fetch_hosts)
-        if not Path(self.model).is_dir():
+        if not to_path(self.model).is_dir():
             raise UserError(f"{self.model}: no such directory")
 
     @property

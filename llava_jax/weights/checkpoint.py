@@ -69,16 +69,17 @@ def load_checkpoint(
     """Reads a checkpoint directory of any supported layout onto devices.
 
     Args:
-      path: a directory of a LLaVA (Hugging Face's layout as any transformers wrote it, the original or the native
-        one), or of a CLIP, SigLIP, LLaMA, Mistral or Qwen2, which is detected from its files. The text tower of a CLIP
-        is left out.
+      path: a directory, local or in a bucket (gs://...), of a LLaVA (Hugging Face's layout as any transformers wrote
+        it, the original or the native one), or of a CLIP, SigLIP, LLaMA, Mistral or Qwen2, which is detected from its
+        files. The text tower of a CLIP is left out.
       dtype: of the parameters, "float32" or "bfloat16", or a function from a path to one of them. The files may be
         either, or float16.
       template, vision, adapter: see `open_checkpoint`.
       sharding: function from a parameter's path and shape to its sharding; the default device if None.
 
     Returns the configuration (LlavaConfig; VisionConfig or LlamaConfig of a part) and the parameters by path. Paths of
-    a part start with `vision/` or `decoder/`. The host needs the memory of one stacked parameter.
+    a part start with `vision/` or `decoder/`. The host needs the memory of one stacked parameter, or of its part if
+    several processes share it (`sharded.py`).
     Raises UserError if a file is missing, damaged or does not match, or if a value is not finite.
     """
     config, parameters = open_checkpoint(path, template, vision=vision, adapter=adapter)
