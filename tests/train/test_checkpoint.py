@@ -131,13 +131,13 @@ def test_a_disk_that_does_not_answer_is_no_damage(copy, monkeypatch):
         raise OSError(5, "Input/output error")
 
     checkpoints = Checkpoints(copy, every=1, keep=2)
-    monkeypatch.setattr("llava_jax.train.checkpoint.ocp.StandardCheckpointHandler.restore", fail)
+    monkeypatch.setattr("llava_jax.train.checkpoint.ocp.PyTreeCheckpointHandler.restore", fail)
     monkeypatch.setattr("llava_jax.train.checkpoint._read_through", fail)
     with pytest.raises(OSError, match="Input/output error") as error:
         checkpoints.restore(2, make_state(0))
     assert not isinstance(error.value, UserError)
     monkeypatch.setattr("llava_jax.train.checkpoint._read_through", lambda folder: None)
-    monkeypatch.setattr("llava_jax.train.checkpoint.ocp.StandardCheckpointHandler.restore",
+    monkeypatch.setattr("llava_jax.train.checkpoint.ocp.PyTreeCheckpointHandler.restore",
                         lambda *_, **__: (_ for _ in ()).throw(RuntimeError("RESOURCE_EXHAUSTED: out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         checkpoints.restore(2, make_state(0))
