@@ -124,12 +124,17 @@ def pack_rows(folder: Path, commands: list[list[str]], kill_at: float = 1.0) -> 
     with open(folder / "log", "w") as log:
         running = [subprocess.Popen([*pack, *command], stdout=log, stderr=log, start_new_session=True)
                    for command in commands]
-        while any(process.poll() is None for process in running):
-            memory = max(memory, sum(map(anonymous_bytes, descendants({process.pid for process in running}))))
-            if kill_at < 1 and len(list(folder.glob("out/.pack/*[0-9].json"))) >= kill_at * SHARDS:
-                for process in running:
+        try:
+            while any(process.poll() is None for process in running):
+                memory = max(memory, sum(map(anonymous_bytes, descendants({process.pid for process in running}))))
+                if kill_at < 1 and len(list(folder.glob("out/.pack/*[0-9].json"))) >= kill_at * SHARDS:
+                    break
+                time.sleep(0.2)
+        finally:  # also on Ctrl-C, which does not reach other sessions
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(0.2)
+                process.wait()
     if kill_at == 1 and any(process.returncode for process in running):
         raise RuntimeError((folder / "log").read_text()[-3000:])
     return time.perf_counter() - start, memory
