@@ -216,6 +216,13 @@ def test_the_compiler_knows_the_options_of_every_generation(needs_libtpu, capsys
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_step_keeps_its_options_when_a_plan_compiles_it(needs_libtpu, tiny):
+    where, (model, _) = parse_slice("v6e-4"), planned_config(tiny.model)
+    program = compile_step(tiny, "instruct", where, plan_mesh(tiny, where, model), model)
+    assert 'execution_thread="sparsecore"' in program.hlo
+
+
 def test_options_that_the_compiler_does_not_know_are_left_out_with_a_line(needs_libtpu, capsys, monkeypatch):
     mesh = sharding.make_mesh(config.Mesh(), parse_slice("v6e-4").jax_devices())
     known = compiler.compiler_options(mesh)
