@@ -107,7 +107,8 @@ def decode(
         if isinstance(state.cache, SlotCache):
             length = state.cache.length
             positions = jnp.where(state.remaining > 0, state.position, length)[:, None]
-            attend = SlotAttention(positions, state.cache, rows, kernel=model.decoder.attention == "splash")
+            in_kernel = rows is None and model.decoder.attention == "splash"
+            attend = SlotAttention(positions, state.cache, rows, in_kernel)
         x = model.decoder.embed(state.token[:, None], model.dtype)
         x, cache = model.decoder.extend(x, positions, state.cache, layers, attend)
         logits = model.decoder.logits(x[:, 0])

@@ -21,7 +21,14 @@ from llava_jax.inference.engine import Engine, Prompt
 from llava_jax.inference.grouping import group_batches, image_opener
 from llava_jax.inference.scoring import scoring_rows
 from llava_jax.inference.shapes import batch_key
-from llava_jax.models.llava import LlavaConfig, Parameters, abstract_params, choose_attention, from_params
+from llava_jax.models.llava import (
+    AttentionChoice,
+    LlavaConfig,
+    Parameters,
+    abstract_params,
+    choose_attention,
+    from_params,
+)
 from llava_jax.models.quantized import store_kernel
 from llava_jax.parallel.sharding import parameter_shardings
 from llava_jax.text import agreement, templates
@@ -98,8 +105,7 @@ class Llava:
         self.template = config.template
         self.dtype = dtype
         self.adapters: dict[str, Parameters] = {}
-        platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-        self.attention = choose_attention(attention, platform, config, dtype)
+        self.attention = _choose_attention(attention, mesh, config, dtype)
         graph, _ = abstract_params(config, dtype, self.attention)
         self._logits = jax.jit(lambda parameters, *inputs: from_params(graph, parameters)(*inputs))
         self._literal = LiteralText(config.template, tokenizer)
@@ -386,6 +392,11 @@ def _as_chat(system: str | None, turns: Sequence[tuple[str, str]]) -> list[dict[
     return [{"role": role, "content": text} for role, text in (*system, *turns)]
 
 
+def _choose_attention(name: str, mesh: jax.sharding.Mesh | None, config: LlavaConfig, dtype: str) -> AttentionChoice:
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    return choose_attention(name, platform, config, dtype)
+
+
 def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
          template: str | None = None, attention: str = "auto", vision: str | os.PathLike | None = None,
          adapter: str | os.PathLike | None = None, adapters: Mapping[str, str | os.PathLike] | None = None,
@@ -428,7 +439,10 @@ def load(path: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.M
     tokenizer = Tokenizer.load(path)
     agreement.check(config.template, tokenizer, config.text.vocab_size, str(path), trained=True,
                     visual_tokens=config.processor.features_per_tile, context=config.text.max_length)
-    store = partial(store_kernel, kind="int8_matrices") if quantize else lambda path, x: x
+    # Kernels for TPUs read layers of stacked matrices in place (models/streaming.py).
+    in_kernels = _choose_attention(attention, mesh, config, dtype).decoder == "splash"
+    kind = "int8_matrices" if quantize else "matrices" if in_kernels else None
+    store = partial(store_kernel, kind=kind) if kind else lambda path, x: x
     parameters = load_source(path, opened, dtype, sharding, store)
     llava = Llava(config, parameters, tokenizer, dtype, mesh, attention)
     llava.adapters = {name: load_source(folder.directory, projector, dtype, sharding)

@@ -11,11 +11,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.lax import optimization_barrier
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llava_jax.errors import UserError
 from llava_jax.models.cpu import matmul
 from llava_jax.models.quantized import QuantizedKernel, quantized_matmul
+from llava_jax.models.streaming import LayerKernel, is_matrices, layer_matmul
 from llava_jax.parallel.sharding import ROWS, constrain
 
 T = TypeVar("T")
@@ -52,14 +53,15 @@ normal = jax.nn.initializers.normal(0.02)
 class Linear(nnx.Module):
     """A linear map `[..., *inputs] -> [..., *outputs]` with a kernel of shape `inputs + outputs`, in the input's dtype.
 
-    The kernel is an array or, if it is frozen and has a layer axis, a QuantizedKernel.
+    The kernel is an array or, if it is frozen and has a layer axis, a QuantizedKernel; in `layer_of`, a LayerKernel.
     `adapter`, if set, is a module `[..., D] -> [..., F]` over flattened axes, whose result is added before the bias:
     a low-rank update beside the kernel, for example. `replicate_layers` and `fuse` keep it.
     """
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs,
-                 init: Callable = normal):
-        self.num_input_axes, self.outputs = len(inputs), tuple(outputs)
+                 init: Callable = normal, splits_input: bool = False):
+        """`splits_input`: whether the mesh's axis `tensor` splits the inputs, not the outputs."""
+        self.num_input_axes, self.outputs, self.splits_input = len(inputs), tuple(outputs), splits_input
         shape = (math.prod(inputs), math.prod(outputs))
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32).reshape(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
@@ -76,6 +78,8 @@ class Linear(nnx.Module):
         kernel = self.kernel.get_value()
         if isinstance(kernel, QuantizedKernel):
             y = quantized_matmul(x, kernel)
+        elif isinstance(kernel, LayerKernel):
+            y = layer_matmul(x, kernel, self.splits_input)
         else:
             y = matmul(x, kernel.astype(x.dtype).reshape(x.shape[-1], -1))
         if self.adapter is not None:
@@ -158,6 +162,24 @@ class RMSNorm(nnx.Module):
 def stack(layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """Stacks `count` layers as one module whose parameters have a leading layer axis, for `scan`."""
     return jax.vmap(layer)(rngs.split(count))
+
+
+def layer_of(stack: nnx.Module, index: Int[Array, ""]) -> nnx.Module:
+    """Returns one of stacked layers. Kernels that are stacked matrices are not sliced, but read in place (LayerKernel).
+    """
+
+    def select(module):
+        if not isinstance(module, Linear):
+            return module[index]
+        module = jax.tree.map(lambda x: x, module)  # flax forbids to change a module of an outer trace
+        kernel = module.kernel.get_value()
+        module.kernel = nnx.Param(LayerKernel(kernel, index) if is_matrices(kernel) else
+                                  jax.tree.map(lambda x: x[index], kernel))
+        module.bias = None if module.bias is None else nnx.Param(module.bias[...][index])
+        module.adapter = jax.tree.map(lambda x: x[index], module.adapter)
+        return module
+
+    return jax.tree.map(select, stack, is_leaf=lambda module: isinstance(module, Linear))
 
 
 def replicate_layers(layers: nnx.Module, count: int, dtype: jnp.dtype) -> nnx.Module:

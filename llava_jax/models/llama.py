@@ -16,7 +16,7 @@ from llava_jax.models import tpu
 from llava_jax.models.attention import Attend, causal
 from llava_jax.models.cpu import attention_heads_first
 from llava_jax.models.dot_product import apply_rope, attention
-from llava_jax.models.layers import Linear, RMSNorm, normal, scan, stack
+from llava_jax.models.layers import Linear, RMSNorm, layer_of, normal, scan, stack
 from llava_jax.parallel.sharding import ROWS, constrain, lookup
 
 Cache = tuple[Array, ...]
@@ -111,7 +111,7 @@ class LlamaAttention(nnx.Module):
         self.q_proj = Linear([config.hidden_size], query, bias=config.qkv_bias, rngs=rngs)
         self.k_proj = Linear([config.hidden_size], key, bias=config.qkv_bias, rngs=rngs)
         self.v_proj = Linear([config.hidden_size], key, bias=config.qkv_bias, rngs=rngs)
-        self.o_proj = Linear(query, [config.hidden_size], bias=config.out_bias, rngs=rngs)
+        self.o_proj = Linear(query, [config.hidden_size], bias=config.out_bias, rngs=rngs, splits_input=True)
 
 
 class LlamaMlp(nnx.Module):
@@ -120,7 +120,8 @@ class LlamaMlp(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.gate_proj = Linear([config.hidden_size], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
         self.up_proj = Linear([config.hidden_size], [config.intermediate_size], bias=config.mlp_bias, rngs=rngs)
-        self.down_proj = Linear([config.intermediate_size], [config.hidden_size], bias=config.mlp_bias, rngs=rngs)
+        self.down_proj = Linear([config.intermediate_size], [config.hidden_size], bias=config.mlp_bias, rngs=rngs,
+                                splits_input=True)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up = name(self.gate_proj(x), "gate_proj"), name(self.up_proj(x), "up_proj")
@@ -245,8 +246,12 @@ class Llama(nnx.Module):
             x, cache = carry
             return block(constrain(x, ROWS), cos, sin, attend, cache, layer), None
 
-        if layers is None:
-            (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, jnp.arange(self.config.num_layers)))
+        numbers = jnp.arange(self.config.num_layers)
+        if layers is None and self.attention == "splash":  # on a TPU
+            (x, cache), _ = jax.lax.scan(lambda carry, layer: call(carry, (layer_of(self.layers, layer), layer)),
+                                         (x, cache), numbers)
+        elif layers is None:
+            (x, cache), _ = jax.lax.scan(call, (x, cache), (self.layers, numbers))
         else:
             for i, block in enumerate(layers):
                 (x, cache), _ = call((x, cache), (block, i))

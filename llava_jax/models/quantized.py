@@ -54,29 +54,44 @@ def is_quantizable(path: str) -> bool:
     return KERNEL.fullmatch(path) is not None
 
 
-def abstract_quantized(path: str, kernel: Array | jax.ShapeDtypeStruct, kind: str) -> QuantizedKernel:
-    """Returns shapes, dtypes and shardings of `quantize`. Scales are sharded as the kernel where it divides them."""
-    abstract = jax.eval_shape(lambda x: quantize(path, x, kind), kernel)
+def abstract_quantized(path: str, kernel: Array | jax.ShapeDtypeStruct, kind: str
+                    ) -> jax.ShapeDtypeStruct | QuantizedKernel:
+    """Returns shapes, dtypes and shardings of `store_kernel`. Scales are sharded as the kernel where it divides them.
+    """
+    abstract = jax.eval_shape(lambda x: _stored(path, x, kind), kernel)
     mesh, axes = kernel.sharding.mesh, kernel.sharding.spec
-    if kind == "int8_matrices":  # the first of the axes that are joined may be sharded, never another one
+    if kind.endswith("matrices"):  # the first of the axes that are joined may be sharded, never another one
         axes = axes[0], axes[1], axes[1 + _last_input(path)]
-    spec = []
-    for count, names in zip(abstract.scale.shape, axes, strict=False):
-        split = (names,) if isinstance(names, str) else names or ()
-        spec.append(None if count % math.prod(mesh.shape[name] for name in split) else names)
-    shardings = QuantizedKernel(NamedSharding(mesh, P(*axes)), NamedSharding(mesh, P(*spec)), abstract.scales_output)
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        abstract, shardings)
+
+    def sharded(x):
+        spec = []
+        for count, names in zip(x.shape, axes, strict=False):
+            split = (names,) if isinstance(names, str) else names or ()
+            spec.append(None if count % math.prod(mesh.shape[name] for name in split) else names)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    return jax.tree.map(sharded, abstract)
 
 
 def store_kernel(path: str, x: Array, kind: str) -> Array | QuantizedKernel:
-    """Returns a frozen parameter as the model reads it: quantised if it is a kernel of the decoder's layers."""
+    """Returns a frozen parameter as the model reads it: in another form if it is a kernel of the decoder's layers.
+
+    `kind` is one of `quantize`, or `matrices`: not quantised, with the axes [layers, D, F].
+    """
     if not is_quantizable(path):
         return x
     shardings = None
     if isinstance(x.sharding, NamedSharding):
         shardings = jax.tree.map(lambda x: x.sharding, abstract_quantized(path, x, kind))
-    return jax.jit(lambda x: quantize(path, x, kind), out_shardings=shardings)(x)
+    return jax.jit(lambda x: _stored(path, x, kind), out_shardings=shardings)(x)
+
+
+def _stored(path: str, x: Array, kind: str) -> Array | QuantizedKernel:
+    return _as_matrices(path, x) if kind == "matrices" else quantize(path, x, kind)
+
+
+def _as_matrices(path: str, x: Array) -> Array:
+    return x.reshape(len(x), math.prod(x.shape[1 : 1 + _last_input(path)]), -1)
 
 
 def quantize(path: str, kernel: Array, kind: str) -> QuantizedKernel:
@@ -86,8 +101,8 @@ def quantize(path: str, kernel: Array, kind: str) -> QuantizedKernel:
     """
     last_input = _last_input(path)
     if kind == "int8_matrices":
-        q, inputs = quantize(path, kernel, "int8"), math.prod(kernel.shape[1 : 1 + last_input])
-        return QuantizedKernel(q.codes.reshape(len(kernel), inputs, -1), q.scale.reshape(len(kernel), 1, -1), True)
+        q = quantize(path, kernel, "int8")
+        return QuantizedKernel(_as_matrices(path, q.codes), q.scale.reshape(len(kernel), 1, -1), True)
     if kind == "int8":
         blocks = [size if 1 <= axis <= last_input else 1 for axis, size in enumerate(kernel.shape)]
     else:

@@ -79,7 +79,7 @@ def _attend(query, new, cache, layer, positions, blocks, *, block: int, interpre
     from jax.experimental.pallas import tpu as pltpu
 
     num_blocks, slot_of, block_of = blocks
-    N, (_, _, K, S, H) = query.shape[2], cache[0].shape
+    N, (_, B, K, S, H) = query.shape[2], cache[0].shape
 
     def slot_spec(*shape):
         return pl.BlockSpec((None, *shape), lambda i, layer, position, slot, block: (slot[i], *[0] * len(shape)))
@@ -102,10 +102,12 @@ def _attend(query, new, cache, layer, positions, blocks, *, block: int, interpre
                   *[cache_spec(part, block, False) for part in cache]],
         out_specs=[slot_spec(N, H), *windows],
         scratch_shapes=[groups, groups, pltpu.VMEM((N, H), jnp.float32)])
-    first = 4 + 1 + len(new)
+    first, layers = 4 + 1 + len(new), len(cache[0])
+    cost = pl.CostEstimate(flops=4 * B * N * S * H, transcendentals=B * N * S,
+                           bytes_accessed=sum(part.size * part.dtype.itemsize // layers for part in cache))
     attended, *cache = pl.pallas_call(
         functools.partial(_kernel, length=S, block_size=block, num_parts=len(cache)),
-        grid_spec=spec, name="attend_slots", interpret=interpret,
+        grid_spec=spec, name="attend_slots", interpret=interpret, cost_estimate=cost,  # of full slots
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query[:, 0], *cache)],
         input_output_aliases={first + i: 1 + i for i in range(len(cache))},
     )(layer, positions, slot_of, block_of, query[:, 0], *new, *cache)

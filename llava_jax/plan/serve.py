@@ -112,9 +112,9 @@ class _Server:
         self.graph, shapes = abstract_params(self.model, "bfloat16", attention)
         shardings = sharding.parameter_shardings({path: x.shape for path, x in shapes.items()}, self.mesh)
         self.parameters = {path: self.array(x.shape, "bfloat16", shardings[path]) for path, x in shapes.items()}
-        if quantize:
-            self.parameters |= {path: abstract_quantized(path, x, "int8_matrices")
-                                for path, x in self.parameters.items() if is_quantizable(path)}
+        kind = "int8_matrices" if quantize else "matrices"  # as llava_jax.load stores them
+        self.parameters |= {path: abstract_quantized(path, x, kind)
+                            for path, x in self.parameters.items() if is_quantizable(path)}
         self.decoder_bytes = device_bytes({
             path: x for path, x in self.parameters.items()
             if path.startswith("decoder/") and (model.text.tie_word_embeddings or path != "decoder/embedding")})

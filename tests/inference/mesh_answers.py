@@ -1,18 +1,23 @@
 """Answers and likelihoods of a model on each of several meshes: `mesh_answers.py OUT MODEL R,F,T ...` (or `none`)."""
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 import llava_jax
 from llava_jax import config
+from llava_jax.inference import llava as inference
 from llava_jax.inference.decode import NO_TOKEN
 from llava_jax.inference.llava import Request
 from llava_jax.inference.slots import PromptChunk, SlotEngine, SlotRequest
+from llava_jax.models import layers, slot_kernel
+from llava_jax.models.llava import AttentionChoice
 from llava_jax.parallel import sharding
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 
@@ -36,6 +41,15 @@ def in_slots(llava, requests, cache_dtype) -> list[list[int]]:
     return [[token for token in rows[slot] if token != NO_TOKEN] for slot in slots]
 
 
+def in_kernels(model, mesh, requests, **options) -> list[list[int]]:
+    """`in_slots`, decoded by the kernels for TPUs, which Pallas interprets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "choose_attention", lambda *_: AttentionChoice("splash", "xla"))
+        for module, name in ((slot_kernel, "attend_slots"), (layers, "layer_matmul")):
+            patch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+        return in_slots(llava_jax.load(model, "float32", mesh=mesh, **options), requests, None)
+
+
 def main(out: str, model: str, *meshes: str) -> None:
     rng, requests = np.random.default_rng(0), []
     for i in range(5):
@@ -51,7 +65,11 @@ def main(out: str, model: str, *meshes: str) -> None:
         found[sizes] = {"slots": {str(name): in_slots(llava, requests[:2], name) for name in (None, "int8")}
                         } if mesh is None or mesh.shape["tensor"] == mesh.size else {}
         if mesh is not None and found[sizes]:
+            found[sizes]["kernels"] = in_kernels(model, mesh, requests[:2])
+            found[sizes]["int8 kernels"] = in_kernels(model, mesh, requests[:2], quantize="int8")
             continue
+        if mesh is None:
+            found[sizes]["int8 slots"] = in_slots(llava_jax.load(model, "float32", quantize="int8"), requests[:2], None)
         answers = llava.batch(requests, batch_size=4)
         devices = {len(x.sharding.device_set) for x in llava.parameters.values()}
         shares = min(x.addressable_shards[0].data.size / x.size for x in llava.parameters.values())

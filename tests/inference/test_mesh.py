@@ -32,7 +32,10 @@ def test_a_mesh_answers_as_one_device(model_dir, tmp_path):
     one = json.loads((tmp_path / "one").read_text())["none"]
     assert len({tuple(tokens) for tokens in one["tokens"]}) == 5
     eight = answers(tmp_path / "eight", model_dir, "2,2,2", "1,1,2")
-    assert eight.pop("1,1,2")["slots"] == one["slots"]
+    two = eight.pop("1,1,2")
+    assert two["slots"] == one["slots"]
+    assert two["kernels"] == one["slots"]["None"]
+    assert two["int8 kernels"] == one["int8 slots"]
     assert one["slots"]["None"] == one["tokens"][:2]
     for sizes, found in eight.items():
         assert found["tokens"] == one["tokens"], sizes
