@@ -70,18 +70,19 @@ class Kernel:
     bytes: float
     """Bytes of HBM that the kernel states."""
 
-    has_dynamic_grid: bool
-    """Whether the number of steps is known only at run time."""
+    max_steps: int
+    """Number of steps of a dynamic grid, which is known only at run time, at most; 0 for a static grid."""
 
     def seconds(self, chip: topologies.Chip, steps: int = 1) -> float:
         """Returns the time on one device, of `steps` if the grid is dynamic.
 
-        What the kernel states is a lower bound at the chip's peaks.
+        What the kernel states, of a dynamic grid for the most steps, is a lower bound at the chip's peaks.
         """
         stated = chip.devices * max(self.flops / chip.flops, self.bytes / chip.bandwidth)
+        stated *= steps / self.max_steps if self.max_steps else 1
         if (cost := measure(chip, self.job)) is None:
             return stated
-        cycles = steps * cost.bundles if self.has_dynamic_grid else cost.cycles(self.active)
+        cycles = steps * cost.bundles if self.max_steps else cost.cycles(self.active)
         return max(stated, cycles / chip.clock)
 
 
@@ -96,10 +97,12 @@ def kernel(instruction: Instruction, computation: Computation) -> Kernel:
     shapes = [[(DTYPES[array.dtype], array.dims) for array in arrays] for arrays in (
         [operand.shape[0] for operand in computation.operands(instruction)], instruction.shape)]
     job = json.dumps({"operands": shapes[0], "results": shapes[1], "config": {"custom_call_config": config}})
-    has_dynamic_grid = shapes[0][:1] == [("int32", ())]  # its length is the first operand
+    # The length of a dynamic grid is the first operand. A table of the others has an entry for each step.
+    tables = [dims[0] for dtype, dims in shapes[0] if dtype == "int32" and len(dims) == 1]
+    max_steps = max(tables, default=1) if shapes[0][:1] == [("int32", ())] else 0
     stated = (float(instruction.attribute(rf'"cost_estimate":\{{[^}}]*"{name}":"?(\d+)') or 0)
               for name in ("flops", "bytes_accessed"))
-    return Kernel(job, active_share(instruction, computation), *stated, has_dynamic_grid)
+    return Kernel(job, active_share(instruction, computation), *stated, max_steps)
 
 
 def active_share(kernel: Instruction, computation: Computation) -> float:

@@ -18,6 +18,7 @@ from llava_jax.inference.slots import CHUNK_TOKENS, MAX_BATCH_TOKENS, MAX_ROWS
 from llava_jax.models.llava import LlavaConfig, abstract_params, choose_attention, from_params
 from llava_jax.models.quantized import abstract_quantized, is_quantizable
 from llava_jax.models.slot_cache import BLOCK, SlotCache
+from llava_jax.models.slot_kernel import block_size
 from llava_jax.parallel import sharding
 from llava_jax.plan.replay import Loop, Times, profile, times
 from llava_jax.plan.step import Memory, Program, compile_program, device_bytes
@@ -64,8 +65,8 @@ class Serving:
     """One token in every slot, with contexts that are full."""
     decode_half: Phase
     """The same with half of the context filled."""
-    needed: int
-    """Lower bound of the bytes of HBM that one device reads in `decode`: the weights and the cache, once."""
+    weight_bytes: int
+    """Bytes of the decoder's weights on one device."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -94,10 +95,13 @@ class Serving:
     def first_token_seconds(self) -> float:
         return sum(phase.times.step for phase in self.prompt)
 
-    @property
-    def bandwidth(self) -> float:
-        """Share of the HBM bandwidth that `needed` takes in the predicted time of `decode`."""
-        return self.needed * self.where.chip.devices / self.where.chip.bandwidth / self.decode.times.step
+    def bandwidth(self, phase: Phase, filled: float) -> float:
+        """Returns the share of the HBM bandwidth that reading weights and cache once takes in the time of a step.
+
+        `filled`: share of the context that is filled.
+        """
+        needed = self.weight_bytes + filled * self.slots * self.slot_bytes
+        return needed * self.where.chip.devices / self.where.chip.bandwidth / phase.times.step
 
 
 class _Server:
@@ -217,10 +221,12 @@ def _plan(server: _Server, slots: int, context: int, slot_bytes: int, prompt_tok
     program = server.decode(state)
     # Only the loop over tokens counts, as one round: its length is known at run time, and what is around it runs once
     # for many tokens.
-    full, half = (_phase("decode", server.where, program, (1, _blocks(filled)), loop_only=True)
+    with jax.set_mesh(server.mesh):
+        block = block_size(state.cache)
+    full, half = (_phase("decode", server.where, program, (1,), slots * -(-filled // block))
                   for filled in (context, context // 2))
     return Serving(server.where, slots, context, slot_bytes, prompt_tokens, tuple(prompt), batch, full, half,
-                   server.decoder_bytes + slots * slot_bytes)
+                   server.decoder_bytes)
 
 
 def _chunks(tokens: int, largest: int) -> Iterator[tuple[int, int]]:
@@ -233,8 +239,9 @@ def _blocks(filled: int) -> int:
     return -(-filled // BLOCK)
 
 
-def _phase(name: str, where: Slice, program: Program, rounds: tuple[int, ...], loop_only: bool = False) -> Phase:
+def _phase(name: str, where: Slice, program: Program, rounds: tuple[int, ...], decode_steps: int = 0) -> Phase:
+    """Returns a phase. `decode_steps`: number of steps of decode's kernel, whose loop over tokens alone counts."""
     found = profile(program.hlo, program.slices, rounds) if program.hlo else None
-    if found and loop_only:
+    if found and decode_steps:
         found = dataclasses.replace(found, schedule=tuple(step for step in found.schedule if isinstance(step, Loop)))
-    return Phase(name, program.memory, times(found, where) if found else None, program.seconds)
+    return Phase(name, program.memory, times(found, where, decode_steps) if found else None, program.seconds)

@@ -132,10 +132,11 @@ def serving_text(plan: Serving) -> str:
     lines += ["", _row("tokens/s per chip, contexts full", f"{plan.tokens_per_second(plan.decode):,.0f}",
                        f"predicted, {slots} decode"),
               _row("  half full", f"{plan.tokens_per_second(plan.decode_half):,.0f}")]
-    for name, phase in (("a step of decode, full", plan.decode), ("  half full", plan.decode_half)):
-        lines.append(_row(name, _seconds(phase.times.step), _shares(phase)))
-    lines += [_row("  of the HBM bandwidth", f"{100 * plan.bandwidth:.0f} %", "full; weights and cache read once"), "",
-              _row("first token", _seconds(plan.first_token_seconds),
+    for name, phase, filled in (("a step of decode, full", plan.decode, 1), ("  half full", plan.decode_half, 0.5)):
+        lines += [_row(name, _seconds(phase.times.step), _shares(phase)),
+                  _row("  of the HBM bandwidth", f"{100 * plan.bandwidth(phase, filled):.0f} %",
+                       "weights and cache read once")]
+    lines += ["", _row("first token", _seconds(plan.first_token_seconds),
                    f"predicted, {plan.prompt_tokens:,} tokens, one image, no other prompts")]
     lines += [_row(f"  {phase.name}", _seconds(phase.times.step), _shares(phase)) for phase in plan.prompt]
     return "\n".join([*lines, _row(plan.batch.name, _seconds(plan.batch.times.step), "full; between two decode steps")])
@@ -156,7 +157,9 @@ def serving_data(plan: Serving) -> dict:
     return result if not plan.fits else result | {
         "tokens_per_second_per_chip": plan.tokens_per_second(plan.decode),
         "tokens_per_second_per_chip_half_full": plan.tokens_per_second(plan.decode_half),
-        "hbm_bandwidth_fraction": plan.bandwidth, "first_token_seconds": plan.first_token_seconds,
+        "hbm_bandwidth_fraction": plan.bandwidth(plan.decode, 1),
+        "hbm_bandwidth_fraction_half_full": plan.bandwidth(plan.decode_half, 0.5),
+        "first_token_seconds": plan.first_token_seconds,
     }
 
 

@@ -101,7 +101,7 @@ def test_cycles_are_summed_over_nested_loops_of_any_step():
 def test_a_kernel_whose_text_spans_lines_has_no_cycles_and_states_its_flops():
     op, = profile(MODULE, [0] * 16).kernels
     assert op.times == 15 and op.cycles == 0 and (op.kernel.flops, op.kernel.bytes) == (7000, 90)
-    assert not op.kernel.has_dynamic_grid
+    assert not op.kernel.max_steps
     assert json.loads(op.kernel.job)["operands"] == [
         ["int8", [1, 2, 2]], ["bfloat16", [2, 128, 64]], *[["bfloat16", [2, 128, 64]]] * 2]
     assert op.kernel.active == 3 / 4  # of 2 x 2 blocks, those on and below the diagonal

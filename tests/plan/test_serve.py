@@ -7,6 +7,7 @@ import pytest
 
 from llava_jax.config import Lora
 from llava_jax.errors import UserError
+from llava_jax.models import slot_kernel
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.quantized import is_quantizable
 from llava_jax.plan import serve, show
@@ -31,7 +32,8 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.slow
-def test_bytes_and_rates_of_a_server(needs_libtpu, tiny):
+def test_bytes_and_rates_of_a_server(needs_libtpu, tiny, monkeypatch):
+    monkeypatch.setattr(slot_kernel, "MAX_BLOCK_BYTES", 0)  # blocks of 128 positions
     model, _ = planned_config(tiny.model)
     plan = plan_serving(model, parse("v5e-1"), slots=4, context=256)
     shapes, text = abstract_params(model)[1], model.text
@@ -39,18 +41,20 @@ def test_bytes_and_rates_of_a_server(needs_libtpu, tiny):
     assert plan.slot_bytes == 2 * 2 * text.num_layers * 256 * text.num_kv_heads * text.head_dim
     # A token needs every weight of the decoder but the table of embeddings, and the whole cache.
     weights = sum(x.size for path, x in shapes.items() if path.startswith("decoder/") and path != "decoder/embedding")
-    assert plan.needed == 2 * weights + 4 * plan.slot_bytes
+    assert plan.weight_bytes == 2 * weights
     assert plan.tokens_per_second(plan.decode) == 4 / plan.decode.times.step
-    assert plan.bandwidth == pytest.approx(plan.needed / 819e9 / plan.decode.times.step)
-    assert 0 < plan.bandwidth < 1
+    needed = 2 * weights + 4 * plan.slot_bytes
+    assert plan.bandwidth(plan.decode, 1) == pytest.approx(needed / 819e9 / plan.decode.times.step)
+    assert 0 < plan.bandwidth(plan.decode, 1) < 1
     # A full context has two blocks of keys, half of it one.
-    assert plan.decode_half.times.cycles < plan.decode.times.cycles < 2 * plan.decode_half.times.cycles
+    assert plan.decode_half.times.kernels < plan.decode.times.kernels <= 2 * plan.decode_half.times.kernels
+    assert plan.decode_half.times.cycles == plan.decode.times.cycles
     # 4 tokens of the image and 64 of text are one chunk of 128.
     assert [phase.name for phase in plan.prompt] == ["vision tower", "chunk of 128 tokens"]
     assert plan.first_token_seconds == sum(phase.times.step for phase in plan.prompt)
     assert plan.fits and plan.possible_slots > 1000
     assert "tokens/s per chip, contexts full" in show.serving_text(plan)
-    assert show.serving_data(plan)["hbm_bandwidth_fraction"] == plan.bandwidth
+    assert show.serving_data(plan)["hbm_bandwidth_fraction"] == plan.bandwidth(plan.decode, 1)
 
 
 @pytest.mark.slow
