@@ -216,11 +216,16 @@ def test_the_compiler_knows_the_options_of_every_generation(needs_libtpu, capsys
     assert not capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_step_keeps_its_options_when_a_plan_compiles_it(needs_libtpu, tiny):
-    where, (model, _) = parse_slice("v6e-4"), planned_config(tiny.model)
-    program = compile_step(tiny, "instruct", where, plan_mesh(tiny, where, model), model)
-    assert 'execution_thread="sparsecore"' in program.hlo
+def test_a_plan_keeps_the_options_of_the_jitted_function(needs_libtpu):
+    where = parse_slice("v6e-4")
+    mesh = sharding.make_mesh(config.Mesh(), where.jax_devices())
+    x = jax.ShapeDtypeStruct((4096, 4096), "bfloat16", sharding=NamedSharding(mesh, P("fsdp")))
+    found = []
+    for options in (None, compiler.compiler_options(mesh)):
+        lowered = jax.jit(lambda x, y: x @ y, compiler_options=options, out_shardings=x.sharding).lower(x, x)
+        program = compile_program(lowered, dict.fromkeys(("trained", "frozen", "optimizer", "batch"), 0), where, mesh)
+        found.append('execution_thread="sparsecore"' in program.hlo)
+    assert found == [False, True]
 
 
 def test_options_that_the_compiler_does_not_know_are_left_out_with_a_line(needs_libtpu, capsys, monkeypatch):
