@@ -1,9 +1,10 @@
 """Measures what 8 bits change in the logits of a decoder: kernels (`quantize="int8"`), cache (`--kv-cache int8`), both.
 
-    python scripts/bench_quantized.py [--layers 4] [--tokens 512]
+    python scripts/bench_quantized.py [--width 4096] [--layers 4] [--tokens 256]
 
-The decoder has the widths of LLaVA-1.5-7B and random weights, in float32. Every position's logits are compared with
-those without quantisation. Random weights know no likely token: a trained model's choices differ more seldom.
+The decoder has the proportions of LLaVA-1.5-7B, whose width is 4,096, and random weights, in float32. Every position's
+logits are compared with those without quantisation. Random weights know no likely token: a trained model's choices
+differ more seldom.
 """
 
 import argparse
@@ -22,10 +23,13 @@ from llava_jax.models.slot_cache import SlotAttention, SlotCache
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=4096, help="hidden_size, a multiple of 128")
     parser.add_argument("--layers", type=int, default=4, help="number of layers")
-    parser.add_argument("--tokens", type=int, default=512, help="number of positions")
+    parser.add_argument("--tokens", type=int, default=256, help="number of positions, a multiple of 128")
     args = parser.parse_args()
-    config = dataclasses.replace(LlamaConfig(), num_layers=args.layers)
+    heads = args.width // 128
+    config = dataclasses.replace(LlamaConfig(), num_layers=args.layers, hidden_size=args.width, num_heads=heads,
+                                 num_kv_heads=heads, intermediate_size=args.width * 43 // 16)
     graph, shapes = to_params(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     parameters = random_weights(shapes)
     tokens = jnp.asarray(np.random.default_rng(1).integers(3, config.vocab_size, (1, args.tokens)), jnp.int32)
