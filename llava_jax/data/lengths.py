@@ -28,8 +28,9 @@ VERSION = 1
 """Version of the files. It changes when a conversation gets other tokens, or an image other tiles."""
 EXCHANGED_RECORDS = 2**18
 """Largest number of records whose lengths one message contains."""
-TRANSIENT = ("missing_image", "broken_image")
-"""Reasons that are not stored, because image files can be mended without a change of the data file."""
+TRANSIENT = ("missing_image", "broken_image", "too_long", "malformed")
+"""Reasons that are not stored, because they can change without a change that the hash notices. Image files can be
+mended or made smaller, and damaged shards of a TFDS data set replaced."""
 
 Allgather = Callable[[str, Any], list]
 """Function that returns the value of every process, as `parallel.processes.allgather_object` does."""

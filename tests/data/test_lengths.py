@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from pipeline_data import LENGTH, SIZE, packed_rows, png, settings, write_file, write_rows
 
 from llava_jax.data import lengths as module
@@ -84,7 +85,7 @@ def same_rows(one, other) -> bool:
 def test_hosts_read_their_share_and_their_rows(tmp_path, count):
     """Two epochs of each host: its share of the lengths is read once, the records of its sequences once an epoch."""
     rows = write_rows(tmp_path, 75)
-    rows[11] = {"id": 11, "conversations": []}
+    rows[11]["image"].append("one-too-many.png")
     rows[40]["image"] = ["gone.png"] * len(rows[40]["image"])
     source, options = write_file(tmp_path, rows), dict(epochs=2, bad_rows="skip", shuffle=True)
     alone = list(Batches(batch_size=24, **settings(source, **options)))
@@ -271,14 +272,42 @@ def test_images_may_be_mended_and_must_not_change(tmp_path):
             list(packed_rows(**settings(source, **options)))
 
 
+def test_a_row_whose_image_was_made_smaller_is_used(tmp_path):
+    processor = ImageProcessor(SIZE, "anyres", patches=2, pinpoints=((SIZE, SIZE), (2 * SIZE, 2 * SIZE)))
+    source = write_file(tmp_path, write_rows(tmp_path, 3, images=[1]))
+    for side, skipped in ((2 * SIZE, 3), (SIZE, 0)):  # 5 tiles, then 2
+        for number in range(3):
+            Image.new("RGB", (side, side)).save(tmp_path / f"{number}-0.png")
+        options = settings(source, processor=processor, bad_rows="skip", tiles_per_sequence=4)
+        Batches(batch_size=1, **options).count_rows()
+        assert (Lengths(options["spec"])[range(3)][:, 0] > 0).sum() == 3 - skipped
+
+
+def test_a_damaged_shard_may_be_replaced(tmp_path):
+    pytest.importorskip("array_record")
+    from llava_jax.prepare.pack import Pack
+
+    write_file(tmp_path, write_rows(tmp_path, 8))
+    assert Pack(data=str(tmp_path / "data.json"), out=str(tmp_path / "packed"), workers=0).run() == 0
+    [shard] = (tmp_path / "packed").glob("*.array_record-*")
+    content = shard.read_bytes()
+    place = content.index(b"conversations") + 40
+    shard.write_bytes(content[:place] + bytes(8) + content[place + 8 :])
+    for skipped in (1, 0):
+        options = settings(open_source(tmp_path / "packed"), bad_rows="skip")
+        Batches(batch_size=1, **options).count_rows()
+        assert (Batches(batch_size=1, **options).lengths[range(8)][:, 0] > 0).sum() == 8 - skipped
+        shard.write_bytes(content)
+
+
 def test_bad_rows_are_stored_and_still_an_error_where_they_are_one(tmp_path):
     rows = write_rows(tmp_path, 12)
-    rows[3] = {"id": 3, "conversations": []}
+    rows[3]["image"].append("one-too-many.png")
     source = CountingSource(write_file(tmp_path, rows))
     Batches(batch_size=1, **settings(source, bad_rows="skip")).count_rows()
     source.reads.clear()
     skips = Batches(batch_size=1, **settings(source, bad_rows="skip")).lengths[3]
-    assert skips.tolist() == [-1 - module.REASONS.index("malformed"), 0] and not source.reads
+    assert skips.tolist() == [-1 - module.REASONS.index("image_count"), 0] and not source.reads
     with pytest.raises(UserError, match="row 4"):
         list(packed_rows(**settings(source, epochs=1)))
 
