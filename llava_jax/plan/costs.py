@@ -1,6 +1,5 @@
 """Finds the collectives of optimised HLO, and what they send."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -84,9 +83,9 @@ def collective(instruction: Instruction, computation: Computation, slices: Seque
         arrays = [array for shape in reads for array in shape]
     if kind == "all-reduce" and _is_sliced(instruction, computation):
         kind = "reduce-scatter"
-    groups = replica_groups(instruction, len(slices))
-    spans = {slices[device] for device in groups[0]}
-    return Collective(kind, sum(array.bytes for array in arrays), len(groups[0]), len(spans), channel)
+    group = first_group(instruction, len(slices))
+    spans = {slices[device] for device in group}
+    return Collective(kind, sum(array.bytes for array in arrays), len(group), len(spans), channel)
 
 
 def _is_sliced(reduction: Instruction, computation: Computation) -> bool:
@@ -95,43 +94,26 @@ def _is_sliced(reduction: Instruction, computation: Computation) -> bool:
     return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
-def replica_groups(instruction: Instruction, devices: int) -> np.ndarray:
-    """Returns the groups of devices of a collective, [groups, members], from any of HLO's notations."""
+def first_group(instruction: Instruction, devices: int) -> list[int]:
+    """Returns the devices of the first group of a collective, of which all groups have as many."""
     text = instruction.attributes
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
-        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
-        names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
-        order = re.search(r"device_ids=\(([^)]*)\)|device_ids=\[([^\]]*)\]", text)
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        if order and (listed := _numbers(order[1] or order[2])):
-            ids = np.array(listed).reshape(sizes)
-        return _over_axes(ids, names, re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2]))
+        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])]
+        strides = {name: math.prod(size for _, size in axes[i + 1 :]) for i, (name, _) in enumerate(axes)}
+        group = [0]
+        # `:(m)k` of an axis is its part of size k that has m before it.
+        for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2]):
+            size = dict(axes)[name]
+            count = int(part or size)
+            stride = strides[name] * size // (int(before or 1) * count)
+            group = [first + i * stride for first in group for i in range(count)]
+        ids = _numbers(instruction.attribute(r"device_ids=[(\[]([\d,]+)[)\]]"))
+        return [ids[i] for i in group] if ids else group
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        ids = np.arange(math.prod(_numbers(found[2]))).reshape(_numbers(found[2]))
-        return (ids.transpose(_numbers(found[3])) if found[3] else ids).reshape(_numbers(found[1]))
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text):
-        return np.array(json.loads(found[1].replace("{", "[").replace("}", "]").join("[]")))
-    return np.arange(devices)[None]
-
-
-def _over_axes(ids: np.ndarray, names: list[str], chosen: list[tuple[str, str, str]]) -> np.ndarray:
-    """Returns groups along some axes of a mesh. `:(m)k` of an axis is its part of size k that has m before it."""
-    shape, labels = [], []
-    for name, size in zip(names, ids.shape, strict=True):
-        parts = sorted((int(before), int(part)) for other, before, part in chosen if other == name and part)
-        if not parts:
-            shape, labels = [*shape, size], [*labels, (name, None)]
-            continue
-        done = 1
-        for before, part in parts:
-            shape += [before // done, part]
-            labels += [(name, "rest"), (name, before)]
-            done = before * part
-        shape, labels = [*shape, size // done], [*labels, (name, "rest")]
-    wanted = [(name, int(before) if part else None) for name, before, part in chosen]
-    inside = [labels.index(label) for label in wanted]
-    outside = [axis for axis in range(len(labels)) if axis not in inside]
-    return ids.reshape(shape).transpose(outside + inside).reshape(-1, math.prod(shape[axis] for axis in inside))
+        ids = np.arange(devices).reshape(_numbers(found[2]))
+        return ids.transpose(_numbers(found[3]) or None).reshape(_numbers(found[1]))[0].tolist()
+    found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", text)
+    return _numbers(found[1]) if found else list(range(devices))
 
 
 def _numbers(text: str | None) -> list[int]:

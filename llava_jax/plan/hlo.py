@@ -87,6 +87,19 @@ class Module:
     computations: dict[str, Computation]
     entry: Computation
 
+    def trip_count(self, loop: Instruction) -> int | None:
+        """Returns the rounds of a `while`, or None if its condition is none of a counter and one constant.
+
+        Counters of JAX's loops start at 0 and grow by 1.
+        """
+        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+        inside = [*condition.instructions.values()]
+        if condition.root.calls:
+            inside += self.computations[condition.root.calls].instructions.values()
+        bounds = [each.attributes for each in inside if each.opcode == "constant"]
+        directions = [each.attribute(r"direction=(\w+)") for each in inside if each.opcode == "compare"]
+        return int(bounds[0]) if len(bounds) == 1 and directions == ["LT"] else None
+
 
 def parse(text: str) -> Module:
     """Parses a module. Raises UserError if the text has no entry computation."""

@@ -1,13 +1,9 @@
 """Finds the cycles of Pallas kernels, to which optimised HLO gives none, from the TPU compiler's own schedule.
 
-    python -m llava_jax.plan.kernels step.after_codegen.txt --topology v5e-1
-
 Every different kernel of a program is compiled alone, for one device. libtpu takes the flags that dump its schedule
-from LIBTPU_INIT_ARGS only, so that happens in another process. A kernel takes some seconds. From Python, for any
-jitted function: `kernels.table(program.hlo, where)`, where `program` is that of `step.compile_program`.
+from LIBTPU_INIT_ARGS only, so that happens in another process, which runs this module. A kernel takes some seconds.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -17,17 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from llava_jax import cli
 from llava_jax.plan import topologies
-from llava_jax.plan.hlo import Computation, Instruction, parse
+from llava_jax.plan.hlo import Computation, Instruction
 
 TARGET = 'custom_call_target="tpu_custom_call"'
-SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")
 STATIC_SECONDS = 180
 """Seconds after which the static profile of a kernel is given up. It simulates every round of a loop."""
 
@@ -47,14 +40,13 @@ class KernelCost:
     bundles: int
     """Instruction bundles of one step of the grid if all its branches run. The core issues one in a cycle."""
     static: int | None
-    """Cycles of all steps by the compiler's static profile, which runs loops and models DMA. It reads zeros from
-    memory, so that branches that depend on tables are not taken. None if the profile does not know an instruction."""
+    """Cycles of all steps by the compiler's static profile, which runs loops and models DMA. None if the profile does
+    not know an instruction."""
 
-    def cycles(self, active: float = 0.0) -> float:
-        """Returns the cycles of all steps. `active`: share of the steps whose branches run because of a table."""
-        if self.static is None:
-            return self.grid * self.bundles
-        return self.static * (1 - active) + active * max(self.grid * self.bundles, self.static)
+    @property
+    def cycles(self) -> int:
+        """Cycles of all steps."""
+        return self.grid * self.bundles if self.static is None else self.static
 
 
 @dataclass(frozen=True)
@@ -63,13 +55,10 @@ class Kernel:
 
     job: str
     """Shapes and configuration as JSON, from which it is compiled alone."""
-    active: float
-    """Share of the steps of its grid that compute something; 0 if no table decides that."""
     flops: float
     """Operations that the kernel states; 0 if it states none."""
     bytes: float
     """Bytes of HBM that the kernel states."""
-
     max_steps: int
     """Number of steps of a dynamic grid, which is known only at run time, at most; 0 for a static grid."""
 
@@ -82,7 +71,7 @@ class Kernel:
         stated *= steps / self.max_steps if self.max_steps else 1
         if (cost := measure(chip, self.job)) is None:
             return stated
-        cycles = steps * cost.bundles if self.max_steps else cost.cycles(self.active)
+        cycles = steps * cost.bundles if self.max_steps else cost.cycles
         return max(stated, cycles / chip.clock)
 
 
@@ -102,21 +91,7 @@ def kernel(instruction: Instruction, computation: Computation) -> Kernel:
     max_steps = max(tables, default=1) if shapes[0][:1] == [("int32", ())] else 0
     stated = (float(instruction.attribute(rf'"cost_estimate":\{{[^}}]*"{name}":"?(\d+)') or 0)
               for name in ("flops", "bytes_accessed"))
-    return Kernel(job, active_share(instruction, computation), *stated, max_steps)
-
-
-def active_share(kernel: Instruction, computation: Computation) -> float:
-    """Returns the share of the grid of JAX's splash attention that a causal mask leaves; 0 for other kernels.
-
-    Such a kernel computes the blocks on and below the diagonal. It has int8 tables of the blocks among its operands.
-    """
-    tables = [operand.shape[0] for operand in computation.operands(kernel)
-              if operand.shape[0].dtype == "s8" and len(operand.shape[0].dims) == 3]
-    if not SPLASH.search(kernel.op_name + kernel.name) or not tables:
-        return 0.0
-    rows, columns = tables[0].dims[-2:]
-    below = sum(min(columns, -(-(row + 1) * columns // rows)) for row in range(rows))
-    return below / (rows * columns)
+    return Kernel(job, *stated, max_steps)
 
 
 @lru_cache(maxsize=256)
@@ -128,7 +103,7 @@ def measure(chip: topologies.Chip, job: str) -> KernelCost | None:
         with tempfile.TemporaryDirectory(prefix="llava_jax_kernel_") as folder:
             flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
             flags += f" --xla_jf_dump_static_llo_profile_to={folder}" * static
-            command = [sys.executable, "-m", "llava_jax.plan.kernels", "--compile", chip.kind]
+            command = [sys.executable, "-m", "llava_jax.plan.kernels", chip.kind]
             try:
                 done = subprocess.run(command, input=job, env=os.environ | {"LIBTPU_INIT_ARGS": flags},
                                       capture_output=True, text=True, timeout=STATIC_SECONDS if static else None)
@@ -194,28 +169,5 @@ def compile_kernel(kind: str) -> None:
     jax.jit(lambda *operands: call(*operands)).lower(*operands).compile()
 
 
-def table(hlo: str, where: topologies.Slice) -> Iterable[str]:
-    """Yields lines with the costs of the kernels of a program, as they occur in its text."""
-    yield f"{'kernel':<48}{'grid':>8}{'bundles':>9}{'static':>12}{'active':>8}{'ms':>9}"
-    for computation in parse(hlo).computations.values():
-        for instruction in filter(is_kernel, computation.instructions.values()):
-            found = kernel(instruction, computation)
-            if cost := measure(where.chip, found.job):
-                yield (f"{instruction.name:<48}{cost.grid:>8,}{cost.bundles:>9,}{cost.static or '':>12}"
-                       f"{found.active:>8.2f}{1e3 * found.seconds(where.chip):>9.3f}")
-
-
-def main(args: list[str]) -> int:
-    options = argparse.ArgumentParser(prog="python -m llava_jax.plan.kernels")
-    options.add_argument("hlo", help="text of an optimised program, such as *.after_codegen.txt of xla_dump_to")
-    options.add_argument("--topology", default="v5e-1", help="slice, of which one device counts")
-    found = options.parse_args(args)
-    print("\n".join(table(Path(found.hlo).read_text(), topologies.parse(found.topology))))
-    return 0
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--compile"]:
-        compile_kernel(sys.argv[2])
-    else:
-        cli.run(main)
+    compile_kernel(sys.argv[1])

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from llava_jax.plan import costs, kernels
 from llava_jax.plan.hlo import Computation, Instruction, Module, parse
-from llava_jax.plan.loops import Value, trip_count
 from llava_jax.plan.topologies import Slice
 
 PARTS = ("vision", "projector", "decoder", "loss", "optimizer")
@@ -131,7 +130,7 @@ def profile(text: str, slices: Sequence[int], rounds: Sequence[int] = ()) -> Pro
     `rounds`: rounds of loops whose length is known only at run time, of the outermost first. Further ones count once.
     """
     module = parse(text)
-    schedule = tuple(_executed(module, module.entry, 1, (), slices, [], rounds))
+    schedule = tuple(_executed(module, module.entry, 1, (), slices, rounds))
     # XLA may spread a collective over several fusions, or over the rounds of a loop. All pieces have its channel. It
     # is counted in the piece that runs least often, which starts it.
     first: dict[tuple, Op] = {}
@@ -194,20 +193,18 @@ def _flat(schedule: Sequence[Op | Loop]) -> Iterator[Op]:
 
 
 def _executed(module: Module, computation: Computation, runs: int, loops: tuple[str, ...], slices: Sequence[int],
-              arguments: list[Value], unknown: Sequence[int]) -> Iterator[Op | Loop]:
+              unknown: Sequence[int]) -> Iterator[Op | Loop]:
     """Yields what a computation executes, calls included."""
     for instruction in computation.instructions.values():
         opcode, called = instruction.opcode, instruction.calls
         if opcode == "while":
             body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)")]
-            rounds, state = trip_count(module, computation, instruction, arguments)
             further = unknown
-            if rounds is None:
-                rounds, further = (unknown[0], unknown[1:]) if unknown else (1, ())
-            yield Loop(rounds, tuple(_executed(module, body, runs * rounds, (*loops, body.name), slices, [state],
-                                               further)))
+            if (rounds := module.trip_count(instruction)) is None:
+                rounds, *further = unknown or (1,)
+            yield Loop(rounds, tuple(_executed(module, body, runs * rounds, (*loops, body.name), slices, further)))
         elif opcode == "call" or opcode == "custom-call" and called in module.computations:
-            yield from _executed(module, module.computations[called], runs, loops, slices, [], unknown)
+            yield from _executed(module, module.computations[called], runs, loops, slices, unknown)
         elif opcode not in costs.FREE or costs.is_collective(instruction):
             yield _op(module, computation, instruction, runs, loops, slices)
 
