@@ -44,7 +44,7 @@ def attention(query, key, value, starts, cos, sin, g):
 
 
 def print_chip(kind: str, tokens: int, tiles: int) -> None:
-    where = topologies.parse(f"{kind}-{8 if topologies.CHIPS[kind].counts_cores else 1}")
+    where = topologies.parse(f"{kind}-{8 if topologies.CHIPS[kind].dimensions == 3 else 1}")
     array = jax.ShapeDtypeStruct
     heads, ids, rope = (array((1, tokens, HEADS, 128), "bfloat16"), array((1, tokens), "int32"),
                         array((1, tokens, 1, 128), "float32"))

@@ -14,11 +14,20 @@ import numpy as np
 
 from llava_jax.data.packing import WINDOW, pack
 from llava_jax.images import ImageProcessor
-from llava_jax.plan.data import MIX_665K, SYSTEM_TOKENS, draw
 
 DEVICES, BATCH = 8, 16
 VISUAL_TOKENS, MAX_TOKENS = ImageProcessor().features_per_tile, 2048
 TOKENS_PER_WORD = 1.35
+SYSTEM_TOKENS = 36
+"""Number of tokens of a conversation besides turns and images: the system text and the roles."""
+MIX_665K = (
+    ("conversations", 57_000, 1, 280, 90), ("descriptions", 23_000, 1, 150, 40), ("reasoning", 77_712, 1, 240, 60),
+    ("VQAv2", 82_783, 1, 100, 35), ("GQA", 72_140, 1, 220, 100), ("OKVQA", 8_998, 1, 45, 10),
+    ("OCR-VQA", 80_000, 1, 110, 25), ("A-OKVQA", 66_160, 1, 65, 12), ("TextCaps", 21_953, 1, 120, 60),
+    ("RefCOCO", 48_447, 1, 350, 200), ("VG", 86_417, 1, 550, 250), ("ShareGPT", 40_688, 0, 1000, 800),
+)
+"""Parts of LLaVA-1.5's mix: name, records, images of a record, and mean and standard deviation of its tokens without
+image. The counts are published. The tokens are estimates by kind of text."""
 
 
 def main() -> None:
@@ -47,9 +56,12 @@ def main() -> None:
 
 
 def made_up(rng: np.random.Generator, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws tokens, words and images of the records of LLaVA-1.5's mix, of which only the counts are published."""
-    text = draw(MIX_665K, scale, rng)
-    images = np.repeat([part[2] for part in MIX_665K], [round(part[1] * scale) for part in MIX_665K])
+    """Draws tokens, words and images of `scale` times the records of LLaVA-1.5's mix, log-normally distributed."""
+    counts = [round(records * scale) for _, records, *_ in MIX_665K]
+    spreads = [np.log(1 + (sd / mean) ** 2) for *_, mean, sd in MIX_665K]
+    text = np.concatenate([rng.lognormal(np.log(mean) - spread / 2, np.sqrt(spread), count)
+                           for (*_, mean, _), spread, count in zip(MIX_665K, spreads, counts, strict=True)])
+    images = np.repeat([part[2] for part in MIX_665K], counts)
     tokens = np.minimum(SYSTEM_TOKENS + text + VISUAL_TOKENS * images, MAX_TOKENS).astype(int)
     return tokens, np.maximum(text / TOKENS_PER_WORD, 1).astype(int), images
 

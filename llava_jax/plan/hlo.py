@@ -7,6 +7,7 @@ may continue on further lines, because a kernel's metadata contains line breaks.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from llava_jax.errors import UserError
 
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2,
               "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
+IDENTITIES = {"copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "opt-barrier"}
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _START = re.compile(r"  (ROOT )?%?([\w.\-]+) = (.*)", re.DOTALL)
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
@@ -79,6 +81,22 @@ class Computation:
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self.instructions[name] for name in instruction.operands if name in self.instructions]
 
+    def source(self, instruction: Instruction, state: Sequence[Instruction]) -> Instruction:
+        """Follows copies and tuples to the instruction that computes a value. `state`: sources of the parameter."""
+        while operands := self.operands(instruction):
+            if instruction.opcode == "get-tuple-element":
+                index, of = int(instruction.attribute(r"index=(\d+)")), self.source(operands[0], state)
+                if of.opcode == "parameter" and index < len(state):
+                    return state[index]
+                if of.opcode != "tuple":
+                    return instruction
+                instruction = self.instructions[of.operands[index]]
+            elif instruction.opcode in IDENTITIES:
+                instruction = operands[0]
+            else:
+                return instruction
+        return instruction
+
 
 @dataclass
 class Module:
@@ -87,18 +105,25 @@ class Module:
     computations: dict[str, Computation]
     entry: Computation
 
-    def trip_count(self, loop: Instruction) -> int | None:
+    def trip_count(self, loop: Instruction, state: Sequence[Instruction]) -> int | None:
         """Returns the rounds of a `while`, or None if its condition is none of a counter and one constant.
 
-        Counters of JAX's loops start at 0 and grow by 1.
+        The counter grows by 1, as in all of JAX's loops. XLA may have peeled the first rounds off.
+
+        Args:
+          state: sources of what the loop carries, on entry.
         """
         condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
         inside = [*condition.instructions.values()]
         if condition.root.calls:
             inside += self.computations[condition.root.calls].instructions.values()
         bounds = [each.attributes for each in inside if each.opcode == "constant"]
+        counters = [each.attribute(r"index=(\d+)") for each in inside if each.opcode == "get-tuple-element"]
         directions = [each.attribute(r"direction=(\w+)") for each in inside if each.opcode == "compare"]
-        return int(bounds[0]) if len(bounds) == 1 and directions == ["LT"] else None
+        if len(bounds) != 1 or len(counters) != 1 or directions != ["LT"]:
+            return None
+        start = state[int(counters[0])]
+        return max(0, int(bounds[0]) - int(start.attributes)) if start.opcode == "constant" else None
 
 
 def parse(text: str) -> Module:

@@ -160,7 +160,7 @@ def compile_kernel(kind: str) -> None:
     from jax.sharding import SingleDeviceSharding
 
     job = json.load(sys.stdin)
-    size = 8 if topologies.CHIPS[kind].counts_cores else 1
+    size = 8 if topologies.CHIPS[kind].dimensions == 3 else 1
     device = SingleDeviceSharding(topologies.parse(f"{kind}-{size}").jax_devices()[0])
     operands = [jax.ShapeDtypeStruct(dims, dtype, sharding=device) for dtype, dims in job["operands"]]
     results = [jax.ShapeDtypeStruct(dims, dtype) for dtype, dims in job["results"]]

@@ -124,13 +124,13 @@ class Profile:
         return +counts  # without zeros
 
 
-def profile(text: str, slices: Sequence[int], rounds: Sequence[int] = ()) -> Profile:
+def profile(text: str, slices: Sequence[int], rounds: int = 1) -> Profile:
     """Returns the profile of a module's text. `slices` has the slice of every device of the program.
 
-    `rounds`: rounds of loops whose length is known only at run time, of the outermost first. Further ones count once.
+    `rounds`: rounds of outer loops whose length is known only at run time. Such loops inside of them count once.
     """
     module = parse(text)
-    schedule = tuple(_executed(module, module.entry, 1, (), slices, rounds))
+    schedule = tuple(_executed(module, module.entry, 1, (), slices, (), rounds))
     # XLA may spread a collective over several fusions, or over the rounds of a loop. All pieces have its channel. It
     # is counted in the piece that runs least often, which starts it.
     first: dict[tuple, Op] = {}
@@ -193,38 +193,38 @@ def _flat(schedule: Sequence[Op | Loop]) -> Iterator[Op]:
 
 
 def _executed(module: Module, computation: Computation, runs: int, loops: tuple[str, ...], slices: Sequence[int],
-              unknown: Sequence[int]) -> Iterator[Op | Loop]:
+              state: Sequence[Instruction], unknown: int) -> Iterator[Op | Loop]:
     """Yields what a computation executes, calls included."""
     for instruction in computation.instructions.values():
         opcode, called = instruction.opcode, instruction.calls
         if opcode == "while":
             body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)")]
-            further = unknown
-            if (rounds := module.trip_count(instruction)) is None:
-                rounds, *further = unknown or (1,)
-            yield Loop(rounds, tuple(_executed(module, body, runs * rounds, (*loops, body.name), slices, further)))
+            entry = computation.source(computation.instructions[instruction.operands[0]], state)
+            carried = [computation.source(each, state) for each in computation.operands(entry)]
+            rounds, inner = module.trip_count(instruction, carried), unknown
+            if rounds is None:
+                rounds, inner = unknown, 1
+            yield Loop(rounds, tuple(_executed(module, body, runs * rounds, (*loops, body.name), slices, carried,
+                                               inner)))
         elif opcode == "call" or opcode == "custom-call" and called in module.computations:
-            yield from _executed(module, module.computations[called], runs, loops, slices, unknown)
+            yield from _executed(module, module.computations[called], runs, loops, slices, (), unknown)
         elif opcode not in costs.FREE or costs.is_collective(instruction):
             yield _op(module, computation, instruction, runs, loops, slices)
 
 
 def _op(module: Module, computation: Computation, instruction: Instruction, runs: int, loops: tuple[str, ...],
         slices: Sequence[int]) -> Op:
-    parts = list(_parts(module, computation, instruction))
-    found = tuple(filter(None, (costs.collective(*part, slices) for part in parts)))
     if kernels.is_kernel(instruction):
         return Op(instruction, runs, loops, (), kernel=kernels.kernel(instruction, computation))
+    start, ends = instruction, "-done" in instruction.opcode + instruction.name
     if instruction.opcode.endswith("-done"):
-        start = instruction
         while start is not None and "-start" not in start.opcode and start.opcode != "send":
             start = computation.instructions.get(start.operands[0]) if start.operands else None
-        starting = _parts(module, computation, start) if start else ()
-        ends = filter(None, (costs.collective(*part, slices) for part in starting))
-        return Op(instruction, runs, loops, (), tuple(collective.key for collective in ends))
-    done = "-done" in instruction.name
-    return Op(instruction, runs, loops, () if done else found,
-              tuple(collective.key for collective in found) if done else ())
+    parts = _parts(module, computation, start) if start else ()
+    found = tuple(filter(None, (costs.collective(*part, slices) for part in parts)))
+    if ends:
+        return Op(instruction, runs, loops, (), tuple(collective.key for collective in found))
+    return Op(instruction, runs, loops, found)
 
 
 def _parts(module: Module, computation: Computation, instruction: Instruction

@@ -1,7 +1,7 @@
 """Compiles the programs of a server's slots for the chips of one host: vision tower, chunks of prompts, decode."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -134,37 +134,37 @@ class _Server:
         return DecodeState(jax.tree.map(lambda x: self.array(x.shape, x.dtype, heads), cache), *[numbers] * 3,
                            Sampling(self.array((slots, 2), "uint32"), floats, floats))
 
-    def compile(self, function, *inputs, state: DecodeState, results: int = 1) -> Program:
-        """Compiles a function of parameters, state and inputs as SlotEngine does. `results`: their number."""
-        layouts = jax.tree.map(lambda x: x.sharding, state)
-        out = layouts if results == 1 else (layouts, *[self.everywhere] * (results - 1))
-        step = jax.jit(lambda parameters, *inputs: function(from_params(self.graph, parameters), *inputs),
-                       donate_argnums=1, out_shardings=out)
+    def compile(self, function, state: DecodeState, *inputs, results: int = 0) -> Program:
+        """Compiles a function as SlotEngine does.
+
+        `results`: number of results besides a new state; 0 for a function that does not use the state.
+        """
+        arguments, options = inputs, {}
+        if results:
+            layouts = jax.tree.map(lambda x: x.sharding, state)
+            arguments = state, *inputs
+            options = {"donate_argnums": 1, "out_shardings": (layouts, *[self.everywhere] * results)}
+        step = jax.jit(lambda parameters, *inputs: function(from_params(self.graph, parameters), *inputs), **options)
         parts = {"trained": 0, "frozen": device_bytes(self.parameters), "optimizer": 0,
                  "batch": device_bytes((state, inputs))}
         with jax.set_mesh(self.mesh):
-            return compile_program(step.lower(self.parameters, state, *inputs), parts, self.where, self.mesh)
+            return compile_program(step.lower(self.parameters, *arguments), parts, self.where, self.mesh)
 
     def tower(self, state: DecodeState, tiles: int) -> Program:
         side = self.model.vision.image_size
         images = self.array((1, tile_bucket(tiles), side, side, 3), "uint8")
-        step = jax.jit(lambda parameters, tiles: from_params(self.graph, parameters).visual_features(tiles)[0])
-        parts = {"trained": 0, "frozen": device_bytes(self.parameters), "optimizer": 0,
-                 "batch": device_bytes((state, images))}
-        with jax.set_mesh(self.mesh):
-            return compile_program(step.lower(self.parameters, images), parts, self.where, self.mesh)
+        return self.compile(lambda model, tiles: model.visual_features(tiles)[0], state, images)
 
     def chunks(self, state: DecodeState, rows: int, size: int) -> Program:
         numbers, floats = self.array((rows,), "int32"), self.array((rows,), "float32")
         inputs = (*[numbers] * 3, self.array((rows, size), "int32"),
                   self.array((rows, size, self.model.text.hidden_size), "bfloat16"), numbers,
                   Sampling(self.array((rows, 2), "uint32"), floats, floats))
-        return self.compile(lambda model, *inputs: write_chunks(model, *inputs, EOS_IDS), *inputs, state=state,
-                            results=3)
+        return self.compile(lambda model, *inputs: write_chunks(model, *inputs, EOS_IDS), state, *inputs, results=2)
 
     def decode(self, state: DecodeState) -> Program:
         inputs = self.array(state.token.shape, "bool"), self.array((), "int32")
-        return self.compile(lambda model, *inputs: decode(model, *inputs, EOS_IDS), *inputs, state=state, results=2)
+        return self.compile(lambda model, *inputs: decode(model, *inputs, EOS_IDS), state, *inputs, results=1)
 
 
 def plan_serving(model: LlavaConfig, where: Slice, slots: int | None, context: int, quantize: str | None = None,
@@ -210,38 +210,33 @@ def _whole(slots: int) -> int:
 
 def _plan(server: _Server, slots: int, context: int, slot_bytes: int, prompt_tokens: int, tiles: int) -> Serving:
     state, sizes = server.state(slots), [size for size in CHUNK_TOKENS if size < 2 * context]
-    prompt, programs = [_phase("vision tower", server.where, server.tower(state, tiles), ())], {}
-    for start, count in _chunks(prompt_tokens, sizes[-1]):
-        size = next(size for size in sizes if size >= count)
+    prompt, programs = [_phase("vision tower", server.where, server.tower(state, tiles))], {}
+    for start in range(0, prompt_tokens, sizes[-1]):
+        end = min(start + sizes[-1], prompt_tokens)
+        size = next(size for size in sizes if size >= end - start)
         programs[size] = programs.get(size) or server.chunks(state, 1, size)
-        prompt.append(_phase(f"chunk of {size} tokens", server.where, programs[size], (_blocks(start + count),)))
+        prompt.append(_phase(f"chunk of {size} tokens", server.where, programs[size], -(-end // BLOCK)))
     size = max(size for size in sizes if MAX_ROWS * size <= MAX_BATCH_TOKENS)
     batch = _phase(f"{MAX_ROWS} chunks of {size} tokens", server.where, server.chunks(state, MAX_ROWS, size),
-                   (_blocks(context),))
+                   -(-context // BLOCK))
     program = server.decode(state)
-    # Only the loop over tokens counts, as one round: its length is known at run time, and what is around it runs once
-    # for many tokens.
     with jax.set_mesh(server.mesh):
         block = block_size(state.cache)
-    full, half = (_phase("decode", server.where, program, (1,), slots * -(-filled // block))
+    full, half = (_phase("decode", server.where, program, 1, slots * -(-filled // block))
                   for filled in (context, context // 2))
     return Serving(server.where, slots, context, slot_bytes, prompt_tokens, tuple(prompt), batch, full, half,
                    server.decoder_bytes)
 
 
-def _chunks(tokens: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Yields start and number of tokens of a prompt's chunks."""
-    return ((start, min(largest, tokens - start)) for start in range(0, tokens, largest))
+def _phase(name: str, where: Slice, program: Program, blocks: int = 1, decode_steps: int = 0) -> Phase:
+    """Returns a phase.
 
-
-def _blocks(filled: int) -> int:
-    """Returns how many blocks of the cache attention reads."""
-    return -(-filled // BLOCK)
-
-
-def _phase(name: str, where: Slice, program: Program, rounds: tuple[int, ...], decode_steps: int = 0) -> Phase:
-    """Returns a phase. `decode_steps`: number of steps of decode's kernel, whose loop over tokens alone counts."""
-    found = profile(program.hlo, program.slices, rounds) if program.hlo else None
+    Args:
+      blocks: number of blocks of the cache that attention reads, which is the length of loops that is not constant.
+      decode_steps: number of steps of decode's kernel. Only its loop over tokens counts, as one round. Its length is
+        known at run time, and what is around it runs once for many tokens.
+    """
+    found = profile(program.hlo, program.slices, blocks) if program.hlo else None
     if found and decode_steps:
         found = dataclasses.replace(found, schedule=tuple(step for step in found.schedule if isinstance(step, Loop)))
     return Phase(name, program.memory, times(found, where, decode_steps) if found else None, program.seconds)

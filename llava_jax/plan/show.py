@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from llava_jax.plan.predict import KNOWN_ERRORS, Prediction, rate_range, time_range
 from llava_jax.plan.replay import Times
@@ -14,22 +14,15 @@ from llava_jax.plan.topologies import GIB, Slice
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that the figures depend on."""
-    found = {}
-    for name in ("jax", "libtpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "?"
-    return found
+    return {name: version(name) for name in ("jax", "libtpu")}
 
 
 def header(recipe: str, where: Slice, mesh: dict[str, int], notes: list[str]) -> str:
     """Returns the lines above all stages: recipe, slice, mesh, versions and notes."""
-    found = versions()
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-    return "\n".join([f"{recipe} on {where.about}",
-                      f"{f'mesh {axes}; ' if axes else ''}jax {found['jax']}, libtpu {found['libtpu']}",
-                      *notes, f"Nothing here was measured on a TPU. Predictions were off by {KNOWN_ERRORS}."])
+    found = ", ".join(map(" ".join, versions().items()))
+    return "\n".join([f"{recipe} on {where.about}", f"mesh {axes}; {found}", *notes,
+                      f"Nothing here was measured on a TPU. Predictions were off by {KNOWN_ERRORS}."])
 
 
 def text(plan: Prediction, price: float | None = None) -> str:
@@ -46,15 +39,14 @@ def text(plan: Prediction, price: float | None = None) -> str:
         _row("  batch", _bytes(memory.batch)),
         _row("  temporaries", _bytes(memory.temporaries), "the compiler: activations, gradients, gathered weights"),
         _row("  peak", _bytes(memory.peak), "the compiler"),
-        *([_row("  in the host's memory", _bytes(memory.host), "the compiler")] if memory.host else []),
+        *([_row("  in the host's memory", _bytes(memory.host), "the compiler")] if memory.host else []), "",
     ]
     if plan.profile is None:
-        return "\n".join([*lines, "", "  No time is predicted for a program that does not fit."])
-    lines += ["", *_time(plan), "", *_rates(plan), "", *_hours(plan, price)]
-    return "\n".join(lines)
+        return "\n".join([*lines, "  No time is predicted for a program that does not fit."])
+    return "\n".join([*lines, *_times(plan), "", *_hours(plan, price)])
 
 
-def _time(plan: Prediction) -> list[str]:
+def _times(plan: Prediction) -> list[str]:
     times, found, clock = plan.times, plan.profile, plan.where.chip.clock
     parts = Counter()
     for (part, _), count in found.by_part().items():
@@ -64,14 +56,8 @@ def _time(plan: Prediction) -> list[str]:
         _row("  cycles", _seconds(times.cycles), f"the compiler: {found.cycles / 1e6:,.1f} M at {clock / 1e9:.3f} GHz"),
         *[_row(f"    {part}", _seconds(seconds)) for part, seconds in parts.most_common()],
         _row("  kernels", _seconds(times.kernels), f"the compiler: schedules of {len(found.kernels)} Pallas kernels"),
-        _row("  waits", _seconds(times.waits), "a replay of the schedule: collectives that nothing hides"),
-    ]
-
-
-def _rates(plan: Prediction) -> list[str]:
-    chips = plan.where.chips
-    return [
-        _row("model FLOPs of a step and chip", _scaled(plan.model_flops / chips),
+        _row("  waits", _seconds(times.waits), "a replay of the schedule: collectives that nothing hides"), "",
+        _row("model TFLOPs of a step and chip", f"{plan.model_flops / plan.where.chips / 1e12:,.3g}",
              "formula: causal attention halved, no recomputation"),
         _row("model FLOP utilisation (MFU)", spread(*rate_range(100 * plan.mfu), " %"), "predicted"),
         _row("tokens/s and chip", spread(*rate_range(plan.per_chip(plan.tokens))), "predicted, sequences filled"),
@@ -82,10 +68,11 @@ def _rates(plan: Prediction) -> list[str]:
 def _hours(plan: Prediction, price: float | None) -> list[str]:
     if plan.length is None:
         return ["  Neither recipe nor data say how long the stage is: give --rows-per-epoch."]
+    hours = time_range(plan.hours)
     lines = [_row("steps", f"{plan.length.steps:,}", plan.length.source),
-             _row("hours", spread(*time_range(plan.hours)), "predicted, of steps alone")]
+             _row("hours", spread(*hours), "predicted, of steps alone")]
     if price is not None:
-        costs = [hours * plan.where.chips * price for hours in time_range(plan.hours)]
+        costs = [end * plan.where.chips * price for end in hours]
         lines.append(_row("cost", spread(*costs), f"chip-hours at {price:g}"))
     return lines
 
@@ -93,26 +80,22 @@ def _hours(plan: Prediction, price: float | None) -> list[str]:
 def data(plan: Prediction, price: float | None = None) -> dict:
     """Returns the plan of a stage as plain data: seconds, bytes of one device, rates of one chip."""
     result = {
-        "stage": plan.stage, **_common_data(plan.memory, plan.compile_seconds),
+        "stage": plan.stage, **_program_data(plan.memory, plan.compile_seconds, plan.times),
         "rows": plan.rows, "tokens": plan.tokens, "images": plan.images, "parameters": plan.parameters,
         "trained_parameters": plan.trained_parameters, "model_flops": plan.model_flops,
         "steps": plan.length and plan.length.steps, "steps_source": plan.length and plan.length.source,
     }
-    if plan.profile is None:
+    if (found := plan.profile) is None:
         return result
-    found = plan.profile
-    result |= {
+    return result | {
+        "cycles": found.cycles,
         "cycles_by_part": {f"{part} {way}".strip(): count for (part, way), count in sorted(found.by_part().items())},
-        "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes,
-        **_time_data(found.cycles, plan.times), "step_seconds_range": time_range(plan.times.step),
+        "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes, "step_seconds_range": time_range(plan.times.step),
         "mfu": plan.mfu, "mfu_range": rate_range(plan.mfu), "hours": plan.hours,
         "hours_range": plan.hours and time_range(plan.hours),
         "tokens_per_second_per_chip": plan.per_chip(plan.tokens),
         "images_per_second_per_chip": plan.per_chip(plan.images),
-    }
-    if price is not None and plan.hours is not None:
-        result["cost"] = plan.hours * plan.where.chips * price
-    return result
+    } | ({"cost": plan.hours * plan.where.chips * price} if price is not None and plan.hours is not None else {})
 
 
 def serving_text(plan: Serving) -> str:
@@ -125,35 +108,33 @@ def serving_text(plan: Serving) -> str:
         _row("  other inputs", _bytes(memory.batch - plan.slots * plan.slot_bytes)),
         _row("  temporaries", _bytes(memory.temporaries), "the compiler"),
         _row("  peak", _bytes(memory.peak), "the compiler, of the largest program"),
-        _row("slots that fit", f"{plan.possible_slots:,}", "with the same temporaries"),
+        _row("slots that fit", f"{plan.possible_slots:,}", "with the same temporaries"), "",
     ]
     if not plan.fits:
-        return "\n".join(lines)
-    lines += ["", _row("tokens/s per chip, contexts full", f"{plan.tokens_per_second(plan.decode):,.0f}",
-                       f"predicted, {slots} decode"),
-              _row("  half full", f"{plan.tokens_per_second(plan.decode_half):,.0f}")]
-    for name, phase, filled in (("a step of decode, full", plan.decode, 1), ("  half full", plan.decode_half, 0.5)):
-        lines += [_row(name, _seconds(phase.times.step), _shares(phase)),
+        return "\n".join(lines[:-1])
+    for name, phase, filled in (("contexts full", plan.decode, 1), ("half full", plan.decode_half, 0.5)):
+        lines += [_row(f"tokens/s per chip, {name}", f"{plan.tokens_per_second(phase):,.0f}",
+                       f"predicted, {slots} decode"), _phase(phase, "  a step of decode"),
                   _row("  of the HBM bandwidth", f"{100 * plan.bandwidth(phase, filled):.0f} %",
                        "weights and cache read once")]
-    lines += ["", _row("first token", _seconds(plan.first_token_seconds),
-                   f"predicted, {plan.prompt_tokens:,} tokens, one image, no other prompts")]
-    lines += [_row(f"  {phase.name}", _seconds(phase.times.step), _shares(phase)) for phase in plan.prompt]
-    return "\n".join([*lines, _row(plan.batch.name, _seconds(plan.batch.times.step), "full; between two decode steps")])
+    return "\n".join([*lines, "", _row("first token", _seconds(plan.first_token_seconds),
+                                      f"predicted, {plan.prompt_tokens:,} tokens, one image, no other prompts"),
+                      *[_phase(phase, f"  {phase.name}") for phase in plan.prompt],
+                      _row(plan.batch.name, _seconds(plan.batch.times.step), "full; between two decode steps")])
 
 
-def _shares(phase: Phase) -> str:
+def _phase(phase: Phase, name: str) -> str:
     parts = dataclasses.asdict(phase.times)
-    return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items() if seconds)
+    return _row(name, _seconds(phase.times.step),
+                ", ".join(f"{part} {_seconds(seconds)}" for part, seconds in parts.items() if seconds))
 
 
 def serving_data(plan: Serving) -> dict:
     """Returns the plan of a server as plain data; bytes of one device."""
     result = {"slots": plan.slots, "context": plan.context, "slot_bytes": plan.slot_bytes,
               "possible_slots": plan.possible_slots, "fits": plan.fits, "prompt_tokens": plan.prompt_tokens,
-              "phases": [{"phase": phase.name, **_common_data(phase.memory, phase.compile_seconds)}
-                         | ({"step_seconds": phase.times.step, "seconds": dataclasses.asdict(phase.times)}
-                            if phase.times else {}) for phase in (*plan.phases, plan.decode_half)]}
+              "phases": [{"phase": phase.name, **_program_data(phase.memory, phase.compile_seconds, phase.times)}
+                         for phase in (*plan.phases, plan.decode_half)]}
     return result if not plan.fits else result | {
         "tokens_per_second_per_chip": plan.tokens_per_second(plan.decode),
         "tokens_per_second_per_chip_half_full": plan.tokens_per_second(plan.decode_half),
@@ -163,9 +144,10 @@ def serving_data(plan: Serving) -> dict:
     }
 
 
-def _common_data(memory: Memory, compile_seconds: float) -> dict:
-    return {"fits": memory.fits, "memory": dataclasses.asdict(memory) | {"peak": memory.peak},
-            "compile_seconds": round(compile_seconds, 1)}
+def _program_data(memory: Memory, compile_seconds: float, times: Times | None) -> dict:
+    found = {"fits": memory.fits, "memory": dataclasses.asdict(memory) | {"peak": memory.peak},
+             "compile_seconds": round(compile_seconds, 1)}
+    return found | ({"step_seconds": times.step, "seconds": dataclasses.asdict(times)} if times else {})
 
 
 def spread(low: float, high: float, unit: str = "") -> str:
@@ -179,10 +161,6 @@ def _duration(seconds: float) -> str:
     return spread(low, high, " s") if high >= 0.1 else spread(1e3 * low, 1e3 * high, " ms")
 
 
-def _time_data(cycles: int, times: Times) -> dict:
-    return {"cycles": cycles, "step_seconds": times.step, "seconds": dataclasses.asdict(times)}
-
-
 def _fits(memory: Memory, name: str) -> str:
     limit = f"{memory.limit / GIB:.2f} GiB"
     if memory.fits:
@@ -193,14 +171,6 @@ def _fits(memory: Memory, name: str) -> str:
 
 def _row(name: str, value: str, note: str = "") -> str:
     return f"  {name:<34}{value:>18}  {note}".rstrip()
-
-
-def _scaled(count: float, unit: str = "") -> str:
-    """Formats a number with three to four digits and a prefix of the unit."""
-    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= power:
-            return f"{count / power:,.1f} {prefix}{unit}"
-    return f"{count:,.1f} {unit}".rstrip()
 
 
 def _bytes(count: float) -> str:

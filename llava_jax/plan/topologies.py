@@ -19,11 +19,9 @@ class Chip:
     device_kind: str
     """Name of its devices in JAX."""
     cores: int
-    """Number of TensorCores of a chip."""
+    """Number of TensorCores of a chip, which the number in a slice's name counts."""
     devices: int
     """Number of devices of a chip: two TensorCores are one device (v4, v5p) or two (tpu7x)."""
-    counts_cores: bool
-    """Whether the number in a slice's name counts TensorCores instead of chips."""
     largest: int
     """Number of chips of the largest slice."""
     dimensions: int
@@ -54,11 +52,11 @@ class Chip:
 # cycle: v4 and v5p have 2 x 4 matrix units of 128 x 128, v5e has 4. For v6e and a TensorCore of tpu7x, four units of
 # 256 x 256 are assumed, because the compiler's cycles for large products reach 87 and 85 % of that.
 CHIPS = {chip.kind: chip for chip in (
-    Chip("v4", "TPU v4", 2, 1, True, 4096, 3, int(30.75 * GIB), 275e12, 1228e9, 93e9, None, 2 * 8 * 128**2),
-    Chip("v5e", "TPU v5 lite", 1, 1, False, 256, 2, int(15.75 * GIB), 197e12, 819e9, 93e9, 3.125e9, 2 * 4 * 128**2),
-    Chip("v5p", "TPU v5", 2, 1, True, 6144, 3, int(95.73 * GIB), 459e12, 2765e9, 186e9, 6.25e9, 2 * 8 * 128**2),
-    Chip("v6e", "TPU v6 lite", 1, 1, False, 256, 2, int(31.24 * GIB), 918e12, 1638e9, 193e9, 12.5e9, 2 * 4 * 256**2),
-    Chip("tpu7x", "TPU7x", 2, 2, True, 9216, 3, int(94.74 * GIB), 2307e12, 7380e9, 186e9, None, 2 * 4 * 256**2),
+    Chip("v4", "TPU v4", 2, 1, 4096, 3, int(30.75 * GIB), 275e12, 1228e9, 93e9, None, 2 * 8 * 128**2),
+    Chip("v5e", "TPU v5 lite", 1, 1, 256, 2, int(15.75 * GIB), 197e12, 819e9, 93e9, 3.125e9, 2 * 4 * 128**2),
+    Chip("v5p", "TPU v5", 2, 1, 6144, 3, int(95.73 * GIB), 459e12, 2765e9, 186e9, 6.25e9, 2 * 8 * 128**2),
+    Chip("v6e", "TPU v6 lite", 1, 1, 256, 2, int(31.24 * GIB), 918e12, 1638e9, 193e9, 12.5e9, 2 * 4 * 256**2),
+    Chip("tpu7x", "TPU7x", 2, 2, 9216, 3, int(94.74 * GIB), 2307e12, 7380e9, 186e9, None, 2 * 4 * 256**2),
 )}
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 
@@ -103,10 +101,9 @@ class Slice:
     def name(self) -> str:
         """Name on a command line, such as `v5e-64` or `v5e-256x2`."""
         chips = math.prod(self.shape)
-        size = f"{self.chip.kind}-{chips * (self.chip.cores if self.chip.counts_cores else 1)}"
         if self.shape != _shape(self.chip, chips):
-            size = f"{self.chip.kind}:{'x'.join(map(str, self.shape))}"
-        return size if self.count == 1 else f"{self.count}x{size}" if ":" in size else f"{size}x{self.count}"
+            return f"{self.chip.kind}:{'x'.join(map(str, self.shape))}"
+        return f"{self.chip.kind}-{chips * self.chip.cores}" + f"x{self.count}" * (self.count > 1)
 
     @property
     def about(self) -> str:
@@ -138,39 +135,33 @@ def parse(name: str) -> Slice:
     """Parses the name of a slice or of several. Raises UserError, with the names that exist, for any other.
 
     Examples: v5e-64, v5litepod-64; v4-128, v5p-128 and tpu7x-128 (TensorCores, so 64 chips); the shape v5e:4x8; several
-    slices as v5e-256x2 or 2xv5e-256.
+    slices as v5e-256x2.
     """
-    text = name.lower().replace(" ", "")
-    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+)(?:x(\d+))?|:(\d+(?:x\d+)*))", text)
-    kind = ALIASES.get(found[2], found[2]) if found else ALIASES.get(text.split("-")[0], text.split("-")[0])
+    kind = re.split("[-:]", name.lower())[0]
+    kind = ALIASES.get(kind, kind)
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, CHIPS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"topology {name!r} is not known; {hint}write KIND-SIZE, as in v5e-64; kinds are "
                          f"{', '.join(CHIPS)}")
-    chip = CHIPS[kind]
-    if found is None or found[1] and found[4]:
-        raise UserError(f"topology {name!r} is not known; {sizes(chip)}; several slices: v5e-256x2")
-    count = int(found[1] or found[4] or 1)
-    if found[3]:
-        number, cores = int(found[3]), chip.cores if chip.counts_cores else 1
-        shape = _shape(chip, number // cores) if number % cores == 0 else None
-    else:
-        shape = tuple(int(side) for side in found[5].split("x"))
-        shape = shape if _is_published(chip, shape) else None
-    if shape is None or count < 1:
-        raise UserError(f"topology {name!r} is no {kind} slice; {sizes(chip)}")
+    chip, shape, count = CHIPS[kind], None, 1
+    if found := re.fullmatch(r"\w+-(\d+)(?:x([1-9]\d*))?", name):
+        chips, rest = divmod(int(found[1]), chip.cores)
+        shape, count = None if rest else _shape(chip, chips), int(found[2] or 1)
+    elif found := re.fullmatch(r"\w+:(\d+(?:x\d+)+)", name):
+        sides = tuple(int(side) for side in found[1].split("x"))
+        shape = sides if _is_published(chip, sides) else None
+    if shape is None:
+        raise UserError(f"topology {name!r} is no {kind} slice; {sizes(chip)}; several slices: v5e-256x2")
     return Slice(chip, shape, count)
 
 
 def sizes(chip: Chip) -> str:
     """Returns the names of the slices of a kind, as text."""
-    if chip.dimensions == 2:
-        return f"there are {', '.join(f'{chip.kind}-{chips}' for chips in FLAT)}"
-    cores = chip.cores
-    small = ", ".join(f"{chip.kind}-{chips * cores}" for chips in SMALL)
-    return (f"there are {small}, and multiples of {CUBE * cores} from {chip.kind}-{CUBE * cores} to "
-            f"{chip.kind}-{chip.largest * cores} (TensorCores, {cores} to a chip)")
+    names = ", ".join(f"{chip.kind}-{chips * chip.cores}" for chips in (FLAT if chip.dimensions == 2 else SMALL))
+    return f"there are {names}" if chip.dimensions == 2 else (
+        f"there are {names}, and multiples of {CUBE * chip.cores} from {chip.kind}-{CUBE * chip.cores} to "
+        f"{chip.kind}-{chip.largest * chip.cores} (TensorCores, {chip.cores} to a chip)")
 
 
 def quiet() -> None:

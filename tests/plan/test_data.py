@@ -1,13 +1,16 @@
 """How long stages are: the recipe's steps, the data file's rows, estimates for published sets."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llava_jax import config
+from llava_jax.data.packing import pack
 from llava_jax.data.pipeline import Batches
-from llava_jax.plan.data import MIX_665K, PUBLISHED, draw, length
+from llava_jax.plan.data import PUBLISHED, length
 from llava_jax.plan.models import planned_config
 from llava_jax.text.tokenizer import Tokenizer
 from llava_jax.train.batches import data_spec
@@ -29,18 +32,6 @@ def test_a_data_file_that_is_there_is_counted(parts, data):
     assert length(described, "instruct", model, rows=100).steps == 150
 
 
-def test_of_a_long_file_a_part_is_counted(parts, data, monkeypatch):
-    from llava_jax.data import pipeline
-
-    described = recipe(config.Model(vision=str(parts[0]), language=str(parts[1])), str(data))
-    model, _ = planned_config(described.model)
-    monkeypatch.setattr(pipeline, "WINDOW", 2)  # 12 windows, of which every third is counted
-    spec = data_spec(described.stages["instruct"].data, model, Tokenizer.load(parts[1]), str(data))
-    whole = pipeline.Batches(spec, 1).count_rows()
-    found = length(described, "instruct", model)
-    assert "a part of" in found.source and abs(found.rows - whole) <= 0.4 * whole
-
-
 def test_steps_of_the_recipe_come_first_and_unknown_data_has_no_length(tiny):
     model, _ = planned_config(tiny.model)
     assert length(recipe(tiny.model, "x.json", steps=7), "instruct", model).steps == 7
@@ -48,13 +39,12 @@ def test_steps_of_the_recipe_come_first_and_unknown_data_has_no_length(tiny):
 
 
 def test_the_published_mix_is_estimated_from_its_counts():
-    records = {end: sum(part[1] for part in parts) for end, (parts, _) in PUBLISHED.items()}
+    records = {end: sum(part[0] for part in parts) for end, (_, *parts) in PUBLISHED.items()}
     assert records == {"llava_v1_5_mix665k.json": 665_298, "llava_instruct_150k.json": 156_564,
                        "blip_laion_cc_sbu_558k.json": 558_128, "cc3m_595k/chat.json": 595_375,
                        "scienceqa/llava_train_QCM-LEA.json": 12_726, "LLaVA-NeXT-Data": 779_000,
                        "onevision/mid_stage.json": 4_000_000, "onevision/single_image.json": 3_200_000,
                        "onevision/onevision.json": 1_600_000}
-    assert len(draw(MIX_665K, 0.05, np.random.default_rng(0))) == pytest.approx(665_298 * 0.05, abs=12)
     described = config.load_recipe("llava_1_5_7b")
     model, _ = planned_config(described.model)
     found = length(described, "instruct", model)
@@ -65,12 +55,23 @@ def test_the_published_mix_is_estimated_from_its_counts():
     assert captions.rows == pytest.approx(558_128 / described.stages["align"].data.tiles_per_sequence, rel=0.01)
 
 
+def test_an_estimate_is_near_packed_records_of_the_same_lengths():
+    """LLaVA-1.5's mix as bench_packing.py draws it."""
+    draw = runpy.run_path(Path(__file__).parents[2] / "scripts" / "bench_packing.py")["made_up"]
+    tokens, _, images = draw(np.random.default_rng(0), 0.01)
+    described = config.load_recipe("llava_1_5_7b")
+    data = described.stages["instruct"].data
+    rows = pack(tokens, images, data.sequence_length, data.tiles_per_sequence)
+    found = length(described, "instruct", planned_config(described.model)[0])
+    assert found.rows == pytest.approx(100 * len(rows), rel=0.03)
+
+
 def test_rows_of_images_of_any_size_are_those_of_their_layouts(tiny, monkeypatch):
     """Records of one photo: 2,340 tokens in 5 tiles (reference: the token counts of LLaVA-1.6), 37 of their text."""
-    monkeypatch.setitem(PUBLISHED, "photos.json", ((("photos", 6000, [[(640, 480)]], 1, 1e-9),), True))
+    monkeypatch.setitem(PUBLISHED, "photos.json", (1, (6000, 37, [[(640, 480)]])))
     described = config.load_recipe("llava_next_vicuna_7b")
     model, _ = planned_config(described.model)
-    for tokens, tiles, expected in ((4 * 2377, 20, 4), (4 * 2377 - 1, 20, 3), (4 * 2377, 19, 3)):
+    for tokens, tiles, expected in ((4 * 2377, 20, 4), (2 * 2377, 20, 2), (4 * 2377, 10, 2)):
         data = dataclasses.replace(described.stages["instruct"].data, path="photos.json", sequence_length=tokens,
                                    tiles_per_sequence=tiles)
         stages = {"instruct": dataclasses.replace(described.stages["instruct"], data=data)}
