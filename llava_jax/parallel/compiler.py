@@ -71,6 +71,6 @@ def _known(options: tuple[tuple[str, bool | int], ...], device: jax.Device) -> t
             del known[found[1]]
             unknown.append(found[1])
     if unknown:
-        print(f"compiler options that this libtpu does not know are left out: {', '.join(sorted(unknown))}", file=sys.stderr,
-              flush=True)
+        print("compiler options that this libtpu does not know are left out:", ", ".join(sorted(unknown)),
+              file=sys.stderr, flush=True)
     return tuple(known.items())

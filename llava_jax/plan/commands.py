@@ -31,7 +31,10 @@ def plan_stages(options: argparse.Namespace, recipe: config.Recipe, where: Slice
     for name in recipe.stages:
         program = compile_step(recipe, name, where, mesh, model)
         if options.dump_hlo and program.hlo:
-            write_hlo(Path(options.dump_hlo), program.hlo, name if len(recipe.stages) > 1 else "")
+            path = Path(options.dump_hlo)
+            path = path.with_name(f"{path.stem}.{name}{path.suffix}") if len(recipe.stages) > 1 else path
+            write_file(str(path), program.hlo)
+            print(f"wrote {path}", file=sys.stderr)
         plan = predict(recipe, name, where, model, program, length(recipe, name, model, options.rows_per_epoch))
         plans.append(plan)
         if not options.json:
@@ -60,10 +63,3 @@ def print_json(options: argparse.Namespace, where: Slice, notes: list[str], **co
     """Prints a plan as one JSON object."""
     print(json.dumps({"recipe": options.recipe, "topology": where.name, "chips": where.chips, "devices": where.devices,
                       "notes": notes, "versions": show.versions()} | content, indent=1))
-
-
-def write_hlo(path: Path, text: str, stage: str) -> None:
-    """Writes the text of a program, and prints the path on stderr."""
-    path = path.with_name(f"{path.stem}.{stage}{path.suffix}") if stage else path
-    write_file(str(path), text)
-    print(f"wrote {path}", file=sys.stderr)

@@ -145,10 +145,9 @@ def parse(text: str) -> Module:
         elif line == "}" or line.startswith("}, execution_thread="):
             flush()
             current = None
-        elif _START.match(line):
-            flush()
-            lines.append(line)
-        elif lines:
+        elif lines or _START.match(line):
+            if _START.match(line):
+                flush()
             lines.append(line)
     if entry is None:
         raise UserError("no HLO module: the text has no ENTRY computation")

@@ -70,19 +70,17 @@ class Prediction:
 
 def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, program: Program,
             length: Length | None) -> Prediction:
-    """Predicts the stage `name` from its compiled step."""
-    stage = recipe.stages[name]
-    rows, data = stage.batch_size, stage.data
+    """Predicts the stage `name` from its compiled step.
+
+    Its model FLOPs are those of sequences of one conversation each, with all slots of tiles full.
+    """
+    stage, data = recipe.stages[name], recipe.stages[name].data
+    rows, images = stage.batch_size, stage.batch_size * data.tiles_per_sequence
     found = profile(program.hlo, program.slices) if program.hlo else None
     sizes = {path: x.size for path, x in abstract_params(model)[1].items()}
-    return Prediction(name, where, program.memory, rows, rows * data.sequence_length, rows * data.tiles_per_sequence,
-                      sum(sizes.values()), sum(sizes[path] for path in trainable_paths(stage, list(sizes))),
-                      stage_flops(stage, model), program.seconds, found, times(found, where) if found else None, length)
-
-
-def stage_flops(stage: config.Stage, model: LlavaConfig) -> float:
-    """Returns the model FLOPs of a step, if every sequence is one conversation and all image slots are full."""
-    data = stage.data
-    positions = np.broadcast_to(np.arange(data.sequence_length), (stage.batch_size, data.sequence_length))
-    trained = trained_parts(trainable_paths(stage, list(abstract_params(model)[1])))
-    return model_flops(model, trained, positions, np.ones_like(positions), stage.batch_size * data.tiles_per_sequence)
+    trained = trainable_paths(stage, list(sizes))
+    positions = np.broadcast_to(np.arange(data.sequence_length), (rows, data.sequence_length))
+    flops = model_flops(model, trained_parts(trained), positions, np.ones_like(positions), images)
+    return Prediction(name, where, program.memory, rows, rows * data.sequence_length, images, sum(sizes.values()),
+                      sum(sizes[path] for path in trained), flops, program.seconds, found,
+                      times(found, where) if found else None, length)

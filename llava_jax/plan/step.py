@@ -134,9 +134,8 @@ def compile_program(lowered: jax.stages.Lowered, parts: dict[str, int], where: S
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="llava_jax_plan_") as folder:
         # `as_text` fails for some programs for v5p and v6e (libtpu 0.0.52), so the text is dumped instead.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
             used, limit = _out_of_memory(str(error))
             memory = dataclasses.replace(memory, temporaries=used - memory.peak, limit=limit)

@@ -100,10 +100,7 @@ class Slice:
     @property
     def name(self) -> str:
         """Name on a command line, such as `v5e-64` or `v5e-256x2`."""
-        chips = math.prod(self.shape)
-        if self.shape != _shape(self.chip, chips):
-            return f"{self.chip.kind}:{'x'.join(map(str, self.shape))}"
-        return f"{self.chip.kind}-{chips * self.chip.cores}" + f"x{self.count}" * (self.count > 1)
+        return f"{self.chip.kind}-{math.prod(self.shape) * self.chip.cores}" + f"x{self.count}" * (self.count > 1)
 
     @property
     def about(self) -> str:
@@ -134,10 +131,10 @@ class Slice:
 def parse(name: str) -> Slice:
     """Parses the name of a slice or of several. Raises UserError, with the names that exist, for any other.
 
-    Examples: v5e-64, v5litepod-64; v4-128, v5p-128 and tpu7x-128 (TensorCores, so 64 chips); the shape v5e:4x8; several
-    slices as v5e-256x2.
+    Examples: v5e-64, v5litepod-64; v4-128, v5p-128 and tpu7x-128 (TensorCores, so 64 chips); several slices as
+    v5e-256x2.
     """
-    kind = re.split("[-:]", name.lower())[0]
+    kind = name.lower().split("-")[0]
     kind = ALIASES.get(kind, kind)
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, CHIPS, 1)
@@ -148,9 +145,6 @@ def parse(name: str) -> Slice:
     if found := re.fullmatch(r"\w+-(\d+)(?:x([1-9]\d*))?", name):
         chips, rest = divmod(int(found[1]), chip.cores)
         shape, count = None if rest else _shape(chip, chips), int(found[2] or 1)
-    elif found := re.fullmatch(r"\w+:(\d+(?:x\d+)+)", name):
-        sides = tuple(int(side) for side in found[1].split("x"))
-        shape = sides if _is_published(chip, sides) else None
     if shape is None:
         raise UserError(f"topology {name!r} is no {kind} slice; {sizes(chip)}; several slices: v5e-256x2")
     return Slice(chip, shape, count)
@@ -194,12 +188,3 @@ def _shape(chip: Chip, chips: int) -> tuple[int, ...] | None:
              if cubes % (a * b) == 0 and cubes // (a * b) >= b]
     shape = tuple(4 * side for side in min(boxes, key=lambda box: (box[2], sum(box))))
     return shape if shape[-1] < MAX_SIDE else None
-
-
-def _is_published(chip: Chip, shape: tuple[int, ...]) -> bool:
-    if len(shape) != chip.dimensions:
-        return False
-    if chip.dimensions == 2:
-        return shape in FLAT.values()
-    cubes = all(side % 4 == 0 and 0 < side < MAX_SIDE for side in shape)
-    return shape in SMALL.values() or cubes and math.prod(shape) <= chip.largest
