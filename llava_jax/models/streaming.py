@@ -57,7 +57,8 @@ def layer_matmul(x: Float[Array, "... D"], kernel: LayerKernel, splits_input: bo
     mesh, (D, F) = jax.sharding.get_abstract_mesh(), kernel.shape
     devices = 1 if mesh.empty else mesh.shape["tensor"]
     parts = jax.tree.leaves(kernel.stack)
-    block = _block_rows(D // devices if splits_input else D, F * parts[0].dtype.itemsize // devices)
+    own_D, own_F = (D // devices, F) if splits_input else (D, F // devices)
+    block = _block_rows(own_D, own_F * parts[0].dtype.itemsize)
     if math.prod(x.shape[:-1]) > MAX_ROWS or block is None or not (mesh.empty or mesh.size == devices):
         own = jax.tree.map(lambda part: part[kernel.layer], kernel.stack)
         return quantized_matmul(x, own) if isinstance(own, QuantizedKernel) else x @ own.astype(x.dtype)
