@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from llava_jax.models import tpu
 from llava_jax.models.dot_product import apply_rope, attention
 from llava_jax.parallel.sharding import row_axes
 
@@ -18,6 +19,9 @@ NUM_LANES = 128
 SPLASH_BLOCKS = (1280, 512)
 """Maximum number of queries or keys in a block of splash attention, forward and backward. The forward pass waits for
 matmuls less often with long blocks; the backward pass would need more VMEM than it has (libtpu 0.0.52)."""
+
+V4_VMEM_BYTES = 2**24
+"""Size of VMEM on v4, which all heads of an image would exceed."""
 
 
 def supports_tower(size: int, num_heads: int) -> bool:
@@ -92,21 +96,38 @@ def bidirectional_attention(qkv: Array, num_heads: int, interpret: bool = False)
     B, T, size = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
 
     def batch(qkv):
-        # Two buffers of each block, both arrays of scratch, scores and their powers.
-        vmem = T * size * (2 * 4 * qkv.dtype.itemsize + 4 * 4) + 4 * 4 * T * T + 2 * 2**20
-        return pl.pallas_call(
-            functools.partial(_bidirectional_kernel, num_heads=num_heads), grid=(len(qkv),),
-            in_specs=[pl.BlockSpec((None, T, 3 * size), lambda row: (row, 0, 0))],
-            out_specs=pl.BlockSpec((None, T, size), lambda row: (row, 0, 0)),
-            out_shape=jax.ShapeDtypeStruct((len(qkv), T, size), qkv.dtype),
-            scratch_shapes=[pltpu.VMEM((3 * size, T), jnp.float32), pltpu.VMEM((size, T), jnp.float32)],
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem),
+        itemsize, groups = qkv.dtype.itemsize, _head_groups(T, size, num_heads, qkv.dtype.itemsize)
+        width, rows = size // groups, len(qkv) * groups
+        if groups > 1:
+            qkv = qkv.reshape(-1, T, 3, groups, width).transpose(0, 3, 1, 2, 4).reshape(rows, T, 3 * width)
+        out = pl.pallas_call(
+            functools.partial(_bidirectional_kernel, num_heads=num_heads // groups), grid=(rows,),
+            in_specs=[pl.BlockSpec((None, T, 3 * width), lambda row: (row, 0, 0))],
+            out_specs=pl.BlockSpec((None, T, width), lambda row: (row, 0, 0)),
+            out_shape=jax.ShapeDtypeStruct((rows, T, width), qkv.dtype),
+            scratch_shapes=[pltpu.VMEM((3 * width, T), jnp.float32), pltpu.VMEM((width, T), jnp.float32)],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",), vmem_limit_bytes=_tower_bytes(T, width, itemsize)),
             cost_estimate=pl.CostEstimate(
-                flops=4 * len(qkv) * T * T * size, transcendentals=len(qkv) * num_heads * T * T,
-                bytes_accessed=4 * len(qkv) * T * size * qkv.dtype.itemsize),
+                flops=4 * rows * T * T * width, transcendentals=len(qkv) * num_heads // groups * T * T,
+                bytes_accessed=4 * rows * T * width * itemsize),
             interpret=interpret, name="bidirectional_attention")(qkv)
+        return out if groups == 1 else out.reshape(-1, groups, T, width).swapaxes(1, 2).reshape(-1, T, size)
 
     return _each_device(batch, B, P(None, None))(qkv).reshape(B, T, num_heads, -1)
+
+
+def _tower_bytes(length: int, width: int, itemsize: int) -> int:
+    """Returns the VMEM of two buffers of each block, both arrays of scratch, scores and their powers."""
+    return length * width * (2 * 4 * itemsize + 4 * 4) + 4 * 4 * length * length + 2 * 2**20
+
+
+def _head_groups(length: int, size: int, num_heads: int, itemsize: int) -> int:
+    """Returns the number of parts of an image's heads that are computed one after the other: 1 except on v4."""
+    limit = V4_VMEM_BYTES if tpu.device_kind().startswith("TPU v4") else math.inf
+    fitting = (groups for groups in range(1, num_heads + 1)
+               if num_heads % groups == 0 and _tower_bytes(length, size // groups, itemsize) <= limit)
+    return next(fitting, num_heads)
 
 
 def _bidirectional_kernel(qkv, out, transposed, result, *, num_heads: int):

@@ -77,6 +77,16 @@ def test_the_towers_kernel_sees_everything(length, heads, width):
     assert_same_with_gradients(joined, plain_attention, inputs(length, heads, heads, width))
 
 
+def test_the_towers_kernel_fits_on_v4(monkeypatch):
+    """Heads in groups, which v4's VMEM has room for, give the same."""
+    monkeypatch.setattr(pallas.tpu, "device_kind", lambda: "TPU v4")
+    assert [pallas._head_groups(577, 1024, 16, 2), pallas._head_groups(729, 1152, 16, 2)] == [4, 8]
+    monkeypatch.setattr(pallas, "V4_VMEM_BYTES", pallas._tower_bytes(37, 2 * 72, 4))
+    qkv = jnp.asarray(np.random.default_rng(0).normal(size=(3, 37, 3 * 6 * 72)), jnp.float32)
+    found = pallas.bidirectional_attention(qkv, 6, True)
+    np.testing.assert_allclose(found, plain_attention(*pallas.split_qkv(qkv, 6)), atol=2e-6)
+
+
 def test_auto_depends_on_the_platform_and_other_names_stand_for_themselves():
     assert [attention.resolve("auto", name) for name in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
     assert attention.resolve("xla", "tpu") == "xla"
