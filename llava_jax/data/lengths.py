@@ -63,7 +63,8 @@ class Lengths:
 
     def _exchange(self) -> None:
         """Sends what process 0 has loaded to all processes. Raises UserError if they have other data files."""
-        files = self.allgather("the data files", [stamp[:2] for _, *stamps in self._fingerprints for stamp in stamps])
+        files = json.dumps([stamp[:2] for _, *stamps in self._fingerprints for stamp in stamps]).encode()
+        files = self.allgather("the data files", hashlib.sha256(files).hexdigest())
         if wrong := [index for index, theirs in enumerate(files) if theirs != files[0]]:
             raise UserError(f"{self.spec.mixture.name}: the data files of process {wrong[0]} have other names or sizes "
                             "than those of process 0")
