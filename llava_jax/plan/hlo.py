@@ -8,7 +8,7 @@ may continue on further lines, because a kernel's metadata contains line breaks.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from llava_jax.errors import UserError
@@ -16,7 +16,9 @@ from llava_jax.errors import UserError
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2,
               "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 IDENTITIES = {"copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "opt-barrier"}
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
+_NEXT = re.compile(r"\n(?=  (?:ROOT )?%?[\w.\-]+ = )")
+_END = re.compile(r"^\}(?:, execution_thread=.*)?$", re.MULTILINE)
 _START = re.compile(r"  (ROOT )?%?([\w.\-]+) = (.*)", re.DOTALL)
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 
@@ -72,7 +74,7 @@ class Computation:
     """Holds the instructions of a computation by their names."""
 
     name: str
-    instructions: dict[str, Instruction] = field(default_factory=dict)
+    instructions: dict[str, Instruction]
 
     @property
     def root(self) -> Instruction:
@@ -129,26 +131,12 @@ class Module:
 def parse(text: str) -> Module:
     """Parses a module. Raises UserError if the text has no entry computation."""
     computations: dict[str, Computation] = {}
-    current, entry, lines = None, None, []
-
-    def flush() -> None:
-        if lines:
-            instruction = _instruction("\n".join(lines))
-            current.instructions[instruction.name] = instruction
-            lines.clear()
-
-    for line in text.splitlines():
-        if current is None:
-            if not line.startswith(" ") and (found := _HEADER.match(line)):
-                current = computations[found[2]] = Computation(found[2])
-                entry = current if found[1] else entry
-        elif line == "}" or line.startswith("}, execution_thread="):
-            flush()
-            current = None
-        elif lines or _START.match(line):
-            if _START.match(line):
-                flush()
-            lines.append(line)
+    entry = None
+    for block in _END.split(text):
+        if header := _HEADER.search(block):
+            instructions = [_instruction(part) for part in _NEXT.split(block[header.end() :].rstrip())[1:]]
+            found = computations[header[2]] = Computation(header[2], {each.name: each for each in instructions})
+            entry = found if header[1] else entry
     if entry is None:
         raise UserError("no HLO module: the text has no ENTRY computation")
     return Module(computations, entry)
