@@ -76,7 +76,7 @@ def test_as_many_slots_as_fit(needs_libtpu, tiny, compiled, quantize, kv_cache):
     assert (plan.decode.memory.frozen == full) if quantize is None else (
         full - kernels < plan.decode.memory.frozen < full - 0.98 * kernels)  # one byte less, and the scales
     assert not any(shape[-1] == 4 or shape[-2:-1] == (4,) for shape, _ in compiled[-1] if len(shape) == 3)  # merged
-    cache = text.num_layers, plan.slots, 4096, text.num_kv_heads, text.head_dim
+    cache = text.num_layers, plan.slots, text.num_kv_heads, 4096, text.head_dim
     assert compiled[-1].count((cache, kv_cache or "bfloat16")) == 2
 
 
