@@ -2,7 +2,7 @@
 
 Grain shuffles and mixes the numbers of the records. Every host packs each window of them by their lengths, so all hosts
 know one global order of sequences. Each host measures its share of the unknown lengths, in worker processes, and
-receives the others (`lengths.py`). Afterwards it reads the records of its own sequences alone.
+receives the others (`lengths.py`). It then reads the records of its own sequences alone.
 The sequences depend neither on the number of hosts nor of workers, and a position in the data is three integers.
 """
 
