@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from llava_jax.plan.hlo import Computation, Instruction
 TARGET = 'custom_call_target="tpu_custom_call"'
 STATIC_SECONDS = 180
 """Seconds after which the static profile of a kernel is given up. It simulates every round of a loop."""
+MAX_BYTES = 6 * 2**30
+"""Bytes of memory after which the static profile is given up. It keeps each simulated instruction."""
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "f16": "float16", "s32": "int32", "u32": "uint32", "s16": "int16",
           "u16": "uint16", "s8": "int8", "u8": "uint8", "s4": "int4", "u4": "uint4", "pred": "bool",
@@ -155,6 +158,7 @@ def _read(folder: Path, ratio: float) -> KernelCost:
 
 def compile_kernel(kind: str) -> None:
     """Compiles the kernel on stdin for one device of a kind."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     topologies.quiet()
     import jax
     from jax.sharding import SingleDeviceSharding
