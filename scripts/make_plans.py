@@ -40,7 +40,8 @@ PLANS = (
     ("llava_next_vicuna_7b", "v5e-32", "", ""),
     ("llava_onevision_qwen2_0_5b", "v5e-16", "tuned stages: 4 parts", TUNED.format("gradient_accumulation 4")),
     ("llava_onevision_qwen2_7b", "v5p-32", "save_attention", ONEVISION_7B),
-    ("llava_onevision_qwen2_7b", "v6e-32", "save_attention", ONEVISION_7B),
+    ("llava_onevision_qwen2_7b", "v6e-32", "save_attention, tuned stages: 2 parts",
+     f"{ONEVISION_7B} {TUNED.format('gradient_accumulation 2')}"),
 )
 """Recipe, topology, label for the table, and options."""
 
