@@ -99,3 +99,26 @@ class Stopped(Exception):
 
 def stop(*_):
     raise Stopped
+
+
+KILLS = """
+import os, signal, sys
+from llava_jax.prepare import shards
+from llava_jax.prepare.pack import Pack
+data, out = sys.argv[1:3]
+load, replace, left = shards.Examples.load, os.replace, 0
+def event():
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def loads(*args):
+    event()
+    return load(*args)
+def replaces(*args):
+    event()
+    replace(*args)
+    event()
+"""
+"""Start of a program whose processes kill themselves at their N-th event, `left`: a row read, or before and after a
+file gets its name."""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import tensorflow_datasets as tfds
-from pack_data import contents, run, with_tfds, write_data
+from pack_data import KILLS, contents, run, with_tfds, write_data
 
 from llava_jax import cli
 from llava_jax.data.sources import open_source
@@ -29,24 +29,7 @@ def whole(data, tmp_path_factory) -> dict[str, str]:
 
 # Packs on three hosts at the same time: forked children, which kill themselves at their N-th row or renaming. One round
 # for every argument, N,N,N; then says how the children ended.
-HOSTS = """
-import os, signal, sys
-from llava_jax.prepare import shards
-from llava_jax.prepare.pack import Pack
-data, out = sys.argv[1:3]
-load, replace, left = shards.Examples.load, os.replace, 0
-def event():
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-def loads(*args):
-    event()
-    return load(*args)
-def replaces(*args):
-    event()
-    replace(*args)
-    event()
+HOSTS = KILLS + """
 for moments in sys.argv[3:]:
     children = []
     for host, number in enumerate(map(int, moments.split(","))):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
-from pack_data import Stopped, contents, encoded, run, stop, with_tfds, write_data
+from pack_data import KILLS, Stopped, contents, encoded, run, stop, with_tfds, write_data
 
 from llava_jax import files
 from llava_jax.data.workers import Pool
@@ -28,26 +28,9 @@ def data(tmp_path_factory) -> str:
 
 # Packs in children that kill themselves at their N-th event: a row read, or a file given its name (before and after
 # that). Prints the signal that ended each child, and what opening its set says.
-KILLED = """
-import os, signal, sys
+KILLED = KILLS + """
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UserError
-from llava_jax.prepare import shards
-from llava_jax.prepare.pack import Pack
-data, out = sys.argv[1:3]
-load, replace, left = shards.Examples.load, os.replace, 0
-def event():
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-def loads(*args):
-    event()
-    return load(*args)
-def replaces(*args):
-    event()
-    replace(*args)
-    event()
 for number in map(int, sys.argv[3:]):
     child = os.fork()
     if not child:
