@@ -78,7 +78,8 @@ class Model:
     llava: str = ""
     """Directory of a LLaVA to continue from, in any supported layout, instead of vision and language."""
     projector: str | None = None
-    """Type of the projector: linear (the paper), mlpNx_gelu (LLaVA-1.5: mlp2x_gelu, the default) or identity."""
+    """Type of the projector: linear (the paper), mlpNx_gelu (LLaVA-1.5: mlp2x_gelu, the default) or identity.
+    merge2x2_linear and merge2x2_mlpNx_gelu read 2 x 2 patches as one visual token."""
     feature_layer: int | None = None
     """Index of the vision tower's hidden state that is read, as in transformers; default -2."""
     feature_select: Literal["patch", "cls_patch"] | None = None

@@ -70,7 +70,7 @@ class Convert:
     language: str | None = None
     """Join: directory of the decoder and its tokenizer."""
     projector: str | None = None
-    """Join: linear, or mlp2x_gelu (the default)."""
+    """Join: linear, mlp2x_gelu (the default), or merge2x2_mlp2x_gelu, which only the native layout has."""
     projector_weights: str | None = None
     """Join: file of a projector that LLaVA's first stage trained (mm_projector.bin), or its folder, instead of a new
     one."""

@@ -77,7 +77,7 @@ class ImageProcessor:
     mode: Literal["crop", "pad", "resize", "anyres"] = "pad"
     """Mode, which determines how an image becomes tiles."""
     patches: int = 24
-    """Number of patches along one side of a tile."""
+    """Number of visual tokens along one side of a tile: a patch each, or 2 x 2 with a projector that merges them."""
     class_token: bool = False
     """Whether the class token's feature precedes those of a tile's patches."""
     mean: tuple[float, ...] = CLIP_MEAN

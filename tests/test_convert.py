@@ -138,6 +138,8 @@ def test_a_checkpoint_keeps_or_changes_its_template(joined, tmp_path):
     ("{vision} {new} --to hf", "is one part of a LLaVA; join it with --vision and --language"),
     ("{new} --to hf --vision {language} --language {vision}", "model_type llama is not a vision model"),
     ("{new} --to hf --vision {vision} --language {language} --projector mlp3x_gelu", "'mlp3x_gelu' has no form"),
+    ("{new} --to hf --vision {vision} --language {language} --projector merge2x2_linear", "has no form in H"),
+    ("{new} --to original --vision {vision} --language {language} --projector merge2x2_linear", "form in the original"),
     ("{new} --to hf --vision {vision} --language {language} --projector mlp", "projector 'mlp' is not one of"),
     ("{new} --to hf --vision {vision} --language {language} --feature-layer -9", "feature_layer -9"),
 ])

@@ -16,7 +16,7 @@ from llava_jax.models import lora, vit
 from llava_jax.models.attention import resolve
 from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.pallas import supports_tower
-from llava_jax.models.projector import Projector
+from llava_jax.models.projector import Projector, merge_size
 from llava_jax.models.vit import VisionConfig, Vit
 from llava_jax.text.encode import IMAGE_TOKEN_ID
 from llava_jax.video import VideoSampling
@@ -51,16 +51,20 @@ class LlavaConfig:
         if self.feature_select not in ("patch", "cls_patch"):
             raise UserError(f"feature_select {self.feature_select!r} is neither patch nor cls_patch")
         vit.depth(self.vision, self.feature_layer)
-        expected = {"size": self.vision.image_size, "patches": self.vision.grid,
+        merge, grid = merge_size(self.projector), self.vision.grid
+        expected = {"size": self.vision.image_size, "patches": grid // merge,
                     "class_token": self.feature_select == "cls_patch"}
         if self.feature_select == "cls_patch" and not self.vision.class_token:
             raise UserError("feature_select cls_patch: the vision tower has no class token")
+        if merge > 1 and (grid % merge or self.feature_select == "cls_patch"):
+            raise UserError(f"projector {self.projector} joins 2 x 2 patches: the vision tower has {grid} x {grid} and "
+                            f"feature_select is {self.feature_select}; an even number and patch are needed")
         if self.processor is None:
             siglip = {} if self.vision.class_token else {"mode": "resize", "mean": SIGLIP_MEAN, "std": SIGLIP_STD}
             object.__setattr__(self, "processor", ImageProcessor(**expected, **siglip))
         for name, value in expected.items():
             if (actual := getattr(self.processor, name)) != value:
-                raise UserError(f"processor.{name} is {actual}, but {value} suits vision and feature_select")
+                raise UserError(f"processor.{name} is {actual}, but {value} suits vision, projector and feature_select")
 
     def with_image_mode(self, mode: str | None, pinpoints: str = "") -> "LlavaConfig":
         """Returns the configuration with another image mode (`ImageProcessor.with_mode`); None changes nothing."""
@@ -109,7 +113,7 @@ class LlavaModel(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.vision = Vit(config.vision, attention=attention.vision, remat=remat, rngs=rngs)
-        self.projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
+        self.projector = _projector(config, rngs)
         self.decoder = Llama(config.text, attention=attention.decoder, remat=remat, rngs=rngs)
         if config.processor.has_newline:
             self.image_newline = _image_newline(config.text.hidden_size, rngs)
@@ -176,7 +180,7 @@ class LlavaModel(nnx.Module):
         x = self.decoder.embed(tokens, jnp.dtype(self.dtype))
         return jnp.where((tokens == IMAGE_TOKEN_ID)[..., None], visual.astype(x.dtype), x)
 
-    def visual_features(self, tiles) -> Float[Array, "B I*P D"]:
+    def visual_features(self, tiles) -> Float[Array, "B F D"]:
         """Returns projected features of each sequence's tiles, in order of the tiles, and the newline if there is."""
         with jax.named_scope("vision"):
             features = self.features(tiles)
@@ -198,6 +202,11 @@ class LlavaModel(nnx.Module):
         if self.config.vision.class_token and self.config.feature_select == "patch":
             x = x[:, 1:]
         return x.reshape(B, I * x.shape[1], x.shape[2])
+
+
+def _projector(config: LlavaConfig, rngs: nnx.Rngs) -> Projector:
+    return Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, config.vision.grid,
+                     rngs=rngs)
 
 
 def _image_newline(size: int, rngs: nnx.Rngs) -> nnx.Param:
@@ -239,8 +248,7 @@ def fresh_params(config: LlavaConfig, paths: Collection[str], seed: int) -> Para
     """
     parts = {
         "vision": lambda: Vit(config.vision, rngs=nnx.Rngs(seed)),
-        "projector": lambda: Projector(config.projector, config.vision.hidden_size, config.text.hidden_size,
-                                       rngs=nnx.Rngs(seed)),
+        "projector": lambda: _projector(config, nnx.Rngs(seed)),
         "decoder": lambda: Llama(config.text, rngs=nnx.Rngs(seed)),
     }
     fresh = {}

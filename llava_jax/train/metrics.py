@@ -15,9 +15,8 @@ from llava_jax import config
 from llava_jax.data.records import REASONS
 from llava_jax.errors import UserError
 from llava_jax.files import json_type, parse_json, read_json, read_text
-from llava_jax.models import lora, vit
+from llava_jax.models import lora, projector, vit
 from llava_jax.models.llava import LlavaConfig, abstract_params
-from llava_jax.models.projector import depth as projector_depth
 from llava_jax.parallel.processes import allreduce_sum
 from llava_jax.train import output
 
@@ -73,8 +72,8 @@ def model_flops(model: LlavaConfig, trained: set[str], positions: np.ndarray, se
     total += 6 * vision_tokens * adapters["vision"] * blocks / vision.num_layers
     embedding = 2 * tiles * vision.patches * 3 * vision.patch_size**2 * vision.hidden_size
     total += embedding * (2 if "vision" in trained else 1)
-    input_size = vision.hidden_size
-    for layer in range(projector_depth(model.projector)):
+    input_size = vision.hidden_size * projector.merge_size(model.projector) ** 2
+    for layer in range(projector.depth(model.projector)):
         matmul = 2 * tiles * model.processor.features_per_tile * input_size * text.hidden_size
         below = has_gradient or layer > 0 and bool({"projector", "projector/adapter"} & trained)
         total += matmul * (1 + below + ("projector" in trained))

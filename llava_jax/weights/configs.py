@@ -214,7 +214,7 @@ def hf_config(config: LlavaConfig, tokens: dict[str, Any], vocab_size: int, dtyp
     tensors. The image processor decides which of transformers' types it is (`processors.model_type`).
     Raises NoHfForm if Hugging Face's model cannot compute the same function.
     """
-    if projector.depth(config.projector) not in (1, 2):
+    if projector.depth(config.projector) not in (1, 2) or projector.merge_size(config.projector) > 1:
         raise NoHfForm(f"projector {config.projector!r} has no form in Hugging Face's layout; "
                        "linear and mlp2x_gelu have")
     kind = processors.model_type(config)

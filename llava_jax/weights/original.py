@@ -131,8 +131,15 @@ def _projector(checked: Mapping[str, Any]) -> str:
     if checked.get("use_mm_proj") is False:
         raise UserError("use_mm_proj is false: a LLaVA without projector is not supported")
     kind = checked.get("mm_projector_type") or "linear"
-    projector.depth(kind)
+    check_projector(kind)
     return kind
+
+
+def check_projector(kind: str) -> None:
+    """Raises UserError for a type of projector that LLaVA's own code does not have."""
+    projector.depth(kind)
+    if projector.merge_size(kind) > 1:
+        raise UserError(f"projector {kind!r} has no form in the original layout; linear and mlpNx_gelu have")
 
 
 def _tower(directory: Path, file: Path, raw: Mapping[str, Any], vision: str | Path | None,

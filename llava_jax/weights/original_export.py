@@ -92,6 +92,7 @@ def config_json(config: LlavaConfig, tower: str | None = None, has_tower: bool =
     `tower` is the value of `mm_vision_tower`, by default the tower's name on the hub or a folder in the checkpoint.
     `has_tower`: whether the checkpoint has the tower's tensors. Raises UserError if the original has no such model.
     """
+    original.check_projector(config.projector)
     processor, is_siglip = config.processor, not config.vision.class_token
     square = "resize" if is_siglip else "crop"
     if processor.mode not in (square, "pad", "anyres"):

@@ -159,17 +159,13 @@ def test_features_that_do_not_exist(layer, select, message):
         LlavaConfig(vision=CONFIG.vision, text=CONFIG.text, feature_layer=layer, feature_select=select)
 
 
-def anyres_model():
-    """A model of anyres tiles with random parameters, and its configuration."""
-    processor = ImageProcessor(28, "anyres", 4, pinpoints=((56, 28), (28, 84)))
-    config = dataclasses.replace(CONFIG, processor=processor)
-    return config, llava.LlavaModel(config, rngs=nnx.Rngs(3))
-
-
-def test_visual_tokens_by_index_against_a_plain_loop():
+@pytest.mark.parametrize("projector, side", [("mlp2x_gelu", 4), ("merge2x2_mlp2x_gelu", 2)])
+def test_visual_tokens_by_index_against_a_plain_loop(projector, side):
     """Two packed images of other sizes behind an empty tile: every visual token takes its feature or the newline."""
-    config, model = anyres_model()
-    rng, processor, num_tiles = np.random.default_rng(0), config.processor, 8
+    processor = ImageProcessor(28, "anyres", side, pinpoints=((56, 28), (28, 84)))
+    config = dataclasses.replace(CONFIG, projector=projector, processor=processor)
+    model = llava.LlavaModel(config, rngs=nnx.Rngs(3))
+    rng, num_tiles = np.random.default_rng(0), 8
     layouts = [processor.layout(50, 24), processor.layout(20, 60)]
     assert sum(layout.tiles for layout in layouts) == 7
     counts = [len(layout.index) for layout in layouts]
@@ -184,7 +180,7 @@ def test_visual_tokens_by_index_against_a_plain_loop():
     for before, layout in zip(([5], [6, 7]), layouts, strict=True):
         position += len(before)
         for feature in layout.index.tolist():
-            tile, patch = divmod(feature, 16)
+            tile, patch = divmod(feature, side**2)
             newline = tile == layout.tiles
             expected = model.image_newline.get_value() if newline else features[first_tile + tile][patch]
             np.testing.assert_allclose(found[position], expected, rtol=1e-4, atol=1e-6)

@@ -345,7 +345,8 @@ def test_parameters_that_no_checkpoint_has_are_named_by_the_recipe(hf_dir, nativ
             if not path.startswith("projector/"):
                 np.testing.assert_array_equal(found[path], x)
         # A projector alone is drawn, as if the model had no other part.
-        projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size, rngs=nnx.Rngs(3))
+        projector = Projector(config.projector, config.vision.hidden_size, config.text.hidden_size,
+                              config.vision.grid, rngs=nnx.Rngs(3))
         for path, x in llava.to_params(projector)[1].items():
             np.testing.assert_array_equal(found[f"projector/{path}"], x)
 

@@ -260,9 +260,20 @@ def test_both_layouts_keep_every_field(read, config):
     assert parsed.text_config.pad_token_id == 8 and parsed.text_config.model_type in ("llama", "qwen2")
 
 
+MERGING = dataclasses.replace(SIGLIP, projector="merge2x2_mlp2x_gelu", processor=None)
+
+
+def test_the_native_layout_keeps_a_projector_that_merges_patches(read):
+    assert (MERGING.vision.grid, MERGING.processor.patches, MERGING.processor.features_per_tile) == (10, 5, 25)
+    assert read(configs.native_config(MERGING)) == MERGING
+    with pytest.raises(UserError, match="processor.patches is 10, but 5 suits vision, projector"):
+        read(configs.native_config(MERGING) | {"processor": configs.native_config(SIGLIP)["processor"]})
+
+
 @pytest.mark.parametrize("config, message", [
     (dataclasses.replace(FULL, projector="mlp3x_gelu"), "'mlp3x_gelu' has no form in Hugging Face's layout"),
     (dataclasses.replace(FULL, projector="identity"), "'identity' has no form"),
+    (MERGING, "'merge2x2_mlp2x_gelu' has no form in Hugging Face's layout"),
     (changed(FULL, qkv_bias=False), "no decoder with these biases: qkv_bias False, out_bias True"),
     (changed(FULL, out_bias=False), "no decoder with these biases"),
     (dataclasses.replace(FULL, vision=dataclasses.replace(FULL.vision, pre_norm=False)), "no vision tower with these"),
