@@ -40,7 +40,7 @@ TINY = VisionConfig(image_size=28, patch_size=14, hidden_size=256, intermediate_
 
 def compiled(text: LlamaConfig, topology: str, length: int, sequences: int, remat: str, tensor: int):
     """Compiles the step of a decoder for a slice."""
-    from llava_jax.plan.meshes import plan_mesh
+    from llava_jax.parallel.sharding import make_mesh
     from llava_jax.plan.step import compile_step
 
     where = topologies.parse(topology)
@@ -50,7 +50,7 @@ def compiled(text: LlamaConfig, topology: str, length: int, sequences: int, rema
     recipe = config.Recipe(config.Model(vision="tiny", language="text"), {"text": stage}, "nowhere",
                            config.Mesh(1, where.devices // tensor, tensor))
     model = LlavaConfig(vision=TINY, text=text)
-    return compile_step(recipe, "text", where, plan_mesh(recipe, where, model), model)
+    return compile_step(recipe, "text", where, make_mesh(recipe.mesh, where.jax_devices()), model)
 
 
 def seconds(text: str, topology: str) -> float:

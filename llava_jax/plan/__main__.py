@@ -33,7 +33,7 @@ def parser() -> Parser:
     add("--rows-per-epoch", type=int, metavar="N", help="Number of packed sequences of an epoch; default: counted in "
         "the data.")
     add("--serve", action="store_true", help="Whether to plan a server of the recipe's model instead of training.")
-    add("--slots", type=int, metavar="N", help="With --serve, number of answers at once; default: as many as fit.")
+    add("--slots", type=int, default=16, metavar="N", help="With --serve, number of answers at once; default: 16.")
     add("--context", type=int, default=4096, metavar="S", help="With --serve, maximum number of tokens of a prompt and "
         "its answer; default: 4096.")
     add("--quantize", choices=["int8"], help="With --serve, storage of the kernels of the decoder's layers; default: "

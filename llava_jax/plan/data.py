@@ -1,7 +1,6 @@
 """Finds the number of steps of a stage: from its recipe, from its data file, or estimated for published sets."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,26 +40,15 @@ are filled as far as with packed records of log-normal lengths, in the recipes' 
 """
 
 
-@dataclass(frozen=True)
-class Length:
-    """Holds the number of steps of a stage."""
+def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | None = None) -> tuple[int, str] | None:
+    """Returns the number of steps of the stage `name`, and its source in words. Returns None if it is unknown.
 
-    steps: int
-    source: str
-    """Source of the number, in words."""
-    rows: int | None = None
-    """Number of packed sequences of an epoch; None if the recipe gives the steps."""
-
-
-def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | None = None) -> Length | None:
-    """Returns the length of the stage `name`, or None if it is unknown. `rows` of an epoch replace those of the data.
-
-    The length is the stage's own steps if it has them. Otherwise it follows from its data file if that and the
-    tokenizer exist, or from the file's name if it is that of a published set.
+    It is the stage's own steps if it has them. Otherwise it follows from its data file if that and the tokenizer
+    exist, or from the file's name if it is that of a published set. `rows` of an epoch replace those of the data.
     """
     stage = recipe.stages[name]
     if stage.steps is not None and rows is None:
-        return Length(stage.steps, "the recipe's steps")
+        return stage.steps, "the recipe's steps"
     path = Path(stage.data.path)
     tokenizer = Path(recipe.model.llava or recipe.model.language)
     if rows is not None:
@@ -72,7 +60,7 @@ def length(recipe: config.Recipe, name: str, model: LlavaConfig, rows: int | Non
         source = f"an estimate for {path.name} (published counts, typical lengths)"
     else:
         return None
-    return Length(max(1, math.floor(stage.epochs * rows / stage.batch_size)), source, rows)
+    return max(1, math.floor(stage.epochs * rows / stage.batch_size)), source
 
 
 def _counted(recipe: config.Recipe, stage: config.Stage, model: LlavaConfig, tokenizer: Path) -> int:

@@ -13,8 +13,6 @@ from functools import cached_property
 
 from llava_jax.errors import UserError
 
-ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2,
-              "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 IDENTITIES = {"copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "opt-barrier"}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
 _NEXT = re.compile(r"\n(?=  (?:ROOT )?%?[\w.\-]+ = )")
@@ -32,7 +30,8 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        return math.prod(self.dims) * ITEM_BYTES.get(self.dtype, 0)
+        bits = re.search(r"\d+", self.dtype)  # of bf16 or f8e4m3fn; a token has none
+        return math.prod(self.dims) * (1 if self.dtype == "pred" else int(bits[0]) / 8 if bits else 0)
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,11 @@ class Instruction:
 class Computation:
     """Holds the instructions of a computation by their names."""
 
-    name: str
     instructions: dict[str, Instruction]
 
     @property
     def root(self) -> Instruction:
-        return next(instruction for instruction in self.instructions.values() if instruction.root)
+        return next(each for each in self.instructions.values() if each.root)
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self.instructions[name] for name in instruction.operands if name in self.instructions]
@@ -130,12 +128,11 @@ class Module:
 
 def parse(text: str) -> Module:
     """Parses a module. Raises UserError if the text has no entry computation."""
-    computations: dict[str, Computation] = {}
-    entry = None
+    computations, entry = {}, None
     for block in _END.split(text):
         if header := _HEADER.search(block):
             instructions = [_instruction(part) for part in _NEXT.split(block[header.end() :].rstrip())[1:]]
-            found = computations[header[2]] = Computation(header[2], {each.name: each for each in instructions})
+            found = computations[header[2]] = Computation({each.name: each for each in instructions})
             entry = found if header[1] else entry
     if entry is None:
         raise UserError("no HLO module: the text has no ENTRY computation")

@@ -21,9 +21,8 @@ from pathlib import Path
 from llava_jax.plan import topologies
 from llava_jax.plan.hlo import Computation, Instruction
 
-TARGET = 'custom_call_target="tpu_custom_call"'
 STATIC_SECONDS = 180
-"""Seconds after which the static profile of a kernel is given up. It simulates every round of a loop."""
+"""CPU seconds after which the static profile of a kernel is given up. It simulates every round of a loop."""
 MAX_BYTES = 6 * 2**30
 """Bytes of memory after which the static profile is given up. It keeps each simulated instruction."""
 
@@ -79,7 +78,7 @@ class Kernel:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    return TARGET in instruction.attributes
+    return 'custom_call_target="tpu_custom_call"' in instruction.attributes
 
 
 def kernel(instruction: Instruction, computation: Computation) -> Kernel:
@@ -88,7 +87,10 @@ def kernel(instruction: Instruction, computation: Computation) -> Kernel:
               "serialization_format": 1}
     shapes = [[(DTYPES[array.dtype], array.dims) for array in arrays] for arrays in (
         [operand.shape[0] for operand in computation.operands(instruction)], instruction.shape)]
-    job = json.dumps({"operands": shapes[0], "results": shapes[1], "config": {"custom_call_config": config}})
+    # Without its own limit of VMEM, a large kernel does not compile.
+    size = int(instruction.attribute(r'"scoped_memory_configs":\[\{[^\]]*"size":"?(\d+)') or 0)
+    limit = {"scoped_memory_configs": [{"memory_space": 1, "offset": 0, "size": size}]} if size else {}
+    job = json.dumps({"operands": shapes[0], "results": shapes[1], "config": {"custom_call_config": config} | limit})
     # The length of a dynamic grid is the first operand. A table of the others has an entry for each step.
     tables = [dims[0] for dtype, dims in shapes[0] if dtype == "int32" and len(dims) == 1]
     max_steps = max(tables, default=1) if shapes[0][:1] == [("int32", ())] else 0
@@ -107,11 +109,8 @@ def measure(chip: topologies.Chip, job: str) -> KernelCost | None:
             flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
             flags += f" --xla_jf_dump_static_llo_profile_to={folder}" * static
             command = [sys.executable, "-m", "llava_jax.plan.kernels", chip.kind]
-            try:
-                done = subprocess.run(command, input=job, env=os.environ | {"LIBTPU_INIT_ARGS": flags},
-                                      capture_output=True, text=True, timeout=STATIC_SECONDS if static else None)
-            except subprocess.TimeoutExpired:
-                continue
+            done = subprocess.run(command, input=job, env=os.environ | {"LIBTPU_INIT_ARGS": flags},
+                                  capture_output=True, text=True)
             if done.returncode == 0:
                 return _read(Path(folder), ratio)
     print(f"a kernel does not compile alone, and its stated FLOPs count: {done.stderr.strip()[-200:]}", file=sys.stderr)
@@ -159,6 +158,7 @@ def _read(folder: Path, ratio: float) -> KernelCost:
 def compile_kernel(kind: str) -> None:
     """Compiles the kernel on stdin for one device of a kind."""
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (STATIC_SECONDS, STATIC_SECONDS))
     topologies.quiet()
     import jax
     from jax.sharding import SingleDeviceSharding

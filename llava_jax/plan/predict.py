@@ -1,21 +1,19 @@
 """Predicts time, memory, throughput and hours of a stage from its compiled step. Nothing is measured on a TPU."""
 
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
 
 from llava_jax import config
 from llava_jax.models.llava import LlavaConfig, abstract_params
-from llava_jax.plan.data import Length
-from llava_jax.plan.replay import Profile, Times, profile, times
-from llava_jax.plan.step import Memory, Program
+from llava_jax.plan.replay import Profile, profile, times
+from llava_jax.plan.step import Program
 from llava_jax.plan.topologies import Slice
 from llava_jax.train.metrics import model_flops, trained_parts
 from llava_jax.train.optimizer import trainable_paths
 
 ERRORS = (-0.10, 0.23)
 """Predicted over published tokens/s, less 1, of five runs of MaxText: the least and the greatest (README.md)."""
-KNOWN_ERRORS = f"{ERRORS[0]:+.0%} to {ERRORS[1]:+.0%} tokens/s in five published runs of MaxText"
 
 
 def time_range(seconds: float) -> tuple[float, float]:
@@ -28,59 +26,44 @@ def rate_range(rate: float) -> tuple[float, float]:
     return rate / (1 + ERRORS[1]), rate / (1 + ERRORS[0])
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Predicts a stage on a slice."""
-
-    stage: str
-    where: Slice
-    memory: Memory
-    rows: int
-    """Number of packed sequences of a step."""
-    tokens: int
-    """Number of tokens of a step if all sequences are full."""
-    images: int
-    """Number of tiles of a step if all slots of tiles are full."""
-    parameters: int
-    """Number of parameters of the model, adapters included."""
-    trained_parameters: int
-    """Number of parameters that the stage trains."""
-    model_flops: float
-    """Model FLOPs of a step by formula."""
-    compile_seconds: float
-    profile: Profile | None
-    """Profile of the program; None if it does not fit, because then the compiler gives no program."""
-    times: Times | None
-    length: Length | None
-    """Length of the stage; None if neither recipe nor data give it."""
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs over the peak FLOPs of the chips in the predicted time."""
-        return self.model_flops / self.times.step / (self.where.chip.flops * self.where.chips)
-
-    @property
-    def hours(self) -> float | None:
-        return self.length.steps * self.times.step / 3600 if self.length and self.times else None
-
-    def per_chip(self, count: int) -> float:
-        """Returns a count of a step, such as its tokens, per second and chip."""
-        return count / self.times.step / self.where.chips
+def predict_program(program: Program, where: Slice, found: Profile | None, steps: int = 1) -> dict:
+    """Returns memory and time of a program as plain data. `steps` is that of `times`."""
+    memory = dataclasses.asdict(program.memory) | {"peak": program.memory.peak}
+    plan = {"fits": program.memory.fits, "memory": memory, "compile_seconds": round(program.seconds, 1)}
+    if found is None:  # the compiler gives no program if it does not fit
+        return plan
+    seconds = times(found, where, steps)
+    return plan | {"step_seconds": seconds.step, "seconds": dataclasses.asdict(seconds)}
 
 
 def predict(recipe: config.Recipe, name: str, where: Slice, model: LlavaConfig, program: Program,
-            length: Length | None) -> Prediction:
-    """Predicts the stage `name` from its compiled step.
+            length: tuple[int, str] | None, price: float | None = None) -> dict:
+    """Returns the plan of the stage `name` as plain data: seconds, bytes of one device, rates of one chip.
 
-    Its model FLOPs are those of sequences of one conversation each, with all slots of tiles full.
+    Its model FLOPs are those of sequences of one conversation each, with all slots of tiles full. `length` is that
+    of `data.length`, and `price` that of a chip for an hour.
     """
     stage, data = recipe.stages[name], recipe.stages[name].data
     rows, images = stage.batch_size, stage.batch_size * data.tiles_per_sequence
-    found = profile(program.hlo, program.slices) if program.hlo else None
     sizes = {path: x.size for path, x in abstract_params(model)[1].items()}
     trained = trainable_paths(stage, list(sizes))
     positions = np.broadcast_to(np.arange(data.sequence_length), (rows, data.sequence_length))
     flops = model_flops(model, trained_parts(trained), positions, np.ones_like(positions), images)
-    return Prediction(name, where, program.memory, rows, rows * data.sequence_length, images, sum(sizes.values()),
-                      sum(sizes[path] for path in trained), flops, program.seconds, found,
-                      times(found, where) if found else None, length)
+    found = profile(program.hlo, program.slices) if program.hlo else None
+    plan = {
+        "stage": name, **predict_program(program, where, found), "rows": rows, "tokens": rows * data.sequence_length,
+        "images": images, "parameters": sum(sizes.values()),
+        "trained_parameters": sum(sizes[path] for path in trained), "model_flops": flops,
+        "steps": length and length[0], "steps_source": length and length[1]}
+    if found is None:
+        return plan
+    step, chips = plan["step_seconds"], where.chips
+    mfu, hours = flops / step / (where.chip.flops * chips), length and length[0] * step / 3600
+    plan |= {
+        "cycles": found.cycles, "cycles_by_part": dict(sorted(found.by_part().items())),
+        "pallas_kernels": len(found.kernels), "ici_bytes": found.ici_bytes, "dcn_bytes": found.dcn_bytes,
+        "step_seconds_range": time_range(step),
+        "mfu": mfu, "mfu_range": rate_range(mfu), "hours": hours, "hours_range": hours and time_range(hours),
+        "tokens_per_second_per_chip": plan["tokens"] / step / chips,
+        "images_per_second_per_chip": images / step / chips}
+    return plan | ({"cost": hours * chips * price} if price is not None and hours is not None else {})

@@ -23,8 +23,6 @@ class Op:
 
     instruction: Instruction
     times: int
-    loops: tuple[str, ...]
-    """Names of the bodies of the loops around it, outermost first."""
     collectives: tuple[costs.Collective, ...]
     """Collectives that it starts or runs."""
     awaits: tuple[tuple, ...] = ()
@@ -48,12 +46,6 @@ class Op:
         name = self.instruction.op_name
         found = re.search(rf"\b({'|'.join(PARTS)})\b", name) if name.startswith("jit(") else None
         return found[1] if found else None
-
-    @property
-    def direction(self) -> str:
-        """Pass that it belongs to: forward, backward, or recompute (the forward pass inside the backward pass)."""
-        name = self.instruction.op_name
-        return "recompute" if "rematted_computation" in name else "backward" if "transpose(" in name else "forward"
 
 
 @dataclass(frozen=True)
@@ -110,18 +102,9 @@ class Profile:
     def kernels(self) -> list[Op]:
         return [op for op in self.ops if op.kernel]
 
-    def by_part(self) -> Counter[tuple[str, str]]:
-        """Returns cycles by (part, direction). Instructions outside of all scopes belong to the main part of their
-        loop."""
-        main: dict[tuple[str, ...], Counter[str]] = {}
-        for op in self.ops:
-            if op.scope and op.loops:
-                main.setdefault(op.loops, Counter())[op.scope] += op.cycles
-        counts = Counter()
-        for op in self.ops:
-            part = op.scope or (main[op.loops].most_common(1)[0][0] if op.loops in main else "other")
-            counts[part, "" if part == "optimizer" else op.direction] += op.cycles
-        return +counts  # without zeros
+    def by_part(self) -> Counter[str]:
+        """Returns cycles by part. Instructions outside of all scopes belong to the main part of their loop."""
+        return +_by_part(self.schedule, False)  # without zeros
 
 
 def profile(text: str, slices: Sequence[int], rounds: int = 1) -> Profile:
@@ -130,7 +113,7 @@ def profile(text: str, slices: Sequence[int], rounds: int = 1) -> Profile:
     `rounds`: rounds of outer loops whose length is known only at run time. Such loops inside of them count once.
     """
     module = parse(text)
-    schedule = tuple(_executed(module, module.entry, 1, (), slices, (), rounds))
+    schedule = tuple(_executed(module, module.entry, 1, slices, (), rounds))
     # XLA may spread a collective over several fusions, or over the rounds of a loop. All pieces have its channel. It
     # is counted in the piece that runs least often, which starts it.
     first: dict[tuple, Op] = {}
@@ -192,8 +175,18 @@ def _flat(schedule: Sequence[Op | Loop]) -> Iterator[Op]:
         yield from _flat(step.body) if isinstance(step, Loop) else (step,)
 
 
-def _executed(module: Module, computation: Computation, runs: int, loops: tuple[str, ...], slices: Sequence[int],
-              state: Sequence[Instruction], unknown: int) -> Iterator[Op | Loop]:
+def _by_part(schedule: Sequence[Op | Loop], inside: bool) -> Counter[str]:
+    counts = Counter()
+    for op in schedule:
+        if isinstance(op, Op):
+            counts[op.scope] += op.cycles
+    bare = counts.pop(None, 0)
+    counts[counts.most_common(1)[0][0] if inside and counts else "other"] += bare
+    return sum((_by_part(loop.body, True) for loop in schedule if isinstance(loop, Loop)), counts)
+
+
+def _executed(module: Module, computation: Computation, runs: int, slices: Sequence[int], state: Sequence[Instruction],
+              unknown: int) -> Iterator[Op | Loop]:
     """Yields what a computation executes, calls included."""
     for instruction in computation.instructions.values():
         opcode, called = instruction.opcode, instruction.calls
@@ -201,21 +194,18 @@ def _executed(module: Module, computation: Computation, runs: int, loops: tuple[
             body = module.computations[instruction.attribute(r"body=%?([\w.\-]+)")]
             entry = computation.source(computation.instructions[instruction.operands[0]], state)
             carried = [computation.source(each, state) for each in computation.operands(entry)]
-            rounds, inner = module.trip_count(instruction, carried), unknown
-            if rounds is None:
-                rounds, inner = unknown, 1
-            yield Loop(rounds, tuple(_executed(module, body, runs * rounds, (*loops, body.name), slices, carried,
-                                               inner)))
+            count = module.trip_count(instruction, carried)
+            rounds, inner = (unknown, 1) if count is None else (count, unknown)
+            yield Loop(rounds, tuple(_executed(module, body, runs * rounds, slices, carried, inner)))
         elif opcode == "call" or opcode == "custom-call" and called in module.computations:
-            yield from _executed(module, module.computations[called], runs, loops, slices, (), unknown)
+            yield from _executed(module, module.computations[called], runs, slices, (), unknown)
         elif opcode not in costs.FREE or costs.is_collective(instruction):
-            yield _op(module, computation, instruction, runs, loops, slices)
+            yield _op(module, computation, instruction, runs, slices)
 
 
-def _op(module: Module, computation: Computation, instruction: Instruction, runs: int, loops: tuple[str, ...],
-        slices: Sequence[int]) -> Op:
+def _op(module: Module, computation: Computation, instruction: Instruction, runs: int, slices: Sequence[int]) -> Op:
     if kernels.is_kernel(instruction):
-        return Op(instruction, runs, loops, (), kernel=kernels.kernel(instruction, computation))
+        return Op(instruction, runs, (), kernel=kernels.kernel(instruction, computation))
     start, ends = instruction, "-done" in instruction.opcode + instruction.name
     if instruction.opcode.endswith("-done"):
         while start is not None and "-start" not in start.opcode and start.opcode != "send":
@@ -223,8 +213,8 @@ def _op(module: Module, computation: Computation, instruction: Instruction, runs
     parts = _parts(module, computation, start) if start else ()
     found = tuple(filter(None, (costs.collective(*part, slices) for part in parts)))
     if ends:
-        return Op(instruction, runs, loops, (), tuple(collective.key for collective in found))
-    return Op(instruction, runs, loops, found)
+        return Op(instruction, runs, (), tuple(collective.key for collective in found))
+    return Op(instruction, runs, found)
 
 
 def _parts(module: Module, computation: Computation, instruction: Instruction

@@ -70,6 +70,14 @@ _compiled: dict[tuple[Slice, str], Program] = {}
 """Compiled steps of this process, by slice and digest of the lowered program."""
 
 
+def with_slices(recipe: config.Recipe, where: Slice) -> tuple[config.Recipe, list[str]]:
+    """Returns the recipe, data parallel over the slices unless it sets mesh.data, and a note about the change."""
+    if where.count == 1 or recipe.mesh.data != 1:
+        return recipe, []
+    note = f"data parallel over {where.count} slices: train needs --mesh.data {where.count} too"
+    return dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, data=where.count)), [note]
+
+
 def abstract_step(recipe: config.Recipe, name: str, mesh: jax.sharding.Mesh, model: LlavaConfig):
     """Returns the jitted step of the stage `name`, and its arguments `(state, frozen, batch)` as ShapeDtypeStructs.
 

@@ -1,6 +1,5 @@
 """TPU slices by name, with the figures of their chips' data sheets."""
 
-import difflib
 import math
 import os
 import re
@@ -16,8 +15,6 @@ class Chip:
     """Describes a TPU generation. Rates are those of a chip; memory and cycles those of a JAX device."""
 
     kind: str
-    device_kind: str
-    """Name of its devices in JAX."""
     cores: int
     """Number of TensorCores of a chip, which the number in a slice's name counts."""
     devices: int
@@ -52,18 +49,18 @@ class Chip:
 # cycle: v4 and v5p have 2 x 4 matrix units of 128 x 128, v5e has 4. For v6e and a TensorCore of tpu7x, four units of
 # 256 x 256 are assumed, because the compiler's cycles for large products reach 87 and 85 % of that.
 CHIPS = {chip.kind: chip for chip in (
-    Chip("v4", "TPU v4", 2, 1, 4096, 3, int(30.75 * GIB), 275e12, 1228e9, 93e9, None, 2 * 8 * 128**2),
-    Chip("v5e", "TPU v5 lite", 1, 1, 256, 2, int(15.75 * GIB), 197e12, 819e9, 93e9, 3.125e9, 2 * 4 * 128**2),
-    Chip("v5p", "TPU v5", 2, 1, 6144, 3, int(95.73 * GIB), 459e12, 2765e9, 186e9, 6.25e9, 2 * 8 * 128**2),
-    Chip("v6e", "TPU v6 lite", 1, 1, 256, 2, int(31.24 * GIB), 918e12, 1638e9, 193e9, 12.5e9, 2 * 4 * 256**2),
-    Chip("tpu7x", "TPU7x", 2, 2, 9216, 3, int(94.74 * GIB), 2307e12, 7380e9, 186e9, None, 2 * 4 * 256**2),
+    Chip("v4", 2, 1, 4096, 3, int(30.75 * GIB), 275e12, 1228e9, 93e9, None, 2 * 8 * 128**2),
+    Chip("v5e", 1, 1, 256, 2, int(15.75 * GIB), 197e12, 819e9, 93e9, 3.125e9, 2 * 4 * 128**2),
+    Chip("v5p", 2, 1, 6144, 3, int(95.73 * GIB), 459e12, 2765e9, 186e9, 6.25e9, 2 * 8 * 128**2),
+    Chip("v6e", 1, 1, 256, 2, int(31.24 * GIB), 918e12, 1638e9, 193e9, 12.5e9, 2 * 4 * 256**2),
+    Chip("tpu7x", 2, 2, 9216, 3, int(94.74 * GIB), 2307e12, 7380e9, 186e9, None, 2 * 4 * 256**2),
 )}
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 
-# Shapes of slices by their number of chips. Larger slices of three dimensions are cubes of 4 x 4 x 4 in the box that is
-# nearest to a cube.
-FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
+# Shapes of slices by dimensions and number of chips. Larger slices of three dimensions are cubes of 4 x 4 x 4 in the
+# box that is nearest to a cube.
+SMALL = {2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
+         3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}}
 CUBE = 64
 MAX_SIDE = 256
 """Limit of the number of chips along one side of a torus."""
@@ -89,9 +86,7 @@ class Slice:
     @property
     def host_bounds(self) -> tuple[int, int, int]:
         """Number of chips of one host along each dimension."""
-        if self.chip.dimensions == 2 and math.prod(self.shape) <= 8:
-            return (*self.shape, 1)
-        return (2, 2, 1)
+        return (*self.shape, 1) if self.chip.dimensions == 2 and math.prod(self.shape) <= 8 else (2, 2, 1)
 
     @property
     def hosts(self) -> int:
@@ -119,13 +114,11 @@ class Slice:
             import libtpu  # noqa: F401
         except ImportError:
             raise UserError("planning needs the TPU compiler: pip install 'llava_jax[plan]'") from None
-        options = {"chips_per_host_bounds": self.host_bounds}
-        if self.chip.kind == "v4":
-            options["chip_config_name"] = "megacore"
-        if self.count > 1:
-            options["num_slices"] = self.count
+        options = {"chip_config_name": "megacore"} if self.chip.kind == "v4" else {}
+        options |= {"num_slices": self.count} if self.count > 1 else {}
         name = f"{self.chip.kind}:{'x'.join(map(str, self.shape))}"
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name,
+                                                 chips_per_host_bounds=self.host_bounds, **options).devices)
 
 
 def parse(name: str) -> Slice:
@@ -135,27 +128,17 @@ def parse(name: str) -> Slice:
     v5e-256x2.
     """
     kind = name.lower().split("-")[0]
-    kind = ALIASES.get(kind, kind)
-    if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, CHIPS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"topology {name!r} is not known; {hint}write KIND-SIZE, as in v5e-64; kinds are "
-                         f"{', '.join(CHIPS)}")
-    chip, shape, count = CHIPS[kind], None, 1
-    if found := re.fullmatch(r"\w+-(\d+)(?:x([1-9]\d*))?", name):
-        chips, rest = divmod(int(found[1]), chip.cores)
-        shape, count = None if rest else _shape(chip, chips), int(found[2] or 1)
-    if shape is None:
-        raise UserError(f"topology {name!r} is no {kind} slice; {sizes(chip)}; several slices: v5e-256x2")
-    return Slice(chip, shape, count)
-
-
-def sizes(chip: Chip) -> str:
-    """Returns the names of the slices of a kind, as text."""
-    names = ", ".join(f"{chip.kind}-{chips * chip.cores}" for chips in (FLAT if chip.dimensions == 2 else SMALL))
-    return f"there are {names}" if chip.dimensions == 2 else (
-        f"there are {names}, and multiples of {CUBE * chip.cores} from {chip.kind}-{CUBE * chip.cores} to "
-        f"{chip.kind}-{chip.largest * chip.cores} (TensorCores, {chip.cores} to a chip)")
+    chip, found = CHIPS.get(ALIASES.get(kind, kind)), re.fullmatch(r"\w+-(\d+)(?:x([1-9]\d*))?", name)
+    if chip is None:
+        raise UserError(f"topology {name!r} is not known; write KIND-SIZE, as in v5e-64; kinds are {', '.join(CHIPS)}")
+    chips, rest = divmod(int(found[1]), chip.cores) if found else (0, 0)
+    if rest or (shape := _shape(chip, chips)) is None:
+        known = ", ".join(f"{chip.kind}-{chips * chip.cores}" for chips in SMALL[chip.dimensions])
+        if chip.dimensions == 3:
+            known += (f", and multiples of {CUBE * chip.cores} from {chip.kind}-{CUBE * chip.cores} to "
+                      f"{chip.kind}-{chip.largest * chip.cores} (TensorCores, {chip.cores} to a chip)")
+        raise UserError(f"topology {name!r} is no {chip.kind} slice; there are {known}; several slices: v5e-256x2")
+    return Slice(chip, shape, int(found[2] or 1))
 
 
 def quiet() -> None:
@@ -177,12 +160,10 @@ def quiet() -> None:
 
 def _shape(chip: Chip, chips: int) -> tuple[int, ...] | None:
     """Returns the shape of a slice of so many chips, or None if there is no such slice."""
-    if chip.dimensions == 2:
-        return FLAT.get(chips)
-    if chips in SMALL:
-        return SMALL[chips]
+    if chips in SMALL[chip.dimensions]:
+        return SMALL[chip.dimensions][chips]
     cubes, rest = divmod(chips, CUBE)
-    if rest or not cubes or chips > chip.largest:
+    if chip.dimensions == 2 or rest or not cubes or chips > chip.largest:
         return None
     boxes = [(a, b, cubes // (a * b)) for a in range(1, cubes + 1) for b in range(a, cubes // a + 1)
              if cubes % (a * b) == 0 and cubes // (a * b) >= b]

@@ -66,11 +66,11 @@ def tiny_file(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def planned(needs_libtpu, tiny):
     """The model, the mesh and the compiled step of stage instruct on v5e-4: the one compilation of many tests."""
-    from llava_jax.plan.meshes import plan_mesh
+    from llava_jax.parallel.sharding import make_mesh
     from llava_jax.plan.models import planned_config
     from llava_jax.plan.step import compile_step
     from llava_jax.plan.topologies import parse
 
     where, (model, _) = parse("v5e-4"), planned_config(tiny.model)
-    mesh = plan_mesh(tiny, where, model)
+    mesh = make_mesh(tiny.mesh, where.jax_devices())
     return model, mesh, compile_step(tiny, "instruct", where, mesh, model)

@@ -27,14 +27,14 @@ def test_a_data_file_that_is_there_is_counted(parts, data):
     model, _ = planned_config(described.model)
     spec = data_spec(described.stages["instruct"].data, model, Tokenizer.load(parts[1]), str(data))
     rows = list(Batches(spec, 1, epochs=1))
-    found = length(described, "instruct", model)
-    assert found.rows == len(rows) and found.steps == 3 * len(rows) // 2 and "counted" in found.source
-    assert length(described, "instruct", model, rows=100).steps == 150
+    steps, source = length(described, "instruct", model)
+    assert steps == 3 * len(rows) // 2 and "counted" in source
+    assert length(described, "instruct", model, rows=100)[0] == 150
 
 
 def test_steps_of_the_recipe_come_first_and_unknown_data_has_no_length(tiny):
     model, _ = planned_config(tiny.model)
-    assert length(recipe(tiny.model, "x.json", steps=7), "instruct", model).steps == 7
+    assert length(recipe(tiny.model, "x.json", steps=7), "instruct", model) == (7, "the recipe's steps")
     assert length(recipe(tiny.model, "x.json"), "instruct", model) is None
 
 
@@ -47,12 +47,12 @@ def test_the_published_mix_is_estimated_from_its_counts():
                        "onevision/onevision.json": 1_600_000}
     described = config.load_recipe("llava_1_5_7b")
     model, _ = planned_config(described.model)
-    found = length(described, "instruct", model)
-    data = described.stages["instruct"].data
+    steps, source = length(described, "instruct", model)
+    align, instruct = described.stages.values()
     # No row can hold more images than its slots, nor more tokens than its length.
-    assert found.rows > (665_298 - 40_688) / data.tiles_per_sequence and "estimate" in found.source
-    captions = length(described, "align", model)
-    assert captions.rows == pytest.approx(558_128 / described.stages["align"].data.tiles_per_sequence, rel=0.01)
+    assert steps > (665_298 - 40_688) / instruct.data.tiles_per_sequence / instruct.batch_size and "estimate" in source
+    captions = length(described, "align", model)[0] * align.batch_size
+    assert captions == pytest.approx(558_128 / align.data.tiles_per_sequence, rel=0.01)
 
 
 def test_an_estimate_is_near_packed_records_of_the_same_lengths():
@@ -60,10 +60,10 @@ def test_an_estimate_is_near_packed_records_of_the_same_lengths():
     draw = runpy.run_path(Path(__file__).parents[2] / "scripts" / "bench_packing.py")["made_up"]
     tokens, _, images = draw(np.random.default_rng(0), 0.01)
     described = config.load_recipe("llava_1_5_7b")
-    data = described.stages["instruct"].data
-    rows = pack(tokens, images, data.sequence_length, data.tiles_per_sequence)
-    found = length(described, "instruct", planned_config(described.model)[0])
-    assert found.rows == pytest.approx(100 * len(rows), rel=0.03)
+    stage = described.stages["instruct"]
+    rows = pack(tokens, images, stage.data.sequence_length, stage.data.tiles_per_sequence)
+    steps, _ = length(described, "instruct", planned_config(described.model)[0])
+    assert steps * stage.batch_size == pytest.approx(100 * len(rows), rel=0.03)
 
 
 def test_rows_of_images_of_any_size_are_those_of_their_layouts(tiny, monkeypatch):
@@ -74,9 +74,9 @@ def test_rows_of_images_of_any_size_are_those_of_their_layouts(tiny, monkeypatch
     for tokens, tiles, expected in ((4 * 2377, 20, 4), (2 * 2377, 20, 2), (4 * 2377, 10, 2)):
         data = dataclasses.replace(described.stages["instruct"].data, path="photos.json", sequence_length=tokens,
                                    tiles_per_sequence=tiles)
-        stages = {"instruct": dataclasses.replace(described.stages["instruct"], data=data)}
-        found = length(dataclasses.replace(described, stages=stages), "instruct", model)
-        assert found.rows == pytest.approx(6000 / expected, abs=2)
+        stages = {"instruct": dataclasses.replace(described.stages["instruct"], data=data, batch_size=1)}
+        steps, _ = length(dataclasses.replace(described, stages=stages), "instruct", model)
+        assert steps == pytest.approx(6000 / expected, abs=2)
 
 
 def test_a_published_set_under_another_name_is_not_taken_for_it(tiny):

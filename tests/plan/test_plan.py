@@ -8,9 +8,10 @@ import pytest
 
 from llava_jax.plan import __main__ as plan
 from llava_jax.plan import show
-from llava_jax.plan.predict import Prediction
+from llava_jax.plan.models import planned_config
+from llava_jax.plan.predict import predict
 from llava_jax.plan.replay import profile
-from llava_jax.plan.step import Memory
+from llava_jax.plan.step import Memory, Program
 from llava_jax.plan.topologies import GIB, parse
 
 
@@ -38,14 +39,14 @@ def test_a_plan_as_json_and_the_programs_behind_it(compiles, planned, tiny_file,
     assert not dump.exists() and printed.err.count("wrote ") == 2
 
 
-def test_a_plan_that_does_not_fit_says_by_how_much():
+def test_a_plan_that_does_not_fit_says_by_how_much(tiny):
     memory = Memory(8 * GIB, GIB, 16 * GIB, 0, 5 * GIB, 0, int(15.75 * GIB))
-    plan = Prediction("instruct", parse("v5e-4"), memory, 8, 1024, 16, 8000, 2000, 1e12, 3.0, None, None, None)
-    text = show.text(plan)
+    model, where = planned_config(tiny.model)[0], parse("v5e-4")
+    plan = predict(tiny, "instruct", where, model, Program("", memory, (0,) * 4, 3.0), None)
+    text = show.text(plan | {"parameters": 8000, "trained_parameters": 2000}, where)
     assert "2,000  25.00% of them" in text
     assert "DOES NOT FIT" in text and "14.25 GiB more than the 15.75 GiB there are" in text and "MFU" not in text
-    data = show.data(plan)
-    assert json.dumps(data) and data["fits"] is False and data["memory"]["peak"] == 30 * GIB
+    assert json.dumps(plan) and plan["fits"] is False and plan["memory"]["peak"] == 30 * GIB
 
 
 @pytest.mark.parametrize("seconds,expected", [

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from llava_jax import cli, config
-from llava_jax.plan.meshes import plan_mesh, with_slices
+from llava_jax.parallel.sharding import make_mesh
 from llava_jax.plan.models import planned_config
-from llava_jax.plan.step import abstract_step, device_bytes
+from llava_jax.plan.step import abstract_step, device_bytes, with_slices
 from llava_jax.plan.topologies import parse
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,7 +43,7 @@ def test_recorded_memory_is_that_of_the_recipe_of_today(needs_libtpu, name):
     where = parse(plan["topology"])
     recipe, _ = with_slices(recipe, where)
     model, _ = planned_config(recipe.model)
-    mesh = plan_mesh(recipe, where, model)
+    mesh = make_mesh(recipe.mesh, where.jax_devices())
     assert (dict(mesh.shape), where.chips) == (plan["mesh"], plan["chips"])
     first = -1 if plan["recipe"].startswith(load_script().LAST_STAGE) else 0
     assert [stage["stage"] for stage in plan["stages"]] == list(recipe.stages)[first:]
@@ -73,7 +73,7 @@ def test_the_page_has_the_table_of_the_file():
 def test_a_changed_recipe_is_noticed(needs_libtpu, tiny):
     """The comparison above depends on the recipe: a stage that trains less has less optimizer state."""
     where, (model, _) = parse("v5e-4"), planned_config(tiny.model)
-    mesh = plan_mesh(tiny, where, model)
+    mesh = make_mesh(tiny.mesh, where.jax_devices())
     align = dataclasses.replace(tiny, stages={"instruct": tiny.stages["align"]})
     sizes = [device_bytes(abstract_step(recipe, "instruct", mesh, model)[1][0].trainable) for recipe in (tiny, align)]
     assert sizes[1] < sizes[0] / 5

@@ -22,7 +22,7 @@ def work(milliseconds: float, *, start: str = "", end: str = "", sync: str = "",
     name = "async-collective-start" if start else "async-collective-done" if end else "fusion"
     cycles = f'backend_config={{"estimated_cycles":"{round(milliseconds * MS)}"}}'
     found = (costs.Collective(kind, 2 * SENT * sent, 2, 1, start or sync),) if start or sync else ()
-    return Op(Instruction(name, "fusion", (), (), cycles), runs, (), found, ((1, end),) if end else ())
+    return Op(Instruction(name, "fusion", (), (), cycles), runs, found, ((1, end),) if end else ())
 
 
 def step(*schedule: Op | Loop) -> tuple[float, float]:
