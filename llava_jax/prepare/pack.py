@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -39,6 +41,8 @@ from llava_jax.prepare.shards import SHOWN_BAD_ROWS, Encoding, Examples, ShardWr
 
 PROBE_ROWS = 100
 """Number of rows that are encoded to estimate how many rows make a shard."""
+INFO = "dataset_info.json"
+"""Name of the file that makes a folder a data set."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 Note = dict[str, Any]
@@ -50,8 +54,8 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
 
     Training reads OUT at random from any disk or bucket, without a file for every image;
     tfds.builder_from_directory(OUT) opens it. Every row of DATA is written once, in order. A mixture file must take
-    every row once an epoch. If a pack is stopped at any moment, the same command continues it. To have OUT in a bucket,
-    write it to a disk and copy it: gcloud storage cp -r OUT gs://BUCKET
+    every row once an epoch. If a pack is stopped at any moment, the same command continues it; if it is finished,
+    the command says so. To have OUT in a bucket, write it to a disk and copy it: gcloud storage cp -r OUT gs://BUCKET
     """
 
     out: OutArgument
@@ -97,8 +101,11 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         encoding = Encoding(self.image_size, self.image_mode, self.image_format, self.quality, self.exif,
                             self.max_pixels)
         examples, plan = Examples(mixture, encoding), self._plan(mixture, name, version)
+        if self._is_finished(plan):
+            return 0
         with _lock(self.out, host, hosts), _explained(self.out):
-            self._check_folder()  # another pack may have finished in the meantime
+            if self._is_finished(plan):  # by another pack, in the meantime
+                return 0
             bounds = self._bounds(examples, plan, hosts)
             count = len(bounds) - 1
             files = [f"{name}-{self.split}.array_record-{shard:05}-of-{count:05}" for shard in range(count)]
@@ -112,7 +119,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             if file := _changed_file(plan["files"], _file_stamps(mixture)):
                 raise UserError(f"{self.out}: {file} has changed meanwhile; delete this folder and start anew")
             if None not in notes:
-                self._finish(notes, name, version)
+                self._finish(notes, plan)
         print(printable(self._summary(notes)))
         return 0
 
@@ -147,9 +154,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         if os.path.exists(self.out) and not os.path.isdir(self.out):
             raise UserError(f"{self.out}: is a file; give a folder")
         found = set(os.listdir(self.out)) if os.path.isdir(self.out) else set()
-        if "dataset_info.json" in found and not self.overwrite:
-            raise UserError(f"{self.out}: contains a data set already; give another folder, or --overwrite")
-        if found and not found & {"dataset_info.json", ".pack"}:
+        if found and not found & {INFO, ".pack"}:
             raise UserError(f"{self.out}: contains other files ({min(found)}); give an empty folder or a new one")
 
     def _open(self) -> Mixture:
@@ -185,6 +190,24 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             "name": [name, version, self.split],
             "columns": sorted(features()),
         }
+
+    def _is_finished(self, plan: dict[str, Any]) -> bool:
+        """Returns whether the folder contains the data set that this command makes, and says so.
+
+        Raises UserError if it contains another one that may not be overwritten.
+        """
+        if self.overwrite or not self._is_complete():
+            return False
+        if read_json(os.path.join(self.out, INFO)).get("description") != self._description(plan):
+            raise UserError(f"{self.out}: contains a data set already; give another folder, or --overwrite")
+        shutil.rmtree(_state(self.out), ignore_errors=True)
+        print(printable(f"{self.out}: is finished; this command has nothing to do"))
+        return True
+
+    def _description(self, plan: dict[str, Any]) -> str:
+        """Returns the description of the data set, by which the command that made it recognises it."""
+        content = json.dumps([plan, self.bad_rows], sort_keys=True)
+        return f"prepare pack {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _bounds(self, examples: Examples, plan: dict[str, Any], hosts: int) -> tuple[int, ...]:
         """Returns the bounds of the shards of an unfinished pack, or new ones, which are written with the plan.
@@ -245,7 +268,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             )
         return notes
 
-    def _finish(self, notes: list[Note], name: str, version: str) -> None:
+    def _finish(self, notes: list[Note], plan: dict[str, Any]) -> None:
         """Makes the folder a data set, which several hosts may do at the same time."""
         if not any(note["rows"] for note in notes):
             raise UserError(f"{self.data}: none of its rows can be used; the first: {notes[0]['shown'][0]}")
@@ -255,10 +278,12 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
             "numBytes": str(sum(note["bytes"] for note in notes)),
             "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         }
-        info = {"name": name, "version": version, "fileFormat": "array_record", "disableShuffling": True}
+        name, version, _ = plan["name"]
+        info = {"name": name, "version": version, "fileFormat": "array_record", "disableShuffling": True,
+                "description": self._description(plan), "splits": [split]}
         types = json_format.MessageToDict(features().to_proto())
         try:
-            for file, content in (("features.json", types), ("dataset_info.json", info | {"splits": [split]})):
+            for file, content in (("features.json", types), (INFO, info)):
                 write_json(os.path.join(self.out, file), content, _state(self.out, file))
         except FileNotFoundError:  # another host has done this, and deleted the state
             if not self._is_complete():
@@ -266,7 +291,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         shutil.rmtree(_state(self.out), ignore_errors=True)
 
     def _is_complete(self) -> bool:
-        return os.path.exists(os.path.join(self.out, "dataset_info.json"))
+        return os.path.exists(os.path.join(self.out, INFO))
 
     def _summary(self, notes: list[Note | None]) -> str:
         if missing := notes.count(None):
@@ -287,21 +312,23 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
 @contextlib.contextmanager
 def _lock(out: str, host: int, hosts: int) -> Iterator[None]:
     """Makes sure that one process at a time, or one of each host, writes to the folder, which is created if missing."""
-    os.makedirs(_state(out), exist_ok=True)
     locks = {"lock": fcntl.LOCK_EX} if hosts == 1 else {"lock": fcntl.LOCK_SH, f"lock-{host}": fcntl.LOCK_EX}
     with contextlib.ExitStack() as stack:
         for name, kind in locks.items():
-            handle = os.open(_state(out, name), os.O_CREAT | os.O_RDWR)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, kind | fcntl.LOCK_NB)
-                locked = os.path.samestat(os.fstat(handle), os.stat(_state(out, name)))
-            except (BlockingIOError, FileNotFoundError):  # locked; or deleted by a pack that has just finished
-                locked = False
-            except OSError:  # a file system without locks
-                locked = True
-            if not locked:
-                raise UserError(f"{out}: another pack is writing to this folder; wait for it, or give another folder")
+            while True:
+                os.makedirs(_state(out), exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # deleted by a pack that has just finished
+                    handle = os.open(_state(out, name), os.O_CREAT | os.O_RDWR)
+                    stack.callback(os.close, handle)
+                    try:
+                        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        raise UserError(f"{out}: another pack is writing to this folder; wait for it, or give another "
+                                        "folder") from None
+                    except OSError:  # a file system without locks
+                        pass
+                    if os.path.samestat(os.fstat(handle), os.stat(_state(out, name))):
+                        break
         yield
 
 
@@ -348,7 +375,7 @@ def _are_bounds(bounds: Any, rows: int) -> bool:
 
 def _clear(out: str) -> None:
     """Deletes a data set, complete or not, starting with the files that make it readable. Other files stay."""
-    for name in ("dataset_info.json", "features.json"):
+    for name in (INFO, "features.json"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(out, name))
     for name in os.listdir(_state(out)):

@@ -1,5 +1,6 @@
 """Hosts that pack together, and Beam's local runner: the same bytes as one process."""
 
+import contextlib
 import errno
 import os
 import re
@@ -69,6 +70,9 @@ def test_the_last_host_completes_the_set(data, whole, tmp_path, capsys):
             tfds.builder_from_directory(out)
     run(data, out, shards=7, hosts=3, host=1)
     assert "24 rows with" in capsys.readouterr().out
+    for options in ({"hosts": 3, "host": 0}, {"hosts": 3, "host": 1}, {"hosts": 4, "host": 3}, {"runner": "Flink"}):
+        run(data, out, shards=7, **options)  # started, or started again, when there is nothing to do
+        assert "is finished; this command has nothing to do" in capsys.readouterr().out
     assert contents(out) == whole
 
 
@@ -82,6 +86,23 @@ def test_two_hosts_make_the_plan_at_the_same_time(data, whole, tmp_path, monkeyp
 
     monkeypatch.setattr(pack, "_new_bounds", other_first)
     run(data, out, shards=7, hosts=2, host=1)
+    assert contents(out) == whole
+
+
+def test_a_host_that_starts_while_the_last_one_completes_it(data, whole, tmp_path, monkeypatch, capsys):
+    lock, out = pack._lock, tmp_path / "set"
+
+    @contextlib.contextmanager
+    def others_first(*args):
+        monkeypatch.setattr(pack, "_lock", lock)
+        for host in range(2):
+            run(data, out, shards=7, hosts=2, host=host)
+        with lock(*args):
+            yield
+
+    monkeypatch.setattr(pack, "_lock", others_first)
+    run(data, out, shards=7, hosts=2, host=1)
+    assert capsys.readouterr().out.endswith("is finished; this command has nothing to do\n")
     assert contents(out) == whole
 
 

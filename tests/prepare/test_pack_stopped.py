@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,11 +165,27 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch):
 def test_a_finished_set_is_not_overwritten_unasked(data, tmp_path):
     out = run(data, tmp_path / "set")
     before = contents(out)
-    with pytest.raises(UserError, match="contains a data set already; give another folder, or --overwrite"):
+    for options in ({"shards": 5}, {"bad_rows": "skip"}, {"image_size": 32}, {"name": "other"}):
+        with pytest.raises(UserError, match="contains a data set already; give another folder, or --overwrite"):
+            run(data, out, **options)
+    os.utime(data)  # perhaps with other rows
+    with pytest.raises(UserError, match="contains a data set already"):
         run(data, out)
     assert contents(out) == before
     run(data, out, overwrite=True, shards=2)
     assert len(with_tfds(out)) == 24 and len(contents(out)) == 4
+
+
+def test_the_command_of_a_finished_set_says_so(data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: stop())  # killed when only the state is left to delete
+        with pytest.raises(Stopped):
+            run(data, tmp_path / "set")
+    for _ in range(2):
+        run(data, tmp_path / "set", workers=1)
+        assert capsys.readouterr().out == f"{tmp_path}/set: is finished; this command has nothing to do\n"
+        assert contents(tmp_path / "set") == contents(run(data, tmp_path / "other" / "set"))
+        capsys.readouterr()
 
 
 def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
