@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 import sys
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,6 +26,7 @@ from llava_jax.data.sources import Mixture
 from llava_jax.data.workers import Pool
 from llava_jax.errors import UserError
 from llava_jax.progress import Progress
+from llava_jax.text import agreement
 from llava_jax.text.encode import IGNORE, IMAGE_TOKEN_ID
 
 TASK_RECORDS = 32
@@ -102,7 +104,7 @@ class Batches(grain.IterDataset):
         return self._lengths
 
     def open_rows(self, state: dict[str, int]) -> tuple[Pool, Iterator["_PlannedSequence"]]:
-        """Returns a pool, and the sequences of all processes from a state on."""
+        """Returns a pool, and the sequences of all processes from a state on (`_all_rows`)."""
         if self._kept is None:
             if self.spec.bad_rows == "skip":
                 _require_a_good_record(self.spec, self.order.window(0, 0)[:PROBE_RECORDS])
@@ -191,6 +193,8 @@ class _BatchIterator(grain.DatasetIterator):
         super().__init__()
         self._batches = batches
         self._state = START
+        self.lengths_hash = 0
+        """Hash of the lengths of the state's window, 0 before the first batch."""
         self._pool: Pool | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -204,7 +208,7 @@ class _BatchIterator(grain.DatasetIterator):
         batches = self._batches
         local_size = batches.batch_size // batches.process_count
         if self._pool is None:
-            self._pool, self._rows = batches.open_rows(self._state)
+            self._pool, self._rows = batches.open_rows(self._state | {"lengths_hash": self.lengths_hash})
             self._pending = deque()
         while len(self._pending) < 2 + 2 * batches.workers // local_size:
             rows = list(itertools.islice(self._rows, batches.batch_size))
@@ -212,21 +216,22 @@ class _BatchIterator(grain.DatasetIterator):
                 break
             local_rows = rows[batches.process_index * local_size :][:local_size]
             found = [self._pool.submit("tiles" if row.texts else "examples", row.numbers) for row in local_rows]
-            self._pending.append((local_rows, found, rows[-1].after))
+            self._pending.append((local_rows, found, rows[-1]))
         if not self._pending:
             raise StopIteration
-        rows, found, after = self._pending.popleft()
+        rows, found, last = self._pending.popleft()
         examples = [self._examples(row, future.result()) for row, future in zip(rows, found, strict=True)]
         batch = self._stack(rows, examples)
-        self._state = after
+        self._state, self.lengths_hash = last.after, last.lengths_hash
         return batch
 
     def get_state(self) -> dict[str, int]:
         return dict(self._state)
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, int], lengths_hash: int = 0) -> None:
+        """Continues from a state. With the `lengths_hash` of that state, a change of the lengths gets a line."""
         self.close()
-        self._state = dict(state)
+        self._state, self.lengths_hash = dict(state), lengths_hash
 
     def close(self) -> None:
         super().close()
@@ -289,14 +294,21 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["_PlannedSequence"]:
-    """Yields the sequences of all processes from a state on. Workers measure the next window meanwhile."""
-    done, skipped = state["row"], Counter()
+    """Yields the sequences of all processes from a state on. Workers measure the next window meanwhile.
+
+    Prints a line if the lengths of the first window do not have the state's `lengths_hash`, unless that is 0.
+    """
+    done, expected_hash, skipped = state["row"], state.get("lengths_hash", 0), Counter()
     windows = _windows(batches, state, pool)
     window = next(windows, None)
     while window is not None:
         epoch, position, numbers, measuring = window
         texts, lengths, following = measuring.finish(), batches.lengths[numbers], next(windows, None)
-        rows, bad = _pack(batches.spec, lengths)
+        lengths_hash, rows, bad = zlib.crc32(lengths.tobytes()), *_pack(batches.spec, lengths)
+        if done and expected_hash not in (0, lengths_hash) and batches.process_index == 0:
+            agreement.say(f"{batches.spec.mixture.name}: since the stop, records near this position got other numbers "
+                          "of tokens or tiles, as after a change of their images; they are packed anew, so some of "
+                          f"{len(numbers):,} may be read twice or not at all in this epoch")
         skipped += bad if done == 0 else Counter()
         order = batches.order.rows(len(rows), epoch, position)
         for number in range(done, len(rows)):
@@ -306,7 +318,7 @@ def _all_rows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator["
             after = {"epoch": epoch, "window": position, "row": number + 1}
             known = [texts[numbers[i]] for i in row if numbers[i] in texts]
             yield _PlannedSequence([numbers[i] for i in row], lengths[row], known if len(known) == len(row) else None,
-                                   skipped, after)
+                                   skipped, after, lengths_hash)
             skipped = Counter()
         window, done = following, 0
 
@@ -324,13 +336,17 @@ def _windows(batches: Batches, state: dict[str, int], pool: Pool) -> Iterator[tu
 
 @dataclasses.dataclass
 class _PlannedSequence:
-    """A sequence to build: records, lengths, texts if known, what was skipped before it, and the state after it."""
+    """A sequence to build: records, lengths, texts if known, what was skipped before it, and the state after it.
+
+    `lengths_hash` is that of its window.
+    """
 
     numbers: list[int]
     lengths: np.ndarray
     texts: list[EncodedRecord] | None
     skipped: Counter
     after: dict[str, int]
+    lengths_hash: int
 
 
 class _Measuring:

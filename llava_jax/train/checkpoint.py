@@ -48,6 +48,8 @@ class StageRecord:
     """Number of rows skipped so far, by reason."""
     data: dict[str, int]
     """Position in the data: state of the iterator of `Batches`."""
+    lengths_hash: int = 0
+    """Hash of the lengths of the records around that position. Records of earlier versions have none."""
 
 
 class DamagedCheckpoint(UserError):
@@ -146,7 +148,8 @@ class Checkpoints:
         """Reads the record of the checkpoint of `step`."""
         def read() -> StageRecord:
             content = self._read_meta(step)
-            return StageRecord(**{field.name: content[field.name] for field in dataclasses.fields(StageRecord)})
+            names = {field.name for field in dataclasses.fields(StageRecord)}
+            return StageRecord(**{name: value for name, value in content.items() if name in names})
 
         return self._read(step, ["meta"], read)
 

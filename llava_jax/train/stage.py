@@ -78,7 +78,7 @@ class StageTrainer:
         if record:
             check_inputs(context, self.name, self._inputs)
             self.state = self.checkpoints.restore(self.start, self.state)
-            self.data.set_state(record.data)
+            self.data.set_state(record.data, record.lengths_hash)
         self.skipped = Counter(record.skipped if record else {})
         self._frozen_fingerprint = fingerprint
         self.log.rewind(self.name, self.start)
@@ -126,7 +126,8 @@ class StageTrainer:
             self.skipped += self._window.pop_skipped()
             allgather_object(f"stages.{self.name}, checkpoint of step {step}", None)
             self.checkpoints.save(step, self.state, StageRecord(
-                self.total_steps, self._frozen_fingerprint, dict(self.skipped), self.data.get_state()))
+                self.total_steps, self._frozen_fingerprint, dict(self.skipped), self.data.get_state(),
+                self.data.lengths_hash))
 
     def evaluate(self, step: int) -> None:
         """Logs the validation loss and sample answers that are due."""

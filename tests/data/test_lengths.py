@@ -235,6 +235,35 @@ Batches(batch_size=1, **settings(open_source(sys.argv[2]))).count_rows()
     assert [path.name for path in tmp_path.glob(".*")] == [cache_of(source).name]
 
 
+# Measures every second record, again and again.
+RUN = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pipeline_data import *
+from llava_jax.data.lengths import Lengths
+spec, half = settings(open_source(sys.argv[2]))["spec"], np.arange(int(sys.argv[3]), 2000, 2)
+for _ in range(300):
+    lengths = Lengths(spec)
+    lengths.add(half, [(1 + number, number % 3) for number in half])
+    lengths.save()
+"""
+
+
+def test_two_runs_store_lengths_of_the_same_data(tmp_path):
+    source = write_file(tmp_path, write_rows(tmp_path, 20, images=[0]) * 100)
+    spec, numbers = settings(source)["spec"], np.arange(2000)
+    expected = np.stack([1 + numbers, numbers % 3], 1)
+    commands = [[sys.executable, "-c", RUN, Path(__file__).parents[1], source.path, half] for half in "01"]
+    runs, counts = [subprocess.Popen(command) for command in commands], Counter()
+    while any(run.poll() is None for run in runs):
+        stored = bool(list(tmp_path.glob(".data.json.lengths-*")))
+        found = Lengths(spec)[numbers]
+        known = found[:, 0] > 0
+        assert np.array_equal(found[known], expected[known]) and not found[~known].any()
+        assert not stored or known[0::2].all() or known[1::2].all()  # also while the file is replaced
+        counts[known.sum()] += stored
+    assert [run.returncode for run in runs] == [0, 0] and counts[2000]
+
+
 def test_a_folder_that_is_not_writable_costs_one_line(tmp_path, monkeypatch, capsys):
     source = write_file(tmp_path, write_rows(tmp_path, 40))
     expected = list(packed_rows(**settings(source, epochs=1)))
@@ -270,6 +299,32 @@ def test_images_may_be_mended_and_must_not_change(tmp_path):
         for other in sizes:  # of which some have another shape
             (tmp_path / name).write_bytes(other)
             list(packed_rows(**settings(source, **options)))
+
+
+@pytest.mark.parametrize("change", ["none", "mended", "replaced"])
+def test_a_resumed_run_says_that_its_images_have_changed(tmp_path, capsys, change):
+    rows = write_rows(tmp_path, 12, images=[1])
+    source, image = write_file(tmp_path, rows), tmp_path / rows[5]["image"][0]
+    content = image.read_bytes()
+    if change == "mended":
+        image.unlink()
+    options = dict(batch_size=2, process_count=2, processor=ANYRES, tiles_per_sequence=6, epochs=2, bad_rows="skip")
+    iterator = iter(Batches(**settings(source, **options)))
+    next(iterator)
+    state, seen = iterator.get_state(), iterator.lengths_hash
+    iterator.close()
+    if change == "replaced":
+        Image.new("RGB", (SIZE, 4 * SIZE)).save(image)
+        cache_of(source).unlink()  # as the error says
+    else:
+        image.write_bytes(content)
+    for index in range(2):
+        resumed = iter(Batches(**settings(source, **options), process_index=index))
+        resumed.set_state(json.loads(json.dumps(state)), seen)
+        list(resumed)
+        line = "data.json: since the stop, records near this position got other numbers of tokens or tiles"
+        told = capsys.readouterr().err
+        assert told.count("\n") == told.count(line) == (change != "none" and index == 0), told
 
 
 def test_a_row_whose_image_was_made_smaller_is_used(tmp_path):

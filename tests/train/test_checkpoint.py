@@ -35,7 +35,8 @@ def bits(state: TrainState) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.trainable, state.optimizer))]
 
 
-RECORD = StageRecord(total_steps=9, frozen="none", skipped={"malformed": 2}, data={"epoch": 0, "window": 1, "row": 2})
+RECORD = StageRecord(total_steps=9, frozen="none", skipped={"malformed": 2}, data={"epoch": 0, "window": 1, "row": 2},
+                     lengths_hash=3)
 
 
 @pytest.fixture(scope="module")
