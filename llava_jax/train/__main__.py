@@ -9,11 +9,22 @@ must be corrected first, in one line. 1, any other error, with its traceback; th
 processes end together with one code, and the one that failed is named.
 """
 
+import glob
+import os
 import signal
 import sys
 
 from llava_jax import cli, config
 from llava_jax.data.workers import keep_freed_memory
+
+ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+"""Device files of GPUs and TPUs."""
+
+
+def uses_cpu() -> bool:
+    """Returns whether JAX will compute on CPUs, as JAX_PLATFORMS says or the absence of accelerators."""
+    platform = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    return platform == "cpu" or not platform and not any(map(glob.glob, ACCELERATORS))
 
 
 def main(args: list[str]) -> int:
@@ -22,7 +33,8 @@ def main(args: list[str]) -> int:
     default = config.load_recipe(name)
     recipe = cli.parse(type(default), args, default=default, prog=f"python -m llava_jax.train {name}",
                        description=__doc__)
-    keep_freed_memory()
+    if uses_cpu():
+        keep_freed_memory()  # before XLA starts threads, because a thread that has allocated before keeps its arena
     # Imported here, so that --help and mistakes in the options answer without waiting for JAX.
     import jax
 

@@ -1,12 +1,14 @@
 """A run that goes on: from a damaged checkpoint, with changed data, with a corrected recipe, beside another run."""
 
 import dataclasses
+import fnmatch
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import numpy as np
 import pytest
 
 from llava_jax import config
+from llava_jax.data import pipeline
 from llava_jax.data.pipeline import Batches
 from llava_jax.errors import UserError
-from llava_jax.train import batches, lock, loop
+from llava_jax.train import __main__ as command
+from llava_jax.train import batches, lock, loop, setup
 from llava_jax.weights import load_checkpoint
 
 STEPS = 4
@@ -355,3 +359,31 @@ def test_a_directory_that_cannot_be_written_is_told_at_the_start(make_recipe, tm
     recipe = first_stage(make_recipe("file/run"))
     with pytest.raises(UserError, match="file/run: Not a directory"):
         loop.train(recipe)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_lengths_that_changed_since_the_stop_get_a_line(make_recipe, monkeypatch, capsys, changed):
+    recipe = first_stage(make_recipe())
+    die(monkeypatch, recipe, step=4)
+    if changed:  # as if images had another layout
+        monkeypatch.setattr(pipeline, "zlib", types.SimpleNamespace(crc32=lambda _: 1))
+    loop.train(recipe)
+    assert ("since the stop, records near this position got other numbers" in capsys.readouterr().err) == changed
+
+
+@pytest.mark.parametrize(("platforms", "files", "kept"), [
+    ("", [], 1), ("cpu", ["/dev/accel0"], 1), ("", ["/dev/accel0"], 0), ("", ["/dev/nvidia0"], 0),
+    ("", ["/dev/vfio/0"], 0), ("cuda,cpu", [], 0), ("", ["/dev/nvidiactl", "/dev/vfio/vfio"], 1)])
+def test_freed_memory_is_kept_on_a_cpu_alone(monkeypatch, tmp_path, platforms, files, kept):
+    calls = []
+
+    def stop(_):
+        raise UserError("far enough")
+
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(command.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(setup, "setup", stop)
+    with pytest.raises(UserError, match="far enough"):
+        command.main(["mini", "--output", str(tmp_path / "run")])
+    assert len(calls) == kept
