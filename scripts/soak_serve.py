@@ -185,10 +185,11 @@ class Soak:
             await asyncio.sleep(1)
 
     def check_memory(self) -> None:
-        third = len(self.memory) // 3
-        first, last = (np.mean(part) / 2**20 for part in (self.memory[:third], self.memory[-third:]))
+        memory, third = np.array(self.memory) / 2**20, len(self.memory) // 3
+        first, last = memory[:third].mean(), memory[-third:].mean()
+        tenths = ", ".join(f"{part.mean():.0f}" for part in np.array_split(memory, 10))
         print(f"memory: {first:.0f} MiB in the first third, {last:.0f} MiB in the last, maximum "
-              f"{max(self.memory) / 2**20:.0f} MiB")
+              f"{memory.max():.0f} MiB; in tenths of the time: {tenths}")
         if last > first * (1 + MAX_GROWTH):
             self.problems.append(f"memory has grown by {last / first - 1:.1%}")
 

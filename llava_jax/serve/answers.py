@@ -89,6 +89,8 @@ class Answers:
         self._events.append((index, event))
         if isinstance(event, Finished):
             self.finished[index] = event
+            if len(self.finished) == self.chat.n:
+                self.jobs.clear()  # each has `emit`, which keeps these answers and the request
         if self.chat.stream or len(self.finished) == self.chat.n:
             self._changed.set()
         if self.chat.stream and len(self._events) > MAX_PENDING_EVENTS:
@@ -190,7 +192,7 @@ def _joined(events: list[tuple[int, Event]]) -> list[tuple[int, Event]]:
             ends.append((index, event))
         else:
             pieces[index].append(event)
-    return [(index, Piece("".join(piece.text for piece in parts), sum(piece.tokens for piece in parts),
+    return [(index, Piece("".join(piece.text for piece in parts),
                           tuple(logprob for piece in parts for logprob in piece.logprobs)))
             for index, parts in pieces.items()] + ends
 

@@ -39,7 +39,6 @@ class Piece:
     """The next piece of an answer. No piece splits a character or shows part of a stop string."""
 
     text: str
-    tokens: int  # number of tokens that were written since the piece before
     logprobs: tuple[TokenLogprob, ...] = ()
 
 

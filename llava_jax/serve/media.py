@@ -180,6 +180,7 @@ class MediaLoader:
             if not work.waiters:
                 work.future.cancel()  # without effect if it is done; an image that still waits is not decoded
                 del self._decodings[key]
+            del work  # this frame is in the traceback of a refusal, which would keep itself and the image
         self._keep(key, image)
         return image
 

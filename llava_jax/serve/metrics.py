@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 
-from llava_jax.serve.stats import Histogram, Stats
+from llava_jax.serve.stats import SECONDS, Histogram, Stats
 
 PREFIX = "llava_jax_"
 GAUGES = ("slots", "busy_slots", "waiting", "image_cache_bytes")
@@ -46,7 +46,7 @@ def _family(name: str, value: int | float | Mapping[str, int] | Histogram) -> It
     if isinstance(value, Histogram):
         yield f"# TYPE {name} histogram"
         count = 0
-        for bound, values in zip((*value.bounds, "+Inf"), value.counts, strict=True):
+        for bound, values in zip((*SECONDS, "+Inf"), value.counts, strict=True):
             count += values
             yield f'{name}_bucket{{le="{bound}"}} {count}'
         yield f"{name}_sum {value.total}"

@@ -53,8 +53,7 @@ class _RunningJob:
         self.cached_tokens = 0
         self.last_token = 0.0  # when the newest token came
         self.features: tuple[int, np.ndarray] | None = None  # index and features of the image whose tokens come next
-        self.tokens = 0  # number of tokens since the last piece
-        self.logprobs: list[TokenLogprob] = []  # theirs
+        self.logprobs: list[TokenLogprob] = []  # of the tokens since the last piece
         self.is_finished = False
 
 
@@ -409,12 +408,11 @@ class Scheduler:
         stats.completion_tokens += 1
         text = running.detokenizer.add((token,))
         reason = running.detokenizer.finish_reason
-        running.tokens += 1
         if logprob and reason != "stop":  # OpenAI reports none for the end
             running.logprobs.append(logprob)
         if text or (reason and running.logprobs):
-            piece = Piece(text, running.tokens, tuple(running.logprobs))
-            running.tokens, running.logprobs = 0, []
+            piece = Piece(text, tuple(running.logprobs))
+            running.logprobs = []
             if not self._emit(running, piece):
                 reason = "cancelled"
         if reason:

@@ -1,32 +1,30 @@
 """Counts what the scheduler does, for /metrics."""
 
 import bisect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
 from llava_jax.serve.jobs import Reason
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-"""Upper bounds of the histograms' buckets."""
+"""Upper bounds of the histograms' buckets, ascending."""
 
 
 class Histogram:
     """Counts values in fixed buckets.
 
     Attributes:
-      bounds: upper bounds, ascending. The last bucket has none.
-      counts: number of values of each bucket, not cumulative: one more than `bounds`.
+      counts: number of values of each bucket of SECONDS, not cumulative. One more bucket has no upper bound.
       total: sum of all values.
     """
 
-    def __init__(self, bounds: Sequence[float] = SECONDS):
-        self.bounds, self.counts, self.total = tuple(bounds), [0] * (len(bounds) + 1), 0.0
+    def __init__(self):
+        self.counts, self.total = [0] * (len(SECONDS) + 1), 0.0
 
-    def add(self, value: float, times: int = 1) -> None:
-        """Counts a value `times` times."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += times
-        self.total += value * times
+    def add(self, value: float) -> None:
+        """Counts a value."""
+        self.counts[bisect.bisect_left(SECONDS, value)] += 1
+        self.total += value
 
 
 @dataclass

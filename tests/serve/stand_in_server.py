@@ -30,13 +30,13 @@ class Scheduler(stand_ins.FakeScheduler):
         word = "".join(map(chr, job.tokens)).split()[-1]
         if word == "flood":
             while not job.cancelled.wait(1e-4):
-                job.emit(Piece("x" * 1000, 1))
+                job.emit(Piece("x" * 1000))
             job.emit(Finished("cancelled"))
             self.ended.append(job)
         elif word == "drain":
-            job.emit(Piece("before ", 1))
+            job.emit(Piece("before "))
             self.draining.wait()
-            job.emit(Piece("after", 1))
+            job.emit(Piece("after"))
             job.emit(Finished("stop"))
             self.ended.append(job)
         else:

@@ -68,7 +68,7 @@ class FakeScheduler:
         for token, text in enumerate(texts):
             top = tuple((i, -float(i)) for i in range(job.logprobs or 0))
             logprobs = () if job.logprobs is None else (TokenLogprob(token, -0.5 if token else -np.inf, top),)
-            job.emit(Piece(text, 1, logprobs))
+            job.emit(Piece(text, logprobs))
         reason = self.reason or ("stop" if len(texts) == len(TEXTS) else "length")
         if self.hold:
             job.cancelled.wait(20)
