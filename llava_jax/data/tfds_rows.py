@@ -59,10 +59,11 @@ class TfdsRows:
         folder, wanted = _split_off(path)
         self._folder = _version_folder(folder)
         missing = "no such file; without it the folder is no TFDS data set"
-        info, features = (files.read_json(_open_path(_join(self._folder, name)), dict, missing)
+        info, features = (files.read_json(files.to_path(_join(self._folder, name)), dict, missing)
                           for name in ("dataset_info.json", "features.json"))
         try:
-            self._features, self.skipped = _parse_features(features, self._folder), _skipped(features, self._folder)
+            self.skipped: list[str] = []
+            self._features = _parse_features(features, self._folder, self.skipped)
             stored = info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", ())
             splits = {split["name"]: split for split in info.get("splits", ())}
             lengths = {name: [int(n) for n in split.get("shardLengths", ())] for name, split in splits.items()}
@@ -145,22 +146,36 @@ class TfdsRows:
         return self._readers[shard]
 
 
-def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> Feature | None:
-    """Returns the content of features.json as a Feature; None for a type that is skipped."""
+def _parse_features(spec: dict[str, Any], folder: str, skipped: list[str], path: tuple[str, ...] = ()
+                    ) -> Feature | None:
+    """Returns the content of features.json as a Feature; None for a type that is skipped, whose path it adds.
+
+    Raises UserError for a video or audio.
+    """
     if "featuresDict" in spec:
         inner = spec["featuresDict"]["features"].items()
-        named = {name: _parse_features(feature, folder, (*path, name)) for name, feature in inner}
+        named = {name: _parse_features(feature, folder, skipped, (*path, name)) for name, feature in inner}
         return {name: feature for name, feature in named.items() if feature is not None} or None
+    for kind in ("video", "audio"):
+        if kind in spec or str(spec.get("pythonClassName")).lower().endswith(f".{kind}"):
+            raise UserError(f"{folder}: feature {'/'.join(path)} is {kind}; only texts and images can be trained on")
     if "sequence" in spec:
-        element = _parse_features(spec["sequence"]["feature"], folder, path)
+        element = _parse_features(spec["sequence"]["feature"], folder, skipped, path)
         return None if element is None else [element]
+    leaf = _parse_leaf(spec, folder, path)
+    if leaf is None:
+        skipped.append("/".join(path))
+    return leaf
+
+
+def _parse_leaf(spec: dict[str, Any], folder: str, path: tuple[str, ...]) -> Leaf | None:
     if "text" in spec:
         return Leaf("text")
     if "image" in spec:
         return Leaf("image")
     if "classLabel" in spec:
         name = "-".join(path) + ".labels.txt"
-        names = _open_path(_join(folder, _inside(name, folder)))
+        names = files.to_path(_join(folder, _inside(name, folder)))
         return Leaf("label", tuple(names.read_text().split("\n"))) if names.exists() else Leaf("number")
     if "boundingBox" in spec:
         return Leaf("box") if spec["boundingBox"].get("bboxFormat", "REL_YXYX") == "REL_YXYX" else None
@@ -169,19 +184,6 @@ def _parse_features(spec: dict[str, Any], folder: str, path: tuple[str, ...] = (
         return None
     kinds = {"string": "string", "object": "string", "bool": "bool"}
     return Leaf(kinds.get(tensor["dtype"], "number"))
-
-
-def _skipped(spec: dict[str, Any], folder: str, path: tuple[str, ...] = ()) -> list[str]:
-    """Returns the paths of features that `_parse_features` skips. Raises UserError for a video or audio."""
-    if "featuresDict" in spec:
-        inner = spec["featuresDict"]["features"].items()
-        return [found for name, feature in inner for found in _skipped(feature, folder, (*path, name))]
-    for kind in ("video", "audio"):
-        if kind in spec or str(spec.get("pythonClassName")).lower().endswith(f".{kind}"):
-            raise UserError(f"{folder}: feature {'/'.join(path)} is {kind}; only texts and images can be trained on")
-    if "sequence" in spec:
-        return _skipped(spec["sequence"]["feature"], folder, path)
-    return [] if _parse_features(spec, folder, path) else ["/".join(path)]
 
 
 def _value(feature: Feature, name: str, depth: int, columns: Any) -> Any:
@@ -244,7 +246,7 @@ def _split_off(path: str) -> tuple[str, str]:
 
 
 def _version_folder(path: str) -> str:
-    folder = _open_path(path)
+    folder = files.to_path(path)
     if (folder / "dataset_info.json").exists():
         return path
     if not folder.is_dir():
@@ -285,16 +287,6 @@ def _inside(name: str, folder: str) -> str:
     if {"", ".", ".."} & {*name.split("/")} or "\0" in name or "\\" in name:
         raise UserError(f"{folder}: its metadata name a file outside of the folder, {name!r:.200}; nothing was read")
     return name
-
-
-def _open_path(path: str) -> Any:
-    from etils import epath
-
-    try:
-        epath.Path(path).exists()  # the first call on gs:// looks for the package that it needs
-    except ImportError:
-        raise UserError(f"{path}: reading from there needs one more package: pip install gcsfs") from None
-    return epath.Path(path)
 
 
 def _join(folder: str, name: str) -> str:

@@ -91,6 +91,17 @@ def _adapter_sizes(model: LlavaConfig) -> Counter[str]:
     return sizes
 
 
+def skipped_rows(batch: dict[str, np.ndarray]) -> Counter[str]:
+    """Returns the number of rows, by reason, that this process skipped on the way to a batch."""
+    return Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
+
+
+def total_skipped(skipped: Counter[str]) -> Counter[str]:
+    """Returns the number of rows, by reason, that all processes skipped."""
+    counts = allreduce_sum("skipped rows", [skipped[reason] for reason in REASONS])
+    return +Counter({reason: int(count) for reason, count in zip(REASONS, counts, strict=True)})
+
+
 class MetricsWindow:
     """Metrics of the steps since the last line of `metrics.jsonl`."""
 
@@ -109,7 +120,7 @@ class MetricsWindow:
         """Adds a step: its batch, and the device's metrics, for which it does not wait."""
         tiles = int((batch["tile_segment_ids"] > 0).sum())
         self.steps.append(metrics)
-        self.skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
+        self.skipped += skipped_rows(batch)
         counts = {"tokens": int((batch["segment_ids"] > 0).sum()), "images": int(batch["images"].sum()),
                   "tiles": tiles,
                   "flops": model_flops(self.model, self.trained, batch["positions"], batch["segment_ids"], tiles),
@@ -119,8 +130,8 @@ class MetricsWindow:
 
     def pop_skipped(self) -> Counter:
         """Returns the number of rows, by reason, that all processes skipped since the last call."""
-        counts = allreduce_sum("skipped rows", [self.skipped.pop(reason, 0) for reason in REASONS])
-        return Counter({reason: count for reason, count in zip(REASONS, counts, strict=True) if count})
+        skipped, self.skipped = self.skipped, Counter()
+        return total_skipped(skipped)
 
     def close(self) -> dict[str, float]:
         """Returns the line of metrics and starts a new window. Losses are weighted by supervised tokens."""
@@ -191,13 +202,7 @@ class Log:
         order = {name: i for i, name in enumerate(self.recipe.stages)}
         last = order[stage], step
         kept = [line for line in read_lines(self.path) if (order.get(line["stage"], -1), line["step"]) <= last]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        if not isinstance(self.path, Path):  # a bucket replaces objects atomically
-            self.path.write_text(text)
-            return
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(self.path)
+        output.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: dict) -> None:
         """Writes a line, which has `stage` and `step`."""

@@ -130,8 +130,12 @@ def write_recipe(recipe: config.Recipe) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a file atomically, also in a bucket. Creates its folder."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically, also in a bucket."""
     if isinstance(path, Path):
         with atomic_write(path) as file:
             file.write(text.encode())

@@ -8,14 +8,13 @@ import jax
 import numpy as np
 
 from llava_jax.data.pipeline import Batches
-from llava_jax.data.records import REASONS
 from llava_jax.errors import UserError
 from llava_jax.models.llava import Parameters
-from llava_jax.parallel.processes import allgather_object, allreduce_sum
+from llava_jax.parallel.processes import allgather_object
 from llava_jax.progress import Progress
 from llava_jax.train import batches, output
 from llava_jax.train.checkpoint import DIVERGED
-from llava_jax.train.metrics import Log
+from llava_jax.train.metrics import Log, skipped_rows, total_skipped
 from llava_jax.train.samples import Samples
 from llava_jax.train.setup import TrainContext
 
@@ -76,7 +75,5 @@ class Evaluations:
         for batch in self.batches:
             rows = jax.tree.map(lambda x: x[0], batches.shard_batch(self.context.mesh, batch, 1))
             sums += [float(value) for value in loss(trainable, frozen, rows)]
-            skipped += Counter(dict(zip(REASONS, batch["skipped"].tolist(), strict=True)))
-        counts = allreduce_sum("skipped validation rows", [skipped[reason] for reason in REASONS])
-        return float(sums[0] / max(sums[1], 1)), {
-            reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count}
+            skipped += skipped_rows(batch)
+        return float(sums[0] / max(sums[1], 1)), total_skipped(skipped)

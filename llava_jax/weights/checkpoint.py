@@ -327,6 +327,15 @@ def _hf_specs(parameters: ParameterSource, rows: int, dtype: str | None) -> list
     return specs
 
 
+def mapped_spec(name: str, parameters: ParameterSource, mapping: tables.TensorMapping, dtype: str | None) -> TensorSpec:
+    """Returns the tensor `name` of the parameter, or layer, that a mapping of the hf layout names."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        yield mapping.transform.to_hf(parameters.read(mapping.path, mapping.layer))
+
+    return TensorSpec(name, stored_dtype(parameters, mapping.path, dtype), mapping.hf_shape, blocks)
+
+
 def _mean_row(x: np.ndarray) -> np.ndarray:
     # Summed in float64, 256 rows at a time, because that needs little memory and cannot overflow the dtype.
     total = sum(x[start : start + 256].astype(np.float64).sum(0) for start in range(0, len(x), 256))

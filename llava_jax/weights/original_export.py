@@ -1,11 +1,8 @@
 """Writes checkpoints that LLaVA's own code opens (LLaVA 1.6, and LLaVA-NeXT for Qwen2 and OneVision)."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from llava_jax.errors import UserError
 from llava_jax.files import to_path
@@ -134,12 +131,7 @@ def _specs(parameters: ParameterSource, config: LlavaConfig, dtype: str | None) 
     for name, mapping in tables.tensor_mappings(parameters.shapes).items():
         if not config.vision.class_token and mapping.path.startswith("vision/layers/") and mapping.layer >= read_layers:
             continue
-
-        def blocks(mapping: tables.TensorMapping = mapping) -> Iterator[np.ndarray]:
-            yield mapping.transform.to_hf(parameters.read(mapping.path, mapping.layer))
-
-        specs.append(TensorSpec(original.speller(config)(name),
-                                checkpoint.stored_dtype(parameters, mapping.path, dtype), mapping.hf_shape, blocks))
+        specs.append(checkpoint.mapped_spec(original.speller(config)(name), parameters, mapping, dtype))
     return specs
 
 

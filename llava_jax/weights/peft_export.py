@@ -144,12 +144,8 @@ def _full(parameters: ParameterSource, trained: set[str], layout: str, dtype: st
     specs = []
     shapes = {path: parameters.shapes[path] for path in sorted(trained)}
     for name, mapping in tables.tensor_mappings(shapes).items():
-        def blocks(mapping: tables.TensorMapping = mapping) -> Iterator[np.ndarray]:
-            yield mapping.transform.to_hf(parameters.read(mapping.path, mapping.layer))
-
-        kind = checkpoint.stored_dtype(parameters, mapping.path, dtype)
         spelled = peft.spell(name, layout, parameters.shapes)
-        specs.append(TensorSpec(PREFIX + spelled, kind, mapping.hf_shape, blocks))
+        specs.append(checkpoint.mapped_spec(PREFIX + spelled, parameters, mapping, dtype))
     for name, x in source.second_linear(shapes, np.dtype(np.float32)).items() if layout == "peft" else ():
         specs.append(TensorSpec(f"{PREFIX}model.{name}", x.dtype, x.shape, lambda x=x: [x]))
     return specs

@@ -54,6 +54,7 @@ PATCH = Transform(lambda s: s, (3, 2, 0, 1))  # kernel [height, width, 3, D], we
 VISION = "vision_tower.vision_model."
 LANGUAGE = "language_model.model."
 PROJECTOR = "multi_modal_projector."
+QKV = ("q_proj", "k_proj", "v_proj")
 
 # Module in the hf layout, parameter, transform of the weight. A bias is a vector in both layouts.
 MODULES = (
@@ -61,9 +62,7 @@ MODULES = (
     (f"{VISION}embeddings.position_embedding", "vision/position_embedding", SAME),
     (f"{VISION}pre_layrnorm", "vision/pre_norm/scale", VECTOR),
     (f"{VISION}encoder.layers.*.layer_norm1", "vision/layers/attention_norm/scale", VECTOR),
-    (f"{VISION}encoder.layers.*.self_attn.q_proj", "vision/layers/attention/q_proj/kernel", FROM_HIDDEN),
-    (f"{VISION}encoder.layers.*.self_attn.k_proj", "vision/layers/attention/k_proj/kernel", FROM_HIDDEN),
-    (f"{VISION}encoder.layers.*.self_attn.v_proj", "vision/layers/attention/v_proj/kernel", FROM_HIDDEN),
+    *((f"{VISION}encoder.layers.*.self_attn.{x}", f"vision/layers/attention/{x}/kernel", FROM_HIDDEN) for x in QKV),
     (f"{VISION}encoder.layers.*.self_attn.out_proj", "vision/layers/attention/o_proj/kernel", TO_HIDDEN),
     (f"{VISION}encoder.layers.*.layer_norm2", "vision/layers/mlp_norm/scale", VECTOR),
     (f"{VISION}encoder.layers.*.mlp.fc1", "vision/layers/mlp/up_proj/kernel", FROM_HIDDEN),
@@ -72,9 +71,7 @@ MODULES = (
     *((f"{PROJECTOR}linear_{i + 1}", f"projector/layers_{i}/kernel", FROM_HIDDEN) for i in range(99)),
     (f"{LANGUAGE}embed_tokens", "decoder/embedding", SAME),
     (f"{LANGUAGE}layers.*.input_layernorm", "decoder/layers/attention_norm/scale", VECTOR),
-    (f"{LANGUAGE}layers.*.self_attn.q_proj", "decoder/layers/attention/q_proj/kernel", FROM_HIDDEN),
-    (f"{LANGUAGE}layers.*.self_attn.k_proj", "decoder/layers/attention/k_proj/kernel", FROM_HIDDEN),
-    (f"{LANGUAGE}layers.*.self_attn.v_proj", "decoder/layers/attention/v_proj/kernel", FROM_HIDDEN),
+    *((f"{LANGUAGE}layers.*.self_attn.{x}", f"decoder/layers/attention/{x}/kernel", FROM_HIDDEN) for x in QKV),
     (f"{LANGUAGE}layers.*.self_attn.o_proj", "decoder/layers/attention/o_proj/kernel", TO_HIDDEN),
     (f"{LANGUAGE}layers.*.post_attention_layernorm", "decoder/layers/mlp_norm/scale", VECTOR),
     (f"{LANGUAGE}layers.*.mlp.gate_proj", "decoder/layers/mlp/gate_proj/kernel", FROM_HIDDEN),

@@ -36,10 +36,6 @@ DTYPES = {
     "Char": ("I8", np.int8), "Byte": ("U8", np.uint8), "Bool": ("BOOL", np.bool_),
 }
 """Type of a torch storage class (`HalfStorage`) -> its name in safetensors files, and NumPy's type."""
-TORCH_DTYPES = {
-    "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "float64": "Double", "int64": "Long", "int32": "Int",
-    "int16": "Short", "int8": "Char", "uint8": "Byte", "bool": "Bool",
-}
 UNTYPED = "Untyped"
 """Type of a storage whose element type is an argument of `_rebuild_tensor_v3`."""
 
@@ -81,7 +77,7 @@ class _Entry(NamedTuple):
 
 STORAGES = {_Global("torch", f"{kind}Storage"): kind for kind in (*DTYPES, UNTYPED)} | {
     _Global("torch.storage", "UntypedStorage"): UNTYPED}
-NAMED_DTYPES = {_Global("torch", name): kind for name, kind in TORCH_DTYPES.items()}
+NAMED_DTYPES = {_Global("torch", np.dtype(dtype).name): kind for kind, (_, dtype) in DTYPES.items()}
 DICT, SIZE, DEVICE = _Global("collections", "OrderedDict"), _Global("torch", "Size"), _Global("torch", "device")
 PARAMETER = _Global("torch._utils", "_rebuild_parameter")
 TENSORS = (_Global("torch._utils", "_rebuild_tensor_v2"), _Global("torch._utils", "_rebuild_tensor_v3"))

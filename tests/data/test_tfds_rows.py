@@ -16,7 +16,7 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from llava_jax.data import tfds_rows
+from llava_jax import files
 from llava_jax.data.records import BadRow
 from llava_jax.data.sources import open_source
 from llava_jax.data.tfds_rows import TfdsRows
@@ -394,7 +394,7 @@ def test_a_bucket_is_read_through_the_same_code(written, monkeypatch):
     def local(path):
         return str(path).replace("gs://bucket", os.path.dirname(written))
 
-    reader, open_path = array_record_module.ArrayRecordReader, tfds_rows._open_path
+    reader, open_path = array_record_module.ArrayRecordReader, files.to_path
     opened = []
 
     def read(path, *options, **more):
@@ -402,7 +402,7 @@ def test_a_bucket_is_read_through_the_same_code(written, monkeypatch):
         return reader(local(path), *options, **more)
 
     monkeypatch.setattr(array_record_module, "ArrayRecordReader", read)
-    monkeypatch.setattr(tfds_rows, "_open_path", lambda path: open_path(local(path)))
+    monkeypatch.setattr(files, "to_path", lambda path: open_path(local(path)))
     assert open_source("gs://bucket:test").row(1) == row(8)
     assert opened == ["gs://bucket/1.2.0/chat-test.array_record-00000-of-00001"]
 
