@@ -123,6 +123,7 @@ class MediaLoader:
         self._cached_bytes = 0
         self._decodings: dict[tuple[bytes, bool], Decoding] = {}
         self._threads = ThreadPoolExecutor(limits.decode_processes, "decode")  # each waits for one process
+        self._reader = ThreadPoolExecutor(1, "base64")  # one, because glibc keeps memory for each thread that had some
         self._idle: queue.LifoQueue[DecodingProcess] = queue.LifoQueue()
         self._closed, self._starting = False, threading.Lock()
         self._processes = {DecodingProcess(self._settings) for _ in range(limits.decode_processes)}
@@ -143,7 +144,8 @@ class MediaLoader:
         padded = self.processor.for_images(images) is not self.processor
         try:
             if start := DATA_URL.match(url):
-                content, digest = await asyncio.to_thread(read_base64, url, start.end(), self.limits.image_bytes)
+                content, digest = await asyncio.get_running_loop().run_in_executor(
+                    self._reader, read_base64, url, start.end(), self.limits.image_bytes)
                 return await self._prepare(content, digest, padded)
             if not self.limits.fetch_hosts or not url.startswith("https:"):
                 raise Refused("url")
@@ -160,7 +162,8 @@ class MediaLoader:
             self._closed = True
         for process in list(self._processes):
             process.end()
-        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        for threads in (self._reader, self._threads):
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
 
     async def _prepare(self, content: bytes, digest: bytes, padded: bool) -> PreparedImage:
         """Returns the image from the cache, or waits until it is decoded, once for all who wait for it."""
