@@ -1,5 +1,6 @@
 """A tiny CLIP: regions and whole pictures against captions that fit them."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from flax import nnx
 
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.images import CLIP_MEAN, CLIP_STD
-from llava_jax.models.layers import scan
+from llava_jax.models.attention import bidirectional_attention
+from llava_jax.models.layers import mean_and_variance, scan
 from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.llava import from_params, to_params
-from llava_jax.models.vit import Vit
+from llava_jax.models.vit import FusedAttention, Vit
 from llava_jax.weights import configs
 from mini_backbones.common import LANGUAGE, VISION, Encoder, save, start, train, write_json
 
@@ -52,8 +54,11 @@ class Clip(nnx.Module):
     def features(self, images):
         """The patches of the layer that LLaVA reads [B, P, D], and the class token after the last layer [B, D]."""
         x = self.vision((images.astype(jnp.float32) / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD), -2)
-        last_layer = jax.tree.map(lambda p: p[-1:], self.vision.layers)
-        last, _ = scan(last_layer, x, call=lambda block, x: (block(x), None))
+        layers = copy.copy(self.vision.layers)
+        layers.attention = FusedAttention(layers.attention)
+        attend = bidirectional_attention(self.vision.attention, VISION.num_heads)
+        (last, _), _ = scan(jax.tree.map(lambda p: p[-1:], layers), (x, mean_and_variance(x)),
+                            call=lambda block, state: (block(state, attend), None))
         return x[:, 1:], self.vision.post_norm(last[:, 0])
 
     def embed_text(self, tokens, to_common):
