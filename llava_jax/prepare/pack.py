@@ -205,7 +205,10 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         return True
 
     def _description(self, plan: dict[str, Any]) -> str:
-        """Returns the description of the data set, by which the command that made it recognises it."""
+        """Returns the description of the data set, by which the command that made it recognises it.
+
+        It depends on paths and times of the data's files. Nothing else in the folder does.
+        """
         content = json.dumps([plan, self.bad_rows], sort_keys=True)
         return f"prepare pack {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 

@@ -287,8 +287,9 @@ class TestBadRows:
         monkeypatch.setattr(pack.ShardWriter, "__call__", stop)
         assert contents(run(flawed, tmp_path / "set", bad_rows="skip")) == whole
 
-    def test_after_an_error_they_can_be_mended(self, data, tmp_path):
-        path, whole = write_data(tmp_path / "data"), contents(run(data, tmp_path / "whole" / "set"))
+    def test_after_an_error_they_can_be_mended(self, tmp_path):
+        path = write_data(tmp_path / "data")
+        whole = contents(run(path, tmp_path / "whole" / "set"))
         images = [name for name in os.listdir(tmp_path / "data") if name.startswith("1")]
         for name in images:
             os.rename(tmp_path / "data" / name, tmp_path / name)
