@@ -254,13 +254,14 @@ class ChatServer:
         """Passes a request's answers to the scheduler. Raises ApiError 429 and 503."""
         self._mailbox = self._mailbox or Mailbox()
         chat, limits, room = answers.chat, self._limits, self._context - len(tokens)
-        answers.jobs = [
+        jobs = [
             Job(tokens=tokens, images=images, max_new_tokens=min(chat.max_tokens or limits.answer_tokens, room),
                 temperature=chat.temperature, top_p=chat.top_p, seed=chat.seed + index, stop=chat.stop,
                 deadline=request.state.started + limits.request_seconds,
                 emit=functools.partial(self._mailbox.post, answers, index), adapter=adapter, logprobs=chat.logprobs)
             for index in range(chat.n)]
-        self._scheduler.submit(*answers.jobs)
+        self._scheduler.submit(*jobs)
+        answers.jobs = jobs  # not if they are refused: each has `emit`, which keeps the answers, until the last end
 
     def _encode(self, chat: CompletionRequest, images: list[PreparedImage]) -> np.ndarray:
         """Returns the prompt's tokens. Raises ApiError 400 if they leave no room for an answer."""

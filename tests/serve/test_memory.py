@@ -49,6 +49,7 @@ REQUESTS = {
     "too long": lambda seed: chat([{"type": "text", "text": noise(seed).hex()}]),
     "too large": lambda seed: 4 * noise(seed),
     "no JSON": noise,
+    "no room": lambda seed: about(picture(seed)),
     "unknown model": lambda seed: chat([{"type": "text", "text": noise(seed).hex()}], model="other"),
 }
 
@@ -79,11 +80,12 @@ def test_no_request_waits_for_the_garbage_collection(kind):
     async def run() -> float:
         llava, scheduler = stand_ins.FakeLlava(), stand_ins.FakeScheduler()
         media = MediaLoader(LIMITS, ImageProcessor(28, "pad", patches=2), False)
+        scheduler.full = kind == "no room"
         app = make_app(llava, scheduler, media, LIMITS, {"base": 0}, stand_ins.CONTEXT)
 
         async def request(seed: int) -> None:
             assert await ask(app, REQUESTS[kind](seed)) == {"good": 200, "streamed": 200, "too large": 413,
-                                                            "unknown model": 404}.get(kind, 400)
+                                                            "no room": 429, "unknown model": 404}.get(kind, 400)
             for kept in (llava.chats, scheduler.jobs, scheduler.ended):  # by the stand-ins
                 kept.clear()
 
