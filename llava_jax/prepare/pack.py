@@ -201,15 +201,16 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         if read_json(os.path.join(self.out, INFO)).get("description") != self._description(plan):
             raise UserError(f"{self.out}: contains a data set already; give another folder, or --overwrite")
         shutil.rmtree(_state(self.out), ignore_errors=True)
-        print(printable(f"{self.out}: is finished; this command has nothing to do"))
+        print(printable(f"{self.out}: is finished; this command has nothing to do (--overwrite packs it anew, as after "
+                        "a change of images)"))
         return True
 
     def _description(self, plan: dict[str, Any]) -> str:
         """Returns the description of the data set, by which the command that made it recognises it.
 
-        It depends on paths and times of the data's files. Nothing else in the folder does.
+        It depends on paths and times of the data's files, not of images. Nothing else in the folder does.
         """
-        content = json.dumps([plan, self.bad_rows], sort_keys=True)
+        content = json.dumps([plan, self.bad_rows, self.max_pixels], sort_keys=True)
         return f"prepare pack {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _bounds(self, examples: Examples, plan: dict[str, Any], hosts: int) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ def test_a_host_that_starts_while_the_last_one_completes_it(data, whole, tmp_pat
 
     monkeypatch.setattr(pack, "_lock", others_first)
     run(data, out, shards=7, hosts=2, host=1)
-    assert capsys.readouterr().out.endswith("is finished; this command has nothing to do\n")
+    assert capsys.readouterr().out.count("is finished; this command has nothing to do") == 1
     assert contents(out) == whole
 
 

@@ -165,7 +165,7 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch):
 def test_a_finished_set_is_not_overwritten_unasked(data, tmp_path):
     out = run(data, tmp_path / "set")
     before = contents(out)
-    for options in ({"shards": 5}, {"bad_rows": "skip"}, {"image_size": 32}, {"name": "other"}):
+    for options in ({"shards": 5}, {"bad_rows": "skip"}, {"image_size": 32}, {"max_pixels": 5}, {"name": "other"}):
         with pytest.raises(UserError, match="contains a data set already; give another folder, or --overwrite"):
             run(data, out, **options)
     os.utime(data)  # perhaps with other rows
@@ -183,7 +183,8 @@ def test_the_command_of_a_finished_set_says_so(data, tmp_path, monkeypatch, caps
             run(data, tmp_path / "set")
     for _ in range(2):
         run(data, tmp_path / "set", workers=1)
-        assert capsys.readouterr().out == f"{tmp_path}/set: is finished; this command has nothing to do\n"
+        assert capsys.readouterr().out == (f"{tmp_path}/set: is finished; this command has nothing to do (--overwrite "
+                                           "packs it anew, as after a change of images)\n")
         assert contents(tmp_path / "set") == contents(run(data, tmp_path / "other" / "set"))
         capsys.readouterr()
 
