@@ -101,7 +101,7 @@ class Pack(WorkerOptions, ImageOptions, DataOptions):
         encoding = Encoding(self.image_size, self.image_mode, self.image_format, self.quality, self.exif,
                             self.max_pixels)
         examples, plan = Examples(mixture, encoding), self._plan(mixture, name, version)
-        if self._is_finished(plan):
+        if not os.path.exists(_state(self.out)) and self._is_finished(plan):
             return 0
         with _lock(self.out, host, hosts), _explained(self.out):
             if self._is_finished(plan):  # by another pack, in the meantime

@@ -189,6 +189,19 @@ def test_the_command_of_a_finished_set_says_so(data, tmp_path, monkeypatch, caps
         capsys.readouterr()
 
 
+def test_the_command_of_a_finished_set_leaves_alone_one_that_overwrites_it(data, tmp_path, monkeypatch):
+    out, bounds = run(data, tmp_path / "set"), pack._new_bounds
+    before = contents(out)
+
+    def meanwhile(*args):
+        with pytest.raises(UserError, match="another pack is writing to this folder"):
+            run(data, out)
+        return bounds(*args)
+
+    monkeypatch.setattr(pack, "_new_bounds", meanwhile)
+    assert contents(run(data, out, overwrite=True)) == before
+
+
 def test_a_folder_of_other_things_is_left_alone(data, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="contains other files .thesis.tex.; give an empty folder or a new one"):
