@@ -3,8 +3,10 @@
 One device here; test_processes.py restores on one device what eight have saved, and the other way round.
 """
 
+import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.errors import UserError
+from llava_jax.train import checkpoint
 from llava_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, StageRecord
 from llava_jax.train.digests import digests
 from llava_jax.train.step import TrainState, init_state
@@ -70,6 +73,16 @@ def restored(folder: Path, step: int = 2) -> tuple[StageRecord, list[bytes]] | N
 
 def test_a_checkpoint_gives_back_what_was_saved(saved):
     assert restored(saved) == (RECORD, bits(make_state(2)))
+
+
+def test_a_record_of_an_earlier_version_has_no_hash_of_lengths(tmp_path, monkeypatch):
+    content = {name: value for name, value in dataclasses.asdict(RECORD).items() if name != "lengths_hash"}
+    checkpoints = Checkpoints(tmp_path / "align", every=1, keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "dataclasses", types.SimpleNamespace(asdict=lambda _: content))
+        checkpoints.save(2, make_state(2), RECORD)
+    checkpoints.close()
+    assert restored(tmp_path / "align") == (dataclasses.replace(RECORD, lengths_hash=0), bits(make_state(2)))
 
 
 @pytest.mark.parametrize("places", [1, pytest.param(4, marks=pytest.mark.slow)])
