@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--packing", action="store_true", help="compare packed rows with padded batches")
     args = parser.parse_args()
     gpu = args.device == "gpu"
-    keep_freed_memory()  # as `python -m llava_jax.train` does, here for both
+    if not gpu:
+        keep_freed_memory()  # as `python -m llava_jax.train` does, here for both
     print(machine(), flush=True)
     if args.packing:
         for size in (args.sizes or "30m").split(","):

@@ -39,7 +39,7 @@ KNOWN = (
     (r"(?:meta-)?llama-3(?:\.1)?-8b(?:-instruct)?(?:-hf)?()", lambda _: TEXT["llama3"]),
     (r"mistral-7b(?:-instruct)?-v0\.([123])",
      lambda version: replace(TEXT["mistral"], vocab_size=32768 if version == "3" else 32000)),
-    (r"qwen2(?:\.5)?-(0\.5b|1\.5b|3b|7b)(?:-instruct)?", lambda size: TEXT[f"qwen2-{size}"]),
+    (r"(?:qwen2(?:\.5)?-(0\.5b|1\.5b|7b)|qwen2\.5-(3b))(?:-instruct)?", lambda size: TEXT[f"qwen2-{size}"]),
     (r"llava-v?1\.5-(7b|13b)(?:-hf)?", lambda size: LlavaConfig(text=replace(TEXT[size], vocab_size=32064))),
     (r"llava-v1\.6-(?:vicuna-(7b|13b)|(mistral)-7b)(?:-hf)?", _next),
     (r"(?:(llama3)-llava-next-8b|llava-next-(llama3)-8b)(?:-hf)?", _next),

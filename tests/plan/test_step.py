@@ -238,3 +238,8 @@ def test_options_that_the_compiler_does_not_know_are_left_out_with_a_line(needs_
     monkeypatch.setitem(compiler.OPTIONS, "TPU v6 lite", known | {"xla_enable_async_all_reduce": "neither"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_enable_async_all_reduce"):
         compiler.compiler_options(mesh)
+
+
+def test_a_name_that_was_never_published_has_no_sizes():
+    with pytest.raises(UserError, match="'Qwen2-3B' is no published model"):  # but Qwen2.5 has 3B
+        known("checkpoints/Qwen2-3B")
