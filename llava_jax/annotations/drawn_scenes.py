@@ -10,9 +10,10 @@ Pictures may be larger. Large objects grow with the picture and small ones keep 
 pixels hardly shows the shape of a small object. A larger picture may have a sign with small shapes, to be read.
 """
 
+import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,10 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = ("small", "large")
 POSITIONS = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+LINES = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6))
+"""Cells of the 3 x 3 grid that are in a line."""
+LINE_SHARE = 0.5
+"""Fraction of the pictures with three objects or more in which three are put in a line, so that one is between two."""
 UNSEEN = (("red", "triangle"), ("green", "ring"), ("blue", "circle"), ("pink", "cross"))
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -129,8 +134,12 @@ def sample(rng: random.Random, pairs: tuple = SEEN, required: tuple = (), most: 
     count = rng.randint(1, most)
     cells = [cell for cell in range(9) if not sign or cell // 3 != sign.row]
     growth = min(picture) / SIZE
+    chosen = rng.sample(cells, count)
+    if count > 2 and rng.random() < LINE_SHARE:
+        line = rng.choice([line for line in LINES if set(line) <= set(cells)])
+        chosen = [*line, *rng.sample([cell for cell in cells if cell not in line], count - 3)]
     objects = []
-    for index, cell in enumerate(rng.sample(cells, count)):
+    for index, cell in enumerate(chosen):
         colour, shape = rng.choice(required if required and (index == 0 or rng.random() < 0.3) else pairs)
         if index and not required and rng.random() < 0.4:  # repeat a colour or a shape, so that counting is not trivial
             other = rng.choice(objects)
@@ -157,12 +166,12 @@ def _coordinate(rng: random.Random, third: int, side: int, radius: float) -> flo
 
 
 def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Generator,
-           picture: tuple[int, int] = (SIZE, SIZE), sign: Sign | None = None) -> Image.Image:
-    """Draws the picture of a scene: RGB, of this (width, height)."""
-    scale = _SUPERSAMPLING
+           picture: tuple[int, int] = (SIZE, SIZE), sign: Sign | None = None, enlarge: int = 1) -> Image.Image:
+    """Draws the picture of a scene: RGB, of this (width, height) times `enlarge`."""
+    scale = _SUPERSAMPLING * enlarge
     canvas = Image.new("RGB", (picture[0] * scale, picture[1] * scale))
     draw = ImageDraw.Draw(canvas)
-    _background(draw, rng, *canvas.size)
+    _background(draw, rng, *canvas.size, enlarge)
     if sign:
         x, y, width, height = (value * scale for value in sign.box)
         draw.rectangle((x, y, x + width, y + height), fill=_PLATE, outline=_FRAME, width=2 * scale)
@@ -172,17 +181,17 @@ def render(objects: tuple[Object, ...], rng: random.Random, noise: np.random.Gen
     for thing in objects:
         fill = tuple(channel + rng.randint(-18, 18) for channel in COLOURS[thing.colour])
         _shape(draw, thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, fill)
-    pixels = np.asarray(canvas.reduce(scale), np.float32)
+    pixels = np.asarray(canvas.reduce(_SUPERSAMPLING), np.float32)
     pixels = pixels * rng.uniform(0.88, 1.1) + noise.standard_normal(pixels.shape, np.float32) * rng.uniform(2, 8)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _background(draw: ImageDraw.ImageDraw, rng: random.Random, width: int, height: int) -> None:
+def _background(draw: ImageDraw.ImageDraw, rng: random.Random, width: int, height: int, enlarge: int) -> None:
     base = rng.choice(_BACKGROUNDS)
     other = tuple(max(0, min(255, channel + rng.choice((-1, 1)) * rng.randint(8, 24))) for channel in base)
     draw.rectangle((0, 0, width, height), fill=base)
     kind = rng.choice(("plain", "shaded", "striped", "chequered"))
-    step = rng.choice((12, 18, 30))
+    step = rng.choice((12, 18, 30)) * enlarge
     if kind == "shaded":
         for y in range(0, height, 6):
             mix = y / height
@@ -250,31 +259,37 @@ def write(out_dir: str | Path, *, train: int, test: int, unseen: int = 0, probe:
     """
     out_dir = Path(out_dir)
     (out_dir / "annotations").mkdir(parents=True, exist_ok=True)
-    for split, count, pairs, required in (
-        ("train", train, SEEN, ()),
-        ("test", test, SEEN, ()),
-        ("unseen", unseen, SEEN, UNSEEN),
-        ("probe", probe, SEEN, ()),
-    ):
+    for split, count in (("train", train), ("test", test), ("unseen", unseen), ("probe", probe)):
         if count:
-            _write_split(out_dir, split, count, pairs, required, seed, pictures, signs)
+            _write_split(out_dir, split, itertools.islice(draw_split(split, seed, pictures, signs), count))
     return out_dir
 
 
-def _write_split(out_dir: Path, split: str, count: int, pairs: tuple, required: tuple, seed: int,
-                 pictures: Sequence[tuple[int, int]], signs: float) -> None:
+def draw_split(split: str, seed: int = 0, pictures: Sequence[tuple[int, int]] = ((SIZE, SIZE),), signs: float = 0.0,
+               enlarge: int = 1) -> Iterator[tuple[tuple[Object, ...], Sign | None, Image.Image]]:
+    """Yields objects, sign and picture of the scenes of a split, without end, in the order in which `write` has them.
+
+    With `enlarge`, the same scenes have pictures that many times as large, for people to look at.
+    """
     rng = random.Random(f"{seed} {split}")
     noise = np.random.default_rng(rng.getrandbits(64))
-    (out_dir / split).mkdir(exist_ok=True)
-    ids = {" ".join(pair): PAIRS.index(pair) + 1 for pair in (*pairs, *required)}
-    images, texts, boxes = [], [], []
-    for image_id in range(1, count + 1):
+    required = UNSEEN if split == "unseen" else ()
+    while True:
         size = rng.choice(pictures) if len(pictures) > 1 else pictures[0]
         sign = sample_sign(rng, *size) if signs and rng.random() < signs else None
-        objects = sample(rng, pairs, required, picture=size, sign=sign)
+        objects = sample(rng, SEEN, required, picture=size, sign=sign)
+        yield objects, sign, render(objects, rng, noise, size, sign, enlarge)
+
+
+def _write_split(out_dir: Path, split: str, scenes: Iterable[tuple[tuple[Object, ...], Sign | None, Image.Image]]
+                 ) -> None:
+    (out_dir / split).mkdir(exist_ok=True)
+    ids = {" ".join(pair): PAIRS.index(pair) + 1 for pair in (*SEEN, *(UNSEEN if split == "unseen" else ()))}
+    images, texts, boxes = [], [], []
+    for image_id, (objects, sign, picture) in enumerate(scenes, 1):
         name = f"{image_id:012d}.jpg"
-        render(objects, rng, noise, size, sign).save(out_dir / split / name, quality=92, subsampling=0)
-        images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
+        picture.save(out_dir / split / name, quality=92, subsampling=0)
+        images.append({"id": image_id, "file_name": name, "width": picture.width, "height": picture.height})
         for caption in captions(objects):
             texts.append({"id": len(texts) + 1, "image_id": image_id, "caption": caption})
         named = [(f"{thing.colour} {thing.shape}", thing.box) for thing in objects]

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from llava_jax.annotations.scene import Count, Name, Position, Side
-from llava_jax.annotations.vocabulary import plural
+from llava_jax.annotations.vocabulary import NUMBERS, plural
 
 CONSTANTS = {"left": "[to the left of|left of]"}
 PLACES = {
@@ -40,17 +40,19 @@ def fields(key: str, value: Any) -> dict[str, str]:
     """
     match value:
         case Name():
-            return {key: _name(value), f"{key}s": plural(_name(value)), f"{key}_colour": value.colour}
+            name = _name(value)
+            return {key: name, f"{key}s": plural(name), f"{key}_colour": value.colour}
         case Count():
             number, name = _NUMBERS[value.number], _name(value.name)
             named = name if value.number == 1 else plural(name)
             return {key: number if value.number else "none", f"{key}_of": f"{number} {named}",
                     f"{key}_a": f"a/an {name}", f"{key}_is": "is" if value.number == 1 else "are",
-                    f"{key}_name": name, f"{key}_colour": value.name.colour, f"{key}_names": plural(name),
+                    f"{key}_number": NUMBERS[value.number], f"{key}_name": name,
+                    f"{key}_names": plural(name), f"{key}_colour": value.name.colour,
                     f"{key}_all": "both" if value.number == 2 else f"all {number}",
                     f"{key}_more": f"{number} more {named}"}  # fmt: skip
         case Position():
-            return {key: PLACES[value.word]}
+            return {key: PLACES[value.word], f"{key}_short": value.word}
         case Side():
             return _side(key, value.word)
         case (Count(), *_):
@@ -60,7 +62,7 @@ def fields(key: str, value: Any) -> dict[str, str]:
             return {key: _join([f"one {PLACES[place.word]}" for place in value]),
                     "corners": _join([f"at the {place.word}" for place in value], "or")}  # fmt: skip
         case (Name(), *_):
-            return {key: _join([name.colour for name in value])}
+            return {key: _join([name.colour for name in value]), f"{key}_nouns": " ".join(name.noun for name in value)}
     return {key: value.strip() if value.strip().endswith((".", "!", "?")) else value.strip() + "."}
 
 
@@ -71,7 +73,8 @@ def finish(text: str) -> str:
 
 
 def _name(name: Name) -> str:
-    return " ".join(word for word in (name.size, name.colour, _NOUNS.get(name.noun, name.noun)) if word)
+    at = f"at the {name.at}" if name.at else ""
+    return " ".join(word for word in (name.size, name.colour, _NOUNS.get(name.noun, name.noun), at) if word)
 
 
 def _side(key: str, word: str) -> dict[str, str]:
@@ -82,7 +85,7 @@ def _side(key: str, word: str) -> dict[str, str]:
         return {key: f"{_DIAGONAL[down]} to the {across} of", f"{key}_way": f"{_SEEN[down]} and {_SEEN[across]}",
                 f"{key}_go": f"{_GO[down]} and {_GO[across]}"}  # fmt: skip
     return {key: _LEVEL[word], f"{key}_way": _SEEN[word], f"{key}_go": _GO[word], f"{key}_far": _FAR[word],
-            f"{key}_half": _HALF.get(word, "")}  # fmt: skip
+            f"{key}_short": word, f"{key}_half": _HALF.get(word, "")}  # fmt: skip
 
 
 def _join(parts: list[str], last: str = "and") -> str:

@@ -29,7 +29,7 @@ _UNITS = {
 }
 _UNIT_OF = {noun: unit for unit, nouns in _UNITS.items() for noun in nouns.split()}
 _NOUNS = dict(line.split(":") for line in """
-circle:원|square:정사각형|triangle:삼각형|cross:십자|ring:고리|object:도형|corner:구석
+circle:원|square:정사각형|triangle:삼각형|cross:십자|ring:고리|object:도형|corner:구석|sign:표지판
 person:사람|bicycle:자전거|car:자동차|motorcycle:오토바이|airplane:비행기|bus:버스|train:기차|truck:트럭|boat:배
 traffic light:신호등|fire hydrant:소화전|stop sign:정지 표지판|parking meter:주차 요금기|bench:벤치|bird:새|cat:고양이
 dog:개|horse:말|sheep:양|cow:소|elephant:코끼리|bear:곰|zebra:얼룩말|giraffe:기린|backpack:배낭|umbrella:우산
@@ -55,9 +55,9 @@ def fields(key: str, value: Any) -> dict[str, str]:
             return {key: _name(value), f"{key}_colour": _COLOURS[value.colour] + "색" if value.colour else ""}
         case Count():
             unit = _UNIT_OF.get(value.name.noun, "개")
-            number = f"{_NUMBERS[value.number]} {unit}" if value.number else "영 " + unit
+            number = f"{_NUMBERS[value.number]} {unit}"
             colour = _COLOURS[value.name.colour] + "색" if value.name.colour else ""
-            return {key: number, f"{key}_colour": colour, f"{key}_unit": unit,
+            return {key: number, f"{key}_number": str(value.number), f"{key}_colour": colour, f"{key}_unit": unit,
                     f"{key}_of": f"{_name(value.name)} {number}",
                     f"{key}_name": _name(value.name), f"{key}_native": _NUMBERS[value.number]}  # fmt: skip
         case Position():
@@ -70,7 +70,8 @@ def fields(key: str, value: Any) -> dict[str, str]:
             places = [PLACES[place.word] for place in value]
             return {key: ", ".join(f"하나는 {place}에" for place in places), "corners": ", ".join(places)}
         case (Name(), *_):
-            return {key: ", ".join(_COLOURS[name.colour] + "색" for name in value)}
+            return {key: ", ".join(_COLOURS[name.colour] + "색" for name in value if name.colour),
+                    f"{key}_nouns": " ".join(_NOUNS[name.noun] for name in value)}  # fmt: skip
     return {key: value}
 
 
@@ -91,4 +92,5 @@ def _name(name: Name) -> str:
         raise UserError(f"the rules teacher has no Korean name for the category {name.noun!r}; write in English")
     colour = _COLOURS.get(name.colour, "")
     colour += "색" * (bool(colour) and not colour.endswith(("간", "란")))  # 빨간 원, but 주황색 원
-    return " ".join(word for word in (_SIZES.get(name.size, ""), colour, _NOUNS[name.noun]) if word)
+    at = f"{PLACES[name.at]}에 있는" if name.at else ""
+    return " ".join(word for word in (at, _SIZES.get(name.size, ""), colour, _NOUNS[name.noun]) if word)

@@ -22,15 +22,24 @@ _ACROSS, _DOWN = ("left", "centre", "right"), ("top", "centre", "bottom")
 
 @dataclass(frozen=True)
 class Name:
-    """Names an object in no particular language: a noun ("dog", "circle", "object"), a colour and a size."""
+    """Names an object in no particular language: a noun ("dog", "circle", "object"), a colour and a size.
+
+    `at` is a word of `SceneObject.position`, for "object at the top-left".
+    """
 
     noun: str
     colour: str = ""
     size: str = ""
+    at: str = ""
 
-    @property
+    @cached_property
     def plain(self) -> "Name":
-        return replace(self, size="")
+        return replace(self, size="") if self.size else self
+
+    def covers(self, other: "Name") -> bool:
+        """Whether an object named `other` can be called so. Does not compare positions."""
+        return (self.noun in ("object", other.noun) and self.colour in ("", other.colour)
+                and self.size in ("", other.size))
 
     def __str__(self) -> str:
         return " ".join(word for word in (self.size, self.colour, self.noun) if word)
@@ -68,25 +77,25 @@ class SceneObject:
     name: Name
     box: Box
 
-    @property
+    @cached_property
     def x(self) -> float:
         return (self.box.x1 + self.box.x2) / 2
 
-    @property
+    @cached_property
     def y(self) -> float:
         return (self.box.y1 + self.box.y2) / 2
 
-    @property
+    @cached_property
     def across(self) -> str:
         """left, centre or right. Empty if the centre is near a border of the thirds, or if the box is wide."""
         return _third(self.x, self.box.x2 - self.box.x1, _ACROSS)
 
-    @property
+    @cached_property
     def down(self) -> str:
         """top, centre or bottom. Empty if the centre is near a border of the thirds, or if the box is high."""
         return _third(self.y, self.box.y2 - self.box.y1, _DOWN)
 
-    @property
+    @cached_property
     def position(self) -> str:
         """One of nine words such as "top-left" or "centre"; a half such as "left side" if one direction is unclear.
 
@@ -152,12 +161,44 @@ class Scene:
         """Ordered pairs of unique objects."""
         return [pair for a, b in combinations(self.unique, 2) for pair in ((a, b), (b, a))]
 
+    @cached_property
+    def sides(self) -> list[tuple[SceneObject, SceneObject, str]]:
+        """Ordered pairs of unique objects whose `side` is clear, with that side."""
+        return [(a, b, word) for a, b in self.pairs if (word := side(a, b))]
+
+    @cached_property
+    def middles(self) -> list[tuple[SceneObject, SceneObject, SceneObject, bool]]:
+        """Unique objects c, a, b for which it is clear whether c `is_between` a and b, and whether it is."""
+        three = [(c, a, b) for things in combinations(self.unique[:6], 3)
+                 for c, a, b in (things, (things[1], things[0], things[2]), things[::-1])]
+        return [(c, a, b, inside) for c, a, b in three if (inside := is_between(c, a, b)) is not None]
+
+    @cached_property
+    def rows(self) -> list[tuple[SceneObject, SceneObject, SceneObject]]:
+        """Three unique objects each, of which each is clearly left of the next."""
+        ordered = sorted(self.unique[:6], key=lambda thing: thing.x)
+        return [(a, b, c) for a, b, c in combinations(ordered, 3) if "left" in side(a, b) and "left" in side(b, c)]
+
 
 def side(a: SceneObject, b: SceneObject) -> str:
     """Returns where `a` clearly is relative to `b`: left, right, above, below, "above-left", ...; "" if unclear."""
     across = "left" if _is_before(a, b, "x") else "right" if _is_before(b, a, "x") else ""
     down = "above" if _is_before(a, b, "y") else "below" if _is_before(b, a, "y") else ""
     return "-".join(word for word in (down, across) if word)
+
+
+def is_between(c: SceneObject, a: SceneObject, b: SceneObject) -> bool | None:
+    """Whether `c` is near the middle of the line from `a` to `b`. None if it is neither there nor clearly elsewhere."""
+    x, y = b.x - a.x, b.y - a.y
+    square = x * x + y * y
+    if square < 0.3**2:
+        return None
+    along = ((c.x - a.x) * x + (c.y - a.y) * y) / square
+    off = abs((c.x - a.x) * y - (c.y - a.y) * x) / square
+    if not -0.15 < along < 1.15 or off > 0.4:
+        return False
+    near = 0.25 <= along <= 0.75 and off <= 0.15
+    return True if near and side(a, c) and side(a, c) == side(c, b) else None
 
 
 def larger(a: SceneObject, b: SceneObject) -> bool:

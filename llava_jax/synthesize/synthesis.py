@@ -66,6 +66,8 @@ class SynthesisSettings:
     """Number of images, drawn by seed, with a detailed description; default: all, 0 for none."""
     complex: int | None = None
     """Number of images, drawn by seed, with complex reasoning; default: all, 0 for none."""
+    short: Flag = False
+    """Whether conversations have answers of a word or two, as the VQA data of LLaVA-1.5 (--teacher rules)."""
     seed: int = 0
     """Random seed for the images, the questions for descriptions, the position of <image>, and the merged order."""
     attempts: int = 3
@@ -112,6 +114,8 @@ class SynthesisSettings:
             raise UserError("--conversation, --detail and --complex are all 0: there is nothing to make")
         if self.teacher == "openai" and not self.model:
             raise UserError("name the teacher with --model NAME, or take --teacher rules, which needs none")
+        if self.short and self.teacher != "rules":
+            raise UserError("--short says nothing to a teacher that is a model; leave it out")
         if self.teacher == "rules":
             for name in ("model", "base_url", "prompts", "temperature", "parameters"):
                 if getattr(self, name) not in ("", None):
@@ -314,7 +318,7 @@ class Synthesis(Sequence[SynthesisTask]):
 
 def _open_teacher(settings: SynthesisSettings) -> PromptedTeacher | RulesTeacher:
     if settings.teacher == "rules":
-        return RulesTeacher(settings.language, settings.seed)
+        return RulesTeacher(settings.language, settings.seed, settings.short)
     prompts = Prompts.load(settings.prompts, settings.language, settings.kinds)
     return PromptedTeacher(settings.model, prompts, settings.request_parameters)
 

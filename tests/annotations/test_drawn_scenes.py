@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 
@@ -164,3 +165,12 @@ def test_larger_pictures_have_sizes_and_signs(tmp_path):
     kinds = {category["id"]: category["supercategory"] for category in instances["categories"]}
     with_sign = [box["image_id"] for box in instances["annotations"] if kinds[box["category_id"]] == "sign"]
     assert len(with_sign) == len(set(with_sign)) and 15 <= len(with_sign) <= 45
+
+
+def test_an_enlarged_split_has_the_same_scenes():
+    for (objects, _, small), (again, _, large) in itertools.islice(
+            zip(scenes.draw_split("test"), scenes.draw_split("test", enlarge=4), strict=True), 12):
+        assert objects == again and (small.size, large.size) == ((60, 60), (240, 240))
+        shrunk = np.asarray(large.reduce(4), float)
+        # Noise differs: it is of single pixels in both, with a deviation of at most 8.
+        assert np.abs(shrunk - np.asarray(small, float)).mean() < 8

@@ -1,10 +1,17 @@
 """Reads the rules teacher's English, knowing nothing of how it writes, and holds what it says against the boxes."""
 
+import random
 import re
 from collections import Counter
+from functools import cache
+
+from english_grammar import agrees
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations import scene as scene_module
 from llava_jax.annotations.boxes import Box
+from llava_jax.annotations.context import Context
+from llava_jax.synthesize.rules import RulesTeacher
 
 PLURALS = {"person": "people", "dog": "dogs", "bus": "buses", "umbrella": "umbrellas", "chair": "chairs",
            "knife": "knives", "bench": "benches", "sheep": "sheep", "traffic light": "traffic lights",
@@ -18,7 +25,8 @@ COLOURS, SHAPES = "|".join(scenes.COLOURS), "|".join(scenes.SHAPES)
 NUMBERS = ["no", *"one two three four five six seven eight nine ten".split()]
 NUM = "|".join(NUMBERS)
 _NOUN = "|".join(sorted([*PLURALS, *PLURALS.values()], key=len, reverse=True))
-NAME = rf"(?:(?:large|small) )?(?:(?:{COLOURS}) )?(?:{_NOUN})\b"
+POSITION = "top-left|top-right|bottom-left|bottom-right|top|bottom|left|right|centre"
+NAME = rf"(?:object at the (?:{POSITION})(?! of)\b|(?:(?:large|small) )?(?:(?:{COLOURS}) )?(?:{_NOUN})\b)"
 ACROSS = {"left": (0, 1 / 3), "right": (2 / 3, 1)}
 PLACE = (
     r"(?:(?:at|in|on) the (?:(?:middle )?(?:left|right)|(?:top|upper|bottom|lower)[- ](?:left|right|middle)|top|bottom"
@@ -46,10 +54,12 @@ class Scene:
 
     def find(self, name):
         """Boxes that a name in words fits."""
+        name, _, place = name.partition(" at the ")
         *front, noun = name.rsplit(" ", 1) if name not in PLURALS and name not in PLURALS.values() else (name,)
         one = next((o for o, m in PLURALS.items() if noun in (o, m)), noun)
         words = " ".join(front).split(" ") if front else []
-        return [box for box in self.boxes if box.category not in self.crowds and _fits(box, words, one)]
+        return [box for box in self.boxes if box.category not in self.crowds and _fits(box, words, one)
+                and (not place or at(box, f"at the {place}"))]
 
     def one(self, name):
         [box] = self.find(name)
@@ -75,13 +85,8 @@ def at(box, place):
     down = "top" if re.search("top|upper", place) else "bottom" if re.search("bottom|lower", place) else ""
     if not re.search(r"side|part|area", place):
         across, down = across or "middle", down or "middle"
-    ranges = {
-        "left": (0, 1 / 3),
-        "top": (0, 1 / 3),
-        "middle": (1 / 3, 2 / 3),
-        "right": (2 / 3, 1),
-        "bottom": (2 / 3, 1),
-    }
+    ranges = {"left": (0, 1 / 3), "top": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "right": (2 / 3, 1),
+              "bottom": (2 / 3, 1)}  # fmt: skip
     return all(ranges[word][0] < value < ranges[word][1] for word, value in ((across, x), (down, y)) if word)
 
 
@@ -92,12 +97,8 @@ def beside(a, b, words):
         a, b = ((getattr(box, low), getattr(box, high)) for box in (a, b))
         return sum(b) / 2 - sum(a) / 2 > 0.09 and a[1] - b[0] < 0.25 * min(a[1] - a[0], b[1] - b[0])
 
-    checks = {
-        "left": before(a, b, "x1", "x2"),
-        "right": before(b, a, "x1", "x2"),
-        "above": before(a, b, "y1", "y2"),
-        "below": before(b, a, "y1", "y2"),
-    }
+    checks = {"left": before(a, b, "x1", "x2"), "right": before(b, a, "x1", "x2"),
+              "above": before(a, b, "y1", "y2"), "below": before(b, a, "y1", "y2")}  # fmt: skip
     found = re.findall(
         r"left|right|above|below|higher|lower|upwards|downwards|\bup\b(?! than| and)|\bdown\b(?! than| and)", words
     )
@@ -105,6 +106,13 @@ def beside(a, b, words):
     found = [{**other_words, "down": "below"}.get(word, word) for word in found]
     assert found, words
     return all(checks[word] for word in found)
+
+
+def between(c, a, b):
+    """Whether the way from `a` to `b` by `c` is hardly longer than the straight one, and none of the ends."""
+    first, second, straight = (((p.x1 + p.x2 - q.x1 - q.x2) ** 2 + (p.y1 + p.y2 - q.y1 - q.y2) ** 2) ** 0.5
+                               for p, q in ((a, c), (c, b), (a, b)))
+    return first + second < 1.1 * straight and min(first, second) > 0.2 * straight
 
 
 def area(box):
@@ -173,6 +181,11 @@ def statement(text, scene):
         if re.search("many|a lot of", text):
             noun = next(o for o, m in PLURALS.items() if m == match[1])
             claim(noun in scene.crowds or sum(b.category == noun for b in scene.boxes) > 10, "crowd")
+    if "between" in text and "smaller one" not in text:
+        names = re.findall(rf"the ({NAME})", text)
+        c, a, b = names if re.match("the .*(?:is|lies|seen) between", text) else names[2:] + names[:2]
+        claim(between(*map(scene.one, (c, a, b))), "between")
+        return True
     # counts and presence
     for first, one, second, other in re.findall(
         rf"(?<!are )\b(both|all (?:{NUM})|{NUM}) ({NAME})|(?<=there are )({NUM}) ({NAME})", text
@@ -195,30 +208,16 @@ def statement(text, scene):
     if match := re.match(rf"the ({NAME}) has the ({NAME}) ({WAY}) of it$", text):
         claim(beside(scene.one(match[2]), scene.one(match[1]), match[3]), "side")
     # sizes
-    for big, small in (
-        re.findall(rf"the ({NAME}) (?:is (?:larger|bigger)|takes up more of the picture) than the ({NAME})", text)
-        + re.findall(rf"beside the ({NAME}), the ({NAME}) looks small|", text)[:1] * ("looks small" in text)
-        + re.findall(rf"compared with the ({NAME}), the ({NAME}) is small", text)
-        + re.findall(rf"in size the ({NAME}) beats the ({NAME})|", text)[:1] * ("beats" in text)
-        + re.findall(rf"the ({NAME}) looks larger than the ({NAME})", text)
-        + [
-            (b, a)
-            for a, b in re.findall(
-                rf"the ({NAME}) (?:takes up less of the picture than|is not as large as) the ({NAME})", text
-            )
-        ]
-        + [
-            (a if a != c else b, c)
-            for a, b, c in re.findall(
-                rf"between the ({NAME}) and the ({NAME}), the ({NAME}) is the smaller one", text
-            )
-        ]
-        + [(b, a) for a, b in re.findall(rf"the ({NAME}) is smaller than the ({NAME})", text)]
-    ):
+    more = r"is (?:larger|bigger) than|takes up more of the picture than|looks larger than|beats"
+    less = r"is smaller than|takes up less of the picture than|is not as large as"
+    pairs = re.findall(rf"the ({NAME}) (?:{more}) the ({NAME})", text)
+    pairs += re.findall(rf"(?:beside|compared with) the ({NAME}), the ({NAME}) (?:looks|is) small", text)
+    pairs += [(b, a) for a, b in re.findall(rf"the ({NAME}) (?:{less}) the ({NAME})", text)]
+    for a, b, c, word in re.findall(rf"the ({NAME}) and the ({NAME}), the ({NAME}) is the (small|larg)er one", text):
+        other = a if a != c else b
+        pairs.append((other, c) if word == "small" else (c, other))
+    for big, small in pairs:
         claim(area(scene.one(big)) > 1.3 * area(scene.one(small)), "size")
-    if match := re.search(rf"of the ({NAME}) and the ({NAME}), the ({NAME}) is the larger one", text):
-        other = match[2] if match[3] == match[1] else match[1]
-        claim(area(scene.one(match[3])) > 1.3 * area(scene.one(other)), "size")
     if match := re.search(
         rf"the ({NAME}) (?:takes up a l|fills much)|(?:much|part) of the picture (?:belongs to|shows) the ({NAME})",
         text,
@@ -266,8 +265,8 @@ def statement(text, scene):
         if " one " in text and len(places) > 1:
             claim(len(places) == len(boxes), "a place for each")
             claim(all(any(at(box, place) for box in boxes) for place in places), "places")
-        else:
-            claim(len(places) == 1 and all(at(box, places[0]) for box in boxes), "place")
+            return True
+        claim(len(places) == 1 and all(at(box, places[0]) for box in boxes), "place")
     return claims > 0
 
 
@@ -304,11 +303,22 @@ def short_answer(question, answer, scene):
     elif re.match(r"(?:where|in which part|can you tell me where)", question) and len(set(names)) == 1:
         [place] = re.findall(PLACE, answer)
         assert all(at(box, place) for box in scene.find(names[0])), (question, answer, scene.boxes)
-    elif re.match(rf"(?:what|which object)[a-z ]* {PLACE}", question):
+    elif re.match(rf"(?:what|which object)(?! (?:is the )?(?:colour|shape|kind))[a-z ]* {PLACE}", question):
         [place], [name] = re.findall(PLACE, question), re.findall(NAME, answer.replace("the object there", ""))
         assert [box for box in scene.boxes if at(box, place)] == scene.find(name) or any(
             at(box, place) for box in scene.find(name)
         ), (question, answer, scene.boxes)
+    elif re.search("between the", question):
+        inside = between(*map(scene.one, names))
+        assert answer.startswith("yes, " if inside else "no, "), (question, answer, scene.boxes)
+        assert ("not" in answer or "else" in answer) != inside
+    elif "from left to right" in question:
+        boxes = [scene.one(name) for name in names]
+        in_order = sorted(boxes, key=lambda box: centre(box)[0])
+        assert answer.startswith("yes, " if boxes == in_order else "no, "), (question, answer, scene.boxes)
+        told = [scene.one(name) for name in re.findall(NAME, answer)]
+        told = [told[1], told[0], told[2]] if "after" in answer else told
+        assert not told or told == in_order, (question, answer, scene.boxes)
     elif re.search("colour", question) and len(names) == 1:
         assert scene.one(names[0]).category.split()[0] in answer
     elif re.search("shape", question) and len(names) == 1:
@@ -345,23 +355,25 @@ def short_answer(question, answer, scene):
     return True
 
 
-def reasoned(question, answer, scene):
-    """Asserts a question of the third kind: its premises as statements, its last sentence by what was asked."""
-    question = question.lower()
-    *premises, end = re.split(r"(?<=\.) ", answer)
-    end = end.lower()
-    for premise in premises:
-        if re.match("they share|both are", premise.lower()):
-            premise = re.sub("^(they|both)", "the {} and the {}".format(*re.findall(NAME, question)), premise.lower())
-        if match := re.match(
-            rf"(?:one is|their colours are) ({COLOURS})(?:, the other| and) ({COLOURS}), and (?:one is a|their "
-            rf"shapes are) ({SHAPES})(?:, the other a| and) ({SHAPES})\.",
-            premise.lower(),
-        ):
-            found = [scene.one(name).category.split() for name in re.findall(NAME, question)]
-            assert [*match.groups()] == [found[0][0], found[1][0], found[0][1], found[1][1]]
-        else:
-            assert statement(premise, scene), premise
+def premise(text, question, scene):
+    """Asserts what a sentence before the last says, where "both" and "they" are the objects of the question."""
+    text, names = text.lower(), re.findall(NAME, question.lower())
+    if re.match("they share|both are", text):
+        text = re.sub("^(they|both)", "the {} and the {}".format(*names), text)
+    if match := re.match(
+        rf"(?:one is|their colours are) ({COLOURS})(?:, the other| and) ({COLOURS}), and (?:one is a|their "
+        rf"shapes are) ({SHAPES})(?:, the other a| and) ({SHAPES})\.",
+        text,
+    ):
+        found = [scene.one(name).category.split() for name in names]
+        assert [*match.groups()] == [found[0][0], found[1][0], found[0][1], found[1][1]]
+        return True
+    return statement(text, scene)
+
+
+def conclusion(end, question, scene):
+    """Asserts the last sentence of an answer with reasons, by what was asked. Returns whether it was understood."""
+    end, question = end.lower(), question.lower()
     names, told = re.findall(NAME, question), re.findall(NAME, end)
     numbers = [number(word) for word in re.findall(rf"\b({NUM})\b", end)]
     count = lambda name: len(scene.find(name))  # noqa: E731
@@ -382,9 +394,7 @@ def reasoned(question, answer, scene):
         assert not spare or [n for n in numbers if n][-1] == abs(spare), (question, end)
     elif re.search("taken away|without|disappears|removes", question):
         assert numbers[-1] == len(scene.boxes) - 1
-    elif re.search(
-        "left and right (?:change|were swapped)|mirror|top and bottom|upper and the lower|water", question
-    ):
+    elif re.search("left and right (?:change|were)|mirror|top and bottom|upper and the lower|water", question):
         [place] = re.findall(PLACE, end)
         box = scene.one(names[0])
         flat = re.search("left and right|mirror", question)
@@ -392,14 +402,13 @@ def reasoned(question, answer, scene):
             box.category, box.x1, 1 - box.y2, box.x2, 1 - box.y1)  # fmt: skip
         assert at(flipped, place), (question, end, scene.boxes)
     elif match := re.search("the (left|right|upper|lower) half", question):
-        seen = not in_half(scene.one(names[0]), match[1])
-        seen = not seen if "only the" in question else seen
-        assert in_half(scene.one(names[0]), match[1]) or in_half(
-            scene.one(names[0]), {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}[match[1]]
-        )
-        assert (
-            bool(re.search("stay in sight|still be seen|nothing of it would be hidden|not disappear", end)) == seen
-        ), (question, end)
+        inside = in_half(scene.one(names[0]), match[1])
+        opposite = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}[match[1]]
+        assert inside or in_half(scene.one(names[0]), opposite)
+        seen = bool(re.search("stay in sight|still be seen|nothing of it would be hidden|not disappear", end))
+        assert seen == (inside == ("only the" in question)), (question, end)
+    elif "straight" in question:
+        assert told[0] not in names[:2] and between(*map(scene.one, (told[0], *names[:2]))), (question, end)
     elif "left to right" in question:
         boxes = [scene.one(name) for name in told]
         assert len(boxes) == 3 and sorted(boxes, key=lambda box: centre(box)[0]) == boxes
@@ -415,6 +424,9 @@ def reasoned(question, answer, scene):
         assert (c == d) == bool(re.search("shapes differ|only the colour|in shape they|nothing but colour", end))
         assert (s == t) == bool(re.search("colours differ|only the shape|in colour they|nothing but shape", end))
     elif re.search("odd one|fit in|differs|shape of its own|would you take away", question):
+        words = [box.category.split()["colour" not in question] for box in scene.boxes]
+        odd = [box for box, word in zip(scene.boxes, words, strict=True) if words.count(word) == 1]
+        assert odd and all(scene.one(name) in odd for name in told[:1]), (question, end)
         assert re.search("does not fit|odd one|differs|take the", end)
     elif "corner" in question:
         free = sum(not any(at(box, f"at the {corner}") for box in scene.boxes)
@@ -439,5 +451,49 @@ def evaluate(kind, text, scene):
     for asked, answered in zip(blocks[::2], blocks[1::2], strict=True):
         (head, question), (other, answer) = asked.split("\n"), answered.split("\n")
         assert (head, other) == ("Question:", "Answer:")
-        judge = short_answer if kind == "conversation" else reasoned
-        assert judge(question, answer, scene), ("not understood", question, answer)
+        if kind == "conversation":
+            assert short_answer(question, answer, scene), ("not understood", question, answer)
+            continue
+        *premises, end = re.split(r"(?<=\.) ", answer)
+        assert all(premise(text, question, scene) for text in premises), ("not understood", question, premises)
+        assert conclusion(end, question, scene), ("not understood", question, end)
+
+
+def form(sentence):
+    """A sentence with numbers, names and places replaced by marks, lists of any length by one."""
+    text = sentence.lower()
+    for pattern, mark in ((SIDE, "~"), (PLACE, "@"), (NAME, "N"), (rf"\b(?:both|{NUM})\b", "#"),
+                          (rf"\b(?:{COLOURS}|{SHAPES})\b", "C"), (r"\b(?:left|right|upper|lower)\b", "S"),
+                          (r"\ban?\b|\bthe\b", "a"), (r"\b(?:is|are)\b", "is")):  # fmt: skip
+        text = re.sub(pattern, mark, text)
+    text = re.sub(r"(?:# N|a N|one @|@)(?:(?:, | and | or )(?:# N|a N|one @|@))+", "L", text)
+    return re.sub(r"(?:higher up|lower down|upwards|downwards|up|down)(?: and)?(?: to a S)?|to a S", "W", text)
+
+
+@cache
+def grammar():
+    """The forms of all sentences of descriptions and reasoning that the teacher writes about drawn scenes."""
+    rng, teacher, forms = random.Random(0), RulesTeacher(), set()
+    for _ in range(4000):
+        scene = scene_module.Scene(Context("", "", (), tuple(o.to_box() for o in scenes.sample(rng, scenes.PAIRS))))
+        for one in (teacher.description(scene, rng), teacher.reasoning(scene, rng)):
+            forms.update(map(form, re.split(r"(?<=[.?!]) ", one.answer) if one else ()))
+    return forms
+
+
+def read(answer, context, question=""):
+    """Returns (sentence, whether it is in the teacher's grammar and agrees, whether it holds too) of a description.
+
+    With its question, an answer with reasons is read as well.
+    """
+    scene, found = Scene(context), []
+    texts = re.split(r"(?<=[.?!])\s+", answer.strip())
+    for text in texts:
+        parsed, holds = form(text) in grammar() and agrees(text), False
+        try:
+            reads = conclusion if text is texts[-1] else premise
+            holds = reads(text, question, scene) if question else statement(text, scene)
+        except (AssertionError, AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
+            pass  # false, or not understood
+        found.append((text, parsed, parsed and bool(holds)))
+    return found

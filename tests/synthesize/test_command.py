@@ -427,6 +427,21 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("language", ["en", "ko"])
+def test_short_answers_by_rules(tmp_path, language):
+    scenes.write(tmp_path, train=40, test=0)
+    options = ["--teacher", "rules", "--short", "--captions", str(tmp_path / "annotations" / "captions_train.json"),
+               "--instances", str(tmp_path / "annotations" / "instances_train.json"), "--detail", "0", "--complex", "0"]
+    assert synthesize.main(["run", *options, "--out", str(tmp_path / "out"), "--language", language]) == 0
+    records = json.loads((tmp_path / "out" / "conversation.json").read_text())
+    turns = [record["conversations"] for record in records]
+    answers = [turn["value"] for turn in sum(turns, []) if turn["from"] == "gpt"]
+    assert len(records) >= 36 and len(answers) > 6 * len(records)
+    assert max(len(answer.split(" ")) for answer in answers) <= 3
+    demand = {"en": "Answer the question using a single word or phrase.", "ko": "한 단어나 짧은 구로 답해 주세요."}
+    assert all(demand[language] in first["value"] for first, *_ in turns)
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
 def test_rules_on_the_scenes(tmp_path, capsys, language):
     scenes.write(tmp_path, train=40, test=0)
     options = ["--teacher", "rules", "--captions", str(tmp_path / "annotations" / "captions_train.json"), "--instances",

@@ -73,6 +73,8 @@ def test_sentences(answer, found):
     ("question", "answer", "found"),
     [
         ("How many dogs are there?", "Two.", []),
+        ("Where is the bench?", "The bench is in the middle.", ["position"]),
+        ("Is the bench between the man and the bus?", "Yes, the bench is in the middle.", []),  # of the two
         ("How many dogs are there?", "There are 3.", ["count"]),
         ("How many dogs are on the bench?", "None of them is.", []),
         ("Is there a cat?", "Yes, there is.", ["object"]),

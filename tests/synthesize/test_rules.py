@@ -1,20 +1,45 @@
+import dataclasses
 import json
 import random
 import re
-from collections import Counter
-from hashlib import sha256
+from collections import Counter, defaultdict
 
+import korean_reader
 import pytest
+import rules_reader
 
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
 from llava_jax.annotations.scene import Scene
 from llava_jax.errors import UserError
+from llava_jax.evaluate.probes.make_probes import FILE, write_probes
+from llava_jax.evaluate.probes.make_probes import KINDS as PROBE_KINDS
 from llava_jax.synthesize import rules
+from llava_jax.synthesize.rules.facts import questions
+from llava_jax.synthesize.rules.phrases import PhraseTable
 
-CATEGORIES = tuple(f"{colour} {shape}" for colour, shape in scenes.PAIRS)
+TEACHER = rules.RulesTeacher()
+TABLES = PhraseTable("en"), PhraseTable("ko")
 NUMBERS = ("zero", "one", "two", "three", "four")
+
+
+POSITIONS = {"top-left": "왼쪽 위", "top": "위쪽 가운데", "top-right": "오른쪽 위", "left": "왼쪽 가운데",
+             "centre": "한가운데", "right": "오른쪽 가운데", "bottom-left": "왼쪽 아래", "bottom": "아래쪽 가운데",
+             "bottom-right": "오른쪽 아래"}  # fmt: skip
+ANSWERS = {"yes": "네", "no": "아니요", "left": "왼쪽", "right": "오른쪽", "above": "위쪽", "below": "아래쪽",
+           **{word: str(number) for number, word in enumerate(NUMBERS)},
+           **{english: korean for korean, english in (korean_reader.COLOUR_NOUNS | korean_reader.NOUNS).items()}}
+
+
+def translate(name):
+    """The Korean of an English name such as "large red circles" or "object at the top"."""
+    name, _, place = name.partition(" at the ")
+    words = {"large": "큰", "small": "작은", "object": "도형"}
+    words |= {english: korean for korean, english in (korean_reader.COLOURS | korean_reader.NOUNS).items()}
+    words |= {many: words[one] for one, many in rules_reader.PLURALS.items() if one in words}
+    korean = " ".join(words[word] for word in name.split(" "))
+    return f"{POSITIONS[place]}에 있는 {korean}" if place else korean
 
 
 def context_of(objects):
@@ -30,35 +55,38 @@ def fits(phrase, thing):
     hidden scene.
     """
     phrase, _, place = phrase.partition(" at the ")
-    words = {
-        word: True
-        for word in (
-            thing.size,
-            thing.colour,
-            thing.shape,
-            "object",
-            thing.shape + "s",
-            thing.shape + "es",
-            "objects",
-        )
-    }
-    return all(word in words for word in phrase.split()) and place in ("", thing.position)
+    words = {thing.size, thing.colour, thing.shape, thing.shape + "s", thing.shape + "es", "object", "objects"}
+    return words.issuperset(phrase.split()) and place in ("", thing.position)
 
 
 def answer(question, objects):
     """The answer by the scene itself: cells and names, not boxes."""
+    def one(phrase):
+        [thing] = [o for o in objects if fits(phrase, o)]
+        return thing
+
     if match := re.fullmatch(r"What (colour|shape) is the (.*)\?", question):
-        [thing] = [o for o in objects if fits(match[2], o)]
-        return getattr(thing, match[1])
+        return getattr(one(match[2]), match[1])
     if match := re.fullmatch(r"How many (.*) are there\?", question):
         return NUMBERS[sum(fits(match[1], o) for o in objects)]
     if match := re.fullmatch(r"Where is the (.*)\?", question):
-        [thing] = [o for o in objects if fits(match[1], o)]
-        return thing.position
-    if match := re.fullmatch(r"Is there a (.*)\?", question):
-        return "yes" if any(fits(match[1], o) for o in objects) else "no"
+        return one(match[1]).position
+    if match := re.fullmatch(r"Is there (an?) (.*)\?", question):
+        assert (match[1] == "an") == (match[2][0] in "aeiou")
+        return "yes" if any(fits(match[2], o) for o in objects) else "no"
+    if match := re.fullmatch(r"Is the (.*) between the (.*) and the (.*)\?", question):
+        (x, y), (u, v), (s, t) = ((o.cell % 3, o.cell // 3) for o in map(one, match.groups()))
+        if (2 * x, 2 * y) == (u + s, v + t):
+            return "yes"
+        beyond = (x - u) * (s - u) + (y - v) * (t - v) <= 0 or (x - s) * (u - s) + (y - t) * (v - t) <= 0
+        aside = abs((x - u) * (t - v) - (y - v) * (s - u)) > 0.3 * ((s - u) ** 2 + (t - v) ** 2)
+        assert beyond or aside, "unclear"
+        return "no"
+    if match := re.fullmatch(r"Are the (.*), the (.*) and the (.*) in this order from left to right\?", question):
+        centres = [one(phrase).x for phrase in match.groups()]
+        return "yes" if centres == sorted(centres) else "no"
     match = re.fullmatch(r"On which side of the (.*) is the (.*)\?", question)
-    [b], [a] = ([o for o in objects if fits(phrase, o)] for phrase in match.groups())
+    b, a = map(one, match.groups())
     across, down = a.cell % 3 - b.cell % 3, a.cell // 3 - b.cell // 3
     assert (across == 0) != (down == 0), "two sides would be right"
     return ("left" if across < 0 else "right") if across else ("above" if down < 0 else "below")
@@ -66,9 +94,9 @@ def answer(question, objects):
 
 def test_short_answers_agree_with_the_hidden_scene():
     rng, counts = random.Random(0), Counter()
-    for _ in range(400):
+    for _ in range(600):
         objects = scenes.sample(rng, scenes.PAIRS)
-        for question in rules.conversation(scene_of(objects), rng, CATEGORIES, turns=8):
+        for question in TEACHER.conversation(scene_of(objects), rng, turns=10):
             assert question.answer == answer(question.question, objects), (question, objects)
             counts[question.kind] += 1
     assert set(counts) == set(rules.KINDS) and min(counts.values()) > 100
@@ -84,10 +112,13 @@ def test_short_answers_about_larger_pictures():
         width, height = size
         context = Context("", "x.jpg", (), tuple(
             Box(name, x / width, y / height, (x + w) / width, (y + h) / height) for name, x, y, w, h in boxes))
-        for question in rules.conversation(Scene(context), rng, CATEGORIES, turns=8):
+        for question in TEACHER.conversation(Scene(context), rng, turns=10):
             if question.kind == "sign":
                 assert question.question == f"What does the {sign.colour} sign say?"
                 assert question.answer == " ".join(sign.words)
+            elif question.kind == "between":
+                three = map(rules_reader.Scene(context).one, re.findall(rules_reader.NAME, question.question))
+                assert question.answer == ("yes" if rules_reader.between(*three) else "no")
             else:
                 assert question.answer == answer(question.question, objects), (question, objects)
             about = {o.size for o in objects if f"{o.colour} {o.shape}" in question.about}
@@ -98,38 +129,49 @@ def test_short_answers_about_larger_pictures():
 
 
 def test_no_answer_gives_itself_away():
-    rng, answers = random.Random(1), {kind: Counter() for kind in rules.KINDS}
+    """Of single questions, and of those of conversations, where a question is asked once."""
+    rng, single, asked = random.Random(1), defaultdict(Counter), defaultdict(Counter)
+    for _ in range(1500):
+        scene = scene_of(scenes.sample(rng))
+        for kind in rules.KINDS:
+            if question := TEACHER.question(kind, scene, rng):
+                single[kind][question.answer] += 1
+        for question in TEACHER.conversation(scene, rng, turns=10):
+            asked[question.kind][question.answer] += 1
+    for answers, most in ((single, 0.57), (asked, 0.6)):
+        shares = {kind: max(counts.values()) / counts.total() for kind, counts in answers.items()}
+        assert max(shares[kind] for kind in ("existence", "between", "order")) < most, shares
+        assert shares["relation"] < 0.3 and shares["position"] < 0.14, shares
+        assert shares["colour"] < 0.17 and shares["shape"] < 0.25 and shares["count"] < 0.5, shares
+
+
+def test_a_hard_no_about_between():
+    """Many a "no" names three objects in a line, with an outer one first."""
+    rng, no = random.Random(2), Counter()
     for _ in range(1500):
         objects = scenes.sample(rng)
-        for kind in rules.KINDS:
-            if question := rules.ask(kind, scene_of(objects), rng, CATEGORIES):
-                answers[kind][question.answer] += 1
-    most = {kind: max(counts.values()) / counts.total() for kind, counts in answers.items()}
-    assert most["existence"] < 0.53 and most["relation"] < 0.28 and most["position"] < 0.14
-    assert most["colour"] < 0.17 and most["shape"] < 0.25 and most["count"] < 0.5
+        question = TEACHER.question("between", scene_of(objects), rng)
+        if question and question.answer == "no":
+            names = re.fullmatch(r"Is the (.*) between the (.*) and the (.*)\?", question.question).groups()
+            cells = sorted(o.cell for o in objects if f"{o.colour} {o.shape}" in names)
+            no[tuple(cells) in scenes.LINES] += 1
+    assert no[True] > 0.3 * no.total() and no[False] > 0.3 * no.total() > 20, no
 
 
-def test_reasoning_and_detail_hold():
-    rng = random.Random(4)
-    for _ in range(300):
-        objects = scenes.sample(rng)
-        by_name = {f"{o.colour} {o.shape}": o for o in objects}
-        text = rules.detail(scene_of(objects), rng).answer
-        for thing in objects:
-            assert f"{thing.size} {thing.colour} {thing.shape} is at the {thing.position}." in text
-        question = rules.reasoning(scene_of(objects), rng)
-        if question is None:
-            continue
-        if match := re.fullmatch(r"Which is (larger|higher), the (.*) or the (.*)\?", question.question):
-            key = (lambda o: o.size == "small") if match[1] == "larger" else (lambda o: o.cell // 3)
-            winner = min((match[2], match[3]), key=lambda name: key(by_name[name]))
-            assert question.answer.startswith(f"The {winner}, because")
-        elif match := re.fullmatch(
-            r"Do the \w+ (\w+) and the \w+ (\w+) have the same shape\?", question.question
-        ):
-            assert question.answer.startswith("Yes" if match[1] == match[2] else "No")
-        else:
-            assert f"without it {NUMBERS[len(objects) - 1]} " in question.answer
+def test_a_question_asks_one_picture_in_both_languages():
+    """The Korean of a question has the same kind, names and answer as the English, which is known to be right."""
+    ko, rng, counts = rules.RulesTeacher("ko"), random.Random(3), Counter()
+    for index in range(300):
+        scene = scene_of(scenes.sample(rng))
+        both = (teacher.conversation(scene, random.Random(index), 10) for teacher in (TEACHER, ko))
+        for one, other in zip(*both, strict=True):
+            words = POSITIONS if one.kind == "position" else ANSWERS
+            assert one.kind == other.kind and words[one.answer] == other.answer, (one, other)
+            names = list(map(translate, re.findall(rules_reader.NAME, one.question)))
+            korean = re.findall(korean_reader.NAME, re.sub("몇 개", "", other.question))  # 개 is a dog, too
+            assert (names[::-1] if one.kind == "relation" else names) == korean, (one, other)
+            counts[one.kind] += 1
+    assert set(counts) == set(rules.KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +212,7 @@ def test_questions_about_unseen_pairs(coco, tmp_path):
         if line["kind"] == "existence":
             assert any(pair in line["text"] for pair in unseen)
             assert (line["answer"] == "yes") == (
-                line["text"].removeprefix("Is there a ").rstrip("?") in shown[line["image"]]
+                re.fullmatch(r"Is there an? (.*)\?", line["text"])[1] in shown[line["image"]]
             )
 
 
@@ -179,23 +221,20 @@ def test_a_missing_split_is_named(coco):
         rules.open_split(coco, "absent")
 
 
-def test_the_miniature_is_what_its_backbones_were_trained_for(coco, tmp_path):
-    """The shipped language backbone has seen this text; another wording would need another backbone."""
-    rules.write_captions(coco, "train", tmp_path / "captions")
-    rules.write_instructions(coco, "train", tmp_path / "instructions")
-    rules.write_questions(coco, "test", tmp_path / "questions")
-    rules.write_questions(coco, "unseen", tmp_path / "unseen", about=[" ".join(pair) for pair in scenes.UNSEEN])
-    files = b"".join((tmp_path / name).read_bytes() for name in ("captions", "instructions", "questions", "unseen"))
-    assert sha256(files).hexdigest() == "17a6bea6fcec0c4cbaeda80f4c80605d0cee478fc0e17707f6ffff3aef9bc70b"
-
-    rng, asked = random.Random(3), []
-    for _ in range(200):
-        objects = scenes.sample(rng, scenes.PAIRS)
-        asked += [
-            *rules.conversation(scene_of(objects), rng, CATEGORIES, 8),
-            rules.caption(context_of(objects), rng),
-            rules.detail(scene_of(objects), rng),
-            rules.reasoning(scene_of(objects), rng),
-        ]
-    text = json.dumps([[question.kind, question.question, question.answer] for question in asked if question])
-    assert sha256(text.encode()).hexdigest() == "d0e36d2cc52dcb7329877bcf8c69eb823dc8270f7f6b29e52fa5a299809851b6"
+def test_probes_ask_as_the_teacher_does(tmp_path):
+    """Where both ask the same question, they use the same words in both languages, and give the same answer."""
+    rng, taught, contexts = random.Random(6), {}, []
+    for number in range(600):
+        context = context_of(scenes.sample(rng, scenes.PAIRS))
+        contexts.append(dataclasses.replace(context, image=str(number)))
+        for kind, groups in questions(Scene(context), rng).items():
+            for fact in sum(groups, []) if kind in rules.KINDS else ():
+                (question, answer), (korean, other) = (table.say_short(fact) for table in TABLES)
+                taught[str(number), question] = answer, korean, other
+    write_probes(contexts, str(tmp_path), each=100)
+    lines, counts = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()], Counter()
+    for line in lines:
+        if (line["image"], line["text"]) in taught:
+            assert taught[line["image"], line["text"]] == (line["answer"], line["ko"]["text"], line["ko"]["answer"])
+            counts[line["category"]] += 1
+    assert set(counts) == set(PROBE_KINDS) - {"inside"} and counts.total() > 0.6 * len(lines), counts

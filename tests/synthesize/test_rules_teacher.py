@@ -7,10 +7,12 @@ from collections import Counter
 
 import pytest
 from drawn_scenes import shapes
-from rules_reader import CAPTIONS, COLOURS, NAME, NUM, PLACE, SHAPES, SIDE, THINGS, Scene, evaluate
+from english_grammar import agrees
+from rules_reader import CAPTIONS, NUM, THINGS, Scene, evaluate, form, read
 
 from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
+from llava_jax.annotations.scene import Scene as TeacherScene
 from llava_jax.errors import UserError
 from llava_jax.synthesize.parse import Reject, parse
 from llava_jax.synthesize.rules import RulesTeacher
@@ -33,17 +35,6 @@ def replies(make, number, **options):
         context = make(index, rng)
         for kind in KINDS:
             yield kind, teacher.answer(kind, context), context
-
-
-def form(sentence):
-    """A sentence with numbers, names and places replaced by marks, lists of any length by one."""
-    text = sentence.lower()
-    for pattern, mark in ((SIDE, "~"), (PLACE, "@"), (NAME, "N"), (rf"\b(?:both|{NUM})\b", "#"),
-                          (rf"\b(?:{COLOURS}|{SHAPES})\b", "C"), (r"\b(?:left|right|upper|lower)\b", "S"),
-                          (r"\ban?\b|\bthe\b", "a"), (r"\b(?:is|are)\b", "is")):  # fmt: skip
-        text = re.sub(pattern, mark, text)
-    text = re.sub(r"(?:# N|a N|one @|@)(?:(?:, | and | or )(?:# N|a N|one @|@))+", "L", text)
-    return re.sub(r"(?:higher up|lower down|upwards|downwards|up|down)(?: and)?(?: to a S)?|to a S", "W", text)
 
 
 @pytest.mark.parametrize("make", [shapes, things])
@@ -145,3 +136,42 @@ def test_brackets_of_a_category_stay():
     context = Context("1", "", ("A picture",), (Box("dog [big]", 0.1, 0.1, 0.2, 0.2), Box("{n}", 0.7, 0.1, 0.9, 0.3)))
     text = " ".join(RulesTeacher(seed=seed).answer("detail_description", context) for seed in range(5))
     assert "dog [big]" in text and "{n}" in text and "dog big" not in text
+
+
+def test_read_tells_grammar_from_truth():
+    """Every sentence of the teacher is read as true. A false one is parsed; a broken one is not."""
+    rng, teacher, sentences = random.Random(7), RulesTeacher(), 0
+    for number in range(150):
+        context = shapes(number, rng)
+        for one in (teacher.description(TeacherScene(context), rng), teacher.reasoning(TeacherScene(context), rng)):
+            found = read(one.answer, context, one.question * (one.kind == "reasoning")) if one else []
+            assert all(parsed and holds for _, parsed, holds in found), (found, context)
+            sentences += len(found)
+    assert sentences > 800
+    context = Context("", "", (), (Box("red circle", 0.1, 0.1, 0.3, 0.3), Box("blue square", 0.7, 0.1, 0.9, 0.3)))
+    for text, parsed, holds in (
+        ("There are two objects.", True, True), ("There are three objects.", True, False),
+        ("The red circle is left of the blue square.", True, True),
+        ("The red circle is right of the blue square.", True, False),
+        ("The green ring is right of the green ring.", True, False), ("There two are objects objects.", False, False),
+        ("The red circle has the colour red.", False, False),
+    ):  # fmt: skip
+        assert read(text, context) == [(text, parsed, holds)]
+    for text in (
+        "There is two objects.", "There are two object.", "There are one object.", "There are a red circle.",
+        "A red circle are at the top-left.", "Red circles is at the top-left.", "A red circles is at the top-left.",
+        "A orange ring is at the centre.", "An red circle is at the top-left.", "Both object are at the top.",
+        "There is one objects.", "Both the red circle and the blue square is red.", "If one goes, two is left.",
+    ):  # fmt: skip
+        assert not agrees(text) and not read(text, context)[0][1], text
+    assert agrees("One from three is two.") and agrees("So one of the four corners is free.")
+    question = "If the red circle were taken away, how many objects would be left?"
+    answer = "There are two objects, and the red circle is one of them. Without it, {} left."
+    assert all(holds for *_, holds in read(answer.format("one object is"), context, question))
+    assert not all(holds for *_, holds in read(answer.format("two objects are"), context, question))
+    context = Context("", "", (), (*context.boxes, Box("red square", 0.1, 0.7, 0.3, 0.9)))
+    for question, odd in (("Which object differs in colour from all the rest?", "blue square"),
+                          ("Which shape is the odd one out?", "red circle")):  # fmt: skip
+        for name in ("red circle", "blue square", "red square", "green ring"):
+            end = f"So the {name} is the one that differs."
+            assert read(end, context, question) == [(end, True, name == odd)]

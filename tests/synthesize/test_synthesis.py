@@ -173,6 +173,7 @@ def test_settings_go_to_json_and_back(tmp_path):
     ({"parameters": "{1"}, "not a JSON object"),
     ({"parameters": '{"model": "x"}'}, "model cannot be set"),
     ({"teacher": "rules", "model": "x"}, "--model says nothing to --teacher rules"),
+    ({"short": True}, "--short says nothing to a teacher that is a model"),
 ])
 def test_settings_that_cannot_be_meant(tmp_path, options, words):
     settings = SynthesisSettings(AnnotationSource(data=str(tmp_path)), **{"model": "teacher", **options})

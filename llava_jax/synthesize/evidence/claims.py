@@ -133,7 +133,9 @@ def claims(question: str, answer: str, vocabulary: Vocabulary) -> Iterator[Claim
             yield from _absences(sentence)
         stated = not _is_hedged(sentence) and not _NEGATED.search(re.sub("^no, ", "", sentence.marked))
         if stated and not is_general(asked, sentence):
-            yield from _statements(sentence)
+            # "Is it between them?" "Yes, it is in the middle" is no position in the image.
+            relative = ("middle",) if re.search(r"\bbetween\b", asked.marked) else ()
+            yield from (claim for claim in _statements(sentence) if not relative or claim.values != relative)
 
 
 def _statements(sentence: Sentence) -> Iterator[Claim]:

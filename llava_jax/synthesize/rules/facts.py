@@ -5,12 +5,12 @@ A fact names its key in the phrase tables (english.txt, korean.txt) and the valu
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
 
-from llava_jax.annotations.drawn_scenes import COLOURS, SHAPES
+from llava_jax.annotations.drawn_scenes import COLOURS, PAIRS, SHAPES
 from llava_jax.annotations.scene import (
     CORNERS,
     MAX_COUNT,
@@ -30,14 +30,21 @@ from llava_jax.annotations.vocabulary import COCO
 
 RARE = ("elephant", "zebra", "giraffe", "airplane", "train", "boat", "bear", "surfboard", "toilet", "pizza", "kite")
 """Categories of COCO that annotators do not overlook. Without box and caption, such an object is absent."""
+Pairs = Sequence[tuple[str, str]]
+"""Colours and shapes."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact. `values` maps fields of its phrases to a Name, Count, Position, Side, a tuple of these, or a caption."""
+    """A fact. `values` maps fields of its phrases to a Name, Count, Position, Side, a tuple of these, or a caption.
+
+    `about` has the names of the objects that a question is about. They have a size where the answer needs a look at
+    these objects alone.
+    """
 
     key: str
     values: Mapping[str, Any]
+    about: tuple[Name, ...] = ()
 
     @property
     def names(self) -> set[Name]:
@@ -46,45 +53,115 @@ class Fact:
         return {value.plain for value in named if isinstance(value, Name)}
 
 
-def fact(key: str, **values: Any) -> Fact:
-    return Fact(key, values)
+def fact(key: str, *about: Name, **values: Any) -> Fact:
+    return Fact(key, values, about)
 
 
-def questions(scene: Scene, rng: random.Random) -> list[list[Fact]]:
-    """Returns facts for conversations, in lists of similar facts. A conversation uses one of every list."""
+def questions(scene: Scene, rng: random.Random, pairs: Pairs = PAIRS) -> dict[str, list[list[Fact]]]:
+    """Returns facts to ask about, by kind of question.
+
+    The facts of a kind are grouped by their answers where one answer would prevail otherwise. A question draws a group
+    first and then a fact of it. A "no" names only coloured shapes of `pairs`.
+    """
     things = scene.objects
-    found = [
-        [*_totals(scene), *(fact("list", items=tuple(scene.counts)) for _ in range(2) if 1 < len(scene.counts) < 6)],
-        [fact("count_one" if c.number == 1 else "count", n=c) for c in scene.groups],
-        [fact("exists", a=t.name.plain, p=Position(t.position)) for t in scene.unique if t.position]
-        + [fact("exists_many", n=c) for c in scene.counts if c.number > 1]
-        + [fact("absent", a=name) for name in _absent(scene, rng)],
-        [fact("where", a=t.name.plain, p=Position(t.position)) for t in scene.unique if t.position],
-        [fact("what_at", n=Count(1, t.name), p=Position(t.position)) for t in things if _alone(t, scene)],
-        [fact("all_at", n=c, p=Position(word)) for c, word in _together(scene)],
-        [fact("larger", a=a.name.plain, b=b.name.plain) for a, b in scene.pairs if larger(a, b)],
-        [fact("first", a=a.name.plain, b=b.name.plain, s=Side(word))
-         for a, b, word in _sides(scene) if "-" not in word],
-        [fact("caption", text=text) for text in scene.captions if not scene.shapes],
-    ]  # fmt: skip
-    relations = []
-    for a, b, word in _sides(scene):
-        names = {"a": a.name.plain, "b": b.name.plain, "s": Side(word)}
-        relations.append(fact("side", **names))
-        if "-" not in word:
-            relations += [fact("side_yes", **names), fact("side_no", **names, w=Side(OPPOSITE[word]))]
-    found += [relations, relations]
+    located = [(t, Position(t.position)) for t in scene.unique if t.position]
+    together = [fact("all_at", n=count, p=Position(word)) for count, word in _together(scene)]
+    found = {
+        "list": [[fact("list", items=tuple(scene.counts))]] if 1 < len(scene.counts) < 6 else [],
+        "count": _counts(scene, rng),
+        "existence": _existence(scene, rng, pairs),
+        "position": [[fact("where", t.name, a=name, p=place) for t, place in located
+                      for name in (t.name.plain, *_refer(t, scene, ("noun",), ("colour",)))]],
+        "what_at": [[fact("what_at", n=Count(1, t.name), p=Position(t.position)) for t in things if _alone(t, scene)]],
+        "all_at": [together],
+        "larger": [[fact("larger", a=a.name.plain, b=b.name.plain) for a, b in scene.pairs if larger(a, b)]],
+        "caption": [[fact("caption", text=text) for text in scene.captions if not scene.shapes]],
+        "sign": [[fact("sign", a=Name("sign", colour), w=tuple(Name(noun) for noun in text.split(" ")))
+                  for colour, text in scene.signs]],
+    } | _relations(scene) | _three(scene, rng)  # fmt: skip
     if scene.shapes:
-        found += [
-            [fact("colour", a=Name(t.name.noun), c=t.name) for t in _single_by(things, "noun")],
-            [fact("shape", a=Name("object", t.name.colour), b=Name(t.name.noun)) for t in _single_by(things, "colour")],
-            [
-                fact("same_colour" if a.name.colour == b.name.colour else "other_colour",
-                     a=a.name.plain, b=b.name.plain, c=a.name, d=b.name)
-                for a, b in scene.pairs
-            ],
-        ]  # fmt: skip
-    return [facts for facts in found if facts]
+        found |= {
+            "colour": [[fact("colour", t.name, a=name, c=t.name) for t in things
+                        for name in _refer(t, scene, ("noun",), ("size", "noun"), at=True)]],
+            "shape": [[fact("shape", t.name, a=name, b=Name(t.name.noun)) for t in things
+                       for name in _refer(t, scene, ("colour",), ("size", "colour"), at=True)]],
+            "same_colour": [[fact("same_colour" if a.name.colour == b.name.colour else "other_colour",
+                                  a=a.name.plain, b=b.name.plain, c=a.name, d=b.name) for a, b in scene.pairs]],
+        }  # fmt: skip
+    return {kind: groups for kind, lists in found.items() if (groups := [facts for facts in lists if facts])}
+
+
+def _counts(scene: Scene, rng: random.Random) -> list[list[Fact]]:
+    """Returns a group of facts for every number of objects, and in half of the cases one for none."""
+    by_number: dict[int, list[Fact]] = {}
+    if scene.shapes:
+        if rng.random() < 0.5:
+            shown = {count.name for count in scene.groups}
+            absent = [Name("object", colour) for colour in COLOURS] + [Name(noun) for noun in SHAPES]
+            by_number[0] = [fact("count_none", n=Count(0, name)) for name in absent if name not in shown]
+        by_number[len(scene.objects)] = 2 * _totals(scene)
+    for count in scene.groups:
+        by_number.setdefault(count.number, []).append(fact("count_one" if count.number == 1 else "count", n=count))
+    return list(by_number.values())
+
+
+def _existence(scene: Scene, rng: random.Random, pairs: Pairs) -> list[list[Fact]]:
+    """Returns groups with as many "yes" as "no". The hardest "no" combines words of two objects."""
+    shown = [fact("exists", t.name.plain, a=t.name.plain, p=Position(t.position)) for t in scene.unique if t.position]
+    shown += [fact("exists_many", count.name, n=count) for count in scene.counts if count.number > 1]
+    if not scene.shapes:
+        return [shown, [fact("absent", name, a=name) for name in _absent(scene, rng)]]
+    names = {count.name for count in scene.counts}
+    colours, nouns = {name.colour for name in names}, {name.noun for name in names}
+    by_words: dict[int, list[Fact]] = {}
+    for colour, noun in pairs:
+        words = (colour in colours) + (noun in nouns)
+        if words and (name := Name(noun, colour)) not in names:
+            by_words.setdefault(words, []).append(fact("absent", name, a=name))
+    if not by_words:
+        return [shown]
+    return [shown, shown, by_words[max(by_words)], sum(by_words.values(), [])]
+
+
+def _relations(scene: Scene) -> dict[str, list[list[Fact]]]:
+    """Returns facts about two objects. A "relation" has a single side, so that one word answers."""
+    relations, directions, first = [], [], []
+    for a, b, word in scene.sides:
+        names = {"a": a.name.plain, "b": b.name.plain, "s": Side(word)}
+        is_straight = "-" not in word
+        (relations if is_straight else directions).append(fact("side", a.name, b.name, **names))
+        if is_straight:
+            directions += [fact("side_yes", **names), fact("side_no", **names, w=Side(OPPOSITE[word]))]
+            first.append(fact("first", **names))
+    return {"relation": [relations], "direction": [directions], "first": [first]}
+
+
+def _three(scene: Scene, rng: random.Random) -> dict[str, list[list[Fact]]]:
+    """Returns facts about three objects: one between two, and their order. "Yes" is as frequent as "no".
+
+    Scenes without an object between two are left out in two of three cases, which balances the answers.
+    """
+    middle, beside, ordered, mixed = [], [], [], []
+    for c, *ends, inside in scene.middles:
+        a, b = rng.sample(ends, 2)
+        names = {"c": c.name.plain, "a": a.name.plain, "b": b.name.plain}
+        (middle if inside else beside).append(fact("between" if inside else "not_between", *names.values(), **names))
+    for row in scene.rows:
+        names = [thing.name.plain for thing in row]
+        ordered.append(fact("order", *names, **dict(zip("abc", names, strict=True))))
+        for wrong in list(permutations(names))[1:]:
+            values = dict(zip("abc", wrong, strict=True)) | dict(zip("def", names, strict=True))
+            mixed.append(fact("not_order", *names, **values))
+    between = [middle, middle, middle, beside, beside] if middle else [beside] if 3 * rng.random() < 1 else []
+    return {"between": between, "order": [ordered, mixed]}
+
+
+def _refer(thing: SceneObject, scene: Scene, *ways: tuple[str, ...], at: bool = False) -> list[Name]:
+    """Returns names that fit no other object: some attributes, and the position if `at`."""
+    words = [{word: getattr(thing.name, word) for word in way} for way in ways if scene.shapes]
+    names = [Name(**{"noun": "object"} | values) for values in words]
+    names = [name for name in names if sum(name.covers(other.name) for other in scene.objects) == 1]
+    return names + [Name("object", at=thing.position)] * (at and _alone(thing, scene))
 
 
 def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
@@ -113,8 +190,10 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
         else:
             together = [word for other, word in _together(scene) if other == count]
             yield fact("all_at", n=count, p=Position(together[0])) if together else fact("group", n=count)
-    yield from rng.sample(more := list(_further(scene, rng)), min(len(more), rng.randint(4, 7)))
-    if scene.shapes and rng.random() < 0.4:
+    ends = scene.shapes and rng.random() < 0.4
+    least, most = (max(1, 3 - len(scene.counts)), 3 - ends) if scene.shapes else (4, 7)
+    yield from rng.sample(more := list(_further(scene, rng)), min(len(more), rng.randint(least, most)))
+    if ends:
         yield fact("nothing_else")
 
 
@@ -138,9 +217,9 @@ def inferences(scene: Scene) -> list[list[Fact]]:
          for t in unique if t.down in ("top", "bottom") and t.across],
         [fact("covered" if hidden else "open", a=t.name.plain, s=Side(half), o=Side(OPPOSITE[half]))
          for t in unique for half, hidden in _halves(t)],
-        [fact("order", a=a.name.plain, b=b.name.plain, c=c.name.plain)
-         for a, b, c in permutations(unique[:6], 3) if "left" in side(a, b) and "left" in side(b, c)],
-        [fact("way", a=a.name.plain, b=b.name.plain, s=Side(word)) for b, a, word in _sides(scene)],
+        [fact("sort", a=a.name.plain, b=b.name.plain, c=c.name.plain) for a, b, c in scene.rows],
+        [fact("pass", a=a.name.plain, b=b.name.plain, c=c.name.plain) for c, a, b, inside in scene.middles if inside],
+        [fact("way", a=a.name.plain, b=b.name.plain, s=Side(word)) for b, a, word in scene.sides],
         [fact("nearest", a=a.name.plain, b=b.name.plain, c=c.name.plain)
          for a, b, c in permutations(unique[:6], 3) if 1.4 * distance(a, b) < distance(a, c)],
         [fact("look", a=a.name.plain, b=b.name.plain) for a, b in scene.pairs if larger(a, b)],
@@ -151,7 +230,7 @@ def inferences(scene: Scene) -> list[list[Fact]]:
         if len(empty := _empty_corners(scene)) in (1, 2, 3):
             found.append([fact("corners", places=tuple(map(Position, empty)), n=Count(len(empty), Name("corner")))])
         counted = Counter(thing.across for thing in scene.objects)
-        if "" not in counted and counted["left"] + counted["right"]:
+        if "" not in counted and counted["left"] and counted["right"]:
             n, m = Count(counted["left"], OBJECT), Count(counted["right"], OBJECT)
             key = "balance" if n.number == m.number else "left_heavy" if n.number > m.number else "right_heavy"
             found.append([fact(key, n=n, m=m)])
@@ -177,6 +256,9 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
             yield fact("same_colour", **names, c=a.name)
         if scene.shapes and a.name.noun == b.name.noun:
             yield fact("same_shape", **names, n=Count(2, Name(a.name.noun)))
+    for c, a, b, inside in scene.middles:
+        if inside:
+            yield fact("between", c=c.name.plain, a=a.name.plain, b=b.name.plain)
     for thing in scene.unique:
         if _area(thing) > 0.3:
             yield fact("fills", a=thing.name.plain)
@@ -190,7 +272,7 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
             if count.number > 1:
                 yield fact("alike_colour" if count.name.colour else "alike_shape", n=count)
         missing = [noun for noun in SHAPES if noun not in {thing.name.noun for thing in scene.objects}]
-        yield fact("missing", a=Name(rng.choice(missing)))
+        yield from (fact("missing", a=Name(noun)) for noun in rng.sample(missing, min(1, len(missing))))
         for thing in scene.unique:
             for word in ("left", "right", "above", "below"):
                 others = [other for other in scene.objects if other is not thing]
@@ -198,19 +280,14 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
                     yield fact("furthest", a=thing.name.plain, s=Side(word))
 
 
-def _sides(scene: Scene) -> list[tuple[SceneObject, SceneObject, str]]:
-    return [(a, b, word) for a, b in scene.pairs if (word := side(a, b))]
-
-
-def _single_by(things: list[SceneObject], attribute: str) -> list[SceneObject]:
-    counts = Counter(getattr(thing.name, attribute) for thing in things)
-    return [thing for thing in things if counts[getattr(thing.name, attribute)] == 1]
-
-
 def _alone(thing: SceneObject, scene: Scene) -> bool:
-    """Whether this object is the only answer to "what is there?"."""
-    clear = scene.shapes and thing.across and thing.down
-    return bool(clear) and sum(other.position == thing.position for other in scene.objects) == 1
+    """Whether this object is the only answer to "what is there?". What is at the top-left is at the top, too."""
+    if not (scene.shapes and thing.across and thing.down):
+        return False
+    word = thing.position
+    if word in OPPOSITE:
+        return sum(word in (other.across, other.down) for other in scene.objects) == 1
+    return sum(word == other.position for other in scene.objects) == 1
 
 
 def _together(scene: Scene) -> Iterator[tuple[Count, str]]:
@@ -227,19 +304,14 @@ def _together(scene: Scene) -> Iterator[tuple[Count, str]]:
 
 
 def _absent(scene: Scene, rng: random.Random) -> list[Name]:
-    """Draws names of absent objects. Shapes share a word with a present object, because such questions are hard."""
-    if not scene.shapes:
-        text = " ".join(scene.captions).lower()
-        shown = {count.name.noun for count in scene.counts} | {name.noun for name in scene.crowds}
-        if not shown or not shown <= set(COCO):
-            return []  # annotators have not looked for them
-        near = {"airplane": "plane", "surfboard": "surf", "pizza": "slice"}
-        names = [n for n in RARE if n not in shown and n not in text and near.get(n, n) not in text]
-        return [Name(name) for name in rng.sample(names, min(2, len(names)))]
-    present = {thing.name.plain for thing in scene.objects}
-    near = [Name(noun, colour) for colour in COLOURS for noun in SHAPES]
-    near = [n for n in near if n not in present and any(n.colour == p.colour or n.noun == p.noun for p in present)]
-    return rng.sample(near, min(3, len(near)))
+    """Draws names of objects that a photograph does not show."""
+    text = " ".join(scene.captions).lower()
+    shown = {count.name.noun for count in scene.counts} | {name.noun for name in scene.crowds}
+    if not shown or not shown <= set(COCO):
+        return []  # annotators have not looked for them
+    near = {"airplane": "plane", "surfboard": "surf", "pizza": "slice"}
+    names = [n for n in RARE if n not in shown and n not in text and near.get(n, n) not in text]
+    return [Name(name) for name in rng.sample(names, min(2, len(names)))]
 
 
 def _empty_corners(scene: Scene) -> list[str]:

@@ -16,10 +16,14 @@ ALTERNATIVES = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 
 @dataclass
 class Phrasing:
-    """Questions, of which one is drawn, and sentences of an answer, of which one of every list is drawn."""
+    """Questions, of which one is drawn, and sentences of an answer, of which one of every list is drawn.
+
+    `short` is the answer in a word or two to the first question, or "".
+    """
 
     questions: list[str] = field(default_factory=list)
     sentences: list[list[str]] = field(default_factory=list)
+    short: str = ""
 
 
 class PhraseTable:
@@ -37,25 +41,40 @@ class PhraseTable:
 
         Raises UserError if an object has no name in the language.
         """
-        fields: dict[str, str] = dict(self.words.CONSTANTS)
-        for key, value in fact.values.items():
-            fields |= self.words.fields(key, value)
-        fields = {key: text if key == "text" else _draw(text, rng) for key, text in fields.items()}
-        entry = rng.choice(self.entries[what, fact.key])
+        entry, fields = rng.choice(self.entries[what, fact.key]), self._fields(fact, rng)
         question = rng.choice(entry.questions) if entry.questions else ""
-        answer = " ".join(rng.choice(lines) for lines in entry.sentences)
-        question, answer = (self.words.finish(_draw(text, rng).format_map(fields)) for text in (question, answer))
-        return question, answer
+        answer = " ".join([rng.choice(lines) for lines in entry.sentences])
+        return self._fill(question, fields), self._fill(answer, fields)
 
-    def fill(self, key: str, rng: random.Random | None = None, **texts: object) -> tuple[str, str]:
-        """Returns question and answer of a short answer, with `texts` as values of the fields.
+    def say_short(self, fact: Fact) -> tuple[str, str]:
+        """Returns the first question and its short answer. Nothing is drawn, so that every fact has one wording."""
+        entry, fields = self.entries["conversation", fact.key][0], self._fields(fact)
+        return self._fill(entry.questions[0], fields), entry.short.format_map(fields)
 
-        `rng` draws the question if the table has several. Nothing else is drawn, and capitals stay as they are.
-        """
-        [entry] = self.entries["short", key]
-        question = rng.choice(entry.questions) if len(entry.questions) > 1 else "".join(entry.questions)
-        answer = " ".join(lines[0] for lines in entry.sentences)
-        return question.format_map(texts), answer.format_map(texts)
+    def question(self, key: str, rng: random.Random) -> str:
+        """Draws a request for a "caption" or a "description"."""
+        return rng.choice(self.entries["question", key][0].questions)
+
+    def _fields(self, fact: Fact, rng: random.Random | None = None) -> "Fields":
+        texts = dict(self.words.CONSTANTS)
+        for key, value in fact.values.items():
+            texts.update(self.words.fields(key, value))
+        return Fields(texts, rng)
+
+    def _fill(self, text: str, fields: "Fields") -> str:
+        return self.words.finish(_draw(text, fields.rng).format_map(fields))
+
+
+class Fields(dict):
+    """The fields of a fact. A field's alternative is drawn when a phrase first needs it."""
+
+    def __init__(self, texts: dict[str, str], rng: random.Random | None):
+        self.texts, self.rng = texts, rng
+
+    def __missing__(self, name: str) -> str:
+        text = self.texts[name]
+        self[name] = text = text if name == "text" else _draw(text, self.rng)  # a caption stays as it is
+        return text
 
 
 def _read(path: Path) -> dict[tuple[str, str], list[Phrasing]]:
@@ -63,20 +82,29 @@ def _read(path: Path) -> dict[tuple[str, str], list[Phrasing]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         mark, _, text = line.partition(" ")
         if mark == "==":
-            what, key = text.split(" ")
-            entries.setdefault((what, key), []).append(entry := Phrasing())
-        elif mark == "?":
-            entry.questions.append(text)
-        elif mark.isdigit():
-            if int(mark) > len(entry.sentences):
-                entry.sentences.append([])
-            entry.sentences[-1].append(text)
+            what, *keys = text.split(" ")
+            started = {key: Phrasing() for key in keys}
+            for key, entry in started.items():
+                entries.setdefault((what, key), []).append(entry)
+            current = list(started.values())
+        elif mark == "--":
+            current = [started[text]]
+        for entry in current if mark in ("?", "=") or mark.isdigit() else ():
+            if mark == "?":
+                entry.questions.append(text)
+            elif mark == "=":
+                entry.short = text
+            else:
+                if int(mark) > len(entry.sentences):
+                    entry.sentences.append([])
+                entry.sentences[-1].append(text)
     return entries
 
 
-def _draw(text: str, rng: random.Random) -> str:
-    """Draws one of every [a|b], from the inside out. A category may contain brackets."""
-    drawn = 1
+def _draw(text: str, rng: random.Random | None) -> str:
+    """Draws one of every [a|b], from the inside out; the first without `rng`. A category may contain brackets."""
+    drawn = "|" in text
     while drawn:
-        text, drawn = ALTERNATIVES.subn(lambda match: rng.choice(match[1].split("|")), text)
+        text, drawn = ALTERNATIVES.subn(
+            lambda match: rng.choice(match[1].split("|")) if rng else match[1].partition("|")[0], text)
     return text
