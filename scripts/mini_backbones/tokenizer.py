@@ -10,26 +10,23 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.annotations.scene import Scene
 from llava_jax.synthesize import rules
-from mini_backbones.common import BOS, CATEGORIES, LANGUAGE, annotate, write_json
+from mini_backbones.common import BOS, LANGUAGE, annotate, write_json
+
+PARTICLES = "(?<=[가-힣])(은|는|이|가|을|를|과|와|의|에|에서|입니다)(?![가-힣])"
+"""Korean particles, which are pieces of their own, so that a noun has one piece whatever its role."""
 
 
-def corpus(rng: random.Random, scenes_count: int = 3000):
+def corpus(rng: random.Random, scenes_count: int = 2000):
     """Text of the domain, each sentence with and without a blank in front (a word after a newline has none)."""
+    teachers = rules.RulesTeacher("en"), rules.RulesTeacher("ko")
     for _ in range(scenes_count):
         context = annotate(scenes.sample(rng, scenes.PAIRS))
         scene = Scene(context)
-        questions = rules.conversation(scene, rng, CATEGORIES, 8)
-        questions += [
-            q
-            for q in (
-                rules.caption(context, rng),
-                rules.detail(scene, rng),
-                rules.reasoning(scene, rng),
-            )
-            if q
-        ]
-        for q in questions:
-            yield from (q.question, q.answer, f" [INST] {q.question} [/INST] {q.answer}")
+        for teacher in teachers:
+            questions = [*teacher.conversation(scene, rng, 8), *teacher.sentences(scene, rng, 4)]
+            questions += [teacher.description(scene, rng), teacher.reasoning(scene, rng)]
+            for q in filter(None, questions):
+                yield from (q.question, q.answer, f" [INST] {q.question} [/INST] {q.answer}")
         for caption in context.captions:
             yield from (caption, f" {caption}")
 
@@ -45,6 +42,7 @@ def make_tokenizer(folder: Path, seed: int) -> tokenizers.Tokenizer:
         [
             pre_tokenizers.Split(Regex("\u2581"), "merged_with_next"),
             pre_tokenizers.Split(Regex("[,.?;:]"), "isolated"),
+            pre_tokenizers.Split(Regex(PARTICLES), "isolated"),
         ]
     )
     learner.train_from_iterator(

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from pathlib import Path
 
 import jax
@@ -17,13 +18,15 @@ from llava_jax.models.llama import Llama, LlamaConfig
 from llava_jax.models.llava import from_params, to_params
 from llava_jax.models.vit import FusedAttention, Vit
 from llava_jax.weights import configs
-from mini_backbones.common import LANGUAGE, VISION, Encoder, save, start, train, write_json
+from mini_backbones.common import VISION, save, start, train, write_json
 
 REGIONS, REGION_TOKENS, SCENE_TOKENS = 5, 12, 40
 ATTRIBUTES = {
     word: i + 1
     for i, word in enumerate((*scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES, "background", *scenes.POSITIONS))
 }
+WORDS = (*ATTRIBUTES, "a", "an", "and", "at", "the", "of", "picture", "object", "objects", *scenes.NUMBERS)
+"""Words of the captions. As in CLIP, the text tower has a vocabulary of its own, which is not the decoder's."""
 
 
 class Clip(nnx.Module):
@@ -33,7 +36,7 @@ class Clip(nnx.Module):
         self.vision = Vit(VISION, rngs=rngs)
         self.text = Llama(
             LlamaConfig(
-                vocab_size=LANGUAGE.vocab_size,
+                vocab_size=len(WORDS) + 1,
                 hidden_size=width,
                 intermediate_size=2 * width,
                 num_layers=2,
@@ -88,6 +91,11 @@ class Clip(nnx.Module):
         return by_text + 0.5 * by_region + 0.1 * by_scene
 
 
+def word_ids(text: str) -> list[int]:
+    """Text to ids from 1 on; 0 fills up a row."""
+    return [1 + WORDS.index(word) for word in re.findall("[a-z-]+", text.lower())]
+
+
 def unit(x):
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
@@ -120,7 +128,7 @@ def cell_patches(cell: int) -> list[int]:
     return [(2 * row + down) * 6 + 2 * column + across for down in (0, 1) for across in (0, 1)]
 
 
-def region_batch(pictures: tuple, encode: Encoder, rng: random.Random, size: int) -> dict[str, np.ndarray]:
+def region_batch(pictures: tuple, rng: random.Random, size: int) -> dict[str, np.ndarray]:
     """Pictures, the patches of their regions (objects and one empty cell), and a caption of each that names
     some attributes.
     """
@@ -147,9 +155,9 @@ def region_batch(pictures: tuple, encode: Encoder, rng: random.Random, size: int
                 named[rng.randint(1, 3)] = True
             shown[b, r] = [ATTRIBUTES.get(word, 0) for word in words]
             said[b, r] = shown[b, r] * named
-            ids = encode(region_caption(words, named))
+            ids = word_ids(region_caption(words, named))
             texts[b, r, : len(ids)] = ids
-        ids = encode(rng.choice(scenes.captions(objects)))[:SCENE_TOKENS]
+        ids = word_ids(rng.choice(scenes.captions(objects)))[:SCENE_TOKENS]
         captions[b, : len(ids)] = ids
     return {
         "images": images[chosen],
@@ -188,7 +196,7 @@ def probe(features, pictures: tuple) -> dict[str, float]:
     kinds = {
         "colour": tuple(scenes.COLOURS),
         "shape": scenes.SHAPES,
-        "place": scenes.POSITIONS,
+        "position": scenes.POSITIONS,
         "size": scenes.SIZES,
     }
     rows = [(i, thing, patch) for i, scene in enumerate(objects) for thing in scene for patch in covered(thing)]
@@ -203,16 +211,14 @@ def probe(features, pictures: tuple) -> dict[str, float]:
     return scores
 
 
-def make_vision(
-    out: Path, encode: Encoder, seed: int, steps: int, size: int = 64, peak: float = 1.5e-3
-) -> dict:
+def make_vision(out: Path, seed: int, steps: int, size: int = 64, peak: float = 1.5e-3) -> dict:
     pictures, held_out = draw(20_000, f"{seed} vision"), draw(1500, f"{seed} probe")
     graph, parameters = to_params(Clip(nnx.Rngs(seed)))
     parameters = start(parameters, {r"vision/position_embedding": 10, r".*/kernel": 3})
     rng = random.Random(f"{seed} regions")
     loss = lambda parameters, batch: from_params(graph, parameters).loss(batch)  # noqa: E731
     parameters = train(
-        "vision", loss, parameters, lambda _: region_batch(pictures, encode, rng, size), steps, peak
+        "vision", loss, parameters, lambda _: region_batch(pictures, rng, size), steps, peak
     )
     features = jax.jit(lambda images: from_params(graph, parameters).features(images)[0])
     scores = probe(features, held_out)

@@ -1,6 +1,9 @@
-"""scripts/train_mini_backbones.py: the losses that it trains with, on one batch."""
+"""scripts/train_mini_backbones.py: the text that the decoder reads, the losses, and the shipped parts."""
 
+import hashlib
+import json
 import random
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,24 +14,131 @@ import pytest
 from flax import nnx
 
 import llava_jax
+from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import from_params, to_params
+from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_conversation
+from llava_jax.text.tokenizer import Tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = Path(llava_jax.__file__).parent / "data" / "mini"
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """The modules `vision` and `language`, and an Encoder of the shipped tokenizer."""
-    scripts = str(Path(__file__).parents[2] / "scripts")
-    sys.path.insert(0, scripts)
-    from mini_backbones import common, language, vision
+    """The modules `pages`, `vision` and an Encoder of the shipped tokenizer."""
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from mini_backbones import common, pages, vision
 
-    yield vision, language, common.Encoder(Path(llava_jax.__file__).parent / "data" / "mini" / "language")
-    sys.path.remove(scripts)
+    yield pages, vision, common.Encoder(SHIPPED / "language")
+    sys.path.remove(str(REPOSITORY / "scripts"))
+
+
+def test_shipped_weights_are_the_recorded_ones_and_small():
+    record = json.loads((SHIPPED / "scores.json").read_text())
+    for part, row in record.items():
+        assert hashlib.sha256((SHIPPED / part / "model.safetensors").read_bytes()).hexdigest() == row["sha256"]
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 8e6
+
+
+def test_words_of_scenes_are_one_piece_and_other_text_survives(parts):
+    encode = parts[2]
+    for word in (*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES, *scenes.POSITIONS):
+        assert len(encode(word)) == 1
+    for text in ("빨간 원은 왼쪽 위에 있습니다.", "쀍 ß 🦙", "Is the pink ring above it?"):
+        ids = encode(text)
+        assert encode.tokenizer.decode(ids) == text and encode.tokenizer.token_to_id("<unk>") not in ids
+    assert len(encode("빨간 원은 왼쪽 위에 있습니다.")) <= 10  # words, not bytes
+
+
+def read_objects(text: str) -> set[tuple[str, ...]]:
+    """The place and the words of every object in "top-left small red circle, ...", whatever their order."""
+    return {tuple(sorted(re.findall("[a-z-]+", part))) for part in text.split(",")}
+
+
+def test_restatements_hold(parts):
+    """What a look-up page says after its list is in the list, and names one object alone."""
+    pages, _, encode = parts
+    rng = random.Random(3)
+    seen = 0
+    for _ in range(200):
+        page = pages.lookup_page(encode, rng)
+        if "," not in (text := encode.tokenizer.decode([words[0] for words in page.words])) or "." in text:
+            continue  # sums of words, or sentences
+        if any(len(words) > 1 for words in page.words):
+            continue
+        objects = text.split(",")
+        half = len(objects) // 2
+        listed, said = read_objects(",".join(objects[:half])), read_objects(",".join(objects[half:]))
+        for words in said:
+            content = set(words)
+            assert sum(content <= set(words) for words in listed) == 1, (text, words)
+            seen += 1
+    assert seen > 100
+
+
+def test_only_sums_and_openings_have_no_weight(parts):
+    pages, _, encode = parts
+    rng = random.Random(5)
+    batch, labels = pages.pack(lambda: pages.domain_page(encode, rng), 8, 184)
+    summed = (batch["words"] >= 0).sum(-1) > 1
+    opens = batch["positions"] == 0
+    empty = batch["segments"] == 0
+    np.testing.assert_array_equal(batch["weights"] == 0, summed | opens | empty)
+    labelled = np.array([[bool(label) for label in row] for row in labels])
+    assert (batch["weights"][labelled] >= pages.LONG_WEIGHT).all()
+    assert (batch["weights"][~labelled] <= pages.OTHER_WEIGHT).all()
+
+
+def test_late_pages_have_more_of_what_is_learned_last_and_fewer_lists(parts):
+    pages, _, encode = parts
+    found = []
+    for late in (False, True):
+        rng = random.Random(6)
+        labels = [set(pages.domain_page(encode, rng, late).labels) for _ in range(600)]
+        counts = {kind: sum(kind in labels for labels in labels) for kind in ("count", "shape", "content to place")}
+        found.append((counts["count"] / counts["shape"], counts["content to place"]))
+    (early, lists), (late, fewer) = found
+    assert late > 1.1 * early and fewer < 0.6 * lists, found
+
+
+def test_chats_have_the_tokens_of_stage_2(parts):
+    """A chat page has the tokens that the library makes of its conversation, about an image of 36 visual tokens."""
+    pages, _, encode = parts
+    page = pages.question_page(encode, random.Random(8), "grid", chat=True)
+    ids = [words[0] for words in page.words]
+    ids[3:39] = [IMAGE_TOKEN_ID] * 36  # after <s>[INST] and a space
+    turns = []
+    for text in encode.tokenizer.decode(ids[39:], skip_special_tokens=False).split("</s>")[:-1]:
+        question, answer = text.replace("[INST]", "").split("[/INST]")
+        turns.append({"from": "human", "value": "<image>\n" * (not turns) + question.strip()})
+        turns.append({"from": "gpt", "value": answer.strip()})
+    example = encode_conversation(turns, "mistral_instruct", Tokenizer.load(SHIPPED / "language"), 36)
+    assert example.tokens.tolist() == ids and len(turns) >= 8
+
+
+def test_every_caption_has_words_of_the_text_tower(parts):
+    vision = parts[1]
+    rng = random.Random(7)
+    for _ in range(300):
+        for caption in scenes.captions(scenes.sample(rng)):
+            assert 0 < len(vision.word_ids(caption)) <= vision.SCENE_TOKENS
+
+
+def test_the_probe_reads_what_patches_tell_and_guesses_the_rest(parts):
+    vision = parts[1]
+    pictures = vision.draw(300, "0")
+    shown = np.zeros((300, 36, 8))  # of its objects, a patch tells the colour alone
+    for scene, patches in zip(pictures[0], shown, strict=True):
+        for thing in scene:
+            patches[vision.covered(thing), list(scenes.COLOURS).index(thing.colour)] = 1
+    images = iter((shown[:250], shown[250:]))
+    scores = vision.probe(lambda _: next(images), pictures)
+    assert scores["colour"] > 0.97 and scores["size"] < 0.9 and max(scores["shape"], scores["position"]) < 0.45, scores
 
 
 def test_the_class_token_has_passed_all_layers(parts):
-    vision, _, _ = parts
-    clip = vision.Clip(nnx.Rngs(0))
+    clip = parts[1].Clip(nnx.Rngs(0))
     images = np.random.default_rng(0).integers(0, 256, (2, 60, 60, 3), np.uint8)
     patches, pooled = clip.features(images)
     normalised = (images.astype(np.float32) / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
@@ -37,18 +147,21 @@ def test_the_class_token_has_passed_all_layers(parts):
 
 
 def test_every_parameter_of_clip_has_a_gradient_but_the_unused_head(parts):
-    vision, _, encode = parts
+    vision = parts[1]
     graph, parameters = to_params(vision.Clip(nnx.Rngs(0)))
-    batch = vision.region_batch(vision.draw(8, "0"), encode, random.Random(0), 4)
+    batch = vision.region_batch(vision.draw(8, "0"), random.Random(0), 4)
     gradient = jax.grad(lambda parameters: from_params(graph, parameters).loss(batch))(parameters)
     silent = {path for path, value in gradient.items() if not np.abs(value).max() > 0}
     assert silent == {"text/lm_head/kernel"} and all(np.isfinite(value).all() for value in gradient.values())
 
 
 def test_every_language_parameter_has_a_gradient(parts):
-    _, language, encode = parts
+    from mini_backbones import language
+
+    pages, _, encode = parts
     graph, parameters = to_params(language.Language(nnx.Rngs(0)))
     rng = random.Random(0)
-    batch, _ = language.pack(iter(partial(language.domain_page, encode, rng), None), 2, 184)
+    batch, _ = pages.pack(lambda: pages.domain_page(encode, rng), 2, 184)
     gradient = jax.grad(partial(language.language_loss, graph))(parameters, batch)
-    assert all(np.isfinite(value).all() and np.abs(value).max() > 0 for value in gradient.values())
+    silent = {path for path, value in gradient.items() if not np.abs(value).max() > 0}
+    assert all(np.isfinite(value).all() for value in gradient.values()) and not silent

@@ -1,0 +1,212 @@
+"""Text of the language backbone: scenes described in several forms, and what follows from a description."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations.context import Context
+from llava_jax.annotations.scene import Scene, SceneObject
+from llava_jax.synthesize import rules
+from mini_backbones.common import BOS, EOS, Encoder, annotate
+
+OTHER_WEIGHT = 0.05
+"""Weight of tokens that are no answer, caption or looked-up word: a question, a description."""
+LONG_WEIGHT = 0.5
+"""Weight of captions and long answers, of which many wordings are right."""
+FORMS = {"grid": 0.6, "list": 0.1, "text": 0.15, "sentences": 0.15}
+"""Forms of descriptions, with their share. `grid`: one sum of words for each patch of a picture. `text`: "top-left
+small red circle, centre ...". `list`: the same with neighbouring words summed. `sentences`: as the teacher writes."""
+LOOKUP_FORMS = ("1", "grid", "2", "text", "sentences")
+"""Forms of the lists to look up in, in the order in which they join: at first one sum of words for an object, then a
+picture's grid, then an object's words in two groups, all apart, in sentences."""
+CAPTION, KOREAN, LONG = 0.06, 0.15, 0.2
+"""Shares of pages with a caption, and of question pages in Korean, and with a long answer."""
+LOOKUP, CROWD = (0.15, 0.05), (0.25, 0.15)
+"""Shares, early and late, of pages with a list to look up in, and of question pages about more objects than a picture
+holds (guessing among them pays little). All pages without list or caption have questions."""
+LATE_KINDS = (*rules.KINDS, "count", "count", "existence", "existence", "colour")
+"""Kinds of questions about a picture's objects late, as often as they stand here: what is learned last comes often."""
+CROWD_KINDS = ("position", "position", "relation", "relation", "relation", "between", "order", "colour", "shape")
+"""Kinds of questions about many objects, as often as they stand here."""
+TEACHERS = {language: rules.RulesTeacher(language) for language in ("en", "ko")}
+
+
+class Page:
+    """A sample as it grows: words to sum per position, and the label (empty, or the kind of text) and weight that each
+    position carries.
+    """
+
+    def __init__(self, encode: Encoder):
+        self.encode = encode
+        self.words: list[tuple[int, ...]] = [(BOS,)]
+        self.labels: list[str] = [""]
+        self.weights: list[float] = [0.0]
+
+    def add(self, ids, label: str = "", weight: float = 1.0) -> None:
+        self.words += [(i,) for i in ids]
+        self.labels += [label] * len(ids)
+        self.weights += [weight if label else OTHER_WEIGHT] * len(ids)
+
+    def add_sums(self, sums: list[tuple[str, ...]]) -> None:
+        self.words += [tuple(map(self.encode.word, words)) for words in sums]
+        self.labels += [""] * len(sums)
+        self.weights += [0.0 if len(words) > 1 else OTHER_WEIGHT for words in sums]  # no sum can be predicted
+
+
+def describe(page: Page, scene: Scene, rng: random.Random, form: str, language: str = "en",
+             sized: bool = True) -> None:
+    things = scene.objects
+    order = rng.sample(things, len(things)) if rng.random() < 0.5 else things
+    if form == "grid":
+        by_position = {thing.position: thing for thing in things}
+        for position in (scenes.POSITIONS[i // 2 * 3 + j // 2] for i in range(6) for j in range(6)):
+            thing = by_position.get(position)
+            page.add_sums([(position, *name_words(thing, True)) if thing else (position,)])
+    elif form == "sentences" and (language == "ko" or (sized and len(things) < 5 and rng.random() < 0.5)):
+        page.add(page.encode(TEACHERS[language].description(scene, rng).answer))
+    elif form == "sentences":
+        named = ((" ".join(name_words(thing, sized)), thing.position) for thing in order)
+        page.add([i for name, place in named for i in page.encode(f"A {name} is at the {place}.")])
+    else:
+        pieces = {"text": 4, "list": rng.choice((1, 2, 3))}.get(form) or int(form)
+        place_first = rng.random() < 0.5
+        for number, thing in enumerate(order):
+            words = list(name_words(thing, sized))
+            words = [thing.position, *words] if place_first else [*words, thing.position]
+            if number and pieces > 1:
+                page.add([page.encode.comma])
+            page.add_sums(split(words, min(pieces, len(words)), rng))
+
+
+def split(words: list[str], pieces: int, rng: random.Random) -> list[tuple[str, ...]]:
+    """Cuts words into `pieces` groups of neighbours."""
+    cuts = [0, *sorted(rng.sample(range(1, len(words)), pieces - 1)), len(words)]
+    return [tuple(words[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def name_words(thing: SceneObject, sized: bool) -> tuple[str, ...]:
+    return (thing.name.size, thing.name.colour, thing.name.noun)[not sized :]
+
+
+def restate(page: Page, things: list[SceneObject], rng: random.Random, sized: bool, short: bool) -> None:
+    """All objects in a new order: the place and then what is there, or what it is and then its place.
+
+    `short`: what it is may be its colour or its shape alone, where that is unique.
+    """
+    nouns, colours = (Counter(getattr(t.name, a) for t in things) for a in ("noun", "colour"))
+    for thing in rng.sample(things, len(things)):
+        page.add([page.encode.comma])
+        if rng.random() < 0.4:
+            page.add(map_words(page, [thing.position]))
+            page.add(map_words(page, name_words(thing, sized)), "place to content")
+            continue
+        names = [name_words(thing, sized), *2 * [(thing.name.colour, thing.name.noun)]]
+        names += [(thing.name.noun,)] * (2 * (short and nouns[thing.name.noun] == 1))
+        names += [(thing.name.colour,)] * (2 * (short and colours[thing.name.colour] == 1))
+        page.add(map_words(page, rng.choice(names)))
+        page.add(map_words(page, [thing.position]), "content to place")
+
+
+def map_words(page: Page, words: Iterable[str]) -> list[int]:
+    return [page.encode.word(word) for word in words]
+
+
+def crowd(rng: random.Random, most: int = 9) -> Scene:
+    """More objects than a picture holds, of different names."""
+    cells = rng.sample(range(9), rng.choice([n for n in (3, 5, 7, 9) if n <= most]))
+    objects = []
+    for cell, pair in zip(cells, rng.sample(scenes.PAIRS, len(cells)), strict=True):
+        size = rng.choice(scenes.SIZES)
+        x, y = (scenes.CELL * (i + 0.5) for i in (cell % 3, cell // 3))
+        objects.append(scenes.Object(*pair, size, cell, x, y, scenes.RADII[size][0]))
+    return Scene(Context("", "", (), tuple(thing.to_box() for thing in objects)))
+
+
+def draw_form(rng: random.Random, forms: dict[str, float]) -> str:
+    return rng.choices(list(forms), list(forms.values()))[0]
+
+
+def lookup_page(encode: Encoder, rng: random.Random, progress: float = 1.0) -> Page:
+    """A list and its restatement; of the forms, those that `progress` (0..1) has reached, the last one most often."""
+    reached = LOOKUP_FORMS[: 1 + int(progress * (len(LOOKUP_FORMS) - 0.01))]
+    form = rng.choice((*reached, *reached[-1:]))
+    sized = form == "grid" or rng.random() < 0.7
+    page, scene = Page(encode), crowd(rng, 7 if form == "sentences" else 9)
+    describe(page, scene, rng, form, sized=sized)
+    restate(page, scene.objects, rng, sized, short=progress > 0.15)
+    return page
+
+
+def question_page(encode: Encoder, rng: random.Random, form: str, language: str = "en", crowded: bool = False,
+                  long: bool = False, kinds: tuple[str, ...] = (), chat: bool = False) -> Page:
+    """A description, then questions and answers; with `chat` exactly in the template of stage 2, "answer </s>"."""
+    page, teacher, context = Page(encode), TEACHERS[language], annotate(scenes.sample(rng, scenes.PAIRS))
+    scene = crowd(rng, 5 if form == "sentences" else 9) if crowded else Scene(context)
+    if crowded:
+        questions = teacher.conversation(scene, rng, 12, CROWD_KINDS)
+    elif long:
+        questions = [*teacher.conversation(scene, rng, 3), *long_answers(teacher, context, scene, rng)]
+        rng.shuffle(questions)
+    else:
+        questions = teacher.conversation(scene, rng, rng.choice((4, 12)), kinds)
+    for i, question in enumerate(questions):
+        if i == 0:
+            page.add(encode("[INST] "))
+            describe(page, scene, rng, form, language)
+        page.add(encode(f"\n{question.question} [/INST]" if i == 0 else f"[INST] {question.question} [/INST]"))
+        short = question.kind in rules.KINDS
+        end = [encode.space, EOS] if chat else [EOS]
+        page.add([*encode(question.answer), *end], question.kind, 1.0 if short else LONG_WEIGHT)
+    return page
+
+
+def long_answers(teacher: rules.RulesTeacher, context: Context, scene: Scene, rng: random.Random):
+    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 2, 2, 1))[0]:
+        case "caption" if teacher.language == "en":
+            return [teacher.caption(context, rng)]
+        case "reasoning":
+            return [answer] if (answer := teacher.reasoning(scene, rng)) else []
+        case "sentences":
+            return teacher.sentences(scene, rng, 3)
+    return [teacher.description(scene, rng)]
+
+
+def domain_page(encode: Encoder, rng: random.Random, late: bool = False, chat: bool = False) -> Page:
+    kind = rng.random()
+    if kind < LOOKUP[late]:
+        return lookup_page(encode, rng)
+    form = draw_form(rng, FORMS)
+    if kind < LOOKUP[late] + CAPTION:
+        context = annotate(scenes.sample(rng, scenes.PAIRS))
+        page = Page(encode)
+        describe(page, Scene(context), rng, form)
+        page.add(encode(rng.choice(context.captions) + "\n"), "caption", LONG_WEIGHT)
+        return page
+    language = "ko" if rng.random() < KOREAN else "en"
+    crowded = rng.random() < CROWD[late]
+    kinds = LATE_KINDS if late else ()
+    return question_page(encode, rng, form, language, crowded, rng.random() < LONG, kinds, chat)
+
+
+def pack(pages: Callable[[], Page], rows: int, length: int) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+    """Rows filled with pages, the last one of each cut: words [B, T, 4] (-1: none), positions, segments,
+    weights; and the labels.
+    """
+    words = np.full((rows, length, 4), -1, np.int32)
+    positions, segments = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    weights, labels = np.zeros((rows, length), np.float32), [[""] * length for _ in range(rows)]
+    for b in range(rows):
+        begin, number = 0, 0
+        while begin < length - 24:
+            page, number = pages(), number + 1
+            count = min(len(page.words), length - begin)
+            for t, ids in enumerate(page.words[:count], begin):
+                words[b, t, : len(ids)] = ids
+            end = begin + count
+            weights[b, begin:end], labels[b][begin:end] = page.weights[:count], page.labels[:count]
+            positions[b, begin:end], segments[b, begin:end] = range(count), number
+            begin = end
+    return {"words": words, "positions": positions, "segments": segments, "weights": weights}, labels
