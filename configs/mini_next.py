@@ -27,7 +27,7 @@ TRAIN, VALIDATION, TEST = 6_000, 100, 400
 """Number of pictures of each set. VALIDATION is for the loss."""
 GROUPS = {"all": ".*", "large objects": "colour|shape|position|relation", "small objects": "small .*",
           "small shape": "small shape", "small colour": "small colour", "small position": "small position",
-          "sign": "sign", "count": "count", "existence": "existence"}
+          "three objects": "between|order", "sign": "sign", "count": "count", "existence": "existence"}
 """Regular expressions for kinds of questions, by the name of a column."""
 
 

@@ -1,6 +1,6 @@
 """Repeats the paper's ablation of the instruction data (Visual Instruction Tuning, table 4) with the miniature.
 
-    python scripts/ablate_data.py [--out runs/ablate_data] [--pictures 10000] [--epochs 2] [--questions 100]
+    python scripts/ablate_data.py [--out runs/ablate_data] [--pictures 10000] [--epochs 3] [--questions 100]
 
 The rules teacher writes three kinds of records about the miniature's pictures, in the paper's proportion (58K, 23K and
 77K of 158K). Stage 1 is trained once. Stage 2 starts from it with five data sets for the same number of epochs. Every
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablate_data"))
     parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--questions", type=int, default=100, help="held-out pictures, each with one of each kind")
     args = parser.parse_args()
     data = args.out / "data"

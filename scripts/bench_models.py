@@ -15,8 +15,8 @@ SIZES = {
     # The size of configs/mini.py.
     "mini": LlavaConfig(
         VisionConfig(image_size=60, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4),
-        LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=4,
-                    head_dim=32, tie_word_embeddings=True)),
+        LlamaConfig(vocab_size=1280, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=4,
+                    head_dim=32, qkv_bias=True, out_bias=True, tie_word_embeddings=True)),
     "30m": LlavaConfig(
         VisionConfig(image_size=168, patch_size=14, hidden_size=192, intermediate_size=768, num_layers=6, num_heads=3),
         LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1376, num_layers=7, num_heads=8, num_kv_heads=8,

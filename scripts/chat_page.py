@@ -1,7 +1,7 @@
 """Draws the chat page's example pictures, or takes a screenshot of a chat with a running server.
 
     python scripts/chat_page.py draw
-    python -m llava_jax.serve runs/mini/model --name mini --port 8000 &
+    python -m llava_jax.serve runs/mini_korean/model --name mini_korean --port 8000 &
     python scripts/chat_page.py screenshot http://127.0.0.1:8000
 
 The pictures are scenes of the miniature, drawn with fixed seeds at 240 x 240 pixels. The screenshot needs playwright
@@ -12,7 +12,6 @@ import argparse
 import io
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ VIEWS = (  # (options of the browser, number of the example, further questions)
     ({"viewport": {"width": 820, "height": 800}, "locale": "en", "color_scheme": "light"},
      2, ("Where is the cross?", "What colour is the object at the centre?")),
     ({"viewport": {"width": 360, "height": 800}, "locale": "ko", "color_scheme": "dark"},
-     1, ("How many rings are there?",)),
+     1, ("고리가 몇 개 있나요?", "십자는 무슨 색인가요?")),
 )
 
 
@@ -35,10 +34,8 @@ def draw() -> None:
     """Writes the example pictures into the page's folder."""
     for number, seed in enumerate(SEEDS, start=1):
         rng = random.Random(seed)
-        objects = tuple(replace(each, x=SCALE * each.x, y=SCALE * each.y, radius=SCALE * each.radius)
-                        for each in drawn_scenes.sample(rng))
-        side = SCALE * drawn_scenes.SIZE
-        picture = drawn_scenes.render(objects, rng, np.random.default_rng(seed), (side, side))
+        objects = drawn_scenes.sample(rng)
+        picture = drawn_scenes.render(objects, rng, np.random.default_rng(seed), enlarge=SCALE)
         path = SERVE / f"page/examples/{number}.jpg"
         picture.resize((160, 160), Image.Resampling.LANCZOS).save(path, quality=75, optimize=True)
         print(f"{path}: {drawn_scenes.captions(objects)[0]}")

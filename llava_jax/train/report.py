@@ -1,10 +1,11 @@
-"""Writes a run as one HTML page: scores, loss curves, and images with questions and answers."""
+"""Writes a run as one HTML page: scores, chats, loss curves, and images with questions and answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.image_files import open_image
+from PIL import Image
+
 from llava_jax.pages import page
 from llava_jax.pages.curves import Curve, draw_curves
 from llava_jax.pages.thumbnails import make_thumbnail
@@ -20,6 +21,14 @@ class AnsweredQuestion(NamedTuple):
     correct: bool
 
 
+class Chat(NamedTuple):
+    """A conversation about an image: (question, answer) in turn, in a language such as `en`."""
+
+    image: Image.Image
+    language: str
+    turns: Sequence[tuple[str, str]]
+
+
 def read_metrics(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     """Reads the lines of `metrics.jsonl` by stage."""
     stages: dict[str, list[dict[str, Any]]] = {}
@@ -30,19 +39,21 @@ def read_metrics(path: str | Path) -> dict[str, list[dict[str, Any]]]:
 
 def write_page(path: str | Path, title: str, summary: str, stages: Mapping[str, Sequence[Mapping[str, Any]]],
                tables: Mapping[str, Mapping[str, Mapping[str, float]]],
-               images: Sequence[tuple[Path, Sequence[AnsweredQuestion]]]) -> None:
+               images: Sequence[tuple[Image.Image, Sequence[AnsweredQuestion]]], chats: Sequence[Chat] = ()) -> None:
     """Writes the page.
 
     Args:
       stages: Lines of `metrics.jsonl` by stage.
       tables: Title -> column -> row -> share of correct answers, 0..1.
-      images: Image files with the questions about them.
+      images: Images with the questions about them.
+      chats: Conversations that are shown in full.
     """
     curves = {stage: _loss_curves(stage, lines) for stage, lines in stages.items()
               if any("loss" in line or "validation_loss" in line for line in lines)}
-    cards = [(make_thumbnail(open_image(str(image)), 336, min_side=192), questions) for image, questions in images]
+    cards = [(make_thumbnail(image, 336), questions) for image, questions in images]
     page.write(str(path), page.render(
         "train/report.html", title=title, summary=summary, curves=curves, cards=cards,
+        chats=[chat._replace(image=make_thumbnail(chat.image, 336)) for chat in chats],
         tables={name: (["", *columns], _rows(columns)) for name, columns in tables.items()}))
 
 

@@ -55,7 +55,7 @@ def test_variants_differ_in_what_they_compare_alone(ablate):
     projector = 2 * (128 * 128 + 128)
     for rank in (8, 32):
         assert counts[f"LoRA, rank {rank}"] == projector + 4 * rank * (4 * (128 + 128) + 3 * (128 + 384))
-    assert counts["projector alone"] == projector < counts["full tuning"] < 1e6
+    assert counts["projector alone"] == projector < counts["full tuning"] < 1.1e6
     for name in ablate.LORA:
         other = ablate.variant(name)
         assert other.stages["align"] == mini.stages["align"]

@@ -15,13 +15,13 @@ from itertools import permutations
 from typing import Any
 
 from llava_jax.annotations.context import AnnotationSource, Context, open_contexts
-from llava_jax.annotations.scene import OBJECT, Count, Name, Scene, SceneObject, side
+from llava_jax.annotations.scene import OBJECT, Count, Name, Scene, SceneObject, is_between, side
 from llava_jax.errors import UserError
 from llava_jax.evaluate.probes.wording import LANGUAGES, NUMBERS, wording
 from llava_jax.files import make_folder, write_json_lines
 
 FILE = "probes.jsonl"
-KINDS = ("left/right", "above/below", "inside", "between", "counting", "binding")
+KINDS = ("left/right", "above/below", "inside", "between", "order", "counting", "binding")
 MIN_BOX_AREA = 0.005
 """Minimum share of the image that a box must cover, because 24 x 24 patches hardly show smaller objects."""
 
@@ -107,6 +107,7 @@ def make_sets(contexts: Iterable[Context], each: int, seed: int = 0) -> dict[str
             text = tuple(ask.values.items())
             by_text[ask.kind].setdefault(text, {}).setdefault(ask.answer, []).append(ask)
         together["between"] += ([asks] for asks in betweens(scene, context.image, draw))
+        together["order"] += ([asks] for asks in orders(scene, context.image, draw))
         for asks in bindings(scene, context.image):
             yes, no = (ask.values["a"] for ask in asks)
             crossed[frozenset((yes, no))][yes].append(asks)
@@ -146,7 +147,7 @@ def insides(scene: Scene, image: str) -> Iterator[ProbeQuestion]:
 def betweens(scene: Scene, image: str, draw: random.Random) -> Iterator[list[ProbeQuestion]]:
     """Yields two questions about three objects in a line: is the middle one between the others, is an outer one?"""
     for a, c, b in permutations(scene.unique[:8], 3):
-        if scene.unique.index(a) < scene.unique.index(b) and _between(c, a, b) and _are_large(a, b, c):
+        if scene.unique.index(a) < scene.unique.index(b) and is_between(c, a, b) and _are_large(a, b, c):
             names = [thing.name.plain for thing in draw.sample((a, b), 2)]
             middle, outer, other = c.name.plain, *names
             yes, no = {"c": middle, "a": outer, "b": other}, {"c": outer, "a": middle, "b": other}
@@ -154,11 +155,21 @@ def betweens(scene: Scene, image: str, draw: random.Random) -> Iterator[list[Pro
                    for values, answer in ((yes, "yes"), (no, "no"))]
 
 
+def orders(scene: Scene, image: str, draw: random.Random) -> Iterator[list[ProbeQuestion]]:
+    """Yields two questions about three objects: is this their order from left to right, is another?"""
+    for row in scene.rows:
+        if _are_large(*row):
+            names = tuple(thing.name.plain for thing in row)
+            wrong = draw.choice([other for other in permutations(names) if other != names])
+            yield [ProbeQuestion("order", "order", dict(zip("abc", order, strict=True)), answer, ("yes", "no"), image)
+                   for order, answer in ((names, "yes"), (wrong, "no"))]
+
+
 def counts(scene: Scene, image: str) -> Iterator[ProbeQuestion]:
     """Yields "How many are there?" for one to four objects. Zero would be a question of existence."""
     groups = [*scene.groups, *([Count(len(scene.objects), OBJECT)] if scene.shapes else [])]
     for count in groups:
-        counted = [thing for thing in scene.objects if _belongs(thing.name, count.name)]
+        counted = [thing for thing in scene.objects if count.name.covers(thing.name)]
         if 1 <= count.number <= len(NUMBERS) and _are_large(*counted):
             number = NUMBERS[count.number - 1]
             yield ProbeQuestion("counting", "count", {"n": Count(2, count.name)}, number, NUMBERS, image)
@@ -177,23 +188,8 @@ def bindings(scene: Scene, image: str) -> Iterator[list[ProbeQuestion]]:
                    for name, answer in ((one, "yes"), (crossed[0], "no"))]
 
 
-def _between(c: SceneObject, a: SceneObject, b: SceneObject) -> bool:
-    """Whether `c` is near the middle of the line from `a` to `b`."""
-    x, y = b.x - a.x, b.y - a.y
-    length = (x * x + y * y) ** 0.5
-    if side(a, c) != side(c, b) or not side(a, c) or length < 0.3:
-        return False
-    along = ((c.x - a.x) * x + (c.y - a.y) * y) / length**2
-    off = abs((c.x - a.x) * y - (c.y - a.y) * x) / length**2
-    return 0.25 <= along <= 0.75 and off <= 0.15
-
-
 def _are_large(*things: SceneObject) -> bool:
     return all((t.box.x2 - t.box.x1) * (t.box.y2 - t.box.y1) >= MIN_BOX_AREA for t in things)
-
-
-def _belongs(name: Name, group: Name) -> bool:
-    return group.colour in ("", name.colour) and group.noun in ("object", name.noun)
 
 
 def _cross(one: Name, other: Name) -> Name | None:
