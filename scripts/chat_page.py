@@ -26,7 +26,7 @@ VIEWS = (  # (options of the browser, number of the example, further questions)
     ({"viewport": {"width": 820, "height": 800}, "locale": "en", "color_scheme": "light"},
      2, ("Where is the cross?", "What colour is the object at the centre?")),
     ({"viewport": {"width": 360, "height": 800}, "locale": "ko", "color_scheme": "dark"},
-     1, ("고리가 몇 개 있나요?", "십자는 무슨 색인가요?")),
+     1, ("초록색 삼각형은 어디에 있나요?", "십자는 무슨 색인가요?")),
 )
 
 
