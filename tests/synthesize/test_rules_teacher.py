@@ -138,6 +138,12 @@ def test_brackets_of_a_category_stay():
     assert "dog [big]" in text and "{n}" in text and "dog big" not in text
 
 
+def test_a_question_without_a_short_answer_is_refused():
+    context = Context("", "", (), (Box("red circle", 0.1, 0.1, 0.3, 0.3), Box("blue square", 0.7, 0.1, 0.9, 0.3)))
+    with pytest.raises(KeyError, match="first"):
+        RulesTeacher().question("first", TeacherScene(context), random.Random(0))
+
+
 def test_read_tells_grammar_from_truth():
     """Every sentence of the teacher is read as true. A false one is parsed; a broken one is not."""
     rng, teacher, sentences = random.Random(7), RulesTeacher(), 0

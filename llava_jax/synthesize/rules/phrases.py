@@ -47,8 +47,13 @@ class PhraseTable:
         return self._fill(question, fields), self._fill(answer, fields)
 
     def say_short(self, fact: Fact) -> tuple[str, str]:
-        """Returns the first question and its short answer. Nothing is drawn, so that every fact has one wording."""
+        """Returns the first question and its short answer. Nothing is drawn, so that every fact has one wording.
+
+        Raises KeyError for a fact whose question has no short answer.
+        """
         entry, fields = self.entries["conversation", fact.key][0], self._fields(fact)
+        if not entry.short:
+            raise KeyError(fact.key)
         return self._fill(entry.questions[0], fields), entry.short.format_map(fields)
 
     def question(self, key: str, rng: random.Random) -> str:
