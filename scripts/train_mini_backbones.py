@@ -9,8 +9,8 @@ the library:
   the rules teacher's, in English and Korean.
 - `vision`: contrastive, as CLIP. Regions of pictures (patches of the layer that LLaVA reads, averaged) against
   captions that name some of an object's size, colour, shape and position ("a red object at the top"); every
-  matching caption is right. Whole pictures (class token) against whole captions. The held-back colour-shape
-  pairs appear in no picture.
+  matching caption is right. Whole pictures (class token) against whole captions. A part of the pictures is grey. The
+  held-back colour-shape pairs appear in no picture.
 - `language`: next-word prediction on text of the domain: descriptions, captions, restatements, questions with short
   answers, and the teacher's long answers; a part in Korean. A language model has read of every colour and shape, so
   its text names the held-back pairs too. Half of the descriptions are not sentences: one position stands for one
@@ -22,8 +22,9 @@ guessing among the objects pays little, and looking up ("red circle" -> "top-lef
 it does not on the pictures' one to four objects alone. At first an object is one sum of words, then two, then plain
 words, then sentences: the last ones alone are not learned. Words that belong together have to be gathered from
 neighbouring positions, for which attention has biases. Without them this does not form in 1,400 steps. In the later
-part of the text, questions that are learned last (counting, existence) come more often, and lists seldom. A short
-tuning at the end teaches the chat template of stage 2 to the token, as Vicuna is tuned from LLaMA.
+part of the text, questions that are learned last (counting, existence) and long answers come more often. There the
+words that say a fact weigh more than the others, and lists are restated in reading order, as a description goes through
+a picture. A short tuning at the end teaches the chat template of stage 2 to the token, as Vicuna is tuned from LLaMA.
 
 Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """

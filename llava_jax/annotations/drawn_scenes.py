@@ -227,14 +227,18 @@ def captions(objects: tuple[Object, ...]) -> list[str]:
     short = [f"{thing.colour} {thing.shape}" for thing in objects]
     positions = [thing.position for thing in objects]
     noun = "object" if len(objects) == 1 else "objects"
-    located = _join(f"a {name} at the {position}" for position, name in zip(positions, short, strict=True))
+    located = _join(f"{with_article(name)} at the {position}" for position, name in zip(positions, short, strict=True))
     return [
         ", ".join(f"{position} {name}" for position, name in zip(positions, full, strict=True)),
         _sentence(f"a {name} at the {position}" for position, name in zip(positions, full, strict=True)),
-        _sentence(f"at the {position} a {name}" for position, name in zip(positions, short, strict=True)),
+        _sentence(f"at the {position} {with_article(name)}" for position, name in zip(positions, short, strict=True)),
         f"{NUMBERS[len(objects)].capitalize()} {noun}: {_join(f'a {name}' for name in full)}.",
         f"A picture of {located}.",
     ]
+
+
+def with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _join(parts) -> str:

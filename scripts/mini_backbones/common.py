@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -13,7 +13,10 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from llava_jax.annotations import drawn_scenes as scenes
+from llava_jax.annotations import korean
 from llava_jax.annotations.context import Context
+from llava_jax.annotations.scene import Count, Name, Position
+from llava_jax.annotations.vocabulary import plural
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import Parameters
 from llava_jax.models.vit import VisionConfig
@@ -22,7 +25,7 @@ from llava_jax.weights import tables
 BOS, EOS = 1, 2
 WATCH_STEPS = 500
 """Steps between looks at what is being trained."""
-VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS, CHAT_STEPS = 800, 13_000, 3000, 7000, 300
+VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS, CHAT_STEPS, LONG_STEPS = 1200, 18_000, 3000, 7000, 400, 8000
 VISION = VisionConfig(image_size=scenes.SIZE, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4,
                       num_heads=4)
 LANGUAGE = LlamaConfig(
@@ -57,6 +60,16 @@ class Encoder:
         if text not in self.known:
             self.known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return self.known[text]
+
+    @cached_property
+    def facts(self) -> frozenset[int]:
+        """Pieces that say a size, colour, shape, place or number, in English or in Korean."""
+        words = [*scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES, *scenes.POSITIONS, *scenes.NUMBERS,
+                 *map(plural, scenes.SHAPES), *"upper lower middle above below one two three four".split()]
+        for value in (*(Count(number, Name(shape, colour, size)) for number in range(1, 5) for shape in scenes.SHAPES
+                        for colour in scenes.COLOURS for size in scenes.SIZES), *map(Position, scenes.POSITIONS)):
+            words += korean.fields("n", value).values()
+        return frozenset(i for word in words for i in self(word))
 
     @property
     def comma(self) -> int:

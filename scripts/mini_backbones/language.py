@@ -15,7 +15,19 @@ from llava_jax.models.llava import Parameters, from_params, to_params
 from llava_jax.synthesize import rules
 from llava_jax.weights import configs
 from mini_backbones import pages
-from mini_backbones.common import BOS, CHAT_STEPS, EOS, LANGUAGE, LATE_STEPS, LOOKUP_STEPS, Encoder, save, start, train
+from mini_backbones.common import (
+    BOS,
+    CHAT_STEPS,
+    EOS,
+    LANGUAGE,
+    LATE_STEPS,
+    LONG_STEPS,
+    LOOKUP_STEPS,
+    Encoder,
+    save,
+    start,
+    train,
+)
 
 PHASES = ((10, 144), (8, 184))
 """Rows and row length of the two phases: looking up in long lists, then all of the text."""
@@ -67,9 +79,9 @@ class Language(nnx.Module):
         self.decoder = Llama(LANGUAGE, rngs=rngs)
 
 
-def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 2e-3, chat_peak: float = 5e-4
-                  ) -> dict:
-    """Trains the decoder, and then tunes it for the chat template, as Vicuna is made from LLaMA."""
+def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 2e-3, chat_peak: float = 5e-4,
+                  long_peak: float = 1e-3) -> dict:
+    """Trains the decoder, and then tunes it on the chat template and on long answers, as Vicuna is made from LLaMA."""
     graph, parameters = to_params(Language(nnx.Rngs(seed)))
     parameters = start(parameters, {r".*/kernel|decoder/embedding": 3})
     rng = random.Random(f"{seed} text")
@@ -79,10 +91,11 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
     def batches(step: int) -> dict:
         if step <= LOOKUP_STEPS:
             return pages.pack(lambda: pages.lookup_page(encode, rng, step / LOOKUP_STEPS), *PHASES[0])[0]
-        return pages.pack(lambda: pages.domain_page(encode, rng, late=step > LATE_STEPS), *PHASES[1])[0]
+        mix = pages.LATE if step > LATE_STEPS else pages.EARLY
+        return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
-    def chats(step: int) -> dict:
-        return pages.pack(lambda: pages.domain_page(encode, rng, late=True, chat=True), *PHASES[1])[0]
+    def chats(step: int, mix: pages.Mix = pages.CHAT) -> dict:
+        return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
     def watch(step: int, parameters: Parameters, chat: bool = False) -> None:
         right = partial(score_language, partial(guess, parameters), encode, seed=seed, chat=chat)
@@ -102,6 +115,9 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
 
     loss = partial(language_loss, graph)
     parameters = train("language", loss, parameters, batches, steps, peak, watch)
+    watch = partial(watch, chat=True)
     rng = random.Random(f"{seed} chat")
-    train("chat", loss, parameters, chats, min(CHAT_STEPS, steps), chat_peak, partial(watch, chat=True))
+    parameters = train("chat", loss, parameters, chats, min(CHAT_STEPS, steps), chat_peak, watch)
+    rng = random.Random(f"{seed} long answers")
+    train("long answers", loss, parameters, partial(chats, mix=pages.LONG), min(LONG_STEPS, steps), long_peak, watch)
     return scores

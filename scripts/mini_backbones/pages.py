@@ -2,7 +2,8 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,21 +15,48 @@ from mini_backbones.common import BOS, EOS, Encoder, annotate
 
 OTHER_WEIGHT = 0.05
 """Weight of tokens that are no answer, caption or looked-up word: a question, a description."""
-LONG_WEIGHT = 0.5
-"""Weight of captions and long answers, of which many wordings are right."""
+LONG_WEIGHT, FACT_WEIGHT = 0.3, 2.0
+"""Weights of captions and long answers, of which many wordings are right: of their words in general, and of those that
+say a size, colour, shape, place or number."""
 FORMS = {"grid": 0.6, "list": 0.1, "text": 0.15, "sentences": 0.15}
 """Forms of descriptions, with their share. `grid`: one sum of words for each patch of a picture. `text`: "top-left
 small red circle, centre ...". `list`: the same with neighbouring words summed. `sentences`: as the teacher writes."""
 LOOKUP_FORMS = ("1", "grid", "2", "text", "sentences")
 """Forms of the lists to look up in, in the order in which they join: at first one sum of words for an object, then a
 picture's grid, then an object's words in two groups, all apart, in sentences."""
-CAPTION, KOREAN, LONG = 0.06, 0.15, 0.2
-"""Shares of pages with a caption, and of question pages in Korean, and with a long answer."""
-LOOKUP, CROWD = (0.15, 0.05), (0.25, 0.15)
-"""Shares, early and late, of pages with a list to look up in, and of question pages about more objects than a picture
-holds (guessing among them pays little). All pages without list or caption have questions."""
-LATE_KINDS = (*rules.KINDS, "count", "count", "existence", "existence", "colour")
-"""Kinds of questions about a picture's objects late, as often as they stand here: what is learned last comes often."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a text is made of.
+
+    Attributes:
+      lookup: Share of pages with a list to look up in.
+      in_order: Share of these that are restated in reading order.
+      caption: Share of pages with a caption. All others have questions.
+      crowd: Share of question pages about more objects than a picture holds: guessing among them pays little.
+      korean: Share of question pages in Korean.
+      long: Share of question pages with a long answer.
+      kinds: Kinds of questions about a picture's objects, as often as they stand here.
+      chat: Whether answers end exactly as in stage 2, "answer </s>".
+    """
+
+    lookup: float
+    in_order: float
+    caption: float
+    crowd: float
+    korean: float
+    long: float
+    kinds: tuple[str, ...] = rules.KINDS
+    chat: bool = False
+
+
+EARLY = Mix(lookup=0.15, in_order=0, caption=0.06, crowd=0.25, korean=0.3, long=0.25)
+# What is learned last comes often.
+LATE = Mix(lookup=0.06, in_order=0.4, caption=0.08, crowd=0.15, korean=0.35, long=0.6,
+           kinds=(*rules.KINDS, "count", "count", "count", "existence", "existence", "colour"))
+CHAT = replace(LATE, lookup=0, caption=0, chat=True)
+LONG = replace(CHAT, crowd=0.1, korean=0.3, long=0.9)
 CROWD_KINDS = ("position", "position", "relation", "relation", "relation", "between", "order", "colour", "shape")
 """Kinds of questions about many objects, as often as they stand here."""
 TEACHERS = {language: rules.RulesTeacher(language) for language in ("en", "ko")}
@@ -45,10 +73,14 @@ class Page:
         self.labels: list[str] = [""]
         self.weights: list[float] = [0.0]
 
-    def add(self, ids, label: str = "", weight: float = 1.0) -> None:
+    def add(self, ids: Sequence[int], label: str = "") -> None:
         self.words += [(i,) for i in ids]
         self.labels += [label] * len(ids)
-        self.weights += [weight if label else OTHER_WEIGHT] * len(ids)
+        self.weights += [1.0 if label else OTHER_WEIGHT] * len(ids)
+
+    def add_long(self, ids: Sequence[int], label: str) -> None:
+        self.add(ids, label)
+        self.weights[-len(ids) :] = [FACT_WEIGHT if i in self.encode.facts else LONG_WEIGHT for i in ids]
 
     def add_sums(self, sums: list[tuple[str, ...]]) -> None:
         self.words += [tuple(map(self.encode.word, words)) for words in sums]
@@ -68,8 +100,8 @@ def describe(page: Page, scene: Scene, rng: random.Random, form: str, language: 
     elif form == "sentences" and (language == "ko" or (sized and len(things) < 5 and rng.random() < 0.5)):
         page.add(page.encode(TEACHERS[language].description(scene, rng).answer))
     elif form == "sentences":
-        named = ((" ".join(name_words(thing, sized)), thing.position) for thing in order)
-        page.add([i for name, place in named for i in page.encode(f"A {name} is at the {place}.")])
+        named = ((scenes.with_article(" ".join(name_words(thing, sized))), thing.position) for thing in order)
+        page.add([i for name, place in named for i in page.encode(f"{name.capitalize()} is at the {place}.")])
     else:
         pieces = {"text": 4, "list": rng.choice((1, 2, 3))}.get(form) or int(form)
         place_first = rng.random() < 0.5
@@ -110,6 +142,15 @@ def restate(page: Page, things: list[SceneObject], rng: random.Random, sized: bo
         page.add(map_words(page, [thing.position]), "content to place")
 
 
+def restate_in_order(page: Page, things: list[SceneObject], rng: random.Random, sized: bool) -> None:
+    """All objects in reading order, with both place and content to predict: a description has to find the next one."""
+    place_first = rng.random() < 0.5
+    for thing in sorted(things, key=lambda thing: scenes.POSITIONS.index(thing.position)):
+        page.add([page.encode.comma])
+        name = name_words(thing, sized)
+        page.add(map_words(page, [thing.position, *name] if place_first else [*name, thing.position]), "in order")
+
+
 def map_words(page: Page, words: Iterable[str]) -> list[int]:
     return [page.encode.word(word) for word in words]
 
@@ -129,14 +170,17 @@ def draw_form(rng: random.Random, forms: dict[str, float]) -> str:
     return rng.choices(list(forms), list(forms.values()))[0]
 
 
-def lookup_page(encode: Encoder, rng: random.Random, progress: float = 1.0) -> Page:
+def lookup_page(encode: Encoder, rng: random.Random, progress: float = 1.0, in_order: float = 0.0) -> Page:
     """A list and its restatement; of the forms, those that `progress` (0..1) has reached, the last one most often."""
     reached = LOOKUP_FORMS[: 1 + int(progress * (len(LOOKUP_FORMS) - 0.01))]
     form = rng.choice((*reached, *reached[-1:]))
     sized = form == "grid" or rng.random() < 0.7
     page, scene = Page(encode), crowd(rng, 7 if form == "sentences" else 9)
     describe(page, scene, rng, form, sized=sized)
-    restate(page, scene.objects, rng, sized, short=progress > 0.15)
+    if in_order and rng.random() < in_order:
+        restate_in_order(page, scene.objects, rng, sized)
+    else:
+        restate(page, scene.objects, rng, sized, short=progress > 0.15)
     return page
 
 
@@ -148,7 +192,7 @@ def question_page(encode: Encoder, rng: random.Random, form: str, language: str 
     if crowded:
         questions = teacher.conversation(scene, rng, 12, CROWD_KINDS)
     elif long:
-        questions = [*teacher.conversation(scene, rng, 3), *long_answers(teacher, context, scene, rng)]
+        questions = [*teacher.conversation(scene, rng, 3, kinds), *long_answers(teacher, context, scene, rng)]
         rng.shuffle(questions)
     else:
         questions = teacher.conversation(scene, rng, rng.choice((4, 12)), kinds)
@@ -157,14 +201,13 @@ def question_page(encode: Encoder, rng: random.Random, form: str, language: str 
             page.add(encode("[INST] "))
             describe(page, scene, rng, form, language)
         page.add(encode(f"\n{question.question} [/INST]" if i == 0 else f"[INST] {question.question} [/INST]"))
-        short = question.kind in rules.KINDS
-        end = [encode.space, EOS] if chat else [EOS]
-        page.add([*encode(question.answer), *end], question.kind, 1.0 if short else LONG_WEIGHT)
+        add = page.add if question.kind in rules.KINDS else page.add_long
+        add([*encode(question.answer), *([encode.space, EOS] if chat else [EOS])], question.kind)
     return page
 
 
 def long_answers(teacher: rules.RulesTeacher, context: Context, scene: Scene, rng: random.Random):
-    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 2, 2, 1))[0]:
+    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 2, 5, 1))[0]:
         case "caption" if teacher.language == "en":
             return [teacher.caption(context, rng)]
         case "reasoning":
@@ -174,21 +217,20 @@ def long_answers(teacher: rules.RulesTeacher, context: Context, scene: Scene, rn
     return [teacher.description(scene, rng)]
 
 
-def domain_page(encode: Encoder, rng: random.Random, late: bool = False, chat: bool = False) -> Page:
+def domain_page(encode: Encoder, rng: random.Random, mix: Mix = EARLY) -> Page:
     kind = rng.random()
-    if kind < LOOKUP[late]:
-        return lookup_page(encode, rng)
+    if kind < mix.lookup:
+        return lookup_page(encode, rng, in_order=mix.in_order)
     form = draw_form(rng, FORMS)
-    if kind < LOOKUP[late] + CAPTION:
+    if kind < mix.lookup + mix.caption:
         context = annotate(scenes.sample(rng, scenes.PAIRS))
         page = Page(encode)
         describe(page, Scene(context), rng, form)
-        page.add(encode(rng.choice(context.captions) + "\n"), "caption", LONG_WEIGHT)
+        page.add_long(encode(rng.choice(context.captions) + "\n"), "caption")
         return page
-    language = "ko" if rng.random() < KOREAN else "en"
-    crowded = rng.random() < CROWD[late]
-    kinds = LATE_KINDS if late else ()
-    return question_page(encode, rng, form, language, crowded, rng.random() < LONG, kinds, chat)
+    language = "ko" if rng.random() < mix.korean else "en"
+    crowded = rng.random() < mix.crowd
+    return question_page(encode, rng, form, language, crowded, rng.random() < mix.long, mix.kinds, mix.chat)
 
 
 def pack(pages: Callable[[], Page], rows: int, length: int) -> tuple[dict[str, np.ndarray], list[list[str]]]:

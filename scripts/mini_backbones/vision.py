@@ -21,6 +21,11 @@ from llava_jax.weights import configs
 from mini_backbones.common import VISION, save, start, train, write_json
 
 REGIONS, REGION_TOKENS, SCENE_TOKENS = 5, 12, 40
+SHARES = (0.25, 0.5, 0.6, 0.45)
+"""How often a region's caption names the size, the colour, the shape and the place."""
+GREY = 0.3
+"""Share of the pictures that are shown without colours, and whose captions name none: so a shape is known by its
+outline, whatever its colour."""
 ATTRIBUTES = {
     word: i + 1
     for i, word in enumerate((*scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES, "background", *scenes.POSITIONS))
@@ -86,7 +91,7 @@ class Clip(nnx.Module):
             * self.embed_text(batch["captions"], self.scene_text)
             @ unit(pooled @ self.scene[...]).T
         )
-        all_there = jnp.ones(len(same), bool)
+        all_there = batch["captions"][:, 0] > 0
         by_scene = multi_positive(whole, same, all_there) + multi_positive(whole.T, same, all_there)
         return by_text + 0.5 * by_region + 0.1 * by_scene
 
@@ -130,7 +135,7 @@ def cell_patches(cell: int) -> list[int]:
 
 def region_batch(pictures: tuple, rng: random.Random, size: int) -> dict[str, np.ndarray]:
     """Pictures, the patches of their regions (objects and one empty cell), and a caption of each that names
-    some attributes.
+    some attributes. Grey pictures have no caption of the whole.
     """
     scenes_, images = pictures
     weights = np.zeros((size, REGIONS, VISION.patches), np.float32)
@@ -140,27 +145,30 @@ def region_batch(pictures: tuple, rng: random.Random, size: int) -> dict[str, np
         np.zeros((size, SCENE_TOKENS), np.int32),
     )
     chosen = [rng.randrange(len(images)) for _ in range(size)]
+    grey = np.array([rng.random() < GREY for _ in range(size)])
     for b, objects in enumerate(scenes_[i] for i in chosen):
         empty = rng.choice(sorted(set(range(9)) - {thing.cell for thing in objects}))
-        regions = [((o.size, o.colour, o.shape, o.position), list(covered(o))) for o in objects]
+        regions = [((o.size, "" if grey[b] else o.colour, o.shape, o.position), list(covered(o))) for o in objects]
         regions.append((("", "", "background", scenes.POSITIONS[empty]), cell_patches(empty)))
         for r, (words, patches) in enumerate(regions):
             # A part of the patches, so that each of them comes to tell of the whole object.
             some = rng.sample(patches, rng.randint(1, len(patches)))
             weights[b, r, some] = 1 / len(some)
-            named = [rng.random() < share for share in (0.25, 0.5, 0.6, 0.45)]
+            named = [bool(word) and rng.random() < share for word, share in zip(words, SHARES, strict=True)]
             if words[2] == "background":
                 named[2] = True
             elif not any(named):
-                named[rng.randint(1, 3)] = True
+                named[rng.choice([i for i in (1, 2, 3) if words[i]])] = True
             shown[b, r] = [ATTRIBUTES.get(word, 0) for word in words]
             said[b, r] = shown[b, r] * named
             ids = word_ids(region_caption(words, named))
             texts[b, r, : len(ids)] = ids
         ids = word_ids(rng.choice(scenes.captions(objects)))[:SCENE_TOKENS]
-        captions[b, : len(ids)] = ids
+        captions[b, : len(ids)] = 0 if grey[b] else ids
+    pixels = images[chosen]
+    pixels[grey] = pixels[grey].mean(-1, keepdims=True)
     return {
-        "images": images[chosen],
+        "images": pixels,
         "weights": weights,
         "shown": shown,
         "said": said,

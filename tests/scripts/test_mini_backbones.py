@@ -51,30 +51,51 @@ def test_words_of_scenes_are_one_piece_and_other_text_survives(parts):
     assert len(encode("빨간 원은 왼쪽 위에 있습니다.")) <= 10  # words, not bytes
 
 
-def read_objects(text: str) -> set[tuple[str, ...]]:
+def read_objects(text: str) -> list[tuple[str, ...]]:
     """The place and the words of every object in "top-left small red circle, ...", whatever their order."""
-    return {tuple(sorted(re.findall("[a-z-]+", part))) for part in text.split(",")}
+    return [tuple(sorted(re.findall("[a-z-]+", part))) for part in text.split(",")]
+
+
+def plain_lists(parts, in_order: float):
+    """Look-up pages in plain words: their text, and what they list and say after it, each object a tuple of words."""
+    pages, _, encode = parts
+    rng = random.Random(3)
+    for _ in range(300):
+        page = pages.lookup_page(encode, rng, in_order=in_order)
+        text = encode.tokenizer.decode([words[0] for words in page.words])
+        if "." not in text and all(len(words) == 1 for words in page.words):  # neither sentences nor sums
+            objects = read_objects(text)
+            yield text, objects[: len(objects) // 2], objects[len(objects) // 2 :]
 
 
 def test_restatements_hold(parts):
     """What a look-up page says after its list is in the list, and names one object alone."""
-    pages, _, encode = parts
-    rng = random.Random(3)
     seen = 0
-    for _ in range(200):
-        page = pages.lookup_page(encode, rng)
-        if "," not in (text := encode.tokenizer.decode([words[0] for words in page.words])) or "." in text:
-            continue  # sums of words, or sentences
-        if any(len(words) > 1 for words in page.words):
-            continue
-        objects = text.split(",")
-        half = len(objects) // 2
-        listed, said = read_objects(",".join(objects[:half])), read_objects(",".join(objects[half:]))
+    for text, listed, said in plain_lists(parts, 0.0):
         for words in said:
-            content = set(words)
-            assert sum(content <= set(words) for words in listed) == 1, (text, words)
+            assert sum(set(words) <= set(known) for known in listed) == 1, (text, words)
             seen += 1
     assert seen > 100
+
+
+def test_lists_in_reading_order_name_every_object_in_turn(parts):
+    lists = list(plain_lists(parts, 1.0))
+    assert len(lists) > 20
+    for text, listed, said in lists:
+        assert sorted(listed) == sorted(said)
+        places = [scenes.POSITIONS.index(word) for words in said for word in words if word in scenes.POSITIONS]
+        assert places == sorted(places) and len(places) == len(listed), text
+
+
+def test_long_answers_weigh_by_what_their_words_say(parts):
+    pages, _, encode = parts
+    for text, facts in (("A small red circle is at the top-left.", {"small", "red", "circle", "top-left"}),
+                        ("왼쪽 위에 큰 빨간 원이 있습니다.", {"왼쪽", "큰", "빨간", "원"})):
+        page = pages.Page(encode)
+        page.add_long(encode(text), "description")
+        heavy = {encode.tokenizer.decode([words[0]]) for words, weight in zip(page.words, page.weights, strict=True)
+                 if weight == pages.FACT_WEIGHT}
+        assert heavy == facts
 
 
 def test_only_sums_and_openings_have_no_weight(parts):
@@ -93,9 +114,9 @@ def test_only_sums_and_openings_have_no_weight(parts):
 def test_late_pages_have_more_of_what_is_learned_last_and_fewer_lists(parts):
     pages, _, encode = parts
     found = []
-    for late in (False, True):
+    for mix in (pages.EARLY, pages.LATE):
         rng = random.Random(6)
-        labels = [set(pages.domain_page(encode, rng, late).labels) for _ in range(600)]
+        labels = [set(pages.domain_page(encode, rng, mix).labels) for _ in range(600)]
         counts = {kind: sum(kind in labels for labels in labels) for kind in ("count", "shape", "content to place")}
         found.append((counts["count"] / counts["shape"], counts["content to place"]))
     (early, lists), (late, fewer) = found
@@ -135,6 +156,20 @@ def test_the_probe_reads_what_patches_tell_and_guesses_the_rest(parts):
     images = iter((shown[:250], shown[250:]))
     scores = vision.probe(lambda _: next(images), pictures)
     assert scores["colour"] > 0.97 and scores["size"] < 0.9 and max(scores["shape"], scores["position"]) < 0.45, scores
+
+
+def test_grey_pictures_are_called_by_no_colour(parts):
+    vision = parts[1]
+    batch = vision.region_batch(vision.draw(40, "1"), random.Random(2), 60)
+    grey = (batch["images"] == batch["images"][..., :1]).all((1, 2, 3))
+    assert 8 < grey.sum() < 30
+    words = np.array(["", *vision.WORDS])
+    for number in range(60):
+        said = set(words[batch["texts"][number]].flat)
+        assert not (grey[number] and said & set(scenes.COLOURS))
+        assert bool(batch["captions"][number].any()) != grey[number]
+    named = {word for texts in batch["texts"][~grey] for word in words[texts].flat}
+    assert named >= {*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES, *scenes.POSITIONS}
 
 
 def test_the_class_token_has_passed_all_layers(parts):
