@@ -24,7 +24,8 @@ words, then sentences: the last ones alone are not learned. Words that belong to
 neighbouring positions, for which attention has biases. Without them this does not form in 1,400 steps. In the later
 part of the text, questions that are learned last (counting, existence) and long answers come more often. There the
 words that say a fact weigh more than the others, and lists are restated in reading order, as a description goes through
-a picture. A short tuning at the end teaches the chat template of stage 2 to the token, as Vicuna is tuned from LLaMA.
+a picture. A short tuning teaches the chat template of stage 2 to the token, and a longer one long answers, as Vicuna is
+tuned from LLaMA.
 
 Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """
