@@ -238,6 +238,7 @@ def captions(objects: tuple[Object, ...]) -> list[str]:
 
 
 def with_article(name: str) -> str:
+    """Returns the name after its indefinite article, "an orange ring"."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 

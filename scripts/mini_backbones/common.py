@@ -63,7 +63,10 @@ class Encoder:
 
     @cached_property
     def facts(self) -> frozenset[int]:
-        """Pieces that say a size, colour, shape, place or number, in English or in Korean."""
+        """Returns the pieces that say a size, colour, shape, place or number, in English or in Korean.
+
+        A Korean word that is one piece with its particle (위에) is not among them.
+        """
         words = [*scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES, *scenes.POSITIONS, *scenes.NUMBERS,
                  *map(plural, scenes.SHAPES), *"upper lower middle above below one two three four".split()]
         for value in (*(Count(number, Name(shape, colour, size)) for number in range(1, 5) for shape in scenes.SHAPES

@@ -28,7 +28,7 @@ picture's grid, then an object's words in two groups, all apart, in sentences.""
 
 @dataclass(frozen=True)
 class Mix:
-    """What a text is made of.
+    """Says which shares of a text are made of what.
 
     Attributes:
       lookup: Share of pages with a list to look up in.
@@ -79,6 +79,7 @@ class Page:
         self.weights += [1.0 if label else OTHER_WEIGHT] * len(ids)
 
     def add_long(self, ids: Sequence[int], label: str) -> None:
+        """Adds a text of which many wordings are right, so that what says a fact weighs more."""
         self.add(ids, label)
         self.weights[-len(ids) :] = [FACT_WEIGHT if i in self.encode.facts else LONG_WEIGHT for i in ids]
 
@@ -143,7 +144,7 @@ def restate(page: Page, things: list[SceneObject], rng: random.Random, sized: bo
 
 
 def restate_in_order(page: Page, things: list[SceneObject], rng: random.Random, sized: bool) -> None:
-    """All objects in reading order, with both place and content to predict: a description has to find the next one."""
+    """Names all objects in reading order. Both place and content are predicted, as in a description."""
     place_first = rng.random() < 0.5
     for thing in sorted(things, key=lambda thing: scenes.POSITIONS.index(thing.position)):
         page.add([page.encode.comma])

@@ -1,6 +1,7 @@
 import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -85,6 +86,7 @@ def test_captions_tell_every_object(folder):
         objects = scenes.sample(rng, scenes.PAIRS)
         captions = scenes.captions(objects)
         assert len(captions) == len(set(captions)) == 5
+        assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", caption) for caption in captions)
         for thing in objects:
             assert all(f"{thing.colour} {thing.shape}" in caption for caption in captions)
             assert f"{thing.size} {thing.colour} {thing.shape} at the {thing.position}" in captions[1].replace(
