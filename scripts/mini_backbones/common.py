@@ -25,7 +25,7 @@ from llava_jax.weights import tables
 BOS, EOS = 1, 2
 WATCH_STEPS = 500
 """Steps between looks at what is being trained."""
-VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS, CHAT_STEPS, LONG_STEPS = 1200, 18_000, 3000, 7000, 400, 8000
+VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS, CHAT_STEPS, LONG_STEPS = 1200, 18_000, 3000, 7000, 400, 12_000
 VISION = VisionConfig(image_size=scenes.SIZE, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4,
                       num_heads=4)
 LANGUAGE = LlamaConfig(
@@ -63,16 +63,16 @@ class Encoder:
 
     @cached_property
     def facts(self) -> frozenset[int]:
-        """Returns the pieces that say a size, colour, shape, place or number, in English or in Korean.
-
-        A Korean word that is one piece with its particle (위에) is not among them.
-        """
+        """Returns the pieces that begin a word for a size, colour, shape, place or number, in English or in Korean."""
         words = [*scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES, *scenes.POSITIONS, *scenes.NUMBERS,
-                 *map(plural, scenes.SHAPES), *"upper lower middle above below one two three four".split()]
+                 *map(plural, scenes.SHAPES), *"upper lower middle above below".split(),
+                 *"higher up down upwards downwards one two three four".split()]
         for value in (*(Count(number, Name(shape, colour, size)) for number in range(1, 5) for shape in scenes.SHAPES
                         for colour in scenes.COLOURS for size in scenes.SIZES), *map(Position, scenes.POSITIONS)):
             words += korean.fields("n", value).values()
-        return frozenset(i for word in words for i in self(word))
+        words += [f"{place}에" for place in korean.PLACES.values()]  # may be one piece with its particle
+        return frozenset(i for word in words for i in self(word)
+                         if self.tokenizer.id_to_token(i).startswith("\u2581") and i != self.space)
 
     @property
     def comma(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from llava_jax.models.llama import Llama
+from llava_jax.models.llama import Llama, rope_frequencies
 from llava_jax.models.llava import Parameters, from_params, to_params
 from llava_jax.synthesize import rules
 from llava_jax.weights import configs
@@ -74,6 +74,19 @@ def score_language(guess, encode: Encoder, form: str, language: str, seed: int, 
     return {kind: round(float(np.mean(hits[kind])), 3) for kind in rules.KINDS if kind in hits}
 
 
+def look_back(parameters: Parameters, strength: float = 4.0) -> Parameters:
+    """Sets biases so that three heads of the first layer look one, two and three positions back.
+
+    Rotated by its position, a query's constant term is in phase with the keys' constant term that far back. Words of
+    one object stand next to each other and have to be gathered. Without this start, such heads form by chance.
+    """
+    query, key = (f"decoder/layers/attention/{name}_proj/bias" for name in "qk")
+    angles = jnp.outer(jnp.arange(1, 4), rope_frequencies(LANGUAGE))
+    terms = strength * jnp.concatenate([jnp.cos(angles), -jnp.sin(angles)], -1)
+    ahead = strength * (jnp.arange(LANGUAGE.head_dim) < LANGUAGE.head_dim // 2)
+    return parameters | {query: parameters[query].at[0, :3].set(terms), key: parameters[key].at[0, :3].set(ahead)}
+
+
 class Language(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.decoder = Llama(LANGUAGE, rngs=rngs)
@@ -83,7 +96,7 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
                   long_peak: float = 1e-3) -> dict:
     """Trains the decoder, and then tunes it on the chat template and on long answers, as Vicuna is made from LLaMA."""
     graph, parameters = to_params(Language(nnx.Rngs(seed)))
-    parameters = start(parameters, {r".*/kernel|decoder/embedding": 3})
+    parameters = look_back(start(parameters, {r".*/kernel|decoder/embedding": 3}))
     rng = random.Random(f"{seed} text")
     guess = jax.jit(lambda parameters, batch: next_word_scores(graph, parameters, batch).argmax(-1))
     scores = {}

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,9 +15,9 @@ from mini_backbones.common import BOS, EOS, Encoder, annotate
 
 OTHER_WEIGHT = 0.05
 """Weight of tokens that are no answer, caption or looked-up word: a question, a description."""
-LONG_WEIGHT, FACT_WEIGHT = 0.3, 2.0
-"""Weights of captions and long answers, of which many wordings are right: of their words in general, and of those that
-say a size, colour, shape, place or number."""
+LONG_WEIGHT, REASON_WEIGHT, FACT_WEIGHT = 0.3, 1.0, 2.0
+"""Weights of captions and long answers, of which many wordings are right: of their words in general; in reasoning,
+where a conclusion can be any word; and of words that say a size, colour, shape, place or number."""
 FORMS = {"grid": 0.6, "list": 0.1, "text": 0.15, "sentences": 0.15}
 """Forms of descriptions, with their share. `grid`: one sum of words for each patch of a picture. `text`: "top-left
 small red circle, centre ...". `list`: the same with neighbouring words summed. `sentences`: as the teacher writes."""
@@ -39,6 +39,7 @@ class Mix:
       long: Share of question pages with a long answer.
       kinds: Kinds of questions about a picture's objects, as often as they stand here.
       chat: Whether answers end exactly as in stage 2, "answer </s>".
+      forms: Forms of descriptions, with their share.
     """
 
     lookup: float
@@ -49,6 +50,7 @@ class Mix:
     long: float
     kinds: tuple[str, ...] = rules.KINDS
     chat: bool = False
+    forms: dict[str, float] = field(default_factory=lambda: FORMS)
 
 
 EARLY = Mix(lookup=0.15, in_order=0, caption=0.06, crowd=0.25, korean=0.3, long=0.25)
@@ -56,7 +58,8 @@ EARLY = Mix(lookup=0.15, in_order=0, caption=0.06, crowd=0.25, korean=0.3, long=
 LATE = Mix(lookup=0.06, in_order=0.4, caption=0.08, crowd=0.15, korean=0.35, long=0.6,
            kinds=(*rules.KINDS, "count", "count", "count", "existence", "existence", "colour"))
 CHAT = replace(LATE, lookup=0, caption=0, chat=True)
-LONG = replace(CHAT, crowd=0.1, korean=0.3, long=0.9)
+LONG = replace(CHAT, crowd=0.1, korean=0.3, long=0.9,
+               forms={"grid": 0.5, "list": 0.05, "text": 0.1, "sentences": 0.35})
 CROWD_KINDS = ("position", "position", "relation", "relation", "relation", "between", "order", "colour", "shape")
 """Kinds of questions about many objects, as often as they stand here."""
 TEACHERS = {language: rules.RulesTeacher(language) for language in ("en", "ko")}
@@ -81,7 +84,8 @@ class Page:
     def add_long(self, ids: Sequence[int], label: str) -> None:
         """Adds a text of which many wordings are right, so that what says a fact weighs more."""
         self.add(ids, label)
-        self.weights[-len(ids) :] = [FACT_WEIGHT if i in self.encode.facts else LONG_WEIGHT for i in ids]
+        weight = REASON_WEIGHT if label == "reasoning" else LONG_WEIGHT
+        self.weights[-len(ids) :] = [FACT_WEIGHT if i in self.encode.facts else weight for i in ids]
 
     def add_sums(self, sums: list[tuple[str, ...]]) -> None:
         self.words += [tuple(map(self.encode.word, words)) for words in sums]
@@ -208,7 +212,7 @@ def question_page(encode: Encoder, rng: random.Random, form: str, language: str 
 
 
 def long_answers(teacher: rules.RulesTeacher, context: Context, scene: Scene, rng: random.Random):
-    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 2, 5, 1))[0]:
+    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 4, 5, 1))[0]:
         case "caption" if teacher.language == "en":
             return [teacher.caption(context, rng)]
         case "reasoning":
@@ -222,7 +226,7 @@ def domain_page(encode: Encoder, rng: random.Random, mix: Mix = EARLY) -> Page:
     kind = rng.random()
     if kind < mix.lookup:
         return lookup_page(encode, rng, in_order=mix.in_order)
-    form = draw_form(rng, FORMS)
+    form = draw_form(rng, mix.forms)
     if kind < mix.lookup + mix.caption:
         context = annotate(scenes.sample(rng, scenes.PAIRS))
         page = Page(encode)

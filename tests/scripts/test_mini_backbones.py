@@ -90,12 +90,17 @@ def test_lists_in_reading_order_name_every_object_in_turn(parts):
 def test_long_answers_weigh_by_what_their_words_say(parts):
     pages, _, encode = parts
     for text, facts in (("A small red circle is at the top-left.", {"small", "red", "circle", "top-left"}),
-                        ("왼쪽 위에 큰 빨간 원이 있습니다.", {"왼쪽", "큰", "빨간", "원"})):
+                        ("왼쪽 위에 큰 빨간 원이 있습니다.", {"왼쪽", "위에", "큰", "빨간", "원"}),
+                        ("작은 고리는 가운데에 있습니다.", {"작", "고리", "가운데에"}),
+                        ("The red circle is furthest up.", {"red", "circle", "up"})):
         page = pages.Page(encode)
         page.add_long(encode(text), "description")
         heavy = {encode.tokenizer.decode([words[0]]) for words, weight in zip(page.words, page.weights, strict=True)
                  if weight == pages.FACT_WEIGHT}
         assert heavy == facts
+        page = pages.Page(encode)
+        page.add_long(encode(text), "reasoning")
+        assert set(page.weights[1:]) == {pages.REASON_WEIGHT, pages.FACT_WEIGHT}
 
 
 def test_only_sums_and_openings_have_no_weight(parts):
@@ -188,6 +193,23 @@ def test_every_parameter_of_clip_has_a_gradient_but_the_unused_head(parts):
     gradient = jax.grad(lambda parameters: from_params(graph, parameters).loss(batch))(parameters)
     silent = {path for path, value in gradient.items() if not np.abs(value).max() > 0}
     assert silent == {"text/lm_head/kernel"} and all(np.isfinite(value).all() for value in gradient.values())
+
+
+def test_three_heads_look_back_at_the_start(parts):
+    """Constant terms, rotated as complex numbers, give one, two and three positions back most of the attention."""
+    from mini_backbones import language
+
+    parameters = language.look_back(to_params(language.Language(nnx.Rngs(0)))[1])
+    query, key = (np.asarray(parameters[f"decoder/layers/attention/{name}_proj/bias"], np.float64) for name in "qk")
+    query, key = (terms[..., :16] + 1j * terms[..., 16:] for terms in (query, key))
+    turn = np.exp(1j * np.arange(20)[:, None] * 10_000.0 ** -(np.arange(16) / 16))
+    scores = np.einsum("lhd,td,lhd,sd->lhts", query, turn, key.conj(), turn.conj()).real / 32**0.5
+    weights = np.exp(scores)[:, :, 10, :11]
+    weights /= weights.sum(-1, keepdims=True)
+    for head in range(3):
+        assert weights[0, head, 9 - head] > 0.7
+    np.testing.assert_allclose(weights[0, 3], 1 / 11)
+    np.testing.assert_allclose(weights[1:], 1 / 11)
 
 
 def test_every_language_parameter_has_a_gradient(parts):

@@ -116,6 +116,9 @@ def claims(sentence, boxes):
         return box
 
     names, places = names_of(sentence), re.findall(PLACE, sentence)
+    if match := re.match(rf"({PLACE})에 ({NAME}) 한 개가 있", sentence):  # says nothing of another one elsewhere
+        yield "place", any(is_at(box, match[1]) for box in find(match[2], boxes))
+        return
     whole = rf"(?<!인 )(?<!쪽에 있는 )(?<!쪽에는 )({NAME})"  # "red ones" and "on the left" are parts of what is there
     counts = re.findall(rf"{whole}[은는이가도을를]? (?:모두 |단 |지금 )?({NUM})", sentence)
     counts += re.findall(rf"({NAME})(?:의 수는|[을를] 세면) ({NUM})", sentence)
@@ -136,9 +139,9 @@ def claims(sentence, boxes):
         yield "side", is_beside(one(match[3]), one(match[1]), match[2])
     elif match := re.search(rf"({NAME})(?:에서 볼 때|을 기준으로|를 기준으로) ({NAME})[은는] ({SIDE})에", sentence):
         yield "side", is_beside(one(match[2]), one(match[1]), match[3])
-    elif match := re.search(rf"(?:가장|보다 더|도형은 모두 {NAME}만큼|어느 도형보다도) ({SIDE})에", sentence):
+    elif match := re.search(rf"가장 ({SIDE})에|({SIDE})(?:으로|로) 가장", sentence):
         me = one(next((name for name in names if name != "도형"), "도형"))
-        yield "furthest", all(is_beside(me, box, match[1]) for box in boxes if box is not me)
+        yield "furthest", all(is_beside(me, box, match[1] or match[2]) for box in boxes if box is not me)
     if "사이에" in sentence:
         c, a, b = map(one, names if re.match(rf"({NAME})[은는이가] ", sentence) else names[2:] + names[:2])
         yield "between", rules_reader.between(c, a, b)
@@ -149,7 +152,8 @@ def claims(sentence, boxes):
         if len(places) > 1:
             yield "places", len(found) == len(places) and all(any(is_at(b, p) for b in found) for p in places)
         else:
-            yield "place", bool(found) and all(is_at(box, places[0]) for box in found)
+            some = all if re.search(NUM, sentence) else any  # "a red ring" says nothing of another one
+            yield "place", bool(found) and some(is_at(box, places[0]) for box in found)
     if match := re.search(rf"({'|'.join(HALVES)}) 절반", sentence):
         [name] = names
         yield "half", rules_reader.in_half(one(name), HALVES[match[1]])
@@ -160,9 +164,11 @@ def claims(sentence, boxes):
         yield "near", near < far
     for match in all_of(BOTH_ARE, sentence):
         yield "both", all(is_a(one(match[i]), match["what"]) for i in "ab")
-    if match := re.search("같은 (색|모양)입니다|(색|모양)[이은] 같|(색|모양)과 다르지 않", sentence):
-        first, second = (one(name).category.split()["모양" in match[0]] for name in names)
-        yield "alike", first == second
+    alike = "(?:같은|다른) (?:색|모양)입니다|(?:색|모양)[이은] (?:같|다릅|서로)|(?:색|모양)과 다르지 않"
+    if match := re.search(alike, sentence):
+        if len(names) == 2:
+            first, second = (one(name).category.split()["모양" in match[0]] for name in names)
+            yield "alike", (first == second) != bool(re.search("다른|다릅|같지 않", sentence))
     for colours in re.findall(rf"(?:{COLOUR})(?:, (?:{COLOUR}))+", sentence):
         said = sorted(COLOUR_NOUNS[colour] for colour in colours.split(", "))
         yield "colours", said == sorted({box.category.split()[0] for box in boxes})

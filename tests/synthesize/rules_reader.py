@@ -164,17 +164,18 @@ def statement(text, scene):
     if match := re.match(rf"({COLOURS}) is the colour of ({NUM}) objects$", text):
         claim(len(scene.find(f"{match[1]} objects")) == number(match[2]), "count")
         return True
-    if match := re.match(rf"(?:in colour )?the ({NAME}) is (?:like|({COLOURS}), and so is) the ({NAME})$", text):
-        one, other = (scene.one(match[i]).category.split()[0] for i in (1, 3))
-        claim(one == other == (match[2] or one), "colour")
+    if match := re.match(rf"the ({NAME}) is ({COLOURS}), and so is the ({NAME})$", text):
+        claim(all(scene.one(match[i]).category.startswith(match[2]) for i in (1, 3)), "colour")
     if match := re.match(rf"({COLOURS}) is the colour of both the ({NAME}) and the ({NAME})$", text):
         claim(all(scene.one(match[i]).category.startswith(match[1]) for i in (2, 3)), "colour")
     if match := re.match(rf"the ({NAME}) is an? ({NAME}), and so is the ({NAME})$", text):
         claim(all(scene.one(match[i]) in scene.find(match[2]) for i in (1, 3)), "shape")
         return True
-    if re.search("same (?:colour|shape)|share is their|in (?:colour|shape) the (?!objects)", text):
+    if re.search("(?:same|different|share their|agree in|differ in|alike in) (?:colour|shape)"
+                 "|(?:colour|shape) (?:the (?!objects)|of the .* and of the)", text):  # fmt: skip
         one, other = (scene.one(name).category.split() for name in re.findall(rf"the ({NAME})", text))
-        claim(one["shape" in text] == other["shape" in text], "alike")
+        claim((one["shape" in text] == other["shape" in text]) != bool(re.search("differ|not", text)), "alike")
+        return True
     if match := re.fullmatch(
         rf"(?:there are |a lot of |)(?:many )?({NAME}) ?(?:in the picture|are in the picture|can be seen|)", text
     ):
@@ -203,8 +204,12 @@ def statement(text, scene):
         rf"(?:look )?({SIDE}) the ({NAME}) (?:is|one can see|there is|you find|lies|and you see) the ({NAME})$", text
     ):
         claim(beside(scene.one(match[3]), scene.one(match[2]), match[1]), "side")
-    if match := re.match(rf"(?:as )?seen from the ({NAME}), the ({NAME}) is ({WAY})$", text):
+    from_one = r"(?:(?:as )?seen from|from|relative to|compared with|look from|start at) the"
+    if match := re.match(rf"{from_one} ({NAME}),(?: and)? the ({NAME}) (?:is|lies) ({WAY})$", text):
         claim(beside(scene.one(match[2]), scene.one(match[1]), match[3]), "side")
+    if match := re.match(rf"of the ({NAME}) and the ({NAME}), the ({NAME}) (?:is|lies) ({WAY})$", text):
+        other = match[1] if match[3] == match[2] else match[2]
+        claim(beside(scene.one(match[3]), scene.one(other), match[4]), "side")
     if match := re.match(rf"the ({NAME}) has the ({NAME}) ({WAY}) of it$", text):
         claim(beside(scene.one(match[2]), scene.one(match[1]), match[3]), "side")
     # sizes
@@ -266,7 +271,8 @@ def statement(text, scene):
             claim(len(places) == len(boxes), "a place for each")
             claim(all(any(at(box, place) for box in boxes) for place in places), "places")
             return True
-        claim(len(places) == 1 and all(at(box, places[0]) for box in boxes), "place")
+        some = any if re.search(rf"\ban? {found[0]}", text) else all  # "a red ring" says nothing of another one
+        claim(len(places) == 1 and some(at(box, places[0]) for box in boxes), "place")
     return claims > 0
 
 
@@ -405,7 +411,9 @@ def conclusion(end, question, scene):
         inside = in_half(scene.one(names[0]), match[1])
         opposite = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}[match[1]]
         assert inside or in_half(scene.one(names[0]), opposite)
-        seen = bool(re.search("stay in sight|still be seen|nothing of it would be hidden|not disappear", end))
+        covered = opposite if "only the" in question else match[1]
+        assert re.findall("the (left|right|upper|lower) half", end) == [covered], (question, end)
+        seen = bool(re.search("stay in sight|still be|not disappear", end))
         assert seen == (inside == ("only the" in question)), (question, end)
     elif "straight" in question:
         assert told[0] not in names[:2] and between(*map(scene.one, (told[0], *names[:2]))), (question, end)
@@ -466,7 +474,7 @@ def form(sentence):
                           (rf"\b(?:{COLOURS}|{SHAPES})\b", "C"), (r"\b(?:left|right|upper|lower)\b", "S"),
                           (r"\ban?\b|\bthe\b", "a"), (r"\b(?:is|are)\b", "is")):  # fmt: skip
         text = re.sub(pattern, mark, text)
-    text = re.sub(r"(?:# N|a N|one @|@)(?:(?:, | and | or )(?:# N|a N|one @|@))+", "L", text)
+    text = re.sub(r"(?:# N|a N|one @|@)(?:(?:, | and | or )(?:# N|a N|one @|@))+|C(?:(?:, | and )C)+", "L", text)
     return re.sub(r"(?:higher up|lower down|upwards|downwards|up|down)(?: and)?(?: to a S)?|to a S", "W", text)
 
 
@@ -474,7 +482,7 @@ def form(sentence):
 def grammar():
     """The forms of all sentences of descriptions and reasoning that the teacher writes about drawn scenes."""
     rng, teacher, forms = random.Random(0), RulesTeacher(), set()
-    for _ in range(4000):
+    for _ in range(8000):
         scene = scene_module.Scene(Context("", "", (), tuple(o.to_box() for o in scenes.sample(rng, scenes.PAIRS))))
         for one in (teacher.description(scene, rng), teacher.reasoning(scene, rng)):
             forms.update(map(form, re.split(r"(?<=[.?!]) ", one.answer) if one else ()))

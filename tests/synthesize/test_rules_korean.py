@@ -143,7 +143,7 @@ def test_read_tells_grammar_from_truth():
         ("빨간 원은 파란 정사각형의 왼쪽에 있습니다.", True, True),
         ("빨간 원은 파란 정사각형의 오른쪽에 있습니다.", True, False),
         ("초록색 고리는 초록색 고리의 왼쪽에 있습니다.", True, False), ("도형이 있습니다 두 개 있.", False, False),
-        ("빨간 원은 파란 정사각형 사이에 있습니다.", False, False), ("도형이 가장 왼쪽에 있습니다.", True, False),
+        ("빨간 원은 파란 정사각형 사이에 있습니다.", False, False), ("가장 왼쪽에 도형이 있습니다.", True, False),
         ("빨간 원는 왼쪽 위에 있습니다.", False, False), ("빨간 원가 왼쪽 위에 있습니다.", False, False),
         ("빨간 원와 파란 정사각형는 같은 색입니다.", False, False), ("빨간 원를 볼 수 있습니다.", False, False),
         ("빨간 원과 파란 정사각형은 둘 다 원입니다.", True, False), ("원은 없습니다.", True, False),
@@ -165,7 +165,8 @@ def test_read_tells_grammar_from_truth():
         ("색은 빨간색, 파란색입니다.", False), ("색은 빨간색, 파란색, 초록색입니다.", True),
         ("초록색 원만 모양이 다릅니다.", False), ("파란 정사각형만 모양이 다릅니다.", True),
         ("초록색 원은 빨간 원만큼 크지 않습니다.", False), ("빨간 원은 초록색 원만큼 크지 않습니다.", True),
-        ("초록색 원은 어느 도형보다도 오른쪽에 있습니다.", False),
+        ("오른쪽으로 가장 멀리 있는 도형은 초록색 원입니다.", False),
+        ("오른쪽으로 가장 멀리 있는 도형은 파란 정사각형입니다.", True),
         ("파란 정사각형이 초록색 원보다 빨간 원에 더 가깝습니다.", False),
     ):  # fmt: skip
         assert read(text, context) == [(text, True, holds)]

@@ -16,6 +16,7 @@ from llava_jax.annotations.scene import Scene as TeacherScene
 from llava_jax.errors import UserError
 from llava_jax.synthesize.parse import Reject, parse
 from llava_jax.synthesize.rules import RulesTeacher
+from llava_jax.synthesize.rules.facts import description
 
 KINDS = ("conversation", "detail_description", "complex_reasoning")
 
@@ -112,6 +113,26 @@ def test_what_has_no_boxes_is_told_by_its_captions():
     assert teacher.answer("conversation", bare).count("Question:") == 1
     assert teacher.answer("complex_reasoning", bare) == ""
     assert RulesTeacher("ko").answer("conversation", bare) == ""
+
+
+def test_objects_of_one_name_are_told_together_or_one_by_one():
+    boxes = Box("red circle", 0.05, 0.05, 0.2, 0.2), Box("red circle", 0.6, 0.65, 0.98, 0.98)
+    rng, scene = random.Random(0), TeacherScene(Context("", "", (), boxes))
+    apart, together = re.compile("(?i)a small red circle.*a large red circle"), re.compile("(?i)two red circles.* one ")
+    texts = [RulesTeacher().description(scene, rng).answer for _ in range(60)]
+    assert all(bool(apart.search(text)) != bool(together.search(text)) for text in texts)
+    assert 15 < sum(bool(apart.search(text)) for text in texts) < 45
+
+
+def test_descriptions_add_facts_of_different_kinds():
+    rng, added = random.Random(0), Counter()
+    objects = {"total", "total_one", "list", "thing", "group", "group_at", "all_at", "nothing_else"}
+    for number in range(300):
+        scene = TeacherScene(shapes(number, rng))
+        keys = [fact.key for fact in description(scene, rng) if fact.key not in objects]
+        assert len(set(keys)) == len(keys) or len(scene.objects) == 1, keys
+        added.update(keys)
+    assert max(added.values()) < 0.25 * added.total() and len(added) > 10, added
 
 
 def test_a_crowd_is_not_counted():

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import chain, combinations, permutations, zip_longest
 from typing import Any
 
 from llava_jax.annotations.drawn_scenes import COLOURS, PAIRS, SHAPES
@@ -176,25 +176,40 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
         yield rng.choice(openings)
     for name in scene.crowds:
         yield fact("crowd", n=Count(2, name))
+    one_by_one = scene.shapes and rng.random() < 0.5
+    yield from map(_thing, scene.objects) if one_by_one else _grouped(scene)
+    ends = scene.shapes and rng.random() < 0.4
+    least, most = (max(1, 3 - len(scene.counts)), 3 - ends) if scene.shapes else (4, 7)
+    yield from _draw_mixed(list(_further(scene, rng)), rng.randint(least, most), rng)
+    if ends:
+        yield fact("nothing_else")
+
+
+def _thing(thing: SceneObject) -> Fact:
+    return fact("thing", n=Count(1, thing.name), a=thing.name, p=Position(thing.position))
+
+
+def _grouped(scene: Scene) -> Iterator[Fact]:
+    """Yields facts that name every object, those of one name together."""
     for count in scene.counts[:8]:
         things = [thing for thing in scene.objects if thing.name.plain == count.name]
         places = [Position(thing.position) for thing in things]
         if count.number == 1:
-            yield (
-                fact("thing", n=Count(1, things[0].name), a=things[0].name, p=places[0])
-                if places[0].word
-                else fact("something", n=count)
-            )
+            yield _thing(things[0]) if places[0].word else fact("something", n=count)
         elif count.number <= 3 and all(place.word for place in places) and len(set(places)) == count.number:
             yield fact("group_at", n=count, places=tuple(places))
         else:
             together = [word for other, word in _together(scene) if other == count]
             yield fact("all_at", n=count, p=Position(together[0])) if together else fact("group", n=count)
-    ends = scene.shapes and rng.random() < 0.4
-    least, most = (max(1, 3 - len(scene.counts)), 3 - ends) if scene.shapes else (4, 7)
-    yield from rng.sample(more := list(_further(scene, rng)), min(len(more), rng.randint(least, most)))
-    if ends:
-        yield fact("nothing_else")
+
+
+def _draw_mixed(facts: list[Fact], number: int, rng: random.Random) -> list[Fact]:
+    """Draws up to `number` facts, of one key only after every other key had its turn."""
+    by_key: dict[str, list[Fact]] = {}
+    for one in rng.sample(facts, len(facts)):
+        by_key.setdefault(one.key, []).append(one)
+    rounds = zip_longest(*rng.sample(list(by_key.values()), len(by_key)))
+    return [one for one in chain.from_iterable(rounds) if one][:number]
 
 
 def inferences(scene: Scene) -> list[list[Fact]]:
@@ -252,10 +267,10 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
             yield fact("side", **names, s=Side(word))
         if larger(a, b):
             yield fact("larger", **names)
-        if scene.shapes and a.name.colour == b.name.colour:
-            yield fact("same_colour", **names, c=a.name)
-        if scene.shapes and a.name.noun == b.name.noun:
-            yield fact("same_shape", **names, n=Count(2, Name(a.name.noun)))
+        if scene.shapes:
+            yield fact("same_colour" if a.name.colour == b.name.colour else "other_colour", **names, c=a.name)
+            shape = Count(2, Name(a.name.noun))
+            yield fact("same_shape" if a.name.noun == b.name.noun else "other_shape", **names, n=shape)
     for c, a, b, inside in scene.middles:
         if inside:
             yield fact("between", c=c.name.plain, a=a.name.plain, b=b.name.plain)
