@@ -21,11 +21,11 @@ The decoder first learns to look up. It reads lists of up to nine objects, which
 guessing among the objects pays little, and looking up ("red circle" -> "top-left") forms in a few hundred steps, which
 it does not on the pictures' one to four objects alone. At first an object is one sum of words, then two, then plain
 words, then sentences: the last ones alone are not learned. Words that belong together have to be gathered from
-neighbouring positions, for which attention has biases. Without them this does not form in 1,400 steps. In the later
-part of the text, questions that are learned last (counting, existence) and long answers come more often. There the
-words that say a fact weigh more than the others, and lists are restated in reading order, as a description goes through
-a picture. A short tuning teaches the chat template of stage 2 to the token, and a longer one long answers, as Vicuna is
-tuned from LLaMA.
+neighbouring positions, for which attention has biases. At the start they let three heads look one, two and three
+positions back; heads that have to find this themselves do so with some seeds only. In the later part of the text,
+questions that are learned last (counting, existence) and long answers come more often. There the words that say a fact
+weigh more than the others, and lists are restated in reading order, as a description goes through a picture. A short
+tuning teaches the chat template of stage 2 to the token, and a longer one long answers, as Vicuna is tuned from LLaMA.
 
 Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """

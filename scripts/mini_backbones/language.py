@@ -77,8 +77,8 @@ def score_language(guess, encode: Encoder, form: str, language: str, seed: int, 
 def look_back(parameters: Parameters, strength: float = 4.0) -> Parameters:
     """Sets biases so that three heads of the first layer look one, two and three positions back.
 
-    Rotated by its position, a query's constant term is in phase with the keys' constant term that far back. Words of
-    one object stand next to each other and have to be gathered. Without this start, such heads form by chance.
+    Rotated by its position, a query's constant term is in phase with the keys' constant term that far back. Such heads
+    gather the words of an object. Without this start they form with some seeds only.
     """
     query, key = (f"decoder/layers/attention/{name}_proj/bias" for name in "qk")
     angles = jnp.outer(jnp.arange(1, 4), rope_frequencies(LANGUAGE))
