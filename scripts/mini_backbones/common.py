@@ -25,7 +25,8 @@ from llava_jax.weights import tables
 BOS, EOS = 1, 2
 WATCH_STEPS = 500
 """Steps between looks at what is being trained."""
-VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS, CHAT_STEPS, LONG_STEPS = 1200, 18_000, 3000, 7000, 400, 12_000
+VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS = 1200, 18_000, 3000, 7000
+CHAT_STEPS, LONG_STEPS, DENSE_STEPS = 400, 12_000, 10_000
 VISION = VisionConfig(image_size=scenes.SIZE, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4,
                       num_heads=4)
 LANGUAGE = LlamaConfig(

@@ -18,6 +18,7 @@ from mini_backbones import pages
 from mini_backbones.common import (
     BOS,
     CHAT_STEPS,
+    DENSE_STEPS,
     EOS,
     LANGUAGE,
     LATE_STEPS,
@@ -93,7 +94,7 @@ class Language(nnx.Module):
 
 
 def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 2e-3, chat_peak: float = 5e-4,
-                  long_peak: float = 1e-3) -> dict:
+                  long_peak: float = 1e-3, dense_peak: float = 1.5e-3) -> dict:
     """Trains the decoder, and then tunes it on the chat template and on long answers, as Vicuna is made from LLaMA."""
     graph, parameters = to_params(Language(nnx.Rngs(seed)))
     parameters = look_back(start(parameters, {r".*/kernel|decoder/embedding": 3}))
@@ -107,7 +108,7 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
         mix = pages.LATE if step > LATE_STEPS else pages.EARLY
         return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
-    def chats(step: int, mix: pages.Mix = pages.CHAT) -> dict:
+    def chats(step: int, mix: pages.Mix) -> dict:
         return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
     def watch(step: int, parameters: Parameters, chat: bool = False) -> None:
@@ -128,9 +129,10 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
 
     loss = partial(language_loss, graph)
     parameters = train("language", loss, parameters, batches, steps, peak, watch)
-    watch = partial(watch, chat=True)
-    rng = random.Random(f"{seed} chat")
-    parameters = train("chat", loss, parameters, chats, min(CHAT_STEPS, steps), chat_peak, watch)
-    rng = random.Random(f"{seed} long answers")
-    train("long answers", loss, parameters, partial(chats, mix=pages.LONG), min(LONG_STEPS, steps), long_peak, watch)
+    tunings = ("chat", pages.CHAT, CHAT_STEPS, chat_peak), ("long answers", pages.LONG, LONG_STEPS, long_peak), \
+        ("dense long answers", pages.DENSE, DENSE_STEPS, dense_peak)
+    for name, mix, count, peak in tunings:
+        rng = random.Random(f"{seed} {name}")
+        parameters = train(name, loss, parameters, partial(chats, mix=mix), min(count, steps), peak,
+                           partial(watch, chat=True))
     return scores

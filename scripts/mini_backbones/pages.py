@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -36,10 +37,12 @@ class Mix:
       caption: Share of pages with a caption. All others have questions.
       crowd: Share of question pages about more objects than a picture holds: guessing among them pays little.
       korean: Share of question pages in Korean.
-      long: Share of question pages with a long answer.
+      long: Share of question pages with long answers.
       kinds: Kinds of questions about a picture's objects, as often as they stand here.
       chat: Whether answers end exactly as in stage 2, "answer </s>".
       forms: Forms of descriptions, with their share.
+      long_answers: Number of long answers in a page that has them.
+      word_weight: Weight of a description's words that say no fact.
     """
 
     lookup: float
@@ -51,6 +54,8 @@ class Mix:
     kinds: tuple[str, ...] = rules.KINDS
     chat: bool = False
     forms: dict[str, float] = field(default_factory=lambda: FORMS)
+    long_answers: int = 1
+    word_weight: float = LONG_WEIGHT
 
 
 EARLY = Mix(lookup=0.15, in_order=0, caption=0.06, crowd=0.25, korean=0.3, long=0.25)
@@ -60,6 +65,8 @@ LATE = Mix(lookup=0.06, in_order=0.4, caption=0.08, crowd=0.15, korean=0.35, lon
 CHAT = replace(LATE, lookup=0, caption=0, chat=True)
 LONG = replace(CHAT, crowd=0.1, korean=0.3, long=0.9,
                forms={"grid": 0.5, "list": 0.05, "text": 0.1, "sentences": 0.35})
+DENSE = replace(LONG, long=0.95, long_answers=3, word_weight=1.0,
+                forms={"grid": 0.65, "list": 0.05, "text": 0.1, "sentences": 0.2})
 CROWD_KINDS = ("position", "position", "relation", "relation", "relation", "between", "order", "colour", "shape")
 """Kinds of questions about many objects, as often as they stand here."""
 TEACHERS = {language: rules.RulesTeacher(language) for language in ("en", "ko")}
@@ -81,10 +88,10 @@ class Page:
         self.labels += [label] * len(ids)
         self.weights += [1.0 if label else OTHER_WEIGHT] * len(ids)
 
-    def add_long(self, ids: Sequence[int], label: str) -> None:
+    def add_long(self, ids: Sequence[int], label: str, weight: float = LONG_WEIGHT) -> None:
         """Adds a text of which many wordings are right, so that what says a fact weighs more."""
         self.add(ids, label)
-        weight = REASON_WEIGHT if label == "reasoning" else LONG_WEIGHT
+        weight = REASON_WEIGHT if label == "reasoning" else weight
         self.weights[-len(ids) :] = [FACT_WEIGHT if i in self.encode.facts else weight for i in ids]
 
     def add_sums(self, sums: list[tuple[str, ...]]) -> None:
@@ -190,14 +197,17 @@ def lookup_page(encode: Encoder, rng: random.Random, progress: float = 1.0, in_o
 
 
 def question_page(encode: Encoder, rng: random.Random, form: str, language: str = "en", crowded: bool = False,
-                  long: bool = False, kinds: tuple[str, ...] = (), chat: bool = False) -> Page:
+                  long: int = 0, kinds: tuple[str, ...] = (), chat: bool = False,
+                  word_weight: float = LONG_WEIGHT) -> Page:
     """A description, then questions and answers; with `chat` exactly in the template of stage 2, "answer </s>"."""
     page, teacher, context = Page(encode), TEACHERS[language], annotate(scenes.sample(rng, scenes.PAIRS))
     scene = crowd(rng, 5 if form == "sentences" else 9) if crowded else Scene(context)
     if crowded:
         questions = teacher.conversation(scene, rng, 12, CROWD_KINDS)
     elif long:
-        questions = [*teacher.conversation(scene, rng, 3, kinds), *long_answers(teacher, context, scene, rng)]
+        questions = teacher.conversation(scene, rng, 3, kinds)
+        for _ in range(long):
+            questions += long_answers(teacher, context, scene, rng)
         rng.shuffle(questions)
     else:
         questions = teacher.conversation(scene, rng, rng.choice((4, 12)), kinds)
@@ -206,7 +216,7 @@ def question_page(encode: Encoder, rng: random.Random, form: str, language: str 
             page.add(encode("[INST] "))
             describe(page, scene, rng, form, language)
         page.add(encode(f"\n{question.question} [/INST]" if i == 0 else f"[INST] {question.question} [/INST]"))
-        add = page.add if question.kind in rules.KINDS else page.add_long
+        add = page.add if question.kind in rules.KINDS else partial(page.add_long, weight=word_weight)
         add([*encode(question.answer), *([encode.space, EOS] if chat else [EOS])], question.kind)
     return page
 
@@ -235,7 +245,8 @@ def domain_page(encode: Encoder, rng: random.Random, mix: Mix = EARLY) -> Page:
         return page
     language = "ko" if rng.random() < mix.korean else "en"
     crowded = rng.random() < mix.crowd
-    return question_page(encode, rng, form, language, crowded, rng.random() < mix.long, mix.kinds, mix.chat)
+    long = mix.long_answers if rng.random() < mix.long else 0
+    return question_page(encode, rng, form, language, crowded, long, mix.kinds, mix.chat, mix.word_weight)
 
 
 def pack(pages: Callable[[], Page], rows: int, length: int) -> tuple[dict[str, np.ndarray], list[list[str]]]:

@@ -17,11 +17,13 @@ import llava_jax
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import from_params, to_params
+from llava_jax.synthesize.rules import KINDS
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_conversation
 from llava_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = Path(llava_jax.__file__).parent / "data" / "mini"
+EOS = 2
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,21 @@ def test_late_pages_have_more_of_what_is_learned_last_and_fewer_lists(parts):
         found.append((counts["count"] / counts["shape"], counts["content to place"]))
     (early, lists), (late, fewer) = found
     assert late > 1.1 * early and fewer < 0.6 * lists, found
+
+
+def test_dense_pages_have_more_long_answers_whose_words_weigh_more(parts):
+    pages, _, encode = parts
+    counts, least = [], []
+    for mix in (pages.LONG, pages.DENSE):
+        rng, found, weights = random.Random(9), 0, []
+        for page in (pages.domain_page(encode, rng, mix) for _ in range(300)):
+            long = [label not in ("", *KINDS) for label in page.labels]
+            found += sum(is_long and words == (EOS,) for is_long, words in zip(long, page.words, strict=True))
+            weights += [weight for weight, is_long in zip(page.weights, long, strict=True) if is_long]
+        counts.append(found / 300)
+        least.append(min(weights))
+    assert 0.6 < counts[0] <= 1 and 2 < counts[1] <= 3, counts  # pages about a crowd have none
+    assert least == [pages.LONG_WEIGHT, pages.REASON_WEIGHT]
 
 
 def test_chats_have_the_tokens_of_stage_2(parts):
