@@ -150,7 +150,7 @@ def recipe() -> MiniRecipe:
                 data=Data(path=f"{data}/captions.json", validation=f"{data}/captions_validation.json",
                           template="plain", sequence_length=256, tiles_per_sequence=4),
                 optimizer=Optimizer(b2=0.98),
-                batch_size=8, steps=400, remat="none",
+                batch_size=8, steps=800, remat="none",
             ),
             "instruct": Stage(
                 # A lower rate keeps more of what the decoder knew about colour-shape pairs that no picture shows.
