@@ -24,8 +24,9 @@ words, then sentences: the last ones alone are not learned. Words that belong to
 neighbouring positions, for which attention has biases. At the start they let three heads look one, two and three
 positions back; heads that have to find this themselves do so with some seeds only. In the later part of the text,
 questions that are learned last (counting, existence) and long answers come more often. There the words that say a fact
-weigh more than the others, and lists are restated in reading order, as a description goes through a picture. A short
-tuning teaches the chat template of stage 2 to the token, and a longer one long answers, as Vicuna is tuned from LLaMA.
+weigh more than the others, and lists are restated in reading order, as a description goes through a picture. Three
+tunings follow, as Vicuna is tuned from LLaMA: a short one teaches the chat template of stage 2 to the token, a longer
+one long answers, and the last one conclusions, by three long answers a page.
 
 Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """

@@ -37,7 +37,7 @@ LANGUAGE = LlamaConfig(
     num_heads=4,
     num_kv_heads=4,
     head_dim=32,
-    # Constant terms of queries and keys: with them heads that look a fixed distance back form in a few hundred steps.
+    # Constant terms of queries and keys, with which heads can look a fixed distance back: `look_back` starts with some.
     qkv_bias=True,
     out_bias=True,
     tie_word_embeddings=True,

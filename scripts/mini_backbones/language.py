@@ -83,9 +83,9 @@ def look_back(parameters: Parameters, strength: float = 4.0) -> Parameters:
     """
     query, key = (f"decoder/layers/attention/{name}_proj/bias" for name in "qk")
     angles = jnp.outer(jnp.arange(1, 4), rope_frequencies(LANGUAGE))
-    terms = strength * jnp.concatenate([jnp.cos(angles), -jnp.sin(angles)], -1)
-    ahead = strength * (jnp.arange(LANGUAGE.head_dim) < LANGUAGE.head_dim // 2)
-    return parameters | {query: parameters[query].at[0, :3].set(terms), key: parameters[key].at[0, :3].set(ahead)}
+    queries = strength * jnp.concatenate([jnp.cos(angles), -jnp.sin(angles)], -1)
+    keys = strength * (jnp.arange(LANGUAGE.head_dim) < LANGUAGE.head_dim // 2)
+    return parameters | {query: parameters[query].at[0, :3].set(queries), key: parameters[key].at[0, :3].set(keys)}
 
 
 class Language(nnx.Module):
@@ -129,10 +129,11 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
 
     loss = partial(language_loss, graph)
     parameters = train("language", loss, parameters, batches, steps, peak, watch)
-    tunings = ("chat", pages.CHAT, CHAT_STEPS, chat_peak), ("long answers", pages.LONG, LONG_STEPS, long_peak), \
-        ("dense long answers", pages.DENSE, DENSE_STEPS, dense_peak)
-    for name, mix, count, peak in tunings:
+    for name, mix, most, rate in (
+        ("chat", pages.CHAT, CHAT_STEPS, chat_peak), ("long answers", pages.LONG, LONG_STEPS, long_peak),
+        ("dense long answers", pages.DENSE, DENSE_STEPS, dense_peak),
+    ):  # fmt: skip
         rng = random.Random(f"{seed} {name}")
-        parameters = train(name, loss, parameters, partial(chats, mix=mix), min(count, steps), peak,
+        parameters = train(name, loss, parameters, partial(chats, mix=mix), min(most, steps), rate,
                            partial(watch, chat=True))
     return scores

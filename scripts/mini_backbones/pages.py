@@ -42,7 +42,7 @@ class Mix:
       chat: Whether answers end exactly as in stage 2, "answer </s>".
       forms: Forms of descriptions, with their share.
       long_answers: Number of long answers in a page that has them.
-      word_weight: Weight of a description's words that say no fact.
+      word_weight: Weight of the words of long answers that say no fact, but for reasoning.
     """
 
     lookup: float

@@ -142,7 +142,7 @@ def test_dense_pages_have_more_long_answers_whose_words_weigh_more(parts):
         counts.append(found / 300)
         least.append(min(weights))
     assert 0.6 < counts[0] <= 1 and 2 < counts[1] <= 3, counts  # pages about a crowd have none
-    assert least == [pages.LONG_WEIGHT, pages.REASON_WEIGHT]
+    assert least == [0.3, 1.0]
 
 
 def test_chats_have_the_tokens_of_stage_2(parts):
@@ -219,8 +219,8 @@ def test_three_heads_look_back_at_the_start(parts):
     parameters = language.look_back(to_params(language.Language(nnx.Rngs(0)))[1])
     query, key = (np.asarray(parameters[f"decoder/layers/attention/{name}_proj/bias"], np.float64) for name in "qk")
     query, key = (terms[..., :16] + 1j * terms[..., 16:] for terms in (query, key))
-    turn = np.exp(1j * np.arange(20)[:, None] * 10_000.0 ** -(np.arange(16) / 16))
-    scores = np.einsum("lhd,td,lhd,sd->lhts", query, turn, key.conj(), turn.conj()).real / 32**0.5
+    rotation = np.exp(1j * np.arange(20)[:, None] * 10_000.0 ** -(np.arange(16) / 16))
+    scores = np.einsum("lhd,td,lhd,sd->lhts", query, rotation, key.conj(), rotation.conj()).real / 32**0.5
     weights = np.exp(scores)[:, :, 10, :11]
     weights /= weights.sum(-1, keepdims=True)
     for head in range(3):

@@ -32,7 +32,7 @@ COLOUR = "|".join(COLOUR_NOUNS)
 A, B = rf"(?P<a>{NAME})", rf"(?P<b>{NAME})"
 WHAT = rf"(?P<what>{COLOUR}|{NAME})"
 BOTH_ARE = (rf"{A}[과와] {B}(?:[은는] 둘 다|의 색은 모두) {WHAT}입니다", rf"{A}도 {B}도 {WHAT}입니다",
-            rf"{A}[은는] {WHAT}이고 {B}도 그렇습니다", rf"{WHAT}[은는] {A}[과와] {B}의 색입니다")  # fmt: skip
+            rf"{WHAT}[은는] {A}[과와] {B}의 색입니다")  # fmt: skip
 LARGER = (rf"{A}[은는이가] {B}보다 (?:더 )?(?:큽|커|그림을)", rf"{B}[은는이가] {A}보다 (?:더 )?작",
           rf"{B}보다 {A}[이가] 큽", rf"{B}[은는] {A}만큼 크지 않", rf"{A}에 비해 {B}[은는] 작",
           rf"{A}[과와] {B} 중에서 (?P=a)[이가] 더 큽", rf"{B}[과와] {A} 중에서 (?P=a)[이가] 더 큽",
@@ -116,7 +116,8 @@ def claims(sentence, boxes):
         return box
 
     names, places = names_of(sentence), re.findall(PLACE, sentence)
-    if match := re.match(rf"({PLACE})에 ({NAME}) 한 개가 있", sentence):  # says nothing of another one elsewhere
+    # A name with a size says nothing of another such object elsewhere.
+    if match := re.fullmatch(rf"({PLACE})에 ((?:큰|작은) {NAME}) 한 개가 있습니다\.", sentence):
         yield "place", any(is_at(box, match[1]) for box in find(match[2], boxes))
         return
     whole = rf"(?<!인 )(?<!쪽에 있는 )(?<!쪽에는 )({NAME})"  # "red ones" and "on the left" are parts of what is there
@@ -152,8 +153,8 @@ def claims(sentence, boxes):
         if len(places) > 1:
             yield "places", len(found) == len(places) and all(any(is_at(b, p) for b in found) for p in places)
         else:
-            some = all if re.search(NUM, sentence) else any  # "a red ring" says nothing of another one
-            yield "place", bool(found) and some(is_at(box, places[0]) for box in found)
+            says_one = re.match("큰|작은", names[0]) and not re.search(NUM, sentence)
+            yield "place", bool(found) and (any if says_one else all)(is_at(box, places[0]) for box in found)
     if match := re.search(rf"({'|'.join(HALVES)}) 절반", sentence):
         [name] = names
         yield "half", rules_reader.in_half(one(name), HALVES[match[1]])

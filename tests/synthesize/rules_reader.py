@@ -143,7 +143,7 @@ def statement(text, scene):
         claim(number(left) == sum(centre(b)[0] < 1 / 3 for b in scene.boxes), "left side")
         claim(number(right) == sum(centre(b)[0] > 2 / 3 for b in scene.boxes), "right side")
         return True
-    if match := re.search(rf"(?:further|furthest|less far) ({WAY}|up|down)(?: than|$)", text):
+    if match := re.search(r"(?:further|furthest) (to the (?:left|right)|up|down)\b", text):
         [name] = re.findall(NAME, re.sub("objects?", "", text))
         me = scene.one(name)
         claim(all(beside(me, box, match[1]) for box in scene.boxes if box is not me), "furthest")
@@ -201,14 +201,14 @@ def statement(text, scene):
         for again in re.finditer(rf"the ({NAME}) is ({SIDE}) the ({NAME})", text[match.end() - len(match[3]) - 4 :]):
             claim(beside(scene.one(again[1]), scene.one(again[3]), again[2]), "side")
     if match := re.match(
-        rf"(?:look )?({SIDE}) the ({NAME}) (?:is|one can see|there is|you find|lies|and you see) the ({NAME})$", text
+        rf"(?:look )?({SIDE}) the ({NAME}) (?:is|one can see|and you see) the ({NAME})$", text
     ):
         claim(beside(scene.one(match[3]), scene.one(match[2]), match[1]), "side")
     from_one = r"(?:(?:as )?seen from|from|relative to|compared with|look from|start at) the"
     if match := re.match(rf"{from_one} ({NAME}),(?: and)? the ({NAME}) (?:is|lies) ({WAY})$", text):
         claim(beside(scene.one(match[2]), scene.one(match[1]), match[3]), "side")
     if match := re.match(rf"of the ({NAME}) and the ({NAME}), the ({NAME}) (?:is|lies) ({WAY})$", text):
-        other = match[1] if match[3] == match[2] else match[2]
+        [other] = {match[1], match[2]} - {match[3]}
         claim(beside(scene.one(match[3]), scene.one(other), match[4]), "side")
     if match := re.match(rf"the ({NAME}) has the ({NAME}) ({WAY}) of it$", text):
         claim(beside(scene.one(match[2]), scene.one(match[1]), match[3]), "side")
@@ -233,11 +233,6 @@ def statement(text, scene):
         claim(all(scene.one(match[i]).category.startswith(match[3]) for i in (1, 2) if match[i]), "colours")
     for match in re.finditer(rf"the ({NAME}) and the ({NAME}) (?:are both|both are) ({NAME})$", text):
         claim(all(scene.one(match[i]) in scene.find(match[3]) for i in (1, 2)), "shapes")
-    if match := re.match(
-        rf"the ({NAME}) (?:has|and the ({NAME}) share) (?:the|their) (colour|shape)(?: of the ({NAME}))?", text
-    ):
-        one, other = (scene.one(name).category.split() for name in (match[1], match[2] or match[4]))
-        claim(one[match[3] == "shape"] == other[match[3] == "shape"], "shared")
     if match := re.search(
         rf"(?:colours are|objects are|see the colours|picture uses|^) ?((?:{COLOURS})(?:(?:, | and )(?:{COLOURS}))+)"
         r"(?: are the colours)?$",
@@ -271,8 +266,8 @@ def statement(text, scene):
             claim(len(places) == len(boxes), "a place for each")
             claim(all(any(at(box, place) for box in boxes) for place in places), "places")
             return True
-        some = any if re.search(rf"\ban? {found[0]}", text) else all  # "a red ring" says nothing of another one
-        claim(len(places) == 1 and some(at(box, places[0]) for box in boxes), "place")
+        says_one = re.search(rf"\ban? (?={found[0]})(?:large|small)", text)  # and nothing of another one elsewhere
+        claim(len(places) == 1 and (any if says_one else all)(at(box, places[0]) for box in boxes), "place")
     return claims > 0
 
 
@@ -413,8 +408,9 @@ def conclusion(end, question, scene):
         assert inside or in_half(scene.one(names[0]), opposite)
         covered = opposite if "only the" in question else match[1]
         assert re.findall("the (left|right|upper|lower) half", end) == [covered], (question, end)
-        seen = bool(re.search("stay in sight|still be|not disappear", end))
-        assert seen == (inside == ("only the" in question)), (question, end)
+        seen = inside == ("only the" in question)
+        visible, hidden = "stay in sight|still be|not disappear", "be hidden|out of sight|(?<!not )disappear|not be seen"
+        assert re.search(visible if seen else hidden, end) and "not be hidden" not in end, (question, end)
     elif "straight" in question:
         assert told[0] not in names[:2] and between(*map(scene.one, (told[0], *names[:2]))), (question, end)
     elif "left to right" in question:
@@ -474,7 +470,8 @@ def form(sentence):
                           (rf"\b(?:{COLOURS}|{SHAPES})\b", "C"), (r"\b(?:left|right|upper|lower)\b", "S"),
                           (r"\ban?\b|\bthe\b", "a"), (r"\b(?:is|are)\b", "is")):  # fmt: skip
         text = re.sub(pattern, mark, text)
-    text = re.sub(r"(?:# N|a N|one @|@)(?:(?:, | and | or )(?:# N|a N|one @|@))+|C(?:(?:, | and )C)+", "L", text)
+    text = re.sub(r"(?:# N|a N|one @|@)(?:(?:, | and | or )(?:# N|a N|one @|@))+", "L", text)
+    text = re.sub("C(?:(?:, | and )C)+", "Q", text)
     return re.sub(r"(?:higher up|lower down|upwards|downwards|up|down)(?: and)?(?: to a S)?|to a S", "W", text)
 
 

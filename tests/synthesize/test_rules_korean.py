@@ -163,6 +163,8 @@ def test_read_tells_grammar_from_truth():
     context = Context("", "", (), (*context.boxes, Box("green circle", 0.1, 0.6, 0.5, 0.95)))
     for text, holds in (
         ("색은 빨간색, 파란색입니다.", False), ("색은 빨간색, 파란색, 초록색입니다.", True),
+        ("도형은 왼쪽 위에 있습니다.", False), ("도형이 있는 곳은 왼쪽 위입니다.", False),
+        ("왼쪽 위에 작은 빨간 원 한 개가 있습니다.", True), ("오른쪽 위에 작은 빨간 원 한 개가 있습니다.", False),
         ("초록색 원만 모양이 다릅니다.", False), ("파란 정사각형만 모양이 다릅니다.", True),
         ("초록색 원은 빨간 원만큼 크지 않습니다.", False), ("빨간 원은 초록색 원만큼 크지 않습니다.", True),
         ("오른쪽으로 가장 멀리 있는 도형은 초록색 원입니다.", False),

@@ -124,6 +124,13 @@ def test_objects_of_one_name_are_told_together_or_one_by_one():
     assert 15 < sum(bool(apart.search(text)) for text in texts) < 45
 
 
+def test_a_shape_whose_position_is_unclear_is_described():
+    boxes = Box("red circle", 0.25, 0.25, 0.45, 0.45), Box("blue square", 0.75, 0.05, 0.95, 0.25)
+    rng, scene = random.Random(0), TeacherScene(Context("", "", (), boxes))
+    texts = [RulesTeacher(language).description(scene, rng).answer for language in ("en", "ko") for _ in range(20)]
+    assert all("red circle" in text or "빨간 원" in text for text in texts)
+
+
 def test_descriptions_add_facts_of_different_kinds():
     rng, added = random.Random(0), Counter()
     objects = {"total", "total_one", "list", "thing", "group", "group_at", "all_at", "nothing_else"}
@@ -184,6 +191,29 @@ def test_read_tells_grammar_from_truth():
         ("The red circle has the colour red.", False, False),
     ):  # fmt: skip
         assert read(text, context) == [(text, parsed, holds)]
+    third = Context("", "", (), (*context.boxes, Box("green ring", 0.4, 0.7, 0.6, 0.9)))
+    for phrase in ("Furthest {} is the {}.", "Nothing is further {} than the {}.", "The object furthest {} is the {}.",
+                   "Of all the objects, the one furthest {} is the {}.", "What is furthest {} is the {}.",
+                   "No object is further {} than the {}."):  # fmt: skip
+        for way, name in (("to the left", "red circle"), ("to the right", "blue square"), ("down", "green ring")):
+            for said in ("red circle", "blue square", "green ring"):
+                text = phrase.format(way, said)
+                assert read(text, third) == [(text, True, said == name)]
+    for text, holds in (
+        ("Of the red circle and the green ring, the red circle is higher up and to the left.", True),
+        ("Of the red circle and the green ring, the green ring is higher up and to the left.", False),
+        ("Of the red circle and the blue square, the green ring lies to the left.", False),
+        ("From the green ring, the blue square lies higher up and to the right.", True),
+        ("From the green ring, the red circle lies higher up and to the right.", False),
+        ("The red circle and the green ring differ in colour.", True),
+        ("The red circle and the green ring agree in shape.", False),
+        ("The colour of the red circle and of the green ring is the same.", False),
+        ("The colours are red, blue and green.", True), ("The colours are red and blue.", False),
+    ):  # fmt: skip
+        assert read(text, third) == [(text, True, holds)]
+    for text in ("The colours are a red circle and a blue square.",
+                 "The red circle is a blue square and a green ring."):  # fmt: skip
+        assert read(text, third) == [(text, False, False)]
     for text in (
         "There is two objects.", "There are two object.", "There are one object.", "There are a red circle.",
         "A red circle are at the top-left.", "Red circles is at the top-left.", "A red circles is at the top-left.",

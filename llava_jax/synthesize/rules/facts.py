@@ -176,7 +176,7 @@ def description(scene: Scene, rng: random.Random) -> Iterator[Fact]:
         yield rng.choice(openings)
     for name in scene.crowds:
         yield fact("crowd", n=Count(2, name))
-    one_by_one = scene.shapes and rng.random() < 0.5
+    one_by_one = scene.shapes and all(thing.position for thing in scene.objects) and rng.random() < 0.5
     yield from map(_thing, scene.objects) if one_by_one else _grouped(scene)
     ends = scene.shapes and rng.random() < 0.4
     least, most = (max(1, 3 - len(scene.counts)), 3 - ends) if scene.shapes else (4, 7)
@@ -204,7 +204,7 @@ def _grouped(scene: Scene) -> Iterator[Fact]:
 
 
 def _draw_mixed(facts: list[Fact], number: int, rng: random.Random) -> list[Fact]:
-    """Draws up to `number` facts, of one key only after every other key had its turn."""
+    """Draws up to `number` facts, and repeats a key only after every other key was drawn."""
     by_key: dict[str, list[Fact]] = {}
     for one in rng.sample(facts, len(facts)):
         by_key.setdefault(one.key, []).append(one)
@@ -268,9 +268,10 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
         if larger(a, b):
             yield fact("larger", **names)
         if scene.shapes:
-            yield fact("same_colour" if a.name.colour == b.name.colour else "other_colour", **names, c=a.name)
+            one_colour, one_shape = a.name.colour == b.name.colour, a.name.noun == b.name.noun
+            yield fact("same_colour", **names, c=a.name) if one_colour else fact("other_colour", **names)
             shape = Count(2, Name(a.name.noun))
-            yield fact("same_shape" if a.name.noun == b.name.noun else "other_shape", **names, n=shape)
+            yield fact("same_shape", **names, n=shape) if one_shape else fact("other_shape", **names)
     for c, a, b, inside in scene.middles:
         if inside:
             yield fact("between", c=c.name.plain, a=a.name.plain, b=b.name.plain)
