@@ -409,8 +409,8 @@ def conclusion(end, question, scene):
         covered = opposite if "only the" in question else match[1]
         assert re.findall("the (left|right|upper|lower) half", end) == [covered], (question, end)
         seen = inside == ("only the" in question)
-        visible, hidden = "stay in sight|still be|not disappear", "be hidden|out of sight|(?<!not )disappear|not be seen"
-        assert re.search(visible if seen else hidden, end) and "not be hidden" not in end, (question, end)
+        seeing, hidden = "stay in sight|still be|not disappear", "be hidden|out of sight|(?<!not )disappear|not be seen"
+        assert re.search(seeing if seen else hidden, end) and "not be hidden" not in end, (question, end)
     elif "straight" in question:
         assert told[0] not in names[:2] and between(*map(scene.one, (told[0], *names[:2]))), (question, end)
     elif "left to right" in question:
