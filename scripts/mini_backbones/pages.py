@@ -17,8 +17,8 @@ from mini_backbones.common import BOS, EOS, Encoder, annotate
 OTHER_WEIGHT = 0.05
 """Weight of tokens that are no answer, caption or looked-up word: a question, a description."""
 LONG_WEIGHT, REASON_WEIGHT, FACT_WEIGHT = 0.3, 1.0, 2.0
-"""Weights of captions and long answers, of which many wordings are right: of their words in general; in reasoning,
-where a conclusion can be any word; and of words that say a size, colour, shape, place or number."""
+"""Weights of captions and long answers, of which many wordings are right: of most words; of the words of
+reasoning, any of which may decide a conclusion; and of words that say a size, colour, shape, place or number."""
 FORMS = {"grid": 0.6, "list": 0.1, "text": 0.15, "sentences": 0.15}
 """Forms of descriptions, with their share. `grid`: one sum of words for each patch of a picture. `text`: "top-left
 small red circle, centre ...". `list`: the same with neighbouring words summed. `sentences`: as the teacher writes."""

@@ -200,9 +200,7 @@ def statement(text, scene):
         claim(beside(scene.one(match[1]), scene.one(match[3]), match[2]), "side")
         for again in re.finditer(rf"the ({NAME}) is ({SIDE}) the ({NAME})", text[match.end() - len(match[3]) - 4 :]):
             claim(beside(scene.one(again[1]), scene.one(again[3]), again[2]), "side")
-    if match := re.match(
-        rf"(?:look )?({SIDE}) the ({NAME}) (?:is|one can see|and you see) the ({NAME})$", text
-    ):
+    if match := re.match(rf"(?:look )?({SIDE}) the ({NAME}) (?:is|one can see|and you see) the ({NAME})$", text):
         claim(beside(scene.one(match[3]), scene.one(match[2]), match[1]), "side")
     from_one = r"(?:(?:as )?seen from|from|relative to|compared with|look from|start at) the"
     if match := re.match(rf"{from_one} ({NAME}),(?: and)? the ({NAME}) (?:is|lies) ({WAY})$", text):
@@ -210,8 +208,6 @@ def statement(text, scene):
     if match := re.match(rf"of the ({NAME}) and the ({NAME}), the ({NAME}) (?:is|lies) ({WAY})$", text):
         [other] = {match[1], match[2]} - {match[3]}
         claim(beside(scene.one(match[3]), scene.one(other), match[4]), "side")
-    if match := re.match(rf"the ({NAME}) has the ({NAME}) ({WAY}) of it$", text):
-        claim(beside(scene.one(match[2]), scene.one(match[1]), match[3]), "side")
     # sizes
     more = r"is (?:larger|bigger) than|takes up more of the picture than|looks larger than|beats"
     less = r"is smaller than|takes up less of the picture than|is not as large as"
@@ -245,12 +241,11 @@ def statement(text, scene):
         what = (match[2] or match[4]) == "shape"
         odd = scene.one(match[1] or match[3]).category.split()[what]
         claim(Counter(box.category.split()[what] for box in scene.boxes)[odd] == 1, "odd")
-    if match := re.search(rf"the ({NAME}) is nearer to the ({NAME}) than the ({NAME})", text):
-        claim(near(scene, match[2], match[1], match[3]), "near")
-    if match := re.search(rf"the way from the ({NAME}) to the ({NAME}) is shorter than to the ({NAME})", text):
-        claim(near(scene, match[1], match[2], match[3]), "near")
-    if match := re.search(rf"the ({NAME}) is further from the ({NAME}) than the ({NAME})", text):
-        claim(near(scene, match[2], match[3], match[1]), "near")
+    for pattern, order in ((rf"the ({NAME}) is nearer to the ({NAME}) than the ({NAME})", (2, 1, 3)),
+                           (rf"the way from the ({NAME}) to the ({NAME}) is shorter than to the ({NAME})", (1, 2, 3)),
+                           (rf"the ({NAME}) is further from the ({NAME}) than the ({NAME})", (2, 3, 1))):  # fmt: skip
+        if match := re.search(pattern, text):
+            claim(near(scene, *(match[i] for i in order)), "near")
     # places
     if match := re.search(
         r"(?:in|of|to|within|leaves) the (left|right|upper|lower) half|^the (left|right|upper|lower) half", text
