@@ -31,8 +31,6 @@ HALVES = {"왼쪽": "left", "오른쪽": "right", "위쪽": "upper", "아래쪽"
 COLOUR = "|".join(COLOUR_NOUNS)
 A, B = rf"(?P<a>{NAME})", rf"(?P<b>{NAME})"
 WHAT = rf"(?P<what>{COLOUR}|{NAME})"
-BOTH_ARE = (rf"{A}[과와] {B}(?:[은는] 둘 다|의 색은 모두) {WHAT}입니다", rf"{A}도 {B}도 {WHAT}입니다",
-            rf"{WHAT}[은는] {A}[과와] {B}의 색입니다")  # fmt: skip
 LARGER = (rf"{A}[은는이가] {B}보다 (?:더 )?(?:큽|커|그림을)", rf"{B}[은는이가] {A}보다 (?:더 )?작",
           rf"{B}보다 {A}[이가] 큽", rf"{B}[은는] {A}만큼 크지 않", rf"{A}에 비해 {B}[은는] 작",
           rf"{A}[과와] {B} 중에서 (?P=a)[이가] 더 큽", rf"{B}[과와] {A} 중에서 (?P=a)[이가] 더 큽",
@@ -157,19 +155,16 @@ def claims(sentence, boxes):
             yield "place", bool(found) and (any if says_one else all)(is_at(box, places[0]) for box in found)
     if match := re.search(rf"({'|'.join(HALVES)}) 절반", sentence):
         [name] = names
-        yield "half", rules_reader.in_half(one(name), HALVES[match[1]])
+        seen = re.search("가려도|가려져도", sentence)
+        assert not re.search("가[려리]", sentence) or bool(seen) == bool(re.search("그대로|지지 않|있습니다", sentence))
+        yield "half", rules_reader.in_half(one(name), HALVES[match[1]]) != bool(seen)
     for match in all_of(LARGER, sentence):
         yield "size", area(one(match["a"])) > 1.3 * area(one(match["b"]))
     for match in all_of(NEARER, sentence):
         near, far = (distance(one(match["a"]), one(match[word])) for word in ("near", "far"))
         yield "near", near < far
-    for match in all_of(BOTH_ARE, sentence):
+    for match in re.finditer(rf"{A}도 {B}도 {WHAT}입니다", sentence):
         yield "both", all(is_a(one(match[i]), match["what"]) for i in "ab")
-    alike = "(?:같은|다른) (?:색|모양)입니다|(?:색|모양)[이은] (?:같|다릅|서로)|(?:색|모양)과 다르지 않"
-    if match := re.search(alike, sentence):
-        if len(names) == 2:
-            first, second = (one(name).category.split()["모양" in match[0]] for name in names)
-            yield "alike", (first == second) != bool(re.search("다른|다릅|같지 않", sentence))
     for colours in re.findall(rf"(?:{COLOUR})(?:, (?:{COLOUR}))+", sentence):
         said = sorted(COLOUR_NOUNS[colour] for colour in colours.split(", "))
         yield "colours", said == sorted({box.category.split()[0] for box in boxes})
@@ -218,7 +213,7 @@ def read(answer, context):
         try:
             told = [] if CONCLUSION.search(text) else [holds for _, holds in claims(text, context.boxes)]
             holds = False if unknown(text, context.boxes) else all(told) if told else None
-        except (IndexError, KeyError, ValueError):
+        except (AssertionError, IndexError, KeyError, ValueError):
             pass  # it names an object that is not there, or one of several
         found.append((text, parsed, parsed and holds))
     return found

@@ -7,7 +7,25 @@ from collections import Counter
 
 import pytest
 from drawn_scenes import shapes
-from korean_reader import COLOURS, NAME, NOUNS, NUM, NUMBERS, PLACE, SIDE, claims, find, form, is_at, is_beside, read
+from korean_reader import (
+    COLOUR,
+    COLOURS,
+    HALVES,
+    NAME,
+    NOUNS,
+    NUM,
+    NUMBERS,
+    PLACE,
+    SIDE,
+    claims,
+    find,
+    form,
+    is_a,
+    is_at,
+    is_beside,
+    read,
+)
+from rules_reader import in_half
 
 from llava_jax.annotations.boxes import Box
 from llava_jax.annotations.context import Context
@@ -59,6 +77,18 @@ def test_short_answers_and_conclusions_hold():
                 number = "" if re.search("없|않", answer) else re.search(NUM, answer)[0].split()[0]
                 assert NUMBERS.index(number) == len(find(names[0] if names else "도형", boxes)), (asked, answer, boxes)
                 seen["count"] += 1
+            elif kind == "conversation" and (match := re.search(rf"({'|'.join(HALVES)}) 절반", asked)):
+                [box] = find(names[0], boxes)
+                assert answer.startswith("네, " if in_half(box, HALVES[match[1]]) else "아니요, ")
+                told = re.findall(rf"({'|'.join(HALVES)}) 절반", answer)
+                assert all(in_half(box, HALVES[half]) for half in told), (asked, answer, boxes)
+                seen["half"] += 1
+            elif match := re.search("(색|모양)이 같나요|같은 (색|모양)인가요", asked):
+                words = {find(name, boxes)[0].category.split()["모양" in match[0]] for name in names}
+                assert answer.startswith("네, " if len(words) == 1 else "아니요, "), (asked, answer, boxes)
+                assert all(any(is_a(box, word) for word in re.findall(rf"{COLOUR}|{NAME}", answer)) for box in
+                           (find(name, boxes)[0] for name in names)), (asked, answer, boxes)
+                seen["same"] += 1
             elif kind == "conversation" and "어느" not in asked and re.fullmatch(
                 rf".*({NAME})(?:이|가|을|를|도) ?(?:있나요|보이나요|찾을 수 있나요)\?", asked
             ):
@@ -81,7 +111,7 @@ def test_short_answers_and_conclusions_hold():
                 box, place = find(names[0], boxes)[0], re.findall(PLACE, answer)[-1]
                 assert is_at(Box(box.category, 1 - box.x2, box.y1, 1 - box.x1, box.y2), place), (asked, answer, box)
                 seen["mirror"] += 1
-    assert len(seen) == 6 and min(seen.values()) > 10, seen
+    assert len(seen) == 8 and min(seen.values()) > 10, seen
 
 
 def test_particles_follow_their_last_letter():
@@ -145,15 +175,16 @@ def test_read_tells_grammar_from_truth():
         ("초록색 고리는 초록색 고리의 왼쪽에 있습니다.", True, False), ("도형이 있습니다 두 개 있.", False, False),
         ("빨간 원은 파란 정사각형 사이에 있습니다.", False, False), ("가장 왼쪽에 도형이 있습니다.", True, False),
         ("빨간 원는 왼쪽 위에 있습니다.", False, False), ("빨간 원가 왼쪽 위에 있습니다.", False, False),
-        ("빨간 원와 파란 정사각형는 같은 색입니다.", False, False), ("빨간 원를 볼 수 있습니다.", False, False),
-        ("빨간 원과 파란 정사각형은 둘 다 원입니다.", True, False), ("원은 없습니다.", True, False),
-        ("빨간 원과 파란 정사각형은 모양이 같습니다.", True, False), ("고리는 없습니다.", True, True),
-        ("빨간 원과 파란 정사각형은 색이 같습니다.", True, False),
+        ("빨간 원와 파란 정사각형가 보입니다.", False, False), ("빨간 원를 볼 수 있습니다.", False, False),
+        ("빨간 원도 파란 정사각형도 원입니다.", True, False), ("원은 없습니다.", True, False),
+        ("고리는 없습니다.", True, True), ("왼쪽 절반이 가려지므로 빨간 원은 보이지 않게 됩니다.", True, True),
+        ("왼쪽 절반이 가려져도 빨간 원은 그대로 보입니다.", True, False),
+        ("왼쪽 절반을 가려도 파란 정사각형은 사라지지 않습니다.", True, True),
         ("빨간 원도 파란 정사각형도 빨간색입니다.", True, False),
         ("빨간 원은 그림의 오른쪽 절반 안에 있습니다.", True, False), ("색은 노란색, 분홍색입니다.", True, False),
         ("빨간 원은 그림의 왼쪽 절반 안에 있습니다.", True, True), ("색은 빨간색, 파란색입니다.", True, True),
         ("도형 중 두 개는 노란색입니다.", True, False), ("도형 중 두 개는 빨간색입니다.", True, False),
-        ("노란 고리만 색이 다릅니다.", True, False), ("빨간 원은 파란 정사각형과 같은 모양입니다.", True, False),
+        ("노란 고리만 색이 다릅니다.", True, False),
         ("따라서 답은 노란 고리입니다.", True, False), ("따라서 답은 빨간 원입니다.", True, None),
         ("왼쪽 위에는 아무것도 없습니다.", True, False), ("왼쪽 아래에는 아무것도 없습니다.", True, True),
         ("둘 다 노란색입니다.", True, False), ("그것이 전부입니다.", True, None), ("고리은 없습니다.", False, False),
@@ -163,7 +194,7 @@ def test_read_tells_grammar_from_truth():
     context = Context("", "", (), (*context.boxes, Box("green circle", 0.1, 0.6, 0.5, 0.95)))
     for text, holds in (
         ("색은 빨간색, 파란색입니다.", False), ("색은 빨간색, 파란색, 초록색입니다.", True),
-        ("도형은 왼쪽 위에 있습니다.", False), ("도형이 있는 곳은 왼쪽 위입니다.", False),
+        ("도형은 왼쪽 위에 있습니다.", False),
         ("왼쪽 위에 작은 빨간 원 한 개가 있습니다.", True), ("오른쪽 위에 작은 빨간 원 한 개가 있습니다.", False),
         ("초록색 원만 모양이 다릅니다.", False), ("파란 정사각형만 모양이 다릅니다.", True),
         ("초록색 원은 빨간 원만큼 크지 않습니다.", False), ("빨간 원은 초록색 원만큼 크지 않습니다.", True),

@@ -75,6 +75,8 @@ def questions(scene: Scene, rng: random.Random, pairs: Pairs = PAIRS) -> dict[st
         "what_at": [[fact("what_at", n=Count(1, t.name), p=Position(t.position)) for t in things if _alone(t, scene)]],
         "all_at": [together],
         "larger": [[fact("larger", a=a.name.plain, b=b.name.plain) for a, b in scene.pairs if larger(a, b)]],
+        "half": [[fact("half_yes" if inside else "half_no", a=t.name.plain, s=Side(half), o=Side(OPPOSITE[half]))
+                  for t in scene.unique for half, inside in _halves(t)]],
         "caption": [[fact("caption", text=text) for text in scene.captions if not scene.shapes]],
         "sign": [[fact("sign", a=Name("sign", colour), w=tuple(Name(noun) for noun in text.split(" ")))
                   for colour, text in scene.signs]],
@@ -85,9 +87,10 @@ def questions(scene: Scene, rng: random.Random, pairs: Pairs = PAIRS) -> dict[st
                         for name in _refer(t, scene, ("noun",), ("size", "noun"), at=True)]],
             "shape": [[fact("shape", t.name, a=name, b=Name(t.name.noun)) for t in things
                        for name in _refer(t, scene, ("colour",), ("size", "colour"), at=True)]],
-            "same_colour": [[fact("same_colour" if a.name.colour == b.name.colour else "other_colour",
-                                  a=a.name.plain, b=b.name.plain, c=a.name, d=b.name) for a, b in scene.pairs]],
         }  # fmt: skip
+        alike = [one for pair in scene.pairs for one in _alike(*pair)]
+        for what in ("colour", "shape"):
+            found[f"same_{what}"] = [[one for one in alike if one.key == f"{key}_{what}"] for key in ("same", "other")]
     return {kind: groups for kind, lists in found.items() if (groups := [facts for facts in lists if facts])}
 
 
@@ -267,11 +270,6 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
             yield fact("side", **names, s=Side(word))
         if larger(a, b):
             yield fact("larger", **names)
-        if scene.shapes:
-            one_colour, one_shape = a.name.colour == b.name.colour, a.name.noun == b.name.noun
-            yield fact("same_colour", **names, c=a.name) if one_colour else fact("other_colour", **names)
-            shape = Count(2, Name(a.name.noun))
-            yield fact("same_shape", **names, n=shape) if one_shape else fact("other_shape", **names)
     for c, a, b, inside in scene.middles:
         if inside:
             yield fact("between", c=c.name.plain, a=a.name.plain, b=b.name.plain)
@@ -294,6 +292,14 @@ def _further(scene: Scene, rng: random.Random) -> Iterator[Fact]:
                 others = [other for other in scene.objects if other is not thing]
                 if others and all(word in side(thing, other).split("-") for other in others):
                     yield fact("furthest", a=thing.name.plain, s=Side(word))
+
+
+def _alike(a: SceneObject, b: SceneObject) -> Iterator[Fact]:
+    """Yields whether two coloured shapes have the same colour, and whether they have the same shape."""
+    names = {"a": a.name.plain, "b": b.name.plain}
+    yield fact("same_colour" if a.name.colour == b.name.colour else "other_colour", **names, c=a.name, d=b.name)
+    shapes = {"n": Count(2, Name(a.name.noun)), "e": Name(a.name.noun), "f": Name(b.name.noun)}
+    yield fact("same_shape" if a.name.noun == b.name.noun else "other_shape", **names, **shapes)
 
 
 def _alone(thing: SceneObject, scene: Scene) -> bool:
