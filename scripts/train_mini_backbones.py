@@ -3,14 +3,14 @@
 LLaVA starts from a CLIP and a LLaMA that others trained; the miniature's are made here, with the model code of
 the library:
 
-    JAX_PLATFORMS=cpu python scripts/train_mini_backbones.py [--out DIR] [--part tokenizer vision language]
+    JAX_PLATFORMS=cpu python scripts/train_mini_backbones.py [--out DIR] [--part tokenizer vision language tuning]
 
 - `tokenizer`: as LLaMA's (BPE over a text with a leading space, bytes for unseen characters), 1,280 pieces. Its text is
   the rules teacher's, in English and Korean.
 - `vision`: contrastive, as CLIP. Regions of pictures (patches of the layer that LLaVA reads, averaged) against
   captions that name some of an object's size, colour, shape and position ("a red object at the top"); every
-  matching caption is right. Whole pictures (class token) against whole captions. A part of the pictures is grey. The
-  held-back colour-shape pairs appear in no picture.
+  matching caption is right. Whole pictures (class token) against whole captions. A part of the pictures has mixed
+  colours, which no caption names. The held-back colour-shape pairs appear in no picture.
 - `language`: next-word prediction on text of the domain: descriptions, captions, restatements, questions with short
   answers, and the teacher's long answers; a part in Korean. A language model has read of every colour and shape, so
   its text names the held-back pairs too. Half of the descriptions are not sentences: one position stands for one
@@ -28,59 +28,57 @@ weigh more than the others, and lists are restated in reading order, as a descri
 tunings follow, as Vicuna is tuned from LLaMA: a short one teaches the chat template of stage 2 to the token, a longer
 one long answers, and the last one conclusions, by three long answers a page.
 
-Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
+The tunings start from the saved decoder, so `--part tuning` alone gives the same weights, and suits new phrases of the
+teacher. Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """
 
 import argparse
 import hashlib
 import json
 import time
-from functools import partial
 from pathlib import Path
 
-from mini_backbones.common import LANGUAGE_STEPS, VISION_STEPS, Encoder, write_json
-from mini_backbones.language import make_language
+from mini_backbones.common import LANGUAGE_STEPS, LONG_STEPS, VISION_STEPS, Encoder, write_json
+from mini_backbones.language import make_language, tune_language
 from mini_backbones.tokenizer import make_tokenizer
 from mini_backbones.vision import make_vision
 
 from llava_jax.data.workers import keep_freed_memory
 
+PARTS = ("tokenizer", "vision", "language", "tuning")
 OUT = Path(__file__).parents[1] / "llava_jax" / "data" / "mini"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--part",
-        nargs="+",
-        choices=("tokenizer", "vision", "language"),
-        default=["tokenizer", "vision", "language"],
-    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS)
     parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
+    parser.add_argument("--tuning-steps", type=int, default=LONG_STEPS, help="maximum of each tuning")
     args = parser.parse_args()
     keep_freed_memory()  # before XLA starts threads; a step faulted its buffers in anew, a third of its time
     args.out.mkdir(parents=True, exist_ok=True)
     record = args.out / "scores.json"
+    encode = lambda: Encoder(args.out / "language")  # noqa: E731
     makers = {
-        "vision": partial(make_vision, args.out, args.seed, args.vision_steps),
-        "language": lambda: make_language(args.out, Encoder(args.out / "language"), args.seed, args.language_steps),
+        "vision": lambda: make_vision(args.out, args.seed, args.vision_steps),
+        "language": lambda: make_language(args.out, encode(), args.seed, args.language_steps),
+        "tuning": lambda: tune_language(args.out, encode(), args.seed, args.tuning_steps),
     }
     if "tokenizer" in args.part:
         make_tokenizer(args.out / "language", args.seed)
-    for part in ("vision", "language"):
+    for part in PARTS[1:]:
         if part in args.part:
             start = time.perf_counter()
             scores = makers[part]()
             seconds = round(time.perf_counter() - start)
-            digest = hashlib.sha256((args.out / part / "model.safetensors").read_bytes()).hexdigest()
+            file = args.out / ("vision" if part == "vision" else "language") / "model.safetensors"
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
             known = json.loads(record.read_text()) if record.exists() else {}
-            write_json(
-                record,
-                known | {part: {"seed": args.seed, "seconds": seconds, "sha256": digest, "scores": scores}},
-            )
+            write_json(record, known | {part: {"seed": args.seed, "seconds": seconds, "sha256": digest,
+                                               "scores": scores}})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.annotations import korean
@@ -124,16 +125,30 @@ def train(name: str, loss, parameters: Parameters, batches, steps: int, peak: fl
 
 
 def save(folder: Path, parameters: Parameters, config: dict) -> None:
-    """Hugging Face's layout of a part alone, float32."""
+    """Writes a part alone in Hugging Face's layout, float32."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {path: np.asarray(value) for path, value in parameters.items()}
     tensors = {}
-    for name, place in tables.tensor_mappings({path: array.shape for path, array in arrays.items()}).items():
+    for name, place in _tensor_names(parameters).items():
         array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer]
-        name = name.replace("vision_tower.", "").replace("language_model.", "")
         tensors[name] = np.ascontiguousarray(place.transform.to_hf(array))
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     write_json(folder / "config.json", config)
+
+
+def load(folder: Path, parameters: Parameters) -> Parameters:
+    """Returns what `save` wrote, for parameters of these shapes."""
+    tensors, arrays = load_file(folder / "model.safetensors"), {k: np.array(v) for k, v in parameters.items()}
+    for name, place in _tensor_names(parameters).items():
+        array = arrays[place.path][... if place.layer is None else place.layer]
+        array[...] = place.transform.from_hf(tensors[name], array.shape)
+    return {path: jnp.asarray(array) for path, array in arrays.items()}
+
+
+def _tensor_names(parameters: Parameters) -> dict:
+    """Returns the place of each tensor of Hugging Face's layout, by its name in a file of the part alone."""
+    places = tables.tensor_mappings({path: value.shape for path, value in parameters.items()})
+    return {re.sub("vision_tower.|language_model.", "", name): place for name, place in places.items()}
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -25,6 +25,7 @@ from mini_backbones.common import (
     LONG_STEPS,
     LOOKUP_STEPS,
     Encoder,
+    load,
     save,
     start,
     train,
@@ -93,14 +94,11 @@ class Language(nnx.Module):
         self.decoder = Llama(LANGUAGE, rngs=rngs)
 
 
-def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 2e-3, chat_peak: float = 5e-4,
-                  long_peak: float = 1e-3, dense_peak: float = 1.5e-3) -> dict:
-    """Trains the decoder, and then tunes it on the chat template and on long answers, as Vicuna is made from LLaMA."""
+def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 2e-3) -> dict:
+    """Trains the decoder. Its text is not yet the template's."""
     graph, parameters = to_params(Language(nnx.Rngs(seed)))
     parameters = look_back(start(parameters, {r".*/kernel|decoder/embedding": 3}))
     rng = random.Random(f"{seed} text")
-    guess = jax.jit(lambda parameters, batch: next_word_scores(graph, parameters, batch).argmax(-1))
-    scores = {}
 
     def batches(step: int) -> dict:
         if step <= LOOKUP_STEPS:
@@ -108,32 +106,44 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
         mix = pages.LATE if step > LATE_STEPS else pages.EARLY
         return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
-    def chats(step: int, mix: pages.Mix) -> dict:
-        return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
+    watch = Watch(out, graph, encode, seed)
+    train("language", partial(language_loss, graph), parameters, batches, steps, peak, watch)
+    return watch.scores
 
-    def watch(step: int, parameters: Parameters, chat: bool = False) -> None:
-        right = partial(score_language, partial(guess, parameters), encode, seed=seed, chat=chat)
-        scores.update({name: right(*how) for name, how in SCORED.items()})
-        print(f"language step {step} {scores}", flush=True)
-        save(
-            out / "language",
-            parameters,
-            configs.hf_text(LANGUAGE, LANGUAGE.vocab_size)
-            | {
-                "architectures": ["LlamaForCausalLM"],
-                "bos_token_id": BOS,
-                "eos_token_id": EOS,
-                "pad_token_id": 0,
-            },
-        )
 
-    loss = partial(language_loss, graph)
-    parameters = train("language", loss, parameters, batches, steps, peak, watch)
+def tune_language(out: Path, encode: Encoder, seed: int, steps: int, chat_peak: float = 5e-4, long_peak: float = 1e-3,
+                  dense_peak: float = 1.5e-3) -> dict:
+    """Tunes the saved decoder on the chat template and on long answers, as Vicuna is made from LLaMA.
+
+    `steps` is the maximum of each of the three tunings.
+    """
+    graph, parameters = to_params(Language(nnx.Rngs(seed)))
+    parameters = load(out / "language", parameters)
+    watch = Watch(out, graph, encode, seed, chat=True)
     for name, mix, most, rate in (
         ("chat", pages.CHAT, CHAT_STEPS, chat_peak), ("long answers", pages.LONG, LONG_STEPS, long_peak),
         ("dense long answers", pages.DENSE, DENSE_STEPS, dense_peak),
     ):  # fmt: skip
         rng = random.Random(f"{seed} {name}")
-        parameters = train(name, loss, parameters, partial(chats, mix=mix), min(most, steps), rate,
-                           partial(watch, chat=True))
-    return scores
+        parameters = train(name, partial(language_loss, graph), parameters, partial(chat_batch, encode, rng, mix),
+                           min(most, steps), rate, watch)
+    return watch.scores
+
+
+def chat_batch(encode: Encoder, rng: random.Random, mix: pages.Mix, step: int) -> dict:
+    return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
+
+
+class Watch:
+    """Scores answers and saves the decoder, called now and then."""
+
+    def __init__(self, out: Path, graph, encode: Encoder, seed: int, chat: bool = False):
+        self.folder, self.encode, self.options, self.scores = out / "language", encode, {"seed": seed, "chat": chat}, {}
+        self.guess = jax.jit(lambda parameters, batch: next_word_scores(graph, parameters, batch).argmax(-1))
+
+    def __call__(self, step: int, parameters: Parameters) -> None:
+        right = partial(score_language, partial(self.guess, parameters), self.encode, **self.options)
+        self.scores = {name: right(*how) for name, how in SCORED.items()}
+        print(f"language step {step} {self.scores}", flush=True)
+        names = {"architectures": ["LlamaForCausalLM"], "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
+        save(self.folder, parameters, configs.hf_text(LANGUAGE, LANGUAGE.vocab_size) | names)

@@ -23,8 +23,8 @@ from mini_backbones.common import VISION, save, start, train, write_json
 REGIONS, REGION_TOKENS, SCENE_TOKENS = 5, 12, 40
 SHARES = (0.25, 0.5, 0.6, 0.45)
 """How often a region's caption names the size, the colour, the shape and the place."""
-GREY = 0.3
-"""Share of the pictures that are shown without colours, and whose captions name none: so a shape is known by its
+RECOLOURED = 0.3
+"""Share of the pictures whose colours are mixed at random, and whose captions name none: so a shape is known by its
 outline, whatever its colour."""
 ATTRIBUTES = {
     word: i + 1
@@ -135,7 +135,7 @@ def cell_patches(cell: int) -> list[int]:
 
 def region_batch(pictures: tuple, rng: random.Random, size: int) -> dict[str, np.ndarray]:
     """Pictures, the patches of their regions (objects and one empty cell), and a caption of each that names
-    some attributes. Grey pictures have no caption of the whole.
+    some attributes. Recoloured pictures have no caption of the whole.
     """
     scenes_, images = pictures
     weights = np.zeros((size, REGIONS, VISION.patches), np.float32)
@@ -145,10 +145,11 @@ def region_batch(pictures: tuple, rng: random.Random, size: int) -> dict[str, np
         np.zeros((size, SCENE_TOKENS), np.int32),
     )
     chosen = [rng.randrange(len(images)) for _ in range(size)]
-    grey = np.array([rng.random() < GREY for _ in range(size)])
+    recoloured = np.array([rng.random() < RECOLOURED for _ in range(size)])
     for b, objects in enumerate(scenes_[i] for i in chosen):
         empty = rng.choice(sorted(set(range(9)) - {thing.cell for thing in objects}))
-        regions = [((o.size, "" if grey[b] else o.colour, o.shape, o.position), list(covered(o))) for o in objects]
+        regions = [((o.size, "" if recoloured[b] else o.colour, o.shape, o.position), list(covered(o)))
+                   for o in objects]
         regions.append((("", "", "background", scenes.POSITIONS[empty]), cell_patches(empty)))
         for r, (words, patches) in enumerate(regions):
             # A part of the patches, so that each of them comes to tell of the whole object.
@@ -164,9 +165,11 @@ def region_batch(pictures: tuple, rng: random.Random, size: int) -> dict[str, np
             ids = word_ids(region_caption(words, named))
             texts[b, r, : len(ids)] = ids
         ids = word_ids(rng.choice(scenes.captions(objects)))[:SCENE_TOKENS]
-        captions[b, : len(ids)] = 0 if grey[b] else ids
+        captions[b, : len(ids)] = 0 if recoloured[b] else ids
     pixels = images[chosen]
-    pixels[grey] = pixels[grey].mean(-1, keepdims=True)
+    for b in np.flatnonzero(recoloured):
+        mix = np.array([[rng.random() ** 2 for _ in range(3)] for _ in range(3)])
+        pixels[b] = pixels[b] @ (mix / mix.sum(0))
     return {
         "images": pixels,
         "weights": weights,
