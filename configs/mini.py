@@ -158,7 +158,7 @@ def recipe() -> MiniRecipe:
                 data=Data(path=f"{data}/instructions.json", validation=f"{data}/instructions_validation.json",
                           sequence_length=336, tiles_per_sequence=2),
                 optimizer=Optimizer(b2=0.98, clip=1.0),
-                batch_size=12, steps=80, remat="none",
+                batch_size=12, steps=240, remat="none",
             ),
         },
         output="runs/mini",

@@ -11,7 +11,7 @@ from llava_jax.annotations.scene import Scene, coloured_name
 from llava_jax.files import write_file, write_json_lines
 from llava_jax.synthesize.rules.teacher import SHORT_TURNS, QuestionAnswer, RulesTeacher, kinds_of
 
-LONG_SHARE = 0.15
+LONG_SHARE = 0.5
 """Fraction of the conversations that end with a description or with reasoning."""
 
 
