@@ -28,8 +28,9 @@ weigh more than the others, and lists are restated in reading order, as a descri
 tunings follow, as Vicuna is tuned from LLaMA: a short one teaches the chat template of stage 2 to the token, a longer
 one long answers, and the last one conclusions, by three long answers a page.
 
-The tunings start from the saved decoder, so `--part tuning` alone gives the same weights, and suits new phrases of the
-teacher. Everything is seeded. `scores.json` records seconds, seed, sha256 and the results of probes and questions.
+The tunings start from the saved decoder. After `--part language` a process of their own gives the same weights as one
+for both. A decoder that is tuned already is tuned on, which suits new phrases of the teacher. Everything is seeded.
+`scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """
 
 import argparse
