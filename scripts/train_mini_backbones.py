@@ -24,12 +24,12 @@ words, then sentences: the last ones alone are not learned. Words that belong to
 neighbouring positions, for which attention has biases. At the start they let three heads look one, two and three
 positions back; heads that have to find this themselves do so with some seeds only. In the later part of the text,
 questions that are learned last (counting, existence) and long answers come more often. There the words that say a fact
-weigh more than the others, and lists are restated in reading order, as a description goes through a picture. Three
-tunings follow, as Vicuna is tuned from LLaMA: a short one teaches the chat template of stage 2 to the token, a longer
-one long answers, and the last one conclusions, by three long answers a page.
+weigh more than the others, and lists are restated in reading order, as a description goes through a picture. A tuning
+follows, as Vicuna is tuned from LLaMA: three long answers a page, conclusions above all, in the chat template of stage
+2 to the token. The decoder's kernels are updated by Muon, with which looking up forms in a third of AdamW's steps.
 
-The tunings start from the saved decoder. After `--part language` a process of their own gives the same weights as one
-for both. A decoder that is tuned already is tuned on, which suits new phrases of the teacher. Everything is seeded.
+The tuning starts from the saved decoder. After `--part language` a process of its own gives the same weights as one for
+both. A decoder that is tuned already is tuned on, which suits new phrases of the teacher. Everything is seeded.
 `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """
 
@@ -39,7 +39,7 @@ import json
 import time
 from pathlib import Path
 
-from mini_backbones.common import LANGUAGE_STEPS, LONG_STEPS, VISION_STEPS, Encoder, write_json
+from mini_backbones.common import LANGUAGE_STEPS, TUNING_STEPS, VISION_STEPS, Encoder, write_json
 from mini_backbones.language import make_language, tune_language
 from mini_backbones.tokenizer import make_tokenizer
 from mini_backbones.vision import make_vision
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS)
     parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
-    parser.add_argument("--tuning-steps", type=int, default=LONG_STEPS, help="maximum of each tuning")
+    parser.add_argument("--tuning-steps", type=int, default=TUNING_STEPS)
     args = parser.parse_args()
     keep_freed_memory()  # before XLA starts threads; a step faulted its buffers in anew, a third of its time
     args.out.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,7 @@ from llava_jax.weights import tables
 BOS, EOS = 1, 2
 WATCH_STEPS = 500
 """Steps between looks at what is being trained."""
-VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS = 1200, 18_000, 3000, 7000
-CHAT_STEPS, LONG_STEPS, DENSE_STEPS = 400, 12_000, 10_000
+VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS, TUNING_STEPS = 1200, 9000, 1200, 2400, 8000
 VISION = VisionConfig(image_size=scenes.SIZE, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4,
                       num_heads=4)
 LANGUAGE = LlamaConfig(
@@ -100,17 +99,34 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(step / 100, 1, (steps + 1 - step) / (0.25 * steps))
 
 
-def train(name: str, loss, parameters: Parameters, batches, steps: int, peak: float, watch=None) -> Parameters:
-    """AdamW. `batches(step)` gives what `loss` takes beside the parameters; `watch` looks on now and then."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.98), optax.add_decayed_weights(0.01)
-    )
+def adamw() -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98), optax.add_decayed_weights(0.01), optax.scale(-1))
+
+
+def muon() -> optax.GradientTransformation:
+    """Muon for the layers' kernels, with updates as large as Adam's (arXiv 2502.16982), and NAdam for all else."""
+    return optax.contrib.muon(1.0, weight_decay=0.01, adam_b2=0.98, consistent_rms=0.2,
+                              muon_weight_dimension_numbers=_kernel_axes)
+
+
+def _kernel_axes(parameters: Parameters) -> dict:
+    """Returns the axes that a kernel of stacked layers reduces, and those that it makes; None for all else."""
+    heads = {"o_proj": ((1, 2), (3,)), "q_proj": ((1,), (2, 3)), "k_proj": ((1,), (2, 3)), "v_proj": ((1,), (2, 3))}
+    axes = {path: heads.get(path.split("/")[-2], ((1,), (2,))) for path in parameters if path.endswith("/kernel")}
+    return {path: optax.contrib.MuonDimensionNumbers(*axes[path]) if path in axes else None for path in parameters}
+
+
+def train(name: str, loss, parameters: Parameters, batches, steps: int, peak: float, watch=None,
+          rule: optax.GradientTransformation | None = None) -> Parameters:
+    """`batches(step)` gives what `loss` takes beside the parameters; `watch` looks on now and then. `rule` makes
+    updates for a learning rate of 1: AdamW's by default."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), rule or adamw())
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(parameters, state, batch, rate):
         value, gradient = jax.value_and_grad(loss)(parameters, batch)
         updates, state = optimizer.update(gradient, state, parameters)
-        return jax.tree.map(lambda p, update: p - rate * update, parameters, updates), state, value
+        return jax.tree.map(lambda p, update: p + rate * update, parameters, updates), state, value
 
     state, began = optimizer.init(parameters), time.perf_counter()
     for number in range(1, steps + 1):

@@ -17,15 +17,13 @@ from llava_jax.weights import configs
 from mini_backbones import pages
 from mini_backbones.common import (
     BOS,
-    CHAT_STEPS,
-    DENSE_STEPS,
     EOS,
     LANGUAGE,
     LATE_STEPS,
-    LONG_STEPS,
     LOOKUP_STEPS,
     Encoder,
     load,
+    muon,
     save,
     start,
     train,
@@ -94,7 +92,7 @@ class Language(nnx.Module):
         self.decoder = Llama(LANGUAGE, rngs=rngs)
 
 
-def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 2e-3) -> dict:
+def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 3e-3) -> dict:
     """Trains the decoder. Its text is not yet the template's."""
     graph, parameters = to_params(Language(nnx.Rngs(seed)))
     parameters = look_back(start(parameters, {r".*/kernel|decoder/embedding": 3}))
@@ -107,31 +105,21 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
         return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
     watch = Watch(out, graph, encode, seed)
-    train("language", partial(language_loss, graph), parameters, batches, steps, peak, watch)
+    train("language", partial(language_loss, graph), parameters, batches, steps, peak, watch, muon())
     return watch.scores
 
 
-def tune_language(out: Path, encode: Encoder, seed: int, steps: int, chat_peak: float = 5e-4, long_peak: float = 1e-3,
-                  dense_peak: float = 1.5e-3) -> dict:
-    """Tunes the saved decoder on the chat template and on long answers, as Vicuna is made from LLaMA.
-
-    `steps` is the maximum of each of the three tunings.
-    """
+def tune_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 1e-3) -> dict:
+    """Tunes the saved decoder on the chat template and on long answers, as Vicuna is made from LLaMA."""
     graph, parameters = to_params(Language(nnx.Rngs(seed)))
     parameters = load(out / "language", parameters)
-    watch = Watch(out, graph, encode, seed, chat=True)
-    for name, mix, most, rate in (
-        ("chat", pages.CHAT, CHAT_STEPS, chat_peak), ("long answers", pages.LONG, LONG_STEPS, long_peak),
-        ("dense long answers", pages.DENSE, DENSE_STEPS, dense_peak),
-    ):  # fmt: skip
-        rng = random.Random(f"{seed} {name}")
-        parameters = train(name, partial(language_loss, graph), parameters, partial(chat_batch, encode, rng, mix),
-                           min(most, steps), rate, watch)
+    rng, watch = random.Random(f"{seed} tuning"), Watch(out, graph, encode, seed, chat=True)
+
+    def batches(step: int) -> dict:
+        return pages.pack(lambda: pages.domain_page(encode, rng, pages.TUNING), *PHASES[1])[0]
+
+    train("tuning", partial(language_loss, graph), parameters, batches, steps, peak, watch, muon())
     return watch.scores
-
-
-def chat_batch(encode: Encoder, rng: random.Random, mix: pages.Mix, step: int) -> dict:
-    return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
 
 class Watch:

@@ -22,9 +22,9 @@ reasoning, any of which may decide a conclusion; and of words that say a size, c
 FORMS = {"grid": 0.6, "list": 0.1, "text": 0.15, "sentences": 0.15}
 """Forms of descriptions, with their share. `grid`: one sum of words for each patch of a picture. `text`: "top-left
 small red circle, centre ...". `list`: the same with neighbouring words summed. `sentences`: as the teacher writes."""
-LOOKUP_FORMS = ("1", "grid", "2", "text", "sentences")
-"""Forms of the lists to look up in, in the order in which they join: at first one sum of words for an object, then a
-picture's grid, then an object's words in two groups, all apart, in sentences."""
+LOOKUP_FORMS = {"1": 0.0, "grid": 0.15, "2": 0.25, "text": 0.35, "sentences": 0.5}
+"""Forms of the lists to look up in, and the part of this phase after which they join: at first one sum of words for an
+object, then a picture's grid, then an object's words in two groups, all apart, in sentences. Sentences take longest."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,10 @@ class Mix:
 
 EARLY = Mix(lookup=0.15, in_order=0, caption=0.06, crowd=0.25, korean=0.3, long=0.25)
 # What is learned last comes often.
-LATE = Mix(lookup=0.06, in_order=0.4, caption=0.08, crowd=0.15, korean=0.35, long=0.6,
+LATE = Mix(lookup=0.03, in_order=0.4, caption=0.04, crowd=0.15, korean=0.45, long=0.3,
            kinds=(*rules.KINDS, "count", "count", "count", "existence", "existence", "colour"))
-CHAT = replace(LATE, lookup=0, caption=0, chat=True)
-LONG = replace(CHAT, crowd=0.1, korean=0.3, long=0.9,
-               forms={"grid": 0.5, "list": 0.05, "text": 0.1, "sentences": 0.35})
-DENSE = replace(LONG, long=0.95, long_answers=3, word_weight=1.0,
-                forms={"grid": 0.65, "list": 0.05, "text": 0.1, "sentences": 0.2})
+TUNING = replace(LATE, lookup=0, caption=0, crowd=0.1, korean=0.3, long=0.95, chat=True, long_answers=3,
+                 word_weight=1.0, forms={"grid": 0.6, "list": 0.05, "text": 0.1, "sentences": 0.25})
 CROWD_KINDS = ("position", "position", "relation", "relation", "relation", "between", "order", "colour", "shape")
 """Kinds of questions about many objects, as often as they stand here."""
 TEACHERS = {language: rules.RulesTeacher(language) for language in ("en", "ko")}
@@ -184,7 +181,7 @@ def draw_form(rng: random.Random, forms: dict[str, float]) -> str:
 
 def lookup_page(encode: Encoder, rng: random.Random, progress: float = 1.0, in_order: float = 0.0) -> Page:
     """A list and its restatement; of the forms, those that `progress` (0..1) has reached, the last one most often."""
-    reached = LOOKUP_FORMS[: 1 + int(progress * (len(LOOKUP_FORMS) - 0.01))]
+    reached = [form for form, begin in LOOKUP_FORMS.items() if progress >= begin]
     form = rng.choice((*reached, *reached[-1:]))
     sized = form == "grid" or rng.random() < 0.7
     page, scene = Page(encode), crowd(rng, 7 if form == "sentences" else 9)
@@ -222,7 +219,7 @@ def question_page(encode: Encoder, rng: random.Random, form: str, language: str 
 
 
 def long_answers(teacher: rules.RulesTeacher, context: Context, scene: Scene, rng: random.Random):
-    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 4, 5, 1))[0]:
+    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 4, 8, 1))[0]:
         case "caption" if teacher.language == "en":
             return [teacher.caption(context, rng)]
         case "reasoning":
