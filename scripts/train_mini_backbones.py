@@ -26,7 +26,7 @@ positions back; heads that have to find this themselves do so with some seeds on
 questions that are learned last (counting, existence) and long answers come more often. There the words that say a fact
 weigh more than the others, and lists are restated in reading order, as a description goes through a picture. A tuning
 follows, as Vicuna is tuned from LLaMA: three long answers a page, conclusions above all, in the chat template of stage
-2 to the token. The decoder's kernels are updated by Muon, with which looking up forms in a third of AdamW's steps.
+2 to the token. The decoder's kernels are updated by Muon, with which looking up forms in fewer steps than with AdamW.
 
 The tuning starts from the saved decoder. After `--part language` a process of its own gives the same weights as one for
 both. A decoder that is tuned already is tuned on, which suits new phrases of the teacher. Everything is seeded.

@@ -118,8 +118,10 @@ def _kernel_axes(parameters: Parameters) -> dict:
 
 def train(name: str, loss, parameters: Parameters, batches, steps: int, peak: float, watch=None,
           rule: optax.GradientTransformation | None = None) -> Parameters:
-    """`batches(step)` gives what `loss` takes beside the parameters; `watch` looks on now and then. `rule` makes
-    updates for a learning rate of 1: AdamW's by default."""
+    """Returns trained parameters. `batches(step)` gives what `loss` takes beside them; `watch` looks on now and then.
+
+    `rule` makes updates for a learning rate of 1, by default `adamw`.
+    """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), rule or adamw())
 
     @partial(jax.jit, donate_argnums=(0, 1))
