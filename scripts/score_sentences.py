@@ -1,6 +1,6 @@
 """Scores the sentences of a miniature's descriptions and reasoning: are they grammatical, and true of the boxes?
 
-    python scripts/score_sentences.py [--model runs/mini/model] [--data runs/mini/data] [--pictures 200]
+    python scripts/score_sentences.py [--model runs/mini/model] [--data runs/mini/data] [--pictures 400]
                                       [--languages en ko]
 
 The model is asked for a description of each held-out picture, and a question that takes reasoning. Every sentence of
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/mini/model"))
     parser.add_argument("--data", type=Path, default=Path("runs/mini/data"))
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--languages", nargs="+", default=["en"], choices=LANGUAGES)
     args = parser.parse_args()
     llava, contexts = load(args.model), open_split(args.data, "test")[: args.pictures]

@@ -3,7 +3,7 @@
 LLaVA starts from a CLIP and a LLaMA that others trained; the miniature's are made here, with the model code of
 the library:
 
-    JAX_PLATFORMS=cpu python scripts/train_mini_backbones.py [--out DIR] [--part tokenizer vision language tuning]
+    JAX_PLATFORMS=cpu python scripts/train_mini_backbones.py [--out DIR] [--part tokenizer vision ...]
 
 - `tokenizer`: as LLaMA's (BPE over a text with a leading space, bytes for unseen characters), 1,280 pieces. Its text is
   the rules teacher's, in English and Korean.
@@ -26,10 +26,13 @@ positions back; heads that have to find this themselves do so with some seeds on
 questions that are learned last (counting, existence) and long answers come more often. There the words that say a fact
 weigh more than the others, and lists are restated in reading order, as a description goes through a picture. A tuning
 follows, as Vicuna is tuned from LLaMA: three long answers a page, conclusions above all, in the chat template of stage
-2 to the token. The decoder's kernels are updated by Muon, with which looking up forms in fewer steps than with AdamW.
+2 to the token, and short questions about the teacher's sentences. A second tuning asks for conclusions that compare
+what was read (`comparing`): whether the covered half is the one that an object is in, what two objects share. With all
+conclusions equally often these stay guesses. The decoder's kernels are updated by Muon, with which looking up forms in
+fewer steps than with AdamW.
 
-The tuning starts from the saved decoder. After `--part language` a process of its own gives the same weights as one for
-both. A decoder that is tuned already is tuned on, which suits new phrases of the teacher. Everything is seeded.
+Each part starts from the files of the parts before it. Parts run in processes of their own give the same weights as in
+one. A decoder that is tuned already is tuned on, which suits new phrases of the teacher. Everything is seeded.
 `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """
 
@@ -39,14 +42,22 @@ import json
 import time
 from pathlib import Path
 
-from mini_backbones.common import LANGUAGE_STEPS, TUNING_STEPS, VISION_STEPS, Encoder, write_json
+from mini_backbones import pages
+from mini_backbones.common import (
+    COMPARING_STEPS,
+    LANGUAGE_STEPS,
+    TUNING_STEPS,
+    VISION_STEPS,
+    Encoder,
+    write_json,
+)
 from mini_backbones.language import make_language, tune_language
 from mini_backbones.tokenizer import make_tokenizer
 from mini_backbones.vision import make_vision
 
 from llava_jax.data.workers import keep_freed_memory
 
-PARTS = ("tokenizer", "vision", "language", "tuning")
+PARTS = ("tokenizer", "vision", "language", "tuning", "comparing")
 OUT = Path(__file__).parents[1] / "llava_jax" / "data" / "mini"
 
 
@@ -58,6 +69,7 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS)
     parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
     parser.add_argument("--tuning-steps", type=int, default=TUNING_STEPS)
+    parser.add_argument("--comparing-steps", type=int, default=COMPARING_STEPS)
     args = parser.parse_args()
     keep_freed_memory()  # before XLA starts threads; a step faulted its buffers in anew, a third of its time
     args.out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +78,8 @@ def main() -> None:
     makers = {
         "vision": lambda: make_vision(args.out, args.seed, args.vision_steps),
         "language": lambda: make_language(args.out, encode(), args.seed, args.language_steps),
-        "tuning": lambda: tune_language(args.out, encode(), args.seed, args.tuning_steps),
+        "tuning": lambda: tune_language(args.out, encode(), args.seed, args.tuning_steps, pages.TUNING),
+        "comparing": lambda: tune_language(args.out, encode(), args.seed, args.comparing_steps, pages.COMPARING),
     }
     if "tokenizer" in args.part:
         make_tokenizer(args.out / "language", args.seed)

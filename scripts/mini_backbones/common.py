@@ -26,7 +26,8 @@ from llava_jax.weights import tables
 BOS, EOS = 1, 2
 WATCH_STEPS = 500
 """Steps between looks at what is being trained."""
-VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS, TUNING_STEPS = 1200, 9000, 1200, 2400, 8000
+VISION_STEPS, LANGUAGE_STEPS, LOOKUP_STEPS, LATE_STEPS = 1200, 9000, 1200, 2400
+TUNING_STEPS, COMPARING_STEPS = 8000, 4000
 VISION = VisionConfig(image_size=scenes.SIZE, patch_size=10, hidden_size=128, intermediate_size=384, num_layers=4,
                       num_heads=4)
 LANGUAGE = LlamaConfig(

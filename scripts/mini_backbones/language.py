@@ -1,6 +1,7 @@
 """A tiny LLaMA: next-word prediction on descriptions, captions, restatements, questions and answers."""
 
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def score_language(guess, encode: Encoder, form: str, language: str, seed: int, 
     """
     rng = random.Random(f"{seed} scores {form}")
     hits: dict[str, list[bool]] = {}
-    page = partial(pages.question_page, encode, rng, form, language, chat=chat)
+    page = partial(pages.question_page, encode, rng, form, language, mix=replace(pages.EARLY, chat=chat))
     batch, labels = pages.pack(page, rows, PHASES[1][1])
     right = np.asarray(guess(batch)) == batch["words"][:, 1:, 0]
     for b, row in enumerate(labels):
@@ -109,14 +110,14 @@ def make_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float
     return watch.scores
 
 
-def tune_language(out: Path, encode: Encoder, seed: int, steps: int, peak: float = 1e-3) -> dict:
-    """Tunes the saved decoder on the chat template and on long answers, as Vicuna is made from LLaMA."""
+def tune_language(out: Path, encode: Encoder, seed: int, steps: int, mix: pages.Mix, peak: float = 1e-3) -> dict:
+    """Tunes the saved decoder on a mix in the chat template, as Vicuna is made from LLaMA."""
     graph, parameters = to_params(Language(nnx.Rngs(seed)))
     parameters = load(out / "language", parameters)
     rng, watch = random.Random(f"{seed} tuning"), Watch(out, graph, encode, seed, chat=True)
 
     def batches(step: int) -> dict:
-        return pages.pack(lambda: pages.domain_page(encode, rng, pages.TUNING), *PHASES[1])[0]
+        return pages.pack(lambda: pages.domain_page(encode, rng, mix), *PHASES[1])[0]
 
     train("tuning", partial(language_loss, graph), parameters, batches, steps, peak, watch, muon())
     return watch.scores

@@ -43,6 +43,10 @@ class Mix:
       forms: Forms of descriptions, with their share.
       long_answers: Number of long answers in a page that has them.
       word_weight: Weight of the words of long answers that say no fact, but for reasoning.
+      short_forms: Forms of descriptions that have short answers alone, half of them about more objects.
+      reasoning_pages: Share of the pages with long answers that have one short answer and reasoning alone. More than
+        three long answers do not fit a row, and there are some twenty kinds of conclusions to learn.
+      compared: Share of the conclusions on these pages that are of `COMPARISONS`.
     """
 
     lookup: float
@@ -56,6 +60,9 @@ class Mix:
     forms: dict[str, float] = field(default_factory=lambda: FORMS)
     long_answers: int = 1
     word_weight: float = LONG_WEIGHT
+    short_forms: tuple[str, ...] = ()
+    reasoning_pages: float = 0.6
+    compared: float = 0.0
 
 
 EARLY = Mix(lookup=0.15, in_order=0, caption=0.06, crowd=0.25, korean=0.3, long=0.25)
@@ -63,9 +70,18 @@ EARLY = Mix(lookup=0.15, in_order=0, caption=0.06, crowd=0.25, korean=0.3, long=
 LATE = Mix(lookup=0.03, in_order=0.4, caption=0.04, crowd=0.15, korean=0.45, long=0.3,
            kinds=(*rules.KINDS, "count", "count", "count", "existence", "existence", "colour"))
 TUNING = replace(LATE, lookup=0, caption=0, crowd=0.1, korean=0.3, long=0.95, chat=True, long_answers=3,
-                 word_weight=1.0, forms={"grid": 0.6, "list": 0.05, "text": 0.1, "sentences": 0.25})
+                 word_weight=1.0, forms={"grid": 0.65, "list": 0.05, "text": 0.1, "sentences": 0.2},
+                 short_forms=("sentences",))  # looking up in the teacher's sentences is learned last
+COMPARING = replace(TUNING, reasoning_pages=0.85, compared=0.75)
 CROWD_KINDS = ("position", "position", "relation", "relation", "relation", "between", "order", "colour", "shape")
 """Kinds of questions about many objects, as often as they stand here."""
+LONG_KINDS = {"caption": 1, "description": 4, "reasoning": 2, "sentences": 1}
+"""Kinds of long answers of the other pages, as often as their numbers say."""
+COMPARISONS = (
+    *2 * ("covered", "open", "way", "share_nothing", "look", "nearest"), "share_colour", "share_shape", "enough",
+    "too_few", "left_heavy", "right_heavy", "balance", "sort", "corners", "odd_colour", "odd_noun",
+)
+"""Conclusions that compare what was read, which are learned last: as often as they stand here."""
 TEACHERS = {language: rules.RulesTeacher(language) for language in ("en", "ko")}
 
 
@@ -194,36 +210,41 @@ def lookup_page(encode: Encoder, rng: random.Random, progress: float = 1.0, in_o
 
 
 def question_page(encode: Encoder, rng: random.Random, form: str, language: str = "en", crowded: bool = False,
-                  long: int = 0, kinds: tuple[str, ...] = (), chat: bool = False,
-                  word_weight: float = LONG_WEIGHT) -> Page:
-    """A description, then questions and answers; with `chat` exactly in the template of stage 2, "answer </s>"."""
+                  long: int = 0, mix: Mix = EARLY) -> Page:
+    """A description, then questions and answers, of which `long` are long; of a mix with `chat` exactly in the
+    template of stage 2, "answer </s>".
+    """
     page, teacher, context = Page(encode), TEACHERS[language], annotate(scenes.sample(rng, scenes.PAIRS))
     scene = crowd(rng, 5 if form == "sentences" else 9) if crowded else Scene(context)
     if crowded:
         questions = teacher.conversation(scene, rng, 12, CROWD_KINDS)
     elif long:
-        questions = teacher.conversation(scene, rng, 3, kinds)
+        reasoning = rng.random() < mix.reasoning_pages
+        questions = teacher.conversation(scene, rng, 1 if reasoning else 3, mix.kinds)
         for _ in range(long):
-            questions += long_answers(teacher, context, scene, rng)
+            kinds = {"reasoning": 1} if reasoning else LONG_KINDS
+            questions += long_answers(teacher, context, scene, rng, kinds, mix.compared * reasoning)
         rng.shuffle(questions)
     else:
-        questions = teacher.conversation(scene, rng, rng.choice((4, 12)), kinds)
+        questions = teacher.conversation(scene, rng, rng.choice((4, 12)), mix.kinds)
     for i, question in enumerate(questions):
         if i == 0:
             page.add(encode("[INST] "))
             describe(page, scene, rng, form, language)
         page.add(encode(f"\n{question.question} [/INST]" if i == 0 else f"[INST] {question.question} [/INST]"))
-        add = page.add if question.kind in rules.KINDS else partial(page.add_long, weight=word_weight)
-        add([*encode(question.answer), *([encode.space, EOS] if chat else [EOS])], question.kind)
+        add = page.add if question.kind in rules.KINDS else partial(page.add_long, weight=mix.word_weight)
+        add([*encode(question.answer), *([encode.space, EOS] if mix.chat else [EOS])], question.kind)
     return page
 
 
-def long_answers(teacher: rules.RulesTeacher, context: Context, scene: Scene, rng: random.Random):
-    match rng.choices(("caption", "description", "reasoning", "sentences"), (1, 4, 8, 1))[0]:
+def long_answers(teacher: rules.RulesTeacher, context: Context, scene: Scene, rng: random.Random,
+                 kinds: dict[str, int], compared: float) -> list[rules.QuestionAnswer]:
+    match rng.choices(list(kinds), list(kinds.values()))[0]:
         case "caption" if teacher.language == "en":
             return [teacher.caption(context, rng)]
         case "reasoning":
-            return [answer] if (answer := teacher.reasoning(scene, rng)) else []
+            keys = COMPARISONS if compared and rng.random() < compared else ()
+            return [answer] if (answer := teacher.reasoning(scene, rng, keys=keys)) else []
         case "sentences":
             return teacher.sentences(scene, rng, 3)
     return [teacher.description(scene, rng)]
@@ -241,9 +262,10 @@ def domain_page(encode: Encoder, rng: random.Random, mix: Mix = EARLY) -> Page:
         page.add_long(encode(rng.choice(context.captions) + "\n"), "caption")
         return page
     language = "ko" if rng.random() < mix.korean else "en"
-    crowded = rng.random() < mix.crowd
-    long = mix.long_answers if rng.random() < mix.long else 0
-    return question_page(encode, rng, form, language, crowded, long, mix.kinds, mix.chat, mix.word_weight)
+    short = form in mix.short_forms
+    crowded = rng.random() < (0.5 if short else mix.crowd)
+    long = mix.long_answers if rng.random() < mix.long and not short else 0
+    return question_page(encode, rng, form, language, crowded, long, mix)
 
 
 def pack(pages: Callable[[], Page], rows: int, length: int) -> tuple[dict[str, np.ndarray], list[list[str]]]:

@@ -38,8 +38,7 @@ def parts():
 
 def test_shipped_weights_are_the_recorded_ones_and_small():
     record = json.loads((SHIPPED / "scores.json").read_text())
-    last = "tuning" if "tuning" in record else "language"
-    for folder, part in (("vision", "vision"), ("language", last)):
+    for folder, part in (("vision", "vision"), ("language", "comparing")):
         digest = hashlib.sha256((SHIPPED / folder / "model.safetensors").read_bytes()).hexdigest()
         assert digest == record[part]["sha256"]
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 8e6
@@ -151,14 +150,42 @@ def test_the_tuning_has_more_long_answers_whose_words_weigh_more(parts):
             weights += [weight for weight, is_long in zip(page.weights, long, strict=True) if is_long]
         counts.append(found / 300)
         least.append(min(weights))
-    assert counts[0] < 0.6 and 2 < counts[1] <= 3, counts  # pages about a crowd have none
+    assert counts[0] < 0.6 and 1.8 < counts[1] <= 3, counts  # pages about a crowd have none
     assert least == [0.3, 1.0]
+
+
+def test_six_tenths_of_long_pages_have_one_short_answer_and_reasoning(parts):
+    pages, _, encode = parts
+    for language in ("en", "ko"):
+        rng, alone = random.Random(10), 0
+        for _ in range(200):
+            page = pages.question_page(encode, rng, "grid", language, long=3, mix=pages.TUNING)
+            kinds = [label for label, words in zip(page.labels, page.words, strict=True) if label and words == (EOS,)]
+            if sum(kind == "reasoning" for kind in kinds) >= 2 and len(kinds) <= 4:
+                assert sum(kind in pages.rules.KINDS for kind in kinds) == 1, kinds
+                alone += 1
+        assert 100 < alone < 140
+
+
+def test_the_last_tuning_asks_more_for_comparisons(parts):
+    """Of conclusions, those on what a covered half hides, on the way and on what is alike."""
+    pages, _, encode = parts
+    shares = []
+    for mix in (pages.TUNING, pages.COMPARING):
+        rng, found = random.Random(11), []
+        for _ in range(200):
+            page = pages.domain_page(encode, rng, mix)
+            text = encode.tokenizer.decode([words[0] for words in page.words[40:]], skip_special_tokens=False)
+            found += [bool(re.search("half|절반|way|direction|in common|shares|alike|agree|공통|길|방향|가려면", question))
+                      for question in re.findall(r"\[INST\](.*?)\[/INST\]", text) if "있나요" not in question]
+        shares.append(np.mean(found))
+    assert shares[1] > 1.5 * shares[0], shares
 
 
 def test_chats_have_the_tokens_of_stage_2(parts):
     """A chat page has the tokens that the library makes of its conversation, about an image of 36 visual tokens."""
     pages, _, encode = parts
-    page = pages.question_page(encode, random.Random(8), "grid", chat=True)
+    page = pages.question_page(encode, random.Random(8), "grid", mix=pages.TUNING)
     ids = [words[0] for words in page.words]
     ids[3:39] = [IMAGE_TOKEN_ID] * 36  # after <s>[INST] and a space
     turns = []

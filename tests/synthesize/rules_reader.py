@@ -399,11 +399,9 @@ def conclusion(end, question, scene):
         inside = in_half(scene.one(names[0]), match[1])
         opposite = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}[match[1]]
         assert inside or in_half(scene.one(names[0]), opposite)
-        covered = opposite if "only the" in question else match[1]
-        assert re.findall("the (left|right|upper|lower) half", end) == [covered], (question, end)
-        seen = inside == ("only the" in question)
+        assert re.findall("the (left|right|upper|lower) half", end) == [match[1]], (question, end)
         seeing, hidden = "stay in sight|still be|not disappear", "be hidden|out of sight|(?<!not )disappear|not be seen"
-        assert re.search(seeing if seen else hidden, end) and "not be hidden" not in end, (question, end)
+        assert re.search(hidden if inside else seeing, end) and "not be hidden" not in end, (question, end)
     elif "straight" in question:
         assert told[0] not in names[:2] and between(*map(scene.one, (told[0], *names[:2]))), (question, end)
     elif "left to right" in question:

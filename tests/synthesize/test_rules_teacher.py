@@ -142,6 +142,22 @@ def test_descriptions_add_facts_of_different_kinds():
     assert max(added.values()) < 0.25 * added.total() and len(added) >= 10, added
 
 
+def test_conclusions_of_the_named_keys_come_evenly_and_hold():
+    rng, teacher, said = random.Random(0), RulesTeacher(), Counter()
+    for number in range(400):
+        context = shapes(number, rng)
+        answer = teacher.reasoning(TeacherScene(context), rng, keys=("open", "share_nothing", "covered", "share_shape"))
+        if answer:
+            assert all(holds for *_, holds in read(answer.answer, context, answer.question)), answer
+            text = answer.answer
+            said["stays" if re.search("stay|still|not disappear", text) else "hidden" if "half" in text else "alike"
+                 if re.search("[Bb]oth are|and so is|share their", text) else "unlike"] += 1
+    assert 0.8 < said["stays"] / said["hidden"] < 1.25 and min(said.values()) > 20, said
+    one = Context("", "", (), (Box("red circle", 0.1, 0.1, 0.2, 0.2),))
+    assert teacher.reasoning(TeacherScene(one), rng, keys=("share_shape",)) is None
+    assert teacher.reasoning(TeacherScene(one), rng)
+
+
 def test_a_crowd_is_not_counted():
     boxes = tuple(Box("person", x / 20, 0.4, x / 20 + 0.03, 0.5) for x in range(12))
     teacher = RulesTeacher()

@@ -151,13 +151,19 @@ class RulesTeacher:
                     break
         return QuestionAnswer("description", self._phrases.question("description", rng), " ".join(sentences))
 
-    def reasoning(self, scene: Scene, rng: random.Random, words: int = 0) -> QuestionAnswer | None:
+    def reasoning(
+        self, scene: Scene, rng: random.Random, words: int = 0, keys: Sequence[str] = ()
+    ) -> QuestionAnswer | None:
         """Draws a question whose answer says what there is to see and what follows from it.
 
-        An answer with fewer than `words` words starts with more of the scene, first of the objects in question. Returns
-        None if nothing follows.
+        An answer with fewer than `words` words starts with more of the scene, first of the objects in question. If
+        `keys` is given, the inference has one of these keys, each as often as the others. Returns None if nothing
+        follows.
         """
         groups = inferences(scene)
+        if keys:
+            groups = [[fact for facts in groups for fact in facts if fact.key == key] for key in keys]
+            groups = [facts for facts in groups if facts]
         if not groups:
             return None
         inference = rng.choice(rng.choice(groups))
