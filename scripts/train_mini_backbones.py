@@ -13,9 +13,9 @@ the library:
   colours, which no caption names. The held-back colour-shape pairs appear in no picture.
 - `language`: next-word prediction on text of the domain: descriptions, captions, restatements, questions with short
   answers, and the teacher's long answers; a part in Korean. A language model has read of every colour and shape, so
-  its text names the held-back pairs too. Half of the descriptions are not sentences: one position stands for one
-  object (or one patch of a picture) and holds the sum of the embeddings of its words. So the decoder learns to read
-  several words at one position, as a projector will give them, without ever seeing a picture.
+  its text names the held-back pairs too. In most descriptions one position stands for one object (or one patch of a
+  picture) and holds the sum of the embeddings of its words. So the decoder learns to read several words at one
+  position, as a projector will give them, without ever seeing a picture.
 
 The decoder first learns to look up. It reads lists of up to nine objects, which are repeated in another order: there
 guessing among the objects pays little, and looking up ("red circle" -> "top-left") forms in a few hundred steps, which
@@ -28,11 +28,12 @@ weigh more than the others, and lists are restated in reading order, as a descri
 follows, as Vicuna is tuned from LLaMA: three long answers a page, conclusions above all, in the chat template of stage
 2 to the token, and short questions about the teacher's sentences. A second tuning asks for conclusions that compare
 what was read (`comparing`): whether the covered half is the one that an object is in, what two objects share. With all
-conclusions equally often these stay guesses. The decoder's kernels are updated by Muon, with which looking up forms in
+conclusions equally often, these stay guesses. The decoder's kernels are updated by Muon, with which looking up forms in
 fewer steps than with AdamW.
 
-Each part starts from the files of the parts before it. Parts run in processes of their own give the same weights as in
-one. A decoder that is tuned already is tuned on, which suits new phrases of the teacher. Everything is seeded.
+Each part starts from the files of the parts before it. Running the parts in processes of their own gives the same
+weights as running them in one. A decoder that is tuned already is tuned on, which suits new phrases of the teacher.
+Everything is seeded.
 `scores.json` records seconds, seed, sha256 and the results of probes and questions.
 """
 

@@ -44,9 +44,9 @@ class Mix:
       long_answers: Number of long answers in a page that has them.
       word_weight: Weight of the words of long answers that say no fact, but for reasoning.
       short_forms: Forms of descriptions that have short answers alone, half of them about more objects.
-      reasoning_pages: Share of the pages with long answers that have one short answer and reasoning alone. More than
-        three long answers do not fit a row, and there are some twenty kinds of conclusions to learn.
-      compared: Share of the conclusions on these pages that are of `COMPARISONS`.
+      reasoning_pages: Share of the pages with long answers that have one short answer and reasoning alone. A page of
+        three short and three long answers is longer than a row, and there are some twenty kinds of conclusions.
+      compared: Share of the conclusions on these pages drawn from `COMPARISONS`, the others from all kinds.
     """
 
     lookup: float
@@ -76,7 +76,7 @@ COMPARING = replace(TUNING, reasoning_pages=0.85, compared=0.75)
 CROWD_KINDS = ("position", "position", "relation", "relation", "relation", "between", "order", "colour", "shape")
 """Kinds of questions about many objects, as often as they stand here."""
 LONG_KINDS = {"caption": 1, "description": 4, "reasoning": 2, "sentences": 1}
-"""Kinds of long answers of the other pages, as often as their numbers say."""
+"""Kinds of long answers on pages that are not of reasoning alone, as often as their numbers say."""
 COMPARISONS = (
     *2 * ("covered", "open", "way", "share_nothing", "look", "nearest"), "share_colour", "share_shape", "enough",
     "too_few", "left_heavy", "right_heavy", "balance", "sort", "corners", "odd_colour", "odd_noun",
@@ -211,8 +211,8 @@ def lookup_page(encode: Encoder, rng: random.Random, progress: float = 1.0, in_o
 
 def question_page(encode: Encoder, rng: random.Random, form: str, language: str = "en", crowded: bool = False,
                   long: int = 0, mix: Mix = EARLY) -> Page:
-    """A description, then questions and answers, of which `long` are long; of a mix with `chat` exactly in the
-    template of stage 2, "answer </s>".
+    """A description, then questions and answers. Unless it is about a crowd, long ones are drawn `long` times. Of a
+    mix with `chat` they are exactly in the template of stage 2, "answer </s>".
     """
     page, teacher, context = Page(encode), TEACHERS[language], annotate(scenes.sample(rng, scenes.PAIRS))
     scene = crowd(rng, 5 if form == "sentences" else 9) if crowded else Scene(context)
@@ -221,9 +221,9 @@ def question_page(encode: Encoder, rng: random.Random, form: str, language: str 
     elif long:
         reasoning = rng.random() < mix.reasoning_pages
         questions = teacher.conversation(scene, rng, 1 if reasoning else 3, mix.kinds)
+        kinds, compared = ({"reasoning": 1}, mix.compared) if reasoning else (LONG_KINDS, 0)
         for _ in range(long):
-            kinds = {"reasoning": 1} if reasoning else LONG_KINDS
-            questions += long_answers(teacher, context, scene, rng, kinds, mix.compared * reasoning)
+            questions += long_answers(teacher, context, scene, rng, kinds, compared)
         rng.shuffle(questions)
     else:
         questions = teacher.conversation(scene, rng, rng.choice((4, 12)), mix.kinds)

@@ -1,5 +1,6 @@
 """scripts/train_mini_backbones.py: the text that the decoder reads, the losses, and the shipped parts."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -18,6 +19,7 @@ import llava_jax
 from llava_jax.annotations import drawn_scenes as scenes
 from llava_jax.images import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import from_params, to_params
+from llava_jax.synthesize.rules.facts import inferences
 from llava_jax.text.encode import IMAGE_TOKEN_ID, encode_conversation
 from llava_jax.text.tokenizer import Tokenizer
 
@@ -150,7 +152,7 @@ def test_the_tuning_has_more_long_answers_whose_words_weigh_more(parts):
             weights += [weight for weight, is_long in zip(page.weights, long, strict=True) if is_long]
         counts.append(found / 300)
         least.append(min(weights))
-    assert counts[0] < 0.6 and 1.8 < counts[1] <= 3, counts  # pages about a crowd have none
+    assert counts[0] < 0.6 and 1.8 < counts[1] <= 3, counts  # pages about a crowd and about sentences have none
     assert least == [0.3, 1.0]
 
 
@@ -165,6 +167,26 @@ def test_six_tenths_of_long_pages_have_one_short_answer_and_reasoning(parts):
                 assert sum(kind in pages.rules.KINDS for kind in kinds) == 1, kinds
                 alone += 1
         assert 100 < alone < 140
+
+
+def test_pages_of_the_tuning_about_sentences_have_short_answers_half_about_a_crowd(parts):
+    pages, _, encode = parts
+    mix = dataclasses.replace(pages.TUNING, forms={"sentences": 1})
+    rng, places = random.Random(12), []
+    for _ in range(200):
+        labels = set(pages.domain_page(encode, rng, mix).labels) - {""}
+        assert labels <= set(pages.rules.KINDS)
+        places.append("count" not in labels)  # of a crowd, no number is asked
+    assert 0.4 < np.mean(places) < 0.7
+
+
+def test_comparisons_are_inferences_of_pictures(parts):
+    pages = parts[0]
+    rng, found = random.Random(13), set()
+    for _ in range(3000):
+        scene = pages.Scene(pages.annotate(scenes.sample(rng, scenes.PAIRS)))
+        found |= {fact.key for facts in inferences(scene) for fact in facts}
+    assert set(pages.COMPARISONS) <= found
 
 
 def test_the_last_tuning_asks_more_for_comparisons(parts):

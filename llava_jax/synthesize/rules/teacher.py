@@ -157,8 +157,8 @@ class RulesTeacher:
         """Draws a question whose answer says what there is to see and what follows from it.
 
         An answer with fewer than `words` words starts with more of the scene, first of the objects in question. If
-        `keys` is given, the inference has one of these keys, each as often as the others. Returns None if nothing
-        follows.
+        `keys` is given, one of these keys that the scene allows is drawn first, a repeated one more often. Returns None
+        if nothing follows.
         """
         groups = inferences(scene)
         if keys:
