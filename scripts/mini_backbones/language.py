@@ -34,6 +34,7 @@ PHASES = ((10, 144), (8, 184))
 """Rows and row length of the two phases: looking up in long lists, then all of the text."""
 SCORED = {
     "grid": ("grid", "en"), "text": ("text", "en"), "sentences": ("sentences", "en"),
+    "plain sentences": ("plain", "en"),
     "Korean, grid": ("grid", "ko"), "Korean, sentences": ("sentences", "ko"),
 }
 """Form of the description and language of the questions, whose answers are scored."""
