@@ -21,8 +21,8 @@ LONG_WEIGHT, REASON_WEIGHT, FACT_WEIGHT = 0.3, 1.0, 2.0
 reasoning, any of which may decide a conclusion; and of words that say a size, colour, shape, place or number."""
 FORMS = {"grid": 0.6, "list": 0.1, "text": 0.15, "sentences": 0.15}
 """Forms of descriptions, with their share. `grid`: one sum of words for each patch of a picture. `text`: "top-left
-small red circle, centre ...". `list`: the same with neighbouring words summed. `sentences`: as the teacher writes, or as `plain`, "A small red circle is at the
-top-left." (asked about alone in scores)."""
+small red circle, centre ...". `list`: the same with neighbouring words summed. `sentences`: as the teacher writes, or
+plain: "A small red circle is at the top-left." Scores have the form `plain`, of such sentences alone."""
 LOOKUP_FORMS = {"1": 0.0, "grid": 0.15, "2": 0.25, "text": 0.35, "sentences": 0.5}
 """Forms of the lists to look up in, and the part of this phase after which they join: at first one sum of words for an
 object, then a picture's grid, then an object's words in two groups, all apart, in sentences. Sentences take longest."""
